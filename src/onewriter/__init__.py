@@ -1,0 +1,38 @@
+"""onewriter: the single writer of a SQLite database."""
+
+from onewriter.errors import (
+    CommitUnknownError,
+    OneWriterError,
+    QueueFullError,
+    ReadTimeoutError,
+    ReentrantWriteError,
+    TransactionAbortedError,
+    TransactionClosedError,
+    WriterBrokenError,
+    WriterClosedError,
+    WriteTimeoutError,
+)
+from onewriter.gateway import DbWriter
+from onewriter.job import Ticket
+from onewriter.statement import Result
+from onewriter.stats import CloseReport, Stats
+from onewriter.transaction import Transaction
+
+__all__ = [
+    "CloseReport",
+    "CommitUnknownError",
+    "DbWriter",
+    "OneWriterError",
+    "QueueFullError",
+    "ReadTimeoutError",
+    "ReentrantWriteError",
+    "Result",
+    "Stats",
+    "Ticket",
+    "Transaction",
+    "TransactionAbortedError",
+    "TransactionClosedError",
+    "WriteTimeoutError",
+    "WriterBrokenError",
+    "WriterClosedError",
+]

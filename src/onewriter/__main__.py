@@ -1,0 +1,33 @@
+"""The command line: ``python -m onewriter COMMAND``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from onewriter import bench
+
+INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
+
+# Each has add_command(subparsers), which sets ``run``: a function of the parsed arguments that returns the exit code.
+COMMANDS = (bench,)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; bad arguments end with SystemExit(2)."""
+    parser = argparse.ArgumentParser(prog="python -m onewriter", description="A single-writer gateway for SQLite.")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        command.add_command(subparsers)
+    arguments = parser.parse_args(argv)
+    try:
+        code: int = arguments.run(arguments)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,265 @@
+"""Opening connections: each setting with its reason. The only ``sqlite3.connect``."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sqlite3
+import stat
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from onewriter.guard import Guard
+from onewriter.retry import LockPolicy
+
+ConnectionT = TypeVar("ConnectionT", bound=sqlite3.Connection)
+
+WORDS = {"on": "1", "yes": "1", "true": "1", "off": "0", "no": "0", "false": "0"}
+LEVELS = {
+    "synchronous": ("off", "normal", "full", "extra"),
+    "temp_store": ("default", "file", "memory"),
+    "auto_vacuum": ("none", "full", "incremental"),
+}
+OWN_PRAGMAS = {
+    "foreign_keys": "foreign_keys=",
+    "synchronous": "synchronous=",
+    "journal_mode": "journal_mode=",
+    "journal_size_limit": "wal_limit=",
+    "wal_autocheckpoint": "auto_checkpoint=",
+    "busy_timeout": "lock_timeout=",
+    "query_only": "a reader, which always has it",
+    "locking_mode": "one process alone; readers need NORMAL",
+}
+MINIMUM_VERSION = (3, 37, 2)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What every connection of one gateway is opened with."""
+
+    path: str
+    lock_timeout: float
+    synchronous: str
+    journal_mode: str
+    foreign_keys: bool
+    pragmas: Mapping[str, str | int]
+    on_connect: Callable[[sqlite3.Connection, bool], object] | None
+    row_factory: Any
+    detect_types: int
+    wal_limit: int
+    auto_checkpoint: bool
+
+    @property
+    def checkpoints(self) -> bool:
+        return self.auto_checkpoint and self.journal_mode == "WAL"
+
+    @property
+    def durable_synchronous(self) -> str:
+        # A deleted rollback journal can come back after power loss unless its folder is synced too.
+        # https://www.sqlite.org/pragma.html#pragma_synchronous
+        return "EXTRA" if self.synchronous == "FULL" and self.journal_mode != "WAL" else self.synchronous
+
+
+def refuse_old_sqlite(version: tuple[int, ...] = sqlite3.sqlite_version_info) -> None:
+    if version < MINIMUM_VERSION:
+        raise RuntimeError(
+            f"SQLite {'.'.join(map(str, version))} is too old: rolling back to a savepoint can corrupt the database "
+            "before 3.37.2"
+        )
+
+
+def check_path(path: str) -> None:
+    """Say what is wrong with ``path`` before SQLite creates anything there. Looks by stat only: closing another
+    descriptor of the file would drop this process's locks on it (https://www.sqlite.org/howtocorrupt.html#_posix_advisory_locks).
+    """
+    folder = os.path.dirname(path)
+    if not os.path.isdir(folder):
+        raise _cannot_open(path, f"there is no folder {folder}")
+    if os.path.exists(path):
+        if os.path.isdir(path):
+            raise _cannot_open(path, "it is a folder")
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise _cannot_open(path, "it is not a regular file")
+        if not os.access(path, os.W_OK):
+            # SQLite would open it read-only without a word.
+            raise _cannot_open(path, "the file is not writable", sqlite3.SQLITE_READONLY, "SQLITE_READONLY")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise _cannot_open(path, f"the folder {folder} is not writable, and SQLite keeps its log beside the database")
+
+
+def open_writer(
+    settings: Settings, guard: Guard, policy: LockPolicy, tell: Callable[[int, str], object]
+) -> sqlite3.Connection:
+    """Open and configure the write connection, waiting for locks that openers and closers hold for a moment."""
+    return _open(settings, policy, tell, lambda: _writer(settings, guard))
+
+
+def open_reader(settings: Settings, factory: type[ConnectionT], policy: LockPolicy) -> ConnectionT:
+    """Open and configure a connection that cannot write."""
+
+    def attempt() -> ConnectionT:
+        connection = _connect(settings, "ro", factory)
+        with _closing_on_error(connection):
+            _apply_pragmas(connection, settings)
+            _call_hook(connection, settings, readonly=True)
+            # mode=ro alone lets TEMP tables, ATTACHed files and VACUUM INTO be written.
+            connection.execute("PRAGMA query_only=1").close()
+            connection.set_authorizer(_reader_authorizer)
+            return connection
+
+    return _open(settings, policy, lambda level, text: None, attempt)
+
+
+def configure(connection: sqlite3.Connection, settings: Settings) -> None:
+    """Put the gateway's settings in force, and read each back."""
+    set_pragma(connection, "synchronous", settings.durable_synchronous)
+    set_pragma(connection, "foreign_keys", int(settings.foreign_keys))
+    if sys.platform == "darwin":
+        set_pragma(connection, "fullfsync", 1)  # fsync alone does not reach the disk there
+        set_pragma(connection, "checkpoint_fullfsync", 1)
+    set_pragma(connection, "journal_size_limit", settings.wal_limit)
+    if not settings.auto_checkpoint:
+        set_pragma(connection, "wal_autocheckpoint", 0)
+    _apply_pragmas(connection, settings)
+
+
+def set_pragma(connection: sqlite3.Connection, name: str, value: str | int) -> None:
+    if _normal(name, pragma(connection, name)) == _normal(name, value):
+        return
+    pragma(connection, name, value)
+    found = pragma(connection, name)
+    if _normal(name, found) != _normal(name, value):
+        what = "SQLite does not know it or does not tell its value" if found is None else f"{found!r} is in force"
+        raise ValueError(f"PRAGMA {name} = {value!r} has no effect here: {what}; set it in on_connect if that is meant")
+
+
+def pragma(connection: sqlite3.Connection, name: str, value: str | int | None = None) -> Any:
+    """The first value that the PRAGMA answers, or None."""
+    assignment = "" if value is None else f" = {_literal(value)}"
+    cursor = connection.execute(f"PRAGMA {name}{assignment}")
+    try:
+        cursor.row_factory = None
+        rows = cursor.fetchall()
+        return rows[0][0] if rows else None
+    finally:
+        cursor.close()
+
+
+def check_pragmas(pragmas: Mapping[str, str | int]) -> None:
+    for name, value in pragmas.items():
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_]+", name):
+            raise ValueError(f"pragmas: {name!r} is not the name of a PRAGMA")
+        if not isinstance(value, str | int):
+            raise TypeError(f"pragmas: the value of {name} must be str or int, not {type(value).__name__}")
+        if name.lower() in OWN_PRAGMAS:
+            raise ValueError(f"pragmas: {name} is the gateway's own: {OWN_PRAGMAS[name.lower()]}")
+
+
+def _open(
+    settings: Settings, policy: LockPolicy, tell: Callable[[int, str], object], attempt: Callable[[], ConnectionT]
+) -> ConnectionT:
+    try:
+        return policy.call(attempt, tell)
+    except sqlite3.Error as error:
+        if getattr(error, "sqlite_errorcode", None) is None or getattr(error, "from_hook", False):
+            raise
+        named = type(error)(f"cannot open {settings.path}: {error}")
+        named.sqlite_errorcode, named.sqlite_errorname = error.sqlite_errorcode, error.sqlite_errorname
+        raise named from error
+
+
+def _writer(settings: Settings, guard: Guard) -> sqlite3.Connection:
+    connection = _connect(settings, "rwc", sqlite3.Connection)
+    with _closing_on_error(connection):
+        # Reads the header: a file that is no database is refused here, before anything is written.
+        pragma(connection, "schema_version")
+        mode = pragma(connection, "journal_mode")
+        if mode.upper() != settings.journal_mode:
+            mode = pragma(connection, "journal_mode", settings.journal_mode)
+        if mode.upper() != settings.journal_mode:
+            raise _cannot_open(
+                settings.path,
+                f"journal_mode={settings.journal_mode} was refused ({mode} is in force), as on network file systems: "
+                'journal_mode="DELETE" is the way out',
+            )
+        configure(connection, settings)
+        _call_hook(connection, settings, readonly=False)
+        configure(connection, settings)
+        connection.isolation_level = None
+        guard.install(connection)
+        return connection
+
+
+def _connect(settings: Settings, mode: str, factory: type[ConnectionT]) -> ConnectionT:
+    # as_uri escapes what a URI would take for its own: # ? %. The busy timeout is 0, because neither interrupt()
+    # nor close can end a wait inside SQLite; the policy does the waiting.
+    connection = sqlite3.connect(
+        f"{Path(settings.path).as_uri()}?mode={mode}",
+        uri=True,
+        timeout=0,
+        isolation_level=None,
+        check_same_thread=False,
+        detect_types=settings.detect_types,
+        factory=factory,
+    )
+    connection.row_factory = settings.row_factory
+    return connection
+
+
+def _apply_pragmas(connection: sqlite3.Connection, settings: Settings) -> None:
+    for name, value in settings.pragmas.items():
+        set_pragma(connection, name, value)
+
+
+def _call_hook(connection: sqlite3.Connection, settings: Settings, *, readonly: bool) -> None:
+    if settings.on_connect is None:
+        return
+    try:
+        settings.on_connect(connection, readonly)
+        if connection.in_transaction:
+            connection.commit()
+    except BaseException as error:
+        error.add_note(f"onewriter: raised by on_connect for {settings.path} (readonly={readonly})")
+        if isinstance(error, sqlite3.Error):
+            error.from_hook = True  # type: ignore[attr-defined]
+        raise
+
+
+@contextlib.contextmanager
+def _closing_on_error(connection: sqlite3.Connection) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        sqlite3.Connection.close(connection)
+        raise
+
+
+def _reader_authorizer(action: int, first: str | None, second: str | None, *_: str | None) -> int:
+    if action in (sqlite3.SQLITE_ATTACH, sqlite3.SQLITE_DETACH):  # VACUUM INTO is an ATTACH too
+        return sqlite3.SQLITE_DENY
+    if action == sqlite3.SQLITE_PRAGMA and second is not None and (first or "").lower() == "query_only":
+        return sqlite3.SQLITE_DENY
+    return sqlite3.SQLITE_OK
+
+
+def _normal(name: str, value: object) -> str:
+    text = str(value).strip().strip("'\"").lower()
+    levels = LEVELS.get(name.lower(), ())
+    return str(levels.index(text)) if text in levels else WORDS.get(text, text)
+
+
+def _literal(value: str | int) -> str:
+    text = str(int(value)) if isinstance(value, int) else value
+    return text if re.fullmatch(r"-?\w+", text) else "'" + text.replace("'", "''") + "'"
+
+
+def _cannot_open(
+    path: str, reason: str, code: int = sqlite3.SQLITE_CANTOPEN, name: str = "SQLITE_CANTOPEN"
+) -> sqlite3.OperationalError:
+    error = sqlite3.OperationalError(f"cannot open {path}: {reason}")
+    error.sqlite_errorcode, error.sqlite_errorname = code, name
+    return error

@@ -1,0 +1,73 @@
+"""What onewriter raises.
+
+OneWriterError
+├── WriterClosedError          closed or closing: the work was not accepted
+├── WriterBrokenError          the gateway is out of service; ``__cause__`` is why
+├── CommitUnknownError         COMMIT met an I/O error that leaves the outcome open
+├── QueueFullError             no room in the queue within the timeout
+├── WriteTimeoutError          (also a TimeoutError) the wait for a write ended first
+├── ReadTimeoutError           (also a TimeoutError) the wait for a read ended first
+├── ReentrantWriteError        a wait that this thread itself would make endless
+├── TransactionClosedError     a Transaction used after its end or by another thread
+└── TransactionAbortedError    SQLite rolled back by itself and the job went on
+
+What a job or SQLite raised reaches the caller as it is, with a note that names the job.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from onewriter.job import Ticket
+
+
+class OneWriterError(Exception):
+    """Base of every error that onewriter itself raises."""
+
+
+class WriterClosedError(OneWriterError):
+    """The gateway is closed or closing. Not committed."""
+
+
+class WriterBrokenError(OneWriterError):
+    """The gateway is out of service; ``__cause__`` is why. Not committed. Make a new ``DbWriter``."""
+
+
+class CommitUnknownError(OneWriterError):
+    """COMMIT met an I/O error (``__cause__``) that leaves open whether the write is in the file. Unknown."""
+
+
+class QueueFullError(OneWriterError):
+    """The queue had no room for an ``enqueue`` within its timeout. Not committed."""
+
+
+class WriteTimeoutError(OneWriterError, TimeoutError):
+    """The wait for a write ended before its result came.
+
+    Attributes:
+        ticket: the job's ticket.
+        started: False: the job was withdrawn and will never run (Not committed). True: it goes on, whole, and
+            ``ticket`` will have its outcome.
+    """
+
+    def __init__(self, message: str, *, ticket: Ticket[Any], started: bool) -> None:
+        super().__init__(message)
+        self.ticket = ticket
+        self.started = started
+
+
+class ReadTimeoutError(OneWriterError, TimeoutError):
+    """The wait for a read ended before its result came. Nothing was changed."""
+
+
+class ReentrantWriteError(OneWriterError):
+    """The call would wait for something that only this thread can bring about. Not committed."""
+
+
+class TransactionClosedError(OneWriterError):
+    """A ``Transaction`` was used after its end, or by a thread that it does not belong to."""
+
+
+class TransactionAbortedError(OneWriterError):
+    """SQLite rolled the transaction back by itself, and the job went on. Rolled back."""

@@ -1,0 +1,76 @@
+"""What happens to gateways that are still open when the interpreter ends."""
+
+from __future__ import annotations
+
+import atexit
+import collections
+import logging
+import os
+import threading
+from time import monotonic
+
+from onewriter.log import report
+from onewriter.loop import WriterLoop
+from onewriter.queue import closed_error
+
+SLICE = 0.05  # seconds between two looks at whether jobs still finish
+
+_lock = threading.Lock()
+_open: set[WriterLoop] = set()
+
+
+def drain_at_exit(loop: WriterLoop) -> None:
+    with _lock:
+        _open.add(loop)
+
+
+def forget(loop: WriterLoop) -> None:
+    with _lock:
+        _open.discard(loop)
+
+
+def others_on(path: str) -> bool:
+    """Whether another open gateway of this process has the same file."""
+    try:
+        here = os.stat(path)
+    except OSError:
+        return False
+    with _lock:
+        return any(loop.is_on(here) for loop in _open)
+
+
+@atexit.register
+def _drain_all() -> None:
+    # The writers are daemon threads, because others are joined before any hook of ours runs: they would never be told
+    # to end. They run on until atexit is through (https://docs.python.org/3/library/atexit.html).
+    with _lock:
+        loops = list(_open)
+    for loop in loops:
+        loop.queue.refuse(closed_error())
+    for loop in loops:
+        _drain(loop)
+
+
+def _drain(loop: WriterLoop) -> None:
+    """Wait while jobs finish; give up when none has finished for ``lock_timeout`` seconds."""
+    finished, since = -1, monotonic()
+    while not loop.drained.wait(SLICE):
+        now = loop.holder.tally.finished
+        if now != finished:
+            finished, since = now, monotonic()
+        elif monotonic() - since > loop.lock_timeout:
+            labels = loop.unfinished()
+            counts = ", ".join(f"{count} × {label!r}" for label, count in collections.Counter(labels).most_common(20))
+            report(
+                loop.holder,
+                logging.CRITICAL,
+                "%s: not written at exit, since nothing has finished for %s s: %d jobs: %s; %s",
+                loop.label,
+                loop.lock_timeout,
+                len(labels),
+                counts,
+                loop.holder.describe(),
+            )
+            return
+    loop.readers.stop_waiting()
+    loop.join(loop.lock_timeout)

@@ -1,0 +1,670 @@
+"""DbWriter: what callers construct. Checks arguments, hands jobs in, waits; no SQL of its own."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import shutil
+import sqlite3
+import tempfile
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from time import monotonic
+from types import TracebackType
+from typing import Any, Literal, Self, TypeVar, overload
+
+from onewriter import exit as at_exit
+from onewriter.connection import Settings, check_path, check_pragmas, refuse_old_sqlite
+from onewriter.errors import ReadTimeoutError, ReentrantWriteError, WriteTimeoutError
+from onewriter.job import (
+    BareStatementJob,
+    FlushJob,
+    FunctionJob,
+    Job,
+    ManyJob,
+    ScriptJob,
+    StatementJob,
+    Ticket,
+    check_function,
+    refuse_live,
+)
+from onewriter.log import report
+from onewriter.loop import WriterLoop
+from onewriter.queue import closed_error
+from onewriter.readers import Reader
+from onewriter.retry import is_busy
+from onewriter.statement import Parameters, Result, capture, capture_many, check_many
+from onewriter.stats import CloseReport, Stats
+from onewriter.transaction import Transaction, check_sql
+
+T = TypeVar("T")
+Function = Callable[[Transaction], T]
+Parametric = Any  # a sequence or a mapping, as in sqlite3; checked by ``capture``
+
+GRACE = 0.25  # seconds that close leaves a writer whose wait for SQLite's lock it has just ended
+SYNCHRONOUS = ("OFF", "NORMAL", "FULL", "EXTRA")
+JOURNAL_MODES = ("WAL", "DELETE", "TRUNCATE", "PERSIST")
+
+
+class DbWriter:
+    """The single writer of a SQLite database, and a pool of read-only connections to it.
+
+    Returns once the write connection is open and configured. All methods may be called from any thread.
+    ``with DbWriter(path) as db:`` closes at the end.
+
+    Args:
+        path: the database file, created if it is not there. ``":memory:"`` and ``""``: a private temporary file,
+            removed at close.
+        label: names threads and log lines; default: the file name.
+        readers: most read-only connections.
+        maxsize: most queued ``enqueue`` jobs.
+        lock_timeout: seconds to keep trying for SQLite's write lock.
+        synchronous: https://www.sqlite.org/pragma.html#pragma_synchronous; FULL survives power loss.
+        journal_mode: https://www.sqlite.org/pragma.html#pragma_journal_mode
+        foreign_keys: whether they are enforced.
+        pragmas: set on every connection and read back.
+        on_connect: called with (connection, readonly) for every connection: functions, collations, ATTACH.
+        row_factory, detect_types: as in ``sqlite3``, for reads and writes.
+        on_error: called on the writer thread with the ticket of a failed ``enqueue`` job that nobody waits for.
+        wal_limit: bytes of WAL that the gateway tries to keep to.
+        auto_checkpoint: False: somebody else checkpoints.
+
+    Raises:
+        sqlite3.Error: the file cannot be opened, with the path and the reason; nothing was created.
+        TypeError, ValueError: an argument that cannot be meant; a PRAGMA that is not in force.
+        RuntimeError: SQLite is older than 3.37.2.
+    """
+
+    def __init__(
+        self,
+        path: str | bytes | os.PathLike[Any],
+        *,
+        label: str | None = None,
+        readers: int = 4,
+        maxsize: int = 10_000,
+        lock_timeout: float = 10.0,
+        synchronous: Literal["OFF", "NORMAL", "FULL", "EXTRA"] = "FULL",
+        journal_mode: Literal["WAL", "DELETE", "TRUNCATE", "PERSIST"] = "WAL",
+        foreign_keys: bool = True,
+        pragmas: Mapping[str, str | int] | None = None,
+        on_connect: Callable[[sqlite3.Connection, bool], object] | None = None,
+        row_factory: Any = None,
+        detect_types: int = 0,
+        on_error: Callable[[Ticket[Any]], object] | None = None,
+        wal_limit: int = 4 * 2**20,
+        auto_checkpoint: bool = True,
+    ) -> None:
+        refuse_old_sqlite()
+        _check_count("readers", readers)
+        _check_count("maxsize", maxsize)
+        _check_count("wal_limit", wal_limit, least=0)
+        _check_seconds("lock_timeout", lock_timeout)
+        _check_choice("synchronous", synchronous, SYNCHRONOUS)
+        _check_choice("journal_mode", journal_mode, JOURNAL_MODES)
+        for name, hook in (("on_connect", on_connect), ("on_error", on_error), ("row_factory", row_factory)):
+            if hook is not None and not callable(hook):
+                raise TypeError(f"{name} must be callable, not {type(hook).__name__}")
+        if label is not None and not isinstance(label, str):
+            raise TypeError(f"label must be a str, not {type(label).__name__}")
+        if not isinstance(detect_types, int):
+            raise TypeError(f"detect_types must be an int, not {type(detect_types).__name__}")
+        check_pragmas(pragmas or {})
+        self._path, folder = _resolve(path)
+        try:
+            check_path(self._path)
+            settings = Settings(
+                path=self._path,
+                lock_timeout=lock_timeout,
+                synchronous=synchronous,
+                journal_mode=journal_mode,
+                foreign_keys=bool(foreign_keys),
+                pragmas=dict(pragmas or {}),
+                on_connect=on_connect,
+                row_factory=row_factory,
+                detect_types=detect_types,
+                wal_limit=wal_limit,
+                auto_checkpoint=bool(auto_checkpoint),
+            )
+            self._loop = WriterLoop(
+                settings, label or os.path.basename(self._path), maxsize, readers, on_error, _ended(folder)
+            )
+            twins = at_exit.others_on(self._path)
+            self._loop.start()
+        except BaseException:
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+        self._holder = self._loop.holder
+        self._journal_mode = journal_mode
+        self._close_lock = threading.Lock()
+        at_exit.drain_at_exit(self._loop)
+        if twins:
+            report(
+                self._holder,
+                logging.WARNING,
+                "%s: %s is open in another DbWriter of this process: they wait for each other as two processes do",
+                self._loop.label,
+                self._path,
+            )
+
+    def __repr__(self) -> str:
+        stats = self.stats()
+        state = "closed" if self.closed else self.health
+        return f"<DbWriter {self._path!r} {state} queue_depth={stats.queue_depth} committed={stats.committed}>"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        loop: WriterLoop | None = getattr(self, "_loop", None)
+        if loop is not None and loop.queue.refuse(closed_error()):
+            loop.readers.stop_waiting()
+            warnings.warn(f"unclosed {loop.label} ({self._path})", ResourceWarning, source=self, stacklevel=2)
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a DbWriter cannot be pickled: open one in each process")
+
+    # Writes -----------------------------------------------------------------------------------------------------------
+
+    @overload
+    def run(
+        self, sql: str, params: Parametric = (), /, *, label: str | None = None, timeout: float | None = 30.0
+    ) -> Result: ...
+    @overload
+    def run(
+        self,
+        fn: Function[T],
+        /,
+        *,
+        label: str | None = None,
+        timeout: float | None = 30.0,
+        foreign_keys: bool | None = None,
+    ) -> T: ...
+    def run(
+        self,
+        what: str | Function[T],
+        params: Parametric = (),
+        /,
+        *,
+        label: str | None = None,
+        timeout: float | None = 30.0,
+        foreign_keys: bool | None = None,
+    ) -> Any:
+        """Write in a transaction of its own; returns after COMMIT.
+
+        Blocks. Inside a job of this gateway it acts on that job's transaction, as a savepoint.
+
+        Args:
+            what: one SQL statement, or a function of the ``Transaction``. A function may run a second time if
+                something else undid the transaction it shared; see "Batches" in the documentation.
+            params: of the statement; copied now.
+            label: the job's name in logs and messages.
+            timeout: seconds from the call to the result; None: for ever.
+            foreign_keys: False: enforcement is off for this function, and its result is checked before COMMIT.
+
+        Raises:
+            WriteTimeoutError: no result in time. ``started`` False: Not committed. True: it goes on, see ``ticket``.
+            sqlite3.OperationalError: SQLite's lock was not to be had in ``lock_timeout`` (SQLITE_BUSY). Not committed.
+            CommitUnknownError: COMMIT met an I/O error. Unknown.
+            WriterClosedError, WriterBrokenError, ReentrantWriteError: Not committed.
+            What SQLite or the function raised: Rolled back.
+        """
+        job = self._job(what, params, label, foreign_keys)
+        return self._execute(job, timeout)
+
+    def run_many(
+        self,
+        sql: str,
+        seq_of_params: Iterable[Any],
+        /,
+        *,
+        label: str | None = None,
+        timeout: float | None = 30.0,
+    ) -> Result:
+        """Run one statement for each row of parameters, all or none; returns after COMMIT.
+
+        A generator is consumed now, once. ``rowcount`` is that of all rows. Raises as ``run`` does, and
+        sqlite3.ProgrammingError for RETURNING (Not committed).
+        """
+        check_many(check_sql(sql))
+        return self._execute(ManyJob(self._holder, sql, capture_many(seq_of_params), _check_label(label)), timeout)
+
+    def run_script(
+        self,
+        sql: str,
+        /,
+        *,
+        label: str | None = None,
+        timeout: float | None = 30.0,
+        foreign_keys: bool | None = None,
+    ) -> None:
+        """Run many statements, all or none, without a hidden COMMIT; returns after COMMIT. Raises as ``run`` does."""
+        _check_foreign_keys(foreign_keys)
+        self._execute(ScriptJob(self._holder, check_sql(sql), _check_label(label), foreign_keys), timeout)
+
+    def run_without_transaction(
+        self, sql: str, params: Parametric = (), /, *, label: str | None = None, timeout: float | None = 30.0
+    ) -> Result:
+        """Run one statement alone, outside any transaction, for VACUUM and PRAGMA; returns when it is done.
+
+        BEGIN, COMMIT, ROLLBACK, SAVEPOINT and ATTACH are refused. Raises as ``run`` does.
+        """
+        self._holder.refuse_endless_wait("run_without_transaction")
+        return self._execute(
+            BareStatementJob(self._holder, check_sql(sql), capture(params), _check_label(label)), timeout
+        )
+
+    @overload
+    def enqueue(
+        self, sql: str, params: Parametric = (), /, *, label: str | None = None, timeout: float | None = 30.0
+    ) -> Ticket[Result]: ...
+    @overload
+    def enqueue(self, fn: Function[T], /, *, label: str | None = None, timeout: float | None = 30.0) -> Ticket[T]: ...
+    def enqueue(
+        self,
+        what: str | Function[T],
+        params: Parametric = (),
+        /,
+        *,
+        label: str | None = None,
+        timeout: float | None = 30.0,
+    ) -> Ticket[Any]:
+        """Hand a write in and return its ticket, without waiting for it: accepted, not committed.
+
+        Blocks while the queue is full, at most ``timeout`` seconds; inside a job, and in a finalizer or signal handler
+        that interrupted the queue itself, it never blocks. Inside a job it is not part of that job.
+
+        Raises:
+            QueueFullError: no room in time. Not committed.
+            WriterClosedError, WriterBrokenError: Not committed.
+        """
+        _check_timeout(timeout)
+        job = self._job(what, params, label, None)
+        job.loud = threading.get_ident() not in self._holder.reporting
+        job.bounded = not self._holder.is_mine()  # the thread that makes room does not wait for room
+        self._loop.queue.put(job, timeout=timeout)
+        return job
+
+    def flush(self, timeout: float | None = None) -> None:
+        """Wait until everything accepted before the call has its outcome, at most ``timeout`` seconds.
+
+        Raises:
+            WriteTimeoutError: not yet; the jobs go on.
+            ReentrantWriteError: called inside a job.
+        """
+        self._holder.refuse_endless_wait("flush")
+        self._execute(FlushJob(self._holder, "flush", None), timeout)
+
+    # Reads ------------------------------------------------------------------------------------------------------------
+
+    @overload
+    def read(
+        self,
+        sql: str,
+        params: Parametric = (),
+        /,
+        *,
+        label: str | None = None,
+        timeout: float | None = 30.0,
+        after: Ticket[Any] | None = None,
+    ) -> list[Any]: ...
+    @overload
+    def read(
+        self,
+        fn: Callable[[sqlite3.Connection], T],
+        /,
+        *,
+        label: str | None = None,
+        timeout: float | None = 30.0,
+        after: Ticket[Any] | None = None,
+    ) -> T: ...
+    def read(
+        self,
+        what: str | Callable[[sqlite3.Connection], T],
+        params: Parametric = (),
+        /,
+        *,
+        label: str | None = None,
+        timeout: float | None = 30.0,
+        after: Ticket[Any] | None = None,
+    ) -> Any:
+        """Run one SELECT on a read-only connection and return all its rows, or what ``what(connection)`` returns.
+
+        Sees every write that was acknowledged before the call, and never waits for the writer. A function sees one
+        snapshot. Inside a job it sees that job's transaction.
+
+        Args:
+            timeout: seconds for waiting for a connection and running the SQL; None: for ever.
+            after: wait until this write is committed, then read.
+
+        Raises:
+            ReadTimeoutError: not in time.
+            sqlite3.Error: what SQLite raised; a statement that writes is refused.
+            What ``after`` failed with; ValueError if it is another gateway's.
+        """
+        if isinstance(what, str):
+            return self._read(what, capture(params), label, timeout, after, _all_rows)
+        _check_no_params(params)
+        return self._read_with(what, label, timeout, after)
+
+    def read_one(
+        self,
+        sql: str,
+        params: Parametric = (),
+        /,
+        *,
+        label: str | None = None,
+        timeout: float | None = 30.0,
+        after: Ticket[Any] | None = None,
+    ) -> Any:
+        """Return the first row of a SELECT, or None. Otherwise as ``read``."""
+        return self._read(check_sql(sql), capture(params), label, timeout, after, _first_row)
+
+    def read_value(
+        self,
+        sql: str,
+        params: Parametric = (),
+        /,
+        *,
+        label: str | None = None,
+        timeout: float | None = 30.0,
+        after: Ticket[Any] | None = None,
+    ) -> Any:
+        """Return the first column of the first row, whatever ``row_factory`` is, or None. Otherwise as ``read``."""
+        return self._read(check_sql(sql), capture(params), label, timeout, after, _first_value)
+
+    # Operations -------------------------------------------------------------------------------------------------------
+
+    @property
+    def path(self) -> str:
+        """The database file, absolute."""
+        return self._path
+
+    @property
+    def journal_mode(self) -> str:
+        """The journal mode in force: ``"WAL"``, ``"DELETE"`` …"""
+        return self._journal_mode
+
+    @property
+    def health(self) -> str:
+        """``"ok"``, ``"degraded: why"`` or ``"broken: why"``."""
+        return self._holder.health
+
+    @property
+    def closed(self) -> bool:
+        """Whether new work is refused."""
+        return self._loop.queue.refusing
+
+    def in_writer(self) -> bool:
+        """Whether the calling thread is inside a job of this gateway."""
+        return self._holder.is_mine()
+
+    def stats(self) -> Stats:
+        """Counts of this moment."""
+        with self._holder.lock:
+            tally = self._holder.tally
+            return Stats(
+                queue_depth=self._loop.queue.qsize(),
+                committed=tally.committed,
+                failed=tally.failed,
+                cancelled=tally.cancelled,
+                commits=tally.commits,
+            )
+
+    def close(self, timeout: float | None = None, *, drain: bool = True) -> CloseReport:
+        """Refuse new work, finish what was accepted, close all connections, and say what became of every job.
+
+        May be called again, and from several threads.
+
+        Args:
+            timeout: seconds to wait; then what has not started is withdrawn, and a job that runs is reported as
+                unfinished. None: for ever.
+            drain: False: withdraw at once what has not started.
+
+        Raises:
+            ReentrantWriteError: called inside a job.
+        """
+        _check_timeout(timeout)
+        self._holder.refuse_endless_wait("close")
+        loop = self._loop
+        loop.queue.refuse(closed_error())
+        if not drain:
+            loop.abandon()
+        if not loop.join(timeout):
+            loop.abandon()
+            loop.readers.stop_waiting()
+            loop.join(GRACE)
+        unfinished = loop.unfinished()
+        with self._holder.lock:
+            tally = self._holder.tally
+            return CloseReport(
+                tally.committed, tally.failed, tally.cancelled, len(unfinished), (*tally.labels, *unfinished)
+            )
+
+    # Behind them ------------------------------------------------------------------------------------------------------
+
+    def _job(self, what: Any, params: Parametric, label: str | None, foreign_keys: bool | None) -> Job[Any]:
+        _check_label(label)
+        if isinstance(what, str):
+            if foreign_keys is not None:
+                raise TypeError("foreign_keys goes with a function or run_script, not with one statement")
+            return StatementJob(self._holder, what, capture(params), label)
+        if not callable(what):
+            raise TypeError(f"a job is SQL (str) or a function of the Transaction, not {type(what).__name__}")
+        _check_no_params(params)
+        _check_foreign_keys(foreign_keys)
+        check_function(what)
+        return FunctionJob(self._holder, what, label, foreign_keys)
+
+    def _execute(self, job: Job[T], timeout: float | None) -> T:
+        """Have a job done and return its result: by the writer, or here if this thread is inside a transaction."""
+        _check_timeout(timeout)
+        transaction = self._holder.current()
+        if transaction is not None:
+            if job.foreign_keys is not None:
+                raise ReentrantWriteError("foreign_keys= needs a transaction of its own: call it outside the job")
+            with transaction.savepoint():
+                return job.perform(transaction)
+        self._holder.refuse_endless_wait(f"waiting for job {job.describe()}")
+        self._loop.queue.put(job)
+        try:
+            in_time = job.wait(timeout)
+        except BaseException:  # Ctrl-C
+            job.cancel()
+            raise
+        if not in_time and not job.done():
+            holder = self._holder.describe()
+            if job.cancel():
+                raise WriteTimeoutError(
+                    f"job {job.describe()} did not start within {timeout} s and is withdrawn: {holder}",
+                    ticket=job,
+                    started=False,
+                )
+            if job.make_loud():
+                raise WriteTimeoutError(
+                    f"job {job.describe()} did not finish within {timeout} s; it goes on: {holder}",
+                    ticket=job,
+                    started=True,
+                )
+        return job.result()
+
+    def _read(
+        self,
+        sql: str,
+        parameters: Parameters,
+        label: str | None,
+        timeout: float | None,
+        after: Ticket[Any] | None,
+        fetch: Callable[[sqlite3.Cursor], Any],
+    ) -> Any:
+        _check_label(label)
+        deadline = self._wait_for(after, timeout)
+        transaction = self._holder.current()
+        if transaction is not None:
+            return transaction.query(sql, parameters, fetch)
+        with self._loop.readers.lend(label or sql, _left(deadline)) as reader:
+
+            def attempt() -> Any:
+                cursor = sqlite3.Connection.execute(reader.connection, sql, parameters)
+                try:
+                    return fetch(cursor)
+                finally:
+                    cursor.close()
+
+            return self._attempt(reader, attempt, label or sql, timeout)
+
+    def _read_with(
+        self,
+        function: Callable[[sqlite3.Connection], T],
+        label: str | None,
+        timeout: float | None,
+        after: Ticket[Any] | None,
+    ) -> T:
+        if not callable(function):
+            raise TypeError(f"a read is SQL (str) or a function of the connection, not {type(function).__name__}")
+        check_function(function)
+        _check_label(label)
+        deadline = self._wait_for(after, timeout)
+        if self._holder.current() is not None:
+            raise ReentrantWriteError("read(function) inside a job would not see the job's transaction: use tx.execute")
+        name = label or str(getattr(function, "__qualname__", type(function).__qualname__))
+        with self._loop.readers.lend(name, _left(deadline)) as reader:
+
+            def pin() -> None:
+                sqlite3.Connection.execute(reader.connection, "BEGIN").close()
+                # BEGIN alone pins no snapshot: the first read does.
+                sqlite3.Connection.execute(reader.connection, "PRAGMA schema_version").close()
+
+            self._attempt(reader, pin, name, timeout)
+            return self._attempt(reader, lambda: refuse_live(function(reader.connection)), name, timeout, retry=False)
+
+    def _attempt(
+        self, reader: Reader, attempt: Callable[[], T], label: str, timeout: float | None, retry: bool = True
+    ) -> T:
+        """Read; wait while a lock is in the way (a recovery, or a COMMIT in the rollback-journal modes)."""
+        try:
+            try:
+                return attempt()
+            except sqlite3.OperationalError as error:
+                if not (retry and is_busy(error)):
+                    raise
+            return reader.policy.call(attempt, _say_nothing, budget=max(0.0, reader.deadline - monotonic()))
+        except sqlite3.Error as error:
+            self._holder.note_corruption(error)
+            if reader.is_late() and (is_busy(error) or error.sqlite_errorcode == sqlite3.SQLITE_INTERRUPT):
+                raise ReadTimeoutError(f"{label!r} did not end within {timeout} s") from error
+            raise
+
+    def _wait_for(self, after: Ticket[Any] | None, timeout: float | None) -> float:
+        """Wait until the write ``after`` is committed; returns the deadline of the read."""
+        _check_timeout(timeout)
+        deadline = math.inf if timeout is None else monotonic() + timeout
+        if after is not None:
+            if not isinstance(after, Ticket):
+                raise TypeError(f"after must be a Ticket, not {type(after).__name__}")
+            if not after.belongs_to(self._holder):
+                raise ValueError(f"after: {after!r} is of another DbWriter")
+            if not after.done():
+                self._holder.refuse_endless_wait("read(after=…)")
+                if not after.wait(_left(deadline)) and not after.done():
+                    raise ReadTimeoutError(
+                        f"{after.describe()} was not committed within {timeout} s: {self._holder.describe()}"
+                    )
+            after.result()
+        return deadline
+
+
+def _all_rows(cursor: sqlite3.Cursor) -> list[Any]:
+    return cursor.fetchall()
+
+
+def _first_row(cursor: sqlite3.Cursor) -> Any:
+    return cursor.fetchone()
+
+
+def _first_value(cursor: sqlite3.Cursor) -> Any:
+    cursor.row_factory = None
+    row = cursor.fetchone()
+    return None if row is None else row[0]
+
+
+def _say_nothing(level: int, text: str) -> None:
+    pass
+
+
+def _left(deadline: float) -> float | None:
+    return None if deadline == math.inf else max(0.0, deadline - monotonic())
+
+
+def _ended(folder: str | None) -> Callable[[WriterLoop], None]:
+    """What is left to do when a writer has ended; holds no gateway, so that a dropped one can be collected."""
+
+    def ended(loop: WriterLoop) -> None:
+        at_exit.forget(loop)
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    return ended
+
+
+def _resolve(path: object) -> tuple[str, str | None]:
+    """The absolute path, and the folder to remove at close if the database is a temporary one."""
+    if not isinstance(path, str | bytes | os.PathLike):
+        raise TypeError(f"path must be str, bytes or os.PathLike, not {type(path).__name__}")
+    name = os.fsdecode(path)
+    if name in (":memory:", ""):
+        # A real file, since several connections have to see it; SQLite's own shared memory databases know no WAL.
+        folder = tempfile.mkdtemp(prefix="onewriter-")
+        return os.path.join(folder, "memory.db"), folder
+    if name.startswith("file:"):
+        raise ValueError(f"path {name!r} is a URI: give a plain path, or ':memory:' for a private temporary database")
+    if "\0" in name:
+        raise ValueError(f"path {name!r} has a null character")
+    return os.path.abspath(name), None
+
+
+def _check_count(name: str, value: object, least: int = 1) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, not {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, not {value}")
+
+
+def _check_seconds(name: str, value: object) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number of seconds, not {type(value).__name__}")
+    if math.isnan(value) or value < 0:
+        raise ValueError(f"{name} must be 0 or more seconds, not {value}")
+
+
+def _check_timeout(timeout: object) -> None:
+    if timeout is not None:
+        _check_seconds("timeout", timeout)
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+
+
+def _check_label(label: object) -> Any:
+    if label is not None and not isinstance(label, str):
+        raise TypeError(f"label must be a str, not {type(label).__name__}")
+    return label
+
+
+def _check_foreign_keys(value: object) -> None:
+    if value is not None and not isinstance(value, bool):
+        raise TypeError(f"foreign_keys must be a bool or None, not {type(value).__name__}")
+
+
+def _check_no_params(params: object) -> None:
+    if not (isinstance(params, tuple) and not params):
+        raise TypeError("parameters go with SQL; a function gets its values from its closure or functools.partial")

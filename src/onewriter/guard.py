@@ -1,0 +1,76 @@
+"""Guard: what a job may do on the write connection, asked by SQLite whenever a statement is prepared."""
+
+from __future__ import annotations
+
+import enum
+import secrets
+import sqlite3
+
+SCHEMA_CHANGES = frozenset((*range(1, 9), *range(10, 18), 26, 29, 30))  # CREATE, DROP, ALTER
+# Inside a transaction SQLite ignores these or only answers, so a job would believe that they are in force.
+NOT_IN_A_TRANSACTION = frozenset(("foreign_keys", "journal_mode", "synchronous", "locking_mode", "wal_checkpoint"))
+# On these the gateway's own waiting, reading and checkpointing rest.
+NEVER = frozenset(("query_only", "busy_timeout", "locking_mode", "wal_autocheckpoint", "journal_size_limit"))
+
+
+class Mode(enum.Enum):
+    GATEWAY = "the gateway's own statements"
+    JOB = "a job, inside its transaction"
+    BARE = "a statement outside any transaction"
+    VACUUM = "VACUUM outside any transaction"
+
+
+class Guard:
+    """The authorizer of the write connection. Set once, since setting it makes SQLite prepare every statement anew.
+
+    Threads: used by the thread that holds the write connection.
+    """
+
+    def __init__(self) -> None:
+        # The texts of the gateway's own statements are unknown to jobs: SQLite does not ask again for a cached text.
+        self._secret = secrets.token_hex(8)
+        self.mode = Mode.GATEWAY
+        self.refusal: str | None = None
+        self.schema_changed = True
+        self.settings_touched = False
+
+    def own(self, sql: str) -> str:
+        return f"{sql} /* {self._secret} */"
+
+    def install(self, connection: sqlite3.Connection) -> None:
+        """Ask from now on, and for every statement prepared earlier too."""
+        self.settings_touched = False
+        connection.set_authorizer(self)
+
+    def __call__(self, action: int, first: str | None, second: str | None, *_: str | None) -> int:
+        if self.mode is Mode.GATEWAY:
+            return sqlite3.SQLITE_OK
+        if action in SCHEMA_CHANGES:
+            self.schema_changed = True
+        elif action in (sqlite3.SQLITE_TRANSACTION, sqlite3.SQLITE_SAVEPOINT):
+            if self.mode is not Mode.VACUUM:
+                verb = "SAVEPOINT" if action == sqlite3.SQLITE_SAVEPOINT else first
+                return self._deny(f"{verb} is the gateway's: it begins, commits and rolls back (tx.savepoint() nests)")
+        elif action in (sqlite3.SQLITE_ATTACH, sqlite3.SQLITE_DETACH):
+            if self.mode is not Mode.VACUUM:
+                return self._deny("ATTACH and DETACH belong in on_connect, where every connection gets them")
+        elif action == sqlite3.SQLITE_PRAGMA and second is not None:
+            return self._pragma((first or "").lower())
+        elif action == sqlite3.SQLITE_PRAGMA and first == "wal_checkpoint" and self.mode is Mode.JOB:
+            return self._deny("a checkpoint cannot run inside a transaction")
+        return sqlite3.SQLITE_OK
+
+    def _pragma(self, name: str) -> int:
+        if name in NEVER:
+            return self._deny(f"PRAGMA {name} is the gateway's: use the argument of DbWriter")
+        if self.mode is Mode.JOB and name in NOT_IN_A_TRANSACTION:
+            return self._deny(
+                f"PRAGMA {name} has no effect inside a transaction, and a job is one: "
+                "use run_without_transaction, or foreign_keys=False on the job to rebuild a table"
+            )
+        self.settings_touched = True
+        return sqlite3.SQLITE_OK
+
+    def _deny(self, reason: str) -> int:
+        self.refusal = reason
+        return sqlite3.SQLITE_DENY

@@ -1,0 +1,96 @@
+"""Holder: who is on the write connection now."""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+import threading
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from onewriter.errors import ReentrantWriteError, WriterBrokenError
+from onewriter.log import report
+from onewriter.stats import Tally
+
+if TYPE_CHECKING:
+    from onewriter.job import Job
+    from onewriter.transaction import Transaction
+
+CORRUPT = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+
+
+class Holder:
+    """The one place that says which job holds the writer, in which thread, and since when.
+
+    Locks:   ``lock`` guards the state of every ticket of this gateway. Nothing blocks and no callback runs while it is
+             held; it is re-entrant because finalizers and signal handlers may cancel or enqueue at any moment.
+    Threads: the rest is written by the writer thread and read by any; each attribute is read in one step.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.tally = Tally()  # guarded by lock
+        self.health = "ok"
+        self.broken: BaseException | None = None  # why the gateway is out of service
+        self.writer_thread = 0
+        self.reporting: set[int] = set()  # threads inside our log calls: failures of what they enqueue stay unlogged
+        self._job: Job[Any] | None = None
+        self._transaction: Transaction | None = None
+        self._waiting: tuple[Job[Any], float] | None = None
+
+    def enter(self, job: Job[Any], transaction: Transaction | None) -> None:
+        self._job, self._transaction = job, transaction
+
+    def leave(self) -> None:
+        self._job = self._transaction = None
+
+    def wait_for_lock(self, job: Job[Any]) -> None:
+        self._waiting = (job, monotonic())
+
+    def has_lock(self) -> None:
+        self._waiting = None
+
+    def current(self) -> Transaction | None:
+        """The open transaction that belongs to the calling thread, if there is one."""
+        transaction = self._transaction
+        if transaction is not None and transaction.thread == threading.get_ident():
+            return transaction
+        return None
+
+    def is_mine(self) -> bool:
+        """Whether the calling thread is the writer thread or holds the open transaction."""
+        return threading.get_ident() == self.writer_thread or self.current() is not None
+
+    def refuse_endless_wait(self, what: str) -> None:
+        # Who owns the lock here is a finalizer or signal handler inside it: the writer could not go on.
+        if self.is_mine() or self.lock._is_owned():  # type: ignore[attr-defined]
+            raise ReentrantWriteError(
+                f"{what} inside a job or callback of the writer waits for the writer itself, so it would never end: "
+                "call it outside, or use on_commit or enqueue without waiting"
+            )
+
+    def refuse_if_broken(self) -> None:
+        if self.broken is not None:
+            raise broken_error(self.broken)
+
+    def note_corruption(self, error: BaseException) -> None:
+        """Say once, loudly, that the file is damaged; every job that it hits fails with SQLite's error."""
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF in CORRUPT and self.health == "ok":
+            self.health = f"degraded: {error}"
+            report(self, logging.CRITICAL, "the database is damaged: %s; restore it from a backup", error)
+
+    def describe(self) -> str:
+        """Who holds the writer, for messages: label, since when, and where it was called from."""
+        job, waiting = self._job, self._waiting
+        if job is not None:
+            return f"the writer is held by {job.describe()} for {monotonic() - job.started_at:.2f} s"
+        if waiting is not None:
+            since = f"{monotonic() - waiting[1]:.2f} s"
+            return f"the writer waits since {since} for SQLite's lock, held elsewhere, to run {waiting[0].describe()}"
+        return "the writer is between jobs"
+
+
+def broken_error(cause: BaseException) -> WriterBrokenError:
+    error = WriterBrokenError(f"the gateway is out of service: {cause}; close it and open a new DbWriter")
+    error.__cause__ = cause
+    return error

@@ -1,0 +1,475 @@
+"""Job and Ticket: what crosses the thread boundary, and the handle of its outcome."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import inspect
+import os
+import sqlite3
+import sys
+import threading
+import types
+from collections.abc import Callable, Generator, Iterable
+from time import monotonic
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, cast
+
+from onewriter.log import contain
+from onewriter.statement import Parameters, Result, describe_sql
+
+if TYPE_CHECKING:
+    from onewriter.holder import Holder
+    from onewriter.transaction import Transaction
+
+T = TypeVar("T")
+
+PENDING, RUNNING, CANCELLED, DONE = range(4)
+LABEL_LENGTH = 60
+LIVE_RESULTS = (
+    sqlite3.Cursor,
+    sqlite3.Blob,
+    types.GeneratorType,
+    types.CoroutineType,
+    types.AsyncGeneratorType,
+)
+
+
+class Timings(NamedTuple):
+    """Where a job's time went, in seconds."""
+
+    queued: float
+    lock_wait: float
+    run: float
+    commit: float
+
+
+class Ticket(Generic[T]):
+    """The handle of a write's outcome, as a ``concurrent.futures.Future`` is; it resolves only after COMMIT.
+
+    States:  PENDING → RUNNING → DONE; PENDING → CANCELLED or DONE. Never backwards.
+    Locks:   the gateway's one ``holder.lock`` guards _state, _waiters and _callbacks. Whoever waits looks at the state
+             and leaves its wake-up lock in one hold of it, and the outcome is set and the wake-ups are taken in one
+             hold: with or without a GIL, a wait either sees the outcome or is woken.
+    Threads: every method may be called from any thread; the outcome is written by the writer thread before DONE.
+    """
+
+    counted = True  # in the statistics
+
+    __slots__ = (
+        "__weakref__",
+        "_attempts",
+        "_callbacks",
+        "_code",
+        "_error",
+        "_holder",
+        "_label",
+        "_line",
+        "_result",
+        "_source",
+        "_state",
+        "_timings",
+        "_waiters",
+        "created_at",
+        "loud",
+        "sequence",
+        "started_at",
+    )
+
+    def __init__(self, holder: Holder, source: object, label: str | None) -> None:
+        frame = _caller()
+        self._holder = holder
+        self._source = source  # the SQL text, or the function's name: the default label
+        self._label = label
+        self._code, self._line = frame.f_code, frame.f_lineno
+        self._state = PENDING
+        self._result: T | None = None
+        self._error: BaseException | None = None
+        self._waiters: list[Any] | None = None
+        self._callbacks: list[Callable[[Ticket[T]], object]] | None = None
+        self._attempts = 0
+        self._timings: Timings | None = None
+        self.loud = False  # nobody waits: a failure is logged and given to on_error
+        self.created_at = monotonic()
+        self.started_at = 0.0
+        self.sequence: int | None = None
+
+    def __repr__(self) -> str:
+        state = ("pending", "running", "cancelled", "done")[self._state]
+        return f"<{type(self).__name__} {self.label!r} {state}>"
+
+    @property
+    def label(self) -> str:
+        """The job's name in logs and messages; default: the function's qualified name or the SQL's beginning."""
+        if self._label is None:
+            self._label = str(self._source)[:LABEL_LENGTH]
+        return self._label
+
+    @property
+    def called_from(self) -> str:
+        """Where the job was handed in: ``"file.py:123 in name"``."""
+        return f"{os.path.basename(self._code.co_filename)}:{self._line} in {self._code.co_name}"
+
+    @property
+    def timings(self) -> Timings | None:
+        """Seconds queued, waiting for SQLite's lock, running, and in COMMIT; None until the job is over."""
+        return self._timings
+
+    def describe(self) -> str:
+        return f"{self.label!r} (called from {self.called_from})"
+
+    def belongs_to(self, holder: Holder) -> bool:
+        return self._holder is holder
+
+    def done(self) -> bool:
+        """Whether the outcome is there: committed, failed or cancelled."""
+        return self._state >= CANCELLED
+
+    def running(self) -> bool:
+        """Whether the job has started and has no outcome yet."""
+        return self._state == RUNNING
+
+    def cancelled(self) -> bool:
+        """Whether the job was withdrawn before it started."""
+        return self._state == CANCELLED
+
+    def cancel(self) -> bool:
+        """Withdraw the job if it has not started. Returns True if it never runs, False if it runs or ran."""
+        return self.withdraw(None)
+
+    def withdraw(self, error: BaseException | None) -> bool:
+        """Cancel; ``error`` is what ``result`` raises then, in place of CancelledError."""
+        with self._holder.lock:
+            if self._state != PENDING:
+                return self._state == CANCELLED
+            self._state, self._error = CANCELLED, error
+            if self.counted:
+                self._holder.tally.count_cancelled(self.label)
+            woken, self._waiters = self._waiters, None
+        self._drop_work()
+        for wakeup in woken or ():
+            wakeup.release()
+        self.run_callbacks()
+        return True
+
+    def result(self, timeout: float | None = None) -> T:
+        """Wait for the outcome and return it, at most ``timeout`` seconds (None: for ever).
+
+        Raises:
+            TimeoutError: no outcome yet; the job is not withdrawn.
+            concurrent.futures.CancelledError: withdrawn. Not committed.
+            ReentrantWriteError: called inside a job, before the outcome is there.
+            What the job raised: Rolled back.
+        """
+        self._outcome_within(timeout)
+        if self._error is not None:
+            try:
+                raise self._error
+            finally:
+                del self  # the traceback would hold the ticket, and the ticket the traceback
+        return cast(T, self._result)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Wait as ``result`` does and return the job's error, or None if it was committed."""
+        self._outcome_within(timeout)
+        return self._error
+
+    def add_done_callback(self, fn: Callable[[Ticket[T]], object]) -> None:
+        """Call ``fn(ticket)`` once the outcome is there: on the writer thread, or now if it is there already."""
+        with self._holder.lock:
+            if self._state < CANCELLED or self._callbacks:
+                self._callbacks = [*(self._callbacks or ()), fn]
+                return
+        contain(self._holder, fn, self)
+
+    def future(self) -> concurrent.futures.Future[T]:
+        """A real ``concurrent.futures.Future`` of the same outcome; cancelling it withdraws the job."""
+        future = _TicketFuture(self)
+        self.add_done_callback(future.resolve)
+        return future
+
+    def __await__(self) -> Generator[Any, None, T]:
+        return asyncio.wrap_future(self.future()).__await__()
+
+    def wait(self, timeout: float | None) -> bool:
+        """Wait for the outcome; False if ``timeout`` seconds went by without one."""
+        wakeup = threading.Lock()
+        wakeup.acquire()
+        with self._holder.lock:
+            if self._state >= CANCELLED:
+                return True
+            self._waiters = [*(self._waiters or ()), wakeup]
+        try:
+            return wakeup.acquire(timeout=-1 if timeout is None else min(timeout, threading.TIMEOUT_MAX))
+        finally:
+            with self._holder.lock:
+                if self._waiters and wakeup in self._waiters:
+                    self._waiters.remove(wakeup)
+
+    def _outcome_within(self, timeout: float | None) -> None:
+        if self._state < CANCELLED:
+            self._holder.refuse_endless_wait("waiting for a ticket")
+            if not self.wait(timeout) and self._state < CANCELLED:
+                raise TimeoutError(
+                    f"no outcome of job {self.describe()} within {timeout} s; it was not withdrawn: "
+                    f"{self._holder.describe()}"
+                )
+        if self._state == CANCELLED:
+            if self._error is not None:
+                raise self._error
+            raise concurrent.futures.CancelledError(f"job {self.describe()} was withdrawn before it started")
+
+    def run_callbacks(self) -> None:
+        """Call the callbacks in order, once each. What they raise is logged."""
+        while True:
+            with self._holder.lock:
+                callbacks, self._callbacks = self._callbacks, None
+            if not callbacks:
+                return
+            for fn in callbacks:
+                contain(self._holder, fn, self)
+
+    def _drop_work(self) -> None:
+        pass
+
+
+class _TicketFuture(concurrent.futures.Future[T]):
+    def __init__(self, ticket: Ticket[T]) -> None:
+        super().__init__()
+        self._ticket = ticket
+
+    def cancel(self) -> bool:
+        return self._ticket.cancel()
+
+    def running(self) -> bool:
+        return self._ticket.running()
+
+    def resolve(self, ticket: Ticket[T]) -> None:
+        if ticket.cancelled():
+            super().cancel()
+        if not self.set_running_or_notify_cancel():
+            return
+        error = ticket.exception()
+        if error is not None:
+            self.set_exception(error)
+        else:
+            self.set_result(ticket.result())
+
+
+class Job(Ticket[T]):
+    """A write: what to do on the write connection, and the ticket of its outcome.
+
+    ``alone``: it never shares a transaction; ``bounded``: it counts against the queue's ``maxsize``.
+    """
+
+    __slots__ = ("bounded", "foreign_keys")
+    alone = False
+    in_transaction = True
+
+    def __init__(self, holder: Holder, source: object, label: str | None, foreign_keys: bool | None = None) -> None:
+        super().__init__(holder, source, label)
+        self.bounded = False
+        self.foreign_keys = foreign_keys
+
+    @property
+    def attempts(self) -> int:
+        """How often the job began; 2 only if something undid the shared transaction it ran in."""
+        return self._attempts
+
+    def must_be_alone(self) -> bool:
+        return self.alone or self.foreign_keys is not None
+
+    def perform(self, tx: Transaction) -> T:
+        raise NotImplementedError
+
+    def start(self) -> bool:
+        """Claim the job for its run; False if it was withdrawn or has its outcome already."""
+        # Between the look and the store CPython runs neither a finalizer nor a signal handler (no call, no loop), so
+        # the re-entrant lock suffices against this thread's own finalizers too.
+        with self._holder.lock:
+            if self._state == PENDING:
+                self._state = RUNNING
+            started = self._state == RUNNING
+        if started:
+            self._attempts += 1
+            self.started_at = monotonic()
+        return started
+
+    def make_loud(self) -> bool:
+        """Have a failure told loudly, since the caller no longer waits; False if the outcome is there already."""
+        with self._holder.lock:
+            self.loud = self._state < CANCELLED
+            return self.loud
+
+    def set_outcome(self, result: T | None, error: BaseException | None) -> None:
+        """Keep the outcome; nobody sees it before ``settle``."""
+        self._result, self._error = result, error
+
+    def set_timings(self, lock_wait: float, run: float, commit: float) -> None:
+        started = self.started_at or monotonic()
+        self._timings = Timings(max(0.0, started - self.created_at - lock_wait), lock_wait, run, commit)
+
+    @property
+    def failed_with(self) -> BaseException | None:
+        return self._error
+
+
+def settle(jobs: Iterable[Job[Any]], holder: Holder, commits: int) -> list[Job[Any]]:
+    """Make the outcomes of ``jobs`` visible and wake their waiters, one wake-up each.
+
+    Returns the failed jobs that nobody waits for: their failure has to be told loudly.
+    """
+    settled, unheard, wakeups = [], [], []
+    with holder.lock:
+        holder.tally.commits += commits
+        for job in jobs:
+            if job._state >= CANCELLED:
+                continue
+            job._state = DONE
+            settled.append(job)
+            if not job.counted:
+                pass
+            elif job._error is None:
+                holder.tally.committed += 1
+            else:
+                holder.tally.count_failed(job.label)
+                if job.loud and not job._waiters and not job._callbacks:
+                    unheard.append(job)
+            if job._waiters:
+                wakeups += job._waiters
+                job._waiters = None
+    for wakeup in wakeups:
+        wakeup.release()
+    for job in settled:
+        job._drop_work()  # not under the lock: what goes here may have finalizers
+    return unheard
+
+
+class StatementJob(Job[Result]):
+    """One SQL statement."""
+
+    __slots__ = ("parameters", "sql")
+
+    def __init__(self, holder: Holder, sql: str, parameters: Parameters, label: str | None) -> None:
+        super().__init__(holder, sql, label)
+        self.sql = sql
+        self.parameters = parameters
+
+    def must_be_alone(self) -> bool:
+        # A text that can roll the whole transaction back would make the jobs before it run again.
+        return self.alone or describe_sql(self.sql).isolated
+
+    def perform(self, tx: Transaction) -> Result:
+        return tx.statement(self.sql, self.parameters)
+
+    def _drop_work(self) -> None:
+        self.parameters = ()
+
+
+class BareStatementJob(StatementJob):
+    """One SQL statement outside any transaction, for VACUUM and PRAGMA."""
+
+    __slots__ = ()
+    alone = True
+    in_transaction = False
+
+
+class ManyJob(Job[Result]):
+    """One SQL statement for many rows of parameters."""
+
+    __slots__ = ("rows", "sql")
+
+    def __init__(self, holder: Holder, sql: str, rows: list[Parameters], label: str | None) -> None:
+        super().__init__(holder, sql, label)
+        self.sql = sql
+        self.rows = rows
+
+    def must_be_alone(self) -> bool:
+        return describe_sql(self.sql).isolated
+
+    def perform(self, tx: Transaction) -> Result:
+        return tx.statement_many(self.sql, self.rows)
+
+    def _drop_work(self) -> None:
+        self.rows = []
+
+
+class ScriptJob(Job[None]):
+    """Many SQL statements, one transaction."""
+
+    __slots__ = ("script",)
+
+    def __init__(self, holder: Holder, script: str, label: str | None, foreign_keys: bool | None) -> None:
+        super().__init__(holder, script, label, foreign_keys)
+        self.script = script
+
+    def must_be_alone(self) -> bool:
+        return self.foreign_keys is not None or describe_sql(self.script).isolated
+
+    def perform(self, tx: Transaction) -> None:
+        tx.script(self.script)
+
+    def _drop_work(self) -> None:
+        self.script = ""
+
+
+class FunctionJob(Job[T]):
+    """A function of the Transaction."""
+
+    __slots__ = ("function",)
+
+    def __init__(
+        self, holder: Holder, function: Callable[[Transaction], T], label: str | None, foreign_keys: bool | None
+    ) -> None:
+        super().__init__(holder, _name_of(function), label, foreign_keys)
+        self.function: Callable[[Transaction], T] | None = function
+
+    def perform(self, tx: Transaction) -> T:
+        assert self.function is not None
+        return refuse_live(self.function(tx))
+
+    def _drop_work(self) -> None:
+        self.function = None
+
+
+class FlushJob(Job[None]):
+    """Nothing to do: its place in the queue is the point."""
+
+    __slots__ = ()
+    alone = True
+    counted = False
+
+
+def refuse_live(result: T) -> T:
+    """Return ``result`` unless it is something that reads or runs on after its connection was given back."""
+    if isinstance(result, LIVE_RESULTS):
+        if isinstance(result, types.CoroutineType | types.GeneratorType | sqlite3.Cursor | sqlite3.Blob):
+            result.close()
+        raise TypeError(
+            f"the function returned a live {type(result).__name__}, which cannot leave its transaction: "
+            "return plain data, for example list(…) or fetchall()"
+        )
+    return result
+
+
+def check_function(function: Callable[..., object]) -> None:
+    """Refuse, at the call, functions whose call only makes a coroutine or a generator."""
+    for target in (function, getattr(function, "__call__", None)):  # noqa: B004 - an object's own __call__ counts
+        if (
+            inspect.iscoroutinefunction(target)
+            or inspect.isgeneratorfunction(target)
+            or inspect.isasyncgenfunction(target)
+        ):
+            raise TypeError(f"{_name_of(function)!r} is an async or generator function: jobs are plain functions")
+
+
+def _name_of(function: Callable[..., object]) -> str:
+    target = getattr(function, "func", function)  # functools.partial
+    return str(getattr(target, "__qualname__", None) or type(target).__qualname__)
+
+
+def _caller() -> types.FrameType:
+    """The nearest frame outside this package: where the user's code called."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("onewriter."):
+        frame = frame.f_back
+    return frame

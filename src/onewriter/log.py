@@ -1,0 +1,36 @@
+"""The log, and the one way to run code of the user's whose errors nobody waits for."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import traceback
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from onewriter.holder import Holder
+
+logger = logging.getLogger("onewriter")
+
+
+def report(holder: Holder, level: int, message: str, *args: object, error: BaseException | None = None) -> None:
+    """Log a line. A handler that fails or that itself enqueues does no harm to the thread that reports."""
+    me = threading.get_ident()
+    holder.reporting.add(me)
+    try:
+        logger.log(level, message, *args, exc_info=error)
+    except BaseException as failure:
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # no stderr, or a closed one
+            traceback.print_exception(failure)
+    finally:
+        holder.reporting.discard(me)
+
+
+def contain(holder: Holder, function: Callable[..., object], *args: Any) -> None:
+    """Call ``function``; what it raises, SystemExit and KeyboardInterrupt too, is logged and goes no further."""
+    try:
+        function(*args)
+    except BaseException as error:
+        report(holder, logging.ERROR, "callback %r failed", function, error=error)

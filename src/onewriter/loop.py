@@ -1,0 +1,488 @@
+"""WriterLoop: take jobs → one transaction → settle. The only BEGIN, COMMIT and ROLLBACK."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import logging
+import os
+import sqlite3
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import monotonic
+from types import TracebackType
+from typing import Any
+
+from onewriter.connection import Settings, configure, open_writer, set_pragma
+from onewriter.errors import CommitUnknownError, TransactionAbortedError, WriterClosedError
+from onewriter.guard import Guard, Mode
+from onewriter.holder import Holder, broken_error
+from onewriter.job import BareStatementJob, FlushJob, Job, Ticket, settle
+from onewriter.log import contain, report
+from onewriter.queue import JobQueue, closed_error
+from onewriter.readers import ReaderPool
+from onewriter.retry import LockPolicy, is_busy
+from onewriter.statement import describe_sql
+from onewriter.transaction import Transaction, WriteSession
+
+MOST_TAKEN = 2048  # jobs
+LONGEST_HOLD = 0.05  # seconds after which a batch takes no further job
+RISKY = "lower(sql) LIKE '%rollback%' OR lower(sql) LIKE '%deferred%'"
+
+
+@dataclass(slots=True)
+class Run:
+    """One run of one job inside a transaction; its outcome waits in the job until COMMIT."""
+
+    job: Job[Any]
+    transaction: Transaction
+    took: float  # seconds
+
+
+class WriterLoop:
+    """The writer: one thread, the only one that uses the write connection.
+
+    States:  opening → running → ended; ``holder.broken`` says if it ended because it is out of service.
+    Locks:   none of its own. ``_pending`` (accepted jobs taken from the queue, in order; answered ones go when they
+             come to the front) is changed by the writer thread only, and copied, in one step, by ``abandon``.
+    Threads: public methods may be called from any thread; the rest belongs to the writer thread.
+    Assumes: nothing here holds the DbWriter, so that one that was dropped can be collected.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        label: str,
+        maxsize: int,
+        readers: int,
+        on_error: Callable[[Ticket[Any]], object] | None,
+        on_end: Callable[[WriterLoop], object],
+    ) -> None:
+        self.label = label
+        self.lock_timeout = settings.lock_timeout
+        self.holder = Holder()
+        self.queue = JobQueue(maxsize, self.holder)
+        self.readers = ReaderPool(settings, readers, self.holder)
+        self.drained = threading.Event()  # every accepted job has its outcome, and no other comes
+        self._settings = settings
+        self._on_error = on_error
+        self._on_end = on_end
+        self._stop = threading.Event()  # ends the wait for SQLite's lock; what has not started does not start
+        self._policy = LockPolicy(settings.lock_timeout, self._stop)
+        self._guard = Guard()
+        self._session: WriteSession | None = None
+        self._pending: deque[Job[Any]] = deque()
+        self._failed_runs: dict[Job[Any], Run] = {}  # they undid themselves before something undid all
+        self._one_by_one = 0  # so many jobs at the front of _pending run again, each alone
+        self._risky_schema = True
+        self._schema_versions: list[Any] = []
+        self._lock_wait = self._commit_took = 0.0
+        self._sequence = 0
+        self._ready = threading.Event()
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._main, name=f"{label}-writer", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread; returns once its connection is open, or raises what opening it raised."""
+        self._thread.start()
+        try:
+            self._ready.wait()
+        except BaseException:  # Ctrl-C while it opens
+            self.queue.refuse(closed_error())
+            self._stop.set()
+            raise
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            self._thread.join()
+            try:
+                raise failure
+            finally:
+                del failure
+
+    def abandon(self) -> None:
+        """Withdraw what has not started, and end a wait for SQLite's lock. The queue must refuse already."""
+        self._stop.set()
+        # What moves from the queue to _pending meanwhile is withdrawn by the writer thread, which looks at _stop.
+        dropped = [*self.queue.empty_out(), *self._pending.copy()]
+        count = sum(self._withdraw(job) for job in dropped)
+        if count:
+            report(self.holder, logging.WARNING, "%s: close withdrew %d queued jobs", self.label, count)
+
+    def join(self, timeout: float | None) -> bool:
+        """Wait for the thread's end; False if it has not ended within ``timeout`` seconds."""
+        self._thread.join(None if timeout is None else min(timeout, threading.TIMEOUT_MAX))
+        return not self._thread.is_alive()
+
+    def is_on(self, file: os.stat_result) -> bool:
+        """Whether ``file`` is this writer's database."""
+        try:
+            return os.path.samestat(os.stat(self._settings.path), file)
+        except OSError:
+            return False
+
+    def unfinished(self) -> list[str]:
+        """The labels of the jobs that have no outcome yet."""
+        return [job.label for job in (*self._pending.copy(), *self.queue.queue.copy()) if not job.done()]
+
+    # The writer thread from here on -----------------------------------------------------------------------------------
+
+    def _main(self) -> None:
+        self.holder.writer_thread = threading.get_ident()
+        try:
+            self._open()
+        except BaseException as error:
+            self._failure = error
+            self._on_end(self)
+            return
+        finally:
+            self._ready.set()
+        try:
+            while jobs := self.queue.take(MOST_TAKEN):
+                self._pending.extend(jobs)
+                del jobs  # an idle writer keeps nothing of its last jobs alive
+                while self._pending:
+                    self._write_group()
+        except BaseException as error:
+            report(self.holder, logging.CRITICAL, "%s: the writer thread died", self.label, error=error)
+            self._break(error)
+        finally:
+            self._end()
+            self.holder.writer_thread = 0  # the system gives the number to other threads
+
+    def _open(self) -> WriteSession:
+        connection = open_writer(self._settings, self._guard, self._policy, self._tell_waiting)
+        self._session = WriteSession(connection, self._guard)
+        self._guard.schema_changed = True
+        return self._session
+
+    def _write_group(self) -> None:
+        """Bring the first pending jobs to their outcome: as many as may share one transaction."""
+        first = self._pending[0]
+        if first.done():
+            self._pending.popleft()
+            self._one_by_one = max(0, self._one_by_one - 1)
+        elif first in self._failed_runs:
+            self._settle([first], [self._failed_runs.pop(first)])
+        elif self._stop.is_set():
+            self._withdraw(first)
+        elif isinstance(first, FlushJob):
+            self._settle([first], [])
+        elif isinstance(first, BareStatementJob):
+            self._write_bare(first)
+        else:
+            self._write_together(first)
+        if self._guard.settings_touched:
+            self._restore_settings()
+
+    def _write_together(self, first: Job[Any]) -> None:
+        try:
+            session = self._begin(first)
+        except Exception as error:
+            self._refused(error)
+            return
+        runs: list[Run] = []
+        share = self._may_share(session)
+        until = monotonic() + LONGEST_HOLD
+        for job in self._pending:
+            if runs and not (share and not job.must_be_alone() and monotonic() < until):
+                break
+            if not job.start():
+                continue
+            runs.append(self._perform(session, job, undo_alone=share))
+            if not session.connection.in_transaction:
+                self._lost(runs)
+                return
+            if self._guard.schema_changed or self._guard.settings_touched:
+                break
+        self._commit(session, runs)
+
+    def _begin(self, first: Job[Any]) -> WriteSession:
+        """Take SQLite's write lock; raises SQLite's error if it is not to be had."""
+        session = self._session or self._open()
+        if first.foreign_keys is not None:
+            self._guard.settings_touched = True
+            set_pragma(session.connection, "foreign_keys", int(first.foreign_keys))
+        self._lock_wait = self._commit_took = 0.0
+        # IMMEDIATE takes the write lock here, so BUSY comes before any job has had an effect.
+        self._keep_trying(session, "BEGIN IMMEDIATE", first)
+        self._lock_wait = self._policy.waited
+        return session
+
+    def _keep_trying(self, session: WriteSession, sql: str, job: Job[Any]) -> None:
+        self.holder.wait_for_lock(job)
+        try:
+            self._policy.call(lambda: session.own(sql), self._tell_waiting)
+        finally:
+            self.holder.has_lock()
+
+    def _refused(self, error: Exception) -> None:
+        """No transaction: all that waits for one fails together, since each has waited long enough by now."""
+        self._roll_back()
+        if self._stop.is_set() and is_busy(error):
+            return  # close ended the wait: they are withdrawn one after the other
+        waiting = [
+            job
+            for job in self._pending
+            if not (job.done() or job in self._failed_runs or isinstance(job, BareStatementJob | FlushJob))
+        ]
+        for job in waiting:
+            self._fail(job, copy_of(error))
+        self._settle(waiting, [])
+
+    def _may_share(self, session: WriteSession) -> bool:
+        """Whether the first two pending jobs may share a transaction; called inside it, so that the schema stands."""
+        if self._one_by_one or len(self._pending) < 2 or any(self._pending[i].must_be_alone() for i in (0, 1)):
+            return False
+        try:
+            versions = [session.own(f'PRAGMA "{name}".schema_version') for name in session.databases]
+            if self._guard.schema_changed or versions != self._schema_versions:
+                # What can roll everything back (RAISE, ON CONFLICT), and deferred keys, which COMMIT checks for all.
+                names = [*session.databases, "temp"]
+                found = [session.own(f'SELECT 1 FROM "{name}".sqlite_schema WHERE {RISKY} LIMIT 1') for name in names]
+                self._risky_schema, self._schema_versions = any(found), versions
+                self._guard.schema_changed = False
+        except sqlite3.Error:  # a damaged schema: the jobs will tell
+            return False
+        return not self._risky_schema
+
+    def _perform(self, session: WriteSession, job: Job[Any], undo_alone: bool) -> Run:
+        """Run one job; if it fails, undo it alone where it shares the transaction."""
+        transaction = Transaction(session, job)
+        self.holder.enter(job, transaction)
+        try:
+            if undo_alone:
+                session.own("SAVEPOINT job")
+            result = self._run_body(session, job, transaction)
+            if undo_alone:
+                session.own("RELEASE job")
+            job.set_outcome(result, None)
+        except BaseException as error:
+            self._fail(job, error)
+            if undo_alone and session.connection.in_transaction:
+                self._undo_job(session)
+        finally:
+            transaction.end()
+            self.holder.leave()
+        return Run(job, transaction, monotonic() - job.started_at)
+
+    def _run_body(self, session: WriteSession, job: Job[Any], transaction: Transaction) -> Any:
+        self._guard.mode = Mode.JOB
+        try:
+            result = job.perform(transaction)
+        finally:
+            self._guard.mode = Mode.GATEWAY
+        if not session.connection.in_transaction:
+            raise TransactionAbortedError(
+                f"SQLite has rolled back the transaction of job {job.describe()}, and the job went on: "
+                "let the error that SQLite raised end it"
+            )
+        if job.foreign_keys is False and (violations := session.own("PRAGMA foreign_key_check")):
+            table, rowid, parent, _ = violations[0]
+            raise sqlite3.IntegrityError(
+                f"FOREIGN KEY constraint failed: {len(violations)} rows; the first: {table} (rowid {rowid}) → {parent}"
+            )
+        return result
+
+    def _undo_job(self, session: WriteSession) -> None:
+        try:
+            session.own("ROLLBACK TO job")
+            session.own("RELEASE job")
+        except sqlite3.Error:
+            self._roll_back()  # everything: the others run again
+
+    def _commit(self, session: WriteSession, runs: list[Run]) -> None:
+        kept = [run.job for run in runs if run.job.failed_with is None]
+        if not kept:
+            self._roll_back()
+        else:
+            began = monotonic()
+            try:
+                self._keep_trying(session, "COMMIT", kept[0])
+            except Exception as error:
+                self._commit_failed(session, runs, kept, error)
+                return
+            self._commit_took = monotonic() - began
+        self._settle([run.job for run in runs], runs)
+
+    def _commit_failed(self, session: WriteSession, runs: list[Run], kept: list[Job[Any]], error: Exception) -> None:
+        if leaves_open(error, session.connection.in_transaction):
+            for job in kept:
+                unknown = CommitUnknownError(f"COMMIT of job {job.describe()} met {error}: it may or may not be done")
+                unknown.__cause__ = copy_of(error)
+                self._fail(job, unknown)
+            self._settle([run.job for run in runs], runs)
+            self._break(error)
+            return
+        self._roll_back()
+        if len(kept) > 1 and not is_busy(error):
+            self._run_again(runs)
+            return
+        for job in kept:
+            self._fail(job, error if len(kept) == 1 else copy_of(error))
+        self._settle([run.job for run in runs], runs)
+
+    def _lost(self, runs: list[Run]) -> None:
+        """The transaction is gone, by what the last job did: it has its error, and the others run again."""
+        if len(runs) == 1:
+            self._settle([runs[0].job], runs)
+        else:
+            self._run_again(runs)
+
+    def _run_again(self, runs: list[Run]) -> None:
+        """The shared transaction is undone: its jobs, still at the front, run again in order, each alone.
+
+        Those that have failed do not run again: they had undone themselves, so what they saw is what they would see.
+        """
+        self._one_by_one = 1 + list(self._pending).index(runs[-1].job)
+        for run in runs:
+            if run.job.failed_with is not None:
+                self._failed_runs[run.job] = run
+            else:
+                run.job.set_outcome(None, None)
+                self._call_back(run, committed=False)
+
+    def _roll_back(self) -> None:
+        # SQLite has rolled back by itself after some errors (disk full, RAISE(ROLLBACK)): a second ROLLBACK would fail.
+        if self._session is not None and self._session.connection.in_transaction:
+            try:
+                self._session.own("ROLLBACK")
+            except sqlite3.Error:
+                self._drop_session()
+
+    def _write_bare(self, job: BareStatementJob) -> None:
+        """Run a statement outside any transaction, again while it meets BUSY, which leaves it undone."""
+        if not job.start():
+            return
+        self._lock_wait = self._commit_took = 0.0
+        runs: list[Run] = []
+        try:
+            session = self._session or self._open()
+            transaction = Transaction(session, job)
+            runs = [Run(job, transaction, 0.0)]
+            self.holder.enter(job, transaction)
+            self._guard.settings_touched = True
+            self._guard.mode = Mode.VACUUM if describe_sql(job.sql).verb == "VACUUM" else Mode.BARE
+            try:
+                job.set_outcome(self._policy.call(lambda: job.perform(transaction), self._tell_waiting), None)
+            finally:
+                self._guard.mode = Mode.GATEWAY
+                transaction.end()
+                self.holder.leave()
+        except BaseException as error:
+            self._fail(job, error)
+            self._roll_back()
+        self._settle([job], runs)
+
+    def _fail(self, job: Job[Any], error: BaseException) -> None:
+        error.__traceback__ = without_own_frames(error.__traceback__)
+        note = f"onewriter: job {job.describe()}, attempts to get SQLite's lock: {max(1, self._policy.attempts)}"
+        if note not in getattr(error, "__notes__", ()):
+            error.add_note(note)
+        self.holder.note_corruption(error)
+        job.set_outcome(None, error)
+
+    def _settle(self, jobs: list[Job[Any]], runs: list[Run]) -> None:
+        """Make the outcomes visible, and then, with the lock free, call what waits for them."""
+        committed = [job for job in jobs if job.failed_with is None and job.counted]
+        for job in committed:
+            self._sequence += 1
+            job.sequence = self._sequence
+        took = {run.job: run.took for run in runs}
+        for job in jobs:
+            job.set_timings(self._lock_wait, took.get(job, 0.0), self._commit_took)
+        unheard = settle(jobs, self.holder, commits=bool(committed and runs))
+        for run in runs:
+            self._call_back(run, committed=run.job.failed_with is None)
+        for job in jobs:
+            job.run_callbacks()
+        for job in unheard:
+            report(self.holder, logging.ERROR, "job %s failed", job.describe(), error=job.failed_with)
+            if self._on_error is not None:
+                contain(self.holder, self._on_error, job)
+
+    def _call_back(self, run: Run, committed: bool) -> None:
+        for callback in run.transaction.callbacks(committed):
+            contain(self.holder, callback)
+
+    def _withdraw(self, job: Job[Any]) -> bool:
+        return not job.done() and job.withdraw(WithdrawnError(f"closed before job {job.describe()} started"))
+
+    def _break(self, cause: BaseException) -> None:
+        """Out of service: everything that waits, and everything later, fails at once."""
+        self.holder.health = f"broken: {cause}"
+        self.holder.broken = cause
+        self.queue.refuse(broken_error(cause))
+        stranded = [job for job in (*self._pending, *self.queue.empty_out()) if not job.done()]
+        for job in stranded:
+            job.set_outcome(None, broken_error(cause))
+        self._settle(stranded, [])
+
+    def _restore_settings(self) -> None:
+        """Put back what a job's PRAGMA may have changed."""
+        self._guard.settings_touched = False
+        if self._session is not None:
+            try:
+                configure(self._session.connection, self._settings)
+                # Texts that were allowed for this job are asked again, for the next.
+                self._guard.install(self._session.connection)
+            except sqlite3.Error:
+                self._drop_session()
+
+    def _drop_session(self) -> None:
+        """Close the connection, which rolls back; the next job opens another."""
+        session, self._session = self._session, None
+        if session is not None:
+            session.connection.close()
+
+    def _end(self) -> None:
+        self.drained.set()
+        contain(self.holder, self.readers.close)  # before the writer: the last to close tidies up, if it may write
+        self._roll_back()
+        if self._session is not None and self._settings.checkpoints and self.holder.broken is None:
+            try:
+                self._session.own("PRAGMA wal_checkpoint(TRUNCATE)")
+            except sqlite3.Error as error:
+                report(self.holder, logging.WARNING, "%s: no checkpoint at close: %s", self.label, error)
+        self._drop_session()
+        contain(self.holder, self._on_end, self)
+
+    def _tell_waiting(self, level: int, text: str) -> None:
+        where = self.holder.describe() if self._ready.is_set() else f"opening {self._settings.path}"
+        report(self.holder, level, "%s: %s (%s)", self.label, text, where)
+
+
+class WithdrawnError(WriterClosedError, concurrent.futures.CancelledError):
+    """What the result of a job is that close withdrew: its ticket says ``cancelled()``. Not committed."""
+
+
+def leaves_open(error: Exception, in_transaction: bool) -> bool:
+    """Whether a COMMIT that raised ``error`` may yet be found in the file.
+
+    A failed sync may: what was written before it can reach the disk (https://www.sqlite.org/wal.html). A full disk and
+    a failed write may not: the end mark of the transaction was never written.
+    """
+    code = getattr(error, "sqlite_errorcode", None)
+    if code == sqlite3.SQLITE_IOERR_WRITE or code == sqlite3.SQLITE_FULL:
+        return False
+    return not in_transaction or (code is not None and code & 0xFF == sqlite3.SQLITE_IOERR)
+
+
+def copy_of(error: Exception) -> Exception:
+    """An exception object of its own for each job, since each gets notes and a traceback."""
+    try:
+        copy = type(error)(*error.args)
+    except Exception:
+        copy = sqlite3.OperationalError(str(error))
+    if isinstance(error, sqlite3.Error) and isinstance(copy, sqlite3.Error):
+        for name in ("sqlite_errorcode", "sqlite_errorname"):
+            if hasattr(error, name):
+                setattr(copy, name, getattr(error, name))
+    return copy
+
+
+def without_own_frames(traceback: TracebackType | None) -> TracebackType | None:
+    """Cut the gateway's own frames off: they hold its connection, and say nothing of the job."""
+    while traceback is not None and traceback.tb_frame.f_globals.get("__name__", "").startswith("onewriter."):
+        traceback = traceback.tb_next
+    return traceback

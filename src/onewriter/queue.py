@@ -1,0 +1,163 @@
+"""JobQueue: bounded, closable, hands out what waits in one go."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from typing import Any
+
+from onewriter.errors import OneWriterError, QueueFullError, WriterClosedError
+from onewriter.holder import Holder
+from onewriter.job import Job
+
+
+class JobQueue(queue.Queue[Job[Any]]):
+    """Many producers, one consumer. ``maxsize`` bounds the jobs whose ``bounded`` is set.
+
+    Locks:   ``mutex`` guards the items and all attributes below. It is re-entrant, because a finalizer or a signal
+             handler may put while its thread is inside; such a call never waits. There is no Condition on it: between
+             "is it empty?" and wait() a finalizer's put would be lost, and wait() would give up the outer hold too.
+    Wake-up: ``_token`` is a lock used as a one-token semaphore. The consumer announces its sleep (_asleep) *before* it
+             looks; whoever puts, even a finalizer between the look and the sleep, sees that and leaves the token.
+    """
+
+    def __init__(self, maxsize: int, holder: Holder) -> None:
+        super().__init__(maxsize)
+        self.mutex = threading.RLock()  # type: ignore[assignment]
+        self._holder = holder
+        self._token = threading.Lock()
+        self._token.acquire()
+        self._asleep = False
+        self._bounded = 0
+        self._refusal: OneWriterError | None = None
+        self._room: deque[_Waiter] = deque()  # who waits for room, in order
+        self._waiting_threads: set[int] = set()
+
+    def put(self, item: Job[Any], block: bool = True, timeout: float | None = None) -> None:
+        """Add a job; a bounded one waits for room at most ``timeout`` seconds.
+
+        Raises:
+            QueueFullError: no room in time. Not committed.
+            WriterClosedError, WriterBrokenError: refused. Not committed.
+        """
+        me = threading.get_ident()
+        reentrant = me in self._waiting_threads or self._is_inside()
+        with self.mutex:
+            self._refuse_if_closed()
+            if item.bounded and not reentrant and self._is_full():
+                waiter = _Waiter(item)
+                self._room.append(waiter)
+            else:
+                waiter = None
+                self._append(item)
+            wake, self._asleep = self._asleep, False
+        if wake:
+            self._wake()
+        if waiter is not None:
+            self._wait_for_room(waiter, timeout if block else 0.0, me)
+
+    def get(self, block: bool = True, timeout: float | None = None) -> Job[Any]:
+        raise NotImplementedError("the writer takes what waits in one go: use take")
+
+    def take(self, limit: int) -> list[Job[Any]]:
+        """Wait for jobs and take up to ``limit`` of them, in order; an empty list: closed, and nothing is left."""
+        while True:
+            with self.mutex:
+                self._asleep = True
+                if self.queue or self._refusal is not None:
+                    self._asleep = False
+                    # popleft one by one: copying and clearing would lose what a finalizer puts in between.
+                    jobs = [self.queue.popleft() for _ in range(min(limit, len(self.queue)))]
+                    self._bounded -= sum(job.bounded for job in jobs)
+                    self._grant_room()
+                    return jobs
+            self._token.acquire()
+
+    def refuse(self, error: OneWriterError) -> bool:
+        """Accept nothing from now on: every later put raises a copy of ``error``. False if it was so already."""
+        with self.mutex:
+            first, self._refusal = self._refusal is None, error
+            for waiter in self._room:
+                waiter.wakeup.release()
+            self._room.clear()
+            wake, self._asleep = self._asleep, False
+        if wake:
+            self._wake()
+        return first
+
+    def empty_out(self) -> list[Job[Any]]:
+        """Take everything that waits, without waiting."""
+        with self.mutex:
+            self._bounded = 0
+            return [self.queue.popleft() for _ in range(len(self.queue))]
+
+    def check_open(self) -> None:
+        with self.mutex:
+            self._refuse_if_closed()
+
+    @property
+    def refusing(self) -> bool:
+        return self._refusal is not None
+
+    def _is_inside(self) -> bool:
+        """Whether a finalizer or signal handler calls inside its own thread's use of a lock that the writer needs."""
+        return any(lock._is_owned() for lock in (self.mutex, self._holder.lock))  # type: ignore[union-attr]
+
+    def _append(self, job: Job[Any]) -> None:
+        self._bounded += job.bounded
+        self.queue.append(job)
+
+    def _is_full(self) -> bool:
+        return self._bounded >= self.maxsize or bool(self._room)
+
+    def _wake(self) -> None:
+        try:
+            self._token.release()
+        except RuntimeError:
+            pass  # the token of a sleep that never came about is still there; one is enough
+
+    def _wait_for_room(self, waiter: _Waiter, timeout: float | None, me: int) -> None:
+        self._waiting_threads.add(me)  # a signal handler or finalizer of this thread must not wait behind itself
+        try:
+            waiter.wakeup.acquire(timeout=-1 if timeout is None else min(timeout, threading.TIMEOUT_MAX))
+        finally:
+            self._waiting_threads.discard(me)
+            with self.mutex:
+                if waiter in self._room:
+                    self._room.remove(waiter)
+        if waiter.accepted:
+            return
+        self._refuse_if_closed()
+        raise QueueFullError(
+            f"no room for job {waiter.job.describe()} within {timeout} s: {self.maxsize} jobs are queued; "
+            f"{self._holder.describe()}"
+        )
+
+    def _grant_room(self) -> None:
+        while self._room and self._bounded < self.maxsize:
+            waiter = self._room.popleft()
+            self._append(waiter.job)
+            waiter.accepted = True
+            waiter.wakeup.release()
+
+    def _refuse_if_closed(self) -> None:
+        if self._refusal is not None:
+            raise type(self._refusal)(*self._refusal.args) from self._refusal.__cause__
+
+
+class _Waiter:
+    """A producer that waits for room; whoever makes room moves its job and says so in ``accepted``."""
+
+    def __init__(self, job: Job[Any]) -> None:
+        self.job = job
+        self.accepted = False
+        self.wakeup = threading.Lock()
+        self.wakeup.acquire()
+
+
+CLOSED = "the gateway is closed: open a new DbWriter"
+
+
+def closed_error() -> WriterClosedError:
+    return WriterClosedError(CLOSED)

@@ -1,0 +1,96 @@
+"""Waiting for SQLite's lock: which errors mean "try again", how often, and how that is told."""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+import threading
+from collections.abc import Callable
+from time import monotonic
+from typing import Any, TypeVar
+
+import tenacity
+
+T = TypeVar("T")
+
+POLL = 0.001  # seconds; constant, since backing off punishes whoever has waited longest
+JITTER = 0.0005
+NOTICEABLE = 0.1  # seconds of waiting after which it is logged, and again whenever it has doubled
+
+
+def is_busy(error: BaseException) -> bool:
+    """Whether another connection holds the lock, so that trying again can help.
+
+    Not BUSY_SNAPSHOT: a stale snapshot stays stale (https://www.sqlite.org/rescode.html#busy_snapshot).
+    """
+    code = getattr(error, "sqlite_errorcode", 0)
+    return code & 0xFF == sqlite3.SQLITE_BUSY and code != sqlite3.SQLITE_BUSY_SNAPSHOT
+
+
+class LockPolicy:
+    """How one thread waits for SQLite's lock.
+
+    Args:
+        lock_timeout: seconds to keep trying.
+        stop: set by close; ends a wait at once.
+        sleep: waits between two attempts; tests put a function here that releases the lock.
+
+    Threads: used by one thread at a time. ``attempts`` and ``waited`` tell of its last ``call``.
+    """
+
+    def __init__(self, lock_timeout: float, stop: threading.Event, sleep: Callable[[float], Any] | None = None) -> None:
+        self.lock_timeout = lock_timeout
+        self.stop = stop
+        self.sleep: Callable[[float], Any] = sleep or stop.wait
+        self.attempts = 0
+        self.waited = 0.0
+
+    def call(self, attempt: Callable[[], T], tell: Callable[[int, str], object], budget: float | None = None) -> T:
+        """Call ``attempt`` until it does not meet BUSY; after ``lock_timeout`` seconds raise SQLite's own error.
+
+        ``tell(level, text)`` logs; it is called when the wait becomes noticeable, and at its end.
+        """
+        self.attempts, self.waited = 1, 0.0
+        try:
+            return attempt()
+        except sqlite3.OperationalError as error:
+            # Retrying costs 7 µs a call even when nothing fails, so it begins only here.
+            if not is_busy(error):
+                raise
+        return self._wait(attempt, tell, self.lock_timeout if budget is None else budget)
+
+    def _wait(self, attempt: Callable[[], T], tell: Callable[[int, str], object], budget: float) -> T:
+        began, told = monotonic(), NOTICEABLE
+
+        def count(state: tenacity.RetryCallState) -> None:
+            nonlocal told
+            self.waited = monotonic() - began
+            if self.waited >= told:
+                told *= 2
+                tell(logging.WARNING, f"waits for SQLite's lock: {self._so_far()}")
+
+        def next_attempt() -> T:
+            self.attempts += 1
+            return attempt()
+
+        try:
+            result = tenacity.Retrying(
+                retry=tenacity.retry_if_exception(is_busy),
+                stop=tenacity.stop_after_delay(budget) | tenacity.stop_when_event_set(self.stop),
+                wait=tenacity.wait_fixed(POLL) + tenacity.wait_random(0, JITTER),
+                sleep=self.sleep,
+                before_sleep=count,
+                reraise=True,
+            )(next_attempt)
+        except BaseException as error:
+            self.waited = monotonic() - began
+            if is_busy(error):
+                tell(logging.WARNING, f"gave up on SQLite's lock: {self._so_far()}")
+            raise
+        self.waited = monotonic() - began
+        if self.waited >= NOTICEABLE:
+            tell(logging.WARNING, f"got SQLite's lock: {self._so_far()}")
+        return result
+
+    def _so_far(self) -> str:
+        return f"{self.attempts} attempts in {self.waited:.3f} s"
