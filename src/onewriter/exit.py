@@ -46,6 +46,7 @@ def _drain_all() -> None:
     with _lock:
         loops = list(_open)
     for loop in loops:
+        loop.leaving = True
         loop.queue.refuse(closed_error())
     for loop in loops:
         _drain(loop)
@@ -59,18 +60,13 @@ def _drain(loop: WriterLoop) -> None:
         if now != finished:
             finished, since = now, monotonic()
         elif monotonic() - since > loop.lock_timeout:
-            labels = loop.unfinished()
-            counts = ", ".join(f"{count} × {label!r}" for label, count in collections.Counter(labels).most_common(20))
-            report(
-                loop.holder,
-                logging.CRITICAL,
-                "%s: not written at exit, since nothing has finished for %s s: %d jobs: %s; %s",
-                loop.label,
-                loop.lock_timeout,
-                len(labels),
-                counts,
-                loop.holder.describe(),
-            )
-            return
-    loop.readers.stop_waiting()
-    loop.join(loop.lock_timeout)
+            break
+    labels = loop.withdrawn + loop.unfinished()
+    if labels:
+        counts = ", ".join(f"{count} × {label!r}" for label, count in collections.Counter(labels).most_common(20))
+        text = "%s: %d jobs are not written at exit, since nothing could be for %s s: %s; %s"
+        arguments = (loop.label, len(labels), loop.lock_timeout, counts, loop.holder.describe())
+        report(loop.holder, logging.CRITICAL, text, *arguments)
+    if loop.drained.is_set():
+        loop.readers.stop_waiting()
+        loop.join(loop.lock_timeout)

@@ -127,19 +127,19 @@ class DbWriter:
                 wal_limit=wal_limit,
                 auto_checkpoint=bool(auto_checkpoint),
             )
-            self._loop = WriterLoop(
+            loop = WriterLoop(
                 settings, label or os.path.basename(self._path), maxsize, readers, on_error, _ended(folder)
             )
             twins = at_exit.others_on(self._path)
-            self._loop.start()
+            loop.start()
         except BaseException:
             if folder is not None:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
-        self._holder = self._loop.holder
+        self._loop = loop
+        self._holder = loop.holder
         self._journal_mode = journal_mode
-        self._close_lock = threading.Lock()
-        at_exit.drain_at_exit(self._loop)
+        at_exit.drain_at_exit(loop)
         if twins:
             report(
                 self._holder,
@@ -220,13 +220,7 @@ class DbWriter:
         return self._execute(job, timeout)
 
     def run_many(
-        self,
-        sql: str,
-        seq_of_params: Iterable[Any],
-        /,
-        *,
-        label: str | None = None,
-        timeout: float | None = 30.0,
+        self, sql: str, seq_of_params: Iterable[Any], /, *, label: str | None = None, timeout: float | None = 30.0
     ) -> Result:
         """Run one statement for each row of parameters, all or none; returns after COMMIT.
 
@@ -237,13 +231,7 @@ class DbWriter:
         return self._execute(ManyJob(self._holder, sql, capture_many(seq_of_params), _check_label(label)), timeout)
 
     def run_script(
-        self,
-        sql: str,
-        /,
-        *,
-        label: str | None = None,
-        timeout: float | None = 30.0,
-        foreign_keys: bool | None = None,
+        self, sql: str, /, *, label: str | None = None, timeout: float | None = 30.0, foreign_keys: bool | None = None
     ) -> None:
         """Run many statements, all or none, without a hidden COMMIT; returns after COMMIT. Raises as ``run`` does."""
         _check_foreign_keys(foreign_keys)

@@ -25,13 +25,7 @@ T = TypeVar("T")
 
 PENDING, RUNNING, CANCELLED, DONE = range(4)
 LABEL_LENGTH = 60
-LIVE_RESULTS = (
-    sqlite3.Cursor,
-    sqlite3.Blob,
-    types.GeneratorType,
-    types.CoroutineType,
-    types.AsyncGeneratorType,
-)
+LIVE_RESULTS = (sqlite3.Cursor, sqlite3.Blob, types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType)
 
 
 class Timings(NamedTuple):

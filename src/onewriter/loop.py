@@ -65,6 +65,8 @@ class WriterLoop:
         self.queue = JobQueue(maxsize, self.holder)
         self.readers = ReaderPool(settings, readers, self.holder)
         self.drained = threading.Event()  # every accepted job has its outcome, and no other comes
+        self.leaving = False  # set at exit: a lock that is not to be had ends the drain
+        self.withdrawn: list[str] = []  # labels of what the writer itself withdrew
         self._settings = settings
         self._on_error = on_error
         self._on_end = on_end
@@ -165,7 +167,7 @@ class WriterLoop:
         elif first in self._failed_runs:
             self._settle([first], [self._failed_runs.pop(first)])
         elif self._stop.is_set():
-            self._withdraw(first)
+            self.withdrawn += [first.label] * self._withdraw(first)
         elif isinstance(first, FlushJob):
             self._settle([first], [])
         elif isinstance(first, BareStatementJob):
@@ -219,6 +221,8 @@ class WriterLoop:
     def _refused(self, error: Exception) -> None:
         """No transaction: all that waits for one fails together, since each has waited long enough by now."""
         self._roll_back()
+        if self.leaving and is_busy(error):
+            self._stop.set()
         if self._stop.is_set() and is_busy(error):
             return  # close ended the wait: they are withdrawn one after the other
         waiting = [
