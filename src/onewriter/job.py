@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import inspect
+import math
 import os
 import sqlite3
 import sys
@@ -25,6 +26,7 @@ T = TypeVar("T")
 
 PENDING, RUNNING, CANCELLED, DONE = range(4)
 LABEL_LENGTH = 60
+SLICE = 1.0  # seconds; a signal that comes just before the thread sleeps is seen at its next wake-up
 LIVE_RESULTS = (sqlite3.Cursor, sqlite3.Blob, types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType)
 
 
@@ -186,6 +188,7 @@ class Ticket(Generic[T]):
 
     def wait(self, timeout: float | None) -> bool:
         """Wait for the outcome; False if ``timeout`` seconds went by without one."""
+        until = math.inf if timeout is None else monotonic() + timeout
         wakeup = threading.Lock()
         wakeup.acquire()
         with self._holder.lock:
@@ -193,7 +196,10 @@ class Ticket(Generic[T]):
                 return True
             self._waiters = [*(self._waiters or ()), wakeup]
         try:
-            return wakeup.acquire(timeout=-1 if timeout is None else min(timeout, threading.TIMEOUT_MAX))
+            while not wakeup.acquire(timeout=max(0.0, min(until - monotonic(), SLICE))):
+                if monotonic() >= until:
+                    return False
+            return True
         finally:
             with self._holder.lock:
                 if self._waiters and wakeup in self._waiters:

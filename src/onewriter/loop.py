@@ -166,7 +166,7 @@ class WriterLoop:
             self._one_by_one = max(0, self._one_by_one - 1)
         elif first in self._failed_runs:
             self._settle([first], [self._failed_runs.pop(first)])
-        elif self._stop.is_set():
+        elif self._stop.is_set() and not first.running():
             self.withdrawn += [first.label] * self._withdraw(first)
         elif isinstance(first, FlushJob):
             self._settle([first], [])
@@ -223,12 +223,12 @@ class WriterLoop:
         self._roll_back()
         if self.leaving and is_busy(error):
             self._stop.set()
-        if self._stop.is_set() and is_busy(error):
-            return  # close ended the wait: they are withdrawn one after the other
+        ended = self._stop.is_set() and is_busy(error)  # by close: what has not started is withdrawn, not failed
         waiting = [
             job
             for job in self._pending
             if not (job.done() or job in self._failed_runs or isinstance(job, BareStatementJob | FlushJob))
+            and not (ended and not job.running())
         ]
         for job in waiting:
             self._fail(job, copy_of(error))

@@ -1,0 +1,23 @@
+"""Fixtures of all tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from onewriter import DbWriter
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Where a test's database is to be."""
+    return tmp_path / "app.db"
+
+
+@pytest.fixture
+def db(path: Path) -> Iterator[DbWriter]:
+    """An open gateway of a new file."""
+    with DbWriter(path) as gateway:
+        yield gateway
