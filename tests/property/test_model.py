@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 import pytest
-from helpers import parked
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
+from helpers import parked
 from onewriter import DbWriter, Ticket, TransactionAbortedError
 
 DEADLINE = 30.0

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import holding_lock, run_child
 
+from helpers import holding_lock, run_child
 from onewriter import DbWriter
 
 PRELUDE = """

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import holding_lock, parked
 
+from helpers import holding_lock, parked
 from onewriter import (
     DbWriter,
     QueueFullError,

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import parked
 
+from helpers import parked
 from onewriter import DbWriter, Result, Ticket, Transaction
 
 DEADLINE = 30.0  # seconds; whatever takes longer hangs
