@@ -11,12 +11,10 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from onewriter.guard import Guard
+from onewriter.guard import Guard, ReadGuard
 from onewriter.retry import LockPolicy
-
-ConnectionT = TypeVar("ConnectionT", bound=sqlite3.Connection)
 
 WORDS = {"on": "1", "yes": "1", "true": "1", "off": "0", "no": "0", "false": "0"}
 LEVELS = {
@@ -98,17 +96,17 @@ def open_writer(
     return _open(settings, policy, tell, lambda: _writer(settings, guard))
 
 
-def open_reader(settings: Settings, factory: type[ConnectionT], policy: LockPolicy) -> ConnectionT:
+def open_reader(settings: Settings, guard: ReadGuard, policy: LockPolicy) -> sqlite3.Connection:
     """Open and configure a connection that cannot write."""
 
-    def attempt() -> ConnectionT:
-        connection = _connect(settings, "ro", factory)
+    def attempt() -> sqlite3.Connection:
+        connection = _connect(settings, "ro")
         with _closing_on_error(connection):
             _apply_pragmas(connection, settings)
             _call_hook(connection, settings, readonly=True)
             # mode=ro alone lets TEMP tables, ATTACHed files and VACUUM INTO be written.
             connection.execute("PRAGMA query_only=1").close()
-            connection.set_authorizer(_reader_authorizer)
+            connection.set_authorizer(guard)
             return connection
 
     return _open(settings, policy, lambda level, text: None, attempt)
@@ -160,8 +158,11 @@ def check_pragmas(pragmas: Mapping[str, str | int]) -> None:
 
 
 def _open(
-    settings: Settings, policy: LockPolicy, tell: Callable[[int, str], object], attempt: Callable[[], ConnectionT]
-) -> ConnectionT:
+    settings: Settings,
+    policy: LockPolicy,
+    tell: Callable[[int, str], object],
+    attempt: Callable[[], sqlite3.Connection],
+) -> sqlite3.Connection:
     try:
         return policy.call(attempt, tell)
     except sqlite3.Error as error:
@@ -173,7 +174,7 @@ def _open(
 
 
 def _writer(settings: Settings, guard: Guard) -> sqlite3.Connection:
-    connection = _connect(settings, "rwc", sqlite3.Connection)
+    connection = _connect(settings, "rwc")
     with _closing_on_error(connection):
         # Reads the header: a file that is no database is refused here, before anything is written.
         pragma(connection, "schema_version")
@@ -194,7 +195,7 @@ def _writer(settings: Settings, guard: Guard) -> sqlite3.Connection:
         return connection
 
 
-def _connect(settings: Settings, mode: str, factory: type[ConnectionT]) -> ConnectionT:
+def _connect(settings: Settings, mode: str) -> sqlite3.Connection:
     # as_uri escapes what a URI would take for its own: # ? %. The busy timeout is 0, because neither interrupt()
     # nor close can end a wait inside SQLite; the policy does the waiting.
     connection = sqlite3.connect(
@@ -204,7 +205,6 @@ def _connect(settings: Settings, mode: str, factory: type[ConnectionT]) -> Conne
         isolation_level=None,
         check_same_thread=False,
         detect_types=settings.detect_types,
-        factory=factory,
     )
     connection.row_factory = settings.row_factory
     return connection
@@ -236,14 +236,6 @@ def _closing_on_error(connection: sqlite3.Connection) -> Iterator[None]:
     except BaseException:
         sqlite3.Connection.close(connection)
         raise
-
-
-def _reader_authorizer(action: int, first: str | None, second: str | None, *_: str | None) -> int:
-    if action in (sqlite3.SQLITE_ATTACH, sqlite3.SQLITE_DETACH):  # VACUUM INTO is an ATTACH too
-        return sqlite3.SQLITE_DENY
-    if action == sqlite3.SQLITE_PRAGMA and second is not None and (first or "").lower() == "query_only":
-        return sqlite3.SQLITE_DENY
-    return sqlite3.SQLITE_OK
 
 
 def _normal(name: str, value: object) -> str:

@@ -9,6 +9,7 @@ import os
 import threading
 from time import monotonic
 
+from onewriter.driver import Driver
 from onewriter.log import report
 from onewriter.loop import WriterLoop
 from onewriter.queue import closed_error
@@ -16,17 +17,17 @@ from onewriter.queue import closed_error
 SLICE = 0.05  # seconds between two looks at whether jobs still finish
 
 _lock = threading.Lock()
-_open: set[WriterLoop] = set()
+_open: dict[WriterLoop, Driver] = {}
 
 
-def drain_at_exit(loop: WriterLoop) -> None:
+def drain_at_exit(loop: WriterLoop, driver: Driver) -> None:
     with _lock:
-        _open.add(loop)
+        _open[loop] = driver
 
 
 def forget(loop: WriterLoop) -> None:
     with _lock:
-        _open.discard(loop)
+        _open.pop(loop, None)
 
 
 def others_on(path: str) -> bool:
@@ -44,16 +45,17 @@ def _drain_all() -> None:
     # The writers are daemon threads, because others are joined before any hook of ours runs: they would never be told
     # to end. They run on until atexit is through (https://docs.python.org/3/library/atexit.html).
     with _lock:
-        loops = list(_open)
-    for loop in loops:
+        drivers = dict(_open)
+    for loop in drivers:
         loop.leaving = True
         loop.queue.refuse(closed_error())
-    for loop in loops:
-        _drain(loop)
+    for loop, driver in drivers.items():
+        _drain(loop, driver)
 
 
-def _drain(loop: WriterLoop) -> None:
+def _drain(loop: WriterLoop, driver: Driver) -> None:
     """Wait while jobs finish; give up when none has finished for ``lock_timeout`` seconds."""
+    driver.join(0.0)  # without a thread, nobody else writes what is queued
     finished, since = -1, monotonic()
     while not loop.drained.wait(SLICE):
         now = loop.holder.tally.finished
@@ -69,4 +71,4 @@ def _drain(loop: WriterLoop) -> None:
         report(loop.holder, logging.CRITICAL, text, *arguments)
     if loop.drained.is_set():
         loop.readers.stop_waiting()
-        loop.join(loop.lock_timeout)
+        driver.join(loop.lock_timeout)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -10,13 +11,15 @@ import sqlite3
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from time import monotonic
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar, overload
 
 from onewriter import exit as at_exit
+from onewriter.block import BlockJob
 from onewriter.connection import Settings, check_path, check_pragmas, refuse_old_sqlite
+from onewriter.driver import Driver, InlineDriver, ThreadDriver
 from onewriter.errors import ReadTimeoutError, ReentrantWriteError, WriteTimeoutError
 from onewriter.job import (
     BareStatementJob,
@@ -27,14 +30,14 @@ from onewriter.job import (
     ScriptJob,
     StatementJob,
     Ticket,
+    called_from,
     check_function,
+    name_of,
     refuse_live,
 )
-from onewriter.log import report
+from onewriter.log import contain, report
 from onewriter.loop import WriterLoop
 from onewriter.queue import closed_error
-from onewriter.readers import Reader
-from onewriter.retry import is_busy
 from onewriter.statement import Parameters, Result, capture, capture_many, check_many
 from onewriter.stats import CloseReport, Stats
 from onewriter.transaction import Transaction, check_sql
@@ -68,8 +71,11 @@ class DbWriter:
         on_connect: called with (connection, readonly) for every connection: functions, collations, ATTACH.
         row_factory, detect_types: as in ``sqlite3``, for reads and writes.
         on_error: called on the writer thread with the ticket of a failed ``enqueue`` job that nobody waits for.
+        slow_after: seconds a job, a block or a reader may last before a warning names it.
+        max_hold: seconds a job's SQL or a ``transaction()`` block may hold the writer.
         wal_limit: bytes of WAL that the gateway tries to keep to.
         auto_checkpoint: False: somebody else checkpoints.
+        inline: no thread: jobs run in the calling thread, through the same code (for tests).
 
     Raises:
         sqlite3.Error: the file cannot be opened, with the path and the reason; nothing was created.
@@ -93,14 +99,19 @@ class DbWriter:
         row_factory: Any = None,
         detect_types: int = 0,
         on_error: Callable[[Ticket[Any]], object] | None = None,
+        slow_after: float = 1.0,
+        max_hold: float = math.inf,
         wal_limit: int = 4 * 2**20,
         auto_checkpoint: bool = True,
+        inline: bool = False,
     ) -> None:
         refuse_old_sqlite()
         _check_count("readers", readers)
         _check_count("maxsize", maxsize)
         _check_count("wal_limit", wal_limit, least=0)
         _check_seconds("lock_timeout", lock_timeout)
+        _check_seconds("slow_after", slow_after)
+        _check_seconds("max_hold", max_hold)
         _check_choice("synchronous", synchronous, SYNCHRONOUS)
         _check_choice("journal_mode", journal_mode, JOURNAL_MODES)
         for name, hook in (("on_connect", on_connect), ("on_error", on_error), ("row_factory", row_factory)):
@@ -127,19 +138,20 @@ class DbWriter:
                 wal_limit=wal_limit,
                 auto_checkpoint=bool(auto_checkpoint),
             )
-            loop = WriterLoop(
-                settings, label or os.path.basename(self._path), maxsize, readers, on_error, _ended(folder)
-            )
+            name = label or os.path.basename(self._path)
+            loop = WriterLoop(settings, name, maxsize, readers, slow_after, max_hold, on_error, _ended(folder))
+            driver: Driver = InlineDriver(loop) if inline else ThreadDriver(loop)
             twins = at_exit.others_on(self._path)
-            loop.start()
+            driver.start()
         except BaseException:
             if folder is not None:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
-        self._loop = loop
+        self._loop, self._driver = loop, driver
+        self._max_hold = max_hold
         self._holder = loop.holder
         self._journal_mode = journal_mode
-        at_exit.drain_at_exit(loop)
+        at_exit.drain_at_exit(loop, driver)
         if twins:
             report(
                 self._holder,
@@ -166,6 +178,7 @@ class DbWriter:
         loop: WriterLoop | None = getattr(self, "_loop", None)
         if loop is not None and loop.queue.refuse(closed_error()):
             loop.readers.stop_waiting()
+            self._driver.dropped()
             warnings.warn(f"unclosed {loop.label} ({self._path})", ResourceWarning, source=self, stacklevel=2)
 
     def __reduce__(self) -> Any:
@@ -249,6 +262,63 @@ class DbWriter:
             BareStatementJob(self._holder, check_sql(sql), capture(params), _check_label(label)), timeout
         )
 
+    def transaction(
+        self, *, label: str | None = None, timeout: float | None = 30.0, max_hold: float | None = None
+    ) -> contextlib.AbstractContextManager[Transaction]:
+        """A ``with`` block that is a transaction of its own; committed at its end, or rolled back if it raises.
+
+        The writer waits while the block runs. Inside a job or another block of this thread it is a savepoint of that
+        transaction.
+
+        Args:
+            label: the block's name in logs and messages.
+            timeout: seconds to wait for its turn; None: for ever. The block's own time does not count.
+            max_hold: seconds after which the transaction is taken away and rolled back; None: the gateway's.
+
+        Raises:
+            WriteTimeoutError: at entry: it was not its turn in time. Not committed.
+            TransactionClosedError: it held the writer longer than ``max_hold``. Rolled back.
+            sqlite3.OperationalError: SQLite's lock was not to be had in ``lock_timeout``. Not committed.
+            CommitUnknownError: COMMIT met an I/O error. Unknown.
+            What COMMIT raised: Rolled back.
+        """
+        _check_label(label)
+        _check_timeout(timeout)
+        if max_hold is not None:
+            _check_seconds("max_hold", max_hold)
+        return self._block(label, timeout, self._max_hold if max_hold is None else max_hold)
+
+    @contextlib.contextmanager
+    def _block(self, label: str | None, timeout: float | None, max_hold: float) -> Iterator[Transaction]:
+        outer = self._holder.current()
+        if outer is not None:
+            with outer.savepoint():
+                inner = outer.nested()
+                try:
+                    yield inner
+                finally:
+                    inner.end()
+            return
+        self._holder.refuse_endless_wait("transaction()")
+        job = BlockJob(self._holder, label, max_hold)
+        transaction = self._driver.enter(job, timeout)
+        try:
+            yield transaction
+        except BaseException:
+            self._leave(job, failed=True)
+            raise
+        self._leave(job, failed=False)
+        job.result()
+
+    def _leave(self, job: BlockJob, failed: bool) -> None:
+        job.give_back(failed)
+        if self._holder.waits_endlessly():
+            return  # a generator collected by the writer, or inside one of its locks
+        self._driver.leave(job)
+        if job.transaction is not None:
+            for callback in job.transaction.callbacks(committed=job.failed_with is None):
+                contain(self._holder, callback)
+
     @overload
     def enqueue(
         self, sql: str, params: Parametric = (), /, *, label: str | None = None, timeout: float | None = 30.0
@@ -277,7 +347,7 @@ class DbWriter:
         job = self._job(what, params, label, None)
         job.loud = threading.get_ident() not in self._holder.reporting
         job.bounded = not self._holder.is_mine()  # the thread that makes room does not wait for room
-        self._loop.queue.put(job, timeout=timeout)
+        self._driver.submit(job, timeout)
         return job
 
     def flush(self, timeout: float | None = None) -> None:
@@ -338,9 +408,17 @@ class DbWriter:
             What ``after`` failed with; ValueError if it is another gateway's.
         """
         if isinstance(what, str):
-            return self._read(what, capture(params), label, timeout, after, _all_rows)
+            return self._read(what, capture(params), label, timeout, after, sqlite3.Cursor.fetchall)
+        if not callable(what):
+            raise TypeError(f"a read is SQL (str) or a function of the connection, not {type(what).__name__}")
         _check_no_params(params)
-        return self._read_with(what, label, timeout, after)
+        check_function(what)
+        deadline = self._wait_for(after, timeout, label)
+        transaction = self._transaction_to_read()
+        if transaction is not None:
+            with transaction.readonly():
+                return refuse_live(what(transaction.connection))
+        return self._loop.readers.call(what, label or name_of(what), deadline)
 
     def read_one(
         self,
@@ -353,7 +431,7 @@ class DbWriter:
         after: Ticket[Any] | None = None,
     ) -> Any:
         """Return the first row of a SELECT, or None. Otherwise as ``read``."""
-        return self._read(check_sql(sql), capture(params), label, timeout, after, _first_row)
+        return self._read(check_sql(sql), capture(params), label, timeout, after, sqlite3.Cursor.fetchone)
 
     def read_value(
         self,
@@ -367,6 +445,35 @@ class DbWriter:
     ) -> Any:
         """Return the first column of the first row, whatever ``row_factory`` is, or None. Otherwise as ``read``."""
         return self._read(check_sql(sql), capture(params), label, timeout, after, _first_value)
+
+    def reader(
+        self, *, label: str | None = None, timeout: float | None = 30.0, after: Ticket[Any] | None = None
+    ) -> contextlib.AbstractContextManager[sqlite3.Connection]:
+        """Lend a read-only ``sqlite3.Connection`` that sees one state, that of the entry, for the whole ``with`` block.
+
+        Its ``commit``, ``rollback`` and ``close`` do nothing. The thread's own reads in the block see the same state.
+        A long block keeps the WAL from shrinking; after ``slow_after`` seconds a warning names it.
+
+        Args:
+            timeout: seconds to wait for a connection; None: for ever.
+            after: as for ``read``.
+
+        Raises:
+            ReadTimeoutError: no connection in time.
+        """
+        _check_label(label)
+        _check_timeout(timeout)
+        return self._reader(label or f"reader() in {called_from()}", timeout, after)
+
+    @contextlib.contextmanager
+    def _reader(self, label: str, timeout: float | None, after: Ticket[Any] | None) -> Iterator[sqlite3.Connection]:
+        deadline = self._wait_for(after, timeout, label)
+        outer = self._loop.readers.current()
+        if outer is not None:
+            yield outer.lent
+            return
+        with self._loop.readers.snapshot(label, deadline, limited=False) as snapshot:
+            yield snapshot.lent
 
     # Operations -------------------------------------------------------------------------------------------------------
 
@@ -425,10 +532,10 @@ class DbWriter:
         loop.queue.refuse(closed_error())
         if not drain:
             loop.abandon()
-        if not loop.join(timeout):
+        if not self._driver.join(timeout):
             loop.abandon()
             loop.readers.stop_waiting()
-            loop.join(GRACE)
+            self._driver.join(GRACE)
         unfinished = loop.unfinished()
         with self._holder.lock:
             tally = self._holder.tally
@@ -461,7 +568,7 @@ class DbWriter:
             with transaction.savepoint():
                 return job.perform(transaction)
         self._holder.refuse_endless_wait(f"waiting for job {job.describe()}")
-        self._loop.queue.put(job)
+        self._driver.submit(job, timeout)
         try:
             in_time = job.wait(timeout)
         except BaseException:  # Ctrl-C
@@ -492,66 +599,20 @@ class DbWriter:
         after: Ticket[Any] | None,
         fetch: Callable[[sqlite3.Cursor], Any],
     ) -> Any:
-        _check_label(label)
-        deadline = self._wait_for(after, timeout)
-        transaction = self._holder.current()
+        deadline = self._wait_for(after, timeout, label)
+        transaction = self._transaction_to_read()
         if transaction is not None:
             return transaction.query(sql, parameters, fetch)
-        with self._loop.readers.lend(label or sql, _left(deadline)) as reader:
+        return self._loop.readers.read(sql, parameters, fetch, label or sql, deadline)
 
-            def attempt() -> Any:
-                cursor = sqlite3.Connection.execute(reader.connection, sql, parameters)
-                try:
-                    return fetch(cursor)
-                finally:
-                    cursor.close()
+    def _transaction_to_read(self) -> Transaction | None:
+        """The calling thread's open transaction, unless it has opened a reader inside it."""
+        transaction = self._holder.current()
+        return None if transaction is None or self._loop.readers.current() is not None else transaction
 
-            return self._attempt(reader, attempt, label or sql, timeout)
-
-    def _read_with(
-        self,
-        function: Callable[[sqlite3.Connection], T],
-        label: str | None,
-        timeout: float | None,
-        after: Ticket[Any] | None,
-    ) -> T:
-        if not callable(function):
-            raise TypeError(f"a read is SQL (str) or a function of the connection, not {type(function).__name__}")
-        check_function(function)
-        _check_label(label)
-        deadline = self._wait_for(after, timeout)
-        if self._holder.current() is not None:
-            raise ReentrantWriteError("read(function) inside a job would not see the job's transaction: use tx.execute")
-        name = label or str(getattr(function, "__qualname__", type(function).__qualname__))
-        with self._loop.readers.lend(name, _left(deadline)) as reader:
-
-            def pin() -> None:
-                sqlite3.Connection.execute(reader.connection, "BEGIN").close()
-                # BEGIN alone pins no snapshot: the first read does.
-                sqlite3.Connection.execute(reader.connection, "PRAGMA schema_version").close()
-
-            self._attempt(reader, pin, name, timeout)
-            return self._attempt(reader, lambda: refuse_live(function(reader.connection)), name, timeout, retry=False)
-
-    def _attempt(
-        self, reader: Reader, attempt: Callable[[], T], label: str, timeout: float | None, retry: bool = True
-    ) -> T:
-        """Read; wait while a lock is in the way (a recovery, or a COMMIT in the rollback-journal modes)."""
-        try:
-            try:
-                return attempt()
-            except sqlite3.OperationalError as error:
-                if not (retry and is_busy(error)):
-                    raise
-            return reader.policy.call(attempt, _say_nothing, budget=max(0.0, reader.deadline - monotonic()))
-        except sqlite3.Error as error:
-            self._holder.note_corruption(error)
-            if reader.is_late() and (is_busy(error) or error.sqlite_errorcode == sqlite3.SQLITE_INTERRUPT):
-                raise ReadTimeoutError(f"{label!r} did not end within {timeout} s") from error
-            raise
-
-    def _wait_for(self, after: Ticket[Any] | None, timeout: float | None) -> float:
+    def _wait_for(self, after: Ticket[Any] | None, timeout: float | None, label: str | None) -> float:
         """Wait until the write ``after`` is committed; returns the deadline of the read."""
+        _check_label(label)
         _check_timeout(timeout)
         deadline = math.inf if timeout is None else monotonic() + timeout
         if after is not None:
@@ -569,22 +630,10 @@ class DbWriter:
         return deadline
 
 
-def _all_rows(cursor: sqlite3.Cursor) -> list[Any]:
-    return cursor.fetchall()
-
-
-def _first_row(cursor: sqlite3.Cursor) -> Any:
-    return cursor.fetchone()
-
-
 def _first_value(cursor: sqlite3.Cursor) -> Any:
     cursor.row_factory = None
     row = cursor.fetchone()
     return None if row is None else row[0]
-
-
-def _say_nothing(level: int, text: str) -> None:
-    pass
 
 
 def _left(deadline: float) -> float | None:

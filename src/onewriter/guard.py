@@ -16,8 +16,32 @@ NEVER = frozenset(("query_only", "busy_timeout", "locking_mode", "wal_autocheckp
 class Mode(enum.Enum):
     GATEWAY = "the gateway's own statements"
     JOB = "a job, inside its transaction"
+    LENT = "a job's sqlite3.Connection, inside its transaction"
     BARE = "a statement outside any transaction"
     VACUUM = "VACUUM outside any transaction"
+
+
+IN_TRANSACTION = (Mode.JOB, Mode.LENT)
+
+
+class ReadGuard:
+    """The authorizer of a reader: what mode=ro and query_only let through."""
+
+    def __init__(self) -> None:
+        self._secret = secrets.token_hex(8)
+        self.pinned = False
+
+    def own(self, sql: str) -> str:
+        return f"{sql} /* {self._secret} */"
+
+    def __call__(self, action: int, first: str | None, second: str | None, *_: str | None) -> int:
+        if action in (sqlite3.SQLITE_ATTACH, sqlite3.SQLITE_DETACH):  # VACUUM INTO is an ATTACH too
+            return sqlite3.SQLITE_DENY
+        if action == sqlite3.SQLITE_PRAGMA and second is not None and (first or "").lower() == "query_only":
+            return sqlite3.SQLITE_DENY
+        if action == sqlite3.SQLITE_TRANSACTION and self.pinned:  # a snapshot stands for its whole length
+            return sqlite3.SQLITE_DENY
+        return sqlite3.SQLITE_OK
 
 
 class Guard:
@@ -29,6 +53,7 @@ class Guard:
     def __init__(self) -> None:
         # The texts of the gateway's own statements are unknown to jobs: SQLite does not ask again for a cached text.
         self._secret = secrets.token_hex(8)
+        self.mark = f"onewriter_{self._secret}"  # begins the names of the gateway's savepoints
         self.mode = Mode.GATEWAY
         self.refusal: str | None = None
         self.schema_changed = True
@@ -47,6 +72,8 @@ class Guard:
             return sqlite3.SQLITE_OK
         if action in SCHEMA_CHANGES:
             self.schema_changed = True
+        elif action == sqlite3.SQLITE_SAVEPOINT and self.mode is Mode.LENT:
+            return sqlite3.SQLITE_OK  # libraries nest by it; those of the gateway have names that nobody knows
         elif action in (sqlite3.SQLITE_TRANSACTION, sqlite3.SQLITE_SAVEPOINT):
             if self.mode is not Mode.VACUUM:
                 verb = "SAVEPOINT" if action == sqlite3.SQLITE_SAVEPOINT else first
@@ -56,14 +83,14 @@ class Guard:
                 return self._deny("ATTACH and DETACH belong in on_connect, where every connection gets them")
         elif action == sqlite3.SQLITE_PRAGMA and second is not None:
             return self._pragma((first or "").lower())
-        elif action == sqlite3.SQLITE_PRAGMA and first == "wal_checkpoint" and self.mode is Mode.JOB:
+        elif action == sqlite3.SQLITE_PRAGMA and first == "wal_checkpoint" and self.mode in IN_TRANSACTION:
             return self._deny("a checkpoint cannot run inside a transaction")
         return sqlite3.SQLITE_OK
 
     def _pragma(self, name: str) -> int:
         if name in NEVER:
             return self._deny(f"PRAGMA {name} is the gateway's: use the argument of DbWriter")
-        if self.mode is Mode.JOB and name in NOT_IN_A_TRANSACTION:
+        if self.mode in IN_TRANSACTION and name in NOT_IN_A_TRANSACTION:
             return self._deny(
                 f"PRAGMA {name} has no effect inside a transaction, and a job is one: "
                 "use run_without_transaction, or foreign_keys=False on the job to rebuild a table"

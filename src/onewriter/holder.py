@@ -27,7 +27,9 @@ class Holder:
     Threads: the rest is written by the writer thread and read by any; each attribute is read in one step.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, slow_after: float) -> None:
+        self.slow_after = slow_after
+        self._warned = False
         self.lock = threading.RLock()
         self.tally = Tally()  # guarded by lock
         self.health = "ok"
@@ -39,10 +41,22 @@ class Holder:
         self._waiting: tuple[Job[Any], float] | None = None
 
     def enter(self, job: Job[Any], transaction: Transaction | None) -> None:
+        self._warned = False
         self._job, self._transaction = job, transaction
 
     def leave(self) -> None:
+        self.warn_if_slow()
         self._job = self._transaction = None
+
+    def warn_if_slow(self) -> None:
+        """Name, once, the job that holds the writer longer than ``slow_after``."""
+        job = self._job
+        if job is None or self._warned or monotonic() - job.started_at <= self.slow_after:
+            return
+        with self.lock:
+            first, self._warned = not self._warned, True
+        if first:
+            report(self, logging.WARNING, "slow: %s", self.describe())
 
     def wait_for_lock(self, job: Job[Any]) -> None:
         self._waiting = (job, monotonic())
@@ -53,17 +67,24 @@ class Holder:
     def current(self) -> Transaction | None:
         """The open transaction that belongs to the calling thread, if there is one."""
         transaction = self._transaction
-        if transaction is not None and transaction.thread == threading.get_ident():
-            return transaction
-        return None
+        if transaction is None or transaction.thread != threading.get_ident():
+            return None
+        # The system gives the numbers of ended threads to others.
+        if transaction.borrower is not None and transaction.borrower is not threading.current_thread():
+            return None
+        return transaction
 
     def is_mine(self) -> bool:
         """Whether the calling thread is the writer thread or holds the open transaction."""
         return threading.get_ident() == self.writer_thread or self.current() is not None
 
+    def waits_endlessly(self) -> bool:
+        """Whether the writer could not go on while this thread waits for it."""
+        # Who owns the lock here is a finalizer or signal handler inside it.
+        return self.is_mine() or self.lock._is_owned()  # type: ignore[attr-defined]
+
     def refuse_endless_wait(self, what: str) -> None:
-        # Who owns the lock here is a finalizer or signal handler inside it: the writer could not go on.
-        if self.is_mine() or self.lock._is_owned():  # type: ignore[attr-defined]
+        if self.waits_endlessly():
             raise ReentrantWriteError(
                 f"{what} inside a job or callback of the writer waits for the writer itself, so it would never end: "
                 "call it outside, or use on_commit or enqueue without waiting"

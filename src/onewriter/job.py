@@ -26,6 +26,7 @@ T = TypeVar("T")
 
 PENDING, RUNNING, CANCELLED, DONE = range(4)
 LABEL_LENGTH = 60
+OWN_MODULES = ("onewriter.", "contextlib")  # whose frames are not the caller's
 SLICE = 1.0  # seconds; a signal that comes just before the thread sleeps is seen at its next wake-up
 LIVE_RESULTS = (sqlite3.Cursor, sqlite3.Blob, types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType)
 
@@ -103,7 +104,7 @@ class Ticket(Generic[T]):
     @property
     def called_from(self) -> str:
         """Where the job was handed in: ``"file.py:123 in name"``."""
-        return f"{os.path.basename(self._code.co_filename)}:{self._line} in {self._code.co_name}"
+        return _place(self._code, self._line)
 
     @property
     def timings(self) -> Timings | None:
@@ -196,10 +197,7 @@ class Ticket(Generic[T]):
                 return True
             self._waiters = [*(self._waiters or ()), wakeup]
         try:
-            while not wakeup.acquire(timeout=max(0.0, min(until - monotonic(), SLICE))):
-                if monotonic() >= until:
-                    return False
-            return True
+            return wait_in_slices(wakeup, until, self._holder)
         finally:
             with self._holder.lock:
                 if self._waiters and wakeup in self._waiters:
@@ -263,6 +261,8 @@ class Job(Ticket[T]):
 
     __slots__ = ("bounded", "foreign_keys")
     alone = False
+    lent = False  # another thread runs its statements, and its callbacks
+    needs_savepoint = False  # its ``tx.connection`` may be asked to roll back
     in_transaction = True
 
     def __init__(self, holder: Holder, source: object, label: str | None, foreign_keys: bool | None = None) -> None:
@@ -372,6 +372,9 @@ class BareStatementJob(StatementJob):
     alone = True
     in_transaction = False
 
+    def perform(self, tx: Transaction) -> Result:
+        return tx.bare_statement(self.sql, self.parameters)
+
 
 class ManyJob(Job[Result]):
     """One SQL statement for many rows of parameters."""
@@ -416,11 +419,12 @@ class FunctionJob(Job[T]):
     """A function of the Transaction."""
 
     __slots__ = ("function",)
+    needs_savepoint = True
 
     def __init__(
         self, holder: Holder, function: Callable[[Transaction], T], label: str | None, foreign_keys: bool | None
     ) -> None:
-        super().__init__(holder, _name_of(function), label, foreign_keys)
+        super().__init__(holder, name_of(function), label, foreign_keys)
         self.function: Callable[[Transaction], T] | None = function
 
     def perform(self, tx: Transaction) -> T:
@@ -437,6 +441,15 @@ class FlushJob(Job[None]):
     __slots__ = ()
     alone = True
     counted = False
+
+
+def wait_in_slices(wakeup: Any, until: float, holder: Holder) -> bool:
+    """Acquire ``wakeup``, a lock that somebody else releases; False if ``until`` passed without."""
+    while not wakeup.acquire(timeout=max(0.0, min(until - monotonic(), SLICE))):
+        if monotonic() >= until:
+            return False
+        holder.warn_if_slow()
+    return True
 
 
 def refuse_live(result: T) -> T:
@@ -459,17 +472,27 @@ def check_function(function: Callable[..., object]) -> None:
             or inspect.isgeneratorfunction(target)
             or inspect.isasyncgenfunction(target)
         ):
-            raise TypeError(f"{_name_of(function)!r} is an async or generator function: jobs are plain functions")
+            raise TypeError(f"{name_of(function)!r} is an async or generator function: jobs are plain functions")
 
 
-def _name_of(function: Callable[..., object]) -> str:
+def name_of(function: Callable[..., object]) -> str:
     target = getattr(function, "func", function)  # functools.partial
     return str(getattr(target, "__qualname__", None) or type(target).__qualname__)
+
+
+def called_from() -> str:
+    """Where the user's code called: ``"file.py:123 in name"``."""
+    frame = _caller()
+    return _place(frame.f_code, frame.f_lineno)
+
+
+def _place(code: types.CodeType, line: int) -> str:
+    return f"{os.path.basename(code.co_filename)}:{line} in {code.co_name}"
 
 
 def _caller() -> types.FrameType:
     """The nearest frame outside this package: where the user's code called."""
     frame = sys._getframe(2)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("onewriter."):
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(OWN_MODULES):
         frame = frame.f_back
     return frame

@@ -14,16 +14,16 @@ from time import monotonic
 from types import TracebackType
 from typing import Any
 
+from onewriter.block import BlockFailedError, BlockJob
 from onewriter.connection import Settings, configure, open_writer, set_pragma
 from onewriter.errors import CommitUnknownError, TransactionAbortedError, WriterClosedError
-from onewriter.guard import Guard, Mode
+from onewriter.guard import Guard
 from onewriter.holder import Holder, broken_error
 from onewriter.job import BareStatementJob, FlushJob, Job, Ticket, settle
 from onewriter.log import contain, report
-from onewriter.queue import JobQueue, closed_error
+from onewriter.queue import JobQueue
 from onewriter.readers import ReaderPool
 from onewriter.retry import LockPolicy, is_busy
-from onewriter.statement import describe_sql
 from onewriter.transaction import Transaction, WriteSession
 
 MOST_TAKEN = 2048  # jobs
@@ -41,12 +41,12 @@ class Run:
 
 
 class WriterLoop:
-    """The writer: one thread, the only one that uses the write connection.
+    """What the writer does, whichever thread is the writer: a driver calls it.
 
-    States:  opening → running → ended; ``holder.broken`` says if it ended because it is out of service.
+    States:  open → drained → ended; ``holder.broken`` says if it ended because it is out of service.
     Locks:   none of its own. ``_pending`` (accepted jobs taken from the queue, in order; answered ones go when they
-             come to the front) is changed by the writer thread only, and copied, in one step, by ``abandon``.
-    Threads: public methods may be called from any thread; the rest belongs to the writer thread.
+             come to the front) is changed by the writer only, and copied, in one step, by ``abandon``.
+    Threads: abandon, is_on and unfinished may be called from any thread; the rest belongs to the writer.
     Assumes: nothing here holds the DbWriter, so that one that was dropped can be collected.
     """
 
@@ -56,18 +56,21 @@ class WriterLoop:
         label: str,
         maxsize: int,
         readers: int,
+        slow_after: float,
+        max_hold: float,
         on_error: Callable[[Ticket[Any]], object] | None,
         on_end: Callable[[WriterLoop], object],
     ) -> None:
         self.label = label
         self.lock_timeout = settings.lock_timeout
-        self.holder = Holder()
+        self.holder = Holder(slow_after)
         self.queue = JobQueue(maxsize, self.holder)
         self.readers = ReaderPool(settings, readers, self.holder)
         self.drained = threading.Event()  # every accepted job has its outcome, and no other comes
         self.leaving = False  # set at exit: a lock that is not to be had ends the drain
         self.withdrawn: list[str] = []  # labels of what the writer itself withdrew
         self._settings = settings
+        self._max_hold = max_hold
         self._on_error = on_error
         self._on_end = on_end
         self._stop = threading.Event()  # ends the wait for SQLite's lock; what has not started does not start
@@ -81,26 +84,6 @@ class WriterLoop:
         self._schema_versions: list[Any] = []
         self._lock_wait = self._commit_took = 0.0
         self._sequence = 0
-        self._ready = threading.Event()
-        self._failure: BaseException | None = None
-        self._thread = threading.Thread(target=self._main, name=f"{label}-writer", daemon=True)
-
-    def start(self) -> None:
-        """Start the thread; returns once its connection is open, or raises what opening it raised."""
-        self._thread.start()
-        try:
-            self._ready.wait()
-        except BaseException:  # Ctrl-C while it opens
-            self.queue.refuse(closed_error())
-            self._stop.set()
-            raise
-        failure, self._failure = self._failure, None
-        if failure is not None:
-            self._thread.join()
-            try:
-                raise failure
-            finally:
-                del failure
 
     def abandon(self) -> None:
         """Withdraw what has not started, and end a wait for SQLite's lock. The queue must refuse already."""
@@ -110,11 +93,6 @@ class WriterLoop:
         count = sum(self._withdraw(job) for job in dropped)
         if count:
             report(self.holder, logging.WARNING, "%s: close withdrew %d queued jobs", self.label, count)
-
-    def join(self, timeout: float | None) -> bool:
-        """Wait for the thread's end; False if it has not ended within ``timeout`` seconds."""
-        self._thread.join(None if timeout is None else min(timeout, threading.TIMEOUT_MAX))
-        return not self._thread.is_alive()
 
     def is_on(self, file: os.stat_result) -> bool:
         """Whether ``file`` is this writer's database."""
@@ -127,32 +105,61 @@ class WriterLoop:
         """The labels of the jobs that have no outcome yet."""
         return [job.label for job in (*self._pending.copy(), *self.queue.queue.copy()) if not job.done()]
 
-    # The writer thread from here on -----------------------------------------------------------------------------------
+    # From here on, only the thread that is the writer calls ----------------------------------------------------------
 
-    def _main(self) -> None:
-        self.holder.writer_thread = threading.get_ident()
+    def write(self, jobs: list[Job[Any]]) -> None:
+        """Bring ``jobs`` to their outcome."""
+        self._pending.extend(jobs)
+        jobs.clear()  # an idle writer keeps nothing of its last jobs alive
+        while self._pending:
+            self._write_group()
+
+    def begin_block(self, job: BlockJob) -> None:
+        """Begin a block that runs in the thread that is the writer; it is lent, or has its outcome."""
+        self._pending.append(job)
         try:
-            self._open()
+            session = self._begin(job)
         except BaseException as error:
-            self._failure = error
-            self._on_end(self)
+            self._refused(error)
             return
-        finally:
-            self._ready.set()
-        try:
-            while jobs := self.queue.take(MOST_TAKEN):
-                self._pending.extend(jobs)
-                del jobs  # an idle writer keeps nothing of its last jobs alive
-                while self._pending:
-                    self._write_group()
-        except BaseException as error:
-            report(self.holder, logging.CRITICAL, "%s: the writer thread died", self.label, error=error)
-            self._break(error)
-        finally:
-            self._end()
-            self.holder.writer_thread = 0  # the system gives the number to other threads
+        job.start()
+        transaction = Transaction(session, job)
+        self._enter(session, job, transaction, savepoint=True)
+        transaction.limit(job.max_hold)
+        job.lend(transaction)
 
-    def _open(self) -> WriteSession:
+    def end_block(self, job: BlockJob) -> None:
+        assert self._session is not None
+        assert job.transaction is not None
+        error = job.transaction.overdue() or (BlockFailedError() if job.failed else None)
+        run = self._leave(self._session, job, job.transaction, None, error, savepoint=True)
+        if self._session.connection.in_transaction:
+            self._commit(self._session, [run])
+        else:
+            self._lost([run])
+        self.write([])
+        self._restore_settings()
+
+    def broke(self, error: BaseException) -> None:
+        """The writer met an error of its own making: answer everything that waits."""
+        report(self.holder, logging.CRITICAL, "%s: the writer thread died", self.label, error=error)
+        self._break(error)
+
+    def end(self) -> None:
+        """Close all connections, after the last job."""
+        self.drained.set()
+        contain(self.holder, self.readers.close)  # before the writer: the last to close tidies up, if it may write
+        self._roll_back()
+        if self._session is not None and self._settings.checkpoints and self.holder.broken is None:
+            try:
+                self._session.own("PRAGMA wal_checkpoint(TRUNCATE)")
+            except sqlite3.Error as error:
+                report(self.holder, logging.WARNING, "%s: no checkpoint at close: %s", self.label, error)
+        self._drop_session()
+        contain(self.holder, self._on_end, self)
+
+    def open(self) -> WriteSession:
+        """Open the write connection."""
         connection = open_writer(self._settings, self._guard, self._policy, self._tell_waiting)
         self._session = WriteSession(connection, self._guard)
         self._guard.schema_changed = True
@@ -180,7 +187,7 @@ class WriterLoop:
     def _write_together(self, first: Job[Any]) -> None:
         try:
             session = self._begin(first)
-        except Exception as error:
+        except BaseException as error:  # without a thread of its own, Ctrl-C too
             self._refused(error)
             return
         runs: list[Run] = []
@@ -201,7 +208,7 @@ class WriterLoop:
 
     def _begin(self, first: Job[Any]) -> WriteSession:
         """Take SQLite's write lock; raises SQLite's error if it is not to be had."""
-        session = self._session or self._open()
+        session = self._session or self.open()
         if first.foreign_keys is not None:
             self._guard.settings_touched = True
             set_pragma(session.connection, "foreign_keys", int(first.foreign_keys))
@@ -218,7 +225,7 @@ class WriterLoop:
         finally:
             self.holder.has_lock()
 
-    def _refused(self, error: Exception) -> None:
+    def _refused(self, error: BaseException) -> None:
         """No transaction: all that waits for one fails together, since each has waited long enough by now."""
         self._roll_back()
         if self.leaving and is_busy(error):
@@ -252,30 +259,48 @@ class WriterLoop:
 
     def _perform(self, session: WriteSession, job: Job[Any], undo_alone: bool) -> Run:
         """Run one job; if it fails, undo it alone where it shares the transaction."""
-        transaction = Transaction(session, job)
-        self.holder.enter(job, transaction)
+        transaction, result, failure = Transaction(session, job), None, None
+        savepoint = undo_alone or job.needs_savepoint
         try:
-            if undo_alone:
-                session.own("SAVEPOINT job")
-            result = self._run_body(session, job, transaction)
-            if undo_alone:
-                session.own("RELEASE job")
-            job.set_outcome(result, None)
+            self._enter(session, job, transaction, savepoint)
+            if not job.lent:
+                transaction.limit(self._max_hold)
+            result = job.perform(transaction)
         except BaseException as error:
-            self._fail(job, error)
-            if undo_alone and session.connection.in_transaction:
-                self._undo_job(session)
-        finally:
+            failure = error
+        return self._leave(session, job, transaction, result, failure, savepoint)
+
+    def _enter(self, session: WriteSession, job: Job[Any], transaction: Transaction, savepoint: bool) -> None:
+        self.holder.enter(job, transaction)
+        if savepoint:
+            session.own(f"SAVEPOINT {self._guard.mark}_0")
+
+    def _leave(
+        self,
+        session: WriteSession,
+        job: Job[Any],
+        transaction: Transaction,
+        result: Any,
+        error: BaseException | None,
+        savepoint: bool,
+    ) -> Run:
+        try:
             transaction.end()
             self.holder.leave()
+            if error is None:
+                self._check_end(session, job)
+                if savepoint:
+                    session.own(f"RELEASE {self._guard.mark}_0")
+                job.set_outcome(result, None)
+        except Exception as failure:
+            error = failure
+        if error is not None:
+            self._fail(job, error)
+            if savepoint and session.connection.in_transaction:
+                self._undo_job(session)
         return Run(job, transaction, monotonic() - job.started_at)
 
-    def _run_body(self, session: WriteSession, job: Job[Any], transaction: Transaction) -> Any:
-        self._guard.mode = Mode.JOB
-        try:
-            result = job.perform(transaction)
-        finally:
-            self._guard.mode = Mode.GATEWAY
+    def _check_end(self, session: WriteSession, job: Job[Any]) -> None:
         if not session.connection.in_transaction:
             raise TransactionAbortedError(
                 f"SQLite has rolled back the transaction of job {job.describe()}, and the job went on: "
@@ -286,12 +311,11 @@ class WriterLoop:
             raise sqlite3.IntegrityError(
                 f"FOREIGN KEY constraint failed: {len(violations)} rows; the first: {table} (rowid {rowid}) → {parent}"
             )
-        return result
 
     def _undo_job(self, session: WriteSession) -> None:
         try:
-            session.own("ROLLBACK TO job")
-            session.own("RELEASE job")
+            session.own(f"ROLLBACK TO {self._guard.mark}_0")
+            session.own(f"RELEASE {self._guard.mark}_0")
         except sqlite3.Error:
             self._roll_back()  # everything: the others run again
 
@@ -361,16 +385,14 @@ class WriterLoop:
         self._lock_wait = self._commit_took = 0.0
         runs: list[Run] = []
         try:
-            session = self._session or self._open()
+            session = self._session or self.open()
             transaction = Transaction(session, job)
             runs = [Run(job, transaction, 0.0)]
             self.holder.enter(job, transaction)
             self._guard.settings_touched = True
-            self._guard.mode = Mode.VACUUM if describe_sql(job.sql).verb == "VACUUM" else Mode.BARE
             try:
                 job.set_outcome(self._policy.call(lambda: job.perform(transaction), self._tell_waiting), None)
             finally:
-                self._guard.mode = Mode.GATEWAY
                 transaction.end()
                 self.holder.leave()
         except BaseException as error:
@@ -406,6 +428,8 @@ class WriterLoop:
                 contain(self.holder, self._on_error, job)
 
     def _call_back(self, run: Run, committed: bool) -> None:
+        if run.job.lent:
+            return  # its own thread does
         for callback in run.transaction.callbacks(committed):
             contain(self.holder, callback)
 
@@ -428,6 +452,7 @@ class WriterLoop:
         if self._session is not None:
             try:
                 configure(self._session.connection, self._settings)
+                self._session.restore_factories()
                 # Texts that were allowed for this job are asked again, for the next.
                 self._guard.install(self._session.connection)
             except sqlite3.Error:
@@ -439,20 +464,8 @@ class WriterLoop:
         if session is not None:
             session.connection.close()
 
-    def _end(self) -> None:
-        self.drained.set()
-        contain(self.holder, self.readers.close)  # before the writer: the last to close tidies up, if it may write
-        self._roll_back()
-        if self._session is not None and self._settings.checkpoints and self.holder.broken is None:
-            try:
-                self._session.own("PRAGMA wal_checkpoint(TRUNCATE)")
-            except sqlite3.Error as error:
-                report(self.holder, logging.WARNING, "%s: no checkpoint at close: %s", self.label, error)
-        self._drop_session()
-        contain(self.holder, self._on_end, self)
-
     def _tell_waiting(self, level: int, text: str) -> None:
-        where = self.holder.describe() if self._ready.is_set() else f"opening {self._settings.path}"
+        where = f"opening {self._settings.path}" if self._session is None else self.holder.describe()
         report(self.holder, level, "%s: %s (%s)", self.label, text, where)
 
 
@@ -472,8 +485,9 @@ def leaves_open(error: Exception, in_transaction: bool) -> bool:
     return not in_transaction or (code is not None and code & 0xFF == sqlite3.SQLITE_IOERR)
 
 
-def copy_of(error: Exception) -> Exception:
+def copy_of(error: BaseException) -> BaseException:
     """An exception object of its own for each job, since each gets notes and a traceback."""
+    copy: BaseException
     try:
         copy = type(error)(*error.args)
     except Exception:

@@ -67,12 +67,17 @@ class JobQueue(queue.Queue[Job[Any]]):
                 self._asleep = True
                 if self.queue or self._refusal is not None:
                     self._asleep = False
-                    # popleft one by one: copying and clearing would lose what a finalizer puts in between.
-                    jobs = [self.queue.popleft() for _ in range(min(limit, len(self.queue)))]
-                    self._bounded -= sum(job.bounded for job in jobs)
-                    self._grant_room()
-                    return jobs
+                    return self.take_now(limit)
             self._token.acquire()
+
+    def take_now(self, limit: int) -> list[Job[Any]]:
+        """Take up to ``limit`` jobs, without waiting."""
+        with self.mutex:
+            # popleft one by one: copying and clearing would lose what a finalizer puts in between.
+            jobs = [self.queue.popleft() for _ in range(min(limit, len(self.queue)))]
+            self._bounded -= sum(job.bounded for job in jobs)
+            self._grant_room()
+            return jobs
 
     def refuse(self, error: OneWriterError) -> bool:
         """Accept nothing from now on: every later put raises a copy of ``error``. False if it was so already."""

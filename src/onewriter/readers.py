@@ -3,85 +3,118 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import sqlite3
 import threading
-import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from time import monotonic
-from typing import Any
+from typing import Any, TypeVar
 
 from onewriter.connection import Settings, open_reader
 from onewriter.errors import ReadTimeoutError
+from onewriter.guard import ReadGuard
 from onewriter.holder import Holder
+from onewriter.job import refuse_live
+from onewriter.lent import LentConnection
+from onewriter.log import report
 from onewriter.queue import closed_error
-from onewriter.retry import LockPolicy
+from onewriter.retry import LockPolicy, is_busy
+from onewriter.statement import Parameters
 
-STEPS = 1000  # of SQLite's virtual machine between two looks at the clock; costs nothing measurable
+T = TypeVar("T")
+Fetch = Callable[[sqlite3.Cursor], T]
 
-
-class ReadConnection(sqlite3.Connection):
-    """A read-only connection on loan: it is the pool that ends its transaction and closes it."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._live: weakref.WeakSet[sqlite3.Cursor | sqlite3.Blob] = weakref.WeakSet()
-
-    def cursor(self, *args: Any, **kwargs: Any) -> Any:
-        cursor = super().cursor(*args, **kwargs)
-        self._live.add(cursor)
-        return cursor
-
-    # sqlite3's own versions of these do not call an overridden cursor().
-    def execute(self, *args: Any) -> sqlite3.Cursor:
-        cursor: sqlite3.Cursor = self.cursor().execute(*args)
-        return cursor
-
-    def executemany(self, *args: Any) -> sqlite3.Cursor:
-        cursor: sqlite3.Cursor = self.cursor().executemany(*args)
-        return cursor
-
-    def blobopen(self, *args: Any, **kwargs: Any) -> sqlite3.Blob:
-        blob = super().blobopen(*args, **kwargs)
-        self._live.add(blob)
-        return blob
-
-    def commit(self) -> None:
-        pass
-
-    def rollback(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-    def clean(self) -> None:
-        """End what the borrower left open: a live cursor would pin its snapshot for ever."""
-        for live in list(self._live):
-            live.close()
-        if self.in_transaction:
-            super().rollback()
+STEPS = 250_000  # of SQLite's virtual machine between two looks at the clock, each of which needs the GIL
 
 
 class Reader:
     """One connection of the pool. Belongs to the thread it is lent to."""
 
-    def __init__(self, connection: ReadConnection, policy: LockPolicy) -> None:
+    def __init__(self, connection: sqlite3.Connection, guard: ReadGuard, policy: LockPolicy) -> None:
         self.connection = connection
-        self.policy = policy
         self.deadline = math.inf
-        self.row_factory, self.text_factory = connection.row_factory, connection.text_factory
+        self._guard = guard
+        self._policy = policy
+        self._row_factory, self._text_factory = connection.row_factory, connection.text_factory
         # Not interrupt(): one that comes late would hit the next borrower's statement.
-        connection.set_progress_handler(self.is_late, STEPS)
+        connection.set_progress_handler(self._is_late, STEPS)
 
-    def is_late(self) -> bool:
-        return monotonic() > self.deadline
+    def fetch(self, sql: str, parameters: Parameters, fetch: Fetch[T]) -> T:
+        cursor = sqlite3.Connection.execute(self.connection, sql, parameters)
+        try:
+            return fetch(cursor)
+        finally:
+            cursor.close()
+
+    def attempt(self, label: str, function: Callable[..., T], *args: Any, retry: bool = True) -> T:
+        """Read; wait while a lock is in the way (a recovery, or a COMMIT in the rollback-journal modes)."""
+        try:
+            try:
+                return function(*args)
+            except sqlite3.OperationalError as error:
+                if not (retry and is_busy(error)):
+                    raise
+            return self._policy.call(lambda: function(*args), _say_nothing, max(0.0, self.deadline - monotonic()))
+        except sqlite3.OperationalError as error:
+            if self._is_late() and (is_busy(error) or error.sqlite_errorcode == sqlite3.SQLITE_INTERRUPT):
+                raise ReadTimeoutError(f"{label!r} did not end in time") from error
+            raise
+
+    def pin(self) -> None:
+        """Begin a transaction that sees this moment until ``clean``."""
+        self.fetch(self._guard.own("BEGIN"), (), _nothing)
+        # BEGIN alone pins no snapshot: the first read does.
+        self.fetch(self._guard.own("PRAGMA schema_version"), (), _nothing)
+        self._guard.pinned = True
 
     def clean(self) -> None:
         self.deadline = math.inf
-        self.connection.clean()
-        self.connection.row_factory, self.connection.text_factory = self.row_factory, self.text_factory
+        self._guard.pinned = False
+        self.connection.row_factory, self.connection.text_factory = self._row_factory, self._text_factory
+        if self.connection.in_transaction:
+            self.fetch(self._guard.own("ROLLBACK"), (), _nothing)
+
+    def _is_late(self) -> bool:
+        return monotonic() > self.deadline
+
+
+class Snapshot:
+    """The loan of a reader whose transaction is pinned; what ``LentConnection`` asks."""
+
+    def __init__(self, reader: Reader, outside: object) -> None:
+        self.reader = reader
+        self.connection = reader.connection
+        self.outside = outside  # the transaction that the thread was in at entry
+        self.lent = LentConnection(self)
+        self._lock = threading.RLock()  # a SQL function may read too
+        self._ended = False
+
+    def call(self, function: Callable[..., T], *args: Any, **options: Any) -> T:
+        with self._lock:
+            if self._ended:
+                raise sqlite3.ProgrammingError("the reader() block or read() of this connection has ended")
+            return function(*args, **options)
+
+    def savepoint(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def undo(self) -> None:
+        pass
+
+    def end(self) -> None:
+        with self._lock:
+            self._ended = True
+
+
+class Loan:
+    """Who has a reader, since when."""
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+        self.since = monotonic()
+        self.warned = False
 
 
 class ReaderPool:
@@ -100,25 +133,93 @@ class ReaderPool:
         self._idle: list[Reader] = []
         self._count = 0  # idle or lent
         self._waiting: deque[_Waiter] = deque()
-        self._lent: dict[int, str] = {}
+        self._loans: dict[Reader, Loan] = {}
+        self._local = threading.local()
         self._closed = False
         self._all_back = threading.Event()
 
     @contextlib.contextmanager
-    def lend(self, label: str, timeout: float | None) -> Iterator[Reader]:
+    def lend(self, label: str, deadline: float) -> Iterator[Reader]:
         """Lend a connection for the ``with`` block.
 
         Raises:
             ReadTimeoutError: none was free in time.
             WriterClosedError, WriterBrokenError: the gateway is closed, or out of service.
         """
-        deadline = math.inf if timeout is None else monotonic() + timeout
         reader = self._check_out(label, deadline)
         try:
             reader.deadline = deadline
             yield reader
+        except sqlite3.DatabaseError as error:
+            self._holder.note_corruption(error)
+            raise
         finally:
             self._check_in(reader)
+
+    @contextlib.contextmanager
+    def snapshot(self, label: str, deadline: float, *, limited: bool) -> Iterator[Snapshot]:
+        """Lend a connection that sees one moment; ``limited``: its statements end at the deadline too."""
+        with self.lend(label, deadline) as reader:
+            reader.attempt(label, reader.pin)
+            if not limited:
+                reader.deadline = math.inf
+            snapshot = Snapshot(reader, self._holder.current())
+            stack = self._stack()
+            stack.append(snapshot)
+            try:
+                yield snapshot
+            finally:
+                stack.remove(snapshot)  # of the thread that entered, which need not be this one
+                snapshot.end()
+                snapshot.lent.close_cursors()
+
+    def current(self) -> Snapshot | None:
+        """The snapshot that the calling thread's reads belong to, unless it is in a transaction begun later."""
+        stack = self._stack()
+        if stack and stack[-1].outside is self._holder.current():
+            return stack[-1]
+        return None
+
+    def read(self, sql: str, parameters: Parameters, fetch: Fetch[T], label: str, deadline: float) -> T:
+        snapshot = self.current()
+        if snapshot is None:
+            with self.lend(label, deadline) as reader:
+                rows: T = reader.attempt(label, reader.fetch, sql, parameters, fetch)
+                return rows
+        reader = snapshot.reader
+        before, reader.deadline = reader.deadline, min(deadline, reader.deadline)
+        try:
+            seen: T = snapshot.call(reader.attempt, label, reader.fetch, sql, parameters, fetch)
+            return seen
+        finally:
+            reader.deadline = before
+
+    def call(self, function: Callable[[sqlite3.Connection], T], label: str, deadline: float) -> T:
+        """What ``function`` returns, called with a connection on one snapshot."""
+        snapshot = self.current()
+        if snapshot is not None:
+            return refuse_live(function(snapshot.lent))
+        with self.snapshot(label, deadline, limited=True) as snapshot:
+            return snapshot.reader.attempt(label, lambda: refuse_live(function(snapshot.lent)), retry=False)
+
+    def warn_if_slow(self) -> None:
+        """Name those that have a reader for longer than ``slow_after``, once each."""
+        for loan in list(self._loans.values()):
+            self._warn(loan, "is open")
+
+    def _warn(self, loan: Loan, state: str) -> None:
+        seconds = monotonic() - loan.since
+        if seconds > self._holder.slow_after and not loan.warned:
+            loan.warned = True
+            text = "slow: %s %s since %.1f s; while it is, the WAL cannot shrink"
+            report(self._holder, logging.WARNING, text, loan.label, state, seconds)
+
+    def _stack(self) -> list[Snapshot]:
+        try:
+            return self._local.stack  # type: ignore[no-any-return]
+        except AttributeError:
+            self._local.stack = []
+            return self._stack()
 
     def close(self) -> None:
         """Refuse new loans, wait until all connections are back (or ``stop_waiting``), and close them."""
@@ -132,7 +233,7 @@ class ReaderPool:
         for waiter in waiting:
             waiter.wakeup.release()
         for reader in idle:
-            sqlite3.Connection.close(reader.connection)
+            reader.connection.close()
         self._all_back.wait()
 
     def stop_waiting(self) -> None:
@@ -146,7 +247,7 @@ class ReaderPool:
             self._refuse_if_closed()
             if self._idle:
                 reader = self._idle.pop()  # the last one back: its page cache is warm
-                self._lent[id(reader)] = label
+                self._loans[reader] = Loan(label)
                 return reader
             if self._count < self._size:
                 self._count += 1
@@ -159,12 +260,12 @@ class ReaderPool:
 
     def _open(self, label: str) -> Reader:
         try:
-            policy = LockPolicy(self._settings.lock_timeout, self._stop)
-            reader = Reader(open_reader(self._settings, ReadConnection, policy), policy)
+            policy, guard = LockPolicy(self._settings.lock_timeout, self._stop), ReadGuard()
+            reader = Reader(open_reader(self._settings, guard, policy), guard, policy)
         except BaseException:
             self._give_up_place()
             raise
-        self._lent[id(reader)] = label
+        self._loans[reader] = Loan(label)
         return reader
 
     def _wait(self, waiter: _Waiter, label: str, deadline: float) -> Reader:
@@ -178,12 +279,12 @@ class ReaderPool:
             raise
         self._leave_line(waiter)
         if waiter.reader is not None:
-            self._lent[id(waiter.reader)] = label
+            self._loans[waiter.reader] = Loan(label)
             return waiter.reader
         if waiter.granted:
             return self._open(label)
         self._refuse_if_closed()
-        labels = ", ".join(map(repr, list(self._lent.values())))
+        labels = ", ".join(loan.label for loan in list(self._loans.values()))
         raise ReadTimeoutError(f"no connection for {label!r} in time: all {self._size} are lent, to {labels}")
 
     def _leave_line(self, waiter: _Waiter) -> None:
@@ -192,11 +293,13 @@ class ReaderPool:
                 self._waiting.remove(waiter)
 
     def _check_in(self, reader: Reader) -> None:
-        self._lent.pop(id(reader), None)
+        loan = self._loans.pop(reader, None)
+        if loan is not None:
+            self._warn(loan, "was open")
         try:
             reader.clean()
         except sqlite3.Error:
-            sqlite3.Connection.close(reader.connection)
+            reader.connection.close()
             self._give_up_place()
             return
         with self._lock:
@@ -206,7 +309,7 @@ class ReaderPool:
                 else:
                     self._idle.append(reader)
                 return
-        sqlite3.Connection.close(reader.connection)
+        reader.connection.close()
         self._give_up_place()
 
     def _give_up_place(self) -> None:
@@ -237,3 +340,12 @@ class _Waiter:
     def grant(self, reader: Reader | None) -> None:
         self.granted, self.reader = True, reader
         self.wakeup.release()
+
+
+def _nothing(cursor: sqlite3.Cursor) -> None:
+    cursor.row_factory = None
+    cursor.fetchall()
+
+
+def _say_nothing(level: int, text: str) -> None:
+    pass

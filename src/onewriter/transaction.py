@@ -3,17 +3,37 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sqlite3
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from time import monotonic
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from onewriter.errors import ReentrantWriteError, TransactionAbortedError, TransactionClosedError
 from onewriter.guard import Guard, Mode
-from onewriter.statement import Executor, Parameters, Result, capture, capture_many, check_many, split_script
+from onewriter.lent import LentConnection
+from onewriter.statement import (
+    Executor,
+    Parameters,
+    Result,
+    capture,
+    capture_many,
+    check_many,
+    describe_sql,
+    split_script,
+)
 
 if TYPE_CHECKING:
     from onewriter.job import Job
+
+T = TypeVar("T")
+Callback = Callable[[], object]
+
+STEPS = 1000  # of SQLite's virtual machine between two looks at the clock, where a max_hold is set
+ENDED = "has ended"
+TOO_LONG = "has held the writer longer than max_hold"
+NUDGE = 0.005  # seconds between two interrupts of a statement whose loan is over
 
 
 class WriteSession:
@@ -26,6 +46,7 @@ class WriteSession:
         self.connection = connection
         self.guard = guard
         self.executor = Executor(connection)
+        self.row_factory, self.text_factory = connection.row_factory, connection.text_factory
         names = [row[1] for row in self.own("PRAGMA database_list")]
         self.databases = [name.replace('"', '""') for name in names if name != "temp"]
 
@@ -42,34 +63,58 @@ class WriteSession:
         finally:
             self.guard.mode = mode
 
+    def restore_factories(self) -> None:
+        self.connection.row_factory, self.connection.text_factory = self.row_factory, self.text_factory
+
 
 class Transaction:
-    """What a job's function gets: statements of one transaction, committed or rolled back as a whole.
+    """What a job's function and a ``with`` block get: statements of one transaction, committed or undone as a whole.
 
-    Use it in the function only, and in its thread: later, or elsewhere, every use raises ``TransactionClosedError``.
+    Use it in the function or block only, and in its thread: later, or elsewhere, every use raises
+    ``TransactionClosedError``.
+
+    States:  open → closed; ``_closed`` says why.
+    Locks:   _lock is held around every call into SQLite, so that whoever ends the loan never enters SQLite beside one.
     """
 
-    def __init__(self, session: WriteSession, job: Job[Any]) -> None:
+    def __init__(self, session: WriteSession, job: Job[Any], outer: Transaction | None = None) -> None:
+        self.job = job
         self.thread = threading.get_ident()
+        self.borrower: threading.Thread | None = None
         self._session = session
-        self._job = job
-        self._open = True
-        self._inside = False  # a statement is being run: code it calls back must not use the connection
+        self._root: Transaction = outer._root if outer else self  # has what nested blocks share
+        self._closed: str | None = None
+        self._lent: LentConnection | None = None
+        self._lock = threading.Lock()
+        self._inside = False  # a call is under way: code that SQLite calls back must not use the connection
+        self._until = math.inf
         self._depth = 0
-        self._after_commit: list[Callable[[], object]] = []
-        self._after_rollback: list[Callable[[], object]] = []
-        self._undone: list[Callable[[], object]] = []  # on_rollback of savepoints that were rolled back
+        self._after_commit: list[Callback] = []
+        self._after_rollback: list[Callback] = []
+        self._undone: list[Callback] = []  # on_rollback of savepoints that were rolled back
 
     @property
     def label(self) -> str:
         """The job's label."""
-        return self._job.label
+        return self.job.label
+
+    @property
+    def connection(self) -> sqlite3.Connection:
+        """A ``sqlite3.Connection`` on this transaction, for libraries that want one.
+
+        ``commit``, ``close`` and ``with`` do nothing on it; ``rollback`` undoes what this job or block has done so far;
+        BEGIN, COMMIT, ROLLBACK and ATTACH are refused; SAVEPOINT works. It ends with the transaction.
+        """
+        self._check_thread()
+        if self._lent is None:
+            self._lent = LentConnection(_WriteLoan(self, self._session))
+        return self._lent
 
     def execute(self, sql: str, params: Any = (), /) -> Result:
         """Run one statement and return all its rows.
 
         Raises:
-            sqlite3.Error: what SQLite raised; unless it is caught, the job is rolled back.
+            sqlite3.Error: what SQLite raised; unless it is caught, the transaction is rolled back.
             TransactionAbortedError: SQLite rolled back by itself earlier on. Rolled back.
             TransactionClosedError: the transaction has ended, or belongs to another thread.
         """
@@ -90,106 +135,196 @@ class Transaction:
     @contextlib.contextmanager
     def savepoint(self) -> Iterator[None]:
         """A part of the transaction that is undone alone if the ``with`` block raises."""
-        depth = self._depth + 1
-        name = f"onewriter_{depth}"
-        marks = len(self._after_commit), len(self._after_rollback)
+        root = self._root
+        depth = root._depth + 1
+        name = f"{self._session.guard.mark}_{depth}"
+        marks = len(root._after_commit), len(root._after_rollback)
         self._own(f"SAVEPOINT {name}")
-        self._depth = depth
+        root._depth = depth
         try:
             yield
         except BaseException:
-            self._depth = depth - 1
+            root._depth = depth - 1
             self._forget_since(marks)
-            if self._open and self._session.connection.in_transaction:
+            if self._why_closed() is None and self._session.connection.in_transaction:
                 self._own(f"ROLLBACK TO {name}")
                 self._own(f"RELEASE {name}")
             raise
-        self._depth = depth - 1
+        root._depth = depth - 1
         self._own(f"RELEASE {name}")
 
-    def on_commit(self, fn: Callable[[], object], /) -> None:
+    def on_commit(self, fn: Callback, /) -> None:
         """Call ``fn()`` once, after COMMIT, when the lock is free. Not if the transaction is rolled back."""
-        self._check()
-        self._after_commit.append(_callable(fn))
+        self._check_thread()
+        self._root._after_commit.append(_callable(fn))
 
-    def on_rollback(self, fn: Callable[[], object], /) -> None:
+    def on_rollback(self, fn: Callback, /) -> None:
         """Call ``fn()`` once, after the transaction, if this part of it was rolled back."""
-        self._check()
-        self._after_rollback.append(_callable(fn))
+        self._check_thread()
+        self._root._after_rollback.append(_callable(fn))
 
     # What follows is for the gateway: parameters were checked and captured already.
 
     def statement(self, sql: str, parameters: Parameters) -> Result:
-        with self._statement():
-            return self._session.executor.execute(sql, parameters)
+        return self.call(self._session.executor.execute, sql, parameters)
+
+    def bare_statement(self, sql: str, parameters: Parameters) -> Result:
+        mode = Mode.VACUUM if describe_sql(sql).verb == "VACUUM" else Mode.BARE
+        return self.call(self._session.executor.execute, sql, parameters, mode=mode)
 
     def statement_many(self, sql: str, rows: list[Parameters]) -> Result:
-        with self._statement():
-            return self._session.executor.execute_many(sql, rows)
+        return self.call(self._session.executor.execute_many, sql, rows)
 
     def script(self, sql: str) -> None:
         for statement in split_script(sql):
             self.statement(statement, ())
 
-    def query(self, sql: str, parameters: Parameters, fetch: Callable[[sqlite3.Cursor], Any]) -> Any:
+    def query(self, sql: str, parameters: Parameters, fetch: Callable[[sqlite3.Cursor], T]) -> T:
         """Run a statement that must not write, and see what the transaction has written."""
+        with self.readonly():
+            rows: T = self.call(self._query, sql, parameters, fetch)
+            return rows
+
+    def _query(self, sql: str, parameters: Parameters, fetch: Callable[[sqlite3.Cursor], T]) -> T:
+        cursor = sqlite3.Connection.execute(self._session.connection, sql, parameters)
+        try:
+            return fetch(cursor)
+        finally:
+            cursor.close()
+
+    @contextlib.contextmanager
+    def readonly(self) -> Iterator[None]:
         self._own("PRAGMA query_only=1")
         try:
-            with self._statement():
-                cursor = sqlite3.Connection.execute(self._session.connection, sql, parameters)
-                try:
-                    return fetch(cursor)
-                finally:
-                    cursor.close()
+            yield
         finally:
             self._session.own("PRAGMA query_only=0")
 
-    def end(self) -> None:
-        self._open = False
+    def nested(self) -> Transaction:
+        """The same transaction as a nested block sees it: it has an end of its own."""
+        return Transaction(self._session, self.job, outer=self)
 
-    def callbacks(self, committed: bool) -> list[Callable[[], object]]:
+    def call(self, function: Callable[..., T], *args: Any, mode: Mode = Mode.JOB, **options: Any) -> T:
+        """Run one call into SQLite, if the loan still holds."""
+        self._check_thread()
+        guard, root = self._session.guard, self._root
+        with root._lock:
+            self._check()
+            guard.refusal, guard.mode, root._inside = None, mode, True
+            try:
+                return function(*args, **options)
+            except sqlite3.Error as error:
+                self._explain(error)
+                raise
+            finally:
+                root._inside, guard.mode = False, Mode.GATEWAY
+
+    def limit(self, seconds: float) -> None:
+        """Have statements end ``seconds`` from now."""
+        if seconds != math.inf:
+            self._until = monotonic() + seconds
+            self._session.connection.set_progress_handler(self._is_late, STEPS)
+
+    def lend_to(self, thread: threading.Thread) -> None:
+        self.thread, self.borrower = thread.ident or 0, thread
+
+    def leave(self) -> None:
+        """The block has ended: its thread is not inside it any more, though the writer has yet to commit."""
+        self._closed = self._closed or ENDED
+        self.thread = 0
+
+    def end(self) -> None:
+        """End the loan; no call is under way."""
+        if self._lent is not None:
+            self._lent.close_cursors()
+            self._session.restore_factories()
+        if self._until != math.inf:
+            self._session.connection.set_progress_handler(None, 0)
+        self._closed = self._closed or ENDED
+
+    def take_back(self, why: str) -> None:
+        """End the loan although a call may be under way; returns when none is inside SQLite any more."""
+        self._closed = why
+        while not self._lock.acquire(timeout=NUDGE):
+            self._session.connection.interrupt()
+        self._lock.release()
+
+    def callbacks(self, committed: bool) -> list[Callback]:
         return self._undone + (self._after_commit if committed else self._after_rollback)
 
-    @contextlib.contextmanager
-    def _statement(self) -> Iterator[None]:
-        self._check()
-        guard = self._session.guard
-        guard.refusal = None
-        self._inside = True
-        try:
-            yield
-        except sqlite3.DatabaseError as error:
-            if guard.refusal is not None:
-                error.add_note(f"onewriter: {guard.refusal}")
-            raise
-        finally:
-            self._inside = False
+    def undo(self) -> None:
+        """Undo what this job or block has done so far; the transaction stays open."""
+        self._forget_since((0, 0))
+        self._own(f"ROLLBACK TO {self._session.guard.mark}_0")
+
+    def overdue(self) -> TransactionClosedError | None:
+        """The error of a block that has held the writer for too long, where no other thread takes it back."""
+        if self._is_late() and self._closed in (None, ENDED):
+            self._closed = TOO_LONG
+        return None if self._closed in (None, ENDED) else self.closed_error()
 
     def _own(self, sql: str) -> None:
-        self._check()
-        self._session.own(sql)
+        self.call(self._session.own, sql)
 
-    def _check(self) -> None:
-        if not self._open:
-            raise TransactionClosedError(f"the transaction of job {self._job.describe()} has ended")
-        if self.thread != threading.get_ident():
-            raise TransactionClosedError(f"the transaction of job {self._job.describe()} belongs to another thread")
-        if self._inside:
+    def _is_late(self) -> bool:
+        return monotonic() > self._until
+
+    def _why_closed(self) -> str | None:
+        return self._closed or self._root._closed
+
+    def closed_error(self) -> TransactionClosedError:
+        return TransactionClosedError(f"the transaction of job {self.job.describe()} {self._why_closed()}")
+
+    def _check_thread(self) -> None:
+        if self._why_closed():
+            raise self.closed_error()
+        if self._root.thread != threading.get_ident():
+            raise TransactionClosedError(f"the transaction of job {self.job.describe()} belongs to another thread")
+        if self._root._inside:
             raise ReentrantWriteError(
                 "a function that SQLite calls while it runs a statement cannot use the connection of that statement"
             )
-        if self._job.in_transaction and not self._session.connection.in_transaction:
+
+    def _check(self) -> None:
+        if self._root._is_late() and self._root._closed is None:
+            self._root._closed = TOO_LONG
+        if self._why_closed():
+            raise self.closed_error()
+        if self.job.in_transaction and not self._session.connection.in_transaction:
             # Without this look the statements that follow would be committed one by one.
             raise TransactionAbortedError(
-                f"SQLite has rolled back the transaction of job {self._job.describe()} (OR ROLLBACK, RAISE(ROLLBACK), "
+                f"SQLite has rolled back the transaction of job {self.job.describe()} (OR ROLLBACK, RAISE(ROLLBACK), "
                 "a full disk, an interrupt): let the error that it raised end the job"
             )
 
+    def _explain(self, error: sqlite3.Error) -> None:
+        refusal = self._session.guard.refusal
+        if refusal is not None:
+            error.add_note(f"onewriter: {refusal}")
+        root = self._root
+        if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_INTERRUPT and (root._is_late() or root._closed):
+            root._closed = root._closed or TOO_LONG
+            raise self.closed_error() from error
+
     def _forget_since(self, marks: tuple[int, int]) -> None:
         commits, rollbacks = marks
-        del self._after_commit[commits:]
-        self._undone += self._after_rollback[rollbacks:]
-        del self._after_rollback[rollbacks:]
+        root = self._root
+        del root._after_commit[commits:]
+        root._undone += root._after_rollback[rollbacks:]
+        del root._after_rollback[rollbacks:]
+
+
+class _WriteLoan:
+    """What ``tx.connection`` may do: as the transaction, and savepoints of its own besides."""
+
+    def __init__(self, transaction: Transaction, session: WriteSession) -> None:
+        self._transaction = transaction
+        self.connection = session.connection
+        self.savepoint = transaction.savepoint
+        self.undo = transaction.undo
+
+    def call(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        return self._transaction.call(function, *args, mode=Mode.LENT, **options)
 
 
 def check_sql(sql: object) -> str:
@@ -198,7 +333,7 @@ def check_sql(sql: object) -> str:
     return sql
 
 
-def _callable(fn: Callable[[], object]) -> Callable[[], object]:
+def _callable(fn: Callback) -> Callback:
     if not callable(fn):
         raise TypeError(f"the callback must be callable, not {type(fn).__name__}")
     return fn

@@ -1,0 +1,70 @@
+"""BlockJob: a transaction whose statements the thread that asked for it runs itself."""
+
+from __future__ import annotations
+
+import threading
+from time import monotonic
+
+from onewriter.holder import Holder
+from onewriter.job import Job
+from onewriter.transaction import TOO_LONG, Transaction
+
+LOOK = 0.05  # seconds between two looks at whether the block's thread still lives
+
+
+class BlockFailedError(Exception):
+    """The block raised, so it is rolled back; its own error goes on in its own thread."""
+
+
+class BlockJob(Job[None]):
+    """A ``with transaction()`` block: the writer thread begins, lends, waits, and commits or rolls back.
+
+    Locks: ``granted`` is released once: by the loan, or by an outcome without one (withdrawn, no lock to be had).
+           ``given_back`` is released once, by the end of the block.
+    """
+
+    __slots__ = ("failed", "given_back", "granted", "max_hold", "thread", "transaction")
+    alone = True
+    lent = True
+    needs_savepoint = True
+
+    def __init__(self, holder: Holder, label: str | None, max_hold: float) -> None:
+        super().__init__(holder, "transaction", label)
+        self.max_hold = max_hold
+        self.thread = threading.current_thread()
+        self.transaction: Transaction | None = None
+        self.failed = False
+        self.granted, self.given_back = threading.Lock(), threading.Lock()
+        self.granted.acquire()
+        self.given_back.acquire()
+        self._waiters = [self.granted]
+
+    def lend(self, transaction: Transaction) -> None:
+        """Let the thread that waits for it have the transaction."""
+        transaction.lend_to(self.thread)
+        with self._holder.lock:
+            self.transaction, self._waiters = transaction, None
+        self.granted.release()
+
+    def give_back(self, failed: bool) -> None:
+        """End the block. The thread's next calls are no longer inside it."""
+        self.failed = failed
+        if self.transaction is not None:
+            self.transaction.leave()
+        self.given_back.release()
+
+    def perform(self, tx: Transaction) -> None:
+        """Lend the transaction, and wait until it is given back, or has to be taken back."""
+        self.lend(tx)
+        until = self.started_at + self.max_hold
+        while not self.given_back.acquire(timeout=max(0.0, min(until - monotonic(), LOOK))):
+            self._holder.warn_if_slow()
+            if monotonic() >= until:
+                tx.take_back(TOO_LONG)
+            elif not self.thread.is_alive():
+                tx.take_back("was open when its thread ended")
+            else:
+                continue
+            raise tx.closed_error()
+        if self.failed:
+            raise BlockFailedError

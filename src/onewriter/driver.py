@@ -1,0 +1,200 @@
+"""Who runs the WriterLoop: a thread of its own, or, for tests, the calling thread."""
+
+from __future__ import annotations
+
+import math
+import threading
+from time import monotonic
+from typing import Any, Protocol
+
+from onewriter.block import BlockJob
+from onewriter.errors import QueueFullError, WriteTimeoutError
+from onewriter.job import Job, wait_in_slices
+from onewriter.loop import MOST_TAKEN, WriterLoop
+from onewriter.queue import closed_error
+from onewriter.transaction import Transaction
+
+
+class Driver(Protocol):
+    def start(self) -> None:
+        """Open the write connection, or raise what opening it raised."""
+
+    def submit(self, job: Job[Any], timeout: float | None = None) -> None:
+        """Accept a job; waits for room, if the job is bounded."""
+
+    def enter(self, job: BlockJob, timeout: float | None) -> Transaction:
+        """Wait for the block's turn and return its transaction."""
+
+    def leave(self, job: BlockJob) -> None:
+        """See a block that was given back to its end: committed or rolled back."""
+
+    def dropped(self) -> None:
+        """The gateway was collected without close."""
+
+    def join(self, timeout: float | None) -> bool:
+        """Wait until all is written and closed; the queue must refuse already. False: not within ``timeout``."""
+
+
+class ThreadDriver:
+    """One daemon thread is the writer, from the opening of its connection to its closing."""
+
+    def __init__(self, loop: WriterLoop) -> None:
+        self._loop = loop
+        self._ready = threading.Event()
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._main, name=f"{loop.label}-writer", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+        try:
+            self._ready.wait()
+        except BaseException:  # Ctrl-C while it opens
+            self._loop.queue.refuse(closed_error())
+            self._loop.abandon()
+            raise
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            self._thread.join()
+            try:
+                raise failure
+            finally:
+                del failure
+
+    def submit(self, job: Job[Any], timeout: float | None = None) -> None:
+        self._loop.queue.put(job, timeout=timeout)
+
+    def enter(self, job: BlockJob, timeout: float | None) -> Transaction:
+        self._loop.queue.put(job)
+        until = math.inf if timeout is None else monotonic() + timeout
+        try:
+            in_time = wait_in_slices(job.granted, until, self._loop.holder)
+            if not in_time and job.cancel():
+                raise not_entered(job, timeout, self._loop)
+            if not in_time:  # granted, or refused, in the same moment
+                job.granted.acquire()
+        except KeyboardInterrupt:
+            if not job.cancel():
+                job.give_back(failed=True)
+            raise
+        return entered(job)
+
+    def leave(self, job: BlockJob) -> None:
+        job.wait(None)
+
+    def dropped(self) -> None:
+        pass  # the thread drains the queue, and ends
+
+    def join(self, timeout: float | None) -> bool:
+        self._thread.join(None if timeout is None else min(timeout, threading.TIMEOUT_MAX))
+        return not self._thread.is_alive()
+
+    def _main(self) -> None:
+        loop = self._loop
+        loop.holder.writer_thread = threading.get_ident()
+        try:
+            loop.open()
+        except BaseException as error:
+            self._failure = error
+            loop.end()
+            return
+        finally:
+            self._ready.set()
+        try:
+            while jobs := loop.queue.take(MOST_TAKEN):
+                loop.write(jobs)
+        except BaseException as error:
+            loop.broke(error)
+        finally:
+            loop.end()
+            loop.holder.writer_thread = 0  # the system gives the number to other threads
+
+
+class InlineDriver:
+    """The calling thread is the writer, while it calls.
+
+    Locks: _turn is held by the thread that is the writer now; through a block, from its begin to its end.
+    """
+
+    def __init__(self, loop: WriterLoop) -> None:
+        self._loop = loop
+        self._turn = threading.Lock()
+        self._ended = False
+
+    def start(self) -> None:
+        self._loop.open()
+
+    def submit(self, job: Job[Any], timeout: float | None = None) -> None:
+        if self._loop.holder.is_mine():  # whoever is the writer runs it next
+            self._loop.queue.put(job)
+            return
+        if not self._take_turn(timeout):
+            if job.bounded:
+                raise QueueFullError(f"no turn for job {job.describe()}: {self._loop.holder.describe()}")
+            return  # whoever waits for it finds it not started
+        try:
+            self._loop.queue.put(job)
+            self._drive()
+        finally:
+            self._turn.release()
+
+    def enter(self, job: BlockJob, timeout: float | None) -> Transaction:
+        if not self._take_turn(timeout):
+            job.cancel()
+            raise not_entered(job, timeout, self._loop)
+        try:
+            self._loop.queue.check_open()
+            self._loop.begin_block(job)
+            return entered(job)
+        except BaseException:
+            self._turn.release()
+            raise
+
+    def leave(self, job: BlockJob) -> None:
+        try:
+            self._loop.end_block(job)
+            self._drive()
+        finally:
+            self._turn.release()
+
+    def dropped(self) -> None:
+        self.join(0.0)
+
+    def join(self, timeout: float | None) -> bool:
+        if not self._take_turn(timeout):
+            return False
+        try:
+            self._drive()
+            if not self._ended:
+                self._ended = True
+                self._loop.end()
+            return True
+        finally:
+            self._turn.release()
+
+    def _take_turn(self, timeout: float | None) -> bool:
+        return self._turn.acquire(timeout=-1 if timeout is None else min(timeout, threading.TIMEOUT_MAX))
+
+    def _drive(self) -> None:
+        """Write what is queued, and what that queues."""
+        loop = self._loop
+        loop.holder.writer_thread = threading.get_ident()
+        try:
+            while jobs := loop.queue.take_now(MOST_TAKEN):
+                loop.write(jobs)
+        except BaseException as error:
+            loop.broke(error)
+            raise
+        finally:
+            loop.holder.writer_thread = 0
+
+
+def entered(job: BlockJob) -> Transaction:
+    if job.transaction is None:
+        job.result()  # raises why
+    assert job.transaction is not None
+    return job.transaction
+
+
+def not_entered(job: BlockJob, timeout: float | None, loop: WriterLoop) -> WriteTimeoutError:
+    message = f"{job.describe()} did not get its turn within {timeout} s and is withdrawn: {loop.holder.describe()}"
+    return WriteTimeoutError(message, ticket=job, started=False)
