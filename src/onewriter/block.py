@@ -29,7 +29,7 @@ class BlockJob(Job[None]):
     needs_savepoint = True
 
     def __init__(self, holder: Holder, label: str | None, max_hold: float) -> None:
-        super().__init__(holder, "transaction", label)
+        super().__init__(holder, label or "transaction")
         self.max_hold = max_hold
         self.thread = threading.current_thread()
         self.transaction: Transaction | None = None

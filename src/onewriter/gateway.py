@@ -358,7 +358,7 @@ class DbWriter:
             ReentrantWriteError: called inside a job.
         """
         self._holder.refuse_endless_wait("flush")
-        self._execute(FlushJob(self._holder, "flush", None), timeout)
+        self._execute(FlushJob(self._holder, "flush"), timeout)
 
     # Reads ------------------------------------------------------------------------------------------------------------
 
@@ -545,7 +545,9 @@ class DbWriter:
 
     # Behind them ------------------------------------------------------------------------------------------------------
 
-    def _job(self, what: Any, params: Parametric, label: str | None, foreign_keys: bool | None) -> Job[Any]:
+    def _job(
+        self, what: Any, params: Parametric, label: str | None, foreign_keys: bool | None
+    ) -> StatementJob | FunctionJob[Any]:
         _check_label(label)
         if isinstance(what, str):
             if foreign_keys is not None:

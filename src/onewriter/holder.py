@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from onewriter.job import Job
     from onewriter.transaction import Transaction
 
+IN_STATEMENT = "a function that SQLite calls while it runs a statement cannot use the connection of that statement"
 CORRUPT = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
@@ -67,7 +68,11 @@ class Holder:
     def current(self) -> Transaction | None:
         """The open transaction that belongs to the calling thread, if there is one."""
         transaction = self._transaction
-        if transaction is None or transaction.thread != threading.get_ident():
+        if transaction is None:
+            if self._job is not None and self.writer_thread == threading.get_ident():
+                raise ReentrantWriteError(IN_STATEMENT)
+            return None
+        if transaction.thread != threading.get_ident():
             return None
         # The system gives the numbers of ended threads to others.
         if transaction.borrower is not None and transaction.borrower is not threading.current_thread():

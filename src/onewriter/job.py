@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import inspect
 import math
 import os
@@ -12,6 +13,7 @@ import sys
 import threading
 import types
 from collections.abc import Callable, Generator, Iterable
+from dataclasses import dataclass
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, cast
 
@@ -26,7 +28,7 @@ T = TypeVar("T")
 
 PENDING, RUNNING, CANCELLED, DONE = range(4)
 LABEL_LENGTH = 60
-OWN_MODULES = ("onewriter.", "contextlib")  # whose frames are not the caller's
+CONTEXTLIB = contextlib.contextmanager.__code__.co_filename
 SLICE = 1.0  # seconds; a signal that comes just before the thread sleeps is seen at its next wake-up
 LIVE_RESULTS = (sqlite3.Cursor, sqlite3.Blob, types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType)
 
@@ -40,6 +42,14 @@ class Timings(NamedTuple):
     commit: float
 
 
+@dataclass(slots=True)
+class Batch:
+    """What the jobs that shared a transaction have in common. Seconds."""
+
+    lock_wait: float = 0.0
+    commit: float = 0.0
+
+
 class Ticket(Generic[T]):
     """The handle of a write's outcome, as a ``concurrent.futures.Future`` is; it resolves only after COMMIT.
 
@@ -50,44 +60,40 @@ class Ticket(Generic[T]):
     Threads: every method may be called from any thread; the outcome is written by the writer thread before DONE.
     """
 
-    counted = True  # in the statistics
-
+    # No locks, no lists, no times as objects before somebody asks: a backlog is what the collector walks.
     __slots__ = (
         "__weakref__",
-        "_attempts",
+        "_batch",
         "_callbacks",
         "_code",
         "_error",
         "_holder",
+        "_instruction",
         "_label",
-        "_line",
         "_result",
-        "_source",
         "_state",
-        "_timings",
         "_waiters",
         "created_at",
+        "ended_at",
         "loud",
         "sequence",
         "started_at",
     )
+    counted = True  # in the statistics
 
-    def __init__(self, holder: Holder, source: object, label: str | None) -> None:
+    def __init__(self, holder: Holder, label: str) -> None:
         frame = _caller()
         self._holder = holder
-        self._source = source  # the SQL text, or the function's name: the default label
         self._label = label
-        self._code, self._line = frame.f_code, frame.f_lineno
+        self._code, self._instruction = frame.f_code, frame.f_lasti
         self._state = PENDING
-        self._result: T | None = None
+        self._result: Any = None
         self._error: BaseException | None = None
         self._waiters: list[Any] | None = None
         self._callbacks: list[Callable[[Ticket[T]], object]] | None = None
-        self._attempts = 0
-        self._timings: Timings | None = None
+        self._batch: Batch | None = None
         self.loud = False  # nobody waits: a failure is logged and given to on_error
-        self.created_at = monotonic()
-        self.started_at = 0.0
+        self.created_at = self.started_at = self.ended_at = monotonic()
         self.sequence: int | None = None
 
     def __repr__(self) -> str:
@@ -97,19 +103,21 @@ class Ticket(Generic[T]):
     @property
     def label(self) -> str:
         """The job's name in logs and messages; default: the function's qualified name or the SQL's beginning."""
-        if self._label is None:
-            self._label = str(self._source)[:LABEL_LENGTH]
-        return self._label
+        return self._label[:LABEL_LENGTH]
 
     @property
     def called_from(self) -> str:
         """Where the job was handed in: ``"file.py:123 in name"``."""
-        return _place(self._code, self._line)
+        return _place(self._code, self._instruction)
 
     @property
     def timings(self) -> Timings | None:
         """Seconds queued, waiting for SQLite's lock, running, and in COMMIT; None until the job is over."""
-        return self._timings
+        batch = self._batch
+        if batch is None:
+            return None
+        waited = self.started_at - self.created_at - batch.lock_wait
+        return Timings(max(0.0, waited), batch.lock_wait, self.ended_at - self.started_at, batch.commit)
 
     def describe(self) -> str:
         return f"{self.label!r} (called from {self.called_from})"
@@ -163,7 +171,7 @@ class Ticket(Generic[T]):
                 raise self._error
             finally:
                 del self  # the traceback would hold the ticket, and the ticket the traceback
-        return cast(T, self._result)
+        return self._value()
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """Wait as ``result`` does and return the job's error, or None if it was committed."""
@@ -216,6 +224,9 @@ class Ticket(Generic[T]):
                 raise self._error
             raise concurrent.futures.CancelledError(f"job {self.describe()} was withdrawn before it started")
 
+    def _value(self) -> T:
+        return cast(T, self._result)
+
     def run_callbacks(self) -> None:
         """Call the callbacks in order, once each. What they raise is logged."""
         while True:
@@ -254,26 +265,16 @@ class _TicketFuture(concurrent.futures.Future[T]):
 
 
 class Job(Ticket[T]):
-    """A write: what to do on the write connection, and the ticket of its outcome.
+    """A write: what to do on the write connection, and the ticket of its outcome."""
 
-    ``alone``: it never shares a transaction; ``bounded``: it counts against the queue's ``maxsize``.
-    """
-
-    __slots__ = ("bounded", "foreign_keys")
-    alone = False
-    lent = False  # another thread runs its statements, and its callbacks
+    __slots__ = ()
+    bounded = False  # whether it counts against the queue's maxsize
+    alone = False  # whether it never shares a transaction
+    plain = False  # whether it is one SQL statement, which may run again unseen
+    lent = False  # whether another thread runs its statements, and its callbacks
     needs_savepoint = False  # its ``tx.connection`` may be asked to roll back
     in_transaction = True
-
-    def __init__(self, holder: Holder, source: object, label: str | None, foreign_keys: bool | None = None) -> None:
-        super().__init__(holder, source, label)
-        self.bounded = False
-        self.foreign_keys = foreign_keys
-
-    @property
-    def attempts(self) -> int:
-        """How often the job began; 2 only if something undid the shared transaction it ran in."""
-        return self._attempts
+    foreign_keys: bool | None = None
 
     def must_be_alone(self) -> bool:
         return self.alone or self.foreign_keys is not None
@@ -281,18 +282,17 @@ class Job(Ticket[T]):
     def perform(self, tx: Transaction) -> T:
         raise NotImplementedError
 
-    def start(self) -> bool:
+    def start(self, now: float) -> bool:
         """Claim the job for its run; False if it was withdrawn or has its outcome already."""
         # Between the look and the store CPython runs neither a finalizer nor a signal handler (no call, no loop), so
         # the re-entrant lock suffices against this thread's own finalizers too.
         with self._holder.lock:
             if self._state == PENDING:
                 self._state = RUNNING
-            started = self._state == RUNNING
-        if started:
-            self._attempts += 1
-            self.started_at = monotonic()
-        return started
+            elif self._state != RUNNING:  # running: it runs again
+                return False
+        self.started_at = now
+        return True
 
     def make_loud(self) -> bool:
         """Have a failure told loudly, since the caller no longer waits; False if the outcome is there already."""
@@ -300,66 +300,74 @@ class Job(Ticket[T]):
             self.loud = self._state < CANCELLED
             return self.loud
 
-    def set_outcome(self, result: T | None, error: BaseException | None) -> None:
+    def set_outcome(self, result: Any, error: BaseException | None) -> None:
         """Keep the outcome; nobody sees it before ``settle``."""
         self._result, self._error = result, error
-
-    def set_timings(self, lock_wait: float, run: float, commit: float) -> None:
-        started = self.started_at or monotonic()
-        self._timings = Timings(max(0.0, started - self.created_at - lock_wait), lock_wait, run, commit)
 
     @property
     def failed_with(self) -> BaseException | None:
         return self._error
 
 
-def settle(jobs: Iterable[Job[Any]], holder: Holder, commits: int) -> list[Job[Any]]:
+def settle(jobs: Iterable[Job[Any]], holder: Holder, batch: Batch, commits: int) -> tuple[list[Job[Any]], ...]:
     """Make the outcomes of ``jobs`` visible and wake their waiters, one wake-up each.
 
-    Returns the failed jobs that nobody waits for: their failure has to be told loudly.
+    Returns the jobs that have callbacks, and the failed ones that nobody waits for: those have to be told loudly.
     """
-    settled, unheard, wakeups = [], [], []
+    settled, called, unheard, wakeups = [], [], [], []
+    tally = holder.tally
     with holder.lock:
-        holder.tally.commits += commits
+        tally.commits += commits
         for job in jobs:
             if job._state >= CANCELLED:
                 continue
             job._state = DONE
+            job._batch = batch
             settled.append(job)
-            if not job.counted:
-                pass
-            elif job._error is None:
-                holder.tally.committed += 1
-            else:
-                holder.tally.count_failed(job.label)
+            if job._callbacks is not None:
+                called.append(job)
+            if job._error is not None:
+                if job.counted:
+                    tally.count_failed(job.label)
                 if job.loud and not job._waiters and not job._callbacks:
                     unheard.append(job)
-            if job._waiters:
+            elif job.counted:
+                tally.committed += 1
+                job.sequence = tally.committed
+            if job._waiters is not None:
                 wakeups += job._waiters
                 job._waiters = None
     for wakeup in wakeups:
         wakeup.release()
     for job in settled:
         job._drop_work()  # not under the lock: what goes here may have finalizers
-    return unheard
+    return called, unheard
 
 
 class StatementJob(Job[Result]):
     """One SQL statement."""
 
-    __slots__ = ("parameters", "sql")
+    __slots__ = ("bounded", "parameters", "sql")
+    plain = True
 
     def __init__(self, holder: Holder, sql: str, parameters: Parameters, label: str | None) -> None:
-        super().__init__(holder, sql, label)
+        super().__init__(holder, label or sql)
+        self.bounded = False
         self.sql = sql
         self.parameters = parameters
 
     def must_be_alone(self) -> bool:
         # A text that can roll the whole transaction back would make the jobs before it run again.
-        return self.alone or describe_sql(self.sql).isolated
+        return describe_sql(self.sql).isolated
 
     def perform(self, tx: Transaction) -> Result:
         return tx.statement(self.sql, self.parameters)
+
+    def _value(self) -> Result:
+        if type(self._result) is tuple:
+            rowcount, lastrowid = self._result
+            self._result = Result([], rowcount, lastrowid, None)
+        return cast(Result, self._result)
 
     def _drop_work(self) -> None:
         self.parameters = ()
@@ -369,8 +377,11 @@ class BareStatementJob(StatementJob):
     """One SQL statement outside any transaction, for VACUUM and PRAGMA."""
 
     __slots__ = ()
-    alone = True
+    plain = False
     in_transaction = False
+
+    def must_be_alone(self) -> bool:
+        return True
 
     def perform(self, tx: Transaction) -> Result:
         return tx.bare_statement(self.sql, self.parameters)
@@ -382,7 +393,7 @@ class ManyJob(Job[Result]):
     __slots__ = ("rows", "sql")
 
     def __init__(self, holder: Holder, sql: str, rows: list[Parameters], label: str | None) -> None:
-        super().__init__(holder, sql, label)
+        super().__init__(holder, label or sql)
         self.sql = sql
         self.rows = rows
 
@@ -399,11 +410,12 @@ class ManyJob(Job[Result]):
 class ScriptJob(Job[None]):
     """Many SQL statements, one transaction."""
 
-    __slots__ = ("script",)
+    __slots__ = ("foreign_keys", "script")
 
     def __init__(self, holder: Holder, script: str, label: str | None, foreign_keys: bool | None) -> None:
-        super().__init__(holder, script, label, foreign_keys)
+        super().__init__(holder, label or script)
         self.script = script
+        self.foreign_keys = foreign_keys
 
     def must_be_alone(self) -> bool:
         return self.foreign_keys is not None or describe_sql(self.script).isolated
@@ -418,13 +430,15 @@ class ScriptJob(Job[None]):
 class FunctionJob(Job[T]):
     """A function of the Transaction."""
 
-    __slots__ = ("function",)
+    __slots__ = ("bounded", "foreign_keys", "function")
     needs_savepoint = True
 
     def __init__(
         self, holder: Holder, function: Callable[[Transaction], T], label: str | None, foreign_keys: bool | None
     ) -> None:
-        super().__init__(holder, name_of(function), label, foreign_keys)
+        super().__init__(holder, label or name_of(function))
+        self.bounded = False
+        self.foreign_keys = foreign_keys
         self.function: Callable[[Transaction], T] | None = function
 
     def perform(self, tx: Transaction) -> T:
@@ -483,16 +497,19 @@ def name_of(function: Callable[..., object]) -> str:
 def called_from() -> str:
     """Where the user's code called: ``"file.py:123 in name"``."""
     frame = _caller()
-    return _place(frame.f_code, frame.f_lineno)
+    return _place(frame.f_code, frame.f_lasti)
 
 
-def _place(code: types.CodeType, line: int) -> str:
-    return f"{os.path.basename(code.co_filename)}:{line} in {code.co_name}"
+def _place(code: types.CodeType, instruction: int) -> str:
+    lines = (line for start, end, line in code.co_lines() if start <= instruction < end)
+    return f"{os.path.basename(code.co_filename)}:{next(lines, code.co_firstlineno)} in {code.co_name}"
 
 
 def _caller() -> types.FrameType:
-    """The nearest frame outside this package: where the user's code called."""
+    """The nearest frame outside this package (and contextlib): where the user's code called."""
     frame = sys._getframe(2)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(OWN_MODULES):
+    while frame.f_globals.get("__package__") == "onewriter" or frame.f_code.co_filename == CONTEXTLIB:
+        if frame.f_back is None:
+            break
         frame = frame.f_back
     return frame

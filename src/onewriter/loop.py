@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import concurrent.futures
+import itertools
 import logging
+import math
 import os
 import sqlite3
 import threading
@@ -17,9 +19,9 @@ from typing import Any
 from onewriter.block import BlockFailedError, BlockJob
 from onewriter.connection import Settings, configure, open_writer, set_pragma
 from onewriter.errors import CommitUnknownError, TransactionAbortedError, WriterClosedError
-from onewriter.guard import Guard
+from onewriter.guard import Guard, Mode
 from onewriter.holder import Holder, broken_error
-from onewriter.job import BareStatementJob, FlushJob, Job, Ticket, settle
+from onewriter.job import BareStatementJob, Batch, FlushJob, Job, StatementJob, Ticket, settle
 from onewriter.log import contain, report
 from onewriter.queue import JobQueue
 from onewriter.readers import ReaderPool
@@ -28,7 +30,8 @@ from onewriter.transaction import Transaction, WriteSession
 
 MOST_TAKEN = 2048  # jobs
 LONGEST_HOLD = 0.05  # seconds after which a batch takes no further job
-RISKY = "lower(sql) LIKE '%rollback%' OR lower(sql) LIKE '%deferred%'"
+# Whether the schema speaks of what undoes a whole transaction or is checked for a whole one; and of FAIL.
+RISKS = "max(lower(sql) LIKE '%rollback%' OR lower(sql) LIKE '%deferred%'), max(lower(sql) LIKE '%fail%')"
 
 
 @dataclass(slots=True)
@@ -37,7 +40,6 @@ class Run:
 
     job: Job[Any]
     transaction: Transaction
-    took: float  # seconds
 
 
 class WriterLoop:
@@ -78,12 +80,12 @@ class WriterLoop:
         self._guard = Guard()
         self._session: WriteSession | None = None
         self._pending: deque[Job[Any]] = deque()
-        self._failed_runs: dict[Job[Any], Run] = {}  # they undid themselves before something undid all
+        self._failed_runs: dict[Job[Any], Run | None] = {}  # they undid themselves before something undid all
+        self._savepoints = 0  # so many jobs at the front of _pending run again, each with a savepoint
         self._one_by_one = 0  # so many jobs at the front of _pending run again, each alone
-        self._risky_schema = True
+        self._risky_schema = self._failing_schema = True
         self._schema_versions: list[Any] = []
-        self._lock_wait = self._commit_took = 0.0
-        self._sequence = 0
+        self._batch = Batch()
 
     def abandon(self) -> None:
         """Withdraw what has not started, and end a wait for SQLite's lock. The queue must refuse already."""
@@ -122,7 +124,7 @@ class WriterLoop:
         except BaseException as error:
             self._refused(error)
             return
-        job.start()
+        job.start(monotonic())
         transaction = Transaction(session, job)
         self._enter(session, job, transaction, savepoint=True)
         transaction.limit(job.max_hold)
@@ -134,9 +136,9 @@ class WriterLoop:
         error = job.transaction.overdue() or (BlockFailedError() if job.failed else None)
         run = self._leave(self._session, job, job.transaction, None, error, savepoint=True)
         if self._session.connection.in_transaction:
-            self._commit(self._session, [run])
+            self._commit(self._session, [job], [run])
         else:
-            self._lost([run])
+            self._lost([job], [run])
         self.write([])
         self._restore_settings()
 
@@ -171,8 +173,10 @@ class WriterLoop:
         if first.done():
             self._pending.popleft()
             self._one_by_one = max(0, self._one_by_one - 1)
+            self._savepoints = max(0, self._savepoints - 1)
         elif first in self._failed_runs:
-            self._settle([first], [self._failed_runs.pop(first)])
+            run = self._failed_runs.pop(first)
+            self._settle([first], [] if run is None else [run])
         elif self._stop.is_set() and not first.running():
             self.withdrawn += [first.label] * self._withdraw(first)
         elif isinstance(first, FlushJob):
@@ -190,21 +194,77 @@ class WriterLoop:
         except BaseException as error:  # without a thread of its own, Ctrl-C too
             self._refused(error)
             return
-        runs: list[Run] = []
         share = self._may_share(session)
         until = monotonic() + LONGEST_HOLD
-        for job in self._pending:
-            if runs and not (share and not job.must_be_alone() and monotonic() < until):
+        jobs: list[Job[Any]] = []
+        looked_at = self._perform_plain(session, jobs, until, share)
+        if looked_at is None:
+            return
+        runs: list[Run] = []
+        for job in itertools.islice(self._pending, looked_at, None):
+            if jobs and not (share and not job.must_be_alone() and monotonic() < until and self._is_unchanged()):
                 break
-            if not job.start():
+            if not job.start(monotonic()):
                 continue
+            jobs.append(job)
             runs.append(self._perform(session, job, undo_alone=share))
             if not session.connection.in_transaction:
-                self._lost(runs)
+                self._lost(jobs, runs)
                 return
-            if self._guard.schema_changed or self._guard.settings_touched:
-                break
-        self._commit(session, runs)
+        self._commit(session, jobs, runs)
+
+    def _is_unchanged(self) -> bool:
+        """Whether the next job may rely on what the batch began with."""
+        return not (self._guard.schema_changed or self._guard.settings_touched)
+
+    def _perform_plain(self, session: WriteSession, jobs: list[Job[Any]], until: float, share: bool) -> int | None:
+        """Run the SQL statements at the front, without a savepoint each, and add them to ``jobs``.
+
+        Returns how many pending jobs it has looked at; None if one has failed that may have left something behind:
+        then all is rolled back, to run again with savepoints. Functions come after them, since they run once.
+        """
+        looked_at, now, guard = 0, monotonic(), self._guard
+        if self._savepoints or self._one_by_one or self._max_hold != math.inf:
+            return 0
+        execute, holder = session.executor.execute_lean, self.holder
+        try:
+            for job in self._pending:
+                if not isinstance(job, StatementJob) or not job.plain or job.must_be_alone() or now > until:
+                    break
+                looked_at += 1
+                if not job.start(now):
+                    continue
+                jobs.append(job)
+                holder.enter(job, None)
+                guard.mode, guard.refusal = Mode.JOB, None
+                try:
+                    job.set_outcome(execute(job.sql, job.parameters), None)
+                except BaseException as error:
+                    guard.mode = Mode.GATEWAY
+                    if share and not session.executor.left_nothing(job.sql, error, self._failing_schema):
+                        self._run_with_savepoints(jobs)
+                        return None
+                    if guard.refusal is not None:
+                        error.add_note(f"onewriter: {guard.refusal}")
+                    self._fail(job, error)
+                job.ended_at = now = monotonic()
+                if now - job.started_at > holder.slow_after:
+                    holder.warn_if_slow()
+                if not share or guard.schema_changed or guard.settings_touched:
+                    break
+        finally:
+            guard.mode = Mode.GATEWAY
+            holder.leave()
+        if jobs and not session.connection.in_transaction:  # what was done last lost it
+            self._lost(jobs, [])
+            return None
+        return looked_at
+
+    def _run_with_savepoints(self, jobs: list[Job[Any]]) -> None:
+        self._roll_back()
+        for job in jobs:
+            job.set_outcome(None, None)
+        self._savepoints = 1 + list(self._pending).index(jobs[-1])
 
     def _begin(self, first: Job[Any]) -> WriteSession:
         """Take SQLite's write lock; raises SQLite's error if it is not to be had."""
@@ -212,10 +272,10 @@ class WriterLoop:
         if first.foreign_keys is not None:
             self._guard.settings_touched = True
             set_pragma(session.connection, "foreign_keys", int(first.foreign_keys))
-        self._lock_wait = self._commit_took = 0.0
+        self._batch = Batch()
         # IMMEDIATE takes the write lock here, so BUSY comes before any job has had an effect.
         self._keep_trying(session, "BEGIN IMMEDIATE", first)
-        self._lock_wait = self._policy.waited
+        self._batch.lock_wait = self._policy.waited
         return session
 
     def _keep_trying(self, session: WriteSession, sql: str, job: Job[Any]) -> None:
@@ -250,8 +310,9 @@ class WriterLoop:
             if self._guard.schema_changed or versions != self._schema_versions:
                 # What can roll everything back (RAISE, ON CONFLICT), and deferred keys, which COMMIT checks for all.
                 names = [*session.databases, "temp"]
-                found = [session.own(f'SELECT 1 FROM "{name}".sqlite_schema WHERE {RISKY} LIMIT 1') for name in names]
-                self._risky_schema, self._schema_versions = any(found), versions
+                found = [session.own(f'SELECT {RISKS} FROM "{name}".sqlite_schema')[0] for name in names]
+                self._risky_schema, self._failing_schema = (any(column) for column in zip(*found, strict=True))
+                self._schema_versions = versions
                 self._guard.schema_changed = False
         except sqlite3.Error:  # a damaged schema: the jobs will tell
             return False
@@ -298,7 +359,8 @@ class WriterLoop:
             self._fail(job, error)
             if savepoint and session.connection.in_transaction:
                 self._undo_job(session)
-        return Run(job, transaction, monotonic() - job.started_at)
+        job.ended_at = monotonic()
+        return Run(job, transaction)
 
     def _check_end(self, session: WriteSession, job: Job[Any]) -> None:
         if not session.connection.in_transaction:
@@ -319,56 +381,61 @@ class WriterLoop:
         except sqlite3.Error:
             self._roll_back()  # everything: the others run again
 
-    def _commit(self, session: WriteSession, runs: list[Run]) -> None:
-        kept = [run.job for run in runs if run.job.failed_with is None]
+    def _commit(self, session: WriteSession, jobs: list[Job[Any]], runs: list[Run]) -> None:
+        kept = [job for job in jobs if job.failed_with is None]
         if not kept:
             self._roll_back()
         else:
             began = monotonic()
             try:
                 self._keep_trying(session, "COMMIT", kept[0])
-            except Exception as error:
-                self._commit_failed(session, runs, kept, error)
+            except BaseException as error:
+                self._commit_failed(session, jobs, runs, kept, error)
                 return
-            self._commit_took = monotonic() - began
-        self._settle([run.job for run in runs], runs)
+            self._batch.commit = monotonic() - began
+        self._settle(jobs, runs, commits=bool(kept))
 
-    def _commit_failed(self, session: WriteSession, runs: list[Run], kept: list[Job[Any]], error: Exception) -> None:
+    def _commit_failed(
+        self, session: WriteSession, jobs: list[Job[Any]], runs: list[Run], kept: list[Job[Any]], error: BaseException
+    ) -> None:
         if leaves_open(error, session.connection.in_transaction):
             for job in kept:
                 unknown = CommitUnknownError(f"COMMIT of job {job.describe()} met {error}: it may or may not be done")
                 unknown.__cause__ = copy_of(error)
                 self._fail(job, unknown)
-            self._settle([run.job for run in runs], runs)
+            self._settle(jobs, runs)
             self._break(error)
             return
         self._roll_back()
         if len(kept) > 1 and not is_busy(error):
-            self._run_again(runs)
+            self._run_again(jobs, runs)
             return
         for job in kept:
             self._fail(job, error if len(kept) == 1 else copy_of(error))
-        self._settle([run.job for run in runs], runs)
+        self._settle(jobs, runs)
 
-    def _lost(self, runs: list[Run]) -> None:
+    def _lost(self, jobs: list[Job[Any]], runs: list[Run]) -> None:
         """The transaction is gone, by what the last job did: it has its error, and the others run again."""
-        if len(runs) == 1:
-            self._settle([runs[0].job], runs)
+        if len(jobs) == 1:
+            self._settle(jobs, runs)
         else:
-            self._run_again(runs)
+            self._run_again(jobs, runs)
 
-    def _run_again(self, runs: list[Run]) -> None:
+    def _run_again(self, jobs: list[Job[Any]], runs: list[Run]) -> None:
         """The shared transaction is undone: its jobs, still at the front, run again in order, each alone.
 
         Those that have failed do not run again: they had undone themselves, so what they saw is what they would see.
         """
-        self._one_by_one = 1 + list(self._pending).index(runs[-1].job)
-        for run in runs:
-            if run.job.failed_with is not None:
-                self._failed_runs[run.job] = run
+        self._one_by_one = 1 + list(self._pending).index(jobs[-1])
+        transactions = {run.job: run for run in runs}
+        for job in jobs:
+            run = transactions.get(job)
+            if job.failed_with is not None:
+                self._failed_runs[job] = run
             else:
-                run.job.set_outcome(None, None)
-                self._call_back(run, committed=False)
+                job.set_outcome(None, None)
+                if run is not None:
+                    self._call_back(run, committed=False)
 
     def _roll_back(self) -> None:
         # SQLite has rolled back by itself after some errors (disk full, RAISE(ROLLBACK)): a second ROLLBACK would fail.
@@ -380,14 +447,14 @@ class WriterLoop:
 
     def _write_bare(self, job: BareStatementJob) -> None:
         """Run a statement outside any transaction, again while it meets BUSY, which leaves it undone."""
-        if not job.start():
+        if not job.start(monotonic()):
             return
-        self._lock_wait = self._commit_took = 0.0
+        self._batch = Batch()
         runs: list[Run] = []
         try:
             session = self._session or self.open()
             transaction = Transaction(session, job)
-            runs = [Run(job, transaction, 0.0)]
+            runs = [Run(job, transaction)]
             self.holder.enter(job, transaction)
             self._guard.settings_touched = True
             try:
@@ -398,7 +465,8 @@ class WriterLoop:
         except BaseException as error:
             self._fail(job, error)
             self._roll_back()
-        self._settle([job], runs)
+        job.ended_at = monotonic()
+        self._settle([job], runs, commits=1)
 
     def _fail(self, job: Job[Any], error: BaseException) -> None:
         error.__traceback__ = without_own_frames(error.__traceback__)
@@ -408,19 +476,12 @@ class WriterLoop:
         self.holder.note_corruption(error)
         job.set_outcome(None, error)
 
-    def _settle(self, jobs: list[Job[Any]], runs: list[Run]) -> None:
+    def _settle(self, jobs: list[Job[Any]], runs: list[Run], commits: int = 0) -> None:
         """Make the outcomes visible, and then, with the lock free, call what waits for them."""
-        committed = [job for job in jobs if job.failed_with is None and job.counted]
-        for job in committed:
-            self._sequence += 1
-            job.sequence = self._sequence
-        took = {run.job: run.took for run in runs}
-        for job in jobs:
-            job.set_timings(self._lock_wait, took.get(job, 0.0), self._commit_took)
-        unheard = settle(jobs, self.holder, commits=bool(committed and runs))
+        called, unheard = settle(jobs, self.holder, self._batch, commits)
         for run in runs:
             self._call_back(run, committed=run.job.failed_with is None)
-        for job in jobs:
+        for job in called:
             job.run_callbacks()
         for job in unheard:
             report(self.holder, logging.ERROR, "job %s failed", job.describe(), error=job.failed_with)
@@ -473,7 +534,7 @@ class WithdrawnError(WriterClosedError, concurrent.futures.CancelledError):
     """What the result of a job is that close withdrew: its ticket says ``cancelled()``. Not committed."""
 
 
-def leaves_open(error: Exception, in_transaction: bool) -> bool:
+def leaves_open(error: BaseException, in_transaction: bool) -> bool:
     """Whether a COMMIT that raised ``error`` may yet be found in the file.
 
     A failed sync may: what was written before it can reach the disk (https://www.sqlite.org/wal.html). A full disk and

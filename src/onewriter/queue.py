@@ -41,21 +41,30 @@ class JobQueue(queue.Queue[Job[Any]]):
             QueueFullError: no room in time. Not committed.
             WriterClosedError, WriterBrokenError: refused. Not committed.
         """
-        me = threading.get_ident()
-        reentrant = me in self._waiting_threads or self._is_inside()
+        if self._put_now(item, over_maxsize=not item.bounded):
+            return
+        # Inside a lock of ours further out, the call is a finalizer's or signal handler's: the writer would need that
+        # lock to make room, so the job goes over maxsize.
+        reentrant = threading.get_ident() in self._waiting_threads or self._is_inside()
+        waiter = _Waiter(item)
+        if not self._put_now(item, reentrant, waiter):
+            self._wait_for_room(waiter, timeout if block else 0.0)
+
+    def _put_now(self, job: Job[Any], over_maxsize: bool, waiter: _Waiter | None = None) -> bool:
+        """Append the job if there is room, or else the waiter to the line of those who wait for it."""
         with self.mutex:
-            self._refuse_if_closed()
-            if item.bounded and not reentrant and self._is_full():
-                waiter = _Waiter(item)
+            if self._refusal is not None:
+                self._refuse_if_closed()
+            accepted = over_maxsize or (self._bounded < self.maxsize and not self._room)
+            if accepted:
+                self._bounded += job.bounded
+                self.queue.append(job)
+            elif waiter is not None:
                 self._room.append(waiter)
-            else:
-                waiter = None
-                self._append(item)
             wake, self._asleep = self._asleep, False
         if wake:
             self._wake()
-        if waiter is not None:
-            self._wait_for_room(waiter, timeout if block else 0.0, me)
+        return accepted
 
     def get(self, block: bool = True, timeout: float | None = None) -> Job[Any]:
         raise NotImplementedError("the writer takes what waits in one go: use take")
@@ -109,20 +118,14 @@ class JobQueue(queue.Queue[Job[Any]]):
         """Whether a finalizer or signal handler calls inside its own thread's use of a lock that the writer needs."""
         return any(lock._is_owned() for lock in (self.mutex, self._holder.lock))  # type: ignore[union-attr]
 
-    def _append(self, job: Job[Any]) -> None:
-        self._bounded += job.bounded
-        self.queue.append(job)
-
-    def _is_full(self) -> bool:
-        return self._bounded >= self.maxsize or bool(self._room)
-
     def _wake(self) -> None:
         try:
             self._token.release()
         except RuntimeError:
             pass  # the token of a sleep that never came about is still there; one is enough
 
-    def _wait_for_room(self, waiter: _Waiter, timeout: float | None, me: int) -> None:
+    def _wait_for_room(self, waiter: _Waiter, timeout: float | None) -> None:
+        me = threading.get_ident()
         self._waiting_threads.add(me)  # a signal handler or finalizer of this thread must not wait behind itself
         try:
             waiter.wakeup.acquire(timeout=-1 if timeout is None else min(timeout, threading.TIMEOUT_MAX))
@@ -142,7 +145,8 @@ class JobQueue(queue.Queue[Job[Any]]):
     def _grant_room(self) -> None:
         while self._room and self._bounded < self.maxsize:
             waiter = self._room.popleft()
-            self._append(waiter.job)
+            self._bounded += 1
+            self.queue.append(waiter.job)
             waiter.accepted = True
             waiter.wakeup.release()
 

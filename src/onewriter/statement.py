@@ -22,6 +22,18 @@ TOKEN = re.compile(
 )
 VERBS = frozenset(("INSERT", "REPLACE", "UPDATE", "DELETE", "SELECT", "VALUES"))
 TEXTUAL = (str, bytes, bytearray, memoryview)
+WITHOUT_ROWID = "SELECT count(*) FROM pragma_table_list WHERE name = ? COLLATE NOCASE AND wr"
+# A constraint that SQLite checks before it writes, or undoes: unless FAIL says otherwise, nothing is left behind.
+UNDONE = frozenset(
+    (
+        sqlite3.SQLITE_CONSTRAINT_UNIQUE,
+        sqlite3.SQLITE_CONSTRAINT_PRIMARYKEY,
+        sqlite3.SQLITE_CONSTRAINT_ROWID,
+        sqlite3.SQLITE_CONSTRAINT_NOTNULL,
+        sqlite3.SQLITE_CONSTRAINT_CHECK,
+        sqlite3.SQLITE_CONSTRAINT_FOREIGNKEY,
+    )
+)
 BUFFERS = frozenset((bytearray, memoryview, array.array))
 
 
@@ -31,8 +43,9 @@ class Description(NamedTuple):
     verb: str  # INSERT, UPDATE, PRAGMA …; behind WITH the verb of the main statement
     behind_with: bool
     returning: bool
-    upsert: bool  # ON CONFLICT … DO UPDATE
+    inserts: bool  # INSERT or REPLACE, and no upsert: what ``lastrowid`` is for
     table: str  # where INSERT and REPLACE insert
+    fails: bool  # speaks of FAIL, which leaves half a statement behind
     isolated: bool  # can undo or change the transaction it runs in, so it does not share one
 
 
@@ -91,8 +104,9 @@ def describe_sql(sql: str) -> Description:
         verb=verb,
         behind_with=main > 0,
         returning="RETURNING" in top and verb in ("INSERT", "REPLACE", "UPDATE", "DELETE"),
-        upsert=any(pair == ("DO", "UPDATE") for pair in itertools.pairwise(top)),
+        inserts=verb in ("INSERT", "REPLACE") and ("DO", "UPDATE") not in itertools.pairwise(top),
         table=_target(sql) if verb in ("INSERT", "REPLACE") else "",
+        fails="FAIL" in flat,
         isolated=not flat.isdisjoint(("ROLLBACK", "PRAGMA", "DEFERRED")),
     )
 
@@ -176,20 +190,31 @@ class Executor:
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._connection = connection
+        self._cursor = sqlite3.Connection.cursor(connection)  # making one for each statement would cost as much as it
         self._last_rowid: int | None = None
 
     def execute(self, sql: str, parameters: Parameters) -> Result:
-        cursor = sqlite3.Connection.execute(self._connection, sql, parameters)
+        """Run one statement to its end."""
+        lean = self.execute_lean(sql, parameters)
+        return lean if isinstance(lean, Result) else Result([], *lean, None)
+
+    def execute_lean(self, sql: str, parameters: Parameters) -> Result | tuple[int, int | None]:
+        """The same; where there can be no rows, only ``rowcount`` and ``lastrowid``."""
+        cursor = self._cursor
         try:
+            cursor.execute(sql, parameters)
+            description = cursor.description
             # To the end, since an unread row would make COMMIT say BUSY for ever.
-            rows = cursor.fetchall() if cursor.description is not None else []
-            rowcount, lastrowid, description = cursor.rowcount, cursor.lastrowid, cursor.description
-        finally:
-            cursor.close()
-        text = describe_sql(sql)
-        if text.behind_with and rowcount == -1 and (description is None or text.returning):
-            rowcount = self._changes()  # sqlite3 counts only statements that begin with their verb
-        return Result(rows, rowcount, self._inserted(text, rowcount, lastrowid), description)
+            rows = cursor.fetchall() if description is not None else None
+        except BaseException:
+            cursor.close()  # it may have rows left
+            self._cursor = sqlite3.Connection.cursor(self._connection)
+            raise
+        rowcount, text = cursor.rowcount, describe_sql(sql)
+        if text.behind_with and rowcount == -1 and (rows is None or text.returning):
+            rowcount = self._ask("SELECT changes()")  # sqlite3 counts only statements that begin with their verb
+        lastrowid = self._inserted(text, rowcount, cursor.lastrowid) if text.inserts else None
+        return (rowcount, lastrowid) if rows is None else Result(rows, rowcount, lastrowid, description)
 
     def execute_many(self, sql: str, rows: list[Parameters]) -> Result:
         cursor = sqlite3.Connection.executemany(self._connection, sql, rows)
@@ -199,31 +224,34 @@ class Executor:
         finally:
             cursor.close()
 
-    def _changes(self) -> int:
-        cursor = sqlite3.Connection.execute(self._connection, "SELECT changes()")
-        try:
-            # A row_factory of the user's must not be asked about our own row.
-            cursor.row_factory = None
-            count: int = cursor.fetchone()[0]
-            return count
-        finally:
-            cursor.close()
-
     def _inserted(self, text: Description, rowcount: int, lastrowid: int | None) -> int | None:
         before, self._last_rowid = self._last_rowid, lastrowid
-        if text.verb not in ("INSERT", "REPLACE") or text.upsert or rowcount < 1:
+        if rowcount < 1:
             return None
         # sqlite3 reports the connection's last rowid; a WITHOUT ROWID table leaves that of an earlier statement there.
-        if (lastrowid == before or before is None) and not self._has_rowid(text.table):
+        if (lastrowid == before or before is None) and self._ask(WITHOUT_ROWID, (text.table,)):
             return None
         return lastrowid
 
-    def _has_rowid(self, table: str) -> bool:
-        cursor = sqlite3.Connection.execute(
-            self._connection, "SELECT count(*) FROM pragma_table_list WHERE name = ? COLLATE NOCASE AND wr", (table,)
-        )
+    def _ask(self, sql: str, parameters: Parameters = ()) -> int:
+        cursor = sqlite3.Connection.execute(self._connection, sql, parameters)
         try:
-            cursor.row_factory = None
-            return bool(cursor.fetchone()[0] == 0)
+            cursor.row_factory = None  # one of the user's must not be asked about our own row
+            return int(cursor.fetchone()[0])
         finally:
             cursor.close()
+
+    def left_nothing(self, sql: str, error: BaseException, schema_fails: bool) -> bool:
+        """Whether it is certain that the statement that raised ``error`` has changed nothing."""
+        text, code = describe_sql(sql), getattr(error, "sqlite_errorcode", None)
+        if text.returning or not isinstance(error, sqlite3.Error):
+            return False  # it can have been done, and the error come from reading its rows
+        if code == sqlite3.SQLITE_ERROR:  # bad SQL, or a failure midway
+            try:
+                sqlite3.Connection.execute(self._connection, f"EXPLAIN {sql}").close()
+            except sqlite3.OperationalError:
+                return True
+            except sqlite3.Error:
+                pass  # it has parameters, so it was prepared
+            return False
+        return code is None or code == sqlite3.SQLITE_AUTH or (code in UNDONE and not text.fails and not schema_fails)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from onewriter.errors import ReentrantWriteError, TransactionAbortedError, TransactionClosedError
 from onewriter.guard import Guard, Mode
+from onewriter.holder import IN_STATEMENT
 from onewriter.lent import LentConnection
 from onewriter.statement import (
     Executor,
@@ -281,9 +282,7 @@ class Transaction:
         if self._root.thread != threading.get_ident():
             raise TransactionClosedError(f"the transaction of job {self.job.describe()} belongs to another thread")
         if self._root._inside:
-            raise ReentrantWriteError(
-                "a function that SQLite calls while it runs a statement cannot use the connection of that statement"
-            )
+            raise ReentrantWriteError(IN_STATEMENT)
 
     def _check(self) -> None:
         if self._root._is_late() and self._root._closed is None:
