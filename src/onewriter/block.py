@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import types
 from time import monotonic
 
 from onewriter.holder import Holder
@@ -28,8 +29,8 @@ class BlockJob(Job[None]):
     lent = True
     needs_savepoint = True
 
-    def __init__(self, holder: Holder, label: str | None, max_hold: float) -> None:
-        super().__init__(holder, label or "transaction")
+    def __init__(self, holder: Holder, label: str | None, max_hold: float, frame: types.FrameType) -> None:
+        super().__init__(holder, label or "transaction", frame)
         self.max_hold = max_hold
         self.thread = threading.current_thread()
         self.transaction: Transaction | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Callable
 from time import monotonic
 from typing import Any, Protocol
 
@@ -19,8 +20,9 @@ class Driver(Protocol):
     def start(self) -> None:
         """Open the write connection, or raise what opening it raised."""
 
-    def submit(self, job: Job[Any], timeout: float | None = None) -> None:
-        """Accept a job; waits for room, if the job is bounded."""
+    @property
+    def submit(self) -> Callable[[Job[Any], float | None], None]:
+        """Accepts a job, given with the seconds to wait for room, if it is bounded."""
 
     def enter(self, job: BlockJob, timeout: float | None) -> Transaction:
         """Wait for the block's turn and return its transaction."""
@@ -40,6 +42,7 @@ class ThreadDriver:
 
     def __init__(self, loop: WriterLoop) -> None:
         self._loop = loop
+        self.submit = loop.queue.put
         self._ready = threading.Event()
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._main, name=f"{loop.label}-writer", daemon=True)
@@ -59,9 +62,6 @@ class ThreadDriver:
                 raise failure
             finally:
                 del failure
-
-    def submit(self, job: Job[Any], timeout: float | None = None) -> None:
-        self._loop.queue.put(job, timeout=timeout)
 
     def enter(self, job: BlockJob, timeout: float | None) -> Transaction:
         self._loop.queue.put(job)
@@ -123,7 +123,7 @@ class InlineDriver:
     def start(self) -> None:
         self._loop.open()
 
-    def submit(self, job: Job[Any], timeout: float | None = None) -> None:
+    def submit(self, job: Job[Any], timeout: float | None) -> None:
         if self._loop.holder.is_mine():  # whoever is the writer runs it next
             self._loop.queue.put(job)
             return

@@ -8,12 +8,13 @@ import math
 import os
 import shutil
 import sqlite3
+import sys
 import tempfile
 import threading
+import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from time import monotonic
-from types import TracebackType
 from typing import Any, Literal, Self, TypeVar, overload
 
 from onewriter import exit as at_exit
@@ -149,6 +150,7 @@ class DbWriter:
             raise
         self._loop, self._driver = loop, driver
         self._max_hold = max_hold
+        self._submit = driver.submit
         self._holder = loop.holder
         self._journal_mode = journal_mode
         at_exit.drain_at_exit(loop, driver)
@@ -170,7 +172,7 @@ class DbWriter:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: types.TracebackType | None
     ) -> None:
         self.close()
 
@@ -241,14 +243,18 @@ class DbWriter:
         sqlite3.ProgrammingError for RETURNING (Not committed).
         """
         check_many(check_sql(sql))
-        return self._execute(ManyJob(self._holder, sql, capture_many(seq_of_params), _check_label(label)), timeout)
+        return self._execute(
+            ManyJob(self._holder, sql, capture_many(seq_of_params), _check_label(label), sys._getframe(1)), timeout
+        )
 
     def run_script(
         self, sql: str, /, *, label: str | None = None, timeout: float | None = 30.0, foreign_keys: bool | None = None
     ) -> None:
         """Run many statements, all or none, without a hidden COMMIT; returns after COMMIT. Raises as ``run`` does."""
         _check_foreign_keys(foreign_keys)
-        self._execute(ScriptJob(self._holder, check_sql(sql), _check_label(label), foreign_keys), timeout)
+        self._execute(
+            ScriptJob(self._holder, check_sql(sql), _check_label(label), foreign_keys, sys._getframe(1)), timeout
+        )
 
     def run_without_transaction(
         self, sql: str, params: Parametric = (), /, *, label: str | None = None, timeout: float | None = 30.0
@@ -259,7 +265,8 @@ class DbWriter:
         """
         self._holder.refuse_endless_wait("run_without_transaction")
         return self._execute(
-            BareStatementJob(self._holder, check_sql(sql), capture(params), _check_label(label)), timeout
+            BareStatementJob(self._holder, check_sql(sql), capture(params), _check_label(label), sys._getframe(1)),
+            timeout,
         )
 
     def transaction(
@@ -286,10 +293,12 @@ class DbWriter:
         _check_timeout(timeout)
         if max_hold is not None:
             _check_seconds("max_hold", max_hold)
-        return self._block(label, timeout, self._max_hold if max_hold is None else max_hold)
+        return self._block(label, timeout, self._max_hold if max_hold is None else max_hold, sys._getframe(1))
 
     @contextlib.contextmanager
-    def _block(self, label: str | None, timeout: float | None, max_hold: float) -> Iterator[Transaction]:
+    def _block(
+        self, label: str | None, timeout: float | None, max_hold: float, frame: types.FrameType
+    ) -> Iterator[Transaction]:
         outer = self._holder.current()
         if outer is not None:
             with outer.savepoint():
@@ -300,7 +309,7 @@ class DbWriter:
                     inner.end()
             return
         self._holder.refuse_endless_wait("transaction()")
-        job = BlockJob(self._holder, label, max_hold)
+        job = BlockJob(self._holder, label, max_hold, frame)
         transaction = self._driver.enter(job, timeout)
         try:
             yield transaction
@@ -343,11 +352,13 @@ class DbWriter:
             QueueFullError: no room in time. Not committed.
             WriterClosedError, WriterBrokenError: Not committed.
         """
-        _check_timeout(timeout)
+        if timeout != 30.0:
+            _check_timeout(timeout)
         job = self._job(what, params, label, None)
-        job.loud = threading.get_ident() not in self._holder.reporting
-        job.bounded = not self._holder.is_mine()  # the thread that makes room does not wait for room
-        self._driver.submit(job, timeout)
+        holder = self._holder
+        job.loud = not holder.reporting or threading.get_ident() not in holder.reporting
+        job.bounded = not holder.is_mine()  # the thread that makes room does not wait for room
+        self._submit(job, timeout)
         return job
 
     def flush(self, timeout: float | None = None) -> None:
@@ -358,7 +369,7 @@ class DbWriter:
             ReentrantWriteError: called inside a job.
         """
         self._holder.refuse_endless_wait("flush")
-        self._execute(FlushJob(self._holder, "flush"), timeout)
+        self._execute(FlushJob(self._holder, "flush", sys._getframe(1)), timeout)
 
     # Reads ------------------------------------------------------------------------------------------------------------
 
@@ -463,7 +474,7 @@ class DbWriter:
         """
         _check_label(label)
         _check_timeout(timeout)
-        return self._reader(label or f"reader() in {called_from()}", timeout, after)
+        return self._reader(label or f"reader() in {called_from(sys._getframe(1))}", timeout, after)
 
     @contextlib.contextmanager
     def _reader(self, label: str, timeout: float | None, after: Ticket[Any] | None) -> Iterator[sqlite3.Connection]:
@@ -548,17 +559,18 @@ class DbWriter:
     def _job(
         self, what: Any, params: Parametric, label: str | None, foreign_keys: bool | None
     ) -> StatementJob | FunctionJob[Any]:
-        _check_label(label)
+        if label is not None:
+            _check_label(label)
         if isinstance(what, str):
             if foreign_keys is not None:
                 raise TypeError("foreign_keys goes with a function or run_script, not with one statement")
-            return StatementJob(self._holder, what, capture(params), label)
+            return StatementJob(self._holder, what, capture(params), label, sys._getframe(2))
         if not callable(what):
             raise TypeError(f"a job is SQL (str) or a function of the Transaction, not {type(what).__name__}")
         _check_no_params(params)
         _check_foreign_keys(foreign_keys)
         check_function(what)
-        return FunctionJob(self._holder, what, label, foreign_keys)
+        return FunctionJob(self._holder, what, label, foreign_keys, sys._getframe(2))
 
     def _execute(self, job: Job[T], timeout: float | None) -> T:
         """Have a job done and return its result: by the writer, or here if this thread is inside a transaction."""
@@ -570,7 +582,7 @@ class DbWriter:
             with transaction.savepoint():
                 return job.perform(transaction)
         self._holder.refuse_endless_wait(f"waiting for job {job.describe()}")
-        self._driver.submit(job, timeout)
+        self._submit(job, timeout)
         try:
             in_time = job.wait(timeout)
         except BaseException:  # Ctrl-C

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import contextlib
 import inspect
 import math
 import os
 import sqlite3
-import sys
 import threading
 import types
 from collections.abc import Callable, Generator, Iterable
@@ -28,7 +26,6 @@ T = TypeVar("T")
 
 PENDING, RUNNING, CANCELLED, DONE = range(4)
 LABEL_LENGTH = 60
-CONTEXTLIB = contextlib.contextmanager.__code__.co_filename
 SLICE = 1.0  # seconds; a signal that comes just before the thread sleeps is seen at its next wake-up
 LIVE_RESULTS = (sqlite3.Cursor, sqlite3.Blob, types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType)
 
@@ -81,8 +78,8 @@ class Ticket(Generic[T]):
     )
     counted = True  # in the statistics
 
-    def __init__(self, holder: Holder, label: str) -> None:
-        frame = _caller()
+    def __init__(self, holder: Holder, label: str, frame: types.FrameType) -> None:
+        frame = user_frame(frame)
         self._holder = holder
         self._label = label
         self._code, self._instruction = frame.f_code, frame.f_lasti
@@ -270,7 +267,6 @@ class Job(Ticket[T]):
     __slots__ = ()
     bounded = False  # whether it counts against the queue's maxsize
     alone = False  # whether it never shares a transaction
-    plain = False  # whether it is one SQL statement, which may run again unseen
     lent = False  # whether another thread runs its statements, and its callbacks
     needs_savepoint = False  # its ``tx.connection`` may be asked to roll back
     in_transaction = True
@@ -347,14 +343,17 @@ def settle(jobs: Iterable[Job[Any]], holder: Holder, batch: Batch, commits: int)
 class StatementJob(Job[Result]):
     """One SQL statement."""
 
-    __slots__ = ("bounded", "parameters", "sql")
-    plain = True
+    __slots__ = ("bounded", "lastrowid", "parameters", "rowcount", "sql")
 
-    def __init__(self, holder: Holder, sql: str, parameters: Parameters, label: str | None) -> None:
-        super().__init__(holder, label or sql)
+    def __init__(
+        self, holder: Holder, sql: str, parameters: Parameters, label: str | None, frame: types.FrameType
+    ) -> None:
+        super().__init__(holder, label or sql, frame)
         self.bounded = False
         self.sql = sql
         self.parameters = parameters
+        self.rowcount = 0  # what a plain INSERT leaves in place of a Result
+        self.lastrowid: int | None = None
 
     def must_be_alone(self) -> bool:
         # A text that can roll the whole transaction back would make the jobs before it run again.
@@ -364,9 +363,8 @@ class StatementJob(Job[Result]):
         return tx.statement(self.sql, self.parameters)
 
     def _value(self) -> Result:
-        if type(self._result) is tuple:
-            rowcount, lastrowid = self._result
-            self._result = Result([], rowcount, lastrowid, None)
+        if self._result is None:
+            self._result = Result([], self.rowcount, self.lastrowid, None)
         return cast(Result, self._result)
 
     def _drop_work(self) -> None:
@@ -377,7 +375,6 @@ class BareStatementJob(StatementJob):
     """One SQL statement outside any transaction, for VACUUM and PRAGMA."""
 
     __slots__ = ()
-    plain = False
     in_transaction = False
 
     def must_be_alone(self) -> bool:
@@ -392,8 +389,10 @@ class ManyJob(Job[Result]):
 
     __slots__ = ("rows", "sql")
 
-    def __init__(self, holder: Holder, sql: str, rows: list[Parameters], label: str | None) -> None:
-        super().__init__(holder, label or sql)
+    def __init__(
+        self, holder: Holder, sql: str, rows: list[Parameters], label: str | None, frame: types.FrameType
+    ) -> None:
+        super().__init__(holder, label or sql, frame)
         self.sql = sql
         self.rows = rows
 
@@ -412,8 +411,10 @@ class ScriptJob(Job[None]):
 
     __slots__ = ("foreign_keys", "script")
 
-    def __init__(self, holder: Holder, script: str, label: str | None, foreign_keys: bool | None) -> None:
-        super().__init__(holder, label or script)
+    def __init__(
+        self, holder: Holder, script: str, label: str | None, foreign_keys: bool | None, frame: types.FrameType
+    ) -> None:
+        super().__init__(holder, label or script, frame)
         self.script = script
         self.foreign_keys = foreign_keys
 
@@ -434,9 +435,14 @@ class FunctionJob(Job[T]):
     needs_savepoint = True
 
     def __init__(
-        self, holder: Holder, function: Callable[[Transaction], T], label: str | None, foreign_keys: bool | None
+        self,
+        holder: Holder,
+        function: Callable[[Transaction], T],
+        label: str | None,
+        foreign_keys: bool | None,
+        frame: types.FrameType,
     ) -> None:
-        super().__init__(holder, label or name_of(function))
+        super().__init__(holder, label or name_of(function), frame)
         self.bounded = False
         self.foreign_keys = foreign_keys
         self.function: Callable[[Transaction], T] | None = function
@@ -494,9 +500,9 @@ def name_of(function: Callable[..., object]) -> str:
     return str(getattr(target, "__qualname__", None) or type(target).__qualname__)
 
 
-def called_from() -> str:
+def called_from(frame: types.FrameType) -> str:
     """Where the user's code called: ``"file.py:123 in name"``."""
-    frame = _caller()
+    frame = user_frame(frame)
     return _place(frame.f_code, frame.f_lasti)
 
 
@@ -505,11 +511,8 @@ def _place(code: types.CodeType, instruction: int) -> str:
     return f"{os.path.basename(code.co_filename)}:{next(lines, code.co_firstlineno)} in {code.co_name}"
 
 
-def _caller() -> types.FrameType:
-    """The nearest frame outside this package (and contextlib): where the user's code called."""
-    frame = sys._getframe(2)
-    while frame.f_globals.get("__package__") == "onewriter" or frame.f_code.co_filename == CONTEXTLIB:
-        if frame.f_back is None:
-            break
+def user_frame(frame: types.FrameType) -> types.FrameType:
+    """``frame``, or the nearest one outside this package that called it."""
+    while frame.f_globals.get("__package__") == "onewriter" and frame.f_back is not None:
         frame = frame.f_back
     return frame

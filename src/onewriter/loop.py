@@ -9,7 +9,6 @@ import math
 import os
 import sqlite3
 import threading
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import monotonic
@@ -21,7 +20,7 @@ from onewriter.connection import Settings, configure, open_writer, set_pragma
 from onewriter.errors import CommitUnknownError, TransactionAbortedError, WriterClosedError
 from onewriter.guard import Guard, Mode
 from onewriter.holder import Holder, broken_error
-from onewriter.job import BareStatementJob, Batch, FlushJob, Job, StatementJob, Ticket, settle
+from onewriter.job import RUNNING, BareStatementJob, Batch, FlushJob, Job, StatementJob, Ticket, settle
 from onewriter.log import contain, report
 from onewriter.queue import JobQueue
 from onewriter.readers import ReaderPool
@@ -46,8 +45,8 @@ class WriterLoop:
     """What the writer does, whichever thread is the writer: a driver calls it.
 
     States:  open → drained → ended; ``holder.broken`` says if it ended because it is out of service.
-    Locks:   none of its own. ``_pending`` (accepted jobs taken from the queue, in order; answered ones go when they
-             come to the front) is changed by the writer only, and copied, in one step, by ``abandon``.
+    Locks:   none of its own. ``_pending`` (jobs taken from the queue, in order; those before ``_next`` have their
+             outcome) is changed by the writer only, and copied, in one step, by ``abandon``.
     Threads: abandon, is_on and unfinished may be called from any thread; the rest belongs to the writer.
     Assumes: nothing here holds the DbWriter, so that one that was dropped can be collected.
     """
@@ -79,10 +78,11 @@ class WriterLoop:
         self._policy = LockPolicy(settings.lock_timeout, self._stop)
         self._guard = Guard()
         self._session: WriteSession | None = None
-        self._pending: deque[Job[Any]] = deque()
+        self._pending: list[Job[Any]] = []
+        self._next = 0
         self._failed_runs: dict[Job[Any], Run | None] = {}  # they undid themselves before something undid all
-        self._savepoints = 0  # so many jobs at the front of _pending run again, each with a savepoint
-        self._one_by_one = 0  # so many jobs at the front of _pending run again, each alone
+        self._savepoints_until = 0  # pending jobs before that place run again, each with a savepoint
+        self._one_by_one_until = 0  # pending jobs before that place run again, each alone
         self._risky_schema = self._failing_schema = True
         self._schema_versions: list[Any] = []
         self._batch = Batch()
@@ -111,14 +111,15 @@ class WriterLoop:
 
     def write(self, jobs: list[Job[Any]]) -> None:
         """Bring ``jobs`` to their outcome."""
-        self._pending.extend(jobs)
-        jobs.clear()  # an idle writer keeps nothing of its last jobs alive
-        while self._pending:
+        self._pending = jobs
+        while self._next < len(self._pending):
             self._write_group()
+        self._pending = []  # an idle writer keeps nothing of its last jobs alive
+        self._next = self._savepoints_until = self._one_by_one_until = 0
 
     def begin_block(self, job: BlockJob) -> None:
         """Begin a block that runs in the thread that is the writer; it is lent, or has its outcome."""
-        self._pending.append(job)
+        self._pending = [job]
         try:
             session = self._begin(job)
         except BaseException as error:
@@ -169,11 +170,9 @@ class WriterLoop:
 
     def _write_group(self) -> None:
         """Bring the first pending jobs to their outcome: as many as may share one transaction."""
-        first = self._pending[0]
+        first = self._pending[self._next]
         if first.done():
-            self._pending.popleft()
-            self._one_by_one = max(0, self._one_by_one - 1)
-            self._savepoints = max(0, self._savepoints - 1)
+            self._next += 1
         elif first in self._failed_runs:
             run = self._failed_runs.pop(first)
             self._settle([first], [] if run is None else [run])
@@ -197,11 +196,11 @@ class WriterLoop:
         share = self._may_share(session)
         until = monotonic() + LONGEST_HOLD
         jobs: list[Job[Any]] = []
-        looked_at = self._perform_plain(session, jobs, until, share)
-        if looked_at is None:
+        done = self._perform_plain(session, jobs, until, share)
+        if done is None:
             return
         runs: list[Run] = []
-        for job in itertools.islice(self._pending, looked_at, None):
+        for job in itertools.islice(self._pending, done, None):
             if jobs and not (share and not job.must_be_alone() and monotonic() < until and self._is_unchanged()):
                 break
             if not job.start(monotonic()):
@@ -220,35 +219,42 @@ class WriterLoop:
     def _perform_plain(self, session: WriteSession, jobs: list[Job[Any]], until: float, share: bool) -> int | None:
         """Run the SQL statements at the front, without a savepoint each, and add them to ``jobs``.
 
-        Returns how many pending jobs it has looked at; None if one has failed that may have left something behind:
-        then all is rolled back, to run again with savepoints. Functions come after them, since they run once.
+        Returns the place of the first job that it did not look at; None if a statement failed that may have left
+        something behind: then all is rolled back, to run again with savepoints. Functions come after statements, since
+        they are to run once.
         """
-        looked_at, now, guard = 0, monotonic(), self._guard
-        if self._savepoints or self._one_by_one or self._max_hold != math.inf:
-            return 0
-        execute, holder = session.executor.execute_lean, self.holder
+        place = self._next
+        if place < max(self._savepoints_until, self._one_by_one_until) or self._max_hold != math.inf:
+            return place
+        now, guard, holder, known = monotonic(), self._guard, self.holder, ""
+        lock, execute, slow_after = holder.lock, session.executor.execute_for, holder.slow_after
+        guard.mode, guard.refusal = Mode.JOB, None
+        # What happens here happens for every queued statement: no calls that can be spared.
         try:
-            for job in self._pending:
-                if not isinstance(job, StatementJob) or not job.plain or job.must_be_alone() or now > until:
+            for job in self._pending[place:]:
+                if type(job) is not StatementJob or now > until:
                     break
-                looked_at += 1
-                if not job.start(now):
-                    continue
-                jobs.append(job)
+                if job.sql is not known:
+                    if job.must_be_alone():
+                        break
+                    known = job.sql
+                place += 1
+                with lock:
+                    if job._state > RUNNING:
+                        continue
+                    job._state = RUNNING
+                job.started_at = now
                 holder.enter(job, None)
-                guard.mode, guard.refusal = Mode.JOB, None
+                jobs.append(job)
                 try:
-                    job.set_outcome(execute(job.sql, job.parameters), None)
+                    execute(job)
                 except BaseException as error:
-                    guard.mode = Mode.GATEWAY
                     if share and not session.executor.left_nothing(job.sql, error, self._failing_schema):
                         self._run_with_savepoints(jobs)
                         return None
-                    if guard.refusal is not None:
-                        error.add_note(f"onewriter: {guard.refusal}")
                     self._fail(job, error)
                 job.ended_at = now = monotonic()
-                if now - job.started_at > holder.slow_after:
+                if now - job.started_at > slow_after:
                     holder.warn_if_slow()
                 if not share or guard.schema_changed or guard.settings_touched:
                     break
@@ -258,13 +264,16 @@ class WriterLoop:
         if jobs and not session.connection.in_transaction:  # what was done last lost it
             self._lost(jobs, [])
             return None
-        return looked_at
+        return place
 
     def _run_with_savepoints(self, jobs: list[Job[Any]]) -> None:
         self._roll_back()
         for job in jobs:
             job.set_outcome(None, None)
-        self._savepoints = 1 + list(self._pending).index(jobs[-1])
+        self._savepoints_until = self._place_after(jobs[-1])
+
+    def _place_after(self, job: Job[Any]) -> int:
+        return self._pending.index(job, self._next) + 1
 
     def _begin(self, first: Job[Any]) -> WriteSession:
         """Take SQLite's write lock; raises SQLite's error if it is not to be had."""
@@ -303,7 +312,8 @@ class WriterLoop:
 
     def _may_share(self, session: WriteSession) -> bool:
         """Whether the first two pending jobs may share a transaction; called inside it, so that the schema stands."""
-        if self._one_by_one or len(self._pending) < 2 or any(self._pending[i].must_be_alone() for i in (0, 1)):
+        pair = self._pending[self._next : self._next + 2]
+        if self._next < self._one_by_one_until or len(pair) < 2 or any(job.must_be_alone() for job in pair):
             return False
         try:
             versions = [session.own(f'PRAGMA "{name}".schema_version') for name in session.databases]
@@ -382,7 +392,7 @@ class WriterLoop:
             self._roll_back()  # everything: the others run again
 
     def _commit(self, session: WriteSession, jobs: list[Job[Any]], runs: list[Run]) -> None:
-        kept = [job for job in jobs if job.failed_with is None]
+        kept = [job for job in jobs if job._error is None]
         if not kept:
             self._roll_back()
         else:
@@ -426,7 +436,7 @@ class WriterLoop:
 
         Those that have failed do not run again: they had undone themselves, so what they saw is what they would see.
         """
-        self._one_by_one = 1 + list(self._pending).index(jobs[-1])
+        self._one_by_one_until = self._place_after(jobs[-1])
         transactions = {run.job: run for run in runs}
         for job in jobs:
             run = transactions.get(job)
@@ -470,6 +480,9 @@ class WriterLoop:
 
     def _fail(self, job: Job[Any], error: BaseException) -> None:
         error.__traceback__ = without_own_frames(error.__traceback__)
+        if self._guard.refusal is not None:
+            error.add_note(f"onewriter: {self._guard.refusal}")
+            self._guard.refusal = None
         note = f"onewriter: job {job.describe()}, attempts to get SQLite's lock: {max(1, self._policy.attempts)}"
         if note not in getattr(error, "__notes__", ()):
             error.add_note(note)

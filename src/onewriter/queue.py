@@ -34,7 +34,7 @@ class JobQueue(queue.Queue[Job[Any]]):
         self._room: deque[_Waiter] = deque()  # who waits for room, in order
         self._waiting_threads: set[int] = set()
 
-    def put(self, item: Job[Any], block: bool = True, timeout: float | None = None) -> None:
+    def put(self, item: Job[Any], timeout: float | None = None) -> None:  # type: ignore[override]
         """Add a job; a bounded one waits for room at most ``timeout`` seconds.
 
         Raises:
@@ -48,7 +48,7 @@ class JobQueue(queue.Queue[Job[Any]]):
         reentrant = threading.get_ident() in self._waiting_threads or self._is_inside()
         waiter = _Waiter(item)
         if not self._put_now(item, reentrant, waiter):
-            self._wait_for_room(waiter, timeout if block else 0.0)
+            self._wait_for_room(waiter, timeout)
 
     def _put_now(self, job: Job[Any], over_maxsize: bool, waiter: _Waiter | None = None) -> bool:
         """Append the job if there is room, or else the waiter to the line of those who wait for it."""

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import array
-import copy
 import functools
 import itertools
 import re
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 Parameters: TypeAlias = tuple[Any, ...] | Mapping[str, Any]
 
@@ -147,20 +146,20 @@ def split_script(script: str) -> Iterator[str]:
 
 def capture(parameters: Any) -> Parameters:
     """A copy of one statement's parameters, so that later changes by the caller change nothing."""
-    if type(parameters) is tuple and not parameters:
-        return ()
-    if isinstance(parameters, TEXTUAL):
-        raise TypeError(
-            f"parameters are a sequence or a mapping, not {type(parameters).__name__}: it would bind one by one; "
-            "put a lone value into a tuple: (value,)"
-        )
-    if isinstance(parameters, Mapping):
-        named = copy.copy(parameters)
-        return named if BUFFERS.isdisjoint(map(type, named.values())) else {k: _frozen(v) for k, v in named.items()}
-    if isinstance(parameters, set | frozenset) or not (isinstance(parameters, Iterable) or _is_sequence(parameters)):
-        raise TypeError(f"parameters are a sequence or a mapping, not {type(parameters).__name__}")
-    values = tuple(parameters)
-    return values if BUFFERS.isdisjoint(map(type, values)) else tuple(map(_frozen, values))
+    if type(parameters) is not tuple:
+        if isinstance(parameters, TEXTUAL):
+            raise TypeError(
+                f"parameters are a sequence or a mapping, not {type(parameters).__name__}: it would bind one by one; "
+                "put a lone value into a tuple: (value,)"
+            )
+        if isinstance(parameters, Mapping):
+            return {name: _frozen(value) for name, value in parameters.items()}
+        if isinstance(parameters, set | frozenset) or not (
+            isinstance(parameters, Iterable) or _is_sequence(parameters)
+        ):
+            raise TypeError(f"parameters are a sequence or a mapping, not {type(parameters).__name__}")
+        parameters = tuple(parameters)
+    return parameters if BUFFERS.isdisjoint(map(type, parameters)) else tuple(map(_frozen, parameters))
 
 
 def _is_sequence(value: object) -> bool:
@@ -185,6 +184,15 @@ def check_many(sql: str) -> None:
         )
 
 
+class Statement(Protocol):
+    sql: str
+    parameters: Parameters
+    rowcount: int
+    lastrowid: int | None
+
+    def set_outcome(self, result: Any, error: BaseException | None) -> None: ...
+
+
 class Executor:
     """Runs statements on one connection and gives Results. Belongs to the thread that holds the connection."""
 
@@ -192,29 +200,44 @@ class Executor:
         self._connection = connection
         self._cursor = sqlite3.Connection.cursor(connection)  # making one for each statement would cost as much as it
         self._last_rowid: int | None = None
+        self._known = self._table = ""  # the last plain INSERT and its table
 
     def execute(self, sql: str, parameters: Parameters) -> Result:
         """Run one statement to its end."""
-        lean = self.execute_lean(sql, parameters)
-        return lean if isinstance(lean, Result) else Result([], *lean, None)
-
-    def execute_lean(self, sql: str, parameters: Parameters) -> Result | tuple[int, int | None]:
-        """The same; where there can be no rows, only ``rowcount`` and ``lastrowid``."""
         cursor = self._cursor
         try:
             cursor.execute(sql, parameters)
-            description = cursor.description
             # To the end, since an unread row would make COMMIT say BUSY for ever.
-            rows = cursor.fetchall() if description is not None else None
+            rows = cursor.fetchall() if cursor.description is not None else None
         except BaseException:
             cursor.close()  # it may have rows left
             self._cursor = sqlite3.Connection.cursor(self._connection)
             raise
-        rowcount, text = cursor.rowcount, describe_sql(sql)
+        text, rowcount, description = describe_sql(sql), cursor.rowcount, cursor.description
         if text.behind_with and rowcount == -1 and (rows is None or text.returning):
             rowcount = self._ask("SELECT changes()")  # sqlite3 counts only statements that begin with their verb
-        lastrowid = self._inserted(text, rowcount, cursor.lastrowid) if text.inserts else None
-        return (rowcount, lastrowid) if rows is None else Result(rows, rowcount, lastrowid, description)
+        lastrowid = self._inserted(text.table, rowcount, cursor.lastrowid) if text.inserts else None
+        return Result(rows or [], rowcount, lastrowid, description)
+
+    def execute_for(self, job: Statement) -> None:
+        """Run the statement of ``job``; a plain INSERT without making objects that perhaps nobody asks for."""
+        sql = job.sql
+        if sql is not self._known:
+            text = describe_sql(sql)
+            if not text.inserts or text.returning or text.behind_with:
+                job.set_outcome(self.execute(sql, job.parameters), None)
+                return
+            self._known, self._table = sql, text.table
+        cursor = self._cursor
+        cursor.execute(sql, job.parameters)
+        job.rowcount, lastrowid = cursor.rowcount, cursor.lastrowid
+        if lastrowid == self._last_rowid or self._last_rowid is None:
+            lastrowid = self._inserted(self._table, job.rowcount, lastrowid)
+        elif job.rowcount < 1:
+            self._last_rowid, lastrowid = lastrowid, None
+        else:
+            self._last_rowid = lastrowid
+        job.lastrowid = lastrowid
 
     def execute_many(self, sql: str, rows: list[Parameters]) -> Result:
         cursor = sqlite3.Connection.executemany(self._connection, sql, rows)
@@ -224,12 +247,12 @@ class Executor:
         finally:
             cursor.close()
 
-    def _inserted(self, text: Description, rowcount: int, lastrowid: int | None) -> int | None:
+    def _inserted(self, table: str, rowcount: int, lastrowid: int | None) -> int | None:
         before, self._last_rowid = self._last_rowid, lastrowid
         if rowcount < 1:
             return None
         # sqlite3 reports the connection's last rowid; a WITHOUT ROWID table leaves that of an earlier statement there.
-        if (lastrowid == before or before is None) and self._ask(WITHOUT_ROWID, (text.table,)):
+        if (lastrowid == before or before is None) and self._ask(WITHOUT_ROWID, (table,)):
             return None
         return lastrowid
 

@@ -297,9 +297,10 @@ class Transaction:
             )
 
     def _explain(self, error: sqlite3.Error) -> None:
-        refusal = self._session.guard.refusal
-        if refusal is not None:
-            error.add_note(f"onewriter: {refusal}")
+        guard = self._session.guard
+        if guard.refusal is not None:
+            error.add_note(f"onewriter: {guard.refusal}")
+            guard.refusal = None
         root = self._root
         if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_INTERRUPT and (root._is_late() or root._closed):
             root._closed = root._closed or TOO_LONG
