@@ -354,10 +354,15 @@ class DbWriter:
         """
         if timeout != 30.0:
             _check_timeout(timeout)
-        job = self._job(what, params, label, None)
         holder = self._holder
-        job.loud = not holder.reporting or threading.get_ident() not in holder.reporting
-        job.bounded = not holder.is_mine()  # the thread that makes room does not wait for room
+        loud = not holder.reporting or threading.get_ident() not in holder.reporting
+        bounded = not holder.is_mine()  # the thread that makes room does not wait for room
+        job: StatementJob | FunctionJob[Any]
+        if type(what) is str and label is None:
+            job = StatementJob(holder, what, capture(params), None, sys._getframe(1), loud, bounded)
+        else:
+            job = self._job(what, params, label, None)
+            job.loud, job.bounded = loud, bounded
         self._submit(job, timeout)
         return job
 

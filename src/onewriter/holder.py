@@ -37,21 +37,21 @@ class Holder:
         self.broken: BaseException | None = None  # why the gateway is out of service
         self.writer_thread = 0
         self.reporting: set[int] = set()  # threads inside our log calls: failures of what they enqueue stay unlogged
-        self._job: Job[Any] | None = None
+        self.job: Job[Any] | None = None  # that runs now
         self._transaction: Transaction | None = None
         self._waiting: tuple[Job[Any], float] | None = None
 
     def enter(self, job: Job[Any], transaction: Transaction | None) -> None:
         self._warned = False
-        self._job, self._transaction = job, transaction
+        self.job, self._transaction = job, transaction
 
     def leave(self) -> None:
         self.warn_if_slow()
-        self._job = self._transaction = None
+        self.job = self._transaction = None
 
     def warn_if_slow(self) -> None:
         """Name, once, the job that holds the writer longer than ``slow_after``."""
-        job = self._job
+        job = self.job
         if job is None or self._warned or monotonic() - job.started_at <= self.slow_after:
             return
         with self.lock:
@@ -69,7 +69,7 @@ class Holder:
         """The open transaction that belongs to the calling thread, if there is one."""
         transaction = self._transaction
         if transaction is None:
-            if self._job is not None and self.writer_thread == threading.get_ident():
+            if self.job is not None and self.writer_thread == threading.get_ident():
                 raise ReentrantWriteError(IN_STATEMENT)
             return None
         if transaction.thread != threading.get_ident():
@@ -81,7 +81,9 @@ class Holder:
 
     def is_mine(self) -> bool:
         """Whether the calling thread is the writer thread or holds the open transaction."""
-        return threading.get_ident() == self.writer_thread or self.current() is not None
+        if threading.get_ident() == self.writer_thread:
+            return True
+        return self._transaction is not None and self.current() is not None
 
     def waits_endlessly(self) -> bool:
         """Whether the writer could not go on while this thread waits for it."""
@@ -107,7 +109,7 @@ class Holder:
 
     def describe(self) -> str:
         """Who holds the writer, for messages: label, since when, and where it was called from."""
-        job, waiting = self._job, self._waiting
+        job, waiting = self.job, self._waiting
         if job is not None:
             return f"the writer is held by {job.describe()} for {monotonic() - job.started_at:.2f} s"
         if waiting is not None:

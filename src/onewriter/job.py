@@ -68,12 +68,12 @@ class Ticket(Generic[T]):
         "_instruction",
         "_label",
         "_result",
+        "_sequence",
         "_state",
         "_waiters",
         "created_at",
         "ended_at",
         "loud",
-        "sequence",
         "started_at",
     )
     counted = True  # in the statistics
@@ -90,8 +90,11 @@ class Ticket(Generic[T]):
         self._callbacks: list[Callable[[Ticket[T]], object]] | None = None
         self._batch: Batch | None = None
         self.loud = False  # nobody waits: a failure is logged and given to on_error
-        self.created_at = self.started_at = self.ended_at = monotonic()
-        self.sequence: int | None = None
+        self.created_at = monotonic()
+        # _sequence, started_at and ended_at are set when there is something to say.
+        self._sequence: int
+        self.started_at: float
+        self.ended_at: float
 
     def __repr__(self) -> str:
         state = ("pending", "running", "cancelled", "done")[self._state]
@@ -113,8 +116,14 @@ class Ticket(Generic[T]):
         batch = self._batch
         if batch is None:
             return None
-        waited = self.started_at - self.created_at - batch.lock_wait
-        return Timings(max(0.0, waited), batch.lock_wait, self.ended_at - self.started_at, batch.commit)
+        started = getattr(self, "started_at", self.created_at + batch.lock_wait)
+        queued, run = started - self.created_at - batch.lock_wait, getattr(self, "ended_at", started) - started
+        return Timings(max(0.0, queued), batch.lock_wait, run, batch.commit)
+
+    @property
+    def sequence(self) -> int | None:
+        """The job's place in the order of commits, rising; None until it is committed."""
+        return getattr(self, "_sequence", None)
 
     def describe(self) -> str:
         return f"{self.label!r} (called from {self.called_from})"
@@ -314,6 +323,7 @@ def settle(jobs: Iterable[Job[Any]], holder: Holder, batch: Batch, commits: int)
     tally = holder.tally
     with holder.lock:
         tally.commits += commits
+        committed = tally.committed
         for job in jobs:
             if job._state >= CANCELLED:
                 continue
@@ -328,11 +338,12 @@ def settle(jobs: Iterable[Job[Any]], holder: Holder, batch: Batch, commits: int)
                 if job.loud and not job._waiters and not job._callbacks:
                     unheard.append(job)
             elif job.counted:
-                tally.committed += 1
-                job.sequence = tally.committed
+                committed += 1
+                job._sequence = committed
             if job._waiters is not None:
                 wakeups += job._waiters
                 job._waiters = None
+        tally.committed = committed
     for wakeup in wakeups:
         wakeup.release()
     for job in settled:
@@ -346,14 +357,31 @@ class StatementJob(Job[Result]):
     __slots__ = ("bounded", "lastrowid", "parameters", "rowcount", "sql")
 
     def __init__(
-        self, holder: Holder, sql: str, parameters: Parameters, label: str | None, frame: types.FrameType
+        self,
+        holder: Holder,
+        sql: str,
+        parameters: Parameters,
+        label: str | None,
+        frame: types.FrameType,
+        loud: bool = False,
+        bounded: bool = False,
     ) -> None:
-        super().__init__(holder, label or sql, frame)
-        self.bounded = False
+        # Not super().__init__, and nothing twice: this is most of what enqueue does.
+        if frame.f_globals.get("__package__") == "onewriter":
+            frame = user_frame(frame)
+        self._holder = holder
+        self._label = label or sql
+        self._code, self._instruction = frame.f_code, frame.f_lasti
+        self._state = PENDING
+        self._result = self._error = self._waiters = self._callbacks = self._batch = None
+        self.loud = loud
+        self.bounded = bounded
+        self.created_at = monotonic()
         self.sql = sql
         self.parameters = parameters
-        self.rowcount = 0  # what a plain INSERT leaves in place of a Result
-        self.lastrowid: int | None = None
+        # What a plain INSERT leaves in place of a Result.
+        self.rowcount: int
+        self.lastrowid: int | None
 
     def must_be_alone(self) -> bool:
         # A text that can roll the whole transaction back would make the jobs before it run again.

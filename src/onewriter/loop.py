@@ -170,10 +170,14 @@ class WriterLoop:
 
     def _write_group(self) -> None:
         """Bring the first pending jobs to their outcome: as many as may share one transaction."""
-        first = self._pending[self._next]
-        if first.done():
-            self._next += 1
-        elif first in self._failed_runs:
+        pending, place = self._pending, self._next
+        while place < len(pending) and pending[place]._state > RUNNING:
+            place += 1
+        self._next = place
+        if place == len(pending):
+            return
+        first = pending[place]
+        if first in self._failed_runs:
             run = self._failed_runs.pop(first)
             self._settle([first], [] if run is None else [run])
         elif self._stop.is_set() and not first.running():
@@ -227,14 +231,15 @@ class WriterLoop:
         if place < max(self._savepoints_until, self._one_by_one_until) or self._max_hold != math.inf:
             return place
         now, guard, holder, known = monotonic(), self._guard, self.holder, ""
-        lock, execute, slow_after = holder.lock, session.executor.execute_for, holder.slow_after
+        lock, execute = holder.lock, session.executor.execute_for
         guard.mode, guard.refusal = Mode.JOB, None
         # What happens here happens for every queued statement: no calls that can be spared.
         try:
             for job in self._pending[place:]:
                 if type(job) is not StatementJob or now > until:
                     break
-                if job.sql is not known:
+                is_new = job.sql is not known
+                if is_new:
                     if job.must_be_alone():
                         break
                     known = job.sql
@@ -244,7 +249,7 @@ class WriterLoop:
                         continue
                     job._state = RUNNING
                 job.started_at = now
-                holder.enter(job, None)
+                holder.job = job
                 jobs.append(job)
                 try:
                     execute(job)
@@ -254,13 +259,11 @@ class WriterLoop:
                         return None
                     self._fail(job, error)
                 job.ended_at = now = monotonic()
-                if now - job.started_at > slow_after:
-                    holder.warn_if_slow()
-                if not share or guard.schema_changed or guard.settings_touched:
+                if not share or (is_new and not self._is_unchanged()):  # the guard is asked about new texts only
                     break
         finally:
             guard.mode = Mode.GATEWAY
-            holder.leave()
+            holder.leave()  # the one that is slow is the last: the batch ends with it
         if jobs and not session.connection.in_transaction:  # what was done last lost it
             self._lost(jobs, [])
             return None
@@ -344,7 +347,7 @@ class WriterLoop:
     def _enter(self, session: WriteSession, job: Job[Any], transaction: Transaction, savepoint: bool) -> None:
         self.holder.enter(job, transaction)
         if savepoint:
-            session.own(f"SAVEPOINT {self._guard.mark}_0")
+            session.own(session.mark)
 
     def _leave(
         self,
@@ -361,7 +364,7 @@ class WriterLoop:
             if error is None:
                 self._check_end(session, job)
                 if savepoint:
-                    session.own(f"RELEASE {self._guard.mark}_0")
+                    session.own(session.release)
                 job.set_outcome(result, None)
         except Exception as failure:
             error = failure
@@ -386,8 +389,8 @@ class WriterLoop:
 
     def _undo_job(self, session: WriteSession) -> None:
         try:
-            session.own(f"ROLLBACK TO {self._guard.mark}_0")
-            session.own(f"RELEASE {self._guard.mark}_0")
+            session.own(session.undo)
+            session.own(session.release)
         except sqlite3.Error:
             self._roll_back()  # everything: the others run again
 

@@ -41,30 +41,39 @@ class JobQueue(queue.Queue[Job[Any]]):
             QueueFullError: no room in time. Not committed.
             WriterClosedError, WriterBrokenError: refused. Not committed.
         """
-        if self._put_now(item, over_maxsize=not item.bounded):
-            return
+        with self.mutex:
+            if self._refusal is None and (not item.bounded or (self._bounded < self.maxsize and not self._room)):
+                self._bounded += item.bounded
+                self.queue.append(item)
+                if not self._asleep:
+                    return
+                self._asleep, waits = False, False
+            else:
+                waits = True
+        if waits:
+            self._put_with_patience(item, timeout)
+        else:
+            self._wake()
+
+    def _put_with_patience(self, job: Job[Any], timeout: float | None) -> None:
+        me = threading.get_ident()
         # Inside a lock of ours further out, the call is a finalizer's or signal handler's: the writer would need that
         # lock to make room, so the job goes over maxsize.
-        reentrant = threading.get_ident() in self._waiting_threads or self._is_inside()
-        waiter = _Waiter(item)
-        if not self._put_now(item, reentrant, waiter):
-            self._wait_for_room(waiter, timeout)
-
-    def _put_now(self, job: Job[Any], over_maxsize: bool, waiter: _Waiter | None = None) -> bool:
-        """Append the job if there is room, or else the waiter to the line of those who wait for it."""
+        reentrant = me in self._waiting_threads or self._is_inside()
+        waiter = None
         with self.mutex:
-            if self._refusal is not None:
-                self._refuse_if_closed()
-            accepted = over_maxsize or (self._bounded < self.maxsize and not self._room)
-            if accepted:
-                self._bounded += job.bounded
+            self._refuse_if_closed()
+            if reentrant or (self._bounded < self.maxsize and not self._room):
+                self._bounded += 1
                 self.queue.append(job)
-            elif waiter is not None:
+            else:
+                waiter = _Waiter(job)
                 self._room.append(waiter)
             wake, self._asleep = self._asleep, False
         if wake:
             self._wake()
-        return accepted
+        if waiter is not None:
+            self._wait_for_room(waiter, timeout)
 
     def get(self, block: bool = True, timeout: float | None = None) -> Job[Any]:
         raise NotImplementedError("the writer takes what waits in one go: use take")

@@ -47,22 +47,27 @@ class WriteSession:
         self.connection = connection
         self.guard = guard
         self.executor = Executor(connection)
+        self._cursor = sqlite3.Connection.cursor(connection)
+        self._cursor.row_factory = None
+        self._texts: dict[str, str] = {}  # of the gateway's own statements
         self.row_factory, self.text_factory = connection.row_factory, connection.text_factory
+        self.mark = f"SAVEPOINT {guard.mark}_0"  # around a job
+        self.release, self.undo = f"RELEASE {guard.mark}_0", f"ROLLBACK TO {guard.mark}_0"
         names = [row[1] for row in self.own("PRAGMA database_list")]
         self.databases = [name.replace('"', '""') for name in names if name != "temp"]
 
     def own(self, sql: str) -> list[Any]:
         """Run a statement of the gateway's own, which no job's text can stand for."""
-        mode, self.guard.mode = self.guard.mode, Mode.GATEWAY
+        text = self._texts.get(sql)
+        if text is None:
+            text = self._texts[sql] = self.guard.own(sql)
+        guard, cursor = self.guard, self._cursor
+        mode, guard.mode = guard.mode, Mode.GATEWAY
         try:
-            cursor = sqlite3.Connection.execute(self.connection, self.guard.own(sql))
-            try:
-                cursor.row_factory = None
-                return cursor.fetchall()
-            finally:
-                cursor.close()
+            cursor.execute(text)
+            return cursor.fetchall()
         finally:
-            self.guard.mode = mode
+            guard.mode = mode
 
     def restore_factories(self) -> None:
         self.connection.row_factory, self.connection.text_factory = self.row_factory, self.text_factory
@@ -256,7 +261,7 @@ class Transaction:
     def undo(self) -> None:
         """Undo what this job or block has done so far; the transaction stays open."""
         self._forget_since((0, 0))
-        self._own(f"ROLLBACK TO {self._session.guard.mark}_0")
+        self._own(self._session.undo)
 
     def overdue(self) -> TransactionClosedError | None:
         """The error of a block that has held the writer for too long, where no other thread takes it back."""
