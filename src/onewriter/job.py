@@ -26,6 +26,7 @@ T = TypeVar("T")
 
 PENDING, RUNNING, CANCELLED, DONE = range(4)
 LABEL_LENGTH = 60
+NOT_PLAIN = inspect.CO_COROUTINE | inspect.CO_ITERABLE_COROUTINE | inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
 SLICE = 1.0  # seconds; a signal that comes just before the thread sleeps is seen at its next wake-up
 LIVE_RESULTS = (sqlite3.Cursor, sqlite3.Blob, types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType)
 
@@ -514,13 +515,14 @@ def refuse_live(result: T) -> T:
 
 def check_function(function: Callable[..., object]) -> None:
     """Refuse, at the call, functions whose call only makes a coroutine or a generator."""
-    for target in (function, getattr(function, "__call__", None)):  # noqa: B004 - an object's own __call__ counts
-        if (
-            inspect.iscoroutinefunction(target)
-            or inspect.isgeneratorfunction(target)
-            or inspect.isasyncgenfunction(target)
-        ):
-            raise TypeError(f"{name_of(function)!r} is an async or generator function: jobs are plain functions")
+    if isinstance(function, types.FunctionType):
+        makes_one = function.__code__.co_flags & NOT_PLAIN
+    else:
+        kinds = (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
+        targets = (function, getattr(function, "__call__", None))  # noqa: B004 - an object's own __call__ counts
+        makes_one = any(is_kind(target) for is_kind in kinds for target in targets)
+    if makes_one:
+        raise TypeError(f"{name_of(function)!r} is an async or generator function: jobs are plain functions")
 
 
 def name_of(function: Callable[..., object]) -> str:

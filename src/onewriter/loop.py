@@ -17,7 +17,7 @@ from typing import Any
 
 from onewriter.block import BlockFailedError, BlockJob
 from onewriter.connection import Settings, configure, open_writer, set_pragma
-from onewriter.errors import CommitUnknownError, TransactionAbortedError, WriterClosedError
+from onewriter.errors import CommitUnknownError, WriterClosedError
 from onewriter.guard import Guard, Mode
 from onewriter.holder import Holder, broken_error
 from onewriter.job import RUNNING, BareStatementJob, Batch, FlushJob, Job, StatementJob, Ticket, settle
@@ -362,7 +362,7 @@ class WriterLoop:
             transaction.end()
             self.holder.leave()
             if error is None:
-                self._check_end(session, job)
+                self._check_end(session, job, transaction)
                 if savepoint:
                     session.own(session.release)
                 job.set_outcome(result, None)
@@ -375,12 +375,9 @@ class WriterLoop:
         job.ended_at = monotonic()
         return Run(job, transaction)
 
-    def _check_end(self, session: WriteSession, job: Job[Any]) -> None:
+    def _check_end(self, session: WriteSession, job: Job[Any], transaction: Transaction) -> None:
         if not session.connection.in_transaction:
-            raise TransactionAbortedError(
-                f"SQLite has rolled back the transaction of job {job.describe()}, and the job went on: "
-                "let the error that SQLite raised end it"
-            )
+            raise transaction.aborted_error()
         if job.foreign_keys is False and (violations := session.own("PRAGMA foreign_key_check")):
             table, rowid, parent, _ = violations[0]
             raise sqlite3.IntegrityError(

@@ -124,7 +124,7 @@ class Transaction:
             TransactionAbortedError: SQLite rolled back by itself earlier on. Rolled back.
             TransactionClosedError: the transaction has ended, or belongs to another thread.
         """
-        return self.statement(check_sql(sql), capture(params))
+        return self.call(self._session.executor.execute, check_sql(sql), capture(params))
 
     def executemany(self, sql: str, seq_of_params: Iterable[Any], /) -> Result:
         """Run one statement for each row of parameters; ``rowcount`` is that of all. RETURNING is refused."""
@@ -152,7 +152,7 @@ class Transaction:
         except BaseException:
             root._depth = depth - 1
             self._forget_since(marks)
-            if self._why_closed() is None and self._session.connection.in_transaction:
+            if self._closed is None and root._closed is None and self._session.connection.in_transaction:
                 self._own(f"ROLLBACK TO {name}")
                 self._own(f"RELEASE {name}")
             raise
@@ -212,10 +212,15 @@ class Transaction:
 
     def call(self, function: Callable[..., T], *args: Any, mode: Mode = Mode.JOB, **options: Any) -> T:
         """Run one call into SQLite, if the loan still holds."""
+        root, session = self._root, self._session
+        guard = session.guard
         self._check_thread()
-        guard, root = self._session.guard, self._root
         with root._lock:
-            self._check()
+            # Looked at inside the lock: whoever takes the loan back closes it first, then waits for the lock.
+            if self._closed is not None or root._closed is not None or root._until < monotonic():
+                raise self.closed_error()
+            if not session.connection.in_transaction and self.job.in_transaction:
+                raise self.aborted_error()
             guard.refusal, guard.mode, root._inside = None, mode, True
             try:
                 return function(*args, **options)
@@ -275,31 +280,27 @@ class Transaction:
     def _is_late(self) -> bool:
         return monotonic() > self._until
 
-    def _why_closed(self) -> str | None:
-        return self._closed or self._root._closed
-
     def closed_error(self) -> TransactionClosedError:
-        return TransactionClosedError(f"the transaction of job {self.job.describe()} {self._why_closed()}")
+        root = self._root
+        if root._until < monotonic() and root._closed is None:
+            root._closed = TOO_LONG
+        return TransactionClosedError(f"the transaction of job {self.job.describe()} {self._closed or root._closed}")
+
+    def aborted_error(self) -> TransactionAbortedError:
+        # Without it, the statements that follow would be committed one by one.
+        return TransactionAbortedError(
+            f"SQLite has rolled back the transaction of job {self.job.describe()} (OR ROLLBACK, RAISE(ROLLBACK), "
+            "a full disk, an interrupt): let the error that it raised end the job"
+        )
 
     def _check_thread(self) -> None:
-        if self._why_closed():
+        root = self._root
+        if self._closed is not None or root._closed is not None:
             raise self.closed_error()
-        if self._root.thread != threading.get_ident():
+        if root.thread != threading.get_ident():
             raise TransactionClosedError(f"the transaction of job {self.job.describe()} belongs to another thread")
-        if self._root._inside:
+        if root._inside:
             raise ReentrantWriteError(IN_STATEMENT)
-
-    def _check(self) -> None:
-        if self._root._is_late() and self._root._closed is None:
-            self._root._closed = TOO_LONG
-        if self._why_closed():
-            raise self.closed_error()
-        if self.job.in_transaction and not self._session.connection.in_transaction:
-            # Without this look the statements that follow would be committed one by one.
-            raise TransactionAbortedError(
-                f"SQLite has rolled back the transaction of job {self.job.describe()} (OR ROLLBACK, RAISE(ROLLBACK), "
-                "a full disk, an interrupt): let the error that it raised end the job"
-            )
 
     def _explain(self, error: sqlite3.Error) -> None:
         guard = self._session.guard
