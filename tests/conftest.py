@@ -21,3 +21,10 @@ def db(path: Path) -> Iterator[DbWriter]:
     """An open gateway of a new file."""
     with DbWriter(path) as gateway:
         yield gateway
+
+
+@pytest.fixture(params=[False, True], ids=["thread", "inline"])
+def any_db(path: Path, request: pytest.FixtureRequest) -> Iterator[DbWriter]:
+    """An open gateway, with its writer thread and without: behaviour is the same."""
+    with DbWriter(path, inline=request.param) as gateway:
+        yield gateway

@@ -7,7 +7,8 @@ import sqlite3
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from onewriter import DbWriter, Transaction
@@ -46,6 +47,22 @@ def holding_lock(path: Path) -> Iterator[sqlite3.Connection]:
         yield connection
         if connection.in_transaction:
             connection.execute("ROLLBACK")
+
+
+@contextlib.contextmanager
+def released_soon(path: Path, seconds: float = 0.3) -> Iterator[None]:
+    """Hold SQLite's write lock, and let it go by itself a moment later, while the caller waits for it."""
+    with holding_lock(path) as connection:
+        timer = threading.Timer(seconds, connection.execute, ["COMMIT"])
+        timer.start()
+        yield
+        timer.join(DEADLINE)
+
+
+def in_threads(*functions: Callable[[], object]) -> list[object]:
+    """Run each function in a thread of its own, all at once; their results, or the first error of one of them."""
+    with ThreadPoolExecutor(len(functions)) as pool:
+        return [future.result(DEADLINE) for future in [pool.submit(function) for function in functions]]
 
 
 def run_child(code: str, timeout: float = 60.0) -> subprocess.CompletedProcess[str]:

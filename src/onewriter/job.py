@@ -104,7 +104,7 @@ class Ticket(Generic[T]):
     @property
     def label(self) -> str:
         """The job's name in logs and messages; default: the function's qualified name or the SQL's beginning."""
-        return self._label[:LABEL_LENGTH]
+        return self._label
 
     @property
     def called_from(self) -> str:
@@ -384,6 +384,10 @@ class StatementJob(Job[Result]):
         self.rowcount: int
         self.lastrowid: int | None
 
+    @property
+    def label(self) -> str:
+        return self._label[:LABEL_LENGTH] if self._label is self.sql else self._label
+
     def must_be_alone(self) -> bool:
         # A text that can roll the whole transaction back would make the jobs before it run again.
         return describe_sql(self.sql).isolated
@@ -421,7 +425,7 @@ class ManyJob(Job[Result]):
     def __init__(
         self, holder: Holder, sql: str, rows: list[Parameters], label: str | None, frame: types.FrameType
     ) -> None:
-        super().__init__(holder, label or sql, frame)
+        super().__init__(holder, label or sql[:LABEL_LENGTH], frame)
         self.sql = sql
         self.rows = rows
 
@@ -443,7 +447,7 @@ class ScriptJob(Job[None]):
     def __init__(
         self, holder: Holder, script: str, label: str | None, foreign_keys: bool | None, frame: types.FrameType
     ) -> None:
-        super().__init__(holder, label or script, frame)
+        super().__init__(holder, label or script[:LABEL_LENGTH], frame)
         self.script = script
         self.foreign_keys = foreign_keys
 

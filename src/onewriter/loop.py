@@ -421,7 +421,7 @@ class WriterLoop:
             self._run_again(jobs, runs)
             return
         for job in kept:
-            self._fail(job, error if len(kept) == 1 else copy_of(error))
+            self._fail(job, copy_of(error))
         self._settle(jobs, runs)
 
     def _lost(self, jobs: list[Job[Any]], runs: list[Run]) -> None:
