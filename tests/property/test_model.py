@@ -6,6 +6,7 @@ import contextlib
 import sqlite3
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -471,13 +472,32 @@ class Counted:
         return self.job.perform(tx)
 
 
+class Snapshot:
+    """A ``reader()`` block in a thread of its own, since the reads of a thread belong to its block."""
+
+    def __init__(self, db: DbWriter, expected: dict[str, Rows]) -> None:
+        self.expected = expected
+        self._thread = ThreadPoolExecutor(1)
+        self._block = db.reader(timeout=DEADLINE)
+        self._connection = self._thread.submit(self._block.__enter__).result(DEADLINE)
+
+    def dump(self) -> dict[str, Rows]:
+        return self._thread.submit(dump, self._connection).result(DEADLINE)
+
+    def end(self) -> None:
+        self._thread.submit(self._block.__exit__, None, None, None).result(DEADLINE)
+        self._thread.shutdown()
+
+
 class Model(RuleBasedStateMachine):
     """Only one of the two knows that jobs can share a transaction."""
 
     schema = "shared"
+    inline = False
 
     def __init__(self) -> None:
         super().__init__()
+        self._snapshots: list[Snapshot] = []
         self._folder = tempfile.TemporaryDirectory()
         self._db: DbWriter | None = None
         self._reference: Reference | None = None
@@ -494,6 +514,8 @@ class Model(RuleBasedStateMachine):
         return self._reference
 
     def teardown(self) -> None:
+        for snapshot in self._snapshots:
+            snapshot.end()
         if self._db is not None:
             self._db.close(timeout=DEADLINE)
         if self._reference is not None:
@@ -511,20 +533,20 @@ class Model(RuleBasedStateMachine):
         self._last_sequence = 0
         # Failures of enqueue() are compared here, so they need no log lines.
         path = Path(self._folder.name) / "gateway.db"
-        return DbWriter(path, synchronous="OFF", on_connect=set_limit, on_error=lambda ticket: None)
+        return DbWriter(path, synchronous="OFF", on_connect=set_limit, on_error=lambda ticket: None, inline=self.inline)
 
-    @rule(data=st.data())
-    def run_a_job(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), how=st.sampled_from(["job", "block", "nested blocks", "job in a block"]))
+    def run_a_job(self, data: st.DataObject, how: str) -> None:
         job = data.draw(JOBS[self.schema][0])
         before = self.reference.undone
         expected = self.reference.apply(job)
         work = Counted(job) if isinstance(job, Function) else None
-        found = outcome_of(lambda: self._run(job, work))
+        found = outcome_of(lambda: self._run(job, work, how))
         assert found == expected, job
         if work is not None:
             self._check_runs([work], self.reference.undone > before)
 
-    def _run(self, job: Job, work: Counted | None) -> object:
+    def _run(self, job: Job, work: Counted | None, how: str) -> object:
         match job:
             case Statement(sql, params):
                 return seen(self.db.run(sql, params, timeout=DEADLINE))
@@ -534,7 +556,15 @@ class Model(RuleBasedStateMachine):
                 self.db.run_script(job.sql, timeout=DEADLINE)
                 return None
         assert work is not None
-        return self.db.run(work, timeout=DEADLINE)
+        if how == "job":
+            return self.db.run(work, timeout=DEADLINE)
+        with self.db.transaction(timeout=DEADLINE) as tx:
+            if how == "block":
+                return work(tx)
+            if how == "job in a block":
+                return self.db.run(work)
+            with self.db.transaction() as inner:
+                return work(inner)
 
     @rule(
         data=st.data(), withdrawn=st.sets(st.integers(0, 11), max_size=2), closes=st.sampled_from([False] * 7 + [True])
@@ -542,7 +572,7 @@ class Model(RuleBasedStateMachine):
     def run_jobs_that_were_queued_together(self, data: st.DataObject, withdrawn: set[int], closes: bool) -> None:
         jobs = data.draw(st.lists(JOBS[self.schema][1], min_size=2, max_size=12))
         works = [Counted(job) if isinstance(job, Function) else None for job in jobs]
-        with parked(self.db):
+        with contextlib.nullcontext() if self.inline else parked(self.db):
             tickets = [self._enqueue(job, work) for job, work in zip(jobs, works, strict=True)]
             withdrawn = {place for place in withdrawn if place < len(jobs) and tickets[place].cancel()}
         if closes:
@@ -601,7 +631,20 @@ class Model(RuleBasedStateMachine):
         assert self.db.read_one(sql, (name,)) == (expected[0] if expected else None)
         assert self.db.read_value(sql, (name,)) == (expected[0][0] if expected else None)
 
+    @rule()
+    def open_a_reader(self) -> None:
+        if len(self._snapshots) == 2:
+            self._snapshots.pop(0).end()
+        self._snapshots.append(Snapshot(self.db, self.reference.dump()))
+
+    @invariant()
+    def every_reader_sees_its_moment(self) -> None:
+        for snapshot in self._snapshots:
+            assert snapshot.dump() == snapshot.expected
+
     def _close(self) -> None:
+        while self._snapshots:
+            self._snapshots.pop().end()
         assert self.db.close(timeout=DEADLINE).unfinished == 0
 
     @invariant()
@@ -610,9 +653,9 @@ class Model(RuleBasedStateMachine):
             assert self.db.read(dump) == self.reference.dump()
 
 
-@pytest.mark.parametrize("schema", SCHEMAS)
-def test_any_sequence_of_jobs_gives_what_running_each_alone_gives(schema: str) -> None:
-    machine = type(f"ModelOf_{schema}", (Model,), {"schema": schema})
+@pytest.mark.parametrize(("schema", "inline"), [*((schema, False) for schema in SCHEMAS), ("deferred", True)])
+def test_any_sequence_of_jobs_gives_what_running_each_alone_gives(schema: str, inline: bool) -> None:
+    machine = type(f"ModelOf_{schema}", (Model,), {"schema": schema, "inline": inline})
     run_state_machine_as_test(
         machine,
         settings=settings(
