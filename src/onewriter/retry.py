@@ -57,9 +57,15 @@ class LockPolicy:
             # Retrying costs 7 µs a call even when nothing fails, so it begins only here.
             if not is_busy(error):
                 raise
-        return self._wait(attempt, tell, self.lock_timeout if budget is None else budget)
+            first: BaseException | None = error
+        try:
+            return self._wait(attempt, tell, self.lock_timeout if budget is None else budget, first)
+        finally:
+            first = None  # its traceback holds this frame
 
-    def _wait(self, attempt: Callable[[], T], tell: Callable[[int, str], object], budget: float) -> T:
+    def _wait(
+        self, attempt: Callable[[], T], tell: Callable[[int, str], object], budget: float, first: BaseException | None
+    ) -> T:
         began, told = monotonic(), NOTICEABLE
 
         def count(state: tenacity.RetryCallState) -> None:
@@ -70,6 +76,10 @@ class LockPolicy:
                 tell(logging.WARNING, f"waits for SQLite's lock: {self._so_far()}")
 
         def next_attempt() -> T:
+            nonlocal first
+            if first is not None:
+                error, first = first, None
+                raise error
             self.attempts += 1
             return attempt()
 

@@ -1,0 +1,371 @@
+"""``with db.transaction()``: the loan of the writer, and how it ends when it does not end well."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers import DEADLINE, holding_lock, parked
+from onewriter import (
+    DbWriter,
+    Transaction,
+    TransactionAbortedError,
+    TransactionClosedError,
+    WriterClosedError,
+    WriteTimeoutError,
+)
+
+INSERT = "INSERT INTO t VALUES (?)"
+ENDLESS = "WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c) "
+
+
+@pytest.fixture
+def db(path: Path) -> Iterator[DbWriter]:
+    with DbWriter(path) as gateway:
+        gateway.run("CREATE TABLE t (n UNIQUE)")
+        yield gateway
+
+
+@pytest.fixture
+def both(any_db: DbWriter) -> DbWriter:
+    any_db.run("CREATE TABLE t (n UNIQUE)")
+    return any_db
+
+
+def rows(db: DbWriter) -> list[Any]:
+    return [n for (n,) in db.read("SELECT n FROM t ORDER BY n")]
+
+
+def test_a_block_is_committed_at_its_end_and_rolled_back_if_it_raises(both: DbWriter, path: Path) -> None:
+    with both.transaction(label="good") as tx:
+        tx.execute(INSERT, (1,))
+        assert tx.label == "good"
+    with pytest.raises(LookupError), both.transaction() as tx:
+        tx.execute(INSERT, (2,))
+        raise LookupError
+    assert rows(both) == [1]
+
+
+def test_a_block_that_cannot_be_committed_raises_at_its_end(both: DbWriter) -> None:
+    both.run_script("""
+        CREATE TABLE parent (id INTEGER PRIMARY KEY);
+        CREATE TABLE child (id INTEGER REFERENCES parent DEFERRABLE INITIALLY DEFERRED);
+    """)
+    with pytest.raises(sqlite3.IntegrityError, match="FOREIGN KEY"), both.transaction() as tx:
+        tx.execute("INSERT INTO child VALUES (1)")
+    assert both.read("SELECT * FROM child") == []
+
+
+def test_what_ran_before_a_block_is_committed_and_told_first(db: DbWriter) -> None:
+    before = db.enqueue(INSERT, (1,))
+    with db.transaction() as tx:
+        assert before.done()
+        tx.execute(INSERT, (2,))
+        assert db.stats().commits == 2
+
+
+def test_a_transaction_is_dead_after_its_block_and_in_other_threads(both: DbWriter) -> None:
+    with both.transaction() as tx, ThreadPoolExecutor() as pool:
+        lent = tx.connection
+        elsewhere: list[Callable[[], object]] = [
+            lambda: tx.execute("SELECT 1"),
+            lambda: lent.execute("SELECT 1"),
+            lambda: tx.connection,
+        ]
+        for use in elsewhere:
+            with pytest.raises(TransactionClosedError, match="another thread"):
+                pool.submit(use).result(DEADLINE)
+        with both.transaction() as inner:
+            pass
+        with pytest.raises(TransactionClosedError, match="has ended"):
+            inner.execute("SELECT 1")
+    uses: list[Callable[[], object]] = [
+        lambda: tx.execute("SELECT 1"),
+        lambda: tx.executemany(INSERT, [(1,)]),
+        lambda: tx.executescript("SELECT 1"),
+        lambda: tx.savepoint().__enter__(),
+        lambda: tx.on_commit(print),
+        lambda: tx.on_rollback(print),
+        lambda: tx.connection,
+        lambda: lent.execute("SELECT 1"),
+        lambda: lent.in_transaction,
+    ]
+    for use in uses:
+        with pytest.raises(TransactionClosedError, match="has ended"):
+            use()
+
+
+def test_a_block_that_sqlite_rolled_back_raises_at_each_use_and_at_its_end(both: DbWriter) -> None:
+    both.run(INSERT, (1,))
+    with pytest.raises(TransactionAbortedError), both.transaction() as tx:
+        tx.execute(INSERT, (2,))
+        with pytest.raises(sqlite3.IntegrityError):
+            tx.execute("INSERT OR ROLLBACK INTO t VALUES (1)")
+        for _ in range(2):
+            with pytest.raises(TransactionAbortedError):
+                tx.execute(INSERT, (3,))
+    assert rows(both) == [1]
+
+
+def test_callbacks_of_a_block_run_in_its_thread_when_the_lock_is_free(both: DbWriter, path: Path) -> None:
+    told: list[object] = []
+
+    def tell(what: str) -> Callable[[], object]:
+        def callback() -> None:
+            with holding_lock(path):
+                told.append((what, threading.get_ident()))
+
+        return callback
+
+    with both.transaction() as tx:
+        tx.on_commit(tell("first"))
+        tx.on_rollback(tell("never"))
+        with pytest.raises(LookupError), tx.savepoint():
+            tx.on_commit(tell("never either"))
+            tx.on_rollback(tell("undone"))
+            raise LookupError
+        tx.on_commit(tell("second"))
+    with pytest.raises(LookupError), both.transaction() as tx:
+        tx.on_commit(tell("not at all"))
+        tx.on_rollback(tell("rolled back"))
+        raise LookupError
+    me = threading.get_ident()
+    assert told == [(what, me) for what in ("undone", "first", "second", "rolled back")]
+
+
+def test_a_callback_that_raises_is_logged_and_the_next_one_runs(
+    both: DbWriter, caplog: pytest.LogCaptureFixture
+) -> None:
+    told: list[int] = []
+    with both.transaction() as tx:
+        tx.on_commit(lambda: 1 // 0)
+        tx.on_commit(lambda: told.append(1))
+    assert told == [1]
+    assert [record.levelno for record in caplog.records] == [logging.ERROR]
+
+
+# Giving up and taking back --------------------------------------------------------------------------------------------
+
+
+def test_a_caller_that_gives_up_leaves_nothing_behind(db: DbWriter) -> None:
+    with parked(db), pytest.raises(WriteTimeoutError) as caught, db.transaction(timeout=0.01):
+        pass
+    assert not caught.value.started
+    assert "park" in str(caught.value)
+    db.run(INSERT, (1,), timeout=DEADLINE)
+
+
+def test_a_grant_in_the_moment_of_giving_up_is_taken(db: DbWriter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wait times out; before the job is withdrawn, the writer starts it."""
+    from onewriter import driver
+
+    def times_out(*_: object) -> bool:
+        release.set()
+        with pytest.raises(TimeoutError):
+            db.enqueue("SELECT 1").result(0.2)  # waits behind the block, which has started by then
+        return False
+
+    with parked(db) as release:
+        monkeypatch.setattr(driver, "wait_in_slices", times_out)
+        with db.transaction(timeout=0.01) as tx:
+            tx.execute(INSERT, (1,))
+    assert rows(db) == [1]
+
+
+def test_an_interrupt_while_waiting_for_the_turn_leaves_nothing_behind(
+    db: DbWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from onewriter import driver
+
+    def interrupted(*_: object) -> bool:
+        raise KeyboardInterrupt
+
+    def interrupted_later(lock: Any, *_: object) -> bool:
+        lock.acquire()
+        raise KeyboardInterrupt
+
+    with parked(db):
+        monkeypatch.setattr(driver, "wait_in_slices", interrupted)
+        with pytest.raises(KeyboardInterrupt), db.transaction():
+            pass
+    monkeypatch.setattr(driver, "wait_in_slices", interrupted_later)
+    with pytest.raises(KeyboardInterrupt), db.transaction():
+        pass
+    db.run(INSERT, (1,), timeout=DEADLINE)
+    assert rows(db) == [1]
+
+
+def test_a_block_that_gets_no_lock_raises_sqlites_error(path: Path) -> None:
+    with DbWriter(path, lock_timeout=0.05) as db:
+        with holding_lock(path), pytest.raises(sqlite3.OperationalError, match="locked"), db.transaction():
+            pass
+        with db.transaction() as tx:
+            tx.execute("SELECT 1")
+
+
+def expire(db: DbWriter, hold: Callable[[Transaction], object]) -> TransactionClosedError:
+    with pytest.raises(TransactionClosedError) as caught, db.transaction(max_hold=0.05) as tx:
+        tx.execute(INSERT, (1,))
+        hold(tx)
+    return caught.value
+
+
+HOLDS: dict[str, Callable[[Transaction], object]] = {
+    "a sleeping thread": lambda tx: threading.Event().wait(0.3),
+    "a long SELECT": lambda tx: tx.execute(ENDLESS + "SELECT max(n) FROM c"),
+    "a long INSERT": lambda tx: tx.execute("INSERT INTO t " + ENDLESS + "SELECT n + 10 FROM c"),
+    "many statements": lambda tx: [tx.execute("SELECT 1") for _ in range(10**7)],
+    "a lent connection": lambda tx: tx.connection.execute(ENDLESS + "SELECT max(n) FROM c"),
+}
+
+
+@pytest.mark.parametrize("hold", HOLDS.values(), ids=HOLDS)
+def test_a_block_that_holds_for_too_long_loses_the_writer(
+    both: DbWriter, hold: Callable[[Transaction], object]
+) -> None:
+    assert "max_hold" in str(expire(both, hold))
+    both.run(INSERT, (2,), timeout=DEADLINE)
+    assert rows(both) == [2]
+
+
+def test_a_python_function_inside_a_statement_is_waited_for_and_no_longer(path: Path) -> None:
+    go_on = threading.Event()
+
+    def hook(connection: sqlite3.Connection, readonly: bool) -> None:
+        connection.create_function("wait", 0, lambda: go_on.wait(DEADLINE))
+
+    with DbWriter(path, on_connect=hook) as db, ThreadPoolExecutor() as pool:
+        db.run("CREATE TABLE t (n UNIQUE)")
+        expired = pool.submit(expire, db, lambda tx: tx.execute("SELECT wait() UNION ALL SELECT 2"))
+        with pytest.raises(WriteTimeoutError):
+            db.run(INSERT, (2,), timeout=0.2)
+        go_on.set()
+        assert "max_hold" in str(expired.result(DEADLINE))
+        assert rows(db) == []
+
+
+def test_an_expired_block_may_not_take_the_next_call_for_nested(db: DbWriter) -> None:
+    expire(db, lambda tx: threading.Event().wait(0.2))
+    assert not db.in_writer()
+    db.run(INSERT, (2,))
+    with db.transaction() as tx:
+        tx.execute(INSERT, (3,))
+    assert rows(db) == [2, 3]
+
+
+def test_the_own_error_of_an_expired_block_is_not_hidden(db: DbWriter) -> None:
+    with pytest.raises(LookupError), db.transaction(max_hold=0.05) as tx:
+        tx.execute(INSERT, (1,))
+        threading.Event().wait(0.2)
+        raise LookupError
+    assert rows(db) == []
+
+
+def test_a_limit_of_the_gateway_ends_the_sql_of_jobs_and_blocks(path: Path) -> None:
+    with DbWriter(path, max_hold=0.05) as db:
+        db.run("CREATE TABLE t (n UNIQUE)")
+        with pytest.raises(TransactionClosedError, match="max_hold"):
+            db.run(ENDLESS + "SELECT max(n) FROM c")
+        with pytest.raises(TransactionClosedError, match="max_hold"):
+            db.run("INSERT INTO t " + ENDLESS + "SELECT n FROM c")
+        with pytest.raises(TransactionClosedError, match="max_hold"):
+            db.run(lambda tx: [tx.execute("SELECT 1") for _ in range(10**7)] and None)
+        with pytest.raises(TransactionClosedError, match="max_hold"), db.transaction() as tx:
+            tx.execute(ENDLESS + "SELECT max(n) FROM c")
+        with parked(db):
+            tickets = [db.enqueue(INSERT, (n,)) for n in range(3)]
+            slow = db.enqueue("INSERT INTO t " + ENDLESS + "SELECT n + 10 FROM c")
+            tickets.append(db.enqueue(INSERT, (3,)))
+        assert isinstance(slow.exception(DEADLINE), TransactionClosedError)
+        for ticket in tickets:
+            ticket.result(DEADLINE)
+        assert rows(db) == [0, 1, 2, 3]
+
+
+def test_a_block_whose_thread_has_ended_is_rolled_back(db: DbWriter) -> None:
+    blocks = []
+
+    def leave_open() -> None:
+        block = db.transaction()
+        block.__enter__().execute(INSERT, (1,))
+        blocks.append(block)
+
+    thread = threading.Thread(target=leave_open)
+    thread.start()
+    thread.join()
+    db.run(INSERT, (2,), timeout=DEADLINE)
+    assert rows(db) == [2]
+    assert not blocks[0].__exit__(LookupError, LookupError(), None)
+
+
+def test_a_block_of_a_collected_generator_is_rolled_back(db: DbWriter) -> None:
+    def generate() -> Iterator[int]:
+        with db.transaction() as tx:
+            tx.execute(INSERT, (1,))
+            yield 1
+
+    generator = generate()
+    next(generator)
+    del generator
+    gc.collect()
+    db.run(INSERT, (2,), timeout=DEADLINE)
+    assert rows(db) == [2]
+
+
+def test_close_lets_an_open_block_finish_or_reports_it(db: DbWriter) -> None:
+    with ThreadPoolExecutor() as pool:
+        with db.transaction(label="the open one") as tx:
+            report = pool.submit(db.close, 0.05).result(DEADLINE)
+            assert (report.unfinished, report.labels) == (1, ("the open one",))
+            closer = pool.submit(db.close)
+            tx.execute(INSERT, (1,))
+        assert closer.result(DEADLINE).unfinished == 0
+    with DbWriter(db.path) as again:
+        assert rows(again) == [1]
+    with pytest.raises(WriterClosedError), db.transaction():
+        pass
+
+
+def test_a_slow_holder_is_named_once(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with DbWriter(path, slow_after=0.05) as db:
+        with db.transaction(label="slow block"):
+            threading.Event().wait(0.3)
+        db.run(lambda tx: threading.Event().wait(0.1) and None, label="slow job")
+        with db.reader(label="slow reader"):
+            threading.Event().wait(0.1)
+    told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert [label for label in ("slow block", "slow job", "slow reader") for text in told if label in text] == [
+        "slow block",
+        "slow job",
+        "slow reader",
+    ]
+    assert all("test_block.py" in text for text in told if "slow reader" not in text)
+
+
+@pytest.mark.parametrize("arguments", [{"timeout": -1}, {"max_hold": -1}, {"max_hold": float("nan")}])
+def test_impossible_times_are_refused_at_the_call(both: DbWriter, arguments: Any) -> None:
+    with pytest.raises(ValueError, match="seconds"):
+        both.transaction(**arguments)
+
+
+def test_inline_a_block_of_another_thread_is_waited_for(path: Path) -> None:
+    with DbWriter(path, inline=True) as db, ThreadPoolExecutor() as pool:
+        db.run("CREATE TABLE t (n UNIQUE)")
+        with db.transaction() as tx:
+            tx.execute(INSERT, (1,))
+            with pytest.raises(WriteTimeoutError):
+                pool.submit(db.run, INSERT, (8,), timeout=0.05).result(DEADLINE)
+            with pytest.raises(WriteTimeoutError):
+                pool.submit(lambda: db.transaction(timeout=0.05).__enter__()).result(DEADLINE)
+            waiting = pool.submit(db.run, INSERT, (2,), timeout=DEADLINE)
+        waiting.result(DEADLINE)
+        assert rows(db) == [1, 2]
+        assert not [thread for thread in threading.enumerate() if "writer" in thread.name]
