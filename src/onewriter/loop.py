@@ -291,11 +291,18 @@ class WriterLoop:
         return session
 
     def _keep_trying(self, session: WriteSession, sql: str, job: Job[Any]) -> None:
-        self.holder.wait_for_lock(job)
+        policy = self._policy
+        policy.attempts, policy.waited = 1, 0.0
         try:
-            self._policy.call(lambda: session.own(sql), self._tell_waiting)
-        finally:
-            self.holder.has_lock()
+            session.own(sql)
+        except sqlite3.OperationalError as error:
+            if not is_busy(error):
+                raise
+            self.holder.wait_for_lock(job)
+            try:
+                policy.keep_trying(lambda: session.own(sql), self._tell_waiting, error)
+            finally:
+                self.holder.has_lock()
 
     def _refused(self, error: BaseException) -> None:
         """No transaction: all that waits for one fails together, since each has waited long enough by now."""

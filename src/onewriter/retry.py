@@ -54,18 +54,18 @@ class LockPolicy:
         try:
             return attempt()
         except sqlite3.OperationalError as error:
-            # Retrying costs 7 µs a call even when nothing fails, so it begins only here.
             if not is_busy(error):
                 raise
-            first: BaseException | None = error
-        try:
-            return self._wait(attempt, tell, self.lock_timeout if budget is None else budget, first)
-        finally:
-            first = None  # its traceback holds this frame
+            return self.keep_trying(attempt, tell, error, budget)
 
-    def _wait(
-        self, attempt: Callable[[], T], tell: Callable[[int, str], object], budget: float, first: BaseException | None
+    def keep_trying(
+        self,
+        attempt: Callable[[], T],
+        tell: Callable[[int, str], object],
+        first: BaseException | None,
+        budget: float | None = None,
     ) -> T:
+        """Go on after a first attempt, which raised ``first``: retrying costs 7 µs a call even when nothing fails."""
         began, told = monotonic(), NOTICEABLE
 
         def count(state: tenacity.RetryCallState) -> None:
@@ -86,7 +86,8 @@ class LockPolicy:
         try:
             result = tenacity.Retrying(
                 retry=tenacity.retry_if_exception(is_busy),
-                stop=tenacity.stop_after_delay(budget) | tenacity.stop_when_event_set(self.stop),
+                stop=tenacity.stop_after_delay(self.lock_timeout if budget is None else budget)
+                | tenacity.stop_when_event_set(self.stop),
                 wait=tenacity.wait_fixed(POLL) + tenacity.wait_random(0, JITTER),
                 sleep=self.sleep,
                 before_sleep=count,
