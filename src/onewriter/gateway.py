@@ -35,6 +35,7 @@ from onewriter.job import (
     check_function,
     name_of,
     refuse_live,
+    wait_in_slices,
 )
 from onewriter.log import contain, report
 from onewriter.loop import WriterLoop
@@ -579,34 +580,33 @@ class DbWriter:
 
     def _execute(self, job: Job[T], timeout: float | None) -> T:
         """Have a job done and return its result: by the writer, or here if this thread is inside a transaction."""
-        _check_timeout(timeout)
-        transaction = self._holder.current()
+        if timeout != 30.0:
+            _check_timeout(timeout)
+        holder = self._holder
+        transaction = holder.current()
         if transaction is not None:
             if job.foreign_keys is not None:
                 raise ReentrantWriteError("foreign_keys= needs a transaction of its own: call it outside the job")
             with transaction.savepoint():
                 return job.perform(transaction)
-        self._holder.refuse_endless_wait(f"waiting for job {job.describe()}")
+        if holder.waits_endlessly():
+            holder.refuse_endless_wait(f"waiting for job {job.describe()}")
+        until = math.inf if timeout is None else monotonic() + timeout
+        wakeup = job.expect_outcome()
         self._submit(job, timeout)
         try:
-            in_time = job.wait(timeout)
+            in_time = wait_in_slices(wakeup, until, holder)
         except BaseException:  # Ctrl-C
             job.cancel()
             raise
         if not in_time and not job.done():
-            holder = self._holder.describe()
+            held_by = holder.describe()
             if job.cancel():
-                raise WriteTimeoutError(
-                    f"job {job.describe()} did not start within {timeout} s and is withdrawn: {holder}",
-                    ticket=job,
-                    started=False,
-                )
+                text = f"job {job.describe()} did not start within {timeout} s and is withdrawn: {held_by}"
+                raise WriteTimeoutError(text, ticket=job, started=False)
             if job.make_loud():
-                raise WriteTimeoutError(
-                    f"job {job.describe()} did not finish within {timeout} s; it goes on: {holder}",
-                    ticket=job,
-                    started=True,
-                )
+                text = f"job {job.describe()} did not finish within {timeout} s; it goes on: {held_by}"
+                raise WriteTimeoutError(text, ticket=job, started=True)
         return job.result()
 
     def _read(

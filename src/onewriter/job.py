@@ -300,10 +300,17 @@ class Job(Ticket[T]):
         self.started_at = now
         return True
 
+    def expect_outcome(self) -> Any:
+        """A lock that the outcome releases; to be asked for before anybody else knows the job."""
+        wakeup = threading.Lock()
+        wakeup.acquire()
+        self._waiters = [wakeup]
+        return wakeup
+
     def make_loud(self) -> bool:
         """Have a failure told loudly, since the caller no longer waits; False if the outcome is there already."""
         with self._holder.lock:
-            self.loud = self._state < CANCELLED
+            self.loud, self._waiters = self._state < CANCELLED, None
             return self.loud
 
     def set_outcome(self, result: Any, error: BaseException | None) -> None:
@@ -498,8 +505,10 @@ class FlushJob(Job[None]):
 
 def wait_in_slices(wakeup: Any, until: float, holder: Holder) -> bool:
     """Acquire ``wakeup``, a lock that somebody else releases; False if ``until`` passed without."""
-    while not wakeup.acquire(timeout=max(0.0, min(until - monotonic(), SLICE))):
-        if monotonic() >= until:
+    left = until - monotonic()
+    while not wakeup.acquire(timeout=SLICE if left > SLICE else max(0.0, left)):
+        left = until - monotonic()
+        if left <= 0.0:
             return False
         holder.warn_if_slow()
     return True

@@ -1,0 +1,425 @@
+"""Side by side: the gateway, plain sqlite3, peewee's queue, aiosqlite. ``python tests/bench/compare.py --help``.
+
+Contestants take turns within a round, and a figure is the median of the rounds. A ratio compares two figures of one
+run; figures of two runs, or of two machines, say nothing about each other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import gc
+import importlib.util
+import json
+import os
+import platform
+import sqlite3
+import statistics
+import sys
+import tempfile
+import threading
+import tracemalloc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from onewriter import DbWriter, Transaction
+
+CREATE = "CREATE TABLE t (id INTEGER PRIMARY KEY, n INTEGER, text TEXT)"
+INSERT = "INSERT INTO t (n, text) VALUES (?, ?)"
+ROW = (1, "one row")
+Measure = Callable[[Path, str, int], float]  # folder, synchronous, how many → operations per second
+
+
+def plain(folder: Path, synchronous: str) -> sqlite3.Connection:
+    path = folder / "plain.db"
+    new = not path.exists()
+    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute(f"PRAGMA synchronous = {synchronous}")
+    if new:
+        connection.execute(CREATE)
+    return connection
+
+
+@contextlib.contextmanager
+def gateway(folder: Path, synchronous: Any, **options: Any) -> Iterator[DbWriter]:
+    with DbWriter(folder / "gateway.db", synchronous=synchronous, **options) as db:
+        db.run(CREATE)
+        yield db
+
+
+def timed(count: int, function: Callable[[], object]) -> float:
+    gc.collect()
+    began = perf_counter()
+    function()
+    return count / (perf_counter() - began)
+
+
+def in_threads(threads: int, count: int, work: Callable[[int], object]) -> Callable[[], None]:
+    def run() -> None:
+        workers = [threading.Thread(target=work, args=(count // threads,)) for _ in range(threads)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+
+    return run
+
+
+def raw_transaction(folder: Path, synchronous: str, count: int) -> float:
+    with contextlib.closing(plain(folder, synchronous)) as connection:
+
+        def work() -> None:
+            connection.execute("BEGIN IMMEDIATE")
+            for _ in range(count):
+                connection.execute(INSERT, ROW)
+            connection.execute("COMMIT")
+
+        return timed(count, work)
+
+
+def autocommit(folder: Path, synchronous: str, count: int) -> float:
+    with contextlib.closing(plain(folder, synchronous)) as connection:
+        return timed(count, lambda: [connection.execute(INSERT, ROW) and None for _ in range(count)])
+
+
+def raw_block(folder: Path, synchronous: str, count: int) -> float:
+    with contextlib.closing(plain(folder, synchronous)) as connection:
+
+        def work() -> None:
+            for _ in range(count):
+                connection.execute("BEGIN IMMEDIATE")
+                for _ in range(3):
+                    connection.execute(INSERT, ROW)
+                connection.execute("COMMIT")
+
+        return timed(count, work)
+
+
+def one_and_a_lock(threads: int) -> Measure:
+    def measure(folder: Path, synchronous: str, count: int) -> float:
+        lock = threading.Lock()
+        with contextlib.closing(plain(folder, synchronous)) as connection:
+
+            def work(each: int) -> None:
+                for _ in range(each):
+                    with lock:
+                        connection.execute(INSERT, ROW)
+
+            return timed(count, in_threads(threads, count, work))
+
+    return measure
+
+
+def connection_each(threads: int) -> Measure:
+    def measure(folder: Path, synchronous: str, count: int) -> float:
+        plain(folder, synchronous).close()
+
+        def work(each: int) -> None:
+            with contextlib.closing(plain(folder, synchronous)) as connection:
+                connection.execute("PRAGMA busy_timeout = 60000")
+                for _ in range(each):
+                    connection.execute(INSERT, ROW)
+
+        return timed(count, in_threads(threads, count, work))
+
+    return measure
+
+
+def run(threads: int) -> Measure:
+    def measure(folder: Path, synchronous: str, count: int) -> float:
+        with gateway(folder, synchronous) as db:
+
+            def work(each: int) -> None:
+                for _ in range(each):
+                    db.run(INSERT, ROW)
+
+            return timed(count, in_threads(threads, count, work))
+
+    return measure
+
+
+def enqueue(maxsize: int) -> Measure:
+    def measure(folder: Path, synchronous: str, count: int) -> float:
+        with gateway(folder, synchronous, maxsize=maxsize) as db:
+
+            def work() -> None:
+                for _ in range(count):
+                    db.enqueue(INSERT, ROW)
+                db.flush()
+
+            return timed(count, work)
+
+    return measure
+
+
+def enqueue_function(folder: Path, synchronous: str, count: int) -> float:
+    def job(tx: Transaction) -> None:
+        tx.execute(INSERT, ROW)
+
+    with gateway(folder, synchronous) as db:
+
+        def work() -> None:
+            for _ in range(count):
+                db.enqueue(job)
+            db.flush()
+
+        return timed(count, work)
+
+
+def run_many(folder: Path, synchronous: str, count: int) -> float:
+    rows = [ROW] * count
+    with gateway(folder, synchronous) as db:
+        return timed(count, lambda: db.run_many(INSERT, rows))
+
+
+def block(folder: Path, synchronous: str, count: int) -> float:
+    with gateway(folder, synchronous) as db:
+
+        def work() -> None:
+            for _ in range(count):
+                with db.transaction() as tx:
+                    for _ in range(3):
+                        tx.execute(INSERT, ROW)
+
+        return timed(count, work)
+
+
+def await_tickets(folder: Path, synchronous: str, count: int) -> float:
+    with gateway(folder, synchronous) as db:
+
+        async def task(each: int) -> None:
+            for _ in range(each):
+                await db.enqueue(INSERT, ROW)
+
+        async def work() -> None:
+            await asyncio.gather(*[task(count // 64) for _ in range(64)])
+
+        return timed(count, lambda: asyncio.run(work()))
+
+
+def bare_read(folder: Path, synchronous: str, count: int) -> float:
+    raw_transaction(folder, synchronous, 1000)
+    with contextlib.closing(plain(folder, synchronous)) as connection:
+        sql = "SELECT * FROM t WHERE id = ?"
+        return timed(count, lambda: [connection.execute(sql, (n % 1000,)).fetchall() and None for n in range(count)])
+
+
+def read(folder: Path, synchronous: str, count: int) -> float:
+    with gateway(folder, synchronous) as db:
+        db.run_many(INSERT, [ROW] * 1000)
+        sql = "SELECT * FROM t WHERE id = ?"
+        return timed(count, lambda: [db.read(sql, (n % 1000,)) and None for n in range(count)])
+
+
+def peewee_queue(folder: Path, synchronous: str, count: int) -> float:
+    from playhouse.sqliteq import SqliteQueueDatabase  # type: ignore[import-not-found,import-untyped,unused-ignore]
+
+    pragmas = {"journal_mode": "wal", "synchronous": synchronous}
+    db = SqliteQueueDatabase(str(folder / "peewee.db"), pragmas=pragmas, use_gevent=False)
+    db.execute_sql(CREATE)
+
+    def work() -> None:
+        for cursor in [db.execute_sql(INSERT, ROW) for _ in range(count)]:
+            cursor._wait()
+
+    try:
+        return timed(count, work)
+    finally:
+        db.stop()
+
+
+def aiosqlite_tasks(folder: Path, synchronous: str, count: int) -> float:
+    import aiosqlite  # type: ignore[import-not-found,unused-ignore]
+
+    async def work() -> float:
+        async with aiosqlite.connect(folder / "aio.db", isolation_level=None) as connection:
+            await connection.execute("PRAGMA journal_mode = WAL")
+            await connection.execute(f"PRAGMA synchronous = {synchronous}")
+            await connection.execute(CREATE)
+
+            async def task(each: int) -> None:
+                for _ in range(each):
+                    await connection.execute(INSERT, ROW)
+
+            began = perf_counter()
+            await asyncio.gather(*[task(count // 64) for _ in range(64)])
+            return count / (perf_counter() - began)
+
+    return asyncio.run(work())
+
+
+def ping_pong(folder: Path, synchronous: str, count: int) -> float:
+    """Two threads that wake each other, and do nothing else: what a write through another thread costs at least."""
+    here, there = threading.Lock(), threading.Lock()
+    here.acquire()
+    there.acquire()
+
+    def other() -> None:
+        for _ in range(count):
+            there.acquire()
+            here.release()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+
+    def work() -> None:
+        for _ in range(count):
+            there.release()
+            here.acquire()
+
+    try:
+        return timed(count, work)
+    finally:
+        thread.join()
+
+
+# name, measure, operations at --scale 1, name of what it is compared with, needs
+CONTESTANTS: list[tuple[str, Measure, int, str, str]] = [
+    ("one raw transaction", raw_transaction, 100_000, "", ""),
+    ("enqueue of SQL, maxsize 100,000", enqueue(100_000), 100_000, "one raw transaction", ""),
+    ("enqueue of SQL", enqueue(10_000), 100_000, "one raw transaction", ""),
+    ("enqueue of a function", enqueue_function, 30_000, "one raw transaction", ""),
+    ("run_many", run_many, 100_000, "one raw transaction", ""),
+    ("peewee's queue", peewee_queue, 3_000, "one raw transaction", "playhouse.sqliteq"),
+    ("two threads that only wake each other", ping_pong, 5_000, "", ""),
+    ("autocommit", autocommit, 2_000, "", ""),
+    ("run, 1 thread", run(1), 2_000, "autocommit", ""),
+    ("BEGIN, 3 INSERTs, COMMIT", raw_block, 1_000, "", ""),
+    ("transaction() with 3 INSERTs", block, 1_000, "BEGIN, 3 INSERTs, COMMIT", ""),
+    ("one connection and a lock, 16 threads", one_and_a_lock(16), 2_000, "", ""),
+    ("connection per thread, 16 threads", connection_each(16), 2_000, "one connection and a lock, 16 threads", ""),
+    ("run, 16 threads", run(16), 8_000, "one connection and a lock, 16 threads", ""),
+    ("one connection and a lock, 64 threads", one_and_a_lock(64), 2_000, "", ""),
+    ("run, 64 threads", run(64), 12_800, "one connection and a lock, 64 threads", ""),
+    ("aiosqlite, 64 tasks", aiosqlite_tasks, 3_200, "", "aiosqlite"),
+    ("await ticket, 64 tasks", await_tickets, 12_800, "aiosqlite, 64 tasks", ""),
+    ("bare read of one row by key", bare_read, 20_000, "", ""),
+    ("read of one row by key", read, 20_000, "bare read of one row by key", ""),
+]
+
+
+def bytes_per_job() -> float:
+    with tempfile.TemporaryDirectory() as folder, gateway(Path(folder), "OFF", maxsize=10**7) as db:
+        release = threading.Event()
+        db.enqueue(lambda tx: release.wait() and None)
+        parameters = [(n, n + 1) for n in range(50_000)]
+        tracemalloc.start()
+        before = tracemalloc.get_traced_memory()[0]
+        tickets = [db.enqueue(INSERT, parameter) for parameter in parameters]
+        used = tracemalloc.get_traced_memory()[0] - before
+        tracemalloc.stop()
+        release.set()
+        return used / len(tickets) + sys.getsizeof(parameters[0])
+
+
+def cost_per_job(count: int) -> float:
+    """Microseconds for each of ``count`` jobs that wait together."""
+    with tempfile.TemporaryDirectory() as folder, gateway(Path(folder), "NORMAL", maxsize=10**7) as db:
+        release = threading.Event()
+        db.enqueue(lambda tx: release.wait() and None)
+        began = perf_counter()
+        for n in range(count):
+            db.enqueue(INSERT, (n, "text"))
+        release.set()
+        db.flush()
+        return (perf_counter() - began) / count * 1e6
+
+
+def latencies(disturb: Callable[[DbWriter, threading.Event], object] | None, seconds: float) -> list[float]:
+    """p50, p99 and the longest of ``run`` in milliseconds, while another thread disturbs."""
+    with tempfile.TemporaryDirectory() as folder, gateway(Path(folder), "FULL") as db:
+        stop = threading.Event()
+        thread = threading.Thread(target=disturb, args=(db, stop)) if disturb else None
+        if thread:
+            thread.start()
+        taken, end = [], perf_counter() + seconds
+        while (began := perf_counter()) < end:
+            db.run(INSERT, ROW)
+            taken.append((perf_counter() - began) * 1e3)
+        stop.set()
+        if thread:
+            thread.join()
+    taken.sort()
+    return [statistics.median(taken), taken[int(len(taken) * 0.99)], taken[-1]]
+
+
+def flood(db: DbWriter, stop: threading.Event) -> None:
+    while not stop.is_set():
+        db.enqueue(INSERT, ROW)
+
+
+def compute(db: DbWriter, stop: threading.Event) -> None:
+    n = 0
+    while not stop.is_set():
+        n += 1
+
+
+def fsync_ms(folder: Path) -> float:
+    times = []
+    with (folder / "sync").open("wb", buffering=0) as file:
+        for _ in range(50):
+            file.write(b"x" * 4096)
+            began = perf_counter()
+            os.fsync(file.fileno())
+            times.append((perf_counter() - began) * 1e3)
+    return statistics.median(times)
+
+
+def compare(synchronous: str, rounds: int, scale: float, only: str) -> dict[str, float]:
+    taking_part = [
+        (name, measure, count)
+        for name, measure, count, _, needs in CONTESTANTS
+        if only in name and (not needs or importlib.util.find_spec(needs.split(".")[0]))
+    ]
+    found: dict[str, list[float]] = {name: [] for name, _, _ in taking_part}
+    for number in range(rounds):
+        for name, measure, count in taking_part:
+            print(f"\r{synchronous}, round {number + 1} of {rounds}: {name:<50}", end="", file=sys.stderr, flush=True)
+            with tempfile.TemporaryDirectory() as folder:
+                found[name].append(measure(Path(folder), synchronous, max(64, int(count * scale))))
+    print("\r" + " " * 90 + "\r", end="", file=sys.stderr)
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--scale", type=float, default=1.0, help="of the number of operations")
+    parser.add_argument("--only", default="", help="contestants whose name has this in it")
+    parser.add_argument("--quick", action="store_true", help="leave out memory, backlogs and latencies")
+    parser.add_argument("--json", type=Path, help="write the figures there too")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        disk = fsync_ms(Path(folder))
+    print(f"Python {platform.python_version()}, SQLite {sqlite3.sqlite_version}, {platform.system()}", end=", ")
+    print(f"{os.cpu_count()} cores, fsync {disk:.3f} ms; median of {arguments.rounds} rounds\n")
+    figures: dict[str, Any] = {"python": platform.python_version(), "sqlite": sqlite3.sqlite_version, "fsync_ms": disk}
+    for synchronous in ("FULL", "NORMAL"):
+        found = compare(synchronous, arguments.rounds, arguments.scale, arguments.only)
+        figures[synchronous] = found
+        print(f"{'synchronous=' + synchronous:<42}{'per second':>12}{'ratio':>8}  to")
+        for name, _, _, base, _ in CONTESTANTS:
+            if name in found:
+                ratio = f"{found[name] / found[base]:8.2f}  {base}" if base in found else ""
+                print(f"{name:<42}{found[name]:>12,.0f}{ratio}")
+        print()
+    if not arguments.quick:
+        figures["bytes_per_job"] = bytes_per_job()
+        print(f"memory of a queued statement with two small parameters: {figures['bytes_per_job']:.0f} bytes")
+        costs = {count: cost_per_job(count) for count in (10_000, 100_000, int(1_000_000 * arguments.scale))}
+        figures["microseconds_per_job"] = costs
+        print("µs per job that waits with others: " + ", ".join(f"{n:,}: {cost:.2f}" for n, cost in costs.items()))
+        disturbances = {"alone": None, "beside a flood of enqueue": flood, "beside a thread that computes": compute}
+        for name, disturb in disturbances.items():
+            p50, p99, longest = figures[name] = latencies(disturb, 3 * arguments.scale)
+            print(f"run {name}: p50 {p50:.2f} ms, p99 {p99:.2f} ms, longest {longest:.1f} ms")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
