@@ -20,6 +20,7 @@ WORDS = {"on": "1", "yes": "1", "true": "1", "off": "0", "no": "0", "false": "0"
 LEVELS = {
     "synchronous": ("off", "normal", "full", "extra"),
     "temp_store": ("default", "file", "memory"),
+    "secure_delete": ("off", "on", "fast"),
     "auto_vacuum": ("none", "full", "incremental"),
 }
 OWN_PRAGMAS = {
@@ -32,6 +33,8 @@ OWN_PRAGMAS = {
     "query_only": "a reader, which always has it",
     "locking_mode": "one process alone; readers need NORMAL",
 }
+BEFORE_WAL = ("page_size", "auto_vacuum", "encoding")  # cannot be changed after it
+SMALLEST_FILE = 512  # bytes; SQLite takes anything smaller for empty, and would write over it
 MINIMUM_VERSION = (3, 37, 2)
 
 
@@ -82,6 +85,10 @@ def check_path(path: str) -> None:
             raise _cannot_open(path, "it is a folder")
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise _cannot_open(path, "it is not a regular file")
+        if 0 < os.stat(path).st_size < SMALLEST_FILE:
+            raise _cannot_open(
+                path, "file is not a database", sqlite3.SQLITE_NOTADB, "SQLITE_NOTADB", sqlite3.DatabaseError
+            )
         if not os.access(path, os.W_OK):
             # SQLite would open it read-only without a word.
             raise _cannot_open(path, "the file is not writable", sqlite3.SQLITE_READONLY, "SQLITE_READONLY")
@@ -104,6 +111,7 @@ def open_reader(settings: Settings, guard: ReadGuard, policy: LockPolicy) -> sql
         with _closing_on_error(connection):
             _apply_pragmas(connection, settings)
             _call_hook(connection, settings, readonly=True)
+            _end_by_hand(connection)
             # mode=ro alone lets TEMP tables, ATTACHed files and VACUUM INTO be written.
             connection.execute("PRAGMA query_only=1").close()
             connection.set_authorizer(guard)
@@ -120,8 +128,7 @@ def configure(connection: sqlite3.Connection, settings: Settings) -> None:
         set_pragma(connection, "fullfsync", 1)  # fsync alone does not reach the disk there
         set_pragma(connection, "checkpoint_fullfsync", 1)
     set_pragma(connection, "journal_size_limit", settings.wal_limit)
-    if not settings.auto_checkpoint:
-        set_pragma(connection, "wal_autocheckpoint", 0)
+    set_pragma(connection, "wal_autocheckpoint", 0)  # SQLite's own would run inside a COMMIT, and its caller would wait
     _apply_pragmas(connection, settings)
 
 
@@ -148,6 +155,8 @@ def pragma(connection: sqlite3.Connection, name: str, value: str | int | None = 
 
 
 def check_pragmas(pragmas: Mapping[str, str | int]) -> None:
+    if not isinstance(pragmas, Mapping):
+        raise TypeError(f"pragmas must be a mapping of names to values, not {type(pragmas).__name__}")
     for name, value in pragmas.items():
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_]+", name):
             raise ValueError(f"pragmas: {name!r} is not the name of a PRAGMA")
@@ -178,6 +187,9 @@ def _writer(settings: Settings, guard: Guard) -> sqlite3.Connection:
     with _closing_on_error(connection):
         # Reads the header: a file that is no database is refused here, before anything is written.
         pragma(connection, "schema_version")
+        for name, value in settings.pragmas.items():
+            if name.lower() in BEFORE_WAL:
+                pragma(connection, name, value)
         mode = pragma(connection, "journal_mode")
         if mode.upper() != settings.journal_mode:
             mode = pragma(connection, "journal_mode", settings.journal_mode)
@@ -190,7 +202,7 @@ def _writer(settings: Settings, guard: Guard) -> sqlite3.Connection:
         configure(connection, settings)
         _call_hook(connection, settings, readonly=False)
         configure(connection, settings)
-        connection.isolation_level = None
+        _end_by_hand(connection)
         guard.install(connection)
         return connection
 
@@ -208,6 +220,13 @@ def _connect(settings: Settings, mode: str) -> sqlite3.Connection:
     )
     connection.row_factory = settings.row_factory
     return connection
+
+
+def _end_by_hand(connection: sqlite3.Connection) -> None:
+    """No transaction begins or ends by itself, whatever the hook has set."""
+    if sys.version_info >= (3, 12):
+        connection.autocommit = sqlite3.LEGACY_TRANSACTION_CONTROL
+    connection.isolation_level = None
 
 
 def _apply_pragmas(connection: sqlite3.Connection, settings: Settings) -> None:
@@ -240,6 +259,7 @@ def _closing_on_error(connection: sqlite3.Connection) -> Iterator[None]:
 
 def _normal(name: str, value: object) -> str:
     text = str(value).strip().strip("'\"").lower()
+    text = "utf-16" if text in ("utf-16le", "utf-16be") else text
     levels = LEVELS.get(name.lower(), ())
     return str(levels.index(text)) if text in levels else WORDS.get(text, text)
 
@@ -250,8 +270,12 @@ def _literal(value: str | int) -> str:
 
 
 def _cannot_open(
-    path: str, reason: str, code: int = sqlite3.SQLITE_CANTOPEN, name: str = "SQLITE_CANTOPEN"
-) -> sqlite3.OperationalError:
-    error = sqlite3.OperationalError(f"cannot open {path}: {reason}")
+    path: str,
+    reason: str,
+    code: int = sqlite3.SQLITE_CANTOPEN,
+    name: str = "SQLITE_CANTOPEN",
+    kind: type[sqlite3.DatabaseError] = sqlite3.OperationalError,
+) -> sqlite3.DatabaseError:
+    error = kind(f"cannot open {path}: {reason}")
     error.sqlite_errorcode, error.sqlite_errorname = code, name
     return error

@@ -100,8 +100,8 @@ class ThreadDriver:
         finally:
             self._ready.set()
         try:
-            while jobs := loop.queue.take(MOST_TAKEN):
-                loop.write(jobs)
+            while (jobs := loop.queue.take(MOST_TAKEN, loop.idle_after)) != []:
+                loop.idle() if jobs is None else loop.write(jobs)
         except BaseException as error:
             loop.broke(error)
         finally:

@@ -123,6 +123,9 @@ class DbWriter:
             raise TypeError(f"label must be a str, not {type(label).__name__}")
         if not isinstance(detect_types, int):
             raise TypeError(f"detect_types must be an int, not {type(detect_types).__name__}")
+        for name, value in (("foreign_keys", foreign_keys), ("auto_checkpoint", auto_checkpoint), ("inline", inline)):
+            if not isinstance(value, bool):
+                raise TypeError(f"{name} must be a bool, not {type(value).__name__}")
         check_pragmas(pragmas or {})
         self._path, folder = _resolve(path)
         try:
@@ -132,13 +135,13 @@ class DbWriter:
                 lock_timeout=lock_timeout,
                 synchronous=synchronous,
                 journal_mode=journal_mode,
-                foreign_keys=bool(foreign_keys),
+                foreign_keys=foreign_keys,
                 pragmas=dict(pragmas or {}),
                 on_connect=on_connect,
                 row_factory=row_factory,
                 detect_types=detect_types,
                 wal_limit=wal_limit,
-                auto_checkpoint=bool(auto_checkpoint),
+                auto_checkpoint=auto_checkpoint,
             )
             name = label or os.path.basename(self._path)
             loop = WriterLoop(settings, name, maxsize, readers, slow_after, max_hold, on_error, _ended(folder))
@@ -433,7 +436,7 @@ class DbWriter:
         deadline = self._wait_for(after, timeout, label)
         transaction = self._transaction_to_read()
         if transaction is not None:
-            with transaction.readonly():
+            with transaction.readonly(deadline):
                 return refuse_live(what(transaction.connection))
         return self._loop.readers.call(what, label or name_of(what), deadline)
 
@@ -490,6 +493,7 @@ class DbWriter:
             yield outer.lent
             return
         with self._loop.readers.snapshot(label, deadline, limited=False) as snapshot:
+            self._loop.queue.poke()  # an idle writer watches for slow readers
             yield snapshot.lent
 
     # Operations -------------------------------------------------------------------------------------------------------
@@ -621,7 +625,7 @@ class DbWriter:
         deadline = self._wait_for(after, timeout, label)
         transaction = self._transaction_to_read()
         if transaction is not None:
-            return transaction.query(sql, parameters, fetch)
+            return transaction.query(sql, parameters, fetch, deadline)
         return self._loop.readers.read(sql, parameters, fetch, label or sql, deadline)
 
     def _transaction_to_read(self) -> Transaction | None:

@@ -11,6 +11,7 @@ SCHEMA_CHANGES = frozenset((*range(1, 9), *range(10, 18), 26, 29, 30))  # CREATE
 NOT_IN_A_TRANSACTION = frozenset(("foreign_keys", "journal_mode", "synchronous", "locking_mode", "wal_checkpoint"))
 # On these the gateway's own waiting, reading and checkpointing rest.
 NEVER = frozenset(("query_only", "busy_timeout", "locking_mode", "wal_autocheckpoint", "journal_size_limit"))
+NOT_ON_A_READER = NEVER | {"journal_mode"}
 
 
 class Mode(enum.Enum):
@@ -29,7 +30,7 @@ class ReadGuard:
 
     def __init__(self) -> None:
         self._secret = secrets.token_hex(8)
-        self.pinned = False
+        self.is_own = False  # the pool's own statement is prepared
 
     def own(self, sql: str) -> str:
         return f"{sql} /* {self._secret} */"
@@ -37,9 +38,9 @@ class ReadGuard:
     def __call__(self, action: int, first: str | None, second: str | None, *_: str | None) -> int:
         if action in (sqlite3.SQLITE_ATTACH, sqlite3.SQLITE_DETACH):  # VACUUM INTO is an ATTACH too
             return sqlite3.SQLITE_DENY
-        if action == sqlite3.SQLITE_PRAGMA and second is not None and (first or "").lower() == "query_only":
+        if action == sqlite3.SQLITE_PRAGMA and second is not None and (first or "").lower() in NOT_ON_A_READER:
             return sqlite3.SQLITE_DENY
-        if action == sqlite3.SQLITE_TRANSACTION and self.pinned:  # a snapshot stands for its whole length
+        if action == sqlite3.SQLITE_TRANSACTION and not self.is_own:  # a snapshot stands for its whole length
             return sqlite3.SQLITE_DENY
         return sqlite3.SQLITE_OK
 
@@ -50,7 +51,8 @@ class Guard:
     Threads: used by the thread that holds the write connection.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, journal_mode: str) -> None:
+        self._journal_mode = journal_mode
         # The texts of the gateway's own statements are unknown to jobs: SQLite does not ask again for a cached text.
         self._secret = secrets.token_hex(8)
         self.mark = f"onewriter_{self._secret}"  # begins the names of the gateway's savepoints
@@ -73,6 +75,7 @@ class Guard:
         if action in SCHEMA_CHANGES:
             self.schema_changed = True
         elif action == sqlite3.SQLITE_SAVEPOINT and self.mode is Mode.LENT:
+            self.settings_touched = True  # SQLite would not ask again about the same text outside the loan
             return sqlite3.SQLITE_OK  # libraries nest by it; those of the gateway have names that nobody knows
         elif action in (sqlite3.SQLITE_TRANSACTION, sqlite3.SQLITE_SAVEPOINT):
             if self.mode is not Mode.VACUUM:
@@ -82,19 +85,19 @@ class Guard:
             if self.mode is not Mode.VACUUM:
                 return self._deny("ATTACH and DETACH belong in on_connect, where every connection gets them")
         elif action == sqlite3.SQLITE_PRAGMA and second is not None:
-            return self._pragma((first or "").lower())
+            return self._pragma((first or "").lower(), second)
         elif action == sqlite3.SQLITE_PRAGMA and first == "wal_checkpoint" and self.mode in IN_TRANSACTION:
             return self._deny("a checkpoint cannot run inside a transaction")
         return sqlite3.SQLITE_OK
 
-    def _pragma(self, name: str) -> int:
-        if name in NEVER:
-            return self._deny(f"PRAGMA {name} is the gateway's: use the argument of DbWriter")
+    def _pragma(self, name: str, value: str) -> int:
         if self.mode in IN_TRANSACTION and name in NOT_IN_A_TRANSACTION:
             return self._deny(
                 f"PRAGMA {name} has no effect inside a transaction, and a job is one: "
                 "use run_without_transaction, or foreign_keys=False on the job to rebuild a table"
             )
+        if name in NEVER or (name == "journal_mode" and value.upper() != self._journal_mode):
+            return self._deny(f"PRAGMA {name} is the gateway's: use the argument of DbWriter")
         self.settings_touched = True
         return sqlite3.SQLITE_OK
 

@@ -124,6 +124,11 @@ class LentConnection(sqlite3.Connection):
         self._live.add(blob)
         return blob
 
+    def iterdump(self, **options: Any) -> Any:
+        from sqlite3.dump import _iterdump  # type: ignore[attr-defined]
+
+        return _iterdump(self, **options)
+
     def commit(self) -> None:
         pass
 

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from onewriter.block import BlockFailedError, BlockJob
+from onewriter.checkpoint import Checkpointer
 from onewriter.connection import Settings, configure, open_writer, set_pragma
 from onewriter.errors import CommitUnknownError, WriterClosedError
 from onewriter.guard import Guard, Mode
@@ -28,6 +29,8 @@ from onewriter.retry import LockPolicy, is_busy
 from onewriter.transaction import Transaction, WriteSession
 
 MOST_TAKEN = 2048  # jobs
+IDLE = 0.5  # seconds without jobs after which the log is emptied
+GAP = 0.0015  # seconds
 LONGEST_HOLD = 0.05  # seconds after which a batch takes no further job
 # Whether the schema speaks of what undoes a whole transaction or is checked for a whole one; and of FAIL.
 RISKS = "max(lower(sql) LIKE '%rollback%' OR lower(sql) LIKE '%deferred%'), max(lower(sql) LIKE '%fail%')"
@@ -76,7 +79,10 @@ class WriterLoop:
         self._on_end = on_end
         self._stop = threading.Event()  # ends the wait for SQLite's lock; what has not started does not start
         self._policy = LockPolicy(settings.lock_timeout, self._stop)
-        self._guard = Guard()
+        self._guard = Guard(settings.journal_mode)
+        self._checkpointer = Checkpointer(settings, self.readers)
+        self._held = self._free = 0.0  # seconds with and without SQLite's lock since it was last left free for others
+        self._begun_at = self._released_at = 0.0
         self._session: WriteSession | None = None
         self._pending: list[Job[Any]] = []
         self._next = 0
@@ -148,18 +154,35 @@ class WriterLoop:
         report(self.holder, logging.CRITICAL, "%s: the writer thread died", self.label, error=error)
         self._break(error)
 
+    @property
+    def idle_after(self) -> float | None:
+        """Seconds without jobs after which ``idle`` is to be called; None: it need not be."""
+        if self._checkpointer.has_work:
+            return IDLE
+        return self.readers.seconds_until_slow()
+
+    def idle(self) -> None:
+        """Do what waits for a quiet moment."""
+        self.readers.warn_if_slow()
+        if self._checkpointer.has_work and monotonic() - self._released_at >= IDLE:
+            self._checkpoint(self._checkpointer.empty)
+
     def end(self) -> None:
         """Close all connections, after the last job."""
         self.drained.set()
         contain(self.holder, self.readers.close)  # before the writer: the last to close tidies up, if it may write
         self._roll_back()
-        if self._session is not None and self._settings.checkpoints and self.holder.broken is None:
-            try:
-                self._session.own("PRAGMA wal_checkpoint(TRUNCATE)")
-            except sqlite3.Error as error:
-                report(self.holder, logging.WARNING, "%s: no checkpoint at close: %s", self.label, error)
+        if self._settings.checkpoints and self.holder.broken is None:
+            self._checkpoint(self._checkpointer.empty)
         self._drop_session()
         contain(self.holder, self._on_end, self)
+
+    def _checkpoint(self, checkpoint: Callable[[WriteSession], object]) -> None:
+        if self._session is not None:
+            try:
+                checkpoint(self._session)
+            except sqlite3.Error as error:
+                report(self.holder, logging.WARNING, "%s: a checkpoint failed: %s", self.label, error)
 
     def open(self) -> WriteSession:
         """Open the write connection."""
@@ -285,9 +308,11 @@ class WriterLoop:
             self._guard.settings_touched = True
             set_pragma(session.connection, "foreign_keys", int(first.foreign_keys))
         self._batch = Batch()
+        self._leave_a_gap()
         # IMMEDIATE takes the write lock here, so BUSY comes before any job has had an effect.
         self._keep_trying(session, "BEGIN IMMEDIATE", first)
         self._batch.lock_wait = self._policy.waited
+        self._begun_at = monotonic()
         return session
 
     def _keep_trying(self, session: WriteSession, sql: str, job: Job[Any]) -> None:
@@ -410,7 +435,24 @@ class WriterLoop:
                 self._commit_failed(session, jobs, runs, kept, error)
                 return
             self._batch.commit = monotonic() - began
+        self._count_hold(monotonic())
         self._settle(jobs, runs, commits=bool(kept))
+        if kept:
+            self._checkpoint(self._checkpointer.after_batch)
+        if self.readers.has_lent:
+            self.readers.warn_if_slow()
+
+    def _count_hold(self, now: float) -> None:
+        self._held += now - self._begun_at
+        self._released_at = now
+
+    def _leave_a_gap(self) -> None:
+        """Leave the lock free for a moment after holding it for long: other processes live in that gap."""
+        self._free += monotonic() - self._released_at
+        if self._held >= LONGEST_HOLD:
+            if self._free < GAP:
+                self._stop.wait(GAP - self._free)
+            self._held = self._free = 0.0
 
     def _commit_failed(
         self, session: WriteSession, jobs: list[Job[Any]], runs: list[Run], kept: list[Job[Any]], error: BaseException

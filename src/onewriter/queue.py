@@ -78,15 +78,23 @@ class JobQueue(queue.Queue[Job[Any]]):
     def get(self, block: bool = True, timeout: float | None = None) -> Job[Any]:
         raise NotImplementedError("the writer takes what waits in one go: use take")
 
-    def take(self, limit: int) -> list[Job[Any]]:
-        """Wait for jobs and take up to ``limit`` of them, in order; an empty list: closed, and nothing is left."""
-        while True:
-            with self.mutex:
-                self._asleep = True
-                if self.queue or self._refusal is not None:
-                    self._asleep = False
-                    return self.take_now(limit)
-            self._token.acquire()
+    def take(self, limit: int, timeout: float | None = None) -> list[Job[Any]] | None:
+        """Wait for jobs and take up to ``limit`` of them, in order.
+
+        An empty list: closed, and nothing is left. None: none within ``timeout`` seconds, or before ``poke``.
+        """
+        with self.mutex:
+            self._asleep = True
+            is_empty = not self.queue and self._refusal is None
+        if is_empty:
+            self._token.acquire(timeout=-1 if timeout is None else timeout)
+        with self.mutex:
+            self._asleep = False
+            return self.take_now(limit) if self.queue or self._refusal is not None else None
+
+    def poke(self) -> None:
+        """End a ``take`` that waits, so that its caller looks at the time limit again."""
+        self._wake()
 
     def take_now(self, limit: int) -> list[Job[Any]]:
         """Take up to ``limit`` jobs, without waiting."""

@@ -26,6 +26,7 @@ from onewriter.statement import Parameters
 T = TypeVar("T")
 Fetch = Callable[[sqlite3.Cursor], T]
 
+HELD_BACK = 0.05  # seconds that a loan is held back at most
 STEPS = 250_000  # of SQLite's virtual machine between two looks at the clock, each of which needs the GIL
 
 
@@ -37,6 +38,7 @@ class Reader:
         self.deadline = math.inf
         self.label, self.since, self.is_named = "", 0.0, False  # of the loan; named: a warning was given
         self._guard = guard
+        self._is_pinned = False
         self._policy = policy
         self._row_factory, self._text_factory = connection.row_factory, connection.text_factory
         # Not interrupt(): one that comes late would hit the next borrower's statement.
@@ -70,19 +72,25 @@ class Reader:
 
     def pin(self) -> None:
         """Begin a transaction that sees this moment until ``clean``."""
-        self.fetch(self._guard.own("BEGIN"), (), _nothing)
-        # BEGIN alone pins no snapshot: the first read does.
-        self.fetch(self._guard.own("PRAGMA schema_version"), (), _nothing)
-        self._guard.pinned = True
+        self._own("BEGIN")
+        self._own("PRAGMA schema_version")  # BEGIN alone pins no snapshot: the first read does
+        self._is_pinned = True
+
+    def _own(self, sql: str) -> None:
+        self._guard.is_own = True
+        try:
+            self.fetch(self._guard.own(sql), (), _nothing)
+        finally:
+            self._guard.is_own = False
 
     def clean(self) -> None:
         """Be as new for the next borrower, whatever the last one did."""
         self.deadline = math.inf
-        if self._guard.pinned:
-            self._guard.pinned = False
+        if self._is_pinned:
+            self._is_pinned = False
             self.connection.row_factory, self.connection.text_factory = self._row_factory, self._text_factory
         if self.connection.in_transaction:
-            self.fetch(self._guard.own("ROLLBACK"), (), _nothing)
+            self._own("ROLLBACK")
 
     def _is_late(self) -> bool:
         return monotonic() > self.deadline
@@ -136,6 +144,9 @@ class ReaderPool:
         self._local = threading.local()
         self._closed = False
         self._all_back = threading.Event()
+        self._open_again = threading.Event()  # cleared while new loans are held back
+        self._open_again.set()
+        self._returned = threading.Event()
 
     @contextlib.contextmanager
     def lend(self, label: str, deadline: float) -> Iterator[Reader]:
@@ -213,6 +224,28 @@ class ReaderPool:
                     return snapshot.reader.recover(error, label, function)
                 raise
 
+    @property
+    def has_lent(self) -> bool:
+        return bool(self._lent)
+
+    def seconds_until_slow(self) -> float | None:
+        """When ``warn_if_slow`` has somebody to name; None: nobody is there."""
+        since = [reader.since for reader in self._lent.copy() if not reader.is_named]
+        return max(0.01, min(since) + self._holder.slow_after - monotonic()) if since else None
+
+    @contextlib.contextmanager
+    def held_back(self, seconds: float) -> Iterator[None]:
+        """For the ``with`` block, and no longer than that, new loans wait; those out come back meanwhile."""
+        self._open_again.clear()
+        until = monotonic() + seconds
+        try:
+            while self._lent and monotonic() < until:
+                self._returned.wait(until - monotonic())
+                self._returned.clear()
+            yield
+        finally:
+            self._open_again.set()
+
     def warn_if_slow(self) -> None:
         """Name those that have a reader for longer than ``slow_after``, once each."""
         for reader in self._lent.copy():
@@ -254,6 +287,8 @@ class ReaderPool:
 
     def _check_out(self, label: str, deadline: float) -> Reader:
         waiter = None
+        if not self._open_again.is_set():
+            self._open_again.wait(HELD_BACK)
         with self._lock:
             if self._closed or self._holder.broken is not None:
                 self._refuse_if_closed()
@@ -307,6 +342,8 @@ class ReaderPool:
 
     def _check_in(self, reader: Reader) -> None:
         self._lent.discard(reader)
+        if not self._open_again.is_set():
+            self._returned.set()
         self._warn(reader, "was open")
         try:
             reader.clean()

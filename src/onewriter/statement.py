@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import copy
 import functools
 import itertools
 import re
@@ -19,6 +20,7 @@ TOKEN = re.compile(
       | (?P<other>\d\w*|.)""",
     re.VERBOSE | re.DOTALL,
 )
+CHANGING = frozenset(("INSERT", "REPLACE", "UPDATE", "DELETE"))
 VERBS = frozenset(("INSERT", "REPLACE", "UPDATE", "DELETE", "SELECT", "VALUES"))
 TEXTUAL = (str, bytes, bytearray, memoryview)
 WITHOUT_ROWID = "SELECT count(*) FROM pragma_table_list WHERE name = ? COLLATE NOCASE AND wr"
@@ -33,7 +35,8 @@ UNDONE = frozenset(
         sqlite3.SQLITE_CONSTRAINT_FOREIGNKEY,
     )
 )
-BUFFERS = frozenset((bytearray, memoryview, array.array))
+BUFFERS = (bytearray, memoryview, array.array)
+UNCHANGEABLE = frozenset((int, float, str, bytes, bool, type(None)))
 
 
 class Description(NamedTuple):
@@ -153,13 +156,17 @@ def capture(parameters: Any) -> Parameters:
                 "put a lone value into a tuple: (value,)"
             )
         if isinstance(parameters, Mapping):
-            return {name: _frozen(value) for name, value in parameters.items()}
+            # A defaultdict keeps its defaults; what is no dict would be taken for a sequence.
+            named = copy.copy(parameters) if isinstance(parameters, dict) else dict(parameters)
+            if UNCHANGEABLE.issuperset(map(type, named.values())):
+                return named
+            return {name: _frozen(value) for name, value in named.items()}
         if isinstance(parameters, set | frozenset) or not (
             isinstance(parameters, Iterable) or _is_sequence(parameters)
         ):
             raise TypeError(f"parameters are a sequence or a mapping, not {type(parameters).__name__}")
         parameters = tuple(parameters)
-    return parameters if BUFFERS.isdisjoint(map(type, parameters)) else tuple(map(_frozen, parameters))
+    return parameters if UNCHANGEABLE.issuperset(map(type, parameters)) else tuple(map(_frozen, parameters))
 
 
 def _is_sequence(value: object) -> bool:
@@ -167,7 +174,7 @@ def _is_sequence(value: object) -> bool:
 
 
 def _frozen(value: Any) -> Any:
-    return bytes(value) if type(value) in BUFFERS else value
+    return bytes(value) if isinstance(value, BUFFERS) else value
 
 
 def capture_many(rows: Any) -> list[Parameters]:
@@ -210,13 +217,18 @@ class Executor:
             # To the end, since an unread row would make COMMIT say BUSY for ever.
             rows = cursor.fetchall() if cursor.description is not None else None
         except BaseException:
+            self._last_rowid = None
             cursor.close()  # it may have rows left
             self._cursor = sqlite3.Connection.cursor(self._connection)
             raise
         text, rowcount, description = describe_sql(sql), cursor.rowcount, cursor.description
-        if text.behind_with and rowcount == -1 and (rows is None or text.returning):
+        if rowcount == -1 and text.verb in CHANGING and (rows is None or text.returning):
             rowcount = self._ask("SELECT changes()")  # sqlite3 counts only statements that begin with their verb
-        lastrowid = self._inserted(text.table, rowcount, cursor.lastrowid) if text.inserts else None
+        lastrowid = None
+        if text.inserts:
+            lastrowid = self._inserted(text.table, rowcount, cursor.lastrowid)
+        elif text.verb in CHANGING:
+            self._last_rowid = None  # an upsert has changed it, perhaps
         return Result(rows or [], rowcount, lastrowid, description)
 
     def execute_for(self, job: Statement) -> None:
@@ -228,10 +240,14 @@ class Executor:
                 job.set_outcome(self.execute(sql, job.parameters), None)
                 return
             self._known, self._table = sql, text.table
-        cursor = self._cursor
+        cursor, last_rowid = self._cursor, self._last_rowid
+        self._last_rowid = None
         cursor.execute(sql, job.parameters)
         job.rowcount, lastrowid = cursor.rowcount, cursor.lastrowid
-        if lastrowid == self._last_rowid or self._last_rowid is None:
+        if job.rowcount < 0:
+            job.rowcount = self._ask("SELECT changes()")
+        if lastrowid == last_rowid or last_rowid is None:
+            self._last_rowid = last_rowid
             lastrowid = self._inserted(self._table, job.rowcount, lastrowid)
         elif job.rowcount < 1:
             self._last_rowid, lastrowid = lastrowid, None
@@ -239,7 +255,14 @@ class Executor:
             self._last_rowid = lastrowid
         job.lastrowid = lastrowid
 
+    def forget_rowid(self) -> None:
+        """Others use the connection too."""
+        self._last_rowid = None
+
     def execute_many(self, sql: str, rows: list[Parameters]) -> Result:
+        text = describe_sql(sql)
+        if text.behind_with and text.verb in CHANGING:  # of which sqlite3 counts nothing
+            return Result([], sum(self.execute(sql, row).rowcount for row in rows), None, None)
         cursor = sqlite3.Connection.executemany(self._connection, sql, rows)
         self._last_rowid = None  # sqlite3 does not tell it after executemany
         try:

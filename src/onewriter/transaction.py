@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from onewriter.errors import ReentrantWriteError, TransactionAbortedError, TransactionClosedError
+from onewriter.errors import ReadTimeoutError, ReentrantWriteError, TransactionAbortedError, TransactionClosedError
 from onewriter.guard import Guard, Mode
 from onewriter.holder import IN_STATEMENT
 from onewriter.lent import LentConnection
@@ -53,6 +53,7 @@ class WriteSession:
         self.row_factory, self.text_factory = connection.row_factory, connection.text_factory
         self.mark = f"SAVEPOINT {guard.mark}_0"  # around a job
         self.release, self.undo = f"RELEASE {guard.mark}_0", f"ROLLBACK TO {guard.mark}_0"
+        self.page_size: int = self.own("PRAGMA page_size")[0][0]
         names = [row[1] for row in self.own("PRAGMA database_list")]
         self.databases = [name.replace('"', '""') for name in names if name != "temp"]
 
@@ -94,6 +95,9 @@ class Transaction:
         self._lock = threading.Lock()
         self._inside = False  # a call is under way: code that SQLite calls back must not use the connection
         self._until = math.inf
+        self._read_until: float | None = None  # while nothing may be written
+        self._ends_readonly = False
+        self._watched = False
         self._depth = 0
         self._after_commit: list[Callback] = []
         self._after_rollback: list[Callback] = []
@@ -111,7 +115,7 @@ class Transaction:
         ``commit``, ``close`` and ``with`` do nothing on it; ``rollback`` undoes what this job or block has done so far;
         BEGIN, COMMIT, ROLLBACK and ATTACH are refused; SAVEPOINT works. It ends with the transaction.
         """
-        self._check_thread()
+        self._check()
         if self._lent is None:
             self._lent = LentConnection(_WriteLoan(self, self._session))
         return self._lent
@@ -161,12 +165,12 @@ class Transaction:
 
     def on_commit(self, fn: Callback, /) -> None:
         """Call ``fn()`` once, after COMMIT, when the lock is free. Not if the transaction is rolled back."""
-        self._check_thread()
+        self._check()
         self._root._after_commit.append(_callable(fn))
 
     def on_rollback(self, fn: Callback, /) -> None:
         """Call ``fn()`` once, after the transaction, if this part of it was rolled back."""
-        self._check_thread()
+        self._check()
         self._root._after_rollback.append(_callable(fn))
 
     # What follows is for the gateway: parameters were checked and captured already.
@@ -185,9 +189,9 @@ class Transaction:
         for statement in split_script(sql):
             self.statement(statement, ())
 
-    def query(self, sql: str, parameters: Parameters, fetch: Callable[[sqlite3.Cursor], T]) -> T:
+    def query(self, sql: str, parameters: Parameters, fetch: Callable[[sqlite3.Cursor], T], until: float) -> T:
         """Run a statement that must not write, and see what the transaction has written."""
-        with self.readonly():
+        with self.readonly(until):
             rows: T = self.call(self._query, sql, parameters, fetch)
             return rows
 
@@ -199,12 +203,21 @@ class Transaction:
             cursor.close()
 
     @contextlib.contextmanager
-    def readonly(self) -> Iterator[None]:
-        self._own("PRAGMA query_only=1")
+    def readonly(self, until: float) -> Iterator[None]:
+        """For the ``with`` block statements cannot write, and end at the time ``until``."""
+        root = self._root
+        outer, root._read_until = root._read_until, min(until, root._read_until or math.inf)
         try:
+            if outer is None:
+                root._ends_readonly = True
+                self._own("PRAGMA query_only=1")
+            self.call(self._watch_time, until)
             yield
         finally:
-            self._session.own("PRAGMA query_only=0")
+            root._read_until = outer
+            if outer is None and self._is_usable():
+                self._own("PRAGMA query_only=0")  # or else ``end`` does
+                root._ends_readonly = False
 
     def nested(self) -> Transaction:
         """The same transaction as a nested block sees it: it has an end of its own."""
@@ -232,9 +245,13 @@ class Transaction:
 
     def limit(self, seconds: float) -> None:
         """Have statements end ``seconds`` from now."""
-        if seconds != math.inf:
-            self._until = monotonic() + seconds
-            self._session.connection.set_progress_handler(self._is_late, STEPS)
+        self._until = monotonic() + seconds
+        self._watch_time(self._until)
+
+    def _watch_time(self, until: float) -> None:
+        if until != math.inf and not self._root._watched:
+            self._root._watched = True
+            self._session.connection.set_progress_handler(self._root._is_late, STEPS)
 
     def lend_to(self, thread: threading.Thread) -> None:
         self.thread, self.borrower = thread.ident or 0, thread
@@ -249,7 +266,9 @@ class Transaction:
         if self._lent is not None:
             self._lent.close_cursors()
             self._session.restore_factories()
-        if self._until != math.inf:
+        if self._ends_readonly:
+            self._session.own("PRAGMA query_only=0")
+        if self._watched:
             self._session.connection.set_progress_handler(None, 0)
         self._closed = self._closed or ENDED
 
@@ -270,7 +289,7 @@ class Transaction:
 
     def overdue(self) -> TransactionClosedError | None:
         """The error of a block that has held the writer for too long, where no other thread takes it back."""
-        if self._is_late() and self._closed in (None, ENDED):
+        if monotonic() > self._until and self._closed in (None, ENDED):
             self._closed = TOO_LONG
         return None if self._closed in (None, ENDED) else self.closed_error()
 
@@ -278,7 +297,20 @@ class Transaction:
         self.call(self._session.own, sql)
 
     def _is_late(self) -> bool:
-        return monotonic() > self._until
+        return monotonic() > min(self._until, self._read_until or math.inf)
+
+    def _is_usable(self) -> bool:
+        try:
+            self._check()
+        except (TransactionClosedError, TransactionAbortedError):
+            return False
+        return True
+
+    def _check(self) -> None:
+        """Raise what a use from here and now would raise."""
+        self._check_thread()
+        if not self._session.connection.in_transaction and self.job.in_transaction:
+            raise self.aborted_error()
 
     def closed_error(self) -> TransactionClosedError:
         root = self._root
@@ -308,9 +340,13 @@ class Transaction:
             error.add_note(f"onewriter: {guard.refusal}")
             guard.refusal = None
         root = self._root
-        if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_INTERRUPT and (root._is_late() or root._closed):
-            root._closed = root._closed or TOO_LONG
+        if getattr(error, "sqlite_errorcode", 0) != sqlite3.SQLITE_INTERRUPT:
+            return
+        now = monotonic()
+        if root._closed is not None or now > root._until:
             raise self.closed_error() from error
+        if root._read_until is not None and now > root._read_until:
+            raise ReadTimeoutError(f"a read in job {self.job.describe()} did not end in time") from error
 
     def _forget_since(self, marks: tuple[int, int]) -> None:
         commits, rollbacks = marks
@@ -325,11 +361,13 @@ class _WriteLoan:
 
     def __init__(self, transaction: Transaction, session: WriteSession) -> None:
         self._transaction = transaction
+        self._session = session
         self.connection = session.connection
         self.savepoint = transaction.savepoint
         self.undo = transaction.undo
 
     def call(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        self._session.executor.forget_rowid()
         return self._transaction.call(function, *args, mode=Mode.LENT, **options)
 
 

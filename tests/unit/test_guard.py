@@ -40,6 +40,11 @@ def in_a_function(use: Callable[[Transaction, str], object]) -> Way:
     return way
 
 
+def in_a_savepoint(tx: Transaction, sql: str) -> None:
+    with tx.savepoint():
+        tx.execute(sql)
+
+
 def in_a_block(db: DbWriter, sql: str) -> None:
     with db.transaction() as tx:
         tx.execute(INSERT, (-1,))
@@ -58,7 +63,7 @@ JOBS: dict[str, Way] = {
     "a script": lambda db, sql: db.run_script(f"INSERT INTO t VALUES (-1); {sql}"),
     "a function": in_a_function(lambda tx, sql: tx.execute(sql)),
     "a script in a function": in_a_function(lambda tx, sql: tx.executescript(sql)),
-    "a savepoint in a function": in_a_function(lambda tx, sql: tx.savepoint().__enter__() or tx.execute(sql)),
+    "a savepoint in a function": in_a_function(in_a_savepoint),
     "a block": in_a_block,
     "a run inside a block": in_a_nested_run,
 }

@@ -1,0 +1,97 @@
+"""The write-ahead log stays small, and nobody's COMMIT pays for it."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from helpers import DEADLINE, in_threads
+from onewriter import DbWriter
+
+LIMIT = 2**20
+UPDATE = "UPDATE t SET text = ? WHERE id = ?"
+
+
+def log_size(path: Path) -> int:
+    return os.path.getsize(f"{path}-wal")
+
+
+def fill(db: DbWriter) -> None:
+    db.run("CREATE TABLE t (id INTEGER PRIMARY KEY, text TEXT)")
+    db.run_many("INSERT INTO t VALUES (?, ?)", [(n, "x" * 2000) for n in range(100)])
+
+
+def update(db: DbWriter, count: int) -> int:
+    largest = 0
+    for n in range(count):
+        db.run(UPDATE, (f"{n:02000}", n % 100))
+        largest = max(largest, log_size(Path(db.path)))
+    return largest
+
+
+@pytest.mark.parametrize("inline", [False, True])
+def test_the_log_stays_near_its_limit_while_readers_come_and_go(path: Path, inline: bool) -> None:
+    with DbWriter(path, synchronous="NORMAL", wal_limit=LIMIT, inline=inline) as db:
+        fill(db)
+        stop = threading.Event()
+
+        def read() -> None:
+            while not stop.is_set():
+                assert len(db.read("SELECT text FROM t")) == 100
+
+        def write() -> int:
+            try:
+                return update(db, 1500)
+            finally:
+                stop.set()
+
+        sizes = in_threads(write, read, read, read)
+        assert sizes[0] < 4 * LIMIT  # type: ignore[operator]
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_a_log_that_a_long_reader_let_grow_shrinks_when_the_reader_has_gone(path: Path) -> None:
+    with DbWriter(path, synchronous="NORMAL", wal_limit=LIMIT) as db:
+        fill(db)
+        with db.reader():
+            assert update(db, 2000) > LIMIT
+        update(db, 600)
+        assert log_size(path) <= LIMIT
+
+
+def test_an_idle_writer_empties_the_log(path: Path) -> None:
+    with DbWriter(path) as db:
+        fill(db)
+        emptied = threading.Event()
+        empty = db._loop._checkpointer.empty
+
+        def tell(*arguments: object) -> None:
+            empty(*arguments)  # type: ignore[arg-type]
+            emptied.set()
+
+        db._loop._checkpointer.empty = tell  # type: ignore[method-assign, assignment]
+        assert emptied.wait(DEADLINE)
+        assert log_size(path) == 0
+        assert db._loop.idle_after is None
+
+
+def test_without_checkpoints_of_ours_the_log_is_somebody_elses(path: Path) -> None:
+    with DbWriter(path, auto_checkpoint=False, synchronous="NORMAL", wal_limit=LIMIT) as db:
+        fill(db)
+        assert update(db, 1500) > 2 * LIMIT
+        assert db.run_without_transaction("PRAGMA wal_autocheckpoint").rows == [(0,)]
+        assert db._loop.idle_after is None
+
+
+def test_a_reader_that_is_held_back_comes_in_when_the_log_has_begun_anew(path: Path) -> None:
+    with DbWriter(path) as db:
+        fill(db)
+        pool = db._loop.readers
+        with pool.held_back(0.01):
+            (rows,) = in_threads(lambda: db.read_value("SELECT count(*) FROM t"))
+        assert rows == 100
+        with db.reader(), pool.held_back(0.01):  # one that stays is not waited for
+            pass
