@@ -15,7 +15,7 @@ import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from time import monotonic
-from typing import Any, Literal, Self, TypeVar, overload
+from typing import Any, Literal, Self, TypeAlias, TypeVar, overload
 
 from onewriter import exit as at_exit
 from onewriter.block import BlockJob
@@ -27,8 +27,6 @@ from onewriter.job import (
     FlushJob,
     FunctionJob,
     Job,
-    ManyJob,
-    ScriptJob,
     StatementJob,
     Ticket,
     called_from,
@@ -45,8 +43,10 @@ from onewriter.stats import CloseReport, Stats
 from onewriter.transaction import Transaction, check_sql
 
 T = TypeVar("T")
-Function = Callable[[Transaction], T]
-Parametric = Any  # a sequence or a mapping, as in sqlite3; checked by ``capture``
+Function: TypeAlias = Callable[[Transaction], T]
+Label: TypeAlias = str | None
+Seconds: TypeAlias = float | None  # None: for ever
+After: TypeAlias = Ticket[Any] | None
 
 GRACE = 0.25  # seconds that close leaves a writer whose wait for SQLite's lock it has just ended
 SYNCHRONOUS = ("OFF", "NORMAL", "FULL", "EXTRA")
@@ -89,7 +89,7 @@ class DbWriter:
         self,
         path: str | bytes | os.PathLike[Any],
         *,
-        label: str | None = None,
+        label: Label = None,
         readers: int = 4,
         maxsize: int = 10_000,
         lock_timeout: float = 10.0,
@@ -193,27 +193,19 @@ class DbWriter:
     # Writes -----------------------------------------------------------------------------------------------------------
 
     @overload
-    def run(
-        self, sql: str, params: Parametric = (), /, *, label: str | None = None, timeout: float | None = 30.0
-    ) -> Result: ...
+    def run(self, sql: str, params: Any = (), /, *, label: Label = None, timeout: Seconds = 30.0) -> Result: ...
     @overload
     def run(
-        self,
-        fn: Function[T],
-        /,
-        *,
-        label: str | None = None,
-        timeout: float | None = 30.0,
-        foreign_keys: bool | None = None,
+        self, fn: Function[T], /, *, label: Label = None, timeout: Seconds = 30.0, foreign_keys: bool | None = None
     ) -> T: ...
     def run(
         self,
         what: str | Function[T],
-        params: Parametric = (),
+        params: Any = (),
         /,
         *,
-        label: str | None = None,
-        timeout: float | None = 30.0,
+        label: Label = None,
+        timeout: Seconds = 30.0,
         foreign_keys: bool | None = None,
     ) -> Any:
         """Write in a transaction of its own; returns after COMMIT.
@@ -239,7 +231,7 @@ class DbWriter:
         return self._execute(job, timeout)
 
     def run_many(
-        self, sql: str, seq_of_params: Iterable[Any], /, *, label: str | None = None, timeout: float | None = 30.0
+        self, sql: str, seq_of_params: Iterable[Any], /, *, label: Label = None, timeout: Seconds = 30.0
     ) -> Result:
         """Run one statement for each row of parameters, all or none; returns after COMMIT.
 
@@ -247,21 +239,26 @@ class DbWriter:
         sqlite3.ProgrammingError for RETURNING (Not committed).
         """
         check_many(check_sql(sql))
-        return self._execute(
-            ManyJob(self._holder, sql, capture_many(seq_of_params), _check_label(label), sys._getframe(1)), timeout
-        )
+        _check_label(label)
+        rows, frame = capture_many(seq_of_params), sys._getframe(1)
+        job = FunctionJob(self._holder, lambda tx: tx.statement_many(sql, rows), label, frame, sql=sql)
+        return self._execute(job, timeout)
 
     def run_script(
-        self, sql: str, /, *, label: str | None = None, timeout: float | None = 30.0, foreign_keys: bool | None = None
+        self, sql: str, /, *, label: Label = None, timeout: Seconds = 30.0, foreign_keys: bool | None = None
     ) -> None:
         """Run many statements, all or none, without a hidden COMMIT; returns after COMMIT. Raises as ``run`` does."""
+        check_sql(sql)
+        _check_label(label)
         _check_foreign_keys(foreign_keys)
-        self._execute(
-            ScriptJob(self._holder, check_sql(sql), _check_label(label), foreign_keys, sys._getframe(1)), timeout
+        frame = sys._getframe(1)
+        job = FunctionJob(
+            self._holder, lambda tx: tx.script(sql), label, frame, foreign_keys=foreign_keys, sql=sql or "script"
         )
+        self._execute(job, timeout)
 
     def run_without_transaction(
-        self, sql: str, params: Parametric = (), /, *, label: str | None = None, timeout: float | None = 30.0
+        self, sql: str, params: Any = (), /, *, label: Label = None, timeout: Seconds = 30.0
     ) -> Result:
         """Run one statement alone, outside any transaction, for VACUUM and PRAGMA; returns when it is done.
 
@@ -274,7 +271,7 @@ class DbWriter:
         )
 
     def transaction(
-        self, *, label: str | None = None, timeout: float | None = 30.0, max_hold: float | None = None
+        self, *, label: Label = None, timeout: Seconds = 30.0, max_hold: float | None = None
     ) -> contextlib.AbstractContextManager[Transaction]:
         """A ``with`` block that is a transaction of its own; committed at its end, or rolled back if it raises.
 
@@ -300,9 +297,7 @@ class DbWriter:
         return self._block(label, timeout, self._max_hold if max_hold is None else max_hold, sys._getframe(1))
 
     @contextlib.contextmanager
-    def _block(
-        self, label: str | None, timeout: float | None, max_hold: float, frame: types.FrameType
-    ) -> Iterator[Transaction]:
+    def _block(self, label: Label, timeout: Seconds, max_hold: float, frame: types.FrameType) -> Iterator[Transaction]:
         outer = self._holder.current()
         if outer is not None:
             with outer.savepoint():
@@ -334,18 +329,12 @@ class DbWriter:
 
     @overload
     def enqueue(
-        self, sql: str, params: Parametric = (), /, *, label: str | None = None, timeout: float | None = 30.0
+        self, sql: str, params: Any = (), /, *, label: Label = None, timeout: Seconds = 30.0
     ) -> Ticket[Result]: ...
     @overload
-    def enqueue(self, fn: Function[T], /, *, label: str | None = None, timeout: float | None = 30.0) -> Ticket[T]: ...
+    def enqueue(self, fn: Function[T], /, *, label: Label = None, timeout: Seconds = 30.0) -> Ticket[T]: ...
     def enqueue(
-        self,
-        what: str | Function[T],
-        params: Parametric = (),
-        /,
-        *,
-        label: str | None = None,
-        timeout: float | None = 30.0,
+        self, what: str | Function[T], params: Any = (), /, *, label: Label = None, timeout: Seconds = 30.0
     ) -> Ticket[Any]:
         """Hand a write in and return its ticket, without waiting for it: accepted, not committed.
 
@@ -370,7 +359,7 @@ class DbWriter:
         self._submit(job, timeout)
         return job
 
-    def flush(self, timeout: float | None = None) -> None:
+    def flush(self, timeout: Seconds = None) -> None:
         """Wait until everything accepted before the call has its outcome, at most ``timeout`` seconds.
 
         Raises:
@@ -384,14 +373,7 @@ class DbWriter:
 
     @overload
     def read(
-        self,
-        sql: str,
-        params: Parametric = (),
-        /,
-        *,
-        label: str | None = None,
-        timeout: float | None = 30.0,
-        after: Ticket[Any] | None = None,
+        self, sql: str, params: Any = (), /, *, label: Label = None, timeout: Seconds = 30.0, after: After = None
     ) -> list[Any]: ...
     @overload
     def read(
@@ -399,19 +381,19 @@ class DbWriter:
         fn: Callable[[sqlite3.Connection], T],
         /,
         *,
-        label: str | None = None,
-        timeout: float | None = 30.0,
-        after: Ticket[Any] | None = None,
+        label: Label = None,
+        timeout: Seconds = 30.0,
+        after: After = None,
     ) -> T: ...
     def read(
         self,
         what: str | Callable[[sqlite3.Connection], T],
-        params: Parametric = (),
+        params: Any = (),
         /,
         *,
-        label: str | None = None,
-        timeout: float | None = 30.0,
-        after: Ticket[Any] | None = None,
+        label: Label = None,
+        timeout: Seconds = 30.0,
+        after: After = None,
     ) -> Any:
         """Run one SELECT on a read-only connection and return all its rows, or what ``what(connection)`` returns.
 
@@ -441,33 +423,19 @@ class DbWriter:
         return self._loop.readers.call(what, label or name_of(what), deadline)
 
     def read_one(
-        self,
-        sql: str,
-        params: Parametric = (),
-        /,
-        *,
-        label: str | None = None,
-        timeout: float | None = 30.0,
-        after: Ticket[Any] | None = None,
+        self, sql: str, params: Any = (), /, *, label: Label = None, timeout: Seconds = 30.0, after: After = None
     ) -> Any:
         """Return the first row of a SELECT, or None. Otherwise as ``read``."""
         return self._read(check_sql(sql), capture(params), label, timeout, after, sqlite3.Cursor.fetchone)
 
     def read_value(
-        self,
-        sql: str,
-        params: Parametric = (),
-        /,
-        *,
-        label: str | None = None,
-        timeout: float | None = 30.0,
-        after: Ticket[Any] | None = None,
+        self, sql: str, params: Any = (), /, *, label: Label = None, timeout: Seconds = 30.0, after: After = None
     ) -> Any:
         """Return the first column of the first row, whatever ``row_factory`` is, or None. Otherwise as ``read``."""
         return self._read(check_sql(sql), capture(params), label, timeout, after, _first_value)
 
     def reader(
-        self, *, label: str | None = None, timeout: float | None = 30.0, after: Ticket[Any] | None = None
+        self, *, label: Label = None, timeout: Seconds = 30.0, after: After = None
     ) -> contextlib.AbstractContextManager[sqlite3.Connection]:
         """Lend a read-only ``sqlite3.Connection`` that sees one state, that of the entry, for the whole ``with`` block.
 
@@ -486,7 +454,7 @@ class DbWriter:
         return self._reader(label or f"reader() in {called_from(sys._getframe(1))}", timeout, after)
 
     @contextlib.contextmanager
-    def _reader(self, label: str, timeout: float | None, after: Ticket[Any] | None) -> Iterator[sqlite3.Connection]:
+    def _reader(self, label: str, timeout: Seconds, after: After) -> Iterator[sqlite3.Connection]:
         deadline = self._wait_for(after, timeout, label)
         outer = self._loop.readers.current()
         if outer is not None:
@@ -534,7 +502,7 @@ class DbWriter:
                 commits=tally.commits,
             )
 
-    def close(self, timeout: float | None = None, *, drain: bool = True) -> CloseReport:
+    def close(self, timeout: Seconds = None, *, drain: bool = True) -> CloseReport:
         """Refuse new work, finish what was accepted, close all connections, and say what became of every job.
 
         May be called again, and from several threads.
@@ -566,9 +534,7 @@ class DbWriter:
 
     # Behind them ------------------------------------------------------------------------------------------------------
 
-    def _job(
-        self, what: Any, params: Parametric, label: str | None, foreign_keys: bool | None
-    ) -> StatementJob | FunctionJob[Any]:
+    def _job(self, what: Any, params: Any, label: Label, foreign_keys: bool | None) -> StatementJob | FunctionJob[Any]:
         if label is not None:
             _check_label(label)
         if isinstance(what, str):
@@ -580,9 +546,9 @@ class DbWriter:
         _check_no_params(params)
         _check_foreign_keys(foreign_keys)
         check_function(what)
-        return FunctionJob(self._holder, what, label, foreign_keys, sys._getframe(2))
+        return FunctionJob(self._holder, what, label, sys._getframe(2), foreign_keys=foreign_keys)
 
-    def _execute(self, job: Job[T], timeout: float | None) -> T:
+    def _execute(self, job: Job[T], timeout: Seconds) -> T:
         """Have a job done and return its result: by the writer, or here if this thread is inside a transaction."""
         if timeout != 30.0:
             _check_timeout(timeout)
@@ -617,9 +583,9 @@ class DbWriter:
         self,
         sql: str,
         parameters: Parameters,
-        label: str | None,
-        timeout: float | None,
-        after: Ticket[Any] | None,
+        label: Label,
+        timeout: Seconds,
+        after: After,
         fetch: Callable[[sqlite3.Cursor], Any],
     ) -> Any:
         deadline = self._wait_for(after, timeout, label)
@@ -633,7 +599,7 @@ class DbWriter:
         transaction = self._holder.current()
         return None if transaction is None or self._loop.readers.current() is not None else transaction
 
-    def _wait_for(self, after: Ticket[Any] | None, timeout: float | None, label: str | None) -> float:
+    def _wait_for(self, after: After, timeout: Seconds, label: Label) -> float:
         """Wait until the write ``after`` is committed; returns the deadline of the read."""
         if label is not None:
             _check_label(label)

@@ -283,7 +283,7 @@ class Job(Ticket[T]):
     foreign_keys: bool | None = None
 
     def must_be_alone(self) -> bool:
-        return self.alone or self.foreign_keys is not None
+        return self.alone
 
     def perform(self, tx: Transaction) -> T:
         raise NotImplementedError
@@ -424,54 +424,10 @@ class BareStatementJob(StatementJob):
         return tx.bare_statement(self.sql, self.parameters)
 
 
-class ManyJob(Job[Result]):
-    """One SQL statement for many rows of parameters."""
-
-    __slots__ = ("rows", "sql")
-
-    def __init__(
-        self, holder: Holder, sql: str, rows: list[Parameters], label: str | None, frame: types.FrameType
-    ) -> None:
-        super().__init__(holder, label or sql[:LABEL_LENGTH], frame)
-        self.sql = sql
-        self.rows = rows
-
-    def must_be_alone(self) -> bool:
-        return describe_sql(self.sql).isolated
-
-    def perform(self, tx: Transaction) -> Result:
-        return tx.statement_many(self.sql, self.rows)
-
-    def _drop_work(self) -> None:
-        self.rows = []
-
-
-class ScriptJob(Job[None]):
-    """Many SQL statements, one transaction."""
-
-    __slots__ = ("foreign_keys", "script")
-
-    def __init__(
-        self, holder: Holder, script: str, label: str | None, foreign_keys: bool | None, frame: types.FrameType
-    ) -> None:
-        super().__init__(holder, label or script[:LABEL_LENGTH], frame)
-        self.script = script
-        self.foreign_keys = foreign_keys
-
-    def must_be_alone(self) -> bool:
-        return self.foreign_keys is not None or describe_sql(self.script).isolated
-
-    def perform(self, tx: Transaction) -> None:
-        tx.script(self.script)
-
-    def _drop_work(self) -> None:
-        self.script = ""
-
-
 class FunctionJob(Job[T]):
     """A function of the Transaction."""
 
-    __slots__ = ("bounded", "foreign_keys", "function")
+    __slots__ = ("alone", "bounded", "foreign_keys", "function")
     needs_savepoint = True
 
     def __init__(
@@ -479,10 +435,14 @@ class FunctionJob(Job[T]):
         holder: Holder,
         function: Callable[[Transaction], T],
         label: str | None,
-        foreign_keys: bool | None,
         frame: types.FrameType,
+        *,
+        foreign_keys: bool | None = None,
+        sql: str = "",
     ) -> None:
-        super().__init__(holder, label or name_of(function), frame)
+        """``sql``: the text that the function is there for, if it is."""
+        super().__init__(holder, label or sql[:LABEL_LENGTH] or name_of(function), frame)
+        self.alone = foreign_keys is not None or describe_sql(sql).isolated
         self.bounded = False
         self.foreign_keys = foreign_keys
         self.function: Callable[[Transaction], T] | None = function
