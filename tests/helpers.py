@@ -65,6 +65,11 @@ def in_threads(*functions: Callable[[], object]) -> list[object]:
         return [future.result(DEADLINE) for future in [pool.submit(function) for function in functions]]
 
 
+# Whoever runs the tests in the background has SIGINT ignored, and children inherit that.
+HEARS_INTERRUPTS = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+
+
 def run_child(code: str, timeout: float = 60.0) -> subprocess.CompletedProcess[str]:
     """Run ``code`` in a Python process of its own."""
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=timeout)
+    command = [sys.executable, "-c", HEARS_INTERRUPTS + code]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout)

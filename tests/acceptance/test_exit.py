@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import run_child
+from helpers import HEARS_INTERRUPTS, run_child
 from onewriter import DbWriter
 
 OPEN = """
@@ -76,7 +76,7 @@ WAITING = """
 entered = threading.Event()
 def stay(tx):
     print("ready", flush=True)
-    signal.pause() if False else threading.Event().wait(2)
+    threading.Event().wait(2)
 db.run(stay, timeout=None)
 """
 
@@ -84,7 +84,7 @@ db.run(stay, timeout=None)
 @pytest.mark.parametrize("code", [IDLE, WAITING], ids=["idle", "waiting in run"])
 def test_a08_an_interrupt_ends_the_program(path: Path, code: str) -> None:
     with subprocess.Popen(
-        [sys.executable, "-c", OPEN.format(path=str(path)) + code],
+        [sys.executable, "-c", HEARS_INTERRUPTS + OPEN.format(path=str(path)) + code],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

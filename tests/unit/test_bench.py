@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers import HEARS_INTERRUPTS
 from onewriter import bench
 from onewriter.__main__ import main
 
@@ -99,8 +100,8 @@ def test_it_runs_as_a_program(tmp_path: Path) -> None:
 def test_ctrl_c_ends_it_with_130_and_leaves_nothing_behind(tmp_path: Path) -> None:
     command = [
         sys.executable,
-        "-m",
-        "onewriter",
+        "-c",
+        HEARS_INTERRUPTS + "import runpy; runpy.run_module('onewriter', run_name='__main__', alter_sys=True)",
         "bench",
         "--seconds",
         "3600",
