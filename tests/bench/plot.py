@@ -45,7 +45,9 @@ def draw(figures: dict[str, dict[str, float]]) -> str:
     title = f"Python {figures['python']}, SQLite {figures['sqlite']}, fsync {figures['fsync_ms']:.2f} ms"
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{LEFT + WIDTH + 320}" height="{height}" '
-        f'font-family="sans-serif" font-size="12"><text x="{LEFT}" y="15">{title}</text>\n' + "\n".join(lines) + "\n</svg>\n"
+        f'font-family="sans-serif" font-size="12"><text x="{LEFT}" y="15">{title}</text>\n'
+        + "\n".join(lines)
+        + "\n</svg>\n"
     )
 
 

@@ -369,3 +369,32 @@ def test_inline_a_block_of_another_thread_is_waited_for(path: Path) -> None:
         waiting.result(DEADLINE)
         assert rows(db) == [1, 2]
         assert not [thread for thread in threading.enumerate() if "writer" in thread.name]
+
+
+def test_a_thread_with_the_number_of_an_ended_one_is_not_inside_its_block(
+    db: DbWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system gives the numbers of ended threads to new ones."""
+    from onewriter import block
+
+    monkeypatch.setattr(block, "LOOK", 1.0)  # until then, nobody notices that the thread has ended
+    numbers, inside, blocks = [], [], []
+
+    def leave_open() -> None:
+        numbers.append(threading.get_ident())
+        open_block = db.transaction()
+        open_block.__enter__()
+        blocks.append(open_block)
+
+    def look() -> None:
+        numbers.append(threading.get_ident())
+        inside.append(db.in_writer())
+
+    for target in (leave_open, look):
+        thread = threading.Thread(target=target)
+        thread.start()
+        thread.join()
+    assert inside == [False]
+    if numbers[0] == numbers[1]:  # nearly always
+        db.run(INSERT, (1,), timeout=DEADLINE)
+        assert rows(db) == [1]

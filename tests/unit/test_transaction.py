@@ -12,7 +12,14 @@ from typing import Any
 import pytest
 
 from helpers import DEADLINE, parked
-from onewriter import DbWriter, ReentrantWriteError, Transaction, TransactionAbortedError, TransactionClosedError
+from onewriter import (
+    DbWriter,
+    ReentrantWriteError,
+    Ticket,
+    Transaction,
+    TransactionAbortedError,
+    TransactionClosedError,
+)
 
 INSERT = "INSERT INTO t VALUES (?)"
 
@@ -282,3 +289,32 @@ def test_an_idle_writer_keeps_nothing_of_its_last_job_alive(path: Any) -> None:
         db.run("SELECT 1")
         gc.collect()
         assert gone.wait(DEADLINE)
+
+
+def test_a_job_that_failed_keeps_its_error_when_the_others_cannot_run_again(path: Any) -> None:
+    """Something undoes the shared transaction, and somebody else takes the lock before its jobs run again."""
+    import contextlib
+
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as other:
+
+        def good(tx: Transaction) -> None:
+            tx.on_rollback(lambda: other.execute("BEGIN IMMEDIATE"))
+            tx.execute(INSERT, (2,))
+
+        def bad(tx: Transaction) -> None:
+            raise LookupError("its own")
+
+        with DbWriter(path, lock_timeout=0.05) as db:
+            db.run("CREATE TABLE t (n UNIQUE)")
+            db.run(INSERT, (1,))
+            with parked(db):
+                tickets: list[Ticket[Any]] = [
+                    db.enqueue(good),
+                    db.enqueue(bad),
+                    db.enqueue(lambda tx: tx.execute("INSERT OR ROLLBACK INTO t VALUES (1)") and None),
+                ]
+            errors = [ticket.exception(DEADLINE) for ticket in tickets]
+            other.execute("ROLLBACK")
+            assert [type(error) for error in errors] == [sqlite3.OperationalError, LookupError, sqlite3.IntegrityError]
+            db.run(INSERT, (3,))
+            assert rows(db) == [1, 3]
