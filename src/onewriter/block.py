@@ -27,10 +27,11 @@ class BlockJob(Job[None]):
     __slots__ = ("failed", "given_back", "granted", "max_hold", "thread", "transaction")
     alone = True
     lent = True
+    loud = False  # its own thread hears
     needs_savepoint = True
 
     def __init__(self, holder: Holder, label: str | None, max_hold: float, frame: types.FrameType) -> None:
-        super().__init__(holder, label or "transaction", frame)
+        super().__init__(holder, label or "transaction", frame, None)
         self.max_hold = max_hold
         self.thread = threading.current_thread()
         self.transaction: Transaction | None = None
@@ -59,7 +60,7 @@ class BlockJob(Job[None]):
         self.lend(tx)
         until = self.started_at + self.max_hold
         while not self.given_back.acquire(timeout=max(0.0, min(until - monotonic(), LOOK))):
-            self._holder.warn_if_slow()
+            self._holder.warn_if_slow(monotonic())
             if monotonic() >= until:
                 tx.take_back(TOO_LONG)
             elif not self.thread.is_alive():

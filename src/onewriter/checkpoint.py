@@ -8,8 +8,9 @@ from onewriter.connection import Settings
 from onewriter.readers import ReaderPool
 from onewriter.transaction import WriteSession
 
-OFTEN = 256  # commits, or some changed rows each, between two checkpoints
+OFTEN = 256  # commits, or some changed rows each, after which the first checkpoint comes
 ROWS = 8  # changed rows that count as much as a commit
+PAGES = 1000  # that the log is to have at a checkpoint, as in SQLite itself
 HOLD_BACK = 0.05  # seconds that new reads wait, at most, so that the log can begin anew
 
 
@@ -27,7 +28,8 @@ class Checkpoint(NamedTuple):
 class Checkpointer:
     """When, and how thoroughly. Belongs to the thread that is the writer.
 
-    By growth, not by the size of the file, which stays although the log begins anew after a complete checkpoint.
+    By growth, not by the size of the file, which stays although the log begins anew after a complete checkpoint. How
+    many pages the growth came to is known at each checkpoint only; it says how far off the next one may be.
     FULL and TRUNCATE, not PASSIVE: they take the write lock where it can be had, without which another process can
     commit meanwhile, which SQLite before 3.51.3 may answer with a damaged log (https://www.sqlite.org/wal.html).
     """
@@ -35,8 +37,8 @@ class Checkpointer:
     def __init__(self, settings: Settings, readers: ReaderPool) -> None:
         self._settings = settings
         self._readers = readers
-        self._growth = 0
-        self._changes = 0
+        self._growth = self._changes = 0
+        self._often = OFTEN
         self.last: Checkpoint | None = None
 
     @property
@@ -49,10 +51,13 @@ class Checkpointer:
         changes = session.connection.total_changes
         self._growth += 1 + abs(changes - self._changes) // ROWS
         self._changes = changes
-        if self._growth < OFTEN or not self._settings.checkpoints:
+        if self._growth < self._often or not self._settings.checkpoints:
             return
+        pages = max(1, self.run(session, "FULL").log)
+        wanted = min(PAGES, self._settings.wal_limit // session.page_size // 2)
+        self._often = max(OFTEN, min(4 * self._growth, self._growth * wanted // pages))
         self._growth = 1
-        if self.run(session, "FULL").log * session.page_size > self._settings.wal_limit:
+        if pages * session.page_size > self._settings.wal_limit:
             with self._readers.held_back(HOLD_BACK):
                 self.empty(session)
 

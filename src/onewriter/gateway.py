@@ -10,10 +10,10 @@ import shutil
 import sqlite3
 import sys
 import tempfile
-import threading
 import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from threading import get_ident
 from time import monotonic
 from typing import Any, Literal, Self, TypeAlias, TypeVar, overload
 
@@ -266,7 +266,9 @@ class DbWriter:
         """
         self._holder.refuse_endless_wait("run_without_transaction")
         return self._execute(
-            BareStatementJob(self._holder, check_sql(sql), capture(params), _check_label(label), sys._getframe(1)),
+            BareStatementJob(
+                self._holder, check_sql(sql), capture(params), _check_label(label), sys._getframe(1), False
+            ),
             timeout,
         )
 
@@ -348,14 +350,15 @@ class DbWriter:
         if timeout != 30.0:
             _check_timeout(timeout)
         holder = self._holder
-        loud = not holder.reporting or threading.get_ident() not in holder.reporting
-        bounded = not holder.is_mine()  # the thread that makes room does not wait for room
-        job: StatementJob | FunctionJob[Any]
+        # The thread that makes room does not wait for room.
+        bounded = get_ident() != holder.writer_thread and (holder.transaction is None or holder.current() is None)
+        job: Job[Any]
         if type(what) is str and label is None:
-            job = StatementJob(holder, what, capture(params), None, sys._getframe(1), loud, bounded)
+            job = StatementJob(holder, what, capture(params), None, sys._getframe(1), bounded)
         else:
-            job = self._job(what, params, label, None)
-            job.loud, job.bounded = loud, bounded
+            job = self._job(what, params, label, None, bounded)
+        if holder.reporting and get_ident() in holder.reporting:
+            job.add_done_callback(_say_nothing)  # a log handler's own job: telling its failure would call it again
         self._submit(job, timeout)
         return job
 
@@ -367,7 +370,7 @@ class DbWriter:
             ReentrantWriteError: called inside a job.
         """
         self._holder.refuse_endless_wait("flush")
-        self._execute(FlushJob(self._holder, "flush", sys._getframe(1)), timeout)
+        self._execute(FlushJob(self._holder, "flush", sys._getframe(1), None), timeout)
 
     # Reads ------------------------------------------------------------------------------------------------------------
 
@@ -534,19 +537,21 @@ class DbWriter:
 
     # Behind them ------------------------------------------------------------------------------------------------------
 
-    def _job(self, what: Any, params: Any, label: Label, foreign_keys: bool | None) -> StatementJob | FunctionJob[Any]:
+    def _job(
+        self, what: Any, params: Any, label: Label, foreign_keys: bool | None, bounded: bool = False
+    ) -> StatementJob | FunctionJob[Any]:
         if label is not None:
             _check_label(label)
         if isinstance(what, str):
             if foreign_keys is not None:
                 raise TypeError("foreign_keys goes with a function or run_script, not with one statement")
-            return StatementJob(self._holder, what, capture(params), label, sys._getframe(2))
+            return StatementJob(self._holder, what, capture(params), label, sys._getframe(2), bounded)
         if not callable(what):
             raise TypeError(f"a job is SQL (str) or a function of the Transaction, not {type(what).__name__}")
         _check_no_params(params)
         _check_foreign_keys(foreign_keys)
         check_function(what)
-        return FunctionJob(self._holder, what, label, sys._getframe(2), foreign_keys=foreign_keys)
+        return FunctionJob(self._holder, what, label, sys._getframe(2), foreign_keys=foreign_keys, bounded=bounded)
 
     def _execute(self, job: Job[T], timeout: Seconds) -> T:
         """Have a job done and return its result: by the writer, or here if this thread is inside a transaction."""
@@ -567,14 +572,15 @@ class DbWriter:
         try:
             in_time = wait_in_slices(wakeup, until, holder)
         except BaseException:  # Ctrl-C
-            job.cancel()
+            if not job.cancel():
+                job.leave_alone()
             raise
         if not in_time and not job.done():
             held_by = holder.describe()
             if job.cancel():
                 text = f"job {job.describe()} did not start within {timeout} s and is withdrawn: {held_by}"
                 raise WriteTimeoutError(text, ticket=job, started=False)
-            if job.make_loud():
+            if job.leave_alone():
                 text = f"job {job.describe()} did not finish within {timeout} s; it goes on: {held_by}"
                 raise WriteTimeoutError(text, ticket=job, started=True)
         return job.result()
@@ -619,6 +625,10 @@ class DbWriter:
                     )
             after.result()
         return deadline
+
+
+def _say_nothing(ticket: Ticket[Any]) -> None:
+    pass
 
 
 def _first_value(cursor: sqlite3.Cursor) -> Any:

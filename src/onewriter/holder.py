@@ -38,21 +38,24 @@ class Holder:
         self.writer_thread = 0
         self.reporting: set[int] = set()  # threads inside our log calls: failures of what they enqueue stay unlogged
         self.job: Job[Any] | None = None  # that runs now
-        self._transaction: Transaction | None = None
+        self.transaction: Transaction | None = None
         self._waiting: tuple[Job[Any], float] | None = None
 
     def enter(self, job: Job[Any], transaction: Transaction | None) -> None:
         self._warned = False
-        self.job, self._transaction = job, transaction
+        self.job, self.transaction = job, transaction
 
-    def leave(self) -> None:
-        self.warn_if_slow()
-        self.job = self._transaction = None
+    def leave(self) -> float:
+        """Returns the time."""
+        now = monotonic()
+        self.warn_if_slow(now)
+        self.job = self.transaction = None
+        return now
 
-    def warn_if_slow(self) -> None:
+    def warn_if_slow(self, now: float) -> None:
         """Name, once, the job that holds the writer longer than ``slow_after``."""
         job = self.job
-        if job is None or self._warned or monotonic() - job.started_at <= self.slow_after:
+        if job is None or self._warned or now - job.started_at <= self.slow_after:
             return
         with self.lock:
             first, self._warned = not self._warned, True
@@ -67,7 +70,7 @@ class Holder:
 
     def current(self) -> Transaction | None:
         """The open transaction that belongs to the calling thread, if there is one."""
-        transaction = self._transaction
+        transaction = self.transaction
         if transaction is None:
             if self.job is not None and self.writer_thread == threading.get_ident():
                 raise ReentrantWriteError(IN_STATEMENT)
@@ -83,7 +86,7 @@ class Holder:
         """Whether the calling thread is the writer thread or holds the open transaction."""
         if threading.get_ident() == self.writer_thread:
             return True
-        return self._transaction is not None and self.current() is not None
+        return self.transaction is not None and self.current() is not None
 
     def waits_endlessly(self) -> bool:
         """Whether the writer could not go on while this thread waits for it."""

@@ -74,13 +74,13 @@ class Ticket(Generic[T]):
         "_waiters",
         "created_at",
         "ended_at",
-        "loud",
         "started_at",
+        "work",
     )
     counted = True  # in the statistics
+    loud = True  # a failure that nobody waits for is logged and given to on_error
 
-    def __init__(self, holder: Holder, label: str, frame: types.FrameType) -> None:
-        frame = user_frame(frame)
+    def __init__(self, holder: Holder, label: str | None, frame: types.FrameType, work: Any) -> None:
         self._holder = holder
         self._label = label
         self._code, self._instruction = frame.f_code, frame.f_lasti
@@ -89,10 +89,10 @@ class Ticket(Generic[T]):
         self._error: BaseException | None = None
         self._waiters: list[Any] | None = None
         self._callbacks: list[Callable[[Ticket[T]], object]] | None = None
-        self._batch: Batch | None = None
-        self.loud = False  # nobody waits: a failure is logged and given to on_error
+        self.work = work  # what the job needs; dropped when it is over
         self.created_at = monotonic()
-        # _sequence, started_at and ended_at are set when there is something to say.
+        # These are set when there is something to say.
+        self._batch: Batch
         self._sequence: int
         self.started_at: float
         self.ended_at: float
@@ -104,7 +104,7 @@ class Ticket(Generic[T]):
     @property
     def label(self) -> str:
         """The job's name in logs and messages; default: the function's qualified name or the SQL's beginning."""
-        return self._label
+        return self._label or ""
 
     @property
     def called_from(self) -> str:
@@ -114,7 +114,7 @@ class Ticket(Generic[T]):
     @property
     def timings(self) -> Timings | None:
         """Seconds queued, waiting for SQLite's lock, running, and in COMMIT; None until the job is over."""
-        batch = self._batch
+        batch = getattr(self, "_batch", None)
         if batch is None:
             return None
         started = getattr(self, "started_at", self.created_at + batch.lock_wait)
@@ -157,7 +157,8 @@ class Ticket(Generic[T]):
             if self.counted:
                 self._holder.tally.count_cancelled(self.label)
             woken, self._waiters = self._waiters, None
-        self._drop_work()
+            work, self.work = self.work, None
+        del work  # not under the lock: it may have finalizers
         for wakeup in woken or ():
             wakeup.release()
         self.run_callbacks()
@@ -244,9 +245,6 @@ class Ticket(Generic[T]):
             for fn in callbacks:
                 contain(self._holder, fn, self)
 
-    def _drop_work(self) -> None:
-        pass
-
 
 class _TicketFuture(concurrent.futures.Future[T]):
     def __init__(self, ticket: Ticket[T]) -> None:
@@ -307,11 +305,11 @@ class Job(Ticket[T]):
         self._waiters = [wakeup]
         return wakeup
 
-    def make_loud(self) -> bool:
-        """Have a failure told loudly, since the caller no longer waits; False if the outcome is there already."""
+    def leave_alone(self) -> bool:
+        """Wait no more, so that a failure is told loudly; False if the outcome is there already."""
         with self._holder.lock:
-            self.loud, self._waiters = self._state < CANCELLED, None
-            return self.loud
+            self._waiters = None
+            return self._state < CANCELLED
 
     def set_outcome(self, result: Any, error: BaseException | None) -> None:
         """Keep the outcome; nobody sees it before ``settle``."""
@@ -327,17 +325,18 @@ def settle(jobs: Iterable[Job[Any]], holder: Holder, batch: Batch, commits: int)
 
     Returns the jobs that have callbacks, and the failed ones that nobody waits for: those have to be told loudly.
     """
-    settled, called, unheard, wakeups = [], [], [], []
+    called, unheard, wakeups, works = [], [], [], []
     tally = holder.tally
     with holder.lock:
         tally.commits += commits
         committed = tally.committed
         for job in jobs:
-            if job._state >= CANCELLED:
+            if job._state > RUNNING:
                 continue
             job._state = DONE
             job._batch = batch
-            settled.append(job)
+            works.append(job.work)
+            job.work = None
             if job._callbacks is not None:
                 called.append(job)
             if job._error is not None:
@@ -354,61 +353,44 @@ def settle(jobs: Iterable[Job[Any]], holder: Holder, batch: Batch, commits: int)
         tally.committed = committed
     for wakeup in wakeups:
         wakeup.release()
-    for job in settled:
-        job._drop_work()  # not under the lock: what goes here may have finalizers
-    return called, unheard
+    return called, unheard  # and only now does what the jobs worked with go: it may have finalizers
 
 
 class StatementJob(Job[Result]):
-    """One SQL statement."""
+    """One SQL statement; ``work`` is its parameters."""
 
-    __slots__ = ("bounded", "lastrowid", "parameters", "rowcount", "sql")
+    __slots__ = ("bounded", "sql")
 
     def __init__(
-        self,
-        holder: Holder,
-        sql: str,
-        parameters: Parameters,
-        label: str | None,
-        frame: types.FrameType,
-        loud: bool = False,
-        bounded: bool = False,
+        self, holder: Holder, sql: str, parameters: Parameters, label: str | None, frame: types.FrameType, bounded: bool
     ) -> None:
-        # Not super().__init__, and nothing twice: this is most of what enqueue does.
-        if frame.f_globals.get("__package__") == "onewriter":
-            frame = user_frame(frame)
+        # Not super().__init__, and nothing that can wait: this is most of what enqueue does.
         self._holder = holder
-        self._label = label or sql
+        self._label = label
         self._code, self._instruction = frame.f_code, frame.f_lasti
         self._state = PENDING
-        self._result = self._error = self._waiters = self._callbacks = self._batch = None
-        self.loud = loud
+        self._result = self._error = self._waiters = self._callbacks = None
         self.bounded = bounded
         self.created_at = monotonic()
         self.sql = sql
-        self.parameters = parameters
-        # What a plain INSERT leaves in place of a Result.
-        self.rowcount: int
-        self.lastrowid: int | None
+        self.work = parameters
 
     @property
     def label(self) -> str:
-        return self._label[:LABEL_LENGTH] if self._label is self.sql else self._label
+        return self._label or self.sql[:LABEL_LENGTH]
 
     def must_be_alone(self) -> bool:
         # A text that can roll the whole transaction back would make the jobs before it run again.
         return describe_sql(self.sql).isolated
 
     def perform(self, tx: Transaction) -> Result:
-        return tx.statement(self.sql, self.parameters)
+        return tx.statement(self.sql, self.work)
 
     def _value(self) -> Result:
-        if self._result is None:
-            self._result = Result([], self.rowcount, self.lastrowid, None)
+        # Of a plain INSERT of one row the writer leaves the rowid: perhaps nobody asks for more.
+        if type(self._result) is int:
+            self._result = Result([], 1, self._result, None)
         return cast(Result, self._result)
-
-    def _drop_work(self) -> None:
-        self.parameters = ()
 
 
 class BareStatementJob(StatementJob):
@@ -421,13 +403,13 @@ class BareStatementJob(StatementJob):
         return True
 
     def perform(self, tx: Transaction) -> Result:
-        return tx.bare_statement(self.sql, self.parameters)
+        return tx.bare_statement(self.sql, self.work)
 
 
 class FunctionJob(Job[T]):
-    """A function of the Transaction."""
+    """A function of the Transaction, which is its ``work``."""
 
-    __slots__ = ("alone", "bounded", "foreign_keys", "function")
+    __slots__ = ("alone", "bounded", "foreign_keys")
     needs_savepoint = True
 
     def __init__(
@@ -439,20 +421,19 @@ class FunctionJob(Job[T]):
         *,
         foreign_keys: bool | None = None,
         sql: str = "",
+        bounded: bool = False,
     ) -> None:
         """``sql``: the text that the function is there for, if it is."""
-        super().__init__(holder, label or sql[:LABEL_LENGTH] or name_of(function), frame)
-        self.alone = foreign_keys is not None or describe_sql(sql).isolated
-        self.bounded = False
+        super().__init__(holder, label or sql[:LABEL_LENGTH] or name_of(function), frame, function)
+        self.alone = foreign_keys is not None or (sql != "" and describe_sql(sql).isolated)
+        self.bounded = bounded
         self.foreign_keys = foreign_keys
-        self.function: Callable[[Transaction], T] | None = function
 
     def perform(self, tx: Transaction) -> T:
-        assert self.function is not None
-        return refuse_live(self.function(tx))
-
-    def _drop_work(self) -> None:
-        self.function = None
+        result: T = self.work(tx)
+        if isinstance(result, LIVE_RESULTS):
+            refuse_live(result)
+        return result
 
 
 class FlushJob(Job[None]):
@@ -460,7 +441,7 @@ class FlushJob(Job[None]):
 
     __slots__ = ()
     alone = True
-    counted = False
+    counted = loud = False
 
 
 def wait_in_slices(wakeup: Any, until: float, holder: Holder) -> bool:
@@ -470,7 +451,7 @@ def wait_in_slices(wakeup: Any, until: float, holder: Holder) -> bool:
         left = until - monotonic()
         if left <= 0.0:
             return False
-        holder.warn_if_slow()
+        holder.warn_if_slow(monotonic())
     return True
 
 
@@ -499,6 +480,8 @@ def check_function(function: Callable[..., object]) -> None:
 
 
 def name_of(function: Callable[..., object]) -> str:
+    if isinstance(function, types.FunctionType):
+        return function.__qualname__
     target = getattr(function, "func", function)  # functools.partial
     return str(getattr(target, "__qualname__", None) or type(target).__qualname__)
 

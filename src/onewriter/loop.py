@@ -10,7 +10,6 @@ import os
 import sqlite3
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from time import monotonic
 from types import TracebackType
 from typing import Any
@@ -34,14 +33,6 @@ GAP = 0.0015  # seconds
 LONGEST_HOLD = 0.05  # seconds after which a batch takes no further job
 # Whether the schema speaks of what undoes a whole transaction or is checked for a whole one; and of FAIL.
 RISKS = "max(lower(sql) LIKE '%rollback%' OR lower(sql) LIKE '%deferred%'), max(lower(sql) LIKE '%fail%')"
-
-
-@dataclass(slots=True)
-class Run:
-    """One run of one job inside a transaction; its outcome waits in the job until COMMIT."""
-
-    job: Job[Any]
-    transaction: Transaction
 
 
 class WriterLoop:
@@ -86,7 +77,7 @@ class WriterLoop:
         self._session: WriteSession | None = None
         self._pending: list[Job[Any]] = []
         self._next = 0
-        self._failed_runs: dict[Job[Any], Run | None] = {}  # they undid themselves before something undid all
+        self._failed_runs: dict[Job[Any], Transaction | None] = {}  # they undid themselves before something undid all
         self._savepoints_until = 0  # pending jobs before that place run again, each with a savepoint
         self._one_by_one_until = 0  # pending jobs before that place run again, each alone
         self._risky_schema = self._failing_schema = True
@@ -133,7 +124,8 @@ class WriterLoop:
             return
         job.start(monotonic())
         transaction = Transaction(session, job)
-        self._enter(session, job, transaction, savepoint=True)
+        self.holder.enter(job, transaction)
+        session.set_mark()
         transaction.limit(job.max_hold)
         job.lend(transaction)
 
@@ -141,11 +133,11 @@ class WriterLoop:
         assert self._session is not None
         assert job.transaction is not None
         error = job.transaction.overdue() or (BlockFailedError() if job.failed else None)
-        run = self._leave(self._session, job, job.transaction, None, error, savepoint=True)
+        self._leave(self._session, job.transaction, None, error, savepoint=True)
         if self._session.connection.in_transaction:
-            self._commit(self._session, [job], [run])
+            self._commit(self._session, [job], [job.transaction])
         else:
-            self._lost([job], [run])
+            self._lost([job], [job.transaction])
         self.write([])
         self._restore_settings()
 
@@ -226,7 +218,7 @@ class WriterLoop:
         done = self._perform_plain(session, jobs, until, share)
         if done is None:
             return
-        runs: list[Run] = []
+        runs: list[Transaction] = []
         for job in itertools.islice(self._pending, done, None):
             if jobs and not (share and not job.must_be_alone() and monotonic() < until and self._is_unchanged()):
                 break
@@ -254,18 +246,19 @@ class WriterLoop:
         if place < max(self._savepoints_until, self._one_by_one_until) or self._max_hold != math.inf:
             return place
         now, guard, holder, known = monotonic(), self._guard, self.holder, ""
-        lock, execute = holder.lock, session.executor.execute_for
+        lock, insert = holder.lock, session.executor.insert
         guard.mode, guard.refusal = Mode.JOB, None
         # What happens here happens for every queued statement: no calls that can be spared.
         try:
             for job in self._pending[place:]:
                 if type(job) is not StatementJob or now > until:
                     break
-                is_new = job.sql is not known
+                sql = job.sql
+                is_new = sql is not known
                 if is_new:
                     if job.must_be_alone():
                         break
-                    known = job.sql
+                    known = sql
                 place += 1
                 with lock:
                     if job._state > RUNNING:
@@ -275,7 +268,7 @@ class WriterLoop:
                 holder.job = job
                 jobs.append(job)
                 try:
-                    execute(job)
+                    job._result = insert(sql, job.work)
                 except BaseException as error:
                     if share and not session.executor.left_nothing(job.sql, error, self._failing_schema):
                         self._run_with_savepoints(jobs)
@@ -363,40 +356,38 @@ class WriterLoop:
             return False
         return not self._risky_schema
 
-    def _perform(self, session: WriteSession, job: Job[Any], undo_alone: bool) -> Run:
+    def _perform(self, session: WriteSession, job: Job[Any], undo_alone: bool) -> Transaction:
         """Run one job; if it fails, undo it alone where it shares the transaction."""
         transaction, result, failure = Transaction(session, job), None, None
         savepoint = undo_alone or job.needs_savepoint
         try:
-            self._enter(session, job, transaction, savepoint)
-            if not job.lent:
+            self.holder.enter(job, transaction)
+            if savepoint:
+                session.set_mark()
+            if self._max_hold != math.inf and not job.lent:
                 transaction.limit(self._max_hold)
             result = job.perform(transaction)
         except BaseException as error:
             failure = error
-        return self._leave(session, job, transaction, result, failure, savepoint)
-
-    def _enter(self, session: WriteSession, job: Job[Any], transaction: Transaction, savepoint: bool) -> None:
-        self.holder.enter(job, transaction)
-        if savepoint:
-            session.own(session.mark)
+        self._leave(session, transaction, result, failure, savepoint)
+        return transaction
 
     def _leave(
         self,
         session: WriteSession,
-        job: Job[Any],
         transaction: Transaction,
         result: Any,
         error: BaseException | None,
         savepoint: bool,
-    ) -> Run:
+    ) -> None:
+        job = transaction.job
         try:
             transaction.end()
-            self.holder.leave()
+            job.ended_at = self.holder.leave()
             if error is None:
                 self._check_end(session, job, transaction)
                 if savepoint:
-                    session.own(session.release)
+                    session.release_mark()
                 job.set_outcome(result, None)
         except Exception as failure:
             error = failure
@@ -404,8 +395,6 @@ class WriterLoop:
             self._fail(job, error)
             if savepoint and session.connection.in_transaction:
                 self._undo_job(session)
-        job.ended_at = monotonic()
-        return Run(job, transaction)
 
     def _check_end(self, session: WriteSession, job: Job[Any], transaction: Transaction) -> None:
         if not session.connection.in_transaction:
@@ -418,12 +407,12 @@ class WriterLoop:
 
     def _undo_job(self, session: WriteSession) -> None:
         try:
-            session.own(session.undo)
-            session.own(session.release)
+            session.undo_to_mark()
+            session.release_mark()
         except sqlite3.Error:
             self._roll_back()  # everything: the others run again
 
-    def _commit(self, session: WriteSession, jobs: list[Job[Any]], runs: list[Run]) -> None:
+    def _commit(self, session: WriteSession, jobs: list[Job[Any]], runs: list[Transaction]) -> None:
         kept = [job for job in jobs if job._error is None]
         if not kept:
             self._roll_back()
@@ -455,7 +444,7 @@ class WriterLoop:
             self._held = self._free = 0.0
 
     def _commit_failed(
-        self, session: WriteSession, jobs: list[Job[Any]], runs: list[Run], kept: list[Job[Any]], error: BaseException
+        self, session: WriteSession, jobs: list[Job[Any]], runs: list[Transaction], kept: list[Job[Any]], error: BaseException
     ) -> None:
         if leaves_open(error, session.connection.in_transaction):
             for job in kept:
@@ -473,14 +462,14 @@ class WriterLoop:
             self._fail(job, copy_of(error))
         self._settle(jobs, runs)
 
-    def _lost(self, jobs: list[Job[Any]], runs: list[Run]) -> None:
+    def _lost(self, jobs: list[Job[Any]], runs: list[Transaction]) -> None:
         """The transaction is gone, by what the last job did: it has its error, and the others run again."""
         if len(jobs) == 1:
             self._settle(jobs, runs)
         else:
             self._run_again(jobs, runs)
 
-    def _run_again(self, jobs: list[Job[Any]], runs: list[Run]) -> None:
+    def _run_again(self, jobs: list[Job[Any]], runs: list[Transaction]) -> None:
         """The shared transaction is undone: its jobs, still at the front, run again in order, each alone.
 
         Those that have failed do not run again: they had undone themselves, so what they saw is what they would see.
@@ -509,11 +498,11 @@ class WriterLoop:
         if not job.start(monotonic()):
             return
         self._batch = Batch()
-        runs: list[Run] = []
+        runs: list[Transaction] = []
         try:
             session = self._session or self.open()
             transaction = Transaction(session, job)
-            runs = [Run(job, transaction)]
+            runs = [transaction]
             self.holder.enter(job, transaction)
             self._guard.settings_touched = True
             try:
@@ -538,11 +527,12 @@ class WriterLoop:
         self.holder.note_corruption(error)
         job.set_outcome(None, error)
 
-    def _settle(self, jobs: list[Job[Any]], runs: list[Run], commits: int = 0) -> None:
+    def _settle(self, jobs: list[Job[Any]], runs: list[Transaction], commits: int = 0) -> None:
         """Make the outcomes visible, and then, with the lock free, call what waits for them."""
         called, unheard = settle(jobs, self.holder, self._batch, commits)
         for run in runs:
-            self._call_back(run, committed=run.job.failed_with is None)
+            if run.has_callbacks:
+                self._call_back(run, committed=run.job._error is None)
         for job in called:
             job.run_callbacks()
         for job in unheard:
@@ -550,10 +540,10 @@ class WriterLoop:
             if self._on_error is not None:
                 contain(self.holder, self._on_error, job)
 
-    def _call_back(self, run: Run, committed: bool) -> None:
+    def _call_back(self, run: Transaction, committed: bool) -> None:
         if run.job.lent:
             return  # its own thread does
-        for callback in run.transaction.callbacks(committed):
+        for callback in run.callbacks(committed):
             contain(self.holder, callback)
 
     def _withdraw(self, job: Job[Any]) -> bool:

@@ -101,7 +101,7 @@ class JobQueue(queue.Queue[Job[Any]]):
         with self.mutex:
             # popleft one by one: copying and clearing would lose what a finalizer puts in between.
             jobs = [self.queue.popleft() for _ in range(min(limit, len(self.queue)))]
-            self._bounded -= sum(job.bounded for job in jobs)
+            self._bounded -= sum([job.bounded for job in jobs])
             self._grant_room()
             return jobs
 

@@ -9,7 +9,7 @@ import itertools
 import re
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 
 Parameters: TypeAlias = tuple[Any, ...] | Mapping[str, Any]
 
@@ -191,15 +191,6 @@ def check_many(sql: str) -> None:
         )
 
 
-class Statement(Protocol):
-    sql: str
-    parameters: Parameters
-    rowcount: int
-    lastrowid: int | None
-
-    def set_outcome(self, result: Any, error: BaseException | None) -> None: ...
-
-
 class Executor:
     """Runs statements on one connection and gives Results. Belongs to the thread that holds the connection."""
 
@@ -211,6 +202,10 @@ class Executor:
 
     def execute(self, sql: str, parameters: Parameters) -> Result:
         """Run one statement to its end."""
+        result = self.insert(sql, parameters)
+        return Result([], 1, result, None) if type(result) is int else cast(Result, result)
+
+    def _execute(self, sql: str, parameters: Parameters) -> Result:
         cursor = self._cursor
         try:
             cursor.execute(sql, parameters)
@@ -231,29 +226,23 @@ class Executor:
             self._last_rowid = None  # an upsert has changed it, perhaps
         return Result(rows or [], rowcount, lastrowid, description)
 
-    def execute_for(self, job: Statement) -> None:
-        """Run the statement of ``job``; a plain INSERT without making objects that perhaps nobody asks for."""
-        sql = job.sql
+    def insert(self, sql: str, parameters: Parameters) -> Result | int:
+        """Run one statement, as ``execute``; where a plain INSERT adds one row, its rowid stands for the Result."""
         if sql is not self._known:
             text = describe_sql(sql)
             if not text.inserts or text.returning or text.behind_with:
-                job.set_outcome(self.execute(sql, job.parameters), None)
-                return
+                return self._execute(sql, parameters)
             self._known, self._table = sql, text.table
-        cursor, last_rowid = self._cursor, self._last_rowid
-        self._last_rowid = None
-        cursor.execute(sql, job.parameters)
-        job.rowcount, lastrowid = cursor.rowcount, cursor.lastrowid
-        if job.rowcount < 0:
-            job.rowcount = self._ask("SELECT changes()")
-        if lastrowid == last_rowid or last_rowid is None:
-            self._last_rowid = last_rowid
-            lastrowid = self._inserted(self._table, job.rowcount, lastrowid)
-        elif job.rowcount < 1:
-            self._last_rowid, lastrowid = lastrowid, None
-        else:
-            self._last_rowid = lastrowid
-        job.lastrowid = lastrowid
+        cursor, before = self._cursor, self._last_rowid
+        self._last_rowid = None  # if it fails
+        cursor.execute(sql, parameters)
+        rowid = cursor.lastrowid
+        if rowid != before and before is not None and cursor.rowcount == 1:  # so it is not left from an earlier one
+            self._last_rowid = rowid
+            return rowid or 0
+        self._last_rowid = before
+        rowcount = cursor.rowcount if cursor.rowcount >= 0 else self._ask("SELECT changes()")
+        return Result([], rowcount, self._inserted(self._table, rowcount, rowid), None)
 
     def forget_rowid(self) -> None:
         """Others use the connection too."""
@@ -262,7 +251,7 @@ class Executor:
     def execute_many(self, sql: str, rows: list[Parameters]) -> Result:
         text = describe_sql(sql)
         if text.behind_with and text.verb in CHANGING:  # of which sqlite3 counts nothing
-            return Result([], sum(self.execute(sql, row).rowcount for row in rows), None, None)
+            return Result([], sum(self._execute(sql, row).rowcount for row in rows), None, None)
         cursor = sqlite3.Connection.executemany(self._connection, sql, rows)
         self._last_rowid = None  # sqlite3 does not tell it after executemany
         try:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import sqlite3
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from threading import get_ident
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -51,8 +53,10 @@ class WriteSession:
         self._cursor.row_factory = None
         self._texts: dict[str, str] = {}  # of the gateway's own statements
         self.row_factory, self.text_factory = connection.row_factory, connection.text_factory
-        self.mark = f"SAVEPOINT {guard.mark}_0"  # around a job
-        self.release, self.undo = f"RELEASE {guard.mark}_0", f"ROLLBACK TO {guard.mark}_0"
+        self.lock = threading.Lock()  # held around every call into SQLite of a Transaction
+        self._mark, self._release, self._undo = (  # around a job
+            guard.own(f"{verb} {guard.mark}_0") for verb in ("SAVEPOINT", "RELEASE", "ROLLBACK TO")
+        )
         self.page_size: int = self.own("PRAGMA page_size")[0][0]
         names = [row[1] for row in self.own("PRAGMA database_list")]
         self.databases = [name.replace('"', '""') for name in names if name != "temp"]
@@ -70,6 +74,17 @@ class WriteSession:
         finally:
             guard.mode = mode
 
+    # These three are the gateway's own too; between two calls of a job the guard's mode is the gateway's.
+
+    def set_mark(self) -> None:
+        self._cursor.execute(self._mark)
+
+    def release_mark(self) -> None:
+        self._cursor.execute(self._release)
+
+    def undo_to_mark(self) -> None:
+        self._cursor.execute(self._undo)
+
     def restore_factories(self) -> None:
         self.connection.row_factory, self.connection.text_factory = self.row_factory, self.text_factory
 
@@ -81,27 +96,30 @@ class Transaction:
     ``TransactionClosedError``.
 
     States:  open → closed; ``_closed`` says why.
-    Locks:   _lock is held around every call into SQLite, so that whoever ends the loan never enters SQLite beside one.
+    Locks:   the session's lock is held around every call into SQLite, so that whoever ends the loan never enters SQLite
+             beside one.
     """
+
+    # Most jobs use none of these, and one of these objects is made for each job. What nested blocks share, the root has.
+    borrower: threading.Thread | None = None
+    _closed: str | None = None
+    _lent: LentConnection | None = None
+    _inside = False  # a call is under way: code that SQLite calls back must not use the connection
+    _until = math.inf
+    _read_until: float | None = None  # while nothing may be written
+    _ends_readonly = False
+    _watched = False
+    _depth = 0
+    _after_commit: list[Callback] = []  # noqa: RUF012 - never changed; a longer list takes its place
+    _after_rollback: list[Callback] = []  # noqa: RUF012
+    _undone: list[Callback] = []  # noqa: RUF012 - on_rollback of savepoints that were rolled back
+    has_callbacks = False
 
     def __init__(self, session: WriteSession, job: Job[Any], outer: Transaction | None = None) -> None:
         self.job = job
-        self.thread = threading.get_ident()
-        self.borrower: threading.Thread | None = None
+        self.thread = get_ident()
         self._session = session
-        self._root: Transaction = outer._root if outer else self  # has what nested blocks share
-        self._closed: str | None = None
-        self._lent: LentConnection | None = None
-        self._lock = threading.Lock()
-        self._inside = False  # a call is under way: code that SQLite calls back must not use the connection
-        self._until = math.inf
-        self._read_until: float | None = None  # while nothing may be written
-        self._ends_readonly = False
-        self._watched = False
-        self._depth = 0
-        self._after_commit: list[Callback] = []
-        self._after_rollback: list[Callback] = []
-        self._undone: list[Callback] = []  # on_rollback of savepoints that were rolled back
+        self._root: Transaction = outer._root if outer else self
 
     @property
     def label(self) -> str:
@@ -128,7 +146,9 @@ class Transaction:
             TransactionAbortedError: SQLite rolled back by itself earlier on. Rolled back.
             TransactionClosedError: the transaction has ended, or belongs to another thread.
         """
-        return self.call(self._session.executor.execute, check_sql(sql), capture(params))
+        if type(params) is not tuple:  # which needs no copy: it is bound now
+            params = capture(params)
+        return self.call(self._session.executor.execute, check_sql(sql), params)
 
     def executemany(self, sql: str, seq_of_params: Iterable[Any], /) -> Result:
         """Run one statement for each row of parameters; ``rowcount`` is that of all. RETURNING is refused."""
@@ -166,12 +186,19 @@ class Transaction:
     def on_commit(self, fn: Callback, /) -> None:
         """Call ``fn()`` once, after COMMIT, when the lock is free. Not if the transaction is rolled back."""
         self._check()
-        self._root._after_commit.append(_callable(fn))
+        self._root._keep_callback("_after_commit", fn)
 
     def on_rollback(self, fn: Callback, /) -> None:
         """Call ``fn()`` once, after the transaction, if this part of it was rolled back."""
         self._check()
-        self._root._after_rollback.append(_callable(fn))
+        self._root._keep_callback("_after_rollback", fn)
+
+    def _keep_callback(self, which: str, fn: Callback) -> None:
+        if not callable(fn):
+            raise TypeError(f"the callback must be callable, not {type(fn).__name__}")
+        if not self.has_callbacks:
+            self.has_callbacks, self._after_commit, self._after_rollback = True, [], []
+        getattr(self, which).append(fn)
 
     # What follows is for the gateway: parameters were checked and captured already.
 
@@ -223,20 +250,21 @@ class Transaction:
         """The same transaction as a nested block sees it: it has an end of its own."""
         return Transaction(self._session, self.job, outer=self)
 
-    def call(self, function: Callable[..., T], *args: Any, mode: Mode = Mode.JOB, **options: Any) -> T:
+    def call(self, function: Callable[..., T], *args: Any, mode: Mode = Mode.JOB) -> T:
         """Run one call into SQLite, if the loan still holds."""
         root, session = self._root, self._session
         guard = session.guard
-        self._check_thread()
-        with root._lock:
+        if self._closed is not None or root._closed is not None or root._inside or root.thread != get_ident():
+            self._check_thread()
+        with session.lock:
             # Looked at inside the lock: whoever takes the loan back closes it first, then waits for the lock.
-            if self._closed is not None or root._closed is not None or root._until < monotonic():
+            if self._closed is not None or root._closed is not None or (root._watched and root._until < monotonic()):
                 raise self.closed_error()
             if not session.connection.in_transaction and self.job.in_transaction:
                 raise self.aborted_error()
             guard.refusal, guard.mode, root._inside = None, mode, True
             try:
-                return function(*args, **options)
+                return function(*args)
             except sqlite3.Error as error:
                 self._explain(error)
                 raise
@@ -275,9 +303,9 @@ class Transaction:
     def take_back(self, why: str) -> None:
         """End the loan although a call may be under way; returns when none is inside SQLite any more."""
         self._closed = why
-        while not self._lock.acquire(timeout=NUDGE):
+        while not self._session.lock.acquire(timeout=NUDGE):
             self._session.connection.interrupt()
-        self._lock.release()
+        self._session.lock.release()
 
     def callbacks(self, committed: bool) -> list[Callback]:
         return self._undone + (self._after_commit if committed else self._after_rollback)
@@ -285,7 +313,7 @@ class Transaction:
     def undo(self) -> None:
         """Undo what this job or block has done so far; the transaction stays open."""
         self._forget_since((0, 0))
-        self._own(self._session.undo)
+        self.call(self._session.undo_to_mark, mode=Mode.GATEWAY)
 
     def overdue(self) -> TransactionClosedError | None:
         """The error of a block that has held the writer for too long, where no other thread takes it back."""
@@ -329,7 +357,7 @@ class Transaction:
         root = self._root
         if self._closed is not None or root._closed is not None:
             raise self.closed_error()
-        if root.thread != threading.get_ident():
+        if root.thread != get_ident():
             raise TransactionClosedError(f"the transaction of job {self.job.describe()} belongs to another thread")
         if root._inside:
             raise ReentrantWriteError(IN_STATEMENT)
@@ -351,9 +379,10 @@ class Transaction:
     def _forget_since(self, marks: tuple[int, int]) -> None:
         commits, rollbacks = marks
         root = self._root
-        del root._after_commit[commits:]
-        root._undone += root._after_rollback[rollbacks:]
-        del root._after_rollback[rollbacks:]
+        if root.has_callbacks:
+            del root._after_commit[commits:]
+            root._undone = root._undone + root._after_rollback[rollbacks:]
+            del root._after_rollback[rollbacks:]
 
 
 class _WriteLoan:
@@ -368,7 +397,7 @@ class _WriteLoan:
 
     def call(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
         self._session.executor.forget_rowid()
-        return self._transaction.call(function, *args, mode=Mode.LENT, **options)
+        return self._transaction.call(functools.partial(function, *args, **options), mode=Mode.LENT)
 
 
 def check_sql(sql: object) -> str:
@@ -376,8 +405,3 @@ def check_sql(sql: object) -> str:
         raise TypeError(f"the SQL must be a str, not {type(sql).__name__}")
     return sql
 
-
-def _callable(fn: Callback) -> Callback:
-    if not callable(fn):
-        raise TypeError(f"the callback must be callable, not {type(fn).__name__}")
-    return fn
