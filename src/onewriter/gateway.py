@@ -23,6 +23,7 @@ from onewriter.connection import Settings, check_path, check_pragmas, refuse_old
 from onewriter.driver import Driver, InlineDriver, ThreadDriver
 from onewriter.errors import ReadTimeoutError, ReentrantWriteError, WriteTimeoutError
 from onewriter.job import (
+    NOT_PLAIN,
     BareStatementJob,
     FlushJob,
     FunctionJob,
@@ -355,6 +356,10 @@ class DbWriter:
         job: Job[Any]
         if type(what) is str and label is None:
             job = StatementJob(holder, what, capture(params), None, sys._getframe(1), bounded)
+        elif type(what) is types.FunctionType and type(params) is tuple and not params and label is None:
+            if what.__code__.co_flags & NOT_PLAIN:
+                check_function(what)
+            job = FunctionJob(holder, what, what.__qualname__, sys._getframe(1), bounded=bounded)
         else:
             job = self._job(what, params, label, None, bounded)
         if holder.reporting and get_ident() in holder.reporting:

@@ -219,14 +219,16 @@ class WriterLoop:
         if done is None:
             return
         runs: list[Transaction] = []
+        connection, now = session.connection, monotonic()
         for job in itertools.islice(self._pending, done, None):
-            if jobs and not (share and not job.must_be_alone() and monotonic() < until and self._is_unchanged()):
+            if jobs and not (share and now < until and not job.must_be_alone() and self._is_unchanged()):
                 break
-            if not job.start(monotonic()):
+            if not job.start(now):
                 continue
             jobs.append(job)
             runs.append(self._perform(session, job, undo_alone=share))
-            if not session.connection.in_transaction:
+            now = job.ended_at
+            if not connection.in_transaction:
                 self._lost(jobs, runs)
                 return
         self._commit(session, jobs, runs)
@@ -373,17 +375,12 @@ class WriterLoop:
         return transaction
 
     def _leave(
-        self,
-        session: WriteSession,
-        transaction: Transaction,
-        result: Any,
-        error: BaseException | None,
-        savepoint: bool,
+        self, session: WriteSession, transaction: Transaction, result: Any, error: BaseException | None, savepoint: bool
     ) -> None:
         job = transaction.job
+        job.ended_at = self.holder.leave()
         try:
             transaction.end()
-            job.ended_at = self.holder.leave()
             if error is None:
                 self._check_end(session, job, transaction)
                 if savepoint:
@@ -444,7 +441,12 @@ class WriterLoop:
             self._held = self._free = 0.0
 
     def _commit_failed(
-        self, session: WriteSession, jobs: list[Job[Any]], runs: list[Transaction], kept: list[Job[Any]], error: BaseException
+        self,
+        session: WriteSession,
+        jobs: list[Job[Any]],
+        runs: list[Transaction],
+        kept: list[Job[Any]],
+        error: BaseException,
     ) -> None:
         if leaves_open(error, session.connection.in_transaction):
             for job in kept:

@@ -41,9 +41,11 @@ class JobQueue(queue.Queue[Job[Any]]):
             QueueFullError: no room in time. Not committed.
             WriterClosedError, WriterBrokenError: refused. Not committed.
         """
+        bounded = item.bounded
         with self.mutex:
-            if self._refusal is None and (not item.bounded or (self._bounded < self.maxsize and not self._room)):
-                self._bounded += item.bounded
+            if self._refusal is None and (not bounded or (self._bounded < self.maxsize and not self._room)):
+                if bounded:
+                    self._bounded += 1
                 self.queue.append(item)
                 if not self._asleep:
                     return

@@ -100,7 +100,7 @@ class Transaction:
              beside one.
     """
 
-    # Most jobs use none of these, and one of these objects is made for each job. What nested blocks share, the root has.
+    # Most jobs use none of these, and there is a Transaction for each job. What nested blocks share, the root has.
     borrower: threading.Thread | None = None
     _closed: str | None = None
     _lent: LentConnection | None = None
@@ -404,4 +404,3 @@ def check_sql(sql: object) -> str:
     if not isinstance(sql, str):
         raise TypeError(f"the SQL must be a str, not {type(sql).__name__}")
     return sql
-

@@ -215,21 +215,37 @@ def read(folder: Path, synchronous: str, count: int) -> float:
         return timed(count, lambda: [db.read(sql, (n % 1000,)) and None for n in range(count)])
 
 
-def peewee_queue(folder: Path, synchronous: str, count: int) -> float:
+@contextlib.contextmanager
+def peewee(folder: Path, synchronous: str) -> Iterator[Any]:
     from playhouse.sqliteq import SqliteQueueDatabase  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
     pragmas = {"journal_mode": "wal", "synchronous": synchronous}
     db = SqliteQueueDatabase(str(folder / "peewee.db"), pragmas=pragmas, use_gevent=False)
     db.execute_sql(CREATE)
-
-    def work() -> None:
-        for cursor in [db.execute_sql(INSERT, ROW) for _ in range(count)]:
-            cursor._wait()
-
     try:
-        return timed(count, work)
+        yield db
     finally:
         db.stop()
+
+
+def peewee_queue(folder: Path, synchronous: str, count: int) -> float:
+    with peewee(folder, synchronous) as db:
+
+        def work() -> None:
+            for cursor in [db.execute_sql(INSERT, ROW) for _ in range(count)]:
+                cursor._wait()
+
+        return timed(count, work)
+
+
+def peewee_waiting(folder: Path, synchronous: str, count: int) -> float:
+    with peewee(folder, synchronous) as db:
+
+        def work(each: int) -> None:
+            for _ in range(each):
+                db.execute_sql(INSERT, ROW)._wait()
+
+        return timed(count, in_threads(16, count, work))
 
 
 def aiosqlite_tasks(folder: Path, synchronous: str, count: int) -> float:
@@ -293,6 +309,7 @@ CONTESTANTS: list[tuple[str, Measure, int, str, str]] = [
     ("one connection and a lock, 16 threads", one_and_a_lock(16), 2_000, "", ""),
     ("connection per thread, 16 threads", connection_each(16), 2_000, "one connection and a lock, 16 threads", ""),
     ("run, 16 threads", run(16), 8_000, "one connection and a lock, 16 threads", ""),
+    ("peewee's queue, 16 threads that wait", peewee_waiting, 2_000, "run, 16 threads", "playhouse.sqliteq"),
     ("one connection and a lock, 64 threads", one_and_a_lock(64), 2_000, "", ""),
     ("run, 64 threads", run(64), 12_800, "one connection and a lock, 64 threads", ""),
     ("aiosqlite, 64 tasks", aiosqlite_tasks, 3_200, "", "aiosqlite"),
@@ -378,10 +395,14 @@ def compare(synchronous: str, rounds: int, scale: float, only: str) -> dict[str,
     found: dict[str, list[float]] = {name: [] for name, _, _ in taking_part}
     for number in range(rounds):
         for name, measure, count in taking_part:
-            print(f"\r{synchronous}, round {number + 1} of {rounds}: {name:<50}", end="", file=sys.stderr, flush=True)
+            if sys.stderr.isatty():
+                print(
+                    f"\r{synchronous}, round {number + 1} of {rounds}: {name:<50}", end="", file=sys.stderr, flush=True
+                )
             with tempfile.TemporaryDirectory() as folder:
                 found[name].append(measure(Path(folder), synchronous, max(64, int(count * scale))))
-    print("\r" + " " * 90 + "\r", end="", file=sys.stderr)
+    if sys.stderr.isatty():
+        print("\r" + " " * 90 + "\r", end="", file=sys.stderr)
     return {name: statistics.median(values) for name, values in found.items()}
 
 
