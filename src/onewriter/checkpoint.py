@@ -17,12 +17,15 @@ HOLD_BACK = 0.05  # seconds that new reads wait, at most, so that the log can be
 class Checkpoint(NamedTuple):
     """What a checkpoint did; https://www.sqlite.org/pragma.html#pragma_wal_checkpoint
 
-    ``busy``: somebody was in the way, so that it is not complete. ``log``, ``done``: pages in the log, and copied.
+    Attributes:
+        busy: somebody was in the way, so that it is not complete.
+        log: pages in the log; -1 in the rollback-journal modes, which have none.
+        checkpointed: pages of it that are in the database file.
     """
 
     busy: bool
     log: int
-    done: int
+    checkpointed: int
 
 
 class Checkpointer:
@@ -66,7 +69,15 @@ class Checkpointer:
         if not self.run(session, "TRUNCATE").busy:
             self._growth = 0
 
+    def ask_for(self, session: WriteSession, mode: str) -> Checkpoint:
+        """What a user has asked for."""
+        with self._readers.held_back(HOLD_BACK if mode in ("RESTART", "TRUNCATE") else 0.0):
+            found = self.run(session, mode)
+        if mode == "TRUNCATE" and not found.busy:
+            self._growth = 0
+        return found
+
     def run(self, session: WriteSession, mode: str) -> Checkpoint:
-        busy, log, done = session.own(f"PRAGMA wal_checkpoint({mode})")[0]
-        self.last = Checkpoint(bool(busy), log, done)
+        busy, log, checkpointed = session.own(f"PRAGMA wal_checkpoint({mode})")[0]
+        self.last = Checkpoint(bool(busy), log, checkpointed)
         return self.last

@@ -207,6 +207,11 @@ def _writer(settings: Settings, guard: Guard) -> sqlite3.Connection:
         return connection
 
 
+def open_new(path: str) -> sqlite3.Connection:
+    """A plain connection to a file that is to be made, for a copy."""
+    return sqlite3.connect(path, isolation_level=None)
+
+
 def _connect(settings: Settings, mode: str) -> sqlite3.Connection:
     # as_uri escapes what a URI would take for its own: # ? %. The busy timeout is 0, because neither interrupt()
     # nor close can end a wait inside SQLite; the policy does the waiting.

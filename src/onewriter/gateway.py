@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import os
@@ -18,14 +19,16 @@ from time import monotonic
 from typing import Any, Literal, Self, TypeAlias, TypeVar, overload
 
 from onewriter import exit as at_exit
+from onewriter.backup import check_backup, copy
 from onewriter.block import BlockJob
+from onewriter.checkpoint import Checkpoint
 from onewriter.connection import Settings, check_path, check_pragmas, refuse_old_sqlite
 from onewriter.driver import Driver, InlineDriver, ThreadDriver
 from onewriter.errors import ReadTimeoutError, ReentrantWriteError, WriteTimeoutError
 from onewriter.job import (
     NOT_PLAIN,
     BareStatementJob,
-    FlushJob,
+    ControlJob,
     FunctionJob,
     Job,
     StatementJob,
@@ -52,6 +55,7 @@ After: TypeAlias = Ticket[Any] | None
 GRACE = 0.25  # seconds that close leaves a writer whose wait for SQLite's lock it has just ended
 SYNCHRONOUS = ("OFF", "NORMAL", "FULL", "EXTRA")
 JOURNAL_MODES = ("WAL", "DELETE", "TRUNCATE", "PERSIST")
+CHECKPOINTS = ("PASSIVE", "FULL", "RESTART", "TRUNCATE")
 
 
 class DbWriter:
@@ -157,6 +161,7 @@ class DbWriter:
         self._max_hold = max_hold
         self._submit = driver.submit
         self._holder = loop.holder
+        self._readers = loop.readers
         self._journal_mode = journal_mode
         at_exit.drain_at_exit(loop, driver)
         if twins:
@@ -375,7 +380,7 @@ class DbWriter:
             ReentrantWriteError: called inside a job.
         """
         self._holder.refuse_endless_wait("flush")
-        self._execute(FlushJob(self._holder, "flush", sys._getframe(1), None), timeout)
+        self._execute(ControlJob(self._holder, "flush", sys._getframe(1), None), timeout)
 
     # Reads ------------------------------------------------------------------------------------------------------------
 
@@ -418,7 +423,13 @@ class DbWriter:
             What ``after`` failed with; ValueError if it is another gateway's.
         """
         if isinstance(what, str):
-            return self._read(what, capture(params), label, timeout, after, sqlite3.Cursor.fetchall)
+            if type(params) is not tuple:  # which needs no copy: it is bound now
+                params = capture(params)
+            holder = self._holder
+            outside = holder.transaction is None and get_ident() != holder.writer_thread
+            if outside and label is None and timeout == 30.0 and after is None:
+                return self._readers.read(what, params, sqlite3.Cursor.fetchall, what, monotonic() + 30.0)
+            return self._read(what, params, label, timeout, after, sqlite3.Cursor.fetchall)
         if not callable(what):
             raise TypeError(f"a read is SQL (str) or a function of the connection, not {type(what).__name__}")
         _check_no_params(params)
@@ -428,7 +439,7 @@ class DbWriter:
         if transaction is not None:
             with transaction.readonly(deadline):
                 return refuse_live(what(transaction.connection))
-        return self._loop.readers.call(what, label or name_of(what), deadline)
+        return self._readers.call(what, repr(label or name_of(what)), deadline)
 
     def read_one(
         self, sql: str, params: Any = (), /, *, label: Label = None, timeout: Seconds = 30.0, after: After = None
@@ -459,16 +470,16 @@ class DbWriter:
         """
         _check_label(label)
         _check_timeout(timeout)
-        return self._reader(label or f"reader() in {called_from(sys._getframe(1))}", timeout, after)
+        return self._reader(repr(label) if label else f"reader() in {called_from(sys._getframe(1))}", timeout, after)
 
     @contextlib.contextmanager
     def _reader(self, label: str, timeout: Seconds, after: After) -> Iterator[sqlite3.Connection]:
         deadline = self._wait_for(after, timeout, label)
-        outer = self._loop.readers.current()
+        outer = self._readers.current()
         if outer is not None:
             yield outer.lent
             return
-        with self._loop.readers.snapshot(label, deadline, limited=False) as snapshot:
+        with self._readers.snapshot(label, deadline, limited=False) as snapshot:
             self._loop.queue.poke()  # an idle writer watches for slow readers
             yield snapshot.lent
 
@@ -497,6 +508,56 @@ class DbWriter:
     def in_writer(self) -> bool:
         """Whether the calling thread is inside a job of this gateway."""
         return self._holder.is_mine()
+
+    def checkpoint(
+        self, mode: Literal["PASSIVE", "FULL", "RESTART", "TRUNCATE"] = "TRUNCATE", *, timeout: Seconds = 30.0
+    ) -> Checkpoint:
+        """Copy the write-ahead log into the database file, now, and say what came of it.
+
+        The gateway does so by itself, unless ``auto_checkpoint`` is False. New reads wait for at most 50 ms, so that
+        the log can begin anew; ``busy`` in the answer says that somebody was in the way all the same.
+
+        Args:
+            mode: https://www.sqlite.org/pragma.html#pragma_wal_checkpoint
+            timeout: seconds to wait for the writer; None: for ever.
+
+        Raises:
+            WriteTimeoutError: it was not its turn in time.
+            ReentrantWriteError: called inside a job.
+        """
+        _check_choice("mode", mode, CHECKPOINTS)
+        self._holder.refuse_endless_wait("checkpoint")
+        work = functools.partial(self._loop.checkpoint, mode)
+        return self._execute(ControlJob(self._holder, "checkpoint", sys._getframe(1), work), timeout)
+
+    def backup(
+        self,
+        target: str | bytes | os.PathLike[Any] | sqlite3.Connection,
+        *,
+        progress: Callable[[int, int, int], object] | None = None,
+        pages: int = -1,
+    ) -> None:
+        """Copy the database as it is now, while it is read and written.
+
+        Blocks the calling thread only, through a connection of its own. In the rollback-journal modes a COMMIT waits
+        for it, as for every reader. A path appears when the copy is complete, taking the place of what was there.
+
+        Args:
+            target: a path, or an open ``sqlite3.Connection``.
+            progress: called with (status, remaining pages, all pages) after each step, as in ``sqlite3``.
+            pages: pages for each step; -1: all in one.
+
+        Raises:
+            ValueError, TypeError: a target that cannot be meant: the database itself, or one that is in use.
+            sqlite3.Error, OSError: what SQLite or the file system raised. The target is as it was.
+            ReentrantWriteError: called inside a job.
+            What ``progress`` raised: The target is as it was.
+        """
+        self._holder.refuse_endless_wait("backup")
+        check_backup(target, progress, pages)
+        with self._readers.extra(f"backup() in {called_from(sys._getframe(1))}") as source:
+            self._loop.queue.poke()  # an idle writer watches for slow readers
+            copy(source, target, progress, pages)
 
     def stats(self) -> Stats:
         """Counts of this moment."""
@@ -603,12 +664,12 @@ class DbWriter:
         transaction = self._transaction_to_read()
         if transaction is not None:
             return transaction.query(sql, parameters, fetch, deadline)
-        return self._loop.readers.read(sql, parameters, fetch, label or sql, deadline)
+        return self._readers.read(sql, parameters, fetch, f"{label!r} ({sql})" if label else sql, deadline)
 
     def _transaction_to_read(self) -> Transaction | None:
         """The calling thread's open transaction, unless it has opened a reader inside it."""
         transaction = self._holder.current()
-        return None if transaction is None or self._loop.readers.current() is not None else transaction
+        return None if transaction is None or self._readers.current() is not None else transaction
 
     def _wait_for(self, after: After, timeout: Seconds, label: Label) -> float:
         """Wait until the write ``after`` is committed; returns the deadline of the read."""

@@ -436,12 +436,15 @@ class FunctionJob(Job[T]):
         return result
 
 
-class FlushJob(Job[None]):
-    """Nothing to do: its place in the queue is the point."""
+class ControlJob(Job[T]):
+    """No write: a function that the writer calls between two transactions, or, for flush, only a place in the queue."""
 
     __slots__ = ()
     alone = True
     counted = loud = False
+
+    def call(self) -> T | None:
+        return None if self.work is None else cast(T, self.work())
 
 
 def wait_in_slices(wakeup: Any, until: float, holder: Holder) -> bool:

@@ -15,12 +15,13 @@ from types import TracebackType
 from typing import Any
 
 from onewriter.block import BlockFailedError, BlockJob
-from onewriter.checkpoint import Checkpointer
+from onewriter.checkpoint import Checkpoint, Checkpointer
 from onewriter.connection import Settings, configure, open_writer, set_pragma
 from onewriter.errors import CommitUnknownError, WriterClosedError
+from onewriter.file import DatabaseFile, FileMovedError, keep_for_ever
 from onewriter.guard import Guard, Mode
 from onewriter.holder import Holder, broken_error
-from onewriter.job import RUNNING, BareStatementJob, Batch, FlushJob, Job, StatementJob, Ticket, settle
+from onewriter.job import RUNNING, BareStatementJob, Batch, ControlJob, Job, StatementJob, Ticket, settle
 from onewriter.log import contain, report
 from onewriter.queue import JobQueue
 from onewriter.readers import ReaderPool
@@ -60,7 +61,8 @@ class WriterLoop:
         self.lock_timeout = settings.lock_timeout
         self.holder = Holder(slow_after)
         self.queue = JobQueue(maxsize, self.holder)
-        self.readers = ReaderPool(settings, readers, self.holder)
+        self.file = DatabaseFile(settings.path)
+        self.readers = ReaderPool(settings, readers, self.holder, self.file)
         self.drained = threading.Event()  # every accepted job has its outcome, and no other comes
         self.leaving = False  # set at exit: a lock that is not to be had ends the drain
         self.withdrawn: list[str] = []  # labels of what the writer itself withdrew
@@ -95,10 +97,7 @@ class WriterLoop:
 
     def is_on(self, file: os.stat_result) -> bool:
         """Whether ``file`` is this writer's database."""
-        try:
-            return os.path.samestat(os.stat(self._settings.path), file)
-        except OSError:
-            return False
+        return self.file.identity == (file.st_dev, file.st_ino)
 
     def unfinished(self) -> list[str]:
         """The labels of the jobs that have no outcome yet."""
@@ -117,6 +116,8 @@ class WriterLoop:
     def begin_block(self, job: BlockJob) -> None:
         """Begin a block that runs in the thread that is the writer; it is lent, or has its outcome."""
         self._pending = [job]
+        if self._is_moved():
+            return
         try:
             session = self._begin(job)
         except BaseException as error:
@@ -164,6 +165,8 @@ class WriterLoop:
         self.drained.set()
         contain(self.holder, self.readers.close)  # before the writer: the last to close tidies up, if it may write
         self._roll_back()
+        if self.holder.broken is None:
+            self._is_moved()
         if self._settings.checkpoints and self.holder.broken is None:
             self._checkpoint(self._checkpointer.empty)
         self._drop_session()
@@ -176,9 +179,15 @@ class WriterLoop:
             except sqlite3.Error as error:
                 report(self.holder, logging.WARNING, "%s: a checkpoint failed: %s", self.label, error)
 
+    def checkpoint(self, mode: str) -> Checkpoint:
+        """For ``ControlJob``."""
+        return self._checkpointer.ask_for(self._session or self.open(), mode)
+
     def open(self) -> WriteSession:
         """Open the write connection."""
+        self.file.check()  # SQLite would create it anew
         connection = open_writer(self._settings, self._guard, self._policy, self._tell_waiting)
+        self.file.remember()
         self._session = WriteSession(connection, self._guard)
         self._guard.schema_changed = True
         return self._session
@@ -195,10 +204,12 @@ class WriterLoop:
         if first in self._failed_runs:
             run = self._failed_runs.pop(first)
             self._settle([first], [] if run is None else [run])
+        elif self.holder.broken is None and self._is_moved():
+            return
         elif self._stop.is_set() and not first.running():
             self.withdrawn += [first.label] * self._withdraw(first)
-        elif isinstance(first, FlushJob):
-            self._settle([first], [])
+        elif isinstance(first, ControlJob):
+            self._control(first)
         elif isinstance(first, BareStatementJob):
             self._write_bare(first)
         else:
@@ -333,7 +344,7 @@ class WriterLoop:
         waiting = [
             job
             for job in self._pending
-            if not (job.done() or job in self._failed_runs or isinstance(job, BareStatementJob | FlushJob))
+            if not (job.done() or job in self._failed_runs or isinstance(job, BareStatementJob | ControlJob))
             and not (ended and not job.running())
         ]
         for job in waiting:
@@ -495,6 +506,17 @@ class WriterLoop:
             except sqlite3.Error:
                 self._drop_session()
 
+    def _control(self, job: ControlJob[Any]) -> None:
+        if not job.start(monotonic()):
+            return
+        self.holder.enter(job, None)
+        try:
+            job.set_outcome(job.call(), None)
+        except BaseException as error:
+            self._fail(job, error)
+        job.ended_at = self.holder.leave()
+        self._settle([job], [])
+
     def _write_bare(self, job: BareStatementJob) -> None:
         """Run a statement outside any transaction, again while it meets BUSY, which leaves it undone."""
         if not job.start(monotonic()):
@@ -551,6 +573,16 @@ class WriterLoop:
     def _withdraw(self, job: Job[Any]) -> bool:
         return not job.done() and job.withdraw(WithdrawnError(f"closed before job {job.describe()} started"))
 
+    def _is_moved(self) -> bool:
+        """Look, at times, whether the file is still there; if not, the gateway is out of service."""
+        try:
+            self.file.check_at_times(math.inf if self.drained.is_set() else monotonic())
+        except FileMovedError as error:
+            report(self.holder, logging.CRITICAL, "%s: %s", self.label, error)
+            self._break(error)
+            return True
+        return False
+
     def _break(self, cause: BaseException) -> None:
         """Out of service: everything that waits, and everything later, fails at once."""
         self.holder.health = f"broken: {cause}"
@@ -576,7 +608,12 @@ class WriterLoop:
     def _drop_session(self) -> None:
         """Close the connection, which rolls back; the next job opens another."""
         session, self._session = self._session, None
-        if session is not None:
+        if session is None:
+            return
+        if isinstance(self.holder.broken, FileMovedError):
+            # Closing would delete "…-wal" by its name, and another database may have that name by now.
+            keep_for_ever(session.connection)
+        else:
             session.connection.close()
 
     def _tell_waiting(self, level: int, text: str) -> None:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from onewriter.connection import Settings, open_reader
 from onewriter.errors import ReadTimeoutError
+from onewriter.file import DatabaseFile
 from onewriter.guard import ReadGuard
 from onewriter.holder import Holder
 from onewriter.job import refuse_live
@@ -38,7 +39,7 @@ class Reader:
         self.deadline = math.inf
         self.label, self.since, self.is_named = "", 0.0, False  # of the loan; named: a warning was given
         self._guard = guard
-        self._is_pinned = False
+        self.is_pinned = False
         self._policy = policy
         self._row_factory, self._text_factory = connection.row_factory, connection.text_factory
         # Not interrupt(): one that comes late would hit the next borrower's statement.
@@ -67,14 +68,14 @@ class Reader:
             except sqlite3.OperationalError as again:
                 late = again
         if self._is_late() and (is_busy(late) or getattr(late, "sqlite_errorcode", 0) == sqlite3.SQLITE_INTERRUPT):
-            raise ReadTimeoutError(f"{label!r} did not end in time") from late
+            raise ReadTimeoutError(f"{label} did not end in time") from late
         raise late
 
     def pin(self) -> None:
         """Begin a transaction that sees this moment until ``clean``."""
         self._own("BEGIN")
         self._own("PRAGMA schema_version")  # BEGIN alone pins no snapshot: the first read does
-        self._is_pinned = True
+        self.is_pinned = True
 
     def _own(self, sql: str) -> None:
         self._guard.is_own = True
@@ -85,9 +86,8 @@ class Reader:
 
     def clean(self) -> None:
         """Be as new for the next borrower, whatever the last one did."""
-        self.deadline = math.inf
-        if self._is_pinned:
-            self._is_pinned = False
+        if self.is_pinned:
+            self.is_pinned = False
             self.connection.row_factory, self.connection.text_factory = self._row_factory, self._text_factory
         if self.connection.in_transaction:
             self._own("ROLLBACK")
@@ -131,21 +131,24 @@ class ReaderPool:
     Threads: any.
     """
 
-    def __init__(self, settings: Settings, size: int, holder: Holder) -> None:
+    def __init__(self, settings: Settings, size: int, holder: Holder, file: DatabaseFile) -> None:
         self._settings = settings
+        self._file = file
         self._size = size
         self._holder = holder
         self._stop = threading.Event()
         self._lock = threading.RLock()  # a finalizer or signal handler may read while its thread is inside
         self._idle: list[Reader] = []
         self._count = 0  # idle or lent
+        self._extras = 0  # lent beside them
         self._waiting: deque[_Waiter] = deque()
         self._lent: set[Reader] = set()
+        self._snapshots = 0  # open ones, of all threads: most reads need not look for one of their thread
         self._local = threading.local()
         self._closed = False
         self._all_back = threading.Event()
-        self._open_again = threading.Event()  # cleared while new loans are held back
-        self._open_again.set()
+        self._holds_back = False  # new loans wait for the event
+        self._open_again = threading.Event()
         self._returned = threading.Event()
 
     @contextlib.contextmanager
@@ -176,9 +179,13 @@ class ReaderPool:
             snapshot = Snapshot(reader, self._holder.current())
             stack = self._stack()
             stack.append(snapshot)
+            with self._lock:
+                self._snapshots += 1
             try:
                 yield snapshot
             finally:
+                with self._lock:
+                    self._snapshots -= 1
                 stack.remove(snapshot)  # of the thread that entered, which need not be this one
                 snapshot.end()
                 snapshot.lent.close_cursors()
@@ -191,12 +198,16 @@ class ReaderPool:
         return None
 
     def read(self, sql: str, parameters: Parameters, fetch: Fetch[T], label: str, deadline: float) -> T:
-        snapshot = self.current()
+        snapshot = self.current() if self._snapshots else None
         if snapshot is None:
             reader = self._check_out(label, deadline)
             try:
                 reader.deadline = deadline
-                return reader.fetch(sql, parameters, fetch)
+                cursor = sqlite3.Connection.execute(reader.connection, sql, parameters)
+                try:
+                    return fetch(cursor)
+                finally:
+                    cursor.close()
             except sqlite3.DatabaseError as error:
                 self._holder.note_corruption(error)
                 rows: T = reader.recover(error, label, reader.fetch, sql, parameters, fetch)
@@ -237,6 +248,7 @@ class ReaderPool:
     def held_back(self, seconds: float) -> Iterator[None]:
         """For the ``with`` block, and no longer than that, new loans wait; those out come back meanwhile."""
         self._open_again.clear()
+        self._holds_back = True
         until = monotonic() + seconds
         try:
             while self._lent and monotonic() < until:
@@ -244,6 +256,7 @@ class ReaderPool:
                 self._returned.clear()
             yield
         finally:
+            self._holds_back = False
             self._open_again.set()
 
     def warn_if_slow(self) -> None:
@@ -272,8 +285,7 @@ class ReaderPool:
             idle, self._idle = self._idle, []
             self._count -= len(idle)
             waiting, self._waiting = list(self._waiting), deque()
-            if not self._count:
-                self._all_back.set()
+            self._all_back_if_closed()
         for waiter in waiting:
             waiter.wakeup.release()
         for reader in idle:
@@ -287,13 +299,16 @@ class ReaderPool:
 
     def _check_out(self, label: str, deadline: float) -> Reader:
         waiter = None
-        if not self._open_again.is_set():
+        if self._holds_back:
             self._open_again.wait(HELD_BACK)
         with self._lock:
             if self._closed or self._holder.broken is not None:
                 self._refuse_if_closed()
             if self._idle:
-                return self._lend(self._idle.pop(), label)  # the last one back: its page cache is warm
+                reader = self._idle.pop()  # the last one back: its page cache is warm
+                reader.label, reader.since, reader.is_named = label, monotonic(), False
+                self._lent.add(reader)
+                return reader
             if self._count < self._size:
                 self._count += 1
             else:
@@ -305,12 +320,41 @@ class ReaderPool:
 
     def _open(self, label: str) -> Reader:
         try:
-            policy, guard = LockPolicy(self._settings.lock_timeout, self._stop), ReadGuard()
-            reader = Reader(open_reader(self._settings, guard, policy), guard, policy)
+            return self._lend(self._new(), label)
         except BaseException:
             self._give_up_place()
             raise
-        return self._lend(reader, label)
+
+    def _new(self) -> Reader:
+        policy, guard = LockPolicy(self._settings.lock_timeout, self._stop), ReadGuard()
+        self._file.check()  # or else it could be the connection of another database
+        reader = Reader(open_reader(self._settings, guard, policy), guard, policy)
+        try:
+            self._file.check()
+        except BaseException:
+            reader.connection.close()
+            raise
+        return reader
+
+    @contextlib.contextmanager
+    def extra(self, label: str) -> Iterator[sqlite3.Connection]:
+        """A pinned connection beside those of the pool, for what takes long."""
+        with self._lock:
+            self._refuse_if_closed()
+            self._extras += 1
+        reader = None
+        try:
+            reader = self._lend(self._new(), label)
+            reader.attempt(label, reader.pin)
+            yield reader.connection
+        finally:
+            if reader is not None:
+                self._lent.discard(reader)
+                self._returned.set()
+                reader.connection.close()
+            with self._lock:
+                self._extras -= 1
+                self._all_back_if_closed()
 
     def _lend(self, reader: Reader, label: str) -> Reader:
         reader.label, reader.since, reader.is_named = label, monotonic(), False
@@ -333,7 +377,7 @@ class ReaderPool:
             return self._open(label)
         self._refuse_if_closed()
         labels = ", ".join(reader.label for reader in self._lent.copy())
-        raise ReadTimeoutError(f"no connection for {label!r} in time: all {self._size} are lent, to {labels}")
+        raise ReadTimeoutError(f"no connection for {label} in time: all {self._size} are lent, to {labels}")
 
     def _leave_line(self, waiter: _Waiter) -> None:
         with self._lock:
@@ -342,15 +386,18 @@ class ReaderPool:
 
     def _check_in(self, reader: Reader) -> None:
         self._lent.discard(reader)
-        if not self._open_again.is_set():
+        if self._holds_back:
             self._returned.set()
-        self._warn(reader, "was open")
-        try:
-            reader.clean()
-        except sqlite3.Error:
-            reader.connection.close()
-            self._give_up_place()
-            return
+        if monotonic() - reader.since > self._holder.slow_after:
+            self._warn(reader, "was open")
+        reader.deadline = math.inf
+        if reader.is_pinned or reader.connection.in_transaction:
+            try:
+                reader.clean()
+            except sqlite3.Error:
+                reader.connection.close()
+                self._give_up_place()
+                return
         with self._lock:
             if not self._closed:
                 if self._waiting:
@@ -368,8 +415,11 @@ class ReaderPool:
                 self._waiting.popleft().grant(None)
                 return
             self._count -= 1
-            if self._closed and not self._count:
-                self._all_back.set()
+            self._all_back_if_closed()
+
+    def _all_back_if_closed(self) -> None:
+        if self._closed and not self._count and not self._extras:
+            self._all_back.set()
 
     def _refuse_if_closed(self) -> None:
         self._holder.refuse_if_broken()

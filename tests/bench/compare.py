@@ -22,7 +22,7 @@ import threading
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any
 
 from onewriter import DbWriter, Transaction
@@ -364,6 +364,32 @@ def latencies(disturb: Callable[[DbWriter, threading.Event], object] | None, sec
     return [statistics.median(taken), taken[int(len(taken) * 0.99)], taken[-1]]
 
 
+def beside_backups(rounds: int, megabytes: int = 50, writes: int = 200) -> tuple[float, float]:
+    """p99 in milliseconds of 200 writes a second, alone and beside a backup; the median of interleaved rounds."""
+    alone: list[float] = []
+    beside: list[float] = []
+    with tempfile.TemporaryDirectory() as folder, gateway(Path(folder), "FULL") as db:
+        db.run_many(INSERT, [(n, "x" * 10_000) for n in range(megabytes * 100)])
+        for _ in range(rounds):
+            for found in (alone, beside):
+                thread = threading.Thread(target=db.backup, args=[Path(folder) / "copy.db"])
+                if found is beside:
+                    thread.start()
+                taken = []
+                for _ in range(writes * 2):
+                    began = perf_counter()
+                    db.run(INSERT, ROW)
+                    taken.append(perf_counter() - began)
+                    sleep(max(0.0, 1 / writes - taken[-1]))
+                if found is beside:
+                    thread.join()
+                    with contextlib.closing(sqlite3.connect(Path(folder) / "copy.db")) as copy:
+                        assert copy.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+                taken.sort()
+                found.append(taken[int(len(taken) * 0.99)] * 1e3)
+    return statistics.median(alone), statistics.median(beside)
+
+
 def flood(db: DbWriter, stop: threading.Event) -> None:
     while not stop.is_set():
         db.enqueue(INSERT, ROW)
@@ -438,6 +464,8 @@ def main() -> None:
         for name, disturb in disturbances.items():
             p50, p99, longest = figures[name] = latencies(disturb, 3 * arguments.scale)
             print(f"run {name}: p50 {p50:.2f} ms, p99 {p99:.2f} ms, longest {longest:.1f} ms")
+        alone, beside = figures["p99 beside a backup"] = beside_backups(arguments.rounds)
+        print(f"200 writes a second: p99 {alone:.2f} ms alone, {beside:.2f} ms beside a backup of 50 MB")
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 

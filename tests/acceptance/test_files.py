@@ -1,0 +1,171 @@
+"""The files beside the database, and what happens to them: the log, the folder, the name."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import statistics
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from time import monotonic, perf_counter
+
+import pytest
+
+from helpers import DEADLINE, in_threads, parked, run_child
+from onewriter import DbWriter, WriterBrokenError, WriteTimeoutError
+
+LIMIT = 2**20
+UPDATE = "UPDATE t SET text = ? WHERE id = ?"
+
+
+def log_size(path: Path) -> int:
+    return os.path.getsize(f"{path}-wal")
+
+
+@pytest.fixture
+def db(path: Path) -> Iterator[DbWriter]:
+    with DbWriter(path, synchronous="NORMAL", wal_limit=LIMIT) as gateway:
+        gateway.run("CREATE TABLE t (id INTEGER PRIMARY KEY, text TEXT)")
+        gateway.run_many("INSERT INTO t VALUES (?, ?)", [(n, "x" * 2000) for n in range(200)])
+        yield gateway
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_a04_the_log_stays_small_beside_readers_that_never_pause(db: DbWriter, path: Path) -> None:
+    stop = threading.Event()
+
+    def read() -> None:
+        while not stop.is_set():
+            db.read("SELECT count(*), sum(length(text)) FROM t")
+
+    def write() -> int:
+        largest = 0
+        try:
+            for n in range(20_000):
+                db.enqueue(UPDATE, (f"{n:02000}", n % 200)) if n % 2 else db.run(UPDATE, (f"{n:02000}", n % 200))
+                largest = max(largest, log_size(path))
+            return largest
+        finally:
+            stop.set()
+
+    largest, *_ = in_threads(write, read, read, read)
+    assert isinstance(largest, int)
+    assert largest < 4 * LIMIT
+
+
+def test_a04_the_log_that_a_long_reader_kept_shrinks_when_it_has_gone(db: DbWriter, path: Path) -> None:
+    with db.reader() as connection:
+        for n in range(5_000):
+            db.enqueue(UPDATE, (f"{n:02000}", n % 200))
+        db.flush()
+        assert log_size(path) > LIMIT
+        assert connection.execute("SELECT DISTINCT text FROM t").fetchall() == [("x" * 2000,)]
+    until = monotonic() + DEADLINE
+    while log_size(path) > LIMIT:  # within the idle time
+        assert monotonic() < until
+
+
+def test_a20_a_folder_that_cannot_be_written_is_named(open_folder: Path) -> None:
+    path = open_folder / "app.db"
+    with DbWriter(path) as db:
+        db.run("CREATE TABLE t (n)")
+    child = run_child(
+        f"""
+import os, sqlite3, threading
+from onewriter import DbWriter
+os.chmod({str(path.parent)!r}, 0o555)
+if os.getuid() == 0:
+    os.setgid(65534); os.setuid(65534)
+try:
+    DbWriter({str(path)!r})
+except sqlite3.Error as error:
+    print(error)
+print(threading.active_count())
+"""
+    )
+    path.parent.chmod(0o755)
+    message, threads = child.stdout.splitlines()
+    assert str(path.parent) in message
+    assert threads == "1"
+
+
+@pytest.mark.parametrize("mode", ["DELETE", "TRUNCATE", "PERSIST"])
+def test_a20_without_a_log_reads_and_writes_are_exact(path: Path, mode: str) -> None:
+    with DbWriter(path, journal_mode=mode, synchronous="NORMAL") as db:  # type: ignore[arg-type]
+        assert db.journal_mode == mode
+        db.run("CREATE TABLE t (n)")
+        stop = threading.Event()
+
+        def read() -> None:
+            last = 0
+            while not stop.is_set():
+                rows = db.read("SELECT n FROM t ORDER BY n")
+                assert rows == [(n,) for n in range(len(rows))]
+                assert len(rows) >= last
+                last = len(rows)
+
+        def write() -> None:
+            try:
+                for n in range(500):
+                    db.run("INSERT INTO t VALUES (?)", (n,))
+            finally:
+                stop.set()
+
+        in_threads(write, read, read)
+        assert db.read_value("SELECT count(*) FROM t") == 500
+
+
+def test_a22_a_file_that_was_deleted_is_noticed_and_not_made_anew(path: Path) -> None:
+    db = DbWriter(path)
+    db.run("CREATE TABLE t (n)")
+    db.run("INSERT INTO t VALUES (1)")
+    for name in (str(path), f"{path}-wal", f"{path}-shm"):
+        os.unlink(name)
+    until = monotonic() + DEADLINE
+    with pytest.raises(WriterBrokenError, match="may be lost"):
+        while monotonic() < until:
+            db.run("INSERT INTO t VALUES (2)")
+    with pytest.raises(WriterBrokenError):
+        db.read("SELECT n FROM t")
+    report = db.close()
+    assert report.failed >= 1
+    assert db.health.startswith("broken: ")
+    assert os.listdir(path.parent) == []
+
+
+def test_a24_a_bulk_load_in_chunks_lets_others_in(path: Path) -> None:
+    with DbWriter(path, synchronous="NORMAL") as db:
+        db.run("CREATE TABLE t (n)")
+        rows = ((n,) for n in range(200_000))
+
+        def load() -> None:
+            from itertools import islice
+
+            while chunk := list(islice(rows, 5_000)):
+                db.run_many("INSERT INTO t VALUES (?)", chunk)
+
+        def others() -> float:
+            waits = []
+            for _ in range(20):
+                began = perf_counter()
+                db.run("INSERT INTO t VALUES (-1)")
+                waits.append(perf_counter() - began)
+            return statistics.median(waits)
+
+        _, wait = in_threads(load, others)
+        assert isinstance(wait, float)
+        assert wait < DEADLINE  # that it is short is for the benchmark to show
+        assert db.read_value("SELECT count(*) FROM t") == 200_020
+
+
+def test_a24_a_small_write_behind_a_huge_one_gives_up_in_time_and_is_not_half_done(db: DbWriter) -> None:
+    with parked(db):
+        with pytest.raises(WriteTimeoutError) as caught:
+            db.run("DELETE FROM t", timeout=0.05)
+        assert not caught.value.started
+        assert "park" in str(caught.value)
+    with contextlib.suppress(sqlite3.Error):
+        db.flush()
+    assert db.read_value("SELECT count(*) FROM t") == 200

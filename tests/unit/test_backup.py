@@ -1,0 +1,291 @@
+"""backup() and checkpoint(): consistent, complete or absent, and never in the way of the writer."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers import DEADLINE, in_threads, parked
+from onewriter import (
+    DbWriter,
+    ReentrantWriteError,
+    Transaction,
+    WriterBrokenError,
+    WriterClosedError,
+    WriteTimeoutError,
+)
+
+INSERT = "INSERT INTO t VALUES (?, ?)"
+
+
+def fill(db: DbWriter, rows: int = 200) -> None:
+    db.run("CREATE TABLE t (n INTEGER PRIMARY KEY, text TEXT)")
+    db.run_many(INSERT, [(n, "x" * 1000) for n in range(rows)])
+
+
+def rows_in(path: Path | str) -> int:
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        count: int = connection.execute("SELECT count(*) FROM t").fetchone()[0]
+        return count
+
+
+def others(path: Path) -> list[str]:
+    """What is in the folder besides the database and its log."""
+    return sorted(name for name in os.listdir(path.parent) if not name.startswith(path.name))
+
+
+@pytest.mark.parametrize("pages", [-1, 3])
+@pytest.mark.parametrize("kind", [str, os.fsencode, Path])
+def test_a_backup_has_all_rows_and_is_one_file(
+    any_db: DbWriter, path: Path, pages: int, kind: Callable[[Any], Any]
+) -> None:
+    fill(any_db)
+    target = path.parent / "copy.db"
+    any_db.backup(kind(target), pages=pages)
+    assert others(path) == ["copy.db"]
+    assert rows_in(target) == 200
+    assert others(path) == ["copy.db"]
+
+
+def test_a_backup_of_a_new_file_can_be_opened(path: Path) -> None:
+    with DbWriter(path, journal_mode="DELETE") as db:
+        db.backup(path.parent / "copy.db")
+    with DbWriter(path.parent / "copy.db") as copy:
+        fill(copy)
+
+
+def test_a_backup_shows_one_moment_however_much_is_written_meanwhile(db: DbWriter, path: Path) -> None:
+    fill(db)
+    steps = []
+
+    def write(status: int, remaining: int, total: int) -> None:
+        steps.append((remaining, total))
+        db.run_many(INSERT, [(1000 + len(steps) * 10 + n, "later") for n in range(10)])
+
+    db.backup(path.parent / "copy.db", pages=5, progress=write)
+    assert rows_in(path.parent / "copy.db") == 200
+    assert len(steps) > 5
+    assert len({total for _, total in steps}) == 1
+    assert [left for left, _ in steps] == sorted((left for left, _ in steps), reverse=True)  # it never began anew
+    assert db.read_value("SELECT count(*) FROM t") == 200 + 10 * len(steps)
+
+
+def test_a_backup_does_not_wait_for_the_writer_nor_for_a_reader(path: Path) -> None:
+    with DbWriter(path, readers=1) as db:
+        fill(db)
+        with parked(db), db.reader():
+            db.backup(path.parent / "copy.db")
+        assert rows_in(path.parent / "copy.db") == 200
+
+
+def test_a_backup_takes_the_place_of_an_older_one(db: DbWriter, path: Path) -> None:
+    target = path.parent / "copy.db"
+    fill(db)
+    db.backup(target)
+    db.run(INSERT, (1000, "new"))
+    db.backup(target)
+    assert rows_in(target) == 201
+    link = path.parent / "link.db"
+    link.symlink_to(target)
+    db.run(INSERT, (1001, "new"))
+    db.backup(link)
+    assert link.is_symlink()
+    assert rows_in(target) == 202
+    assert others(path) == ["copy.db", "link.db"]
+
+
+def test_a_backup_into_an_open_connection(any_db: DbWriter) -> None:
+    fill(any_db)
+    with contextlib.closing(sqlite3.connect(":memory:")) as memory:
+        memory.execute("CREATE TABLE old (n)")
+        any_db.backup(memory, pages=10)
+        assert memory.execute("SELECT count(*) FROM t").fetchone() == (200,)
+        assert memory.execute("SELECT name FROM sqlite_schema").fetchall() == [("t",)]
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_what_progress_raises_leaves_the_target_as_it_was(db: DbWriter, path: Path, old: bool) -> None:
+    fill(db)
+    target = path.parent / "copy.db"
+    if old:
+        db.backup(target)
+        db.run(INSERT, (1000, "new"))
+
+    def fail(*_: int) -> None:
+        raise LookupError("no more")
+
+    with pytest.raises(LookupError, match="no more"):
+        db.backup(target, pages=1, progress=fail)
+    assert others(path) == (["copy.db"] if old else [])
+    if old:
+        assert rows_in(target) == 200
+    with contextlib.closing(sqlite3.connect(":memory:")) as memory:
+        memory.execute("CREATE TABLE old (n)")
+        with pytest.raises(LookupError):
+            db.backup(memory, pages=1, progress=fail)
+        assert memory.execute("SELECT name FROM sqlite_schema").fetchall() == [("old",)]
+    assert db.checkpoint() == (False, 0, 0)  # no reader stayed behind
+
+
+def test_a_target_that_cannot_be_meant_is_refused_and_nothing_is_created(db: DbWriter, path: Path) -> None:
+    fill(db)
+    link = path.parent / "link.db"
+    link.symlink_to(path)
+    hard = path.parent / "hard.db"
+    os.link(path, hard)
+    used = path.parent / "used.db"
+    used.touch()
+    Path(f"{used}-wal").touch()
+    with (
+        DbWriter(path.parent / "other.db") as other,
+        contextlib.closing(sqlite3.connect(path)) as same,
+        db.reader() as lent,
+    ):
+        before = sorted(os.listdir(path.parent))
+        for target, word in [
+            (path, "open in this process"),
+            (link, "open in this process"),
+            (hard, "open in this process"),
+            (other.path, "open in this process"),
+            (same, "open in this process"),
+            (used, "is in use"),
+            (lent, "lent"),
+            (":memory:", "not the path of a file"),
+            ("", "not the path of a file"),
+            ("file:x.db", "not the path of a file"),
+            ("a\0b", "not the path of a file"),
+        ]:
+            with pytest.raises(ValueError, match=word):
+                db.backup(target)  # type: ignore[arg-type]
+        for target, word in [
+            (path.parent / "missing" / "copy.db", "there is no folder"),
+            (path.parent, "it is a folder"),
+        ]:
+            with pytest.raises(sqlite3.OperationalError, match=word):
+                db.backup(target)
+        for arguments in [{"pages": 0}]:
+            with pytest.raises(ValueError, match="pages"):
+                db.backup(path.parent / "copy.db", **arguments)  # type: ignore[arg-type]
+        for wrong in [{"pages": 1.5}, {"pages": True}, {"pages": None}, {"progress": 1}]:
+            with pytest.raises(TypeError, match=r"pages|progress"):
+                db.backup(path.parent / "copy.db", **wrong)  # type: ignore[arg-type]
+        for nonsense in (None, 1, object()):
+            with pytest.raises(TypeError, match="target"):
+                db.backup(nonsense)  # type: ignore[arg-type]
+        assert sorted(os.listdir(path.parent)) == before
+        other.run("CREATE TABLE t (n)")
+    assert db.read_value("SELECT count(*) FROM t") == 200
+
+
+def test_a_full_disk_leaves_no_half_copy(db: DbWriter, path: Path) -> None:
+    import resource
+
+    fill(db)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    try:
+        with pytest.raises(sqlite3.Error):
+            db.backup(path.parent / "copy.db")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert others(path) == []
+
+
+def test_backup_and_checkpoint_inside_a_job_or_block_raise_at_once(any_db: DbWriter, path: Path) -> None:
+    fill(any_db)
+    target = path.parent / "copy.db"
+
+    def job(tx: Transaction) -> None:
+        for call in (lambda: any_db.backup(target), any_db.checkpoint):
+            with pytest.raises(ReentrantWriteError):
+                call()
+
+    any_db.run(job)
+    with any_db.transaction() as tx:
+        job(tx)
+    assert others(path) == []
+
+
+def test_close_waits_for_a_backup(path: Path) -> None:
+    db = DbWriter(path)
+    fill(db)
+    begun, go_on = threading.Event(), threading.Event()
+
+    def progress(*_: int) -> None:
+        begun.set()
+        go_on.wait(DEADLINE)
+
+    def close() -> None:
+        begun.wait(DEADLINE)
+        timer = threading.Timer(0.05, go_on.set)
+        timer.start()
+        db.close()
+        assert go_on.is_set()
+        timer.join()
+
+    in_threads(lambda: db.backup(path.parent / "copy.db", pages=50, progress=progress), close)
+    assert sorted(os.listdir(path.parent)) == [path.name, "copy.db"]
+    assert rows_in(path.parent / "copy.db") == 200
+    for call in (lambda: db.backup(path.parent / "copy2.db"), db.checkpoint):
+        with pytest.raises(WriterClosedError):
+            call()
+
+
+def test_a_checkpoint_empties_the_log_and_says_so(any_db: DbWriter, path: Path) -> None:
+    fill(any_db)
+    assert os.path.getsize(f"{path}-wal") > 0
+    full = any_db.checkpoint("FULL")
+    assert (full.busy, full.log) == (False, full.checkpointed)
+    assert full.log > 0
+    assert any_db.checkpoint() == (False, 0, 0)
+    assert os.path.getsize(f"{path}-wal") == 0
+
+
+@pytest.mark.parametrize("mode", ["PASSIVE", "FULL", "RESTART", "TRUNCATE"])
+def test_a_checkpoint_that_a_reader_stops_says_so(db: DbWriter, mode: Any) -> None:
+    fill(db)
+    with db.reader():
+        db.run(INSERT, (1000, "new"))
+        found = db.checkpoint(mode)
+        assert found.busy == (mode != "PASSIVE")
+        assert found.log > found.checkpointed
+    assert db.checkpoint(mode)[0] is False
+
+
+def test_checkpoints_are_refused_or_empty_where_there_is_no_log(path: Path) -> None:
+    with DbWriter(path, journal_mode="DELETE") as db:
+        fill(db)
+        assert db.checkpoint() == (False, -1, -1)
+        for mode in ("full", "", None, 1):
+            with pytest.raises(ValueError, match="mode"):
+                db.checkpoint(mode)  # type: ignore[arg-type]
+
+
+def test_a_checkpoint_waits_its_turn_and_no_longer_than_its_timeout(db: DbWriter) -> None:
+    fill(db)
+    with parked(db), pytest.raises(WriteTimeoutError) as caught:
+        db.checkpoint(timeout=0)
+    assert not caught.value.started
+    assert db.checkpoint() == (False, 0, 0)
+
+
+def test_a_checkpoint_runs_although_none_of_the_gateways_own_do(path: Path) -> None:
+    with DbWriter(path, auto_checkpoint=False) as db:
+        fill(db)
+        assert db.checkpoint("TRUNCATE") == (False, 0, 0)
+
+
+def test_a_broken_gateway_makes_no_backup(db: DbWriter, path: Path) -> None:
+    fill(db)
+    path.rename(path.parent / "moved")
+    with pytest.raises(WriterBrokenError):
+        db.backup(path.parent / "copy.db")
+    assert "copy.db" not in os.listdir(path.parent)
