@@ -1,5 +1,6 @@
 """onewriter: the single writer of a SQLite database."""
 
+from onewriter.aio import AsyncDbWriter, AsyncTransaction
 from onewriter.errors import (
     CommitUnknownError,
     OneWriterError,
@@ -19,6 +20,8 @@ from onewriter.stats import CloseReport, Stats
 from onewriter.transaction import Transaction
 
 __all__ = [
+    "AsyncDbWriter",
+    "AsyncTransaction",
     "CloseReport",
     "CommitUnknownError",
     "DbWriter",

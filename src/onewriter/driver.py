@@ -100,13 +100,19 @@ class ThreadDriver:
         finally:
             self._ready.set()
         try:
-            while (jobs := loop.queue.take(MOST_TAKEN, loop.idle_after)) != []:
-                loop.idle() if jobs is None else loop.write(jobs)
+            while self._work():
+                pass
         except BaseException as error:
             loop.broke(error)
         finally:
             loop.end()
             loop.holder.writer_thread = 0  # the system gives the number to other threads
+
+    def _work(self) -> bool:
+        """Write what waits, or wait for it; False at the end. Keeps nothing of the last jobs alive while it waits."""
+        jobs = self._loop.queue.take(MOST_TAKEN, self._loop.idle_after)
+        self._loop.idle() if jobs is None else self._loop.write(jobs)
+        return jobs != []
 
 
 class InlineDriver:
@@ -195,6 +201,6 @@ def entered(job: BlockJob) -> Transaction:
     return job.transaction
 
 
-def not_entered(job: BlockJob, timeout: float | None, loop: WriterLoop) -> WriteTimeoutError:
+def not_entered(job: Job[Any], timeout: float | None, loop: WriterLoop) -> WriteTimeoutError:
     message = f"{job.describe()} did not get its turn within {timeout} s and is withdrawn: {loop.holder.describe()}"
     return WriteTimeoutError(message, ticket=job, started=False)

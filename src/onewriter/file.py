@@ -6,7 +6,6 @@ Closing another descriptor of the file would drop this process's locks on it
 
 from __future__ import annotations
 
-import ctypes
 import os
 
 from onewriter.errors import WriterBrokenError
@@ -53,8 +52,3 @@ class DatabaseFile:
         raise FileMovedError(
             f"{self.path} {found}: it was moved, deleted or replaced while it was open, so the last writes may be lost"
         )
-
-
-def keep_for_ever(thing: object) -> None:
-    """Never collect ``thing``, not even when the interpreter ends: a list would be emptied then."""
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import types
 import warnings
+from asyncio import _get_running_loop
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from threading import get_ident
 from time import monotonic
@@ -25,6 +26,7 @@ from onewriter.checkpoint import Checkpoint
 from onewriter.connection import Settings, check_path, check_pragmas, refuse_old_sqlite
 from onewriter.driver import Driver, InlineDriver, ThreadDriver
 from onewriter.errors import ReadTimeoutError, ReentrantWriteError, WriteTimeoutError
+from onewriter.holder import Holder
 from onewriter.job import (
     NOT_PLAIN,
     BareStatementJob,
@@ -244,24 +246,13 @@ class DbWriter:
         A generator is consumed now, once. ``rowcount`` is that of all rows. Raises as ``run`` does, and
         sqlite3.ProgrammingError for RETURNING (Not committed).
         """
-        check_many(check_sql(sql))
-        _check_label(label)
-        rows, frame = capture_many(seq_of_params), sys._getframe(1)
-        job = FunctionJob(self._holder, lambda tx: tx.statement_many(sql, rows), label, frame, sql=sql)
-        return self._execute(job, timeout)
+        return self._execute(self._many(sql, seq_of_params, label, sys._getframe(1)), timeout)
 
     def run_script(
         self, sql: str, /, *, label: Label = None, timeout: Seconds = 30.0, foreign_keys: bool | None = None
     ) -> None:
         """Run many statements, all or none, without a hidden COMMIT; returns after COMMIT. Raises as ``run`` does."""
-        check_sql(sql)
-        _check_label(label)
-        _check_foreign_keys(foreign_keys)
-        frame = sys._getframe(1)
-        job = FunctionJob(
-            self._holder, lambda tx: tx.script(sql), label, frame, foreign_keys=foreign_keys, sql=sql or "script"
-        )
-        self._execute(job, timeout)
+        self._execute(self._script(sql, label, foreign_keys, sys._getframe(1)), timeout)
 
     def run_without_transaction(
         self, sql: str, params: Any = (), /, *, label: Label = None, timeout: Seconds = 30.0
@@ -271,12 +262,7 @@ class DbWriter:
         BEGIN, COMMIT, ROLLBACK, SAVEPOINT and ATTACH are refused. Raises as ``run`` does.
         """
         self._holder.refuse_endless_wait("run_without_transaction")
-        return self._execute(
-            BareStatementJob(
-                self._holder, check_sql(sql), capture(params), _check_label(label), sys._getframe(1), False
-            ),
-            timeout,
-        )
+        return self._execute(self._bare(sql, params, label, sys._getframe(1)), timeout)
 
     def transaction(
         self, *, label: Label = None, timeout: Seconds = 30.0, max_hold: float | None = None
@@ -298,14 +284,12 @@ class DbWriter:
             CommitUnknownError: COMMIT met an I/O error. Unknown.
             What COMMIT raised: Rolled back.
         """
-        _check_label(label)
-        _check_timeout(timeout)
-        if max_hold is not None:
-            _check_seconds("max_hold", max_hold)
-        return self._block(label, timeout, self._max_hold if max_hold is None else max_hold, sys._getframe(1))
+        return self._block(label, timeout, self.check_block(label, timeout, max_hold), sys._getframe(1))
 
     @contextlib.contextmanager
     def _block(self, label: Label, timeout: Seconds, max_hold: float, frame: types.FrameType) -> Iterator[Transaction]:
+        if _get_running_loop() is not None:
+            warn_of_blocking()
         outer = self._holder.current()
         if outer is not None:
             with outer.savepoint():
@@ -354,7 +338,7 @@ class DbWriter:
             WriterClosedError, WriterBrokenError: Not committed.
         """
         if timeout != 30.0:
-            _check_timeout(timeout)
+            check_timeout(timeout)
         holder = self._holder
         # The thread that makes room does not wait for room.
         bounded = get_ident() != holder.writer_thread and (holder.transaction is None or holder.current() is None)
@@ -367,9 +351,7 @@ class DbWriter:
             job = FunctionJob(holder, what, what.__qualname__, sys._getframe(1), bounded=bounded)
         else:
             job = self._job(what, params, label, None, bounded)
-        if holder.reporting and get_ident() in holder.reporting:
-            job.add_done_callback(_say_nothing)  # a log handler's own job: telling its failure would call it again
-        self._submit(job, timeout)
+        self._accept(job, timeout)
         return job
 
     def flush(self, timeout: Seconds = None) -> None:
@@ -380,7 +362,7 @@ class DbWriter:
             ReentrantWriteError: called inside a job.
         """
         self._holder.refuse_endless_wait("flush")
-        self._execute(ControlJob(self._holder, "flush", sys._getframe(1), None), timeout)
+        self._execute(self._control("flush", None, sys._getframe(1)), timeout)
 
     # Reads ------------------------------------------------------------------------------------------------------------
 
@@ -430,10 +412,7 @@ class DbWriter:
             if outside and label is None and timeout == 30.0 and after is None:
                 return self._readers.read(what, params, sqlite3.Cursor.fetchall, what, monotonic() + 30.0)
             return self._read(what, params, label, timeout, after, sqlite3.Cursor.fetchall)
-        if not callable(what):
-            raise TypeError(f"a read is SQL (str) or a function of the connection, not {type(what).__name__}")
-        _check_no_params(params)
-        check_function(what)
+        check_read(what, params)
         deadline = self._wait_for(after, timeout, label)
         transaction = self._transaction_to_read()
         if transaction is not None:
@@ -451,7 +430,7 @@ class DbWriter:
         self, sql: str, params: Any = (), /, *, label: Label = None, timeout: Seconds = 30.0, after: After = None
     ) -> Any:
         """Return the first column of the first row, whatever ``row_factory`` is, or None. Otherwise as ``read``."""
-        return self._read(check_sql(sql), capture(params), label, timeout, after, _first_value)
+        return self._read(check_sql(sql), capture(params), label, timeout, after, first_value)
 
     def reader(
         self, *, label: Label = None, timeout: Seconds = 30.0, after: After = None
@@ -468,18 +447,20 @@ class DbWriter:
         Raises:
             ReadTimeoutError: no connection in time.
         """
-        _check_label(label)
-        _check_timeout(timeout)
+        check_label(label)
+        check_timeout(timeout)
         return self._reader(repr(label) if label else f"reader() in {called_from(sys._getframe(1))}", timeout, after)
 
     @contextlib.contextmanager
     def _reader(self, label: str, timeout: Seconds, after: After) -> Iterator[sqlite3.Connection]:
+        if _get_running_loop() is not None:
+            warn_of_blocking()
         deadline = self._wait_for(after, timeout, label)
         outer = self._readers.current()
         if outer is not None:
             yield outer.lent
             return
-        with self._readers.snapshot(label, deadline, limited=False) as snapshot:
+        with self._readers.snapshot(label, deadline) as snapshot:
             self._loop.queue.poke()  # an idle writer watches for slow readers
             yield snapshot.lent
 
@@ -525,10 +506,9 @@ class DbWriter:
             WriteTimeoutError: it was not its turn in time.
             ReentrantWriteError: called inside a job.
         """
-        _check_choice("mode", mode, CHECKPOINTS)
+        job = self._checkpoint_job(mode, sys._getframe(1))
         self._holder.refuse_endless_wait("checkpoint")
-        work = functools.partial(self._loop.checkpoint, mode)
-        return self._execute(ControlJob(self._holder, "checkpoint", sys._getframe(1), work), timeout)
+        return self._execute(job, timeout)
 
     def backup(
         self,
@@ -584,7 +564,7 @@ class DbWriter:
         Raises:
             ReentrantWriteError: called inside a job.
         """
-        _check_timeout(timeout)
+        check_timeout(timeout)
         self._holder.refuse_endless_wait("close")
         loop = self._loop
         loop.queue.refuse(closed_error())
@@ -594,20 +574,71 @@ class DbWriter:
             loop.abandon()
             loop.readers.stop_waiting()
             self._driver.join(GRACE)
-        unfinished = loop.unfinished()
+        return self.report()
+
+    # Behind them, and behind AsyncDbWriter ----------------------------------------------------------------------------
+
+    @property
+    def is_inline(self) -> bool:
+        return isinstance(self._driver, InlineDriver)
+
+    def report(self) -> CloseReport:
+        """What has become of every job so far."""
+        unfinished = self._loop.unfinished()
         with self._holder.lock:
             tally = self._holder.tally
             return CloseReport(
                 tally.committed, tally.failed, tally.cancelled, len(unfinished), (*tally.labels, *unfinished)
             )
 
-    # Behind them ------------------------------------------------------------------------------------------------------
+    def check_block(self, label: Label, timeout: Seconds, max_hold: float | None) -> float:
+        check_label(label)
+        check_timeout(timeout)
+        if max_hold is not None:
+            _check_seconds("max_hold", max_hold)
+        return self._max_hold if max_hold is None else max_hold
+
+    def check_after(self, after: Ticket[Any]) -> None:
+        if not isinstance(after, Ticket):
+            raise TypeError(f"after must be a Ticket, not {type(after).__name__}")
+        if not after.belongs_to(self._holder):
+            raise ValueError(f"after: {after!r} is of another DbWriter")
+
+    def _many(self, sql: str, rows: Iterable[Any], label: Label, frame: types.FrameType) -> Job[Result]:
+        check_many(check_sql(sql))
+        check_label(label)
+        captured = capture_many(rows)
+        return FunctionJob(self._holder, lambda tx: tx.statement_many(sql, captured), label, frame, sql=sql)
+
+    def _script(self, sql: str, label: Label, foreign_keys: bool | None, frame: types.FrameType) -> Job[None]:
+        check_sql(sql)
+        check_label(label)
+        _check_foreign_keys(foreign_keys)
+        name = sql or "script"
+        return FunctionJob(self._holder, lambda tx: tx.script(sql), label, frame, foreign_keys=foreign_keys, sql=name)
+
+    def _bare(self, sql: str, params: Any, label: Label, frame: types.FrameType) -> Job[Result]:
+        return BareStatementJob(self._holder, check_sql(sql), capture(params), check_label(label), frame, False)
+
+    def _control(self, label: str, work: Callable[[], T] | None, frame: types.FrameType) -> Job[T]:
+        return ControlJob(self._holder, label, frame, work)
+
+    def _checkpoint_job(self, mode: str, frame: types.FrameType) -> Job[Checkpoint]:
+        _check_choice("mode", mode, CHECKPOINTS)
+        return self._control("checkpoint", functools.partial(self._loop.checkpoint, mode), frame)
+
+    def _accept(self, job: Job[Any], timeout: Seconds) -> None:
+        """Take a job that nobody waits for."""
+        holder = self._holder
+        if holder.reporting and get_ident() in holder.reporting:
+            job.add_done_callback(_say_nothing)  # a log handler's own job: telling its failure would call it again
+        self._submit(job, timeout)
 
     def _job(
         self, what: Any, params: Any, label: Label, foreign_keys: bool | None, bounded: bool = False
     ) -> StatementJob | FunctionJob[Any]:
         if label is not None:
-            _check_label(label)
+            check_label(label)
         if isinstance(what, str):
             if foreign_keys is not None:
                 raise TypeError("foreign_keys goes with a function or run_script, not with one statement")
@@ -622,8 +653,10 @@ class DbWriter:
     def _execute(self, job: Job[T], timeout: Seconds) -> T:
         """Have a job done and return its result: by the writer, or here if this thread is inside a transaction."""
         if timeout != 30.0:
-            _check_timeout(timeout)
+            check_timeout(timeout)
         holder = self._holder
+        if _get_running_loop() is not None:
+            warn_of_blocking()
         transaction = holder.current()
         if transaction is not None:
             if job.foreign_keys is not None:
@@ -642,13 +675,7 @@ class DbWriter:
                 job.leave_alone()
             raise
         if not in_time and not job.done():
-            held_by = holder.describe()
-            if job.cancel():
-                text = f"job {job.describe()} did not start within {timeout} s and is withdrawn: {held_by}"
-                raise WriteTimeoutError(text, ticket=job, started=False)
-            if job.leave_alone():
-                text = f"job {job.describe()} did not finish within {timeout} s; it goes on: {held_by}"
-                raise WriteTimeoutError(text, ticket=job, started=True)
+            give_up(job, timeout, holder)
         return job.result()
 
     def _read(
@@ -674,15 +701,12 @@ class DbWriter:
     def _wait_for(self, after: After, timeout: Seconds, label: Label) -> float:
         """Wait until the write ``after`` is committed; returns the deadline of the read."""
         if label is not None:
-            _check_label(label)
+            check_label(label)
         if timeout != 30.0:
-            _check_timeout(timeout)
+            check_timeout(timeout)
         deadline = math.inf if timeout is None else monotonic() + timeout
         if after is not None:
-            if not isinstance(after, Ticket):
-                raise TypeError(f"after must be a Ticket, not {type(after).__name__}")
-            if not after.belongs_to(self._holder):
-                raise ValueError(f"after: {after!r} is of another DbWriter")
+            self.check_after(after)
             if not after.done():
                 self._holder.refuse_endless_wait("read(after=…)")
                 if not after.wait(_left(deadline)) and not after.done():
@@ -693,14 +717,45 @@ class DbWriter:
         return deadline
 
 
+def warn_of_blocking() -> None:
+    """In debug mode, say that a call keeps the event loop from everything else."""
+    loop = _get_running_loop()
+    if loop is not None and loop.get_debug():
+        frame, level = sys._getframe(1), 2
+        while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("onewriter.", "contextlib")):
+            frame, level = frame.f_back, level + 1
+        text = "a DbWriter call blocks the event loop: await the one of AsyncDbWriter.wrap(db)"
+        warnings.warn(text, RuntimeWarning, stacklevel=level)
+
+
+def give_up(job: Job[Any], timeout: Seconds, holder: Holder) -> None:
+    """Wait for ``job`` no longer: raises WriteTimeoutError, unless its outcome has come in this moment."""
+    held_by = holder.describe()
+    if job.cancel():
+        text = f"job {job.describe()} did not start within {timeout} s and is withdrawn: {held_by}"
+        raise WriteTimeoutError(text, ticket=job, started=False)
+    if job.leave_alone():
+        text = f"job {job.describe()} did not finish within {timeout} s; it goes on: {held_by}"
+        raise WriteTimeoutError(text, ticket=job, started=True)
+
+
 def _say_nothing(ticket: Ticket[Any]) -> None:
     pass
 
 
-def _first_value(cursor: sqlite3.Cursor) -> Any:
+def first_value(cursor: sqlite3.Cursor) -> Any:
     cursor.row_factory = None
     row = cursor.fetchone()
     return None if row is None else row[0]
+
+
+def check_read(what: object, params: Any) -> None:
+    if isinstance(what, str):
+        return
+    if not callable(what):
+        raise TypeError(f"a read is SQL (str) or a function of the connection, not {type(what).__name__}")
+    _check_no_params(params)
+    check_function(what)
 
 
 def _left(deadline: float) -> float | None:
@@ -748,7 +803,7 @@ def _check_seconds(name: str, value: object) -> None:
         raise ValueError(f"{name} must be 0 or more seconds, not {value}")
 
 
-def _check_timeout(timeout: object) -> None:
+def check_timeout(timeout: object) -> None:
     if timeout is not None:
         _check_seconds("timeout", timeout)
 
@@ -758,7 +813,7 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
 
 
-def _check_label(label: object) -> Any:
+def check_label(label: object) -> Any:
     if label is not None and not isinstance(label, str):
         raise TypeError(f"label must be a str, not {type(label).__name__}")
     return label

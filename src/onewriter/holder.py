@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import sqlite3
 import threading
@@ -13,6 +14,7 @@ from onewriter.log import report
 from onewriter.stats import Tally
 
 if TYPE_CHECKING:
+    from onewriter.aio import TaskBlock
     from onewriter.job import Job
     from onewriter.transaction import Transaction
 
@@ -38,6 +40,7 @@ class Holder:
         self.writer_thread = 0
         self.reporting: set[int] = set()  # threads inside our log calls: failures of what they enqueue stay unlogged
         self.job: Job[Any] | None = None  # that runs now
+        self.block: TaskBlock | None = None  # a task's transaction, whose statements the writer runs
         self.transaction: Transaction | None = None
         self._waiting: tuple[Job[Any], float] | None = None
 
@@ -91,10 +94,22 @@ class Holder:
     def waits_endlessly(self) -> bool:
         """Whether the writer could not go on while this thread waits for it."""
         # Who owns the lock here is a finalizer or signal handler inside it.
-        return self.is_mine() or self.lock._is_owned()  # type: ignore[attr-defined]
+        if self.is_mine() or self.lock._is_owned():  # type: ignore[attr-defined]
+            return True
+        # A task's block cannot end while its loop's thread waits, nor while the task itself does.
+        return self.block is not None and self.block.thread == threading.get_ident()
 
-    def refuse_endless_wait(self, what: str) -> None:
-        if self.waits_endlessly():
+    def awaits_endlessly(self) -> bool:
+        """The same for the running task."""
+        return self.is_mine() or self.block_here() is not None
+
+    def block_here(self) -> TaskBlock | None:
+        """The open block that the running task has begun."""
+        block = self.block
+        return block if block is not None and block.task is not None and block.task is running_task() else None
+
+    def refuse_endless_wait(self, what: str, awaits: bool = False) -> None:
+        if self.awaits_endlessly() if awaits else self.waits_endlessly():
             raise ReentrantWriteError(
                 f"{what} inside a job or callback of the writer waits for the writer itself, so it would never end: "
                 "call it outside, or use on_commit or enqueue without waiting"
@@ -119,6 +134,13 @@ class Holder:
             since = f"{monotonic() - waiting[1]:.2f} s"
             return f"the writer waits since {since} for SQLite's lock, held elsewhere, to run {waiting[0].describe()}"
         return "the writer is between jobs"
+
+
+def running_task() -> asyncio.Task[Any] | None:
+    try:
+        return asyncio.current_task()
+    except RuntimeError:  # no loop runs in this thread
+        return None
 
 
 def broken_error(cause: BaseException) -> WriterBrokenError:

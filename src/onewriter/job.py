@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import inspect
 import math
 import os
@@ -159,8 +160,7 @@ class Ticket(Generic[T]):
             woken, self._waiters = self._waiters, None
             work, self.work = self.work, None
         del work  # not under the lock: it may have finalizers
-        for wakeup in woken or ():
-            wakeup.release()
+        wake(woken or ())
         self.run_callbacks()
         return True
 
@@ -201,7 +201,27 @@ class Ticket(Generic[T]):
         return future
 
     def __await__(self) -> Generator[Any, None, T]:
-        return asyncio.wrap_future(self.future()).__await__()
+        return self._await().__await__()
+
+    async def _await(self) -> T:
+        if self._state < CANCELLED:
+            self._holder.refuse_endless_wait("awaiting a ticket", awaits=True)
+            try:
+                await self.arrival()
+            except asyncio.CancelledError:
+                self.cancel()
+                raise
+        return self.result()
+
+    def arrival(self) -> asyncio.Future[None]:
+        """A future of the running loop that is done when the outcome is there."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        with self._holder.lock:
+            if self._state < CANCELLED:
+                self._waiters = [*(self._waiters or ()), future]
+                return future
+        future.set_result(None)
+        return future
 
     def wait(self, timeout: float | None) -> bool:
         """Wait for the outcome; False if ``timeout`` seconds went by without one."""
@@ -320,6 +340,25 @@ class Job(Ticket[T]):
         return self._error
 
 
+def wake(waiters: Iterable[Any]) -> None:
+    """Wake threads, which wait with a lock, and tasks, which wait with a future: one call for each of their loops."""
+    loops: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
+    for waiter in waiters:
+        if isinstance(waiter, asyncio.Future):
+            loops.setdefault(waiter.get_loop(), []).append(waiter)
+        else:
+            waiter.release()
+    for loop, futures in loops.items():
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits there any more
+            loop.call_soon_threadsafe(resolve, futures)
+
+
+def resolve(futures: Iterable[asyncio.Future[None]]) -> None:
+    for future in futures:
+        if not future.done():
+            future.set_result(None)
+
+
 def settle(jobs: Iterable[Job[Any]], holder: Holder, batch: Batch, commits: int) -> tuple[list[Job[Any]], ...]:
     """Make the outcomes of ``jobs`` visible and wake their waiters, one wake-up each.
 
@@ -351,8 +390,7 @@ def settle(jobs: Iterable[Job[Any]], holder: Holder, batch: Batch, commits: int)
                 wakeups += job._waiters
                 job._waiters = None
         tally.committed = committed
-    for wakeup in wakeups:
-        wakeup.release()
+    wake(wakeups)
     return called, unheard  # and only now does what the jobs worked with go: it may have finalizers
 
 

@@ -18,7 +18,7 @@ from onewriter.block import BlockFailedError, BlockJob
 from onewriter.checkpoint import Checkpoint, Checkpointer
 from onewriter.connection import Settings, configure, open_writer, set_pragma
 from onewriter.errors import CommitUnknownError, WriterClosedError
-from onewriter.file import DatabaseFile, FileMovedError, keep_for_ever
+from onewriter.file import DatabaseFile, FileMovedError
 from onewriter.guard import Guard, Mode
 from onewriter.holder import Holder, broken_error
 from onewriter.job import RUNNING, BareStatementJob, Batch, ControlJob, Job, StatementJob, Ticket, settle
@@ -608,12 +608,7 @@ class WriterLoop:
     def _drop_session(self) -> None:
         """Close the connection, which rolls back; the next job opens another."""
         session, self._session = self._session, None
-        if session is None:
-            return
-        if isinstance(self.holder.broken, FileMovedError):
-            # Closing would delete "…-wal" by its name, and another database may have that name by now.
-            keep_for_ever(session.connection)
-        else:
+        if session is not None:
             session.connection.close()
 
     def _tell_waiting(self, level: int, text: str) -> None:

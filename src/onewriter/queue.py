@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import queue
 import threading
 from collections import deque
@@ -9,7 +10,7 @@ from typing import Any
 
 from onewriter.errors import OneWriterError, QueueFullError, WriterClosedError
 from onewriter.holder import Holder
-from onewriter.job import Job
+from onewriter.job import Job, wake
 
 
 class JobQueue(queue.Queue[Job[Any]]):
@@ -71,11 +72,39 @@ class JobQueue(queue.Queue[Job[Any]]):
             else:
                 waiter = _Waiter(job)
                 self._room.append(waiter)
-            wake, self._asleep = self._asleep, False
-        if wake:
+            asleep, self._asleep = self._asleep, False
+        if asleep:
             self._wake()
         if waiter is not None:
             self._wait_for_room(waiter, timeout)
+
+    def put_unbounded(self, job: Job[Any]) -> None:
+        """Add a bounded job although there may be no room."""
+        with self.mutex:
+            self._refuse_if_closed()
+            self._bounded += 1
+            self.queue.append(job)
+        self._wake()
+
+    def line_up(self, job: Job[Any], future: asyncio.Future[None]) -> _Waiter | None:
+        """Add a bounded job; None, or, if there is no room, its place in the line, whose turn resolves ``future``."""
+        with self.mutex:
+            self._refuse_if_closed()
+            if self._bounded >= self.maxsize or self._room:
+                waiter = _Waiter(job, future)
+                self._room.append(waiter)
+                return waiter
+            self._bounded += 1
+            self.queue.append(job)
+            asleep, self._asleep = self._asleep, False
+        if asleep:
+            self._wake()
+        return None
+
+    def leave_line(self, waiter: _Waiter) -> None:
+        with self.mutex:
+            if waiter in self._room:
+                self._room.remove(waiter)
 
     def get(self, block: bool = True, timeout: float | None = None) -> Job[Any]:
         raise NotImplementedError("the writer takes what waits in one go: use take")
@@ -111,11 +140,10 @@ class JobQueue(queue.Queue[Job[Any]]):
         """Accept nothing from now on: every later put raises a copy of ``error``. False if it was so already."""
         with self.mutex:
             first, self._refusal = self._refusal is None, error
-            for waiter in self._room:
-                waiter.wakeup.release()
+            wake(waiter.wakeup for waiter in self._room)
             self._room.clear()
-            wake, self._asleep = self._asleep, False
-        if wake:
+            asleep, self._asleep = self._asleep, False
+        if asleep:
             self._wake()
         return first
 
@@ -150,14 +178,14 @@ class JobQueue(queue.Queue[Job[Any]]):
             waiter.wakeup.acquire(timeout=-1 if timeout is None else min(timeout, threading.TIMEOUT_MAX))
         finally:
             self._waiting_threads.discard(me)
-            with self.mutex:
-                if waiter in self._room:
-                    self._room.remove(waiter)
-        if waiter.accepted:
-            return
+            self.leave_line(waiter)
+        if not waiter.accepted:
+            raise self.full_error(waiter.job, timeout)
+
+    def full_error(self, job: Job[Any], timeout: float | None) -> QueueFullError:
         self._refuse_if_closed()
-        raise QueueFullError(
-            f"no room for job {waiter.job.describe()} within {timeout} s: {self.maxsize} jobs are queued; "
+        return QueueFullError(
+            f"no room for job {job.describe()} within {timeout} s: {self.maxsize} jobs are queued; "
             f"{self._holder.describe()}"
         )
 
@@ -167,7 +195,7 @@ class JobQueue(queue.Queue[Job[Any]]):
             self._bounded += 1
             self.queue.append(waiter.job)
             waiter.accepted = True
-            waiter.wakeup.release()
+            wake([waiter.wakeup])
 
     def _refuse_if_closed(self) -> None:
         if self._refusal is not None:
@@ -177,11 +205,13 @@ class JobQueue(queue.Queue[Job[Any]]):
 class _Waiter:
     """A producer that waits for room; whoever makes room moves its job and says so in ``accepted``."""
 
-    def __init__(self, job: Job[Any]) -> None:
+    def __init__(self, job: Job[Any], future: asyncio.Future[None] | None = None) -> None:
         self.job = job
         self.accepted = False
-        self.wakeup = threading.Lock()
-        self.wakeup.acquire()
+        self.wakeup: Any = future
+        if future is None:
+            self.wakeup = threading.Lock()
+            self.wakeup.acquire()
 
 
 CLOSED = "the gateway is closed: open a new DbWriter"

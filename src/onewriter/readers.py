@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import math
@@ -17,7 +18,7 @@ from onewriter.errors import ReadTimeoutError
 from onewriter.file import DatabaseFile
 from onewriter.guard import ReadGuard
 from onewriter.holder import Holder
-from onewriter.job import refuse_live
+from onewriter.job import refuse_live, wake
 from onewriter.lent import LentConnection
 from onewriter.log import report
 from onewriter.queue import closed_error
@@ -122,6 +123,7 @@ class Snapshot:
     def end(self) -> None:
         with self._lock:
             self._ended = True
+        self.lent.close_cursors()
 
 
 class ReaderPool:
@@ -134,14 +136,14 @@ class ReaderPool:
     def __init__(self, settings: Settings, size: int, holder: Holder, file: DatabaseFile) -> None:
         self._settings = settings
         self._file = file
-        self._size = size
+        self.size = size
         self._holder = holder
         self._stop = threading.Event()
         self._lock = threading.RLock()  # a finalizer or signal handler may read while its thread is inside
         self._idle: list[Reader] = []
         self._count = 0  # idle or lent
         self._extras = 0  # lent beside them
-        self._waiting: deque[_Waiter] = deque()
+        self._waiting: deque[Waiter] = deque()
         self._lent: set[Reader] = set()
         self._snapshots = 0  # open ones, of all threads: most reads need not look for one of their thread
         self._local = threading.local()
@@ -167,28 +169,32 @@ class ReaderPool:
             self._holder.note_corruption(error)
             raise
         finally:
-            self._check_in(reader)
+            self.check_in(reader)
 
     @contextlib.contextmanager
-    def snapshot(self, label: str, deadline: float, *, limited: bool) -> Iterator[Snapshot]:
-        """Lend a connection that sees one moment; ``limited``: its statements end at the deadline too."""
+    def snapshot(self, label: str, deadline: float) -> Iterator[Snapshot]:
+        """Lend a connection that sees one moment; the deadline is for the waiting only."""
         with self.lend(label, deadline) as reader:
             reader.attempt(label, reader.pin)
-            if not limited:
-                reader.deadline = math.inf
-            snapshot = Snapshot(reader, self._holder.current())
-            stack = self._stack()
-            stack.append(snapshot)
-            with self._lock:
-                self._snapshots += 1
-            try:
+            reader.deadline = math.inf
+            with self._seen(reader) as snapshot:
                 yield snapshot
-            finally:
-                with self._lock:
-                    self._snapshots -= 1
-                stack.remove(snapshot)  # of the thread that entered, which need not be this one
-                snapshot.end()
-                snapshot.lent.close_cursors()
+
+    @contextlib.contextmanager
+    def _seen(self, reader: Reader) -> Iterator[Snapshot]:
+        """For the ``with`` block the thread's own reads use the pinned ``reader``."""
+        snapshot = Snapshot(reader, self._holder.current())
+        stack = self._stack()
+        stack.append(snapshot)
+        with self._lock:
+            self._snapshots += 1
+        try:
+            yield snapshot
+        finally:
+            with self._lock:
+                self._snapshots -= 1
+            stack.remove(snapshot)  # of the thread that entered, which need not be this one
+            snapshot.end()
 
     def current(self) -> Snapshot | None:
         """The snapshot that the calling thread's reads belong to, unless it is in a transaction begun later."""
@@ -213,7 +219,7 @@ class ReaderPool:
                 rows: T = reader.recover(error, label, reader.fetch, sql, parameters, fetch)
                 return rows
             finally:
-                self._check_in(reader)
+                self.check_in(reader)
         reader = snapshot.reader
         before, reader.deadline = reader.deadline, min(deadline, reader.deadline)
         try:
@@ -227,13 +233,30 @@ class ReaderPool:
         snapshot = self.current()
         if snapshot is not None:
             return refuse_live(function(snapshot.lent))
-        with self.snapshot(label, deadline, limited=True) as snapshot:
-            try:
-                return refuse_live(function(snapshot.lent))
-            except sqlite3.OperationalError as error:
-                if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_INTERRUPT:
-                    return snapshot.reader.recover(error, label, function)
-                raise
+        reader = self._check_out(label, deadline)
+        reader.deadline = deadline
+        return self.call_and_return(reader, function, label, own=False)
+
+    def call_and_return(
+        self, reader: Reader, function: Callable[[sqlite3.Connection], T], label: str, *, own: bool
+    ) -> T:
+        """Call ``function`` with a lent ``reader``, and take that back; ``own``: it is a statement of the gateway."""
+        try:
+            if own:
+                return reader.attempt(label, function, reader.connection)
+            reader.attempt(label, reader.pin)
+            with self._seen(reader) as snapshot:
+                try:
+                    return refuse_live(function(snapshot.lent))
+                except sqlite3.OperationalError as error:
+                    if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_INTERRUPT:
+                        return reader.recover(error, label, function)
+                    raise
+        except sqlite3.DatabaseError as error:
+            self._holder.note_corruption(error)
+            raise
+        finally:
+            self.check_in(reader)
 
     @property
     def has_lent(self) -> bool:
@@ -286,8 +309,7 @@ class ReaderPool:
             self._count -= len(idle)
             waiting, self._waiting = list(self._waiting), deque()
             self._all_back_if_closed()
-        for waiter in waiting:
-            waiter.wakeup.release()
+        wake(waiter.wakeup for waiter in waiting)
         for reader in idle:
             reader.connection.close()
         self._all_back.wait()
@@ -298,9 +320,15 @@ class ReaderPool:
         self._all_back.set()
 
     def _check_out(self, label: str, deadline: float) -> Reader:
-        waiter = None
         if self._holds_back:
             self._open_again.wait(HELD_BACK)
+        found = self.take_or_line_up(label)
+        if found is None:
+            return self.open(label)
+        return self._wait(found, label, deadline) if isinstance(found, Waiter) else found
+
+    def take_or_line_up(self, label: str, future: asyncio.Future[None] | None = None) -> Reader | Waiter | None:
+        """A free connection; a place in the line for one; or None: the right to ``open`` one."""
         with self._lock:
             if self._closed or self._holder.broken is not None:
                 self._refuse_if_closed()
@@ -309,16 +337,14 @@ class ReaderPool:
                 reader.label, reader.since, reader.is_named = label, monotonic(), False
                 self._lent.add(reader)
                 return reader
-            if self._count < self._size:
+            if self._count < self.size:
                 self._count += 1
-            else:
-                waiter = _Waiter()
-                self._waiting.append(waiter)
-        if waiter is None:
-            return self._open(label)
-        return self._wait(waiter, label, deadline)
+                return None
+            waiter = Waiter(future)
+            self._waiting.append(waiter)
+            return waiter
 
-    def _open(self, label: str) -> Reader:
+    def open(self, label: str) -> Reader:
         try:
             return self._lend(self._new(), label)
         except BaseException:
@@ -361,30 +387,37 @@ class ReaderPool:
         self._lent.add(reader)
         return reader
 
-    def _wait(self, waiter: _Waiter, label: str, deadline: float) -> Reader:
+    def _wait(self, waiter: Waiter, label: str, deadline: float) -> Reader:
         left = deadline - monotonic()
         try:
             waiter.wakeup.acquire(timeout=-1 if left == math.inf else max(0.0, min(left, threading.TIMEOUT_MAX)))
-        except BaseException:  # Ctrl-C: what was handed over in that moment goes to the next
-            self._leave_line(waiter)
-            if waiter.granted:
-                self._give_up_place() if waiter.reader is None else self._check_in(waiter.reader)
+        except BaseException:  # Ctrl-C
+            self.leave_line(waiter)
             raise
-        self._leave_line(waiter)
-        if waiter.reader is not None:
-            return self._lend(waiter.reader, label)
-        if waiter.granted:
-            return self._open(label)
-        self._refuse_if_closed()
-        labels = ", ".join(reader.label for reader in self._lent.copy())
-        raise ReadTimeoutError(f"no connection for {label} in time: all {self._size} are lent, to {labels}")
+        return self.granted(waiter, label)
 
-    def _leave_line(self, waiter: _Waiter) -> None:
+    def granted(self, waiter: Waiter, label: str) -> Reader:
+        """What the wait has brought; may open a connection."""
         with self._lock:
             if not waiter.granted and waiter in self._waiting:
                 self._waiting.remove(waiter)
+        if waiter.reader is not None:
+            return self._lend(waiter.reader, label)
+        if waiter.granted:
+            return self.open(label)
+        self._refuse_if_closed()
+        labels = ", ".join(reader.label for reader in self._lent.copy())
+        raise ReadTimeoutError(f"no connection for {label} in time: all {self.size} are lent, to {labels}")
 
-    def _check_in(self, reader: Reader) -> None:
+    def leave_line(self, waiter: Waiter) -> None:
+        """Wait no more; what was handed over in that moment goes to the next."""
+        with self._lock:
+            if not waiter.granted and waiter in self._waiting:
+                self._waiting.remove(waiter)
+        if waiter.granted:
+            self._give_up_place() if waiter.reader is None else self.check_in(waiter.reader)
+
+    def check_in(self, reader: Reader) -> None:
         self._lent.discard(reader)
         if self._holds_back:
             self._returned.set()
@@ -427,18 +460,20 @@ class ReaderPool:
             raise closed_error()
 
 
-class _Waiter:
+class Waiter:
     """A borrower in line; whoever gives a connection (or the right to open one) back, grants it to the first."""
 
-    def __init__(self) -> None:
+    def __init__(self, future: asyncio.Future[None] | None) -> None:
         self.granted = False
         self.reader: Reader | None = None
-        self.wakeup = threading.Lock()
-        self.wakeup.acquire()
+        self.wakeup: Any = future
+        if future is None:
+            self.wakeup = threading.Lock()
+            self.wakeup.acquire()
 
     def grant(self, reader: Reader | None) -> None:
         self.granted, self.reader = True, reader
-        self.wakeup.release()
+        wake([self.wakeup])
 
 
 def _nothing(cursor: sqlite3.Cursor) -> None:

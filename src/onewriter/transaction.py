@@ -277,9 +277,18 @@ class Transaction:
         self._watch_time(self._until)
 
     def _watch_time(self, until: float) -> None:
-        if until != math.inf and not self._root._watched:
-            self._root._watched = True
-            self._session.connection.set_progress_handler(self._root._is_late, STEPS)
+        if until != math.inf:
+            self._root.watch()
+
+    def watch(self) -> None:
+        """Have statements end when the transaction is closed, too."""
+        if not self._watched:
+            self._watched = True
+            self._session.connection.set_progress_handler(self._is_late, STEPS)
+
+    def close(self, why: str) -> None:
+        """Refuse every further call. From any thread; one that is under way ends by ``watch`` or ``take_back``."""
+        self._closed = self._closed or why
 
     def lend_to(self, thread: threading.Thread) -> None:
         self.thread, self.borrower = thread.ident or 0, thread
@@ -325,7 +334,7 @@ class Transaction:
         self.call(self._session.own, sql)
 
     def _is_late(self) -> bool:
-        return monotonic() > min(self._until, self._read_until or math.inf)
+        return self._closed is not None or monotonic() > min(self._until, self._read_until or math.inf)
 
     def _is_usable(self) -> bool:
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
+import stat
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -289,3 +290,43 @@ def test_a_broken_gateway_makes_no_backup(db: DbWriter, path: Path) -> None:
     with pytest.raises(WriterBrokenError):
         db.backup(path.parent / "copy.db")
     assert "copy.db" not in os.listdir(path.parent)
+
+
+def test_all_pages_in_one_step_are_one_call_of_progress(db: DbWriter, path: Path) -> None:
+    fill(db, 1000)
+    calls: list[tuple[int, ...]] = []
+    db.backup(path.parent / "copy.db", progress=lambda *call: calls.append(call))
+    assert [(remaining, total > 100) for _, remaining, total in calls] == [(0, True)]
+    assert not db._readers.has_lent
+
+
+def test_the_name_of_a_backup_survives_power_loss(db: DbWriter, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(db)
+    synced: list[bool] = []
+    fsync = os.fsync
+
+    def record(descriptor: int) -> None:
+        synced.append(stat.S_ISDIR(os.fstat(descriptor).st_mode))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", record)
+    db.backup(path.parent / "copy.db")
+    assert synced[-2:] == [False, True]
+
+
+def test_a_checkpoint_waits_a_moment_for_those_who_read(db: DbWriter) -> None:
+    fill(db)
+    inside = threading.Event()
+
+    def read() -> None:
+        with db.reader():
+            inside.set()
+            while not db._readers._holds_back:
+                pass
+
+    def checkpoint() -> object:
+        inside.wait(DEADLINE)
+        return db.checkpoint()
+
+    assert in_threads(checkpoint, read)[0] == (False, 0, 0)
+    assert not db._loop._checkpointer.has_work

@@ -167,3 +167,28 @@ def test_a_file_that_comes_back_does_not_heal_the_gateway(path: Path) -> None:
             db.run(INSERT, (1,))
     with DbWriter(path) as db:
         db.run(INSERT, (1,))
+
+
+@pytest.mark.parametrize("inline", [False, True])
+def test_a_connection_that_is_opened_again_is_not_one_to_another_file(
+    path: Path, inline: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(file, "LOOK", 3600.0)
+    with DbWriter(path, inline=inline) as db:
+        db.run("CREATE TABLE t (n)")
+        db._loop._drop_session()  # as after an error that leaves it in doubt; the writer is idle
+        path.unlink()
+        with pytest.raises(WriterBrokenError):
+            db.run(INSERT, (1,))
+        assert not path.exists()
+
+
+def test_a_reader_that_was_opened_while_the_file_was_replaced_is_not_used(path: Path) -> None:
+    def hook(connection: sqlite3.Connection, readonly: bool) -> None:
+        if readonly:
+            replace(path)
+
+    with DbWriter(path, on_connect=hook) as db:
+        db.run("CREATE TABLE t (n)")
+        with pytest.raises(WriterBrokenError, match="another file"):
+            db.read("SELECT 1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import contextlib
 import sqlite3
@@ -160,10 +161,10 @@ def test_an_interrupt_while_waiting_for_a_connection_loses_none(one: DbWriter, m
     """The connection is handed over in the moment of the interrupt."""
     from onewriter import readers
 
-    class Interrupted(readers._Waiter):
-        def __init__(self) -> None:
-            super().__init__()
-            self.wakeup = self  # type: ignore[assignment]
+    class Interrupted(readers.Waiter):
+        def __init__(self, future: asyncio.Future[None] | None) -> None:
+            super().__init__(future)
+            self.wakeup = self
 
         def acquire(self, timeout: float) -> bool:
             block.__exit__(None, None, None)
@@ -175,7 +176,7 @@ def test_an_interrupt_while_waiting_for_a_connection_loses_none(one: DbWriter, m
     with ThreadPoolExecutor(1) as pool:
         block = one.reader()
         pool.submit(block.__enter__).result(DEADLINE)
-        monkeypatch.setattr(readers, "_Waiter", Interrupted)
+        monkeypatch.setattr(readers, "Waiter", Interrupted)
         with pytest.raises(KeyboardInterrupt):
             one.read("SELECT 1")
         assert one.read("SELECT 1", timeout=DEADLINE) == [(1,)]

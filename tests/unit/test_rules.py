@@ -23,6 +23,8 @@ def files_with(pattern: str) -> set[str]:
 
 def test_the_public_names_are_these() -> None:
     expected = [
+        "AsyncDbWriter",
+        "AsyncTransaction",
         "CloseReport",
         "CommitUnknownError",
         "DbWriter",

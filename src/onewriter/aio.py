@@ -1,0 +1,901 @@
+"""AsyncDbWriter: the gateway for asyncio. Nothing here ever blocks the event loop.
+
+A write is a job with a future of the loop in place of a lock, so a batch wakes each loop once. A read runs in a small
+pool of threads. A ``transaction()`` block's statements run on the writer thread, one after the other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import math
+import os
+import queue
+import sqlite3
+import sys
+import threading
+import types
+import weakref
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from time import monotonic
+from typing import Any, Literal, Self, TypeVar, overload
+
+from onewriter.block import LOOK, BlockFailedError
+from onewriter.checkpoint import Checkpoint
+from onewriter.driver import not_entered
+from onewriter.errors import ReadTimeoutError, WriterClosedError
+from onewriter.gateway import (
+    After,
+    DbWriter,
+    Function,
+    Label,
+    Seconds,
+    check_label,
+    check_read,
+    check_timeout,
+    first_value,
+    give_up,
+)
+from onewriter.holder import Holder, running_task
+from onewriter.job import Job, Ticket, called_from, name_of, refuse_live, resolve, wake
+from onewriter.log import contain
+from onewriter.readers import Reader, ReaderPool, Snapshot, Waiter
+from onewriter.statement import Parameters, Result, capture, capture_many, check_many
+from onewriter.stats import CloseReport, Stats
+from onewriter.transaction import ENDED, TOO_LONG, Transaction, check_sql
+
+T = TypeVar("T")
+Task = asyncio.Task[Any]
+
+TICK = 0.1  # seconds between two looks at the deadlines of a loop
+NOT_OPEN = "the gateway is not open: use `async with AsyncDbWriter(…)` or `await db.open()`"
+TASK_ENDED = "was open when its task or its loop ended"
+LEFT = "was left by an error or a cancellation"
+
+
+class TaskBlock(Job[None]):
+    """A task's ``transaction()`` block: the writer thread begins, runs what the task sends, and commits or rolls back.
+
+    Locks:   _lock guards _accepts and the putting of requests, so that none is left behind unanswered.
+    Threads: made and ended on the loop's thread, performed on the writer's.
+    """
+
+    __slots__ = (
+        "_accepts",
+        "_lock",
+        "_requests",
+        "failed",
+        "granted",
+        "loop",
+        "max_hold",
+        "task",
+        "thread",
+        "transaction",
+    )
+    alone = lent = needs_savepoint = True
+    loud = False  # its own task hears
+
+    def __init__(self, holder: Holder, label: Label, max_hold: float, frame: types.FrameType) -> None:
+        super().__init__(holder, label or "transaction", frame, None)
+        self.max_hold = max_hold
+        self.loop = asyncio.get_running_loop()
+        self.task = asyncio.current_task()
+        self.thread = threading.get_ident()
+        self.transaction: Transaction | None = None
+        self.failed = False
+        self.granted: asyncio.Future[None] = self.loop.create_future()
+        self._waiters = [self.granted]
+        self._lock = threading.Lock()
+        self._accepts = True
+        self._requests: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+
+    def perform(self, tx: Transaction) -> None:
+        tx.limit(self.max_hold)
+        tx.watch()  # so that the end of the block ends a statement too
+        with self._holder.lock:
+            self.transaction, self._waiters = tx, None
+            self._holder.block = self
+        wake([self.granted])
+        try:
+            self._serve(tx, self.started_at + self.max_hold)
+        finally:
+            self._holder.block = None
+            with self._lock:
+                self._accepts = False
+            tx.close(ENDED)
+            while not self._requests.empty():  # they meet the closed transaction
+                request = self._requests.get()
+                if request is not None:
+                    request()
+        if self.failed:
+            raise BlockFailedError
+
+    def _serve(self, tx: Transaction, until: float) -> None:
+        while True:
+            try:
+                request = self._requests.get(timeout=max(0.0, min(until - monotonic(), LOOK)))
+            except queue.Empty:
+                self._holder.warn_if_slow(monotonic())
+                if monotonic() < until:
+                    if not (self.loop.is_closed() or self.task is None or self.task.done()):
+                        continue
+                    tx.close(TASK_ENDED)
+                else:
+                    tx.close(TOO_LONG)
+                raise tx.closed_error() from None
+            if request is None:
+                return
+            request()
+
+    def end(self, failed: bool) -> None:
+        """The block has ended; a statement that still runs is interrupted if it has failed."""
+        self.failed = failed
+        if failed and self.transaction is not None:
+            self.transaction.close(LEFT)
+        with self._lock:
+            self._accepts = False
+            self._requests.put(None)
+
+    async def ended(self) -> asyncio.CancelledError | None:
+        """Wait until it is committed or rolled back, even if the task is cancelled; returns that cancellation."""
+        cancelled = None
+        while not self.done():
+            try:
+                await self.arrival()
+            except asyncio.CancelledError as error:
+                cancelled = error
+        return cancelled
+
+    def send(self, function: Callable[..., object], *args: Any) -> None:
+        """Have the writer thread call ``function``, after what was sent earlier."""
+        with self._lock:
+            if not self._accepts:
+                assert self.transaction is not None
+                raise self.transaction.closed_error()
+            self._requests.put(lambda: function(*args))
+
+    async def call(self, function: Callable[..., T], *args: Any) -> T:
+        """The same, and wait for what it returns."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[None] = loop.create_future()
+        outcome: list[Any] = []
+
+        def request() -> None:
+            if future.cancelled():
+                return
+            try:
+                outcome[:] = (function(*args), None)
+            except BaseException as error:
+                outcome[:] = (None, error)
+            wake([future])
+
+        self.send(request)
+        await future
+        result, error = outcome
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error, outcome
+        return result  # type: ignore[no-any-return]
+
+
+class AsyncTransaction:
+    """What ``async with db.transaction()`` gives: a ``Transaction`` whose statements run on the writer thread.
+
+    Tasks that share one are served one after the other.
+    """
+
+    def __init__(self, block: TaskBlock, transaction: Transaction) -> None:
+        self._block = block
+        self._transaction = transaction
+
+    @property
+    def label(self) -> str:
+        """The block's label."""
+        return self._block.label
+
+    def execute(self, sql: str, params: Any = (), /) -> Coroutine[Any, Any, Result]:
+        """As ``Transaction.execute``."""
+        return self._block.call(self._transaction.statement, check_sql(sql), capture(params))
+
+    def executemany(self, sql: str, seq_of_params: Iterable[Any], /) -> Coroutine[Any, Any, Result]:
+        """As ``Transaction.executemany``."""
+        check_many(check_sql(sql))
+        return self._block.call(self._transaction.statement_many, sql, capture_many(seq_of_params))
+
+    def executescript(self, sql: str, /) -> Coroutine[Any, Any, None]:
+        """As ``Transaction.executescript``."""
+        return self._block.call(self._transaction.executescript, check_sql(sql))
+
+    @contextlib.asynccontextmanager
+    async def savepoint(self) -> AsyncIterator[None]:
+        """A part of the transaction that is undone alone if the ``async with`` block raises."""
+        savepoint = self._transaction.savepoint()
+        await self._block.call(savepoint.__enter__)
+        try:
+            yield
+        except BaseException as error:
+            self._block.send(_leave, savepoint, error)
+            raise
+        await self._block.call(savepoint.__exit__, None, None, None)
+
+    def on_commit(self, fn: Callable[[], object], /) -> None:
+        """Call ``fn()`` once, on the loop, after COMMIT. Not if the transaction is rolled back."""
+        self._block.send(self._transaction.on_commit, _callable(fn))
+
+    def on_rollback(self, fn: Callable[[], object], /) -> None:
+        """Call ``fn()`` once, on the loop, after the transaction, if this part of it was rolled back."""
+        self._block.send(self._transaction.on_rollback, _callable(fn))
+
+
+class AsyncReader:
+    """What ``async with db.reader()`` gives: SELECTs on one state of the database."""
+
+    def __init__(self, owner: AsyncDbWriter, snapshot: Snapshot) -> None:
+        self._owner = owner
+        self._snapshot = snapshot
+        self._turn = asyncio.Lock()
+
+    async def execute(self, sql: str, params: Any = (), /) -> Result:
+        """Run one SELECT and return all its rows."""
+        return await self._call(_fetch_result, check_sql(sql), capture(params))
+
+    async def _call(self, function: Callable[..., T], *args: Any) -> T:
+        async with self._turn:
+            call = functools.partial(function, self._snapshot, *args)
+            return await self._owner._in_pool(call, reader=self._snapshot.reader)
+
+
+class AsyncDbWriter:
+    """A ``DbWriter`` for asyncio: the same names and arguments, awaitable.
+
+    Opens at ``async with`` or ``await db.open()``. One object may be used by several loops and their tasks. Arguments
+    and errors are those of ``DbWriter``; a call belongs to the transaction or reader block of the task in which it is
+    *called*, wherever it is awaited.
+    """
+
+    def __init__(self, path: str | bytes | os.PathLike[Any], **options: Any) -> None:
+        if options.get("inline"):
+            raise ValueError("inline=True runs jobs in the calling thread, the loop's: use a temporary file")
+        self._open: Callable[[], DbWriter] | None = lambda: DbWriter(path, **options)
+        self._db: DbWriter | None = None
+        self._is_wrapped = self._is_closed = False
+        self._prepare()
+
+    @classmethod
+    def wrap(cls, db: DbWriter) -> Self:
+        """Use an open ``DbWriter``, and leave it open."""
+        if not isinstance(db, DbWriter):
+            raise TypeError(f"wrap takes a DbWriter, not {type(db).__name__}")
+        if db.is_inline:
+            raise ValueError("an inline DbWriter runs jobs in the calling thread, which is the event loop's")
+        self = cls.__new__(cls)
+        self._open, self._db = None, db
+        self._is_wrapped, self._is_closed = True, False
+        self._prepare()
+        return self
+
+    def _prepare(self) -> None:
+        self._pool: ThreadPoolExecutor | None = None
+        self._deadlines: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Deadlines] = weakref.WeakKeyDictionary()
+        self._readers: weakref.WeakKeyDictionary[Task, list[tuple[AsyncReader, object]]] = weakref.WeakKeyDictionary()
+
+    async def open(self) -> Self:
+        """Open the database; raises what ``DbWriter`` raises."""
+        if self._is_closed:
+            raise WriterClosedError("the gateway is closed: make a new AsyncDbWriter")
+        if self._db is None and self._open is not None:
+            opening, self._open = self._open, None
+            try:
+                self._db = await _in_thread(opening, undo=DbWriter.close)
+            except BaseException:
+                self._open = opening
+                raise
+        self._gateway()
+        return self
+
+    async def __aenter__(self) -> Self:
+        return await self.open()
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    def __enter__(self) -> None:
+        raise TypeError("AsyncDbWriter needs `async with`; `with` goes with DbWriter")
+
+    def __exit__(self, *_: object) -> None:
+        raise TypeError("AsyncDbWriter needs `async with`; `with` goes with DbWriter")
+
+    def __repr__(self) -> str:
+        return f"<AsyncDbWriter {'not open' if self._db is None else repr(self._db)}>"
+
+    async def close(self, timeout: Seconds = None, *, drain: bool = True) -> CloseReport:
+        """As ``DbWriter.close``. A wrapped DbWriter stays open."""
+        db = self._db
+        if db is None:
+            self._is_closed, self._open = True, None
+            return CloseReport(0, 0, 0, 0, ())
+        check_timeout(timeout)
+        db._holder.refuse_endless_wait("close", awaits=True)
+        self._is_closed = True
+        if self._pool is not None:
+            self._pool.shutdown(wait=False)
+        if self._is_wrapped:
+            return db.report()
+        return await _in_thread(lambda: db.close(timeout, drain=drain))
+
+    # Writes -----------------------------------------------------------------------------------------------------------
+
+    @overload
+    def run(
+        self, sql: str, params: Any = (), /, *, label: Label = None, timeout: Seconds = 30.0
+    ) -> Coroutine[Any, Any, Result]: ...
+    @overload
+    def run(
+        self, fn: Function[T], /, *, label: Label = None, timeout: Seconds = 30.0, foreign_keys: bool | None = None
+    ) -> Coroutine[Any, Any, T]: ...
+    def run(
+        self,
+        what: str | Function[T],
+        params: Any = (),
+        /,
+        *,
+        label: Label = None,
+        timeout: Seconds = 30.0,
+        foreign_keys: bool | None = None,
+    ) -> Coroutine[Any, Any, Any]:
+        """As ``DbWriter.run``. Cancelled before the job starts, it never runs; after that, it finishes whole."""
+        return self._execute(self._gateway()._job(what, params, label, foreign_keys), timeout)
+
+    def run_many(
+        self, sql: str, seq_of_params: Iterable[Any], /, *, label: Label = None, timeout: Seconds = 30.0
+    ) -> Coroutine[Any, Any, Result]:
+        """As ``DbWriter.run_many``."""
+        return self._execute(self._gateway()._many(sql, seq_of_params, label, sys._getframe(1)), timeout)
+
+    def run_script(
+        self, sql: str, /, *, label: Label = None, timeout: Seconds = 30.0, foreign_keys: bool | None = None
+    ) -> Coroutine[Any, Any, None]:
+        """As ``DbWriter.run_script``."""
+        return self._execute(self._gateway()._script(sql, label, foreign_keys, sys._getframe(1)), timeout)
+
+    def run_without_transaction(
+        self, sql: str, params: Any = (), /, *, label: Label = None, timeout: Seconds = 30.0
+    ) -> Coroutine[Any, Any, Result]:
+        """As ``DbWriter.run_without_transaction``."""
+        job = self._gateway()._bare(sql, params, label, sys._getframe(1))
+        return self._execute(job, timeout, alone="run_without_transaction")
+
+    @overload
+    def enqueue(self, sql: str, params: Any = (), /, *, label: Label = None) -> Ticket[Result]: ...
+    @overload
+    def enqueue(self, fn: Function[T], /, *, label: Label = None) -> Ticket[T]: ...
+    def enqueue(self, what: str | Function[T], params: Any = (), /, *, label: Label = None) -> Ticket[Any]:
+        """As ``DbWriter.enqueue``, but never waits: QueueFullError at once if there is no room. Not a coroutine."""
+        db = self._gateway()
+        job = db._job(what, params, label, None, bounded=not db._holder.awaits_endlessly())
+        db._accept(job, 0.0)
+        return job
+
+    @overload
+    def enqueue_wait(
+        self, sql: str, params: Any = (), /, *, label: Label = None, timeout: Seconds = 30.0
+    ) -> Coroutine[Any, Any, Ticket[Result]]: ...
+    @overload
+    def enqueue_wait(
+        self, fn: Function[T], /, *, label: Label = None, timeout: Seconds = 30.0
+    ) -> Coroutine[Any, Any, Ticket[T]]: ...
+    def enqueue_wait(
+        self, what: str | Function[T], params: Any = (), /, *, label: Label = None, timeout: Seconds = 30.0
+    ) -> Coroutine[Any, Any, Ticket[Any]]:
+        """As ``enqueue``, but waits for room, at most ``timeout`` seconds."""
+        check_timeout(timeout)
+        return self._enqueue(self._gateway()._job(what, params, label, None, bounded=True), timeout)
+
+    async def _enqueue(self, job: Job[T], timeout: Seconds) -> Ticket[T]:
+        db = self._gateway()
+        if db._holder.awaits_endlessly():  # its block keeps the writer from making room
+            db._loop.queue.put_unbounded(job)
+            return job
+        queue = db._loop.queue
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        waiter = queue.line_up(job, future)
+        if waiter is None:
+            return job
+        try:
+            async with self._within(future, timeout):
+                await future
+        except asyncio.CancelledError:
+            queue.leave_line(waiter)
+            job.cancel()
+            raise
+        queue.leave_line(waiter)
+        if not waiter.accepted:
+            raise queue.full_error(job, timeout)
+        return job
+
+    def flush(self, timeout: Seconds = None) -> Coroutine[Any, Any, None]:
+        """As ``DbWriter.flush``."""
+        return self._execute(self._gateway()._control("flush", None, sys._getframe(1)), timeout, alone="flush")
+
+    def checkpoint(
+        self, mode: Literal["PASSIVE", "FULL", "RESTART", "TRUNCATE"] = "TRUNCATE", *, timeout: Seconds = 30.0
+    ) -> Coroutine[Any, Any, Checkpoint]:
+        """As ``DbWriter.checkpoint``."""
+        return self._execute(self._gateway()._checkpoint_job(mode, sys._getframe(1)), timeout, alone="checkpoint")
+
+    def _execute(self, job: Job[T], timeout: Seconds, alone: str = "") -> Coroutine[Any, Any, T]:
+        if timeout != 30.0:
+            check_timeout(timeout)
+        holder = self._gateway()._holder
+        block = holder.block_here()
+        if block is not None:
+            if alone or job.foreign_keys is not None:
+                holder.refuse_endless_wait(alone or "foreign_keys=", awaits=True)
+            return block.call(_perform_inside, block, job)
+        return self._wait_for(job, timeout)
+
+    async def _wait_for(self, job: Job[T], timeout: Seconds) -> T:
+        db = self._gateway()
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        job._waiters = [future]  # before anybody else knows the job
+        db._submit(job, None)
+        deadlines = None
+        if timeout is not None:
+            deadlines = self._deadlines_here()
+            deadlines.add(future, timeout)
+        try:
+            await future
+        except asyncio.CancelledError:
+            if not job.cancel():
+                job.leave_alone()
+            raise
+        finally:
+            if deadlines is not None:
+                deadlines.remove(future)
+        if not job.done():
+            give_up(job, timeout, db._holder)
+        return job.result()
+
+    @contextlib.asynccontextmanager
+    async def transaction(
+        self, *, label: Label = None, timeout: Seconds = 30.0, max_hold: float | None = None
+    ) -> AsyncIterator[AsyncTransaction]:
+        """As ``DbWriter.transaction``, in ``async with``.
+
+        A cancelled block is rolled back, and its statement interrupted. A block whose COMMIT has begun ends with the
+        outcome of COMMIT first; a cancellation that came meanwhile is raised after it, with a note that says so.
+        """
+        db = self._gateway()
+        hold = db.check_block(label, timeout, max_hold)
+        holder = db._holder
+        outer = holder.block_here()
+        if outer is not None:
+            assert outer.transaction is not None
+            nested = AsyncTransaction(outer, outer.transaction)
+            async with nested.savepoint():
+                yield nested
+            return
+        block = TaskBlock(holder, label, hold, sys._getframe(2))
+        transaction = await self._enter(db, block, timeout)
+        try:
+            yield AsyncTransaction(block, transaction)
+        except BaseException:
+            block.end(failed=True)
+            await block.ended()
+            self._call_back(db, block, transaction)
+            raise
+        block.end(failed=False)
+        cancelled = await block.ended()
+        self._call_back(db, block, transaction)
+        if cancelled is not None:
+            outcome = "was committed" if block.failed_with is None else f"ended with {block.failed_with!r}"
+            cancelled.add_note(f"onewriter: the transaction of {block.describe()} {outcome}")
+            raise cancelled
+        block.result()
+
+    async def _enter(self, db: DbWriter, block: TaskBlock, timeout: Seconds) -> Transaction:
+        db._submit(block, None)
+        try:
+            async with self._within(block.granted, timeout):
+                await block.granted
+        except asyncio.CancelledError:
+            if not block.cancel():
+                block.end(failed=True)
+                await block.ended()
+            raise
+        if block.transaction is None and not block.done():
+            if block.cancel():
+                raise not_entered(block, timeout, db._loop)
+            await block.ended()  # refused in the same moment
+        if block.transaction is None:
+            block.result()  # raises why
+        assert block.transaction is not None
+        return block.transaction
+
+    def _call_back(self, db: DbWriter, block: TaskBlock, transaction: Transaction) -> None:
+        for callback in transaction.callbacks(committed=block.failed_with is None):
+            contain(db._holder, callback)
+
+    # Reads ------------------------------------------------------------------------------------------------------------
+
+    @overload
+    def read(
+        self, sql: str, params: Any = (), /, *, label: Label = None, timeout: Seconds = 30.0, after: After = None
+    ) -> Coroutine[Any, Any, list[Any]]: ...
+    @overload
+    def read(
+        self,
+        fn: Callable[[sqlite3.Connection], T],
+        /,
+        *,
+        label: Label = None,
+        timeout: Seconds = 30.0,
+        after: After = None,
+    ) -> Coroutine[Any, Any, T]: ...
+    def read(
+        self,
+        what: str | Callable[[sqlite3.Connection], T],
+        params: Any = (),
+        /,
+        *,
+        label: Label = None,
+        timeout: Seconds = 30.0,
+        after: After = None,
+    ) -> Coroutine[Any, Any, Any]:
+        """As ``DbWriter.read``; a function runs in a thread."""
+        check_read(what, params)
+        if isinstance(what, str):
+            return self._read(what, capture(params), label, timeout, after, sqlite3.Cursor.fetchall)
+        return self._read_with(what, repr(label or name_of(what)), label, timeout, after, self._here(), own=False)
+
+    def read_one(
+        self, sql: str, params: Any = (), /, *, label: Label = None, timeout: Seconds = 30.0, after: After = None
+    ) -> Coroutine[Any, Any, Any]:
+        """As ``DbWriter.read_one``."""
+        return self._read(check_sql(sql), capture(params), label, timeout, after, sqlite3.Cursor.fetchone)
+
+    def read_value(
+        self, sql: str, params: Any = (), /, *, label: Label = None, timeout: Seconds = 30.0, after: After = None
+    ) -> Coroutine[Any, Any, Any]:
+        """As ``DbWriter.read_value``."""
+        return self._read(check_sql(sql), capture(params), label, timeout, after, first_value)
+
+    @contextlib.asynccontextmanager
+    async def reader(
+        self, *, label: Label = None, timeout: Seconds = 30.0, after: After = None
+    ) -> AsyncIterator[AsyncReader]:
+        """As ``DbWriter.reader``, in ``async with``."""
+        task = asyncio.current_task()
+        place = repr(label) if label else f"reader() in {called_from(sys._getframe(2))}"
+        deadline = await self._after(after, timeout, label)
+        here = self._here()
+        if isinstance(here, AsyncReader):
+            yield here
+            return
+        async with self._lend(place, deadline) as reader:
+            await self._in_pool(functools.partial(reader.attempt, place, reader.pin), reader=reader)
+            snapshot = Snapshot(reader, None)
+            lent = AsyncReader(self, snapshot)
+            stack = self._readers.setdefault(task, []) if task is not None else []
+            stack.append((lent, here))
+            try:
+                yield lent
+            finally:
+                stack.pop()
+                async with lent._turn:  # what another task still runs there
+                    snapshot.end()
+
+    def _here(self) -> AsyncReader | TaskBlock | None:
+        """The innermost block of the running task, which its reads belong to."""
+        task = running_task()
+        mine = self._gateway()._holder.block_here()
+        stack = self._readers.get(task) if task is not None else None
+        if stack and stack[-1][1] is mine:
+            return stack[-1][0]
+        return mine
+
+    def _read(
+        self,
+        sql: str,
+        parameters: Parameters,
+        label: Label,
+        timeout: Seconds,
+        after: After,
+        fetch: Callable[[sqlite3.Cursor], Any],
+    ) -> Coroutine[Any, Any, Any]:
+        def read(connection: sqlite3.Connection) -> Any:
+            cursor = connection.execute(sql, parameters)
+            try:
+                return fetch(cursor)
+            finally:
+                cursor.close()
+
+        name = f"{label!r} ({sql})" if label else sql
+        return self._read_with(read, name, label, timeout, after, self._here(), own=True)
+
+    async def _read_with(
+        self,
+        function: Callable[[sqlite3.Connection], T],
+        name: str,
+        label: Label,
+        timeout: Seconds,
+        after: After,
+        here: AsyncReader | TaskBlock | None,
+        own: bool,
+    ) -> T:
+        deadline = await self._after(after, timeout, label)
+        if isinstance(here, TaskBlock):
+            return await here.call(_read_inside, here, function, deadline)
+        if here is not None:
+            return await here._call(_read_snapshot, function, name, deadline)
+        reader, readers = await self._take(name, deadline), self._gateway()._readers
+        call = functools.partial(readers.call_and_return, reader, function, name, own=own)
+        return await self._in_pool(call, reader=reader, returns=True)
+
+    async def _after(self, after: After, timeout: Seconds, label: Label) -> float:
+        """Wait until the write ``after`` is committed; returns the deadline of the read."""
+        check_label(label)
+        check_timeout(timeout)
+        deadline = math.inf if timeout is None else monotonic() + timeout
+        if after is not None:
+            holder = self._gateway()._holder
+            self._gateway().check_after(after)
+            if not after.done():
+                holder.refuse_endless_wait("read(after=…)", awaits=True)
+                future = after.arrival()
+                async with self._within(future, timeout):
+                    await future
+                if not after.done():
+                    raise ReadTimeoutError(
+                        f"{after.describe()} was not committed within {timeout} s: {holder.describe()}"
+                    )
+            after.result()
+        return deadline
+
+    @contextlib.asynccontextmanager
+    async def _lend(self, label: str, deadline: float) -> AsyncIterator[Reader]:
+        reader = await self._take(label, deadline)
+        try:
+            yield reader
+        finally:
+            self._gateway()._readers.check_in(reader)
+
+    async def _take(self, label: str, deadline: float) -> Reader:
+        """A connection of the pool, whose time is limited."""
+        readers = self._gateway()._readers
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        found = readers.take_or_line_up(label, future)
+        if isinstance(found, Waiter):
+            try:
+                async with self._within(future, None if deadline == math.inf else max(0.0, deadline - monotonic())):
+                    await future
+            except asyncio.CancelledError:
+                readers.leave_line(found)
+                raise
+            if not found.granted or found.reader is not None:
+                return self._limited(readers.granted(found, label), deadline)
+            found = None
+        if found is None:
+            found = await self._opened(readers, label)
+        return self._limited(found, deadline)
+
+    async def _opened(self, readers: ReaderPool, label: str) -> Reader:
+        """Open one more connection; if the task is cancelled meanwhile, it goes to the next in line."""
+        opened: list[Reader] = []
+        try:
+            await self._in_pool(lambda: opened.append(readers.open(label)))
+        except asyncio.CancelledError:
+            for reader in opened:
+                readers.check_in(reader)
+            raise
+        return opened[0]
+
+    @staticmethod
+    def _limited(reader: Reader, deadline: float) -> Reader:
+        reader.deadline = deadline
+        return reader
+
+    async def _in_pool(self, call: Callable[[], T], *, reader: Reader | None = None, returns: bool = False) -> T:
+        """Call in one of the threads that read; ``returns``: the call gives ``reader`` back to the pool."""
+        readers = self._gateway()._readers
+        try:
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(readers.size, f"{self._gateway()._loop.label}-reader")
+            future = self._pool.submit(call)
+        except BaseException:
+            if reader is not None and returns:
+                readers.check_in(reader)
+            raise
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            if reader is not None:
+                reader.deadline = 0.0  # a statement that runs ends soon
+            if not future.cancel():
+                if not returns:
+                    await _until_done(future)
+            elif reader is not None and returns:
+                readers.check_in(reader)
+            raise
+
+    # Operations -------------------------------------------------------------------------------------------------------
+
+    async def backup(
+        self,
+        target: str | bytes | os.PathLike[Any] | sqlite3.Connection,
+        *,
+        progress: Callable[[int, int, int], object] | None = None,
+        pages: int = -1,
+    ) -> None:
+        """As ``DbWriter.backup``, in a thread, where ``progress`` is called too. Cancelled, it goes on to its end."""
+        db = self._gateway()
+        db._holder.refuse_endless_wait("backup", awaits=True)
+        await _in_thread(lambda: db.backup(target, progress=progress, pages=pages))
+
+    @property
+    def path(self) -> str:
+        """As ``DbWriter.path``."""
+        return self._gateway().path
+
+    @property
+    def journal_mode(self) -> str:
+        """As ``DbWriter.journal_mode``."""
+        return self._gateway().journal_mode
+
+    @property
+    def health(self) -> str:
+        """As ``DbWriter.health``."""
+        return self._gateway().health
+
+    @property
+    def closed(self) -> bool:
+        """Whether new work is refused."""
+        return self._db is None or self._is_closed or self._db.closed
+
+    def in_writer(self) -> bool:
+        """Whether the running task is inside a ``transaction()`` block."""
+        return self._db is not None and self._db._holder.awaits_endlessly()
+
+    def stats(self) -> Stats:
+        """As ``DbWriter.stats``."""
+        return self._gateway().stats()
+
+    def _gateway(self) -> DbWriter:
+        if self._db is None:
+            raise WriterClosedError("the gateway is closed" if self._is_closed else NOT_OPEN)
+        if self._is_closed and self._is_wrapped:
+            raise WriterClosedError("the gateway is closed")
+        return self._db
+
+    def _deadlines_here(self) -> _Deadlines:
+        loop = asyncio.get_running_loop()
+        deadlines = self._deadlines.get(loop)
+        if deadlines is None:
+            deadlines = self._deadlines[loop] = _Deadlines()
+        return deadlines
+
+    @contextlib.asynccontextmanager
+    async def _within(self, future: asyncio.Future[None], timeout: Seconds) -> AsyncIterator[None]:
+        """Resolve ``future`` after ``timeout`` seconds, if nobody does so earlier."""
+        if timeout is None:
+            yield
+            return
+        deadlines = self._deadlines_here()
+        deadlines.add(future, timeout)
+        try:
+            yield
+        finally:
+            deadlines.remove(future)
+
+
+class _Deadlines:
+    """When to wake the waiting tasks of one loop: looked at a few times a second, since a timer each costs too much."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[asyncio.Future[None], float] = {}
+        self._timers: dict[asyncio.Future[None], asyncio.TimerHandle] = {}
+        self._ticks = False
+
+    def add(self, future: asyncio.Future[None], timeout: float) -> None:
+        if timeout < 1.0:  # a tick late would be late
+            self._timers[future] = future.get_loop().call_later(timeout, resolve, [future])
+            return
+        self._waiting[future] = monotonic() + timeout
+        if not self._ticks:
+            self._ticks = True
+            future.get_loop().call_later(TICK, self._tick, future.get_loop())
+
+    def remove(self, future: asyncio.Future[None]) -> None:
+        if self._waiting.pop(future, None) is None and future in self._timers:
+            self._timers.pop(future).cancel()
+
+    def _tick(self, loop: asyncio.AbstractEventLoop) -> None:
+        now = monotonic()
+        resolve([future for future, until in self._waiting.items() if until <= now])
+        self._ticks = bool(self._waiting)
+        if self._ticks:
+            loop.call_later(TICK, self._tick, loop)
+
+
+async def _in_thread(function: Callable[[], T], undo: Callable[[T], object] | None = None) -> T:
+    """Call ``function`` in a thread of its own; ``undo`` what it returns if nobody waits for it any more."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[None] = loop.create_future()
+    outcome: list[Any] = []
+
+    def call() -> None:
+        try:
+            outcome[:] = (function(), None)
+        except BaseException as error:
+            outcome[:] = (None, error)
+        if future.cancelled() and undo is not None and outcome[1] is None:
+            undo(outcome[0])
+        wake([future])
+
+    threading.Thread(target=call, name="onewriter-call", daemon=True).start()
+    try:
+        await future
+    except asyncio.CancelledError:
+        if outcome and undo is not None and outcome[1] is None:
+            threading.Thread(target=undo, args=[outcome[0]], daemon=True).start()
+        raise
+    result, error = outcome
+    if error is not None:
+        try:
+            raise error
+        finally:
+            del error, outcome
+    return result  # type: ignore[no-any-return]
+
+
+async def _until_done(future: Any) -> None:
+    """Wait for a function that cannot be stopped and whose connection must not be given back before its end."""
+    while not future.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait([asyncio.wrap_future(future)])
+
+
+def _perform_inside(block: TaskBlock, job: Job[T]) -> T:
+    assert block.transaction is not None
+    with block.transaction.savepoint():
+        return job.perform(block.transaction)
+
+
+def _read_inside(block: TaskBlock, function: Callable[[sqlite3.Connection], T], deadline: float) -> T:
+    assert block.transaction is not None
+    with block.transaction.readonly(deadline):
+        return refuse_live(function(block.transaction.connection))
+
+
+def _read_snapshot(snapshot: Snapshot, function: Callable[[sqlite3.Connection], T], name: str, deadline: float) -> T:
+    reader = snapshot.reader
+    reader.deadline = deadline
+    try:
+        return refuse_live(reader.attempt(name, function, snapshot.lent))
+    finally:
+        reader.deadline = math.inf
+
+
+def _fetch_result(snapshot: Snapshot, sql: str, parameters: Parameters) -> Result:
+    snapshot.reader.deadline = math.inf
+    cursor = snapshot.lent.execute(sql, parameters)
+    try:
+        return Result(cursor.fetchall(), cursor.rowcount, None, cursor.description)
+    finally:
+        cursor.close()
+
+
+def _leave(savepoint: contextlib.AbstractContextManager[None], error: BaseException) -> None:
+    """On the writer thread: what the savepoint raises again there is the task's own error."""
+    with contextlib.suppress(BaseException):
+        savepoint.__exit__(type(error), error, error.__traceback__)
+
+
+def _callable(fn: Callable[[], object]) -> Callable[[], object]:
+    if not callable(fn):
+        raise TypeError(f"the callback must be callable, not {type(fn).__name__}")
+    return fn

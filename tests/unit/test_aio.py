@@ -1,0 +1,868 @@
+"""AsyncDbWriter: awaited, cancelled, from several loops, and never in the loop's way."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import logging
+import os
+import sqlite3
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from pathlib import Path
+from typing import Any, assert_type
+
+import pytest
+
+from helpers import DEADLINE, holding_lock, parked
+from onewriter import (
+    AsyncDbWriter,
+    AsyncTransaction,
+    DbWriter,
+    QueueFullError,
+    ReadTimeoutError,
+    ReentrantWriteError,
+    Result,
+    Ticket,
+    Transaction,
+    TransactionAbortedError,
+    TransactionClosedError,
+    WriterClosedError,
+    WriteTimeoutError,
+)
+
+INSERT = "INSERT INTO t VALUES (?)"
+ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
+ENDLESS_WRITE = "INSERT INTO t WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT i FROM n"
+
+
+def run(main: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
+    """Run on a new loop; what does not end is a hang."""
+
+    async def bounded() -> Any:
+        async with asyncio.timeout(DEADLINE):
+            return await main()
+
+    return asyncio.run(bounded())
+
+
+@contextlib.asynccontextmanager
+async def opened(path: Path, **options: Any) -> AsyncIterator[AsyncDbWriter]:
+    async with AsyncDbWriter(path, **options) as db:
+        await db.run("CREATE TABLE t (n)")
+        yield db
+
+
+async def rows(db: AsyncDbWriter) -> list[Any]:
+    return [n for (n,) in await db.read("SELECT n FROM t ORDER BY n")]
+
+
+@contextlib.asynccontextmanager
+async def writer_parked(db: AsyncDbWriter) -> AsyncIterator[threading.Event]:
+    """Keep the writer busy for the block."""
+    entered, release = threading.Event(), threading.Event()
+
+    def park(tx: Transaction) -> None:
+        entered.set()
+        release.wait(DEADLINE)
+
+    ticket = db.enqueue(park)
+    await asyncio.to_thread(entered.wait, DEADLINE)
+    try:
+        yield release
+    finally:
+        release.set()
+        await ticket
+
+
+async def beats(count: int, waiting: Awaitable[Any]) -> asyncio.Future[Any]:
+    """Start ``waiting``, and show that the loop goes on beside it."""
+    task = asyncio.ensure_future(waiting)
+    for _ in range(count):
+        await asyncio.sleep(0.001)
+    assert not task.done()
+    return task
+
+
+def test_every_call_does_what_its_twin_does(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path) as db:
+            assert (await db.run(INSERT, (1,))).rowcount == 1
+            assert_type(await db.run(INSERT, (2,)), Result)
+            assert_type(await db.run(lambda tx: len(tx.label)), int)
+            assert (await db.run_many(INSERT, ((n,) for n in (3, 4)))).rowcount == 2
+            await db.run_script("INSERT INTO t VALUES (5); INSERT INTO t VALUES (6);")
+            await db.run_without_transaction("VACUUM")
+            ticket = db.enqueue(INSERT, (7,))
+            assert_type(ticket, Ticket[Result])
+            assert (await ticket).rowcount == 1
+            assert ticket.called_from.startswith("test_aio.py:")
+            ticket = await db.enqueue_wait(INSERT, (8,))
+            assert await db.read_value("SELECT max(n) FROM t", after=ticket) == 8
+            await db.flush()
+            assert await rows(db) == [1, 2, 3, 4, 5, 6, 7, 8]
+            assert await db.read_one("SELECT n FROM t WHERE n = 9") is None
+            assert await db.read(lambda connection: connection.execute("SELECT sum(n) FROM t").fetchone()) == (36,)
+            await db.backup(path.parent / "copy.db")
+            assert (await db.checkpoint()) == (False, 0, 0)
+            assert (db.path, db.journal_mode, db.health, db.closed, db.in_writer()) == (
+                str(path),
+                "WAL",
+                "ok",
+                False,
+                False,
+            )
+            assert db.stats().failed == 0
+            assert repr(db).startswith("<AsyncDbWriter <DbWriter")
+        assert db.closed
+        report = await db.close()
+        assert report.failed == 0
+        assert sorted(os.listdir(path.parent)) == [path.name, "copy.db"]
+
+    run(main)
+
+
+def test_errors_arrive_as_they_are(path: Path) -> None:
+    def fail(tx: Transaction) -> None:
+        raise LookupError("mine")
+
+    async def main() -> None:
+        async with opened(path) as db:
+            await db.run("CREATE UNIQUE INDEX i ON t (n)")
+            await db.run(INSERT, (1,))
+            anything: Any = db  # wrong types too
+            for call, kind in [
+                (lambda: db.run(INSERT, (1,)), sqlite3.IntegrityError),
+                (lambda: db.run(fail), LookupError),
+                (lambda: db.read("SELECT"), sqlite3.OperationalError),
+                (lambda: db.read("DELETE FROM t"), sqlite3.OperationalError),
+                (lambda: db.run(INSERT, "1"), TypeError),
+                (lambda: anything.run(1), TypeError),
+                (lambda: db.run(INSERT, (1,), timeout=-1), ValueError),
+                (lambda: anything.read(1), TypeError),
+                (lambda: db.read("SELECT 1", timeout=-1), ValueError),
+                (lambda: anything.read("SELECT 1", after=1), TypeError),
+                (lambda: anything.checkpoint("x"), ValueError),
+                (lambda: db.backup(db.path), ValueError),
+                (lambda: db.read(lambda connection: connection.cursor()), TypeError),
+            ]:
+                with pytest.raises(kind):
+                    await call()  # type: ignore[no-untyped-call]
+            assert await rows(db) == [1]
+
+    run(main)
+
+
+def test_before_open_and_after_close_every_call_says_so(path: Path) -> None:
+    async def main() -> None:
+        db = AsyncDbWriter(path)
+
+        async def all_raise() -> None:
+            for call in (
+                lambda: db.run(INSERT, (1,)),
+                lambda: db.read("SELECT 1"),
+                lambda: db.flush(),
+                lambda: db.checkpoint(),
+                lambda: db.enqueue_wait(INSERT, (1,)),
+                lambda: db.backup("x"),
+                lambda: db.transaction().__aenter__(),
+                lambda: db.reader().__aenter__(),
+            ):
+                with pytest.raises(WriterClosedError):
+                    await call()  # type: ignore[no-untyped-call]
+            with pytest.raises(WriterClosedError):
+                db.enqueue(INSERT, (1,))
+
+        await all_raise()
+        assert db.closed
+        with pytest.raises(TypeError, match="async with"), db:
+            pass
+        assert await db.open() is db
+        assert await db.open() is db
+        await db.close()
+        await all_raise()
+        with pytest.raises(WriterClosedError):
+            await db.open()
+        never_opened = AsyncDbWriter(path)
+        assert (await never_opened.close()).committed == 0
+        with pytest.raises(WriterClosedError):
+            await never_opened.open()
+
+    run(main)
+
+
+def test_what_cannot_be_opened_raises_at_open_and_may_be_tried_again(path: Path) -> None:
+    async def main() -> None:
+        path.mkdir()
+        db = AsyncDbWriter(path)
+        with pytest.raises(sqlite3.OperationalError, match="it is a folder"):
+            await db.open()
+        path.rmdir()
+        async with db:
+            await db.run("CREATE TABLE t (n)")
+        with pytest.raises(TypeError):
+            await AsyncDbWriter(path, maxsize="1").open()
+
+    run(main)
+
+
+def test_wrap_leaves_the_gateway_open(path: Path) -> None:
+    with DbWriter(path) as inner:
+        inner.run("CREATE TABLE t (n)")
+
+        async def main() -> None:
+            async with AsyncDbWriter.wrap(inner) as db:
+                await db.run(INSERT, (1,))
+                assert await db.read_value("SELECT max(n) FROM t") == 1
+            with pytest.raises(WriterClosedError):
+                await db.run(INSERT, (2,))
+
+        run(main)
+        run(main)
+        inner.run(INSERT, (3,))
+        assert inner.read("SELECT n FROM t") == [(1,), (1,), (3,)]
+    with pytest.raises(TypeError):
+        AsyncDbWriter.wrap(path)  # type: ignore[arg-type]
+    with DbWriter(path, inline=True) as inline, pytest.raises(ValueError, match="inline"):
+        AsyncDbWriter.wrap(inline)
+    with pytest.raises(ValueError, match="inline"):
+        AsyncDbWriter(path, inline=True)
+
+
+def test_a_batch_wakes_a_loop_once(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        async with opened(path) as db:
+            loop = asyncio.get_running_loop()
+            calls: list[Any] = []
+            call_soon_threadsafe = loop.call_soon_threadsafe
+
+            def count(callback: Any, *args: Any, **options: Any) -> Any:
+                calls.append(callback)
+                return call_soon_threadsafe(callback, *args, **options)
+
+            async with writer_parked(db) as release:
+                tasks = [asyncio.ensure_future(db.run(INSERT, (n,))) for n in range(100)]
+                await asyncio.sleep(0)
+                monkeypatch.setattr(loop, "call_soon_threadsafe", count)
+                release.set()
+                await asyncio.gather(*tasks)
+                monkeypatch.undo()
+            # One for the job that parked, at most, and one for the hundred that shared a transaction.
+            assert len(calls) <= 2
+
+    run(main)
+
+
+# The loop goes on -----------------------------------------------------------------------------------------------------
+
+
+def test_nothing_blocks_the_loop_while_the_lock_is_held_elsewhere(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path) as db:
+
+            async def block() -> None:
+                async with db.transaction() as tx:
+                    await tx.execute(INSERT, (2,))
+
+            with holding_lock(path) as other:
+                writing = await beats(20, db.run(INSERT, (1,)))
+                entering = await beats(20, block())
+                closing = await beats(20, db.close())
+                other.execute("COMMIT")
+                await asyncio.gather(writing, entering, closing)
+
+    run(main)
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("SELECT n FROM t").fetchall() == [(1,), (2,)]
+
+
+def test_opening_does_not_block_the_loop(path: Path) -> None:
+    async def main() -> None:
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as other:
+            other.execute("BEGIN EXCLUSIVE")
+            db = AsyncDbWriter(path)
+            opening = await beats(20, db.open())
+            other.execute("COMMIT")
+            await opening
+            await db.close()
+
+    run(main)
+
+
+def test_an_opening_that_is_cancelled_leaves_nothing_open(path: Path) -> None:
+    async def main() -> None:
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as other:
+            other.execute("BEGIN EXCLUSIVE")
+            opening = await beats(5, AsyncDbWriter(path).open())
+            opening.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await opening
+            other.execute("COMMIT")
+        until = asyncio.get_running_loop().time() + DEADLINE
+        while any("onewriter-call" in thread.name or "writer" in thread.name for thread in threading.enumerate()):
+            assert asyncio.get_running_loop().time() < until
+            await asyncio.sleep(0.001)
+
+    run(main)
+
+
+def test_a_slow_statement_in_a_block_or_reader_does_not_block_the_loop(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path) as db:
+
+            async def block() -> None:
+                async with db.transaction() as tx:
+                    await tx.execute(ENDLESS)
+
+            async def reader() -> None:
+                async with db.reader() as reader:
+                    await reader.execute(ENDLESS)
+
+            for slow in (block, reader):
+                task = await beats(20, slow())
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+            await db.run(INSERT, (1,))
+
+    run(main)
+
+
+def test_a_slow_read_does_not_block_the_loop_and_its_timeout_ends_it(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path, readers=1) as db:
+            reading = await beats(20, db.read(ENDLESS, timeout=0.2, label="count"))
+            with pytest.raises(ReadTimeoutError, match=r"'count' \(WITH RECURSIVE"):
+                await reading
+            for _ in range(100):
+                assert await db.read_value("SELECT 1") == 1
+
+    run(main)
+
+
+def test_a_full_queue_does_not_block_the_loop(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path, maxsize=1) as db:
+            async with writer_parked(db):
+                first = db.enqueue(INSERT, (1,))
+                with pytest.raises(QueueFullError):
+                    db.enqueue(INSERT, (2,))
+                with pytest.raises(QueueFullError, match=r"within 0\.01 s"):
+                    await db.enqueue_wait(INSERT, (3,), timeout=0.01)
+                waiting = await beats(10, db.enqueue_wait(INSERT, (4,)))
+                cancelled = await beats(10, db.enqueue_wait(INSERT, (5,)))
+                cancelled.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await cancelled
+            ticket = await waiting
+            await ticket
+            await first
+            assert await rows(db) == [1, 4]
+
+    run(main)
+
+
+def test_closing_ends_the_wait_for_room(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path, maxsize=1) as db:
+            async with writer_parked(db):
+                db.enqueue(INSERT, (1,))
+                waiting = await beats(5, db.enqueue_wait(INSERT, (2,)))
+                closing = await beats(5, db.close())
+                with pytest.raises(WriterClosedError):
+                    await waiting
+            await closing
+
+    run(main)
+
+
+# Time and cancellation ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("timeout", [0.01, 1.0])
+def test_a_write_that_does_not_start_in_time_never_runs(path: Path, timeout: float) -> None:
+    async def main() -> None:
+        async with opened(path) as db:
+            async with writer_parked(db):
+                with pytest.raises(WriteTimeoutError, match=r"is withdrawn.*park") as caught:
+                    await db.run(INSERT, (1,), timeout=timeout)
+                assert not caught.value.started
+                with pytest.raises(WriteTimeoutError, match="did not get its turn") as caught:
+                    async with db.transaction(timeout=timeout):
+                        pytest.fail("entered")
+            await db.flush()
+            assert await rows(db) == []
+
+    run(main)
+
+
+def test_a_write_that_has_started_goes_on_whole_when_its_time_is_up(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path) as db:
+            entered, release = threading.Event(), threading.Event()
+
+            def job(tx: Transaction) -> str:
+                entered.set()
+                release.wait(DEADLINE)
+                tx.execute(INSERT, (1,))
+                return "done"
+
+            with pytest.raises(WriteTimeoutError) as caught:
+                await db.run(job, timeout=0.05)
+            assert caught.value.started
+            release.set()
+            assert await caught.value.ticket == "done"
+            assert await rows(db) == [1]
+
+    run(main)
+
+
+def test_cancelled_before_it_starts_a_write_never_runs(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path) as db:
+            async with writer_parked(db):
+                tasks = [
+                    asyncio.ensure_future(db.run(INSERT, (1,))),
+                    asyncio.ensure_future(db.enqueue(INSERT, (2,))),
+                    asyncio.ensure_future(db.flush()),
+                    asyncio.ensure_future(db.transaction().__aenter__()),
+                ]
+                await asyncio.sleep(0.005)
+                for task in tasks:
+                    task.cancel()
+                for task in tasks:
+                    with pytest.raises(asyncio.CancelledError):
+                        await task
+                with pytest.raises(TimeoutError):
+                    await asyncio.wait_for(db.run(INSERT, (3,)), 0.01)
+                with pytest.raises(ExceptionGroup):
+                    async with asyncio.TaskGroup() as group:
+                        group.create_task(db.run(INSERT, (4,)))
+                        raise LookupError
+            await db.run(INSERT, (5,))
+            assert await rows(db) == [5]
+            assert db.stats().cancelled == 4  # the task of the group had not even begun
+
+    run(main)
+
+
+def test_cancelled_after_it_started_a_write_finishes_and_its_ticket_has_the_outcome(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        async with opened(path) as db:
+            entered, release = threading.Event(), threading.Event()
+
+            def job(tx: Transaction) -> str:
+                entered.set()
+                release.wait(DEADLINE)
+                tx.execute(INSERT, (1,))
+                return "done"
+
+            ticket = db.enqueue(job)
+            await asyncio.to_thread(entered.wait, DEADLINE)
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(ticket, 0.01)
+            release.set()
+            assert await ticket == "done"
+            entered.clear()
+            release.clear()
+
+            def fail(tx: Transaction) -> None:
+                job(tx)
+                raise LookupError("nobody waits")
+
+            failing = asyncio.ensure_future(db.run(fail, label="left alone"))
+            await asyncio.to_thread(entered.wait, DEADLINE)
+            failing.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await failing
+            release.set()
+            await db.flush()
+            assert await rows(db) == [1]
+
+    with caplog.at_level(logging.ERROR):
+        run(main)
+    assert "left alone" in caplog.text
+
+
+def test_a_block_that_is_cancelled_is_rolled_back_and_its_statement_ends(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path) as db:
+            undone: list[str] = []
+            for statement in (ENDLESS, ENDLESS_WRITE):
+                with pytest.raises(TimeoutError):
+                    async with asyncio.timeout(0.05), db.transaction() as tx:
+                        tx.on_rollback(lambda: undone.append("undone"))
+                        await tx.execute(INSERT, (1,))
+                        await tx.execute(statement)
+                await db.run(INSERT, (2,))
+            assert await rows(db) == [2, 2]
+            assert undone == ["undone", "undone"]
+            with pytest.raises(TransactionClosedError):
+                await tx.execute("SELECT 1")
+
+    run(main)
+
+
+def test_a_cancellation_during_commit_comes_after_it_and_says_what_became_of_it(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path, journal_mode="DELETE") as db:
+            with contextlib.closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as other:
+
+                async def block() -> None:
+                    async with db.transaction() as tx:
+                        await tx.execute(INSERT, (1,))
+                        other.execute("BEGIN")
+                        other.execute("SELECT * FROM t").fetchall()  # COMMIT waits for this reader
+
+                task = await beats(20, block())
+                task.cancel()
+                await asyncio.sleep(0.005)
+                assert not task.done()
+                other.execute("ROLLBACK")
+                with pytest.raises(asyncio.CancelledError) as caught:
+                    await task
+                assert any("was committed" in note for note in getattr(caught.value, "__notes__", []))
+            assert await rows(db) == [1]
+
+    run(main)
+
+
+def test_a_read_that_is_cancelled_gives_its_connection_back(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path, readers=1) as db:
+            for _ in range(3):
+                with pytest.raises(TimeoutError):
+                    await asyncio.wait_for(db.read(ENDLESS), 0.02)
+                async with asyncio.timeout(DEADLINE):
+                    assert await rows(db) == []
+            async with db.reader() as reader:
+                with pytest.raises(TimeoutError):
+                    await asyncio.wait_for(reader.execute(ENDLESS), 0.02)
+                assert (await reader.execute("SELECT 1 AS one")).rows == [(1,)]
+                waiting = await beats(5, AsyncDbWriter.wrap(db._gateway()).read("SELECT 2"))
+                waiting.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await waiting
+                second = asyncio.create_task(rows(db))
+                await asyncio.sleep(0.005)
+            assert await second == []
+
+    run(main)
+
+
+# Blocks ---------------------------------------------------------------------------------------------------------------
+
+
+def test_calls_written_in_a_block_belong_to_it_wherever_they_are_awaited(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path) as db:
+
+            async def other() -> list[Any]:
+                return await rows(db)
+
+            with pytest.raises(LookupError):
+                async with db.transaction() as tx:
+                    assert isinstance(tx, AsyncTransaction)
+                    await tx.execute(INSERT, (1,))
+                    await asyncio.gather(db.run(INSERT, (2,)), db.run_many(INSERT, [(3,)]))
+                    await asyncio.wait_for(db.run(INSERT, (4,)), DEADLINE)
+                    await asyncio.create_task(db.run_script("INSERT INTO t VALUES (5)"))
+                    assert await asyncio.wait_for(db.read_value("SELECT count(*) FROM t"), DEADLINE) == 5
+                    assert await rows(db) == [1, 2, 3, 4, 5]
+                    assert await asyncio.create_task(other()) == []  # a child's own calls do not
+                    assert db.in_writer()
+                    later = db.enqueue(INSERT, (6,))
+                    raise LookupError
+            await later
+            assert not db.in_writer()
+            assert await rows(db) == [6]
+
+    run(main)
+
+
+def test_blocks_nest_as_savepoints(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path) as db:
+            called: list[str] = []
+            async with db.transaction() as outer:
+                outer.on_commit(lambda: called.append("outer"))
+                await outer.execute(INSERT, (1,))
+                with pytest.raises(LookupError):
+                    async with db.transaction() as inner:
+                        inner.on_commit(lambda: called.append("inner"))
+                        inner.on_rollback(lambda: called.append("inner undone"))
+                        await inner.execute(INSERT, (2,))
+                        async with inner.savepoint():
+                            await inner.executemany(INSERT, [(3,)])
+                        raise LookupError
+                async with outer.savepoint():
+                    await outer.executescript("INSERT INTO t VALUES (4); INSERT INTO t VALUES (5);")
+                with pytest.raises(sqlite3.OperationalError):
+                    await db.run("INSERT INTO nowhere VALUES (1)")
+                assert outer.label == "transaction"
+                with pytest.raises(TypeError):
+                    outer.on_commit(1)  # type: ignore[arg-type]
+                assert called == []
+            assert called == ["inner undone", "outer"]
+            assert await rows(db) == [1, 4, 5]
+
+    run(main)
+
+
+def test_a_block_whose_transaction_is_lost_says_so_at_its_end(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path) as db:
+            await db.run("CREATE UNIQUE INDEX i ON t (n)")
+            await db.run(INSERT, (1,))
+            with pytest.raises(TransactionAbortedError):
+                async with db.transaction() as tx:
+                    await tx.execute(INSERT, (2,))
+                    with pytest.raises(sqlite3.IntegrityError):
+                        await tx.execute("INSERT OR ROLLBACK INTO t VALUES (1)")
+            assert await rows(db) == [1]
+
+    run(main)
+
+
+def test_tasks_that_share_a_transaction_are_served_one_after_the_other(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path) as db:
+            async with db.transaction() as tx:
+                await asyncio.gather(*[asyncio.create_task(tx.execute(INSERT, (n,))) for n in range(50)])
+            assert await rows(db) == list(range(50))
+
+    run(main)
+
+
+def test_waits_that_a_block_makes_endless_raise_at_once(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path) as db:
+            async with db.transaction() as tx:
+                ticket = db.enqueue(INSERT, (1,))
+                for call in (
+                    lambda: db.flush(),
+                    lambda: db.close(),
+                    lambda: db.checkpoint(),
+                    lambda: db.backup(path.parent / "copy.db"),
+                    lambda: db.run_without_transaction("VACUUM"),
+                    lambda: db.read("SELECT 1", after=ticket),
+                    lambda: db.run(lambda tx: None, foreign_keys=False),
+                    lambda: ticket,
+                ):
+                    with pytest.raises(ReentrantWriteError):
+                        await call()  # type: ignore[no-untyped-call]
+                inner = db._gateway()
+                for blocking in (lambda: inner.run(INSERT, (2,)), inner.flush, inner.close, ticket.result):
+                    with pytest.raises(ReentrantWriteError):
+                        blocking()
+                await tx.execute(INSERT, (3,))
+            await ticket
+            assert await rows(db) == [1, 3]
+
+    run(main)
+
+
+def test_in_a_block_nothing_waits_for_room(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path, maxsize=1) as db:
+            async with db.transaction():
+                tickets = [db.enqueue(INSERT, (n,)) for n in range(3)]
+                tickets += [await db.enqueue_wait(INSERT, (n,)) for n in range(3, 6)]
+            await asyncio.gather(*tickets)
+            assert await rows(db) == [0, 1, 2, 3, 4, 5]
+
+    run(main)
+
+
+def test_a_block_that_holds_too_long_is_taken_back(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path) as db:
+            for statement in (None, ENDLESS, ENDLESS_WRITE):
+                with pytest.raises(TransactionClosedError, match="max_hold"):
+                    async with db.transaction(max_hold=0.05) as tx:
+                        await tx.execute(INSERT, (1,))
+                        if statement:
+                            await tx.execute(statement)
+                        else:
+                            await db.enqueue_wait(INSERT, (2,))
+                            until = asyncio.get_running_loop().time() + DEADLINE
+                            while not tx._block.done() and asyncio.get_running_loop().time() < until:
+                                await asyncio.sleep(0.005)
+            assert await rows(db) == [2]
+
+    run(main)
+
+
+def test_a_block_whose_task_has_ended_is_rolled_back(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path) as db:
+            left: list[Any] = []
+
+            async def leave_open() -> None:
+                block = db.transaction()
+                left.append(block)
+                tx = await block.__aenter__()
+                await tx.execute(INSERT, (1,))
+
+            await asyncio.create_task(leave_open())
+            await db.run(INSERT, (2,))
+            assert await rows(db) == [2]
+            with contextlib.suppress(TransactionClosedError):
+                await left.pop().__aexit__(None, None, None)
+
+    run(main)
+
+
+def test_a_reader_sees_one_state_and_the_inner_block_decides(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path) as db:
+            await db.run(INSERT, (1,))
+            async with db.reader() as reader:
+                await db.run(INSERT, (2,))
+                assert (await reader.execute("SELECT n FROM t")).rows == [(1,)]
+                assert await rows(db) == [1]
+                assert await asyncio.create_task(rows(db)) == [1, 2]
+                async with db.reader() as same:
+                    assert same is reader
+                async with db.transaction() as tx:
+                    await tx.execute(INSERT, (3,))
+                    assert await rows(db) == [1, 2, 3]
+                    async with db.reader() as inner:
+                        assert (await inner.execute("SELECT n FROM t")).fetchall() == [(1,), (2,)]
+                        assert await rows(db) == [1, 2]
+                    assert await rows(db) == [1, 2, 3]
+                assert await rows(db) == [1]
+                with pytest.raises(sqlite3.OperationalError):
+                    await reader.execute("DELETE FROM t")
+            with pytest.raises(sqlite3.ProgrammingError):
+                await reader.execute("SELECT 1")
+            assert await rows(db) == [1, 2, 3]
+
+    run(main)
+
+
+def test_more_readers_than_connections_wait_in_order_and_say_who_has_them(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path, readers=2) as db:
+            assert await asyncio.gather(*[db.read_value("SELECT ?", (n,)) for n in range(100)]) == list(range(100))
+            async with db.reader(label="first"):
+
+                async def second() -> None:
+                    async with db.reader(label="second"):
+                        await asyncio.create_task(third())
+
+                async def third() -> None:
+                    with pytest.raises(ReadTimeoutError, match=r"'third'.*'(first|second)'.*'(first|second)'"):
+                        await db.read("SELECT 1", label="third", timeout=0.01)
+                    with pytest.raises(ReadTimeoutError):
+                        async with db.reader(timeout=0.01):
+                            pytest.fail("entered")
+
+                await asyncio.create_task(second())
+
+    run(main)
+
+
+# Loops ----------------------------------------------------------------------------------------------------------------
+
+
+def test_several_loops_and_threads_share_one_gateway(path: Path) -> None:
+    with DbWriter(path) as inner:
+        inner.run("CREATE TABLE t (n)")
+        shared = AsyncDbWriter.wrap(inner)
+        failures: list[BaseException] = []
+
+        async def main() -> None:
+            await asyncio.gather(*[shared.run(INSERT, (n,)) for n in range(100)])
+            async with shared.transaction() as tx:
+                await tx.execute(INSERT, (-1,))
+                assert len(await shared.read("SELECT n FROM t")) > 100
+
+        def thread() -> None:
+            try:
+                run(main)
+            except BaseException as error:
+                failures.append(error)
+
+        threads = [threading.Thread(target=thread) for _ in range(4)]
+        for each in threads:
+            each.start()
+        for n in range(50):
+            inner.run(INSERT, (n,))
+        for each in threads:
+            each.join(DEADLINE)
+        assert failures == []
+        assert inner.read_value("SELECT count(*) FROM t") == 4 * 101 + 50
+
+
+def test_a_loop_that_is_closed_before_the_result_arrives_harms_nobody(path: Path) -> None:
+    with DbWriter(path) as inner:
+        inner.run("CREATE TABLE t (n)")
+        with parked(inner):
+            loop = asyncio.new_event_loop()
+            db = AsyncDbWriter.wrap(inner)
+            task = loop.create_task(db.run(INSERT, (1,)))
+            loop.run_until_complete(asyncio.sleep(0.001))
+            loop.close()
+            task._log_destroy_pending = False  # type: ignore[attr-defined]
+            ticket = inner.enqueue(INSERT, (2,))
+        ticket.result(DEADLINE)
+        assert inner.read("SELECT n FROM t") == [(1,), (2,)]
+
+
+def test_a_ticket_can_be_awaited_on_any_loop_and_by_several_tasks(db: DbWriter) -> None:
+    ticket = db.enqueue(lambda tx: 42)
+
+    async def main() -> None:
+        assert list(await asyncio.gather(ticket, ticket)) == [42, 42]
+
+    run(main)
+    run(main)
+
+
+def test_a_blocking_call_on_the_loops_thread_warns_in_debug_mode_only(path: Path) -> None:
+    with DbWriter(path) as inner:
+        inner.run("CREATE TABLE t (n)")
+
+        async def main() -> None:
+            inner.run(INSERT, (1,))
+            with inner.transaction() as tx:
+                tx.execute(INSERT, (2,))
+            with inner.reader():
+                inner.read("SELECT 1")
+
+        asyncio.run(main())
+
+        async def debugged() -> None:
+            for call in (
+                lambda: inner.run(INSERT, (1,)),
+                lambda: inner.flush(),
+                lambda: inner.transaction().__enter__(),
+                lambda: inner.reader().__enter__(),
+            ):
+                with pytest.warns(RuntimeWarning, match="blocks the event loop") as caught:
+                    call()
+                assert caught[0].filename == __file__
+            inner.enqueue(INSERT, (3,))
+
+        with contextlib.suppress(ReentrantWriteError):
+            asyncio.run(debugged(), debug=True)
+
+
+def test_ten_thousand_tasks_leave_nothing_behind(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path, synchronous="NORMAL") as db:
+            await asyncio.gather(*[db.run(INSERT, (n,)) for n in range(100)])
+            gc.collect()
+            before = len(gc.get_objects())
+            await asyncio.gather(*[db.run(INSERT, (n,)) for n in range(10_000)])
+            await asyncio.sleep(0)  # the loop lets go of them
+            await asyncio.sleep(0)
+            gc.collect()
+            assert len(gc.get_objects()) < before + 100
+            assert await db.read_value("SELECT count(*) FROM t") == 10_100
+
+    run(main)
