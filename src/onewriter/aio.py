@@ -281,6 +281,7 @@ class AsyncDbWriter:
     def _prepare(self) -> None:
         self._pool: ThreadPoolExecutor | None = None
         self._deadlines: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Deadlines] = weakref.WeakKeyDictionary()
+        self._last_deadlines: tuple[Any, _Deadlines] = (None, _Deadlines())
         self._readers: weakref.WeakKeyDictionary[Task, list[tuple[AsyncReader, object]]] = weakref.WeakKeyDictionary()
 
     async def open(self) -> Self:
@@ -430,22 +431,23 @@ class AsyncDbWriter:
     def _execute(self, job: Job[T], timeout: Seconds, alone: str = "") -> Coroutine[Any, Any, T]:
         if timeout != 30.0:
             check_timeout(timeout)
-        holder = self._gateway()._holder
-        block = holder.block_here()
-        if block is not None:
-            if alone or job.foreign_keys is not None:
-                holder.refuse_endless_wait(alone or "foreign_keys=", awaits=True)
-            return block.call(_perform_inside, block, job)
-        return self._wait_for(job, timeout)
-
-    async def _wait_for(self, job: Job[T], timeout: Seconds) -> T:
         db = self._gateway()
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if db._holder.block is not None:
+            block = db._holder.block_here()
+            if block is not None:
+                if alone or job.foreign_keys is not None:
+                    db._holder.refuse_endless_wait(alone or "foreign_keys=", awaits=True)
+                return block.call(_perform_inside, block, job)
+        return self._wait_for(db, job, timeout)
+
+    async def _wait_for(self, db: DbWriter, job: Job[T], timeout: Seconds) -> T:
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[None] = loop.create_future()
         job._waiters = [future]  # before anybody else knows the job
         db._submit(job, None)
         deadlines = None
         if timeout is not None:
-            deadlines = self._deadlines_here()
+            deadlines = self._deadlines_of(loop)
             deadlines.add(future, timeout)
         try:
             await future
@@ -771,11 +773,11 @@ class AsyncDbWriter:
             raise WriterClosedError("the gateway is closed")
         return self._db
 
-    def _deadlines_here(self) -> _Deadlines:
-        loop = asyncio.get_running_loop()
-        deadlines = self._deadlines.get(loop)
-        if deadlines is None:
-            deadlines = self._deadlines[loop] = _Deadlines()
+    def _deadlines_of(self, loop: asyncio.AbstractEventLoop) -> _Deadlines:
+        known, deadlines = self._last_deadlines
+        if known is not loop:
+            deadlines = self._deadlines.setdefault(loop, _Deadlines())
+            self._last_deadlines = loop, deadlines
         return deadlines
 
     @contextlib.asynccontextmanager
@@ -784,7 +786,7 @@ class AsyncDbWriter:
         if timeout is None:
             yield
             return
-        deadlines = self._deadlines_here()
+        deadlines = self._deadlines_of(future.get_loop())
         deadlines.add(future, timeout)
         try:
             yield

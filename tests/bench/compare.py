@@ -25,7 +25,7 @@ from pathlib import Path
 from time import perf_counter, sleep
 from typing import Any
 
-from onewriter import DbWriter, Transaction
+from onewriter import AsyncDbWriter, DbWriter, Transaction
 
 CREATE = "CREATE TABLE t (id INTEGER PRIMARY KEY, n INTEGER, text TEXT)"
 INSERT = "INSERT INTO t (n, text) VALUES (?, ?)"
@@ -188,17 +188,22 @@ def block(folder: Path, synchronous: str, count: int) -> float:
         return timed(count, work)
 
 
-def await_tickets(folder: Path, synchronous: str, count: int) -> float:
-    with gateway(folder, synchronous) as db:
-
-        async def task(each: int) -> None:
+def await_run(tasks: int) -> Measure:
+    def measure(folder: Path, synchronous: Any, count: int) -> float:
+        async def task(db: AsyncDbWriter, each: int) -> None:
             for _ in range(each):
-                await db.enqueue(INSERT, ROW)
+                await db.run(INSERT, ROW)
 
-        async def work() -> None:
-            await asyncio.gather(*[task(count // 64) for _ in range(64)])
+        async def work() -> float:
+            async with AsyncDbWriter(folder / "gateway.db", synchronous=synchronous) as db:
+                await db.run(CREATE)
+                began = perf_counter()
+                await asyncio.gather(*[task(db, count // tasks) for _ in range(tasks)])
+                return count / (perf_counter() - began)
 
-        return timed(count, lambda: asyncio.run(work()))
+        return asyncio.run(work())
+
+    return measure
 
 
 def bare_read(folder: Path, synchronous: str, count: int) -> float:
@@ -313,7 +318,8 @@ CONTESTANTS: list[tuple[str, Measure, int, str, str]] = [
     ("one connection and a lock, 64 threads", one_and_a_lock(64), 2_000, "", ""),
     ("run, 64 threads", run(64), 12_800, "one connection and a lock, 64 threads", ""),
     ("aiosqlite, 64 tasks", aiosqlite_tasks, 3_200, "", "aiosqlite"),
-    ("await ticket, 64 tasks", await_tickets, 12_800, "aiosqlite, 64 tasks", ""),
+    ("await run, 64 tasks", await_run(64), 25_600, "aiosqlite, 64 tasks", ""),
+    ("await run, 256 tasks", await_run(256), 25_600, "aiosqlite, 64 tasks", ""),
     ("bare read of one row by key", bare_read, 20_000, "", ""),
     ("read of one row by key", read, 20_000, "bare read of one row by key", ""),
 ]

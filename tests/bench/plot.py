@@ -16,7 +16,7 @@ BARS = [
     ("transaction() with 3 INSERTs", "BEGIN, 3 INSERTs, COMMIT"),
     ("run, 16 threads", "one connection and a lock, 16 threads"),
     ("run, 64 threads", "one connection and a lock, 64 threads"),
-    ("await ticket, 64 tasks", "aiosqlite, 64 tasks"),
+    ("await run, 64 tasks", "aiosqlite, 64 tasks"),
     ("read of one row by key", "bare read of one row by key"),
 ]
 ROW, LEFT, WIDTH = 26, 300, 420

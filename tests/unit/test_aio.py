@@ -170,7 +170,7 @@ def test_before_open_and_after_close_every_call_says_so(path: Path) -> None:
                 lambda: db.reader().__aenter__(),
             ):
                 with pytest.raises(WriterClosedError):
-                    await call()  # type: ignore[no-untyped-call]
+                    await call()
             with pytest.raises(WriterClosedError):
                 db.enqueue(INSERT, (1,))
 
@@ -653,7 +653,7 @@ def test_waits_that_a_block_makes_endless_raise_at_once(path: Path) -> None:
                     lambda: ticket,
                 ):
                     with pytest.raises(ReentrantWriteError):
-                        await call()  # type: ignore[no-untyped-call]
+                        await call()
                 inner = db._gateway()
                 for blocking in (lambda: inner.run(INSERT, (2,)), inner.flush, inner.close, ticket.result):
                     with pytest.raises(ReentrantWriteError):
