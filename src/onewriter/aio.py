@@ -41,7 +41,7 @@ from onewriter.gateway import (
 from onewriter.holder import Holder, running_task
 from onewriter.job import Job, Ticket, called_from, name_of, refuse_live, resolve, wake
 from onewriter.log import contain
-from onewriter.readers import Reader, ReaderPool, Snapshot, Waiter
+from onewriter.readers import HELD_BACK, Reader, ReaderPool, Snapshot, Waiter
 from onewriter.statement import Parameters, Result, capture, capture_many, check_many
 from onewriter.stats import CloseReport, Stats
 from onewriter.transaction import ENDED, TOO_LONG, Transaction, check_sql
@@ -485,10 +485,12 @@ class AsyncDbWriter:
         transaction = await self._enter(db, block, timeout)
         try:
             yield AsyncTransaction(block, transaction)
-        except BaseException:
+        except BaseException as error:
             block.end(failed=True)
-            await block.ended()
+            cancelled = await block.ended()
             self._call_back(db, block, transaction)
+            if cancelled is not None:
+                raise cancelled from error
             raise
         block.end(failed=False)
         cancelled = await block.ended()
@@ -669,6 +671,9 @@ class AsyncDbWriter:
     async def _take(self, label: str, deadline: float) -> Reader:
         """A connection of the pool, whose time is limited."""
         readers = self._gateway()._readers
+        until = monotonic() + HELD_BACK
+        while readers.holds_back and monotonic() < until:
+            await asyncio.sleep(HELD_BACK / 50)
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         found = readers.take_or_line_up(label, future)
         if isinstance(found, Waiter):

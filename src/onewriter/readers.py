@@ -149,7 +149,7 @@ class ReaderPool:
         self._local = threading.local()
         self._closed = False
         self._all_back = threading.Event()
-        self._holds_back = False  # new loans wait for the event
+        self.holds_back = False  # new loans wait for the event
         self._open_again = threading.Event()
         self._returned = threading.Event()
 
@@ -271,7 +271,7 @@ class ReaderPool:
     def held_back(self, seconds: float) -> Iterator[None]:
         """For the ``with`` block, and no longer than that, new loans wait; those out come back meanwhile."""
         self._open_again.clear()
-        self._holds_back = True
+        self.holds_back = True
         until = monotonic() + seconds
         try:
             while self._lent and monotonic() < until:
@@ -279,7 +279,7 @@ class ReaderPool:
                 self._returned.clear()
             yield
         finally:
-            self._holds_back = False
+            self.holds_back = False
             self._open_again.set()
 
     def warn_if_slow(self) -> None:
@@ -320,12 +320,12 @@ class ReaderPool:
         self._all_back.set()
 
     def _check_out(self, label: str, deadline: float) -> Reader:
-        if self._holds_back:
+        if self.holds_back:
             self._open_again.wait(HELD_BACK)
         found = self.take_or_line_up(label)
-        if found is None:
-            return self.open(label)
-        return self._wait(found, label, deadline) if isinstance(found, Waiter) else found
+        if isinstance(found, Reader):
+            return found
+        return self.open(label) if found is None else self._wait(found, label, deadline)
 
     def take_or_line_up(self, label: str, future: asyncio.Future[None] | None = None) -> Reader | Waiter | None:
         """A free connection; a place in the line for one; or None: the right to ``open`` one."""
@@ -419,7 +419,7 @@ class ReaderPool:
 
     def check_in(self, reader: Reader) -> None:
         self._lent.discard(reader)
-        if self._holds_back:
+        if self.holds_back:
             self._returned.set()
         if monotonic() - reader.since > self._holder.slow_after:
             self._warn(reader, "was open")

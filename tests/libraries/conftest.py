@@ -5,4 +5,5 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 # Not skipped but not collected: whoever runs the default command has not asked for them.
-collect_ignore_glob = [] if all(map(find_spec, ("pandas", "sqlalchemy", "sqlite_utils"))) else ["test_*.py"]
+NEEDED = ("fastapi", "httpx", "pandas", "sqlalchemy", "sqlite_utils", "uvicorn")
+collect_ignore_glob = [] if all(map(find_spec, NEEDED)) else ["test_*.py"]

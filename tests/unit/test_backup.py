@@ -321,7 +321,7 @@ def test_a_checkpoint_waits_a_moment_for_those_who_read(db: DbWriter) -> None:
     def read() -> None:
         with db.reader():
             inside.set()
-            while not db._readers._holds_back:
+            while not db._readers.holds_back:
                 pass
 
     def checkpoint() -> object:
