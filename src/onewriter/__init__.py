@@ -3,6 +3,7 @@
 from onewriter.aio import AsyncDbWriter, AsyncTransaction
 from onewriter.errors import (
     CommitUnknownError,
+    ForkedError,
     OneWriterError,
     QueueFullError,
     ReadTimeoutError,
@@ -25,6 +26,7 @@ __all__ = [
     "CloseReport",
     "CommitUnknownError",
     "DbWriter",
+    "ForkedError",
     "OneWriterError",
     "QueueFullError",
     "ReadTimeoutError",

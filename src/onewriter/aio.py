@@ -134,9 +134,7 @@ class TaskBlock(Job[None]):
         self.failed = failed
         if failed and self.transaction is not None:
             self.transaction.close(LEFT)
-        with self._lock:
-            self._accepts = False
-            self._requests.put(None)
+        self._requests.put(None)
 
     async def ended(self) -> asyncio.CancelledError | None:
         """Wait until it is committed or rolled back, even if the task is cancelled; returns that cancellation."""
@@ -320,7 +318,8 @@ class AsyncDbWriter:
             self._is_closed, self._open = True, None
             return CloseReport(0, 0, 0, 0, ())
         check_timeout(timeout)
-        db._holder.refuse_endless_wait("close", awaits=True)
+        if not db._holder.forked:
+            db._holder.refuse_endless_wait("close", awaits=True)
         self._is_closed = True
         if self._pool is not None:
             self._pool.shutdown(wait=False)

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from onewriter.block import BlockJob
 from onewriter.errors import QueueFullError, WriteTimeoutError
+from onewriter.fork import forked_error
 from onewriter.job import Job, wait_in_slices
 from onewriter.loop import MOST_TAKEN, WriterLoop
 from onewriter.queue import closed_error
@@ -32,6 +33,9 @@ class Driver(Protocol):
 
     def dropped(self) -> None:
         """The gateway was collected without close."""
+
+    def forget(self) -> None:
+        """This is a forked child of the process that the writer belongs to."""
 
     def join(self, timeout: float | None) -> bool:
         """Wait until all is written and closed; the queue must refuse already. False: not within ``timeout``."""
@@ -83,6 +87,9 @@ class ThreadDriver:
 
     def dropped(self) -> None:
         pass  # the thread drains the queue, and ends
+
+    def forget(self) -> None:
+        pass  # the thread is not there
 
     def join(self, timeout: float | None) -> bool:
         self._thread.join(None if timeout is None else min(timeout, threading.TIMEOUT_MAX))
@@ -141,7 +148,7 @@ class InlineDriver:
             self._loop.queue.put(job)
             self._drive()
         finally:
-            self._turn.release()
+            self._give_turn()
 
     def enter(self, job: BlockJob, timeout: float | None) -> Transaction:
         if not self._take_turn(timeout):
@@ -152,7 +159,7 @@ class InlineDriver:
             self._loop.begin_block(job)
             return entered(job)
         except BaseException:
-            self._turn.release()
+            self._give_turn()
             raise
 
     def leave(self, job: BlockJob) -> None:
@@ -160,10 +167,13 @@ class InlineDriver:
             self._loop.end_block(job)
             self._drive()
         finally:
-            self._turn.release()
+            self._give_turn()
 
     def dropped(self) -> None:
         self.join(0.0)
+
+    def forget(self) -> None:
+        self._turn = threading.Lock()  # another thread of the parent may have had it
 
     def join(self, timeout: float | None) -> bool:
         if not self._take_turn(timeout):
@@ -175,10 +185,16 @@ class InlineDriver:
                 self._loop.end()
             return True
         finally:
-            self._turn.release()
+            self._give_turn()
 
     def _take_turn(self, timeout: float | None) -> bool:
+        if self._loop.holder.forked:
+            raise forked_error()
         return self._turn.acquire(timeout=-1 if timeout is None else min(timeout, threading.TIMEOUT_MAX))
+
+    def _give_turn(self) -> None:
+        if not self._loop.holder.forked:
+            self._turn.release()
 
     def _drive(self) -> None:
         """Write what is queued, and what that queues."""

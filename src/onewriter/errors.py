@@ -9,7 +9,8 @@ OneWriterError
 ├── ReadTimeoutError           (also a TimeoutError) the wait for a read ended first
 ├── ReentrantWriteError        a wait that this thread itself would make endless
 ├── TransactionClosedError     a Transaction used after its end or by another thread
-└── TransactionAbortedError    SQLite rolled back by itself and the job went on
+├── TransactionAbortedError    SQLite rolled back by itself and the job went on
+└── ForkedError                used in a child process, after a fork
 
 What a job or SQLite raised reaches the caller as it is, with a note that names the job.
 """
@@ -71,3 +72,7 @@ class TransactionClosedError(OneWriterError):
 
 class TransactionAbortedError(OneWriterError):
     """SQLite rolled the transaction back by itself, and the job went on. Rolled back."""
+
+
+class ForkedError(OneWriterError):
+    """A gateway was used in a child process after a fork, or its file was opened there again. Not committed."""

@@ -10,6 +10,7 @@ import threading
 from time import monotonic
 
 from onewriter.driver import Driver
+from onewriter.fork import forget_inherited
 from onewriter.log import report
 from onewriter.loop import WriterLoop
 from onewriter.queue import closed_error
@@ -38,6 +39,20 @@ def others_on(path: str) -> bool:
         return False
     with _lock:
         return any(loop.is_on(here) for loop in _open)
+
+
+def _forget_in_child() -> None:
+    global _lock
+    _lock = threading.Lock()  # another thread of the parent may have held it
+    inherited = dict(_open)
+    _open.clear()
+    forget_inherited(inherited)
+    for driver in inherited.values():
+        driver.forget()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_in_child)
 
 
 @atexit.register

@@ -26,6 +26,7 @@ from onewriter.checkpoint import Checkpoint
 from onewriter.connection import Settings, check_path, check_pragmas, refuse_old_sqlite
 from onewriter.driver import Driver, InlineDriver, ThreadDriver
 from onewriter.errors import ReadTimeoutError, ReentrantWriteError, WriteTimeoutError
+from onewriter.fork import forked_error, refuse_inherited
 from onewriter.holder import Holder
 from onewriter.job import (
     NOT_PLAIN,
@@ -153,6 +154,7 @@ class DbWriter:
             name = label or os.path.basename(self._path)
             loop = WriterLoop(settings, name, maxsize, readers, slow_after, max_hold, on_error, _ended(folder))
             driver: Driver = InlineDriver(loop) if inline else ThreadDriver(loop)
+            refuse_inherited(self._path)
             twins = at_exit.others_on(self._path)
             driver.start()
         except BaseException:
@@ -311,6 +313,10 @@ class DbWriter:
         job.result()
 
     def _leave(self, job: BlockJob, failed: bool) -> None:
+        if self._holder.forked:
+            if failed:
+                return
+            raise forked_error()  # the parent's block goes on; nothing is committed here
         job.give_back(failed)
         if self._holder.waits_endlessly():
             return  # a generator collected by the writer, or inside one of its locks
@@ -565,6 +571,8 @@ class DbWriter:
             ReentrantWriteError: called inside a job.
         """
         check_timeout(timeout)
+        if self._holder.forked:
+            return CloseReport(0, 0, 0, 0, ())
         self._holder.refuse_endless_wait("close")
         loop = self._loop
         loop.queue.refuse(closed_error())

@@ -10,6 +10,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from onewriter.errors import ReentrantWriteError, WriterBrokenError
+from onewriter.fork import forked_error
 from onewriter.log import report
 from onewriter.stats import Tally
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from onewriter.transaction import Transaction
 
 IN_STATEMENT = "a function that SQLite calls while it runs a statement cannot use the connection of that statement"
+INHERITED = "belongs to the parent of this process"
 CORRUPT = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
@@ -37,12 +39,21 @@ class Holder:
         self.tally = Tally()  # guarded by lock
         self.health = "ok"
         self.broken: BaseException | None = None  # why the gateway is out of service
+        self.forked = False  # this is a child of the process that it belongs to
         self.writer_thread = 0
         self.reporting: set[int] = set()  # threads inside our log calls: failures of what they enqueue stay unlogged
         self.job: Job[Any] | None = None  # that runs now
         self.block: TaskBlock | None = None  # a task's transaction, whose statements the writer runs
         self.transaction: Transaction | None = None
         self._waiting: tuple[Job[Any], float] | None = None
+
+    def become_inherited(self, error: BaseException) -> None:
+        """In a forked child. The numbers of threads survive a fork, and so may a lock that another thread holds."""
+        self.forked, self.broken, self.health = True, error, f"broken: {error}"
+        self.lock = threading.RLock()
+        if self.transaction is not None:
+            self.transaction.close(INHERITED)
+        self.writer_thread, self.job, self.transaction, self.block = 0, None, None, None
 
     def enter(self, job: Job[Any], transaction: Transaction | None) -> None:
         self._warned = False
@@ -109,6 +120,8 @@ class Holder:
         return block if block is not None and block.task is not None and block.task is running_task() else None
 
     def refuse_endless_wait(self, what: str, awaits: bool = False) -> None:
+        if self.forked:
+            raise forked_error()
         if self.awaits_endlessly() if awaits else self.waits_endlessly():
             raise ReentrantWriteError(
                 f"{what} inside a job or callback of the writer waits for the writer itself, so it would never end: "
@@ -117,7 +130,7 @@ class Holder:
 
     def refuse_if_broken(self) -> None:
         if self.broken is not None:
-            raise broken_error(self.broken)
+            raise forked_error() if self.forked else broken_error(self.broken)
 
     def note_corruption(self, error: BaseException) -> None:
         """Say once, loudly, that the file is damaged; every job that it hits fails with SQLite's error."""

@@ -19,6 +19,7 @@ from onewriter.checkpoint import Checkpoint, Checkpointer
 from onewriter.connection import Settings, configure, open_writer, set_pragma
 from onewriter.errors import CommitUnknownError, WriterClosedError
 from onewriter.file import DatabaseFile, FileMovedError
+from onewriter.fork import forked_error
 from onewriter.guard import Guard, Mode
 from onewriter.holder import Holder, broken_error
 from onewriter.job import RUNNING, BareStatementJob, Batch, ControlJob, Job, StatementJob, Ticket, settle
@@ -95,6 +96,14 @@ class WriterLoop:
         if count:
             report(self.holder, logging.WARNING, "%s: close withdrew %d queued jobs", self.label, count)
 
+    def become_inherited(self) -> list[object]:
+        """In a forked child: refuse everything; returns what must never be closed there."""
+        error = forked_error()
+        self.holder.become_inherited(error)
+        self.queue.become_inherited(error)
+        kept: list[object] = self.readers.become_inherited()
+        return kept if self._session is None else [self._session, self._session.connection, *kept]
+
     def is_on(self, file: os.stat_result) -> bool:
         """Whether ``file`` is this writer's database."""
         return self.file.identity == (file.st_dev, file.st_ino)
@@ -144,6 +153,8 @@ class WriterLoop:
 
     def broke(self, error: BaseException) -> None:
         """The writer met an error of its own making: answer everything that waits."""
+        if self.holder.forked:
+            return
         report(self.holder, logging.CRITICAL, "%s: the writer thread died", self.label, error=error)
         self._break(error)
 
@@ -162,6 +173,8 @@ class WriterLoop:
 
     def end(self) -> None:
         """Close all connections, after the last job."""
+        if self.holder.forked:
+            return
         self.drained.set()
         contain(self.holder, self.readers.close)  # before the writer: the last to close tidies up, if it may write
         self._roll_back()
@@ -389,6 +402,8 @@ class WriterLoop:
         self, session: WriteSession, transaction: Transaction, result: Any, error: BaseException | None, savepoint: bool
     ) -> None:
         job = transaction.job
+        if self.holder.forked:
+            raise error or forked_error()  # the job has forked, and this is the child
         job.ended_at = self.holder.leave()
         try:
             transaction.end()
@@ -499,6 +514,8 @@ class WriterLoop:
                     self._call_back(run, committed=False)
 
     def _roll_back(self) -> None:
+        if self.holder.forked:
+            raise forked_error()
         # SQLite has rolled back by itself after some errors (disk full, RAISE(ROLLBACK)): a second ROLLBACK would fail.
         if self._session is not None and self._session.connection.in_transaction:
             try:

@@ -79,12 +79,11 @@ class JobQueue(queue.Queue[Job[Any]]):
             self._wait_for_room(waiter, timeout)
 
     def put_unbounded(self, job: Job[Any]) -> None:
-        """Add a bounded job although there may be no room."""
+        """Add a bounded job although there may be no room, from inside a block: the writer is not asleep."""
         with self.mutex:
             self._refuse_if_closed()
             self._bounded += 1
             self.queue.append(job)
-        self._wake()
 
     def line_up(self, job: Job[Any], future: asyncio.Future[None]) -> _Waiter | None:
         """Add a bounded job; None, or, if there is no room, its place in the line, whose turn resolves ``future``."""
@@ -146,6 +145,12 @@ class JobQueue(queue.Queue[Job[Any]]):
         if asleep:
             self._wake()
         return first
+
+    def become_inherited(self, error: OneWriterError) -> None:
+        """In a forked child: refuse everything; another thread of the parent may have held the lock."""
+        self.mutex = threading.RLock()  # type: ignore[assignment]
+        self._refusal = error
+        self._room.clear()
 
     def empty_out(self) -> list[Job[Any]]:
         """Take everything that waits, without waiting."""

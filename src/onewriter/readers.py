@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from onewriter.connection import Settings, open_reader
 from onewriter.errors import ReadTimeoutError
 from onewriter.file import DatabaseFile
+from onewriter.fork import forked_error
 from onewriter.guard import ReadGuard
 from onewriter.holder import Holder
 from onewriter.job import refuse_live, wake
@@ -39,6 +40,7 @@ class Reader:
         self.connection = connection
         self.deadline = math.inf
         self.label, self.since, self.is_named = "", 0.0, False  # of the loan; named: a warning was given
+        self.is_inherited = False  # this is a child of the process that it belongs to
         self._guard = guard
         self.is_pinned = False
         self._policy = policy
@@ -109,6 +111,8 @@ class Snapshot:
         self._ended = False
 
     def call(self, function: Callable[..., T], *args: Any, **options: Any) -> T:
+        if self.reader.is_inherited:
+            raise forked_error()
         with self._lock:
             if self._ended:
                 raise sqlite3.ProgrammingError("the reader() block or read() of this connection has ended")
@@ -121,6 +125,8 @@ class Snapshot:
         pass
 
     def end(self) -> None:
+        if self.reader.is_inherited:
+            return
         with self._lock:
             self._ended = True
         self.lent.close_cursors()
@@ -199,7 +205,7 @@ class ReaderPool:
     def current(self) -> Snapshot | None:
         """The snapshot that the calling thread's reads belong to, unless it is in a transaction begun later."""
         stack = self._stack()
-        if stack and stack[-1].outside is self._holder.current():
+        if stack and not stack[-1].reader.is_inherited and stack[-1].outside is self._holder.current():
             return stack[-1]
         return None
 
@@ -319,6 +325,16 @@ class ReaderPool:
         self._stop.set()
         self._all_back.set()
 
+    def become_inherited(self) -> list[object]:
+        """In a forked child: lend nothing, take nothing back; returns what must never be closed there."""
+        self._lock = threading.RLock()
+        self._closed = True
+        self.holds_back = False
+        readers = [*self._idle, *self._lent]
+        for reader in readers:
+            reader.is_inherited = True
+        return [thing for reader in readers for thing in (reader, reader.connection)]
+
     def _check_out(self, label: str, deadline: float) -> Reader:
         if self.holds_back:
             self._open_again.wait(HELD_BACK)
@@ -374,7 +390,7 @@ class ReaderPool:
             reader.attempt(label, reader.pin)
             yield reader.connection
         finally:
-            if reader is not None:
+            if reader is not None and not reader.is_inherited:
                 self._lent.discard(reader)
                 self._returned.set()
                 reader.connection.close()
@@ -418,6 +434,8 @@ class ReaderPool:
             self._give_up_place() if waiter.reader is None else self.check_in(waiter.reader)
 
     def check_in(self, reader: Reader) -> None:
+        if reader.is_inherited:
+            return
         self._lent.discard(reader)
         if self.holds_back:
             self._returned.set()

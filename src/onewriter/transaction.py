@@ -12,9 +12,16 @@ from threading import get_ident
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from onewriter.errors import ReadTimeoutError, ReentrantWriteError, TransactionAbortedError, TransactionClosedError
+from onewriter.errors import (
+    ForkedError,
+    ReadTimeoutError,
+    ReentrantWriteError,
+    TransactionAbortedError,
+    TransactionClosedError,
+)
+from onewriter.fork import forked_error
 from onewriter.guard import Guard, Mode
-from onewriter.holder import IN_STATEMENT
+from onewriter.holder import IN_STATEMENT, INHERITED
 from onewriter.lent import LentConnection
 from onewriter.statement import (
     Executor,
@@ -288,7 +295,7 @@ class Transaction:
 
     def close(self, why: str) -> None:
         """Refuse every further call. From any thread; one that is under way ends by ``watch`` or ``take_back``."""
-        self._closed = self._closed or why
+        self._closed = why if why == INHERITED else self._closed or why
 
     def lend_to(self, thread: threading.Thread) -> None:
         self.thread, self.borrower = thread.ident or 0, thread
@@ -324,7 +331,7 @@ class Transaction:
         self._forget_since((0, 0))
         self.call(self._session.undo_to_mark, mode=Mode.GATEWAY)
 
-    def overdue(self) -> TransactionClosedError | None:
+    def overdue(self) -> TransactionClosedError | ForkedError | None:
         """The error of a block that has held the writer for too long, where no other thread takes it back."""
         if monotonic() > self._until and self._closed in (None, ENDED):
             self._closed = TOO_LONG
@@ -349,8 +356,10 @@ class Transaction:
         if not self._session.connection.in_transaction and self.job.in_transaction:
             raise self.aborted_error()
 
-    def closed_error(self) -> TransactionClosedError:
+    def closed_error(self) -> TransactionClosedError | ForkedError:
         root = self._root
+        if INHERITED in (self._closed, root._closed):
+            return forked_error()
         if root._until < monotonic() and root._closed is None:
             root._closed = TOO_LONG
         return TransactionClosedError(f"the transaction of job {self.job.describe()} {self._closed or root._closed}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import gc
 import logging
@@ -34,6 +35,7 @@ from onewriter import (
 
 INSERT = "INSERT INTO t VALUES (?)"
 ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
+LONG = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT 300000) SELECT count(*) FROM n"
 ENDLESS_WRITE = "INSERT INTO t WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT i FROM n"
 
 
@@ -541,7 +543,7 @@ def test_a_read_that_is_cancelled_gives_its_connection_back(path: Path) -> None:
             async with db.reader() as reader:
                 with pytest.raises(TimeoutError):
                     await asyncio.wait_for(reader.execute(ENDLESS), 0.02)
-                assert (await reader.execute("SELECT 1 AS one")).rows == [(1,)]
+                assert (await reader.execute(LONG)).rows == [(300_000,)]  # with no time limit left over
                 waiting = await beats(5, AsyncDbWriter.wrap(db._gateway()).read("SELECT 2"))
                 waiting.cancel()
                 with pytest.raises(asyncio.CancelledError):
@@ -810,7 +812,8 @@ def test_a_loop_that_is_closed_before_the_result_arrives_harms_nobody(path: Path
             task._log_destroy_pending = False  # type: ignore[attr-defined]
             ticket = inner.enqueue(INSERT, (2,))
         ticket.result(DEADLINE)
-        assert inner.read("SELECT n FROM t") == [(1,), (2,)]
+        inner.run(INSERT, (3,), timeout=DEADLINE)
+        assert inner.read("SELECT n FROM t") == [(1,), (2,), (3,)]
 
 
 def test_a_ticket_can_be_awaited_on_any_loop_and_by_several_tasks(db: DbWriter) -> None:
@@ -864,5 +867,184 @@ def test_ten_thousand_tasks_leave_nothing_behind(path: Path) -> None:
             gc.collect()
             assert len(gc.get_objects()) < before + 100
             assert await db.read_value("SELECT count(*) FROM t") == 10_100
+
+    run(main)
+
+
+# Forced: what happens in the same moment -------------------------------------------------------------------------------
+
+
+def test_a_statement_that_was_cancelled_before_its_turn_does_not_run(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path) as db:
+            entered, release = threading.Event(), threading.Event()
+
+            def hold(tx: Transaction) -> None:
+                entered.set()
+                release.wait(DEADLINE)
+
+            async with db.transaction() as tx:
+                first = asyncio.create_task(db.run(hold))
+                await asyncio.to_thread(entered.wait, DEADLINE)
+                second = asyncio.create_task(tx.execute(INSERT, (1,)))
+                await asyncio.sleep(0)
+                second.cancel()
+                await asyncio.wait([second])
+                release.set()
+                await first
+            assert await rows(db) == []
+
+    run(main)
+
+
+def test_a_cancellation_in_the_moment_of_the_grant_leaves_nothing_behind(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path) as db:
+
+            async def block() -> None:
+                async with db.transaction():
+                    pytest.fail("entered")
+
+            async with writer_parked(db) as release:
+                task = asyncio.create_task(block())
+                await asyncio.sleep(0)
+                release.set()
+                while db._gateway()._holder.block is None:  # granted, and the loop does not know yet
+                    pass
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+            await db.run(INSERT, (1,))
+            assert await rows(db) == [1]
+
+    run(main)
+
+
+def test_a_statement_of_a_reader_ends_before_the_next_one_begins(path: Path) -> None:
+    entered, release = threading.Event(), threading.Event()
+
+    def hold() -> int:
+        entered.set()
+        release.wait(DEADLINE)
+        return 1
+
+    def hook(connection: sqlite3.Connection, readonly: bool) -> None:
+        connection.create_function("hold", 0, hold)
+
+    async def main() -> None:
+        async with opened(path, on_connect=hook) as db, db.reader() as reader:
+            task = asyncio.create_task(reader.execute("SELECT hold()"))
+            await asyncio.to_thread(entered.wait, DEADLINE)
+            task.cancel()
+            await asyncio.sleep(0.01)
+            assert not task.done()
+            release.set()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert (await reader.execute("SELECT 2")).rows == [(2,)]
+
+    run(main)
+
+
+def test_a_read_that_no_thread_has_begun_gives_its_connection_back(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        async with opened(path, readers=1) as db:
+            assert await rows(db) == []
+            assert db._pool is not None
+            with monkeypatch.context() as patch:
+                patch.setattr(db._pool, "submit", lambda *_: concurrent.futures.Future())
+                task = asyncio.create_task(rows(db))
+                await asyncio.sleep(0.001)
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+            assert await rows(db) == []
+
+    run(main)
+
+
+def test_a_connection_whose_opening_was_cancelled_goes_to_the_next(path: Path) -> None:
+    opening, release = threading.Event(), threading.Event()
+
+    def hook(connection: sqlite3.Connection, readonly: bool) -> None:
+        if readonly:
+            opening.set()
+            release.wait(DEADLINE)
+
+    async def main() -> None:
+        async with opened(path, readers=1, on_connect=hook) as db:
+            task = asyncio.create_task(rows(db))
+            await asyncio.to_thread(opening.wait, DEADLINE)
+            task.cancel()
+            next_one = asyncio.create_task(rows(db))
+            await asyncio.sleep(0.001)
+            release.set()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert await next_one == []
+
+    run(main)
+
+
+def test_a_cancellation_while_a_failed_block_is_rolled_back_is_not_lost(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path) as db:
+            entered, release = threading.Event(), threading.Event()
+
+            def hold(tx: Transaction) -> None:
+                entered.set()
+                release.wait(DEADLINE)
+
+            async def block() -> None:
+                async with db.transaction():
+                    holding.append(asyncio.create_task(db.run(hold)))
+                    await asyncio.to_thread(entered.wait, DEADLINE)
+                    raise LookupError
+
+            holding: list[asyncio.Task[None]] = []
+            task = asyncio.create_task(block())
+            await asyncio.to_thread(entered.wait, DEADLINE)
+            await asyncio.sleep(0.01)
+            task.cancel()
+            await asyncio.sleep(0.01)
+            release.set()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            await asyncio.wait(holding)
+            await db.run(INSERT, (1,))
+
+    run(main)
+
+
+def test_reads_are_held_back_for_a_moment_so_that_the_log_can_begin_anew(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path) as db:
+            await rows(db)
+            readers = db._gateway()._readers
+            readers.holds_back = True
+            reading = await beats(3, rows(db))
+            readers.holds_back = False
+            assert await reading == []
+
+    run(main)
+
+
+def test_what_is_sent_while_the_block_is_taken_back_is_answered(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answered = threading.Event()
+
+    async def main() -> None:
+        async with opened(path) as db:
+            closed_error = Transaction.closed_error
+
+            def send_one_more(transaction: Transaction) -> Any:
+                if not answered.is_set() and threading.get_ident() == db._gateway()._holder.writer_thread:
+                    tx._block.send(answered.set)
+                return closed_error(transaction)
+
+            with pytest.raises(TransactionClosedError):
+                async with db.transaction(max_hold=0.02) as tx:
+                    monkeypatch.setattr(Transaction, "closed_error", send_one_more)
+                    await asyncio.to_thread(answered.wait, DEADLINE)
+            assert answered.is_set()
 
     run(main)
