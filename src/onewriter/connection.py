@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from onewriter.guard import Guard, ReadGuard
-from onewriter.retry import LockPolicy
+from onewriter.locks import describe_lock
+from onewriter.retry import LockPolicy, is_busy
 
 WORDS = {"on": "1", "yes": "1", "true": "1", "off": "0", "no": "0", "false": "0"}
 LEVELS = {
@@ -179,6 +180,8 @@ def _open(
             raise
         named = type(error)(f"cannot open {settings.path}: {error}")
         named.sqlite_errorcode, named.sqlite_errorname = error.sqlite_errorcode, error.sqlite_errorname
+        if is_busy(error):
+            named.add_note(f"onewriter: waited {policy.waited:.2f} s; {describe_lock(settings.path)}")
         raise named from error
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from onewriter.errors import ReentrantWriteError, WriterBrokenError
 from onewriter.fork import forked_error
+from onewriter.locks import describe_lock
 from onewriter.log import report
 from onewriter.stats import Tally
 
@@ -32,8 +33,9 @@ class Holder:
     Threads: the rest is written by the writer thread and read by any; each attribute is read in one step.
     """
 
-    def __init__(self, slow_after: float) -> None:
+    def __init__(self, slow_after: float, path: str) -> None:
         self.slow_after = slow_after
+        self._path = path
         self._warned = False
         self.lock = threading.RLock()
         self.tally = Tally()  # guarded by lock
@@ -144,8 +146,8 @@ class Holder:
         if job is not None:
             return f"the writer is held by {job.describe()} for {monotonic() - job.started_at:.2f} s"
         if waiting is not None:
-            since = f"{monotonic() - waiting[1]:.2f} s"
-            return f"the writer waits since {since} for SQLite's lock, held elsewhere, to run {waiting[0].describe()}"
+            text = f"the writer waits since {monotonic() - waiting[1]:.2f} s for SQLite's lock, held elsewhere, to run"
+            return f"{text} {waiting[0].describe()}; {describe_lock(self._path)}"
         return "the writer is between jobs"
 
 

@@ -23,6 +23,7 @@ from onewriter.fork import forked_error
 from onewriter.guard import Guard, Mode
 from onewriter.holder import Holder, broken_error
 from onewriter.job import RUNNING, BareStatementJob, Batch, ControlJob, Job, StatementJob, Ticket, settle
+from onewriter.locks import describe_lock
 from onewriter.log import contain, report
 from onewriter.queue import JobQueue
 from onewriter.readers import ReaderPool
@@ -60,7 +61,7 @@ class WriterLoop:
     ) -> None:
         self.label = label
         self.lock_timeout = settings.lock_timeout
-        self.holder = Holder(slow_after)
+        self.holder = Holder(slow_after, settings.path)
         self.queue = JobQueue(maxsize, self.holder)
         self.file = DatabaseFile(settings.path)
         self.readers = ReaderPool(settings, readers, self.holder, self.file)
@@ -563,6 +564,8 @@ class WriterLoop:
             error.add_note(f"onewriter: {self._guard.refusal}")
             self._guard.refusal = None
         note = f"onewriter: job {job.describe()}, attempts to get SQLite's lock: {max(1, self._policy.attempts)}"
+        if is_busy(error):
+            note += f" in {self._policy.waited:.2f} s; {describe_lock(self._settings.path)}"
         if note not in getattr(error, "__notes__", ()):
             error.add_note(note)
         self.holder.note_corruption(error)

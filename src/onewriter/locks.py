@@ -1,0 +1,57 @@
+"""Who holds SQLite's write lock: on Linux /proc/locks says it, by inode. The file is never opened for it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+LOCKS = Path("/proc/locks")
+WRITE_BYTE = 120  # of the -shm file: https://www.sqlite.org/walformat.html#wal_locks
+PENDING, LAST = 0x40000000, 0x40000000 + 511  # of the database: https://www.sqlite.org/lockingv3.html
+COMMAND_LENGTH = 100
+
+
+def lock_holders(path: str) -> list[int] | None:
+    """The processes that hold the write lock of the database; None if that cannot be told here."""
+    try:
+        lines = LOCKS.read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return None
+    return sorted({*_writers(lines, f"{path}-shm", WRITE_BYTE, WRITE_BYTE), *_writers(lines, path, PENDING, LAST)})
+
+
+def describe_lock(path: str) -> str:
+    """For messages: who holds the lock."""
+    holders = lock_holders(path)
+    if holders is None:
+        return "who holds SQLite's lock cannot be told here"
+    if not holders:
+        return "nobody holds SQLite's lock at this moment, or it cannot be told here"
+    return f"SQLite's lock is held by {', '.join(map(_describe_process, holders))}"
+
+
+def _writers(lines: list[str], path: str, first: int, last: int) -> Iterator[int]:
+    """The processes with an exclusive lock on some byte from ``first`` to ``last`` of the file."""
+    try:
+        file = os.stat(path)
+    except OSError:
+        return
+    name = f"{os.major(file.st_dev):02x}:{os.minor(file.st_dev):02x}:{file.st_ino}"
+    for line in lines:
+        # "1: POSIX  ADVISORY  WRITE 4711 08:01:131 120 120"; with "->" behind the number it only waits
+        parts = line.split()
+        if len(parts) == 8 and parts[3] == "WRITE" and parts[5] == name:
+            end = last if parts[7] == "EOF" else int(parts[7])
+            if int(parts[6]) <= last and end >= first:
+                yield int(parts[4])
+
+
+def _describe_process(number: int) -> str:
+    if number == os.getpid():
+        return f"this process ({number}), through another connection"
+    try:
+        command = Path(f"/proc/{number}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+    except OSError:  # it has ended, or is somebody else's
+        command = ""
+    return f"process {number}" + (f" ({command[:COMMAND_LENGTH]})" if command else "")

@@ -1,0 +1,138 @@
+"""An error about SQLite's lock names the process that holds it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers import DEADLINE, holding_lock
+from onewriter import DbWriter, WriteTimeoutError, locks
+
+HOLDER = """
+import sqlite3, sys
+connection = sqlite3.connect(sys.argv[1], isolation_level=None)
+connection.execute("BEGIN IMMEDIATE")
+print("held", flush=True)
+sys.stdin.read()
+"""
+linux = pytest.mark.skipif(not locks.LOCKS.exists(), reason="only Linux tells who holds a lock")
+
+
+@contextlib.contextmanager
+def held_by_a_process(path: Path) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-c", HOLDER, str(path), "the-holder"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def notes_of(error: BaseException) -> str:
+    return "\n".join(getattr(error, "__notes__", []))
+
+
+@pytest.mark.parametrize("mode", ["WAL", "DELETE"])
+@linux
+def test_the_error_names_the_process_and_its_command(path: Path, mode: Any) -> None:
+    with DbWriter(path, journal_mode=mode, lock_timeout=0.05) as db:
+        db.run("CREATE TABLE t (n)")
+        with held_by_a_process(path) as process:
+            assert locks.lock_holders(str(path)) == [process.pid]
+            for call in (
+                lambda: db.run("INSERT INTO t VALUES (1)"),
+                lambda: db.transaction().__enter__(),
+                lambda: db.run_without_transaction("VACUUM"),
+            ):
+                with pytest.raises(sqlite3.OperationalError) as caught:
+                    call()
+                assert caught.value.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
+                assert f"held by process {process.pid} (" in notes_of(caught.value)
+                assert "HOLDER" not in notes_of(caught.value)
+                assert "attempts" in notes_of(caught.value)
+            db._loop._policy.lock_timeout = DEADLINE
+            with pytest.raises(WriteTimeoutError, match=f"held by process {process.pid}"):
+                db.run("INSERT INTO t VALUES (1)", timeout=0.05)
+        assert locks.lock_holders(str(path)) == []
+        db.run("INSERT INTO t VALUES (2)")
+        assert db.read("SELECT n FROM t") == [(2,)]
+
+
+@linux
+def test_a_connection_of_this_process_is_told_apart(path: Path) -> None:
+    with DbWriter(path, lock_timeout=0.02) as db:
+        db.run("CREATE TABLE t (n)")
+        with holding_lock(path), pytest.raises(sqlite3.OperationalError) as caught:
+            db.run("INSERT INTO t VALUES (1)")
+    assert f"this process ({os.getpid()})" in notes_of(caught.value)
+
+
+def test_where_it_cannot_be_told_the_error_says_so(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "LOCKS", path.parent / "missing")
+    with DbWriter(path, lock_timeout=0.02) as db:
+        db.run("CREATE TABLE t (n)")
+        with holding_lock(path), pytest.raises(sqlite3.OperationalError) as caught:
+            db.run("INSERT INTO t VALUES (1)")
+    assert "cannot be told here" in notes_of(caught.value)
+
+
+@linux
+def test_opening_names_the_holder_too(path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("PRAGMA journal_mode = WAL")
+        other.execute("CREATE TABLE t (n)")
+        other.execute("PRAGMA locking_mode = EXCLUSIVE")
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(sqlite3.OperationalError, match="cannot open") as caught:
+            DbWriter(path, lock_timeout=0.05)
+        assert "onewriter: waited" in notes_of(caught.value)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="no SIGSTOP here")
+@linux
+def test_a_holder_that_was_stopped_is_named_and_one_that_was_killed_holds_nothing(path: Path) -> None:
+    with DbWriter(path, lock_timeout=0.05) as db:
+        db.run("CREATE TABLE t (n)")
+        with held_by_a_process(path) as process:
+            process.send_signal(signal.SIGSTOP)
+            with pytest.raises(sqlite3.OperationalError) as caught:
+                db.run("INSERT INTO t VALUES (1)")
+            assert f"process {process.pid}" in notes_of(caught.value)
+            process.kill()
+            process.wait(DEADLINE)
+            db.run("INSERT INTO t VALUES (2)")
+        assert db.read("SELECT n FROM t") == [(2,)]
+
+
+def test_lines_of_the_list_are_read_right(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path.touch()
+    shm = Path(f"{path}-shm")
+    shm.touch()
+    names = []
+    for file in (shm.stat(), path.stat()):
+        names.append(f"{os.major(file.st_dev):02x}:{os.minor(file.st_dev):02x}:{file.st_ino}")
+    listing = path.parent / "locks"
+    listing.write_text(
+        f"1: POSIX  ADVISORY  WRITE 11 {names[0]} 120 120\n"
+        f"2: POSIX  ADVISORY  READ  12 {names[0]} 123 123\n"
+        f"3: POSIX  ADVISORY  WRITE 13 {names[0]} 124 124\n"
+        f"3: -> POSIX  ADVISORY  WRITE 14 {names[0]} 120 120\n"
+        f"4: POSIX  ADVISORY  READ  15 {names[1]} 1073741826 1073742335\n"
+        f"5: POSIX  ADVISORY  WRITE 16 {names[1]} 1073741825 1073741825\n"
+        f"6: POSIX  ADVISORY  WRITE 17 {names[1]} 0 EOF\n"
+        f"7: FLOCK  ADVISORY  WRITE 18 00:00:1 0 EOF\n"
+        "nonsense\n"
+    )
+    monkeypatch.setattr(locks, "LOCKS", listing)
+    assert locks.lock_holders(str(path)) == [11, 16, 17]
