@@ -98,7 +98,7 @@ def check_path(path: str) -> None:
 
 
 def open_writer(
-    settings: Settings, guard: Guard, policy: LockPolicy, tell: Callable[[int, str], object]
+    settings: Settings, guard: Guard, policy: LockPolicy, tell: Callable[[bool, str], object]
 ) -> sqlite3.Connection:
     """Open and configure the write connection, waiting for locks that openers and closers hold for a moment."""
     return _open(settings, policy, tell, lambda: _writer(settings, guard))
@@ -118,7 +118,7 @@ def open_reader(settings: Settings, guard: ReadGuard, policy: LockPolicy) -> sql
             connection.set_authorizer(guard)
             return connection
 
-    return _open(settings, policy, lambda level, text: None, attempt)
+    return _open(settings, policy, lambda has_it, text: None, attempt)
 
 
 def configure(connection: sqlite3.Connection, settings: Settings) -> None:
@@ -170,7 +170,7 @@ def check_pragmas(pragmas: Mapping[str, str | int]) -> None:
 def _open(
     settings: Settings,
     policy: LockPolicy,
-    tell: Callable[[int, str], object],
+    tell: Callable[[bool, str], object],
     attempt: Callable[[], sqlite3.Connection],
 ) -> sqlite3.Connection:
     try:

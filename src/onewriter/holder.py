@@ -140,12 +140,14 @@ class Holder:
             self.health = f"degraded: {error}"
             report(self, logging.CRITICAL, "the database is damaged: %s; restore it from a backup", error)
 
-    def describe(self) -> str:
+    def describe(self, has_lock: bool = False) -> str:
         """Who holds the writer, for messages: label, since when, and where it was called from."""
         job, waiting = self.job, self._waiting
         if job is not None:
             return f"the writer is held by {job.describe()} for {monotonic() - job.started_at:.2f} s"
         if waiting is not None:
+            if has_lock:
+                return f"to run {waiting[0].describe()}"
             text = f"the writer waits since {monotonic() - waiting[1]:.2f} s for SQLite's lock, held elsewhere, to run"
             return f"{text} {waiting[0].describe()}; {describe_lock(self._path)}"
         return "the writer is between jobs"

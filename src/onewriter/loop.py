@@ -631,9 +631,9 @@ class WriterLoop:
         if session is not None:
             session.connection.close()
 
-    def _tell_waiting(self, level: int, text: str) -> None:
-        where = f"opening {self._settings.path}" if self._session is None else self.holder.describe()
-        report(self.holder, level, "%s: %s (%s)", self.label, text, where)
+    def _tell_waiting(self, has_it: bool, text: str) -> None:
+        where = f"opening {self._settings.path}" if self._session is None else self.holder.describe(has_it)
+        report(self.holder, logging.WARNING, "%s: %s (%s)", self.label, text, where)
 
 
 class WithdrawnError(WriterClosedError, concurrent.futures.CancelledError):

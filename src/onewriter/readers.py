@@ -499,5 +499,5 @@ def _nothing(cursor: sqlite3.Cursor) -> None:
     cursor.fetchall()
 
 
-def _say_nothing(level: int, text: str) -> None:
+def _say_nothing(has_it: bool, text: str) -> None:
     pass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sqlite3
 import threading
 from collections.abc import Callable
@@ -45,10 +44,10 @@ class LockPolicy:
         self.attempts = 0
         self.waited = 0.0
 
-    def call(self, attempt: Callable[[], T], tell: Callable[[int, str], object], budget: float | None = None) -> T:
+    def call(self, attempt: Callable[[], T], tell: Callable[[bool, str], object], budget: float | None = None) -> T:
         """Call ``attempt`` until it does not meet BUSY; after ``lock_timeout`` seconds raise SQLite's own error.
 
-        ``tell(level, text)`` logs; it is called when the wait becomes noticeable, and at its end.
+        ``tell(has_it, text)`` logs; it is called when the wait becomes noticeable, and at its end.
         """
         self.attempts, self.waited = 1, 0.0
         try:
@@ -61,7 +60,7 @@ class LockPolicy:
     def keep_trying(
         self,
         attempt: Callable[[], T],
-        tell: Callable[[int, str], object],
+        tell: Callable[[bool, str], object],
         first: BaseException | None,
         budget: float | None = None,
     ) -> T:
@@ -73,7 +72,7 @@ class LockPolicy:
             self.waited = monotonic() - began
             if self.waited >= told:
                 told *= 2
-                tell(logging.WARNING, f"waits for SQLite's lock: {self._so_far()}")
+                tell(False, f"waits for SQLite's lock: {self._so_far()}")
 
         def next_attempt() -> T:
             nonlocal first
@@ -96,11 +95,11 @@ class LockPolicy:
         except BaseException as error:
             self.waited = monotonic() - began
             if is_busy(error):
-                tell(logging.WARNING, f"gave up on SQLite's lock: {self._so_far()}")
+                tell(False, f"gave up on SQLite's lock: {self._so_far()}")
             raise
         self.waited = monotonic() - began
         if self.waited >= NOTICEABLE:
-            tell(logging.WARNING, f"got SQLite's lock: {self._so_far()}")
+            tell(True, f"got SQLite's lock: {self._so_far()}")
         return result
 
     def _so_far(self) -> str:
