@@ -16,7 +16,7 @@ from helpers import holding_lock, released_soon
 from onewriter import DbWriter
 from onewriter.retry import LockPolicy, is_busy
 
-Told = list[tuple[int, str]]
+Told = list[tuple[bool, str]]
 
 
 @pytest.fixture
