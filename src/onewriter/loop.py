@@ -515,8 +515,6 @@ class WriterLoop:
                     self._call_back(run, committed=False)
 
     def _roll_back(self) -> None:
-        if self.holder.forked:
-            raise forked_error()
         # SQLite has rolled back by itself after some errors (disk full, RAISE(ROLLBACK)): a second ROLLBACK would fail.
         if self._session is not None and self._session.connection.in_transaction:
             try:
