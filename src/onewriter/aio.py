@@ -26,6 +26,7 @@ from onewriter.block import LOOK, BlockFailedError
 from onewriter.checkpoint import Checkpoint
 from onewriter.driver import not_entered
 from onewriter.errors import ReadTimeoutError, WriterClosedError
+from onewriter.events import announce
 from onewriter.gateway import (
     After,
     DbWriter,
@@ -397,6 +398,7 @@ class AsyncDbWriter:
 
     async def _enqueue(self, job: Job[T], timeout: Seconds) -> Ticket[T]:
         db = self._gateway()
+        announce(db._holder, db._loop.on_event, job, waits=False)
         if db._holder.awaits_endlessly():  # its block keeps the writer from making room
             db._loop.queue.put_unbounded(job)
             return job

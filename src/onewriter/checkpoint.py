@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+from time import monotonic
 from typing import NamedTuple
 
 from onewriter.connection import Settings
+from onewriter.events import CheckpointEnded, Hook
+from onewriter.holder import Holder
+from onewriter.locks import describe_wal_readers
+from onewriter.log import contain, report
 from onewriter.readers import ReaderPool
 from onewriter.transaction import WriteSession
 
@@ -37,12 +43,16 @@ class Checkpointer:
     commit meanwhile, which SQLite before 3.51.3 may answer with a damaged log (https://www.sqlite.org/wal.html).
     """
 
-    def __init__(self, settings: Settings, readers: ReaderPool) -> None:
+    def __init__(self, settings: Settings, readers: ReaderPool, holder: Holder, on_event: Hook | None) -> None:
         self._settings = settings
         self._readers = readers
+        self._holder = holder
+        self._on_event = on_event
+        self._told_at = 0  # bytes of the log at the last warning
+        self.starved = ""  # why the log is over its limit
         self._growth = self._changes = 0
         self._often = OFTEN
-        self.last: Checkpoint | None = None
+        self.last: tuple[Checkpoint, float] | None = None
 
     @property
     def has_work(self) -> bool:
@@ -66,8 +76,21 @@ class Checkpointer:
 
     def empty(self, session: WriteSession) -> None:
         """Cut the log off, unless somebody reads from it."""
-        if not self.run(session, "TRUNCATE").busy:
+        found = self.run(session, "TRUNCATE")
+        if not found.busy:
             self._growth = 0
+        self._note_size(found, found.log * session.page_size)
+
+    def _note_size(self, found: Checkpoint, size: int) -> None:
+        """Say who keeps the log over its limit; again when it has doubled."""
+        if not found.busy or size <= self._settings.wal_limit:
+            self.starved, self._told_at = "", 0
+            return
+        who = describe_wal_readers(self._settings.path, self._readers.borrowers)
+        self.starved = f"the WAL has grown to {size:,} bytes (wal_limit: {self._settings.wal_limit:,}), read by {who}"
+        if size >= self._told_at:
+            self._told_at = 2 * size
+            report(self._holder, logging.WARNING, "checkpoint starved: %s", self.starved)
 
     def ask_for(self, session: WriteSession, mode: str) -> Checkpoint:
         """What a user has asked for."""
@@ -78,6 +101,10 @@ class Checkpointer:
         return found
 
     def run(self, session: WriteSession, mode: str) -> Checkpoint:
+        began = monotonic()
         busy, log, checkpointed = session.own(f"PRAGMA wal_checkpoint({mode})")[0]
-        self.last = Checkpoint(bool(busy), log, checkpointed)
-        return self.last
+        found = Checkpoint(bool(busy), log, checkpointed)
+        self.last = found, monotonic()
+        if self._on_event is not None:
+            contain(self._holder, self._on_event, CheckpointEnded(mode, *found, monotonic() - began))
+        return found

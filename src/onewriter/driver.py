@@ -218,5 +218,6 @@ def entered(job: BlockJob) -> Transaction:
 
 
 def not_entered(job: Job[Any], timeout: float | None, loop: WriterLoop) -> WriteTimeoutError:
+    loop.holder.count_timeout()
     message = f"{job.describe()} did not get its turn within {timeout} s and is withdrawn: {loop.holder.describe()}"
     return WriteTimeoutError(message, ticket=job, started=False)

@@ -31,6 +31,13 @@ class DatabaseFile:
             file = os.stat(self.path)
             self.identity = (file.st_dev, file.st_ino)
 
+    def wal_bytes(self) -> int:
+        """The size of the write-ahead log's file; 0: there is none."""
+        try:
+            return os.stat(f"{self.path}-wal").st_size
+        except OSError:
+            return 0
+
     def check_at_times(self, now: float) -> None:
         """Check, unless that was done a moment ago."""
         if now - self._looked_at >= LOOK:

@@ -26,6 +26,7 @@ from onewriter.checkpoint import Checkpoint
 from onewriter.connection import Settings, check_path, check_pragmas, refuse_old_sqlite
 from onewriter.driver import Driver, InlineDriver, ThreadDriver
 from onewriter.errors import ReadTimeoutError, ReentrantWriteError, WriteTimeoutError
+from onewriter.events import BackupEnded, Hook, Submit, announce
 from onewriter.fork import forked_error, refuse_inherited
 from onewriter.holder import Holder
 from onewriter.job import (
@@ -46,7 +47,7 @@ from onewriter.log import contain, report
 from onewriter.loop import WriterLoop
 from onewriter.queue import closed_error
 from onewriter.statement import Parameters, Result, capture, capture_many, check_many
-from onewriter.stats import CloseReport, Stats
+from onewriter.stats import CloseReport, Stats, stats_of
 from onewriter.transaction import Transaction, check_sql
 
 T = TypeVar("T")
@@ -81,6 +82,7 @@ class DbWriter:
         on_connect: called with (connection, readonly) for every connection: functions, collations, ATTACH.
         row_factory, detect_types: as in ``sqlite3``, for reads and writes.
         on_error: called on the writer thread with the ticket of a failed ``enqueue`` job that nobody waits for.
+        on_event: called with what ``onewriter.events`` has, for telemetry; in the thread that each of them names.
         slow_after: seconds a job, a block or a reader may last before a warning names it.
         max_hold: seconds a job's SQL or a ``transaction()`` block may hold the writer.
         wal_limit: bytes of WAL that the gateway tries to keep to.
@@ -109,6 +111,7 @@ class DbWriter:
         row_factory: Any = None,
         detect_types: int = 0,
         on_error: Callable[[Ticket[Any]], object] | None = None,
+        on_event: Callable[[Any], object] | None = None,
         slow_after: float = 1.0,
         max_hold: float = math.inf,
         wal_limit: int = 4 * 2**20,
@@ -124,7 +127,8 @@ class DbWriter:
         _check_seconds("max_hold", max_hold)
         _check_choice("synchronous", synchronous, SYNCHRONOUS)
         _check_choice("journal_mode", journal_mode, JOURNAL_MODES)
-        for name, hook in (("on_connect", on_connect), ("on_error", on_error), ("row_factory", row_factory)):
+        hooks = {"on_connect": on_connect, "on_error": on_error, "on_event": on_event, "row_factory": row_factory}
+        for name, hook in hooks.items():
             if hook is not None and not callable(hook):
                 raise TypeError(f"{name} must be callable, not {type(hook).__name__}")
         if label is not None and not isinstance(label, str):
@@ -152,7 +156,8 @@ class DbWriter:
                 auto_checkpoint=auto_checkpoint,
             )
             name = label or os.path.basename(self._path)
-            loop = WriterLoop(settings, name, maxsize, readers, slow_after, max_hold, on_error, _ended(folder))
+            ended = _ended(folder)
+            loop = WriterLoop(settings, name, maxsize, readers, slow_after, max_hold, on_error, on_event, ended)
             driver: Driver = InlineDriver(loop) if inline else ThreadDriver(loop)
             refuse_inherited(self._path)
             twins = at_exit.others_on(self._path)
@@ -163,7 +168,7 @@ class DbWriter:
             raise
         self._loop, self._driver = loop, driver
         self._max_hold = max_hold
-        self._submit = driver.submit
+        self._submit = driver.submit if on_event is None else _announcing(driver.submit, loop.holder, on_event)
         self._holder = loop.holder
         self._readers = loop.readers
         self._journal_mode = journal_mode
@@ -303,6 +308,7 @@ class DbWriter:
             return
         self._holder.refuse_endless_wait("transaction()")
         job = BlockJob(self._holder, label, max_hold, frame)
+        announce(self._holder, self._loop.on_event, job, waits=True)
         transaction = self._driver.enter(job, timeout)
         try:
             yield transaction
@@ -484,8 +490,12 @@ class DbWriter:
 
     @property
     def health(self) -> str:
-        """``"ok"``, ``"degraded: why"`` or ``"broken: why"``."""
-        return self._holder.health
+        """``"ok"``, ``"degraded: why"`` or ``"broken: why"``, at this moment. Never touches the database.
+
+        Degraded: the file is damaged, a job has the writer or waits for SQLite's lock longer than ``slow_after``, the
+        queue is nearly full, or readers keep the WAL over ``wal_limit``. Broken: out of service, see WriterBrokenError.
+        """
+        return self._loop.health
 
     @property
     def closed(self) -> bool:
@@ -541,21 +551,17 @@ class DbWriter:
         """
         self._holder.refuse_endless_wait("backup")
         check_backup(target, progress, pages)
+        began = monotonic()
         with self._readers.extra(f"backup() in {called_from(sys._getframe(1))}") as source:
             self._loop.queue.poke()  # an idle writer watches for slow readers
             copy(source, target, progress, pages)
+        self._holder.tally.last_backup = monotonic()
+        if self._loop.on_event is not None:
+            contain(self._holder, self._loop.on_event, BackupEnded(monotonic() - began))
 
     def stats(self) -> Stats:
-        """Counts of this moment."""
-        with self._holder.lock:
-            tally = self._holder.tally
-            return Stats(
-                queue_depth=self._loop.queue.qsize(),
-                committed=tally.committed,
-                failed=tally.failed,
-                cancelled=tally.cancelled,
-                commits=tally.commits,
-            )
+        """What the gateway has done and is doing, at one moment. Cheap; never touches the database."""
+        return stats_of(self._loop)
 
     def close(self, timeout: Seconds = None, *, drain: bool = True) -> CloseReport:
         """Refuse new work, finish what was accepted, close all connections, and say what became of every job.
@@ -740,11 +746,21 @@ def give_up(job: Job[Any], timeout: Seconds, holder: Holder) -> None:
     """Wait for ``job`` no longer: raises WriteTimeoutError, unless its outcome has come in this moment."""
     held_by = holder.describe()
     if job.cancel():
+        holder.count_timeout()
         text = f"job {job.describe()} did not start within {timeout} s and is withdrawn: {held_by}"
         raise WriteTimeoutError(text, ticket=job, started=False)
     if job.leave_alone():
+        holder.count_timeout()
         text = f"job {job.describe()} did not finish within {timeout} s; it goes on: {held_by}"
         raise WriteTimeoutError(text, ticket=job, started=True)
+
+
+def _announcing(submit: Submit, holder: Holder, hook: Hook) -> Submit:
+    def submit_and_tell(job: Job[Any], timeout: float | None) -> None:
+        announce(holder, hook, job, waits=job._waiters is not None)
+        submit(job, timeout)
+
+    return submit_and_tell
 
 
 def _say_nothing(ticket: Ticket[Any]) -> None:

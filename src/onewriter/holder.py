@@ -47,7 +47,7 @@ class Holder:
         self.job: Job[Any] | None = None  # that runs now
         self.block: TaskBlock | None = None  # a task's transaction, whose statements the writer runs
         self.transaction: Transaction | None = None
-        self._waiting: tuple[Job[Any], float] | None = None
+        self.waiting: tuple[Job[Any], float] | None = None  # for SQLite's lock, and since when
 
     def become_inherited(self, error: BaseException) -> None:
         """In a forked child. The numbers of threads survive a fork, and so may a lock that another thread holds."""
@@ -78,11 +78,22 @@ class Holder:
         if first:
             report(self, logging.WARNING, "slow: %s", self.describe())
 
+    def count_timeout(self) -> None:
+        """A call ends with WriteTimeoutError."""
+        with self.lock:
+            self.tally.timed_out += 1
+
+    def is_slow(self, now: float) -> bool:
+        """Whether a job has the writer, or waits for SQLite's lock, for longer than ``slow_after``."""
+        job, waiting = self.job, self.waiting
+        since = getattr(job, "started_at", now) if job is not None else now if waiting is None else waiting[1]
+        return now - since > self.slow_after
+
     def wait_for_lock(self, job: Job[Any]) -> None:
-        self._waiting = (job, monotonic())
+        self.waiting = (job, monotonic())
 
     def has_lock(self) -> None:
-        self._waiting = None
+        self.waiting = None
 
     def current(self) -> Transaction | None:
         """The open transaction that belongs to the calling thread, if there is one."""
@@ -142,7 +153,7 @@ class Holder:
 
     def describe(self, has_lock: bool = False) -> str:
         """Who holds the writer, for messages: label, since when, and where it was called from."""
-        job, waiting = self.job, self._waiting
+        job, waiting = self.job, self.waiting
         if job is not None:
             return f"the writer is held by {job.describe()} for {monotonic() - job.started_at:.2f} s"
         if waiting is not None:

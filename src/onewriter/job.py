@@ -47,6 +47,7 @@ class Batch:
 
     lock_wait: float = 0.0
     commit: float = 0.0
+    retried: bool = False  # somebody else held SQLite's lock
 
 
 class Ticket(Generic[T]):
@@ -365,13 +366,16 @@ def settle(jobs: Iterable[Job[Any]], holder: Holder, batch: Batch, commits: int)
     Returns the jobs that have callbacks, and the failed ones that nobody waits for: those have to be told loudly.
     """
     called, unheard, wakeups, works = [], [], [], []
+    waits, runs, lock_wait = [], [], batch.lock_wait
     tally = holder.tally
     with holder.lock:
-        tally.commits += commits
         committed = tally.committed
         for job in jobs:
             if job._state > RUNNING:
                 continue
+            if job._state == RUNNING and job.counted:
+                waits.append(job.started_at - job.created_at - lock_wait)
+                runs.append(job.ended_at - job.started_at)
             job._state = DONE
             job._batch = batch
             works.append(job.work)
@@ -390,6 +394,7 @@ def settle(jobs: Iterable[Job[Any]], holder: Holder, batch: Batch, commits: int)
                 wakeups += job._waiters
                 job._waiters = None
         tally.committed = committed
+        tally.count_batch(waits, runs, batch, commits)
     wake(wakeups)
     return called, unheard  # and only now does what the jobs worked with go: it may have finalizers
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 LOCKS = Path("/proc/locks")
+READ_BYTES = (123, 127)  # of the -shm file
 WRITE_BYTE = 120  # of the -shm file: https://www.sqlite.org/walformat.html#wal_locks
 PENDING, LAST = 0x40000000, 0x40000000 + 511  # of the database: https://www.sqlite.org/lockingv3.html
 COMMAND_LENGTH = 100
@@ -18,7 +19,22 @@ def lock_holders(path: str) -> list[int] | None:
         lines = LOCKS.read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:
         return None
-    return sorted({*_writers(lines, f"{path}-shm", WRITE_BYTE, WRITE_BYTE), *_writers(lines, path, PENDING, LAST)})
+    return sorted({*_holders(lines, f"{path}-shm", WRITE_BYTE, WRITE_BYTE), *_holders(lines, path, PENDING, LAST)})
+
+
+def wal_readers(path: str) -> list[int] | None:
+    """The processes that read from the write-ahead log now; None if that cannot be told here."""
+    try:
+        lines = LOCKS.read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return None
+    return sorted(set(_holders(lines, f"{path}-shm", *READ_BYTES, kinds=("READ", "WRITE"))))
+
+
+def describe_wal_readers(path: str, borrowers: list[str]) -> str:
+    """For messages: who keeps the log from beginning anew; ``borrowers`` are readers of the calling gateway."""
+    others = [process for process in wal_readers(path) or [] if not (borrowers and process == os.getpid())]
+    return ", ".join([*borrowers, *map(describe_process, others)]) or "somebody who cannot be told here"
 
 
 def describe_lock(path: str) -> str:
@@ -28,10 +44,10 @@ def describe_lock(path: str) -> str:
         return "who holds SQLite's lock cannot be told here"
     if not holders:
         return "nobody holds SQLite's lock at this moment, or it cannot be told here"
-    return f"SQLite's lock is held by {', '.join(map(_describe_process, holders))}"
+    return f"SQLite's lock is held by {', '.join(map(describe_process, holders))}"
 
 
-def _writers(lines: list[str], path: str, first: int, last: int) -> Iterator[int]:
+def _holders(lines: list[str], path: str, first: int, last: int, kinds: tuple[str, ...] = ("WRITE",)) -> Iterator[int]:
     """The processes with an exclusive lock on some byte from ``first`` to ``last`` of the file."""
     try:
         file = os.stat(path)
@@ -41,17 +57,23 @@ def _writers(lines: list[str], path: str, first: int, last: int) -> Iterator[int
     for line in lines:
         # "1: POSIX  ADVISORY  WRITE 4711 08:01:131 120 120"; with "->" behind the number it only waits
         parts = line.split()
-        if len(parts) == 8 and parts[3] == "WRITE" and parts[5] == name:
+        if len(parts) == 8 and parts[3] in kinds and parts[5] == name:
             end = last if parts[7] == "EOF" else int(parts[7])
             if int(parts[6]) <= last and end >= first:
                 yield int(parts[4])
 
 
-def _describe_process(number: int) -> str:
+def describe_process(number: int) -> str:
     if number == os.getpid():
         return f"this process ({number}), through another connection"
+    command = command_of(number)
+    return f"process {number}" + (f" ({command})" if command else "")
+
+
+def command_of(number: int) -> str:
+    """The beginning of its command line; empty if it has ended, or is somebody else's."""
     try:
-        command = Path(f"/proc/{number}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-    except OSError:  # it has ended, or is somebody else's
-        command = ""
-    return f"process {number}" + (f" ({command[:COMMAND_LENGTH]})" if command else "")
+        command = Path(f"/proc/{number}/cmdline").read_bytes()
+    except OSError:
+        return ""
+    return command.replace(b"\0", b" ").decode(errors="replace").strip()[:COMMAND_LENGTH]

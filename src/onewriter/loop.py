@@ -18,6 +18,7 @@ from onewriter.block import BlockFailedError, BlockJob
 from onewriter.checkpoint import Checkpoint, Checkpointer
 from onewriter.connection import Settings, configure, open_writer, set_pragma
 from onewriter.errors import CommitUnknownError, WriterClosedError
+from onewriter.events import BatchEnded, Hook, WriterBroken
 from onewriter.file import DatabaseFile, FileMovedError
 from onewriter.fork import forked_error
 from onewriter.guard import Guard, Mode
@@ -57,6 +58,7 @@ class WriterLoop:
         slow_after: float,
         max_hold: float,
         on_error: Callable[[Ticket[Any]], object] | None,
+        on_event: Hook | None,
         on_end: Callable[[WriterLoop], object],
     ) -> None:
         self.label = label
@@ -71,11 +73,12 @@ class WriterLoop:
         self._settings = settings
         self._max_hold = max_hold
         self._on_error = on_error
+        self.on_event = on_event
         self._on_end = on_end
         self._stop = threading.Event()  # ends the wait for SQLite's lock; what has not started does not start
         self._policy = LockPolicy(settings.lock_timeout, self._stop)
         self._guard = Guard(settings.journal_mode)
-        self._checkpointer = Checkpointer(settings, self.readers)
+        self._checkpointer = Checkpointer(settings, self.readers, self.holder, on_event)
         self._held = self._free = 0.0  # seconds with and without SQLite's lock since it was last left free for others
         self._begun_at = self._released_at = 0.0
         self._session: WriteSession | None = None
@@ -104,6 +107,31 @@ class WriterLoop:
         self.queue.become_inherited(error)
         kept: list[object] = self.readers.become_inherited()
         return kept if self._session is None else [self._session, self._session.connection, *kept]
+
+    @property
+    def health(self) -> str:
+        """``"ok"``, ``"degraded: why"`` or ``"broken: why"``."""
+        holder, now = self.holder, monotonic()
+        if holder.health != "ok":
+            return holder.health
+        why = [self._checkpointer.starved]
+        if self.queue.is_nearly_full:
+            why.append(f"the queue is nearly full: {self.queue.fill}")
+        if holder.is_slow(now):
+            why.append(holder.describe())
+        text = "; ".join(filter(None, why))
+        return f"degraded: {text}" if text else "ok"
+
+    def oldest_age(self, now: float) -> float:
+        """For how many seconds the oldest job without an outcome has been here."""
+        for job in itertools.islice(self._pending.copy(), self._next, None):
+            if not job.done():
+                return max(0.0, now - job.created_at)
+        try:
+            first: Job[Any] = self.queue.queue[0]
+        except IndexError:
+            return 0.0
+        return max(0.0, now - first.created_at)
 
     def is_on(self, file: os.stat_result) -> bool:
         """Whether ``file`` is this writer's database."""
@@ -185,6 +213,11 @@ class WriterLoop:
             self._checkpoint(self._checkpointer.empty)
         self._drop_session()
         contain(self.holder, self._on_end, self)
+
+    @property
+    def last_checkpoint(self) -> tuple[Checkpoint, float] | None:
+        """And when it ended, by ``monotonic``."""
+        return self._checkpointer.last
 
     def _checkpoint(self, checkpoint: Callable[[WriteSession], object]) -> None:
         if self._session is not None:
@@ -316,6 +349,7 @@ class WriterLoop:
         self._roll_back()
         for job in jobs:
             job.set_outcome(None, None)
+        self._count_runs(len(jobs))
         self._savepoints_until = self._place_after(jobs[-1])
 
     def _place_after(self, job: Job[Any]) -> int:
@@ -343,11 +377,19 @@ class WriterLoop:
         except sqlite3.OperationalError as error:
             if not is_busy(error):
                 raise
+            self._batch.retried = True
             self.holder.wait_for_lock(job)
             try:
                 policy.keep_trying(lambda: session.own(sql), self._tell_waiting, error)
             finally:
                 self.holder.has_lock()
+        finally:
+            self._count_attempts()
+
+    def _count_attempts(self) -> None:
+        with self.holder.lock:
+            self.holder.tally.lock_attempts += self._policy.attempts
+            self.holder.tally.lock_wait += self._policy.waited
 
     def _refused(self, error: BaseException) -> None:
         """No transaction: all that waits for one fails together, since each has waited long enough by now."""
@@ -452,7 +494,7 @@ class WriterLoop:
         self._settle(jobs, runs, commits=bool(kept))
         if kept:
             self._checkpoint(self._checkpointer.after_batch)
-        if self.readers.has_lent:
+        if self.readers.in_use:
             self.readers.warn_if_slow()
 
     def _count_hold(self, now: float) -> None:
@@ -513,6 +555,11 @@ class WriterLoop:
                 job.set_outcome(None, None)
                 if run is not None:
                     self._call_back(run, committed=False)
+        self._count_runs(sum(job.failed_with is None for job in jobs))
+
+    def _count_runs(self, again: int) -> None:
+        with self.holder.lock:
+            self.holder.tally.run_twice += again
 
     def _roll_back(self) -> None:
         # SQLite has rolled back by itself after some errors (disk full, RAISE(ROLLBACK)): a second ROLLBACK would fail.
@@ -550,6 +597,8 @@ class WriterLoop:
             finally:
                 transaction.end()
                 self.holder.leave()
+                self._batch.retried = self._policy.attempts > 1
+                self._count_attempts()
         except BaseException as error:
             self._fail(job, error)
             self._roll_back()
@@ -581,6 +630,10 @@ class WriterLoop:
             report(self.holder, logging.ERROR, "job %s failed", job.describe(), error=job.failed_with)
             if self._on_error is not None:
                 contain(self.holder, self._on_error, job)
+        if self.on_event is not None and (tickets := tuple(job for job in jobs if job.counted)):
+            batch = self._batch
+            event = BatchEnded(tickets, commits, batch.lock_wait, batch.commit, batch.retried)
+            contain(self.holder, self.on_event, event)
 
     def _call_back(self, run: Transaction, committed: bool) -> None:
         if run.job.lent:
@@ -609,7 +662,10 @@ class WriterLoop:
         stranded = [job for job in (*self._pending, *self.queue.empty_out()) if not job.done()]
         for job in stranded:
             job.set_outcome(None, broken_error(cause))
+            job.ended_at = monotonic()
         self._settle(stranded, [])
+        if self.on_event is not None:
+            contain(self.holder, self.on_event, WriterBroken(cause))
 
     def _restore_settings(self) -> None:
         """Put back what a job's PRAGMA may have changed."""

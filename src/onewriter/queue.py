@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import queue
 import threading
 from collections import deque
+from time import monotonic
 from typing import Any
 
 from onewriter.errors import OneWriterError, QueueFullError, WriterClosedError
 from onewriter.holder import Holder
 from onewriter.job import Job, wake
+from onewriter.log import report
+
+QUIET = 10.0  # seconds between two warnings that it is nearly full
 
 
 class JobQueue(queue.Queue[Job[Any]]):
@@ -31,6 +36,10 @@ class JobQueue(queue.Queue[Job[Any]]):
         self._token.acquire()
         self._asleep = False
         self._bounded = 0
+        self._mark = maxsize - maxsize // 10  # nearly full
+        self._limit = self._mark  # up to where put need not look further
+        self.is_nearly_full = False  # until it is half empty
+        self._told_at = -QUIET
         self._refusal: OneWriterError | None = None
         self._room: deque[_Waiter] = deque()  # who waits for room, in order
         self._waiting_threads: set[int] = set()
@@ -44,7 +53,7 @@ class JobQueue(queue.Queue[Job[Any]]):
         """
         bounded = item.bounded
         with self.mutex:
-            if self._refusal is None and (not bounded or (self._bounded < self.maxsize and not self._room)):
+            if self._refusal is None and (not bounded or (self._bounded < self._limit and not self._room)):
                 if bounded:
                     self._bounded += 1
                 self.queue.append(item)
@@ -73,8 +82,11 @@ class JobQueue(queue.Queue[Job[Any]]):
                 waiter = _Waiter(job)
                 self._room.append(waiter)
             asleep, self._asleep = self._asleep, False
+            tell = not reentrant and self._has_become_nearly_full()
         if asleep:
             self._wake()
+        if tell:
+            self._tell()
         if waiter is not None:
             self._wait_for_room(waiter, timeout)
 
@@ -89,16 +101,20 @@ class JobQueue(queue.Queue[Job[Any]]):
         """Add a bounded job; None, or, if there is no room, its place in the line, whose turn resolves ``future``."""
         with self.mutex:
             self._refuse_if_closed()
+            waiter = None
             if self._bounded >= self.maxsize or self._room:
                 waiter = _Waiter(job, future)
                 self._room.append(waiter)
-                return waiter
-            self._bounded += 1
-            self.queue.append(job)
+            else:
+                self._bounded += 1
+                self.queue.append(job)
             asleep, self._asleep = self._asleep, False
+            tell = self._has_become_nearly_full()
         if asleep:
             self._wake()
-        return None
+        if tell:
+            self._tell()
+        return waiter
 
     def leave_line(self, waiter: _Waiter) -> None:
         with self.mutex:
@@ -133,6 +149,8 @@ class JobQueue(queue.Queue[Job[Any]]):
             jobs = [self.queue.popleft() for _ in range(min(limit, len(self.queue)))]
             self._bounded -= sum([job.bounded for job in jobs])
             self._grant_room()
+            if self.is_nearly_full and self._bounded <= self.maxsize // 2:
+                self.is_nearly_full, self._limit = False, self._mark
             return jobs
 
     def refuse(self, error: OneWriterError) -> bool:
@@ -166,6 +184,20 @@ class JobQueue(queue.Queue[Job[Any]]):
     def refusing(self) -> bool:
         return self._refusal is not None
 
+    def _has_become_nearly_full(self) -> bool:
+        if self.is_nearly_full or self._bounded < self._mark:
+            return False
+        self.is_nearly_full, self._limit = True, self.maxsize
+        return monotonic() - self._told_at >= QUIET
+
+    def _tell(self) -> None:
+        self._told_at = monotonic()
+        report(self._holder, logging.WARNING, "queue nearly full: %s; %s", self.fill, self._holder.describe())
+
+    @property
+    def fill(self) -> str:
+        return f"{self._bounded:,} of {self.maxsize:,} jobs are queued"
+
     def _is_inside(self) -> bool:
         """Whether a finalizer or signal handler calls inside its own thread's use of a lock that the writer needs."""
         return any(lock._is_owned() for lock in (self.mutex, self._holder.lock))  # type: ignore[union-attr]
@@ -190,8 +222,7 @@ class JobQueue(queue.Queue[Job[Any]]):
     def full_error(self, job: Job[Any], timeout: float | None) -> QueueFullError:
         self._refuse_if_closed()
         return QueueFullError(
-            f"no room for job {job.describe()} within {timeout} s: {self.maxsize} jobs are queued; "
-            f"{self._holder.describe()}"
+            f"no room for job {job.describe()} within {timeout} s: {self.fill}; {self._holder.describe()}"
         )
 
     def _grant_room(self) -> None:

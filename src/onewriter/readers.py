@@ -265,8 +265,18 @@ class ReaderPool:
             self.check_in(reader)
 
     @property
-    def has_lent(self) -> bool:
-        return bool(self._lent)
+    def in_use(self) -> int:
+        return len(self._lent)
+
+    @property
+    def waiting(self) -> int:
+        """How many wait for a connection."""
+        return len(self._waiting)
+
+    @property
+    def borrowers(self) -> list[str]:
+        """The labels of those that have one."""
+        return [reader.label for reader in self._lent.copy()]
 
     def seconds_until_slow(self) -> float | None:
         """When ``warn_if_slow`` has somebody to name; None: nobody is there."""
@@ -422,7 +432,7 @@ class ReaderPool:
         if waiter.granted:
             return self.open(label)
         self._refuse_if_closed()
-        labels = ", ".join(reader.label for reader in self._lent.copy())
+        labels = ", ".join(self.borrowers)
         raise ReadTimeoutError(f"no connection for {label} in time: all {self.size} are lent, to {labels}")
 
     def leave_line(self, waiter: Waiter) -> None:

@@ -1,33 +1,113 @@
-"""What a gateway has done, in numbers."""
+"""What a gateway has done and is doing, in numbers."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
+from bisect import bisect_left, bisect_right
 from collections import deque
 from dataclasses import dataclass
-from typing import Any
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from onewriter.job import Batch, Job
+    from onewriter.loop import WriterLoop
 
 KEPT_LABELS = 1000
+BOUNDS = tuple(float(f"{digit}e{power}") for power in range(-5, 2) for digit in (1, 2, 5))  # seconds: 10 µs … 50 s
+
+
+@dataclass(frozen=True)
+class Latency:
+    """How long something took, in seconds.
+
+    Attributes:
+        count: how often. sum: of all together. max: the longest.
+        buckets: for each bound, how often it took at most that long, from 10 µs to 50 s; ``count`` is the last one's
+            sequel, without a bound.
+    """
+
+    count: int
+    sum: float
+    max: float
+    buckets: tuple[tuple[float, int], ...]
+
+    def percentile(self, percent: float) -> float:
+        """The bound of the bucket that holds that percentile, or ``max`` if that is less; 0.0 of nothing."""
+        if not 0 <= percent <= 100:
+            raise ValueError(f"percent must be from 0 to 100, not {percent}")
+        wanted = max(1.0, self.count * percent / 100)
+        return min(self.max, next((bound for bound, count in self.buckets if count >= wanted), math.inf))
+
+
+@dataclass(frozen=True)
+class Running:
+    """A job that has the writer: its label, where it was called from, and for how many seconds it has been at it."""
+
+    label: str
+    called_from: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class CheckpointResult:
+    """The last checkpoint: ``busy``, ``log`` and ``checkpointed`` as ``checkpoint()`` gives them, and its age."""
+
+    busy: bool
+    log: int
+    checkpointed: int
+    seconds_ago: float
 
 
 @dataclass(frozen=True)
 class Stats:
-    """A gateway's state at one moment; the counts are those of its whole life.
+    """A gateway's state at one moment; the counts are those of its whole life. All times are seconds.
 
     Attributes:
         queue_depth: jobs accepted and not yet taken by the writer.
-        committed: jobs committed. failed: jobs that ended with an error. cancelled: jobs withdrawn before they started.
-        commits: transactions committed; smaller than ``committed`` where jobs shared one.
+        oldest_age: since the oldest job without an outcome was handed in; 0.0: there is none.
+        running: the job that runs now.
+        waiting_for_lock: the job whose transaction waits for SQLite's lock, which somebody else holds.
+        committed, failed, cancelled: jobs by outcome; cancelled ones were withdrawn before they started.
+        timed_out: calls that ended with ``WriteTimeoutError``; those withdrawn are among the cancelled, too.
+        retried: jobs whose transaction met a lock and was tried again.
+        run_twice: jobs that ran a second time, because something undid the transaction they shared.
+        commits: transactions committed. jobs_per_commit: jobs committed / commits.
+        lock_attempts: attempts at BEGIN and COMMIT. lock_wait: spent waiting for SQLite's lock.
+        queue_wait, run: of each job that has started: in the queue, the wait for the lock not counted; and running.
+        commit: of each COMMIT.
+        readers_in_use, readers_waiting: connections lent, and calls that wait for one.
+        wal_bytes: size of the write-ahead log's file, which stays when the log begins anew.
+        last_checkpoint: None: there was none.
+        last_backup_ago: since the last ``backup()`` was complete; None: there was none.
     """
 
     queue_depth: int
+    oldest_age: float
+    running: Running | None
+    waiting_for_lock: Running | None
     committed: int
     failed: int
     cancelled: int
+    timed_out: int
+    retried: int
+    run_twice: int
     commits: int
+    jobs_per_commit: float
+    lock_attempts: int
+    lock_wait: float
+    queue_wait: Latency
+    run: Latency
+    commit: Latency
+    readers_in_use: int
+    readers_waiting: int
+    wal_bytes: int
+    last_checkpoint: CheckpointResult | None
+    last_backup_ago: float | None
 
     def as_dict(self) -> dict[str, Any]:
-        """The same as a plain dict, for JSON and metrics."""
+        """The same as plain dicts, lists and numbers, for JSON and metrics."""
         return dataclasses.asdict(self)
 
 
@@ -47,12 +127,58 @@ class CloseReport:
     labels: tuple[str, ...]
 
 
+class Histogram:
+    """The counts behind a ``Latency``."""
+
+    def __init__(self) -> None:
+        self._count, self._sum, self._max = 0, 0.0, 0.0
+        self._counts = [0] * (len(BOUNDS) + 1)
+
+    def add(self, seconds: list[float]) -> None:
+        """Count a whole batch: for many jobs that is a fraction of counting one by one."""
+        if not seconds:
+            return
+        first, counts = BOUNDS[0], self._counts
+        longer = sorted([value for value in seconds if value > first])  # most statements run for less
+        counts[0] += len(seconds) - len(longer)
+        place = 0
+        while place < len(longer):
+            bucket = bisect_left(BOUNDS, longer[place])
+            end = bisect_right(longer, BOUNDS[bucket]) if bucket < len(BOUNDS) else len(longer)
+            counts[bucket] += end - place
+            place = end
+        self._count += len(seconds)
+        self._sum += sum(seconds)
+        self._max = max(self._max, max(seconds))
+
+    def latency(self) -> Latency:
+        total, buckets = 0, []
+        for bound, count in zip(BOUNDS, self._counts, strict=False):
+            total += count
+            buckets.append((bound, total))
+        return Latency(self._count, self._sum, self._max, tuple(buckets))
+
+
 class Tally:
-    """The counts behind both. Guarded by the holder's lock."""
+    """The counts behind all of them. Guarded by the holder's lock."""
 
     def __init__(self) -> None:
         self.committed = self.failed = self.cancelled = self.commits = 0
+        self.timed_out = self.retried = self.run_twice = self.lock_attempts = 0
+        self.lock_wait = 0.0
+        self.queue_wait, self.run, self.commit = Histogram(), Histogram(), Histogram()
+        self.last_backup: float | None = None
         self.labels: deque[str] = deque(maxlen=KEPT_LABELS)
+
+    def count_batch(self, waits: list[float], runs: list[float], batch: Batch, commits: int) -> None:
+        """``waits`` and ``runs``: seconds of each of its jobs that has started."""
+        self.commits += commits
+        self.queue_wait.add(waits)
+        self.run.add(runs)
+        if batch.retried:
+            self.retried += len(runs)
+        if commits and batch.commit:
+            self.commit.add([batch.commit])
 
     def count_failed(self, label: str) -> None:
         self.failed += 1
@@ -65,3 +191,39 @@ class Tally:
     @property
     def finished(self) -> int:
         return self.committed + self.failed + self.cancelled
+
+
+def stats_of(loop: WriterLoop) -> Stats:
+    """Everything at one moment: between two batches, or before or after the outcome of one."""
+    holder, tally, readers = loop.holder, loop.holder.tally, loop.readers
+    with holder.lock:
+        now = monotonic()
+        waiting, checkpoint = holder.waiting, loop.last_checkpoint
+        return Stats(
+            queue_depth=len(loop.queue.queue),  # not qsize(): one lock inside the other could meet a finalizer's
+            oldest_age=loop.oldest_age(now),
+            running=_running(holder.job, now, getattr(holder.job, "started_at", now)),
+            waiting_for_lock=None if waiting is None else _running(waiting[0], now, waiting[1]),
+            committed=tally.committed,
+            failed=tally.failed,
+            cancelled=tally.cancelled,
+            timed_out=tally.timed_out,
+            retried=tally.retried,
+            run_twice=tally.run_twice,
+            commits=tally.commits,
+            jobs_per_commit=tally.committed / tally.commits if tally.commits else 0.0,
+            lock_attempts=tally.lock_attempts,
+            lock_wait=tally.lock_wait,
+            queue_wait=tally.queue_wait.latency(),
+            run=tally.run.latency(),
+            commit=tally.commit.latency(),
+            readers_in_use=readers.in_use,
+            readers_waiting=readers.waiting,
+            wal_bytes=loop.file.wal_bytes(),
+            last_checkpoint=None if checkpoint is None else CheckpointResult(*checkpoint[0], now - checkpoint[1]),
+            last_backup_ago=None if tally.last_backup is None else now - tally.last_backup,
+        )
+
+
+def _running(job: Job[Any] | None, now: float, since: float) -> Running | None:
+    return None if job is None else Running(job.label, job.called_from, max(0.0, now - since))

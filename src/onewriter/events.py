@@ -1,0 +1,84 @@
+"""What ``on_event`` is called with: one frozen dataclass for each kind of event. Times are seconds.
+
+Without ``on_event`` none of them is made. What the callable raises is logged and goes no further; one that waits for
+the gateway on the writer thread meets ``ReentrantWriteError``. Values of parameters are in none of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from onewriter.log import contain
+
+if TYPE_CHECKING:
+    from onewriter.holder import Holder
+    from onewriter.job import Job, Ticket
+
+
+@dataclass(frozen=True, slots=True)
+class JobSubmitted:
+    """A job is about to be handed in; told in the thread, and in the context, of the call.
+
+    Attributes:
+        ticket: its label, place of the call, and later its outcome and timings.
+        waits: whether the caller waits for the outcome; False for ``enqueue``.
+    """
+
+    ticket: Ticket[Any]
+    waits: bool
+
+
+@dataclass(frozen=True, slots=True)
+class BatchEnded:
+    """Jobs that shared a transaction have their outcome, and their waiters were told; on the writer thread.
+
+    Attributes:
+        tickets: the jobs, in order; each has its ``timings``, and its ``exception()`` if it failed.
+        commits: 1, or 0 if nothing was committed.
+        lock_wait: for SQLite's lock. commit: that COMMIT took.
+        retried: whether somebody else held that lock.
+    """
+
+    tickets: tuple[Ticket[Any], ...]
+    commits: int
+    lock_wait: float
+    commit: float
+    retried: bool
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointEnded:
+    """A checkpoint of the write-ahead log, as ``checkpoint()`` reports it, and how long it took; writer thread."""
+
+    mode: str
+    busy: bool
+    log: int
+    checkpointed: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class BackupEnded:
+    """A backup is complete; told in the thread of the call."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class WriterBroken:
+    """The gateway is out of service; ``cause`` is why."""
+
+    cause: BaseException
+
+
+Event: TypeAlias = JobSubmitted | BatchEnded | CheckpointEnded | BackupEnded | WriterBroken
+Hook: TypeAlias = Callable[[Event], object]
+Submit: TypeAlias = Callable[["Job[Any]", float | None], None]
+
+
+def announce(holder: Holder, hook: Hook | None, job: Job[Any], waits: bool) -> None:
+    """Tell that a job is about to be handed in, unless it is none of the user's, such as ``flush``."""
+    if hook is not None and job.counted:
+        contain(holder, hook, JobSubmitted(job, waits))

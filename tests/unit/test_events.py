@@ -1,0 +1,201 @@
+"""on_event: what it is told, where, and that it can do no harm."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import dataclasses
+import sqlite3
+import threading
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+from helpers import DEADLINE, parked, released_soon
+from onewriter import AsyncDbWriter, DbWriter, ReentrantWriteError, WriterClosedError
+from onewriter.events import BackupEnded, BatchEnded, CheckpointEnded, Event, JobSubmitted, WriterBroken
+
+E = TypeVar("E")
+INSERT = "INSERT INTO t VALUES (?)"
+TABLE = "CREATE TABLE t (n INTEGER PRIMARY KEY)"
+
+
+class Heard:
+    """A hook that keeps what it was told."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self.threads: list[int] = []
+
+    def __call__(self, event: Event) -> None:
+        self.events.append(event)
+        self.threads.append(threading.get_ident())
+
+    def of(self, kind: type[E]) -> list[E]:
+        return [event for event in self.events if isinstance(event, kind)]
+
+
+@pytest.mark.parametrize("inline", [False, True])
+def test_every_job_is_told_when_it_is_handed_in_and_when_it_ends(path: Path, inline: bool) -> None:
+    heard = Heard()
+    with DbWriter(path, on_event=heard, inline=inline) as db:
+        db.run(TABLE, label="table")
+        db.enqueue(INSERT, (1,), label="later")
+        with db.transaction(label="block") as tx:
+            tx.execute(INSERT, (2,))
+            db.run(INSERT, (3,))  # a part of the block
+        with pytest.raises(sqlite3.IntegrityError):
+            db.run(INSERT, (1,), label="fails")
+        db.flush()
+    submitted = [(event.ticket.label, event.waits) for event in heard.of(JobSubmitted)]
+    assert submitted == [("table", True), ("later", False), ("block", True), ("fails", True)]
+    ended = [ticket for event in heard.of(BatchEnded) for ticket in event.tickets]
+    assert [ticket.label for ticket in ended] == ["table", "later", "block", "fails"]
+    assert [type(ticket.exception()) for ticket in ended] == [type(None)] * 3 + [sqlite3.IntegrityError]
+    assert all(ticket.timings for ticket in ended)
+    assert [event.ticket for event in heard.of(JobSubmitted)] == ended
+    me, writers = threading.get_ident(), set()
+    for event, thread in zip(heard.events, heard.threads, strict=True):
+        if isinstance(event, JobSubmitted):
+            assert thread == me
+        else:
+            writers.add(thread)
+    assert (writers == {me}) is inline
+    assert len(writers) == 1
+
+
+def test_a_batch_is_one_event(path: Path) -> None:
+    heard = Heard()
+    with DbWriter(path, on_event=heard) as db:
+        db.run(TABLE)
+        with parked(db):
+            tickets = [db.enqueue(INSERT, (n % 5,)) for n in range(10)]
+        db.flush()
+        batch = heard.of(BatchEnded)[-1]
+        assert batch.tickets == tuple(tickets)
+        assert (batch.commits, batch.retried, batch.lock_wait) == (1, False, 0.0)
+        assert batch.commit > 0
+        with released_soon(path, 0.05):
+            db.run(INSERT, (77,))
+        assert heard.of(BatchEnded)[-1].retried
+        assert heard.of(BatchEnded)[-1].lock_wait > 0
+        with pytest.raises(sqlite3.IntegrityError):
+            db.run(INSERT, (77,))
+        assert heard.of(BatchEnded)[-1].commits == 0
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            batch.commits = 7  # type: ignore[misc]
+
+
+def test_checkpoints_backups_and_the_end_are_told(path: Path) -> None:
+    heard = Heard()
+    with DbWriter(path, on_event=heard) as db:
+        db.run(TABLE)
+        result = db.checkpoint("FULL")
+        (event,) = heard.of(CheckpointEnded)
+        assert (event.mode, event.busy, event.log, event.checkpointed) == ("FULL", *result)
+        assert event.seconds >= 0
+        db.backup(path.parent / "copy.db")
+        assert [event.seconds >= 0 for event in heard.of(BackupEnded)] == [True]
+        with pytest.raises(ValueError, match="the file of a gateway"):
+            db.backup(path)
+        assert len(heard.of(BackupEnded)) == 1
+        path.rename(path.parent / "elsewhere.db")
+        with pytest.raises(Exception, match="moved"):
+            while True:
+                db.run("INSERT INTO t VALUES (NULL)")
+        (broken,) = heard.of(WriterBroken)
+        assert "moved" in str(broken.cause)
+
+
+def test_asyncio_is_told_too(path: Path) -> None:
+    heard = Heard()
+
+    async def main() -> None:
+        async with AsyncDbWriter(path, on_event=heard, maxsize=1) as db:
+            await db.run(TABLE, label="table")
+            db.enqueue(INSERT, (1,), label="now")
+            await db.enqueue_wait(INSERT, (2,), label="room")
+            async with db.transaction(label="block") as tx:
+                await tx.execute(INSERT, (3,))
+            await db.flush()
+
+    asyncio.run(main())
+    submitted = [(event.ticket.label, event.waits) for event in heard.of(JobSubmitted)]
+    assert submitted == [("table", True), ("now", False), ("room", False), ("block", True)]
+    ended = [ticket.label for event in heard.of(BatchEnded) for ticket in event.tickets]
+    assert ended == ["table", "now", "room", "block"]
+
+
+def test_the_hook_is_in_the_context_of_the_call(path: Path) -> None:
+    request: contextvars.ContextVar[str] = contextvars.ContextVar("request", default="none")
+    seen: list[str] = []
+
+    def hook(event: Any) -> None:
+        if isinstance(event, JobSubmitted):
+            seen.append(request.get())
+
+    with DbWriter(path, on_event=hook) as db:
+        request.set("one")
+        db.run(TABLE)
+        request.set("two")
+        db.enqueue(INSERT, (1,))
+    assert seen == ["one", "two"]
+
+
+@pytest.mark.parametrize("error", [ValueError, SystemExit, KeyboardInterrupt])
+def test_what_the_hook_raises_is_logged_and_goes_no_further(
+    path: Path, error: type[BaseException], caplog: pytest.LogCaptureFixture
+) -> None:
+    def hook(event: Any) -> None:
+        raise error("of the hook")
+
+    with DbWriter(path, on_event=hook) as db:
+        db.run(TABLE)
+        ticket = db.enqueue(INSERT, (1,))
+        ticket.result(DEADLINE)
+        assert db.read("SELECT n FROM t") == [(1,)]
+    assert "of the hook" in caplog.text
+
+
+def test_a_hook_may_enqueue_but_not_wait(path: Path) -> None:
+    caught: list[BaseException] = []
+
+    def hook(event: Any) -> None:
+        if isinstance(event, BatchEnded) and not event.tickets[0].label.startswith("from the hook"):
+            try:
+                db.run(INSERT, (2,))
+            except ReentrantWriteError as error:
+                caught.append(error)
+            db.enqueue(INSERT, (3,), label="from the hook")
+
+    with DbWriter(path, on_event=hook) as db:
+        db.run(TABLE)
+        db.flush()
+        assert db.read("SELECT n FROM t") == [(3,)]
+    assert len(caught) == 1
+
+
+def test_a_job_that_was_not_accepted_is_only_told_as_handed_in(path: Path) -> None:
+    heard = Heard()
+    db = DbWriter(path, on_event=heard)
+    db.close()
+    before = len(heard.events)
+    with pytest.raises(WriterClosedError):
+        db.run(TABLE)
+    assert [type(event) for event in heard.events[before:]] == [JobSubmitted]
+
+
+def test_only_a_callable_is_a_hook(path: Path) -> None:
+    with pytest.raises(TypeError, match="on_event must be callable, not str"):
+        DbWriter(path, on_event="print")  # type: ignore[arg-type]
+    assert not path.exists()
+
+
+def test_flush_and_checkpoint_are_no_jobs_of_the_users(path: Path) -> None:
+    heard = Heard()
+    with DbWriter(path, on_event=heard) as db:
+        db.flush()
+        db.checkpoint()
+    assert not heard.of(JobSubmitted)
+    assert not heard.of(BatchEnded)

@@ -1,0 +1,355 @@
+"""stats(): one snapshot, whose sums are those of what was done; health; and what the log says of it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from helpers import DEADLINE, holding_lock, in_threads, parked, released_soon
+from onewriter import DbWriter, QueueFullError, Ticket, Transaction, WriteTimeoutError
+from onewriter.stats import BOUNDS, Histogram
+
+INSERT = "INSERT INTO t VALUES (?)"
+TABLE = "CREATE TABLE t (n INTEGER PRIMARY KEY)"
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture, text: str) -> list[str]:
+    return [record.getMessage() for record in caplog.records if text in record.getMessage()]
+
+
+def inserting(n: int) -> Callable[[Transaction], object]:
+    return lambda tx: tx.execute(INSERT, (n,))
+
+
+def wait_until(condition: Any) -> None:
+    end = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < end, "it did not come about"
+        time.sleep(0.001)
+
+
+def test_a_new_gateway_has_done_nothing(any_db: DbWriter) -> None:
+    stats = any_db.stats()
+    assert (stats.committed, stats.failed, stats.cancelled, stats.commits, stats.timed_out) == (0, 0, 0, 0, 0)
+    assert (stats.queue_depth, stats.oldest_age, stats.running, stats.waiting_for_lock) == (0, 0.0, None, None)
+    assert (stats.run.count, stats.run.sum, stats.run.max, stats.run.percentile(99)) == (0, 0.0, 0.0, 0.0)
+    assert (stats.jobs_per_commit, stats.last_checkpoint, stats.last_backup_ago) == (0.0, None, None)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        stats.committed = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("inline", [False, True])
+def test_the_sums_are_those_of_what_was_done(path: Path, inline: bool) -> None:
+    tickets: list[Ticket[Any]] = []
+    failures = 0
+    with DbWriter(path, inline=inline, on_error=lambda ticket: None) as db:
+        db.run(TABLE)
+
+        def produce(start: int) -> int:
+            failed = 0
+            for n in range(start, start + 200):
+                tickets.append(db.enqueue(INSERT, (n,)))
+                tickets.append(db.enqueue(INSERT, (start,)))  # twice: fails but for the first
+                tickets.append(db.enqueue(inserting(-1 - n)))
+                if n % 20 == 0:
+                    with db.transaction() as tx:
+                        tx.execute(INSERT, (10_000 + n,))
+                    with contextlib.suppress(sqlite3.IntegrityError):
+                        db.run(INSERT, (start,))
+                    failed += 1
+            return failed
+
+        failures = sum(in_threads(*[lambda start=n: produce(start) for n in (0, 1000, 2000, 3000)]))  # type: ignore
+        db.flush()
+        stats = db.stats()
+        rows = db.read_value("SELECT count(*) FROM t")
+    good = [ticket for ticket in tickets if ticket.exception() is None]
+    blocks = 4 * 10
+    assert stats.committed == 1 + len(good) + blocks == 1 + rows
+    assert stats.failed == len(tickets) - len(good) + failures
+    assert stats.queue_wait.count == stats.run.count == stats.committed + stats.failed
+    assert stats.commit.count == stats.commits
+    assert stats.jobs_per_commit == stats.committed / stats.commits
+    assert stats.lock_attempts >= 2 * stats.commits
+    timings = [ticket.timings for ticket in tickets]
+    assert all(timings)
+    for latency, values in (
+        (stats.run, [timing.run for timing in timings if timing]),
+        (stats.queue_wait, [timing.queued for timing in timings if timing]),
+    ):
+        assert latency.sum >= sum(values) * 0.999
+        assert latency.max >= max(values)
+        for bound, count in latency.buckets:
+            assert count >= sum(value <= bound for value in values)
+    assert (stats.cancelled, stats.timed_out, stats.retried, stats.run_twice) == (0, 0, 0, 0)
+
+
+def test_withdrawn_and_timed_out_calls_are_counted(db: DbWriter) -> None:
+    db.run(TABLE)
+    with parked(db):
+        with pytest.raises(WriteTimeoutError):
+            db.run(INSERT, (1,), timeout=0)
+        with pytest.raises(WriteTimeoutError), db.transaction(timeout=0):
+            pass
+        assert db.enqueue(INSERT, (2,)).cancel()
+    stats = db.stats()
+    assert (stats.timed_out, stats.cancelled, stats.failed) == (2, 3, 0)
+    assert stats.run.count == stats.committed == 2
+
+
+def test_a_call_that_gives_up_on_a_job_that_goes_on_is_counted(db: DbWriter) -> None:
+    release = threading.Event()
+    with pytest.raises(WriteTimeoutError) as caught:
+        db.run(lambda tx: release.wait(DEADLINE), timeout=0.05)
+    release.set()
+    assert caught.value.started
+    caught.value.ticket.result(DEADLINE)
+    stats = db.stats()
+    assert (stats.timed_out, stats.cancelled, stats.committed) == (1, 0, 1)
+
+
+def test_jobs_that_ran_twice_and_jobs_that_were_retried_are_counted(db: DbWriter, path: Path) -> None:
+    db.run(TABLE)
+    with parked(db):
+        for n in range(3):
+            db.enqueue(inserting(n))
+        db.enqueue(lambda tx: tx.execute("INSERT OR ROLLBACK INTO t VALUES (0)"), label="undoes all")
+    db.flush()
+    assert (db.stats().run_twice, db.stats().failed) == (3, 1)
+    with parked(db):  # statements that run again with savepoints, since FAIL may have left something behind
+        db.enqueue(INSERT, (5,))
+        db.enqueue("INSERT OR FAIL INTO t VALUES (6), (5)")
+    db.flush()
+    assert (db.stats().run_twice, db.stats().failed) == (5, 2)
+    assert db.stats().retried == 0
+    before = db.stats().lock_attempts
+    with released_soon(path, 0.05):
+        db.run(INSERT, (7,))
+    stats = db.stats()
+    assert stats.retried == 1
+    assert stats.lock_attempts > before + 2
+    assert 0 < stats.lock_wait < DEADLINE
+
+
+def test_a_statement_without_transaction_that_met_a_lock_is_retried(db: DbWriter, path: Path) -> None:
+    with released_soon(path, 0.05):
+        db.run_without_transaction("VACUUM")
+    assert db.stats().retried == 1
+    assert db.stats().lock_wait > 0
+
+
+def test_what_runs_and_what_waits_is_there(path: Path) -> None:
+    with DbWriter(path, readers=1) as db:
+        db.run(TABLE)
+        with parked(db):
+            db.enqueue(INSERT, (1,))
+            stats = db.stats()
+            assert stats.running is not None
+            assert stats.running.label.endswith("park")
+            assert stats.running.called_from.startswith("helpers.py:")
+            assert 0 <= stats.running.seconds <= stats.oldest_age < DEADLINE
+            assert stats.queue_depth == 1
+        db.flush()
+        assert db.stats().running is None
+        with db.reader():
+            waiter = threading.Thread(target=db.read, args=["SELECT 1"])
+            waiter.start()
+            wait_until(lambda: db.stats().readers_waiting == 1)
+            assert db.stats().readers_in_use == 1
+        waiter.join(DEADLINE)
+        assert (db.stats().readers_in_use, db.stats().readers_waiting) == (0, 0)
+
+
+def test_a_job_that_waits_in_the_queue_has_an_age(db: DbWriter) -> None:
+    with parked(db):
+        wait_until(lambda: db.stats().oldest_age > 0.01)
+    db.flush()
+    assert db.stats().oldest_age == 0.0
+
+
+def test_the_wait_for_the_lock_is_there(db: DbWriter, path: Path) -> None:
+    db.run(TABLE)
+    with holding_lock(path):
+        ticket = db.enqueue(INSERT, (1,), label="the waiting one")
+        wait_until(lambda: db.stats().waiting_for_lock is not None)
+        waiting = db.stats().waiting_for_lock
+        assert waiting is not None
+        assert waiting.label == "the waiting one"
+        assert db.stats().running is None
+        assert db.stats().oldest_age > 0
+    ticket.result(DEADLINE)
+    assert db.stats().waiting_for_lock is None
+
+
+def test_the_log_the_checkpoints_and_the_backups_are_there(path: Path) -> None:
+    with DbWriter(path, auto_checkpoint=False) as db:
+        db.run(TABLE)
+        assert db.stats().wal_bytes == os.path.getsize(f"{path}-wal") > 0
+        result = db.checkpoint()
+        found = db.stats().last_checkpoint
+        assert found is not None
+        assert (found.busy, found.log, found.checkpointed) == tuple(result)
+        assert db.stats().wal_bytes == 0
+        db.backup(path.parent / "copy.db")
+        ago = db.stats().last_backup_ago
+        assert ago is not None
+        assert 0 <= ago <= found.seconds_ago + DEADLINE
+    assert db.stats().wal_bytes == 0
+
+
+def test_as_dict_is_json(db: DbWriter) -> None:
+    db.run(TABLE)
+    db.checkpoint()
+    with parked(db):
+        found = json.loads(json.dumps(db.stats().as_dict()))
+    assert found["committed"] == 1
+    assert found["running"]["label"].endswith("park")
+    assert found["last_checkpoint"]["busy"] is False
+    assert found["run"]["buckets"][-1] == [50.0, 1]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.lists(st.floats(0, 100), max_size=20), max_size=5), st.sampled_from([0, 1, 50, 90, 99, 100]))
+def test_a_histogram_counts_as_one_by_one(batches: list[list[float]], percent: int) -> None:
+    histogram, values = Histogram(), [value for batch in batches for value in batch]
+    for batch in batches:
+        histogram.add(list(batch))
+    latency = histogram.latency()
+    assert latency.count == len(values)
+    assert latency.sum == pytest.approx(sum(values))
+    assert latency.max == max(values, default=0.0)
+    assert latency.buckets == tuple((bound, sum(value <= bound for value in values)) for bound in BOUNDS)
+    if values:
+        wanted = sorted(values)[max(0, -(-len(values) * percent // 100) - 1)]
+        assert wanted <= latency.percentile(percent) <= max(5 * wanted / 2, BOUNDS[0])
+
+
+def test_a_percentile_is_between_0_and_100(db: DbWriter) -> None:
+    for percent in (-1, 101):
+        with pytest.raises(ValueError, match="percent"):
+            db.stats().run.percentile(percent)
+
+
+# Health ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_slow_job_is_in_the_health_while_it_runs(path: Path) -> None:
+    with DbWriter(path, slow_after=0.01) as db:
+        assert db.health == "ok"
+        with parked(db):
+            wait_until(lambda: db.health != "ok")
+            assert db.health.startswith("degraded: the writer is held by ")
+            assert "park' (called from helpers.py:" in db.health
+        db.flush()
+        assert db.health == "ok"
+
+
+def test_a_lock_held_elsewhere_is_in_the_health_while_it_is(path: Path) -> None:
+    with DbWriter(path, slow_after=0.01) as db:
+        db.run(TABLE)
+        with holding_lock(path):
+            ticket = db.enqueue(INSERT, (1,))
+            wait_until(lambda: db.health != "ok")
+            assert "SQLite's lock, held elsewhere, to run 'INSERT INTO t VALUES (?)'" in db.health
+        ticket.result(DEADLINE)
+        assert db.health == "ok"
+
+
+def test_a_queue_that_is_nearly_full_is_in_the_health_and_in_the_log_once(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with DbWriter(path, maxsize=20) as db:
+        db.run(TABLE)
+        with parked(db):
+            for n in range(18):
+                db.enqueue(INSERT, (n,))
+            assert db.health == "ok"
+            db.enqueue(INSERT, (18,))
+            assert db.health == "degraded: the queue is nearly full: 19 of 20 jobs are queued"
+            db.enqueue(INSERT, (19,))
+            with pytest.raises(QueueFullError, match=r"20 of 20 jobs are queued; the writer is held by .*park"):
+                db.enqueue(INSERT, (20,), timeout=0)
+        db.flush()
+        assert db.health == "ok"
+        with parked(db):  # a moment later, it is not told again
+            for n in range(20, 40):
+                db.enqueue(INSERT, (n,))
+            assert db.health.startswith("degraded")
+        db.flush()
+        assert db.stats().committed == 43
+    told = warnings_of(caplog, "queue nearly full")
+    assert len(told) == 1
+    assert told[0].startswith("queue nearly full: 19 of 20 jobs are queued; the writer is held by ")
+
+
+def test_a_log_handler_that_enqueues_neither_loops_nor_hangs(path: Path) -> None:
+    class Audit(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(db.enqueue("INSERT INTO log VALUES (?)", (record.getMessage(),), timeout=DEADLINE))
+
+    lines: list[Ticket[Any]] = []
+    handler, logger = Audit(), logging.getLogger("onewriter")
+    with DbWriter(path, maxsize=10, slow_after=0.0) as db:
+        db.run(TABLE)
+        db.run("CREATE TABLE log (text TEXT)")
+        logger.addHandler(handler)
+        try:
+            for n in range(100):
+                db.enqueue(INSERT, (n % 50,))  # the second half fails, which is logged
+            db.flush()
+        finally:
+            logger.removeHandler(handler)
+        db.flush()
+        assert db.read_value("SELECT count(*) FROM t") == 50
+        assert db.read_value("SELECT count(*) FROM log") == len(lines)
+        assert any("UNIQUE" in str(line) or "failed" in line for (line,) in db.read("SELECT text FROM log"))
+
+
+def test_a_log_that_readers_keep_from_shrinking_is_told_with_their_names(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with DbWriter(path, synchronous="OFF", wal_limit=200_000) as db:
+        db.run("CREATE TABLE t (b BLOB)")
+        with db.reader(label="the long reader"), contextlib.closing(sqlite3.connect(path)) as other:
+            other.execute("BEGIN")
+            other.execute("SELECT count(*) FROM t").fetchone()
+            while not db.health.startswith("degraded"):
+                db.run("INSERT INTO t VALUES (randomblob(3000))")
+            assert "the WAL has grown to" in db.health
+            assert "read by 'the long reader'" in db.health
+            told = warnings_of(caplog, "checkpoint starved: ")
+            assert len(told) == 1
+            while len(told) < 2:  # again when it has doubled
+                db.run("INSERT INTO t VALUES (randomblob(30000))")
+                told = warnings_of(caplog, "checkpoint starved: ")
+        sizes = [int(text.split("grown to ")[1].split(" bytes")[0].replace(",", "")) for text in told]
+        assert sizes[0] > 200_000
+        assert sizes[1] >= 2 * sizes[0]
+        db.run("INSERT INTO t VALUES (1)")
+        wait_until(lambda: db.health == "ok")
+        assert os.path.getsize(f"{path}-wal") < 200_000
+
+
+def test_a_gateway_out_of_service_says_why(db: DbWriter, path: Path) -> None:
+    db.run(TABLE)
+    path.rename(path.parent / "elsewhere.db")
+    with pytest.raises(Exception, match="moved"):
+        while True:
+            db.run("INSERT INTO t VALUES (NULL)")
+    assert db.health.startswith("broken: ")
+    stats = db.stats()
+    assert stats.failed == 1
+    assert stats.queue_depth == 0
