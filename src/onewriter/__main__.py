@@ -6,12 +6,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from onewriter import bench
+from onewriter import bench, check
 
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 
 # Each has add_command(subparsers), which sets ``run``: a function of the parsed arguments that returns the exit code.
-COMMANDS = (bench,)
+COMMANDS = (bench, check)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -215,6 +215,12 @@ def open_new(path: str) -> sqlite3.Connection:
     return sqlite3.connect(path, isolation_level=None)
 
 
+def open_to_look(path: str, patience: float, *, immutable: bool) -> sqlite3.Connection:
+    """A plain connection that cannot write; ``immutable``: and takes no locks, for a file that nobody has open."""
+    flags = "mode=ro&immutable=1" if immutable else "mode=ro"
+    return sqlite3.connect(f"{Path(path).as_uri()}?{flags}", uri=True, timeout=patience)
+
+
 def _connect(settings: Settings, mode: str) -> sqlite3.Connection:
     # as_uri escapes what a URI would take for its own: # ? %. The busy timeout is 0, because neither interrupt()
     # nor close can end a wait inside SQLite; the policy does the waiting.

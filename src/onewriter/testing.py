@@ -1,0 +1,38 @@
+"""For tests of code that uses a gateway: the pytest fixture ``db_writer``.
+
+Put ``pytest_plugins = ["onewriter.testing"]`` into ``conftest.py``. ``@pytest.mark.db_writer(inline=True, …)`` gives
+arguments to its ``DbWriter``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from onewriter.check import check
+from onewriter.gateway import DbWriter
+
+CLOSE_TIMEOUT = 10.0  # seconds
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make the mark known."""
+    config.addinivalue_line("markers", "db_writer(**options): arguments for the DbWriter of the fixture db_writer")
+
+
+@pytest.fixture
+def db_writer(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[DbWriter]:
+    """A ``DbWriter`` on a new file, ``tmp_path / "test.db"``.
+
+    At the end of the test it is closed, and the test fails if a job is still running then or if the file is damaged
+    or breaks a foreign key. The test may close it itself.
+    """
+    mark = request.node.get_closest_marker("db_writer")
+    db = DbWriter(tmp_path / "test.db", **({} if mark is None else mark.kwargs))
+    yield db
+    closed = db.close(CLOSE_TIMEOUT)
+    assert closed.unfinished == 0, f"jobs still running at the end of the test: {', '.join(closed.labels)}"
+    problems = check(db.path).problems
+    assert not problems, "; ".join(problems)
