@@ -15,6 +15,7 @@ from onewriter import DbWriter, Result, Ticket, Transaction
 SOURCE = Path(onewriter.__file__).parent
 FILES = {path.name: path.read_text(encoding="utf-8") for path in sorted(SOURCE.glob("*.py"))}
 PROGRAMS = {"bench.py", "check.py"}
+ARCHITECTURE = Path(__file__).parents[2] / "docs" / "concepts.md"
 
 
 def files_with(pattern: str) -> set[str]:
@@ -54,19 +55,17 @@ def test_every_error_is_one_of_the_packages_and_says_what_became_of_the_write() 
     assert issubclass(onewriter.ReadTimeoutError, TimeoutError)
 
 
-@pytest.mark.parametrize(
-    ("pattern", "files"),
-    [
-        (r'"(BEGIN IMMEDIATE|COMMIT)"', {"loop.py"}),
-        (r'own\("ROLLBACK"', {"loop.py", "readers.py"}),  # a reader ends its snapshot by it
-        (r"sqlite3\.connect\(", {"connection.py"}),
-        (r"import tenacity|from tenacity", {"retry.py"}),
-        (r"time\.time\(|datetime", set()),
-        (r"\bopen\(self\._?path|\bopen\(path", set()),
-    ],
-)
-def test_there_is_one_place_for_it(pattern: str, files: set[str]) -> None:
-    assert files_with(pattern) == files
+RULES = re.findall(r"^- The only `(.+?)`: (.+)$", ARCHITECTURE.read_text(encoding="utf-8"), re.MULTILINE)
+
+
+@pytest.mark.parametrize(("text", "places"), RULES, ids=[text for text, _ in RULES])
+def test_there_is_one_place_for_it(text: str, places: str) -> None:
+    assert files_with(rf"(?<!\w){re.escape(text)}") == set(re.findall(r"`(\w+\.py)`", places))
+
+
+def test_the_architecture_page_has_the_rules() -> None:
+    assert len(RULES) == 10
+    assert files_with(r"from tenacity|\bdatetime\b|open\(self\._?path") == set()
 
 
 def test_imports_point_one_way() -> None:
