@@ -14,6 +14,7 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from time import monotonic
 
@@ -21,21 +22,32 @@ from onewriter import DbWriter
 
 CREATE = "CREATE TABLE t (who INTEGER, n INTEGER)"
 INSERT = "INSERT INTO t VALUES (?, ?)"
+THREADS = 16
 
 
-def by_gateway(path: str, who: int, rows: int, seconds: float, floods: bool) -> tuple[int, float]:
+def by_gateway(path: str, who: int, rows: int, seconds: float, floods: bool, threads: int = 1) -> tuple[int, float]:
     """Jobs written, and the longest wait for one."""
-    jobs, longest = 0, 0.0
     with DbWriter(path, lock_timeout=60.0) as db:
         until = monotonic() + seconds
-        while (began := monotonic()) < until:
-            if floods:
-                db.enqueue(INSERT, (who, 1))
-            else:
-                db.run_many(INSERT, [(who, n) for n in range(rows)], timeout=None)
-                longest = max(longest, monotonic() - began)
-            jobs += 1
-    return jobs, longest
+
+        def write(_: int) -> tuple[int, float]:
+            jobs, longest = 0, 0.0
+            while (began := monotonic()) < until:
+                if floods:
+                    db.enqueue(INSERT, (who, 1))
+                else:
+                    db.run_many(INSERT, [(who, n) for n in range(rows)], timeout=None)
+                    longest = max(longest, monotonic() - began)
+                jobs += 1
+            return jobs, longest
+
+        with ThreadPoolExecutor(threads) as pool:
+            outcomes = list(pool.map(write, range(threads)))
+    return sum(jobs for jobs, _ in outcomes), max(longest for _, longest in outcomes)
+
+
+def by_threads(path: str, who: int, rows: int, seconds: float, floods: bool) -> tuple[int, float]:
+    return by_gateway(path, who, rows, seconds, floods, THREADS)
 
 
 def by_sqlite3(path: str, who: int, rows: int, seconds: float, floods: bool) -> tuple[int, float]:
@@ -50,6 +62,10 @@ def by_sqlite3(path: str, who: int, rows: int, seconds: float, floods: bool) -> 
             longest = max(longest, monotonic() - began)
             jobs += 1
     return jobs, longest
+
+
+KINDS = {"gateway": by_gateway, "threads": by_threads, "sqlite3": by_sqlite3}
+HOW = {"threads": f" x {THREADS} threads"}
 
 
 def compete(kind: str, processes: int, rows: int, seconds: float, flood: bool) -> None:
@@ -73,7 +89,7 @@ def compete(kind: str, processes: int, rows: int, seconds: float, flood: bool) -
         assert [found.get(who, 0) for who in range(processes)] == written, "rows are missing"
         equals = jobs[1:] if flood else jobs
         print(
-            f"{kind:8} {processes} processes{', one floods' if flood else '':12} {rows:5} rows a job: "
+            f"{kind:8} {processes} process{'es' if processes > 1 else ''}{', one floods' if flood else HOW.get(kind, ''):16} {rows:5} rows a job: "
             f"{min(equals):6,} / {max(equals):6,} = {min(equals) / max(equals):.2f}, "
             f"longest wait {max(waits):.2f} s, {sum(written) / seconds:9,.0f} rows/s"
         )
@@ -83,15 +99,17 @@ def main() -> None:
     if sys.argv[1:2] == ["--child"]:
         logging.disable()  # that one waits is the point
         kind, path, who, size, seconds, floods = sys.argv[2:]
-        write = by_gateway if kind == "gateway" else by_sqlite3
-        print(*write(path, int(who), int(size), float(seconds), floods == "True"))
+        print(*KINDS[kind](path, int(who), int(size), float(seconds), floods == "True"))
         return
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=4.0)
     arguments = parser.parse_args()
     print(f"Python {platform.python_version()}, SQLite {sqlite3.sqlite_version}, synchronous=FULL")
     for rows in (1, 200, 5000):
+        for kind in ("gateway", "sqlite3"):
+            compete(kind, 1, rows, arguments.seconds, flood=False)
         for processes in (4, 8):
+            compete("threads", processes, rows, arguments.seconds, flood=False)
             compete("gateway", processes, rows, arguments.seconds, flood=False)
             compete("gateway", processes, rows, arguments.seconds, flood=True)
             compete("sqlite3", processes, rows, arguments.seconds, flood=False)
