@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import logging
 import math
 import os
 import platform
@@ -23,6 +24,7 @@ from typing import Any, Literal, TextIO, TypeAlias
 
 from onewriter.errors import OneWriterError
 from onewriter.gateway import DbWriter
+from onewriter.log import logger
 
 Write: TypeAlias = Callable[[int], object]  # writes the row with this id
 
@@ -370,6 +372,7 @@ def _write_json(file: Path, setup: Setup, outcomes: Sequence[Outcome]) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run all contestants, print the table, and return the exit code."""
+    logger.setLevel(logging.ERROR)  # a full queue is what the load is there for
     try:
         setup, outcomes = _measure_all(arguments)
         print(table(outcomes), flush=True)
@@ -378,6 +381,8 @@ def run(arguments: argparse.Namespace) -> int:
     except (OSError, RuntimeError, sqlite3.Error, OneWriterError) as error:
         print(f"onewriter bench failed: {error}", file=sys.stderr)
         return FAILED
+    finally:
+        logger.setLevel(logging.NOTSET)
     return FAILED if any(o.other_errors or (o.gateway and o.lost) for o in outcomes) else 0
 
 

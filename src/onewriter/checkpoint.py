@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from time import monotonic
 from typing import NamedTuple
 
@@ -48,6 +49,7 @@ class Checkpointer:
         self._readers = readers
         self._holder = holder
         self._on_event = on_event
+        self._over_since = math.inf  # when the log could not be emptied for the first time
         self._told_at = 0  # bytes of the log at the last warning
         self.starved = ""  # why the log is over its limit
         self._growth = self._changes = 0
@@ -82,9 +84,12 @@ class Checkpointer:
         self._note_size(found, found.log * session.page_size)
 
     def _note_size(self, found: Checkpoint, size: int) -> None:
-        """Say who keeps the log over its limit; again when it has doubled."""
+        """Say who keeps the log over its limit for longer than ``slow_after``; again when it has doubled."""
         if not found.busy or size <= self._settings.wal_limit:
-            self.starved, self._told_at = "", 0
+            self.starved, self._told_at, self._over_since = "", 0, math.inf
+            return
+        self._over_since = min(self._over_since, monotonic())
+        if monotonic() - self._over_since < self._holder.slow_after:
             return
         who = describe_wal_readers(self._settings.path, self._readers.borrowers)
         self.starved = f"the WAL has grown to {size:,} bytes (wal_limit: {self._settings.wal_limit:,}), read by {who}"

@@ -88,8 +88,9 @@ def compete(kind: str, processes: int, rows: int, seconds: float, flood: bool) -
             written[0] = jobs[0]
         assert [found.get(who, 0) for who in range(processes)] == written, "rows are missing"
         equals = jobs[1:] if flood else jobs
+        how = f"{processes} process{'es' if processes > 1 else ''}{', one floods' if flood else HOW.get(kind, '')}"
         print(
-            f"{kind:8} {processes} process{'es' if processes > 1 else ''}{', one floods' if flood else HOW.get(kind, ''):16} {rows:5} rows a job: "
+            f"{kind:8} {how:30} {rows:5} rows a job: "
             f"{min(equals):6,} / {max(equals):6,} = {min(equals) / max(equals):.2f}, "
             f"longest wait {max(waits):.2f} s, {sum(written) / seconds:9,.0f} rows/s"
         )

@@ -321,7 +321,7 @@ def test_a_log_handler_that_enqueues_neither_loops_nor_hangs(path: Path) -> None
 def test_a_log_that_readers_keep_from_shrinking_is_told_with_their_names(
     path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with DbWriter(path, synchronous="OFF", wal_limit=200_000) as db:
+    with DbWriter(path, synchronous="OFF", wal_limit=200_000, slow_after=0.01) as db:
         db.run("CREATE TABLE t (b BLOB)")
         with db.reader(label="the long reader"), contextlib.closing(sqlite3.connect(path)) as other:
             other.execute("BEGIN")

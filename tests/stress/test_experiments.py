@@ -1,0 +1,59 @@
+"""The experiments with threads, tasks and bad input, with small, fixed sizes. ``python tests/lab.py``: larger."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from pathlib import Path
+
+import pytest
+
+from experiments import badinput, histories, schedules, soak
+from experiments.histories import Call, linearizable
+
+
+def test_histories_have_an_order_that_explains_them(tmp_path: Path) -> None:
+    outcome = histories.run(15, 1, tmp_path)
+    assert outcome.good, outcome
+    assert outcome.acknowledged > 500
+
+
+@pytest.mark.parametrize(
+    ("calls", "explained"),
+    [
+        ([("write", 5, 0, 1), ("read", 5, 2, 3)], True),
+        ([("write", 5, 0, 1), ("read", 0, 2, 3)], False),  # a stale read
+        ([("write", 5, 0, 9), ("read", 0, 2, 3)], True),  # still under way
+        ([("write", 5, 0, 9), ("read", 5, 2, 3), ("read", 0, 4, 5)], False),  # there and away again
+        ([("add", 1, 0, 5), ("add", 1, 1, 6)], False),  # a lost update
+        ([("add", 1, 0, 5), ("add", 2, 1, 6)], True),
+        ([("write", 5, 0, math.inf), ("read", 0, 2, 3), ("read", 5, 4, 5)], True),  # unknown: may come late
+        ([("write", 5, 0, math.inf), ("read", 0, 2, 3)], True),  # or never
+        ([("write", 5, 4, math.inf), ("read", 5, 2, 3)], False),  # but not before it began
+        ([("read", 7, 0, 1)], False),  # out of nowhere
+    ],
+)
+def test_the_checker_tells_broken_histories(calls: list[tuple[str, int, float, float]], explained: bool) -> None:
+    found = [Call(0, kind, value, begin, end) for kind, value, begin, end in calls]
+    assert linearizable(found) is explained
+
+
+def test_hand_overs_in_forced_schedules(tmp_path: Path) -> None:
+    outcome = schedules.run(3, 1, tmp_path)
+    assert outcome.good, outcome
+    assert outcome.trials == 3 * len(schedules.SCENARIOS)
+
+
+@pytest.mark.parametrize("call", badinput.CALLS)
+def test_bad_input_gets_a_documented_error_and_the_next_job_is_served(tmp_path: Path, call: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # coroutines that nobody awaits are a part of it
+        outcome = badinput.run(30, 1, tmp_path, (call,))
+    assert outcome.good, outcome
+    assert outcome.notes[call] > 5
+
+
+def test_a_short_soak(tmp_path: Path) -> None:
+    outcome = soak.run(4.0, 1, tmp_path)
+    assert outcome.good, outcome
+    assert outcome.acknowledged > 1000
