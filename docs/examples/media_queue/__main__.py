@@ -1,0 +1,62 @@
+"""``python docs/examples/media_queue serve`` and, in another terminal, ``python docs/examples/media_queue drive``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+
+from drive import Traffic, ask
+from server import Service
+
+
+def serve(arguments: argparse.Namespace) -> None:
+    service = Service(arguments.db, arguments.port, arguments.workers)
+    service.start()
+    print(f"{service.address}/ ({arguments.db}; {service.store.recovered} videos put back); Ctrl-C ends", flush=True)
+    try:
+        while True:
+            time.sleep(1)
+            counts, stats = service.store.counts(), service.store.db.stats()
+            states = ", ".join(f"{number} {state}" for state, number in counts["states"].items())
+            print(f"{counts['webhooks']} webhooks; {states}; {stats.jobs_per_commit:.1f} writes a commit", flush=True)
+    except KeyboardInterrupt:
+        print("finishing what was accepted")
+    finally:
+        service.stop()
+
+
+def drive(arguments: argparse.Namespace) -> None:
+    traffic = Traffic(arguments.url, arguments.clients, dashboards=2)
+    ask(f"{arguments.url}/services/sonarr", "PUT", "http://sonarr.local")
+    traffic.start()
+    try:
+        while True:
+            time.sleep(1)
+            sent = len(traffic.accepted) + len(traffic.known)
+            print(f"{sent} webhooks sent, {traffic.looks} looks, {len(traffic.errors)} errors", flush=True)
+    except KeyboardInterrupt:
+        traffic.stop()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="media_queue", description="A re-encoding queue on one SQLite file.")
+    commands = parser.add_subparsers(required=True)
+    serving = commands.add_parser("serve", help="the service, its scanner and its workers")
+    serving.add_argument("--db", default="media.db")
+    serving.add_argument("--port", type=int, default=8000)
+    serving.add_argument("--workers", type=int, default=4)
+    serving.set_defaults(run=serve)
+    driving = commands.add_parser("drive", help="made-up traffic for it")
+    driving.add_argument("--url", default="http://127.0.0.1:8000")
+    driving.add_argument("--clients", type=int, default=8)
+    driving.set_defaults(run=drive)
+    arguments = parser.parse_args()
+    arguments.run(arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""Made-up traffic: clients that send webhooks, and somebody who looks at the dashboard."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import threading
+import time
+import urllib.request
+from typing import Any
+
+FAILURES = (OSError, http.client.HTTPException)  # while the service is being restarted
+
+
+def ask(address: str, method: str = "GET", body: Any = None) -> Any:
+    request = urllib.request.Request(address, method=method, data=None if body is None else json.dumps(body).encode())
+    with urllib.request.urlopen(request, timeout=10) as response:
+        data = response.read()
+        return json.loads(data) if response.headers["Content-Type"] == "application/json" else data.decode()
+
+
+class Traffic:
+    """``accepted`` has the deliveries that the service has answered with 202; ``known``: those it said are written."""
+
+    def __init__(self, address: str, clients: int, dashboards: int = 0, first: int = 0) -> None:
+        self.address = address
+        self.accepted: list[str] = []
+        self.known: list[str] = []
+        self.errors: list[str] = []
+        self.looks = 0
+        self._first = first
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._send, args=[number]) for number in range(clients)]
+        self._threads += [threading.Thread(target=self._look) for _ in range(dashboards)]
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _send(self, client: int) -> None:
+        n = self._first
+        while not self._stop.is_set():
+            n += 1
+            delivery = f"{client}-{n}"
+            body = {"delivery": delivery, "path": f"/media/hook-{delivery}.mkv", "bytes": n, "wait": n % 10 == 0}
+            try:
+                ask(f"{self.address}/webhook", "POST", body)
+            except FAILURES as error:
+                self.errors.append(repr(error))
+                time.sleep(0.05)
+                continue
+            (self.known if body["wait"] else self.accepted).append(delivery)
+
+    def _look(self) -> None:
+        while not self._stop.is_set():
+            try:
+                ask(f"{self.address}/")
+                ask(f"{self.address}/counts")
+            except FAILURES as error:
+                self.errors.append(repr(error))
+                time.sleep(0.05)
+            else:
+                self.looks += 1

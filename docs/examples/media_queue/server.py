@@ -1,0 +1,157 @@
+"""The service: webhooks, settings and a dashboard over HTTP; a scanner and workers in threads of the same process."""
+
+from __future__ import annotations
+
+import json
+import random
+import threading
+import time
+from html import escape
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from store import Store
+
+from onewriter import OneWriterError, WriterClosedError
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="refresh" content="2"><title>media queue</title><style>
+body {{ font: 16px/1.4 system-ui, sans-serif; margin: 1rem auto; max-width: 40rem; padding: 0 1rem; color: #222 }}
+.tiles {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(6.5rem, 1fr)); gap: .5rem }}
+.tile {{ background: #eef3f8; border-radius: .5rem; padding: .6rem; text-align: center }}
+.tile b {{ display: block; font-size: 1.6rem }}
+table {{ border-collapse: collapse; width: 100%; table-layout: fixed }}
+td, th {{ text-align: left; padding: .25rem .4rem .25rem 0; border-bottom: 1px solid #ddd; overflow-wrap: anywhere }}
+small {{ color: #666 }}
+</style></head><body><h1>media queue</h1><div class="tiles">{tiles}</div>
+<h2>Latest</h2><table><tr><th>video</th><th>state</th><th>worker</th></tr>{rows}</table>
+<p><small>{jobs:,} writes in {commits:,} commits, {depth} waiting; writer: {health}</small></p></body></html>
+"""
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One thread for each connection; all of them write through the one store."""
+
+    store: Store
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        if self.path == "/counts":
+            self._answer(200, self.store.counts())
+        elif self.path == "/":
+            self._answer(200, self._page(), "text/html; charset=utf-8")
+        else:
+            self._answer(404, {"error": "not found"})
+
+    def do_POST(self) -> None:
+        body = self._body()
+        if self.path != "/webhook" or not isinstance(body, dict):
+            self._answer(404, {"error": "not found"})
+            return
+        try:
+            ticket = self.store.webhook(str(body["delivery"]), str(body["path"]), int(body.get("bytes", 0)))
+            if body.get("wait"):  # a sender that has to know
+                ticket.result(10)
+        except (KeyError, ValueError) as error:
+            self._answer(400, {"error": repr(error)})
+        except (OneWriterError, TimeoutError) as error:  # full or closing: the sender tries again
+            self._answer(503, {"error": str(error)})
+        else:
+            self._answer(200 if body.get("wait") else 202, {"accepted": True})
+
+    def do_PUT(self) -> None:
+        name = self.path.removeprefix("/services/")
+        self.store.set_service(name, str(self._body()))
+        self._answer(200, {"name": name})
+
+    def do_DELETE(self) -> None:
+        found = self.store.delete_service(self.path.removeprefix("/services/"))
+        self._answer(200 if found else 404, {"deleted": found})
+
+    def _page(self) -> str:
+        counts, stats = self.store.counts(), self.store.db.stats()
+        figures = {**counts["states"], "webhooks": counts["webhooks"], "failures": counts["failures"]}
+        tiles = "".join(f'<div class="tile"><b>{value:,}</b>{name}</div>' for name, value in figures.items())
+        rows = "".join(
+            f"<tr><td>{escape(path)}</td><td>{state}</td><td>{escape(worker or '')}</td></tr>"
+            for path, state, worker, _ in counts["latest"]
+        )
+        health = escape(self.store.db.health)
+        return PAGE.format(
+            tiles=tiles, rows=rows, jobs=stats.committed, commits=stats.commits, depth=stats.queue_depth, health=health
+        )
+
+    def _body(self) -> Any:
+        try:
+            return json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or b"null")
+        except ValueError:
+            return None
+
+    def _answer(self, status: int, body: Any, kind: str = "application/json") -> None:
+        data = body.encode() if isinstance(body, str) else json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+class Service:
+    """The HTTP server, the scanner and the workers, until ``stop``."""
+
+    def __init__(self, path: str, port: int, workers: int, scans: bool = True) -> None:
+        self.store = Store(path)
+        handler = type("BoundHandler", (Handler,), {"store": self.store})
+        self.http = ThreadingHTTPServer(("127.0.0.1", port), handler)
+        self.http.daemon_threads = False  # their last answers are given before the store is closed
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self.http.serve_forever, name="http")]
+        if scans:
+            self._threads.append(threading.Thread(target=self._scan, name="scanner"))
+        for number in range(workers):
+            self._threads.append(threading.Thread(target=self._work, args=[f"worker-{number}"]))
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.http.server_address[1]}"
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        self.http.shutdown()
+        for thread in self._threads:
+            thread.join()
+        self.http.server_close()
+        self.store.close()
+
+    def _scan(self) -> None:
+        """Made-up folders that grow."""
+        chance, count = random.Random(1), 0
+        while not self._stop.wait(0.5):
+            count += 20
+            self.store.scanned((f"/media/scan-{n}.mkv", chance.randrange(10**9)) for n in range(count))
+
+    def _work(self, name: str) -> None:
+        chance = random.Random(name)
+        while not self._stop.is_set():
+            try:
+                claimed = self.store.claim(name)
+            except WriterClosedError:
+                return
+            if claimed is None:
+                self._stop.wait(0.05)
+                continue
+            video, _ = claimed
+            self.store.begin(video, name)
+            time.sleep(chance.random() * 0.02)  # made-up encoding
+            if chance.random() < 0.1:
+                self.store.fail(video, name, "the encoder gave up")
+            else:
+                self.store.finish(video, name, saved=chance.randrange(10**6))

@@ -1,0 +1,161 @@
+"""The worked example under load, over real HTTP; and killed in the middle."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import os
+import re
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers import HEARS_INTERRUPTS
+
+EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "media_queue"
+SECONDS = float(os.environ.get("MEDIA_QUEUE_SECONDS", "3"))
+DEADLINE = 30.0
+
+
+def module(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLE / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+@pytest.fixture
+def drive() -> Any:
+    return module("drive")
+
+
+@contextlib.contextmanager
+def served(path: Path, port: int) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, str(EXAMPLE), "serve", "--db", str(path), "--port", str(port)]
+    code = f"import runpy, sys; sys.argv = {command[1:]!r}; runpy.run_path({str(EXAMPLE)!r}, run_name='__main__')"
+    command = [sys.executable, "-c", HEARS_INTERRUPTS + code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        first = process.stdout.readline()
+        if str(port) not in first:
+            process.kill()
+            assert process.stderr is not None
+            raise AssertionError(first + process.stderr.read())
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        port: int = listening.getsockname()[1]
+        return port
+
+
+def look_into(path: Path, accepted: list[str], known: list[str]) -> set[str]:
+    """The deliveries that are written; what must be true in any case is checked."""
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        assert connection.execute("PRAGMA foreign_key_check").fetchall() == []
+        deliveries = {delivery for (delivery,) in connection.execute("SELECT delivery FROM webhook")}
+        videos = dict(connection.execute("SELECT path, state FROM video"))
+        # Each claim has a number of its own, so two workers that got the same video would have met here.
+        claims = connection.execute("SELECT count(*), count(DISTINCT video || '-' || attempt) FROM claim").fetchone()
+        done = connection.execute(
+            "SELECT count(*) FROM video WHERE state = 'done' AND NOT EXISTS (SELECT 1 FROM claim WHERE video = id)"
+        ).fetchone()
+    assert set(known) <= deliveries
+    assert all(f"/media/hook-{delivery}.mkv" in videos for delivery in deliveries)
+    assert claims[0] == claims[1] > 0
+    assert done == (0,)
+    return deliveries & set(accepted)
+
+
+def test_nothing_is_locked_or_lost_or_claimed_twice(path: Path, drive: Any) -> None:
+    port = free_port()
+    with served(path, port) as process:
+        traffic = drive.Traffic(f"http://127.0.0.1:{port}", clients=8, dashboards=2)
+        drive.ask(f"{traffic.address}/services/radarr", "PUT", "http://radarr.local")
+        assert drive.ask(f"{traffic.address}/counts")["services"] == [["radarr", "http://radarr.local"]]
+        assert drive.ask(f"{traffic.address}/services/radarr", "DELETE") == {"deleted": True}
+        traffic.start()
+        time.sleep(SECONDS)
+        traffic.stop()
+        page = drive.ask(f"{traffic.address}/")
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=DEADLINE)
+    assert (process.returncode, errors) == (0, "")
+    assert traffic.errors == []
+    assert traffic.looks > 0
+    assert re.search(r"<b>[\d,]+</b>webhooks", page)
+    assert "finishing what was accepted" in output
+    assert look_into(path, traffic.accepted, traffic.known) == set(traffic.accepted)
+    assert len(traffic.accepted) > 50
+    assert sorted(os.listdir(path.parent)) == [path.name]
+
+
+def test_a_kill_in_the_middle_loses_only_what_was_accepted_and_not_yet_written(path: Path, drive: Any) -> None:
+    port = free_port()
+    traffic = drive.Traffic(f"http://127.0.0.1:{port}", clients=8, dashboards=2)
+    with served(path, port) as process:
+        traffic.start()
+        time.sleep(SECONDS / 2)
+        process.kill()
+        process.wait(DEADLINE)
+    before = len(traffic.accepted)
+    with served(path, port) as process:
+        time.sleep(SECONDS / 2)
+        traffic.stop()
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=DEADLINE)
+    assert (process.returncode, errors) == (0, "")
+    written = look_into(path, traffic.accepted, traffic.known)
+    lost = set(traffic.accepted) - written
+    assert lost <= set(traffic.accepted[max(0, before - 200) : before + 8])
+    assert len(traffic.accepted) > before  # it went on
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        half = connection.execute("SELECT count(*) FROM video WHERE state IN ('claimed', 'encoding')").fetchone()
+    assert half == (0,)  # the workers finished what they had claimed, and the restart put back the rest
+
+
+def test_the_store_by_itself(tmp_path: Path) -> None:
+    logging.getLogger("onewriter").info("the store without a server")
+    store_module = module("store")
+    store = store_module.Store(str(tmp_path / "media.db"))
+    store.scanned([("/a", 1), ("/b", 2)])
+    store.scanned([("/a", 3)])
+    store.webhook("d1", "/c", 4).result(DEADLINE)
+    store.webhook("d1", "/c", 4).result(DEADLINE)
+    assert store.counts()["states"]["found"] == 3
+    for attempt in range(store_module.MOST_ATTEMPTS):
+        video, name = store.claim("w")
+        assert name == "/a"
+        store.begin(video, "w")
+        with pytest.raises(store_module.WrongStateError):
+            store.begin(video, "w")
+        store.fail(video, "w", f"reason {attempt}")
+    assert store.counts()["states"]["failed"] == 1
+    assert store.counts()["failures"] == store_module.MOST_ATTEMPTS
+    video, _ = store.claim("w")
+    store.begin(video, "w")
+    store.finish(video, "w", 7)
+    assert store.counts()["saved"] == 7
+    assert store.claim("w") is not None
+    assert store.claim("w") is None
+    store.close()
+    again = store_module.Store(str(tmp_path / "media.db"))
+    assert again.recovered == 1
+    again.close()
