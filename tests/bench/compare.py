@@ -12,6 +12,7 @@ import contextlib
 import gc
 import importlib.util
 import json
+import logging
 import os
 import platform
 import sqlite3
@@ -439,6 +440,7 @@ def compare(synchronous: str, rounds: int, scale: float, only: str) -> dict[str,
 
 
 def main() -> None:
+    logging.disable()  # full queues and slow jobs are what is measured
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--scale", type=float, default=1.0, help="of the number of operations")

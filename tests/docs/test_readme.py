@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+import onewriter
+from onewriter import AsyncDbWriter, AsyncTransaction, CloseReport, DbWriter, Result, Stats, Ticket, Transaction, events
+from onewriter.stats import Latency
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -30,3 +35,46 @@ def test_the_python_blocks_of_a_page_run(page: Path, tmp_path: Path, monkeypatch
 
 def test_the_readme_begins_with_a_quickstart() -> None:
     assert blocks_of(ROOT / "README.md")
+
+
+def test_the_reference_has_every_public_name() -> None:
+    text = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
+    names = [name for name in onewriter.__all__ if f"`{name}" not in text and name not in text]
+    for kind in (DbWriter, AsyncDbWriter, Transaction, AsyncTransaction, Ticket, Result, Stats, CloseReport, Latency):
+        names += [f"{kind.__name__}.{name}" for name in vars(kind) if name[0] != "_" and not mentions(text, name)]
+    arguments = inspect.signature(DbWriter).parameters
+    names += [f"DbWriter({name})" for name in arguments if not mentions(text, name)]
+    names += [name for name in vars(events) if name[0].isupper() and name in EVENTS and not mentions(text, name)]
+    inner = {"belongs_to", "describe", "withdraw", "arrival", "wait", "run_callbacks", "is_inline", "report"}
+    inner |= {"check_block", "check_after", "counted", "loud", "created_at", "started_at", "ended_at", "work"}
+    left = [name for name in names if name.partition(".")[2] not in inner]
+    assert [name for name in left if not name.startswith("Transaction.") or public_in_transaction(name)] == []
+
+
+EVENTS = {"JobSubmitted", "BatchEnded", "CheckpointEnded", "BackupEnded", "WriterBroken"}
+
+
+def public_in_transaction(name: str) -> bool:
+    documented = {
+        "execute",
+        "executemany",
+        "executescript",
+        "savepoint",
+        "on_commit",
+        "on_rollback",
+        "connection",
+        "label",
+    }
+    return name.removeprefix("Transaction.") in documented
+
+
+def mentions(text: str, name: str) -> bool:
+    return re.search(rf"\b{name}\b", text) is not None
+
+
+def test_every_link_between_the_pages_leads_somewhere() -> None:
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for target in re.findall(r"\]\(([^)#\s]+)?(?:#[^)]*)?\)", text):
+            if target and not target.startswith("http"):
+                assert (page.parent / target).exists(), f"{page.name}: {target}"

@@ -353,3 +353,17 @@ def test_a_gateway_out_of_service_says_why(db: DbWriter, path: Path) -> None:
     stats = db.stats()
     assert stats.failed == 1
     assert stats.queue_depth == 0
+
+
+def test_all_of_it_is_taken_in_one_hold_of_the_lock(db: DbWriter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The writer changes the counts of a batch in one hold of it, so no snapshot has half of a batch."""
+    held: list[bool] = []
+    original = Histogram.latency
+
+    def latency(self: Histogram) -> Any:
+        held.append(db._holder.lock._is_owned())  # type: ignore[attr-defined]
+        return original(self)
+
+    monkeypatch.setattr(Histogram, "latency", latency)
+    db.stats()
+    assert held == [True] * 3
