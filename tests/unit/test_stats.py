@@ -367,3 +367,21 @@ def test_all_of_it_is_taken_in_one_hold_of_the_lock(db: DbWriter, monkeypatch: p
     monkeypatch.setattr(Histogram, "latency", latency)
     db.stats()
     assert held == [True] * 3
+
+
+def test_a_trigger_that_somebody_else_made_keeps_jobs_apart(db: DbWriter, path: Path) -> None:
+    """Since it can undo a whole transaction, functions would run twice if they shared one with what fires it."""
+    db.run(TABLE)
+    with parked(db):
+        tickets = [db.enqueue(inserting(n)) for n in range(3)]
+    db.flush()
+    with contextlib.closing(sqlite3.connect(path)) as other:
+        other.execute(
+            "CREATE TRIGGER undo BEFORE INSERT ON t WHEN NEW.n = 99 BEGIN SELECT RAISE(ROLLBACK, 'undone'); END"
+        )
+    with parked(db):
+        tickets = [db.enqueue(inserting(n)) for n in range(3, 6)]
+        tickets.append(db.enqueue(inserting(99)))
+    db.flush()
+    assert [type(ticket.exception()) for ticket in tickets] == [type(None)] * 3 + [sqlite3.IntegrityError]
+    assert db.stats().run_twice == 0
