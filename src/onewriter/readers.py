@@ -76,7 +76,8 @@ class Reader:
 
     def pin(self) -> None:
         """Begin a transaction that sees this moment until ``clean``."""
-        self._own("BEGIN")
+        if not self.connection.in_transaction:  # tried again after it met a lock, it has begun already
+            self._own("BEGIN")
         self._own("PRAGMA schema_version")  # BEGIN alone pins no snapshot: the first read does
         self.is_pinned = True
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import sqlite3
 import threading
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 from helpers import DEADLINE, in_threads, parked
-from onewriter import DbWriter, ReadTimeoutError, ReentrantWriteError, Transaction, WriterClosedError
+from onewriter import AsyncDbWriter, DbWriter, ReadTimeoutError, ReentrantWriteError, Transaction, WriterClosedError
 
 INSERT = "INSERT INTO t VALUES (?)"
 COUNT = "SELECT count(*) FROM t"
@@ -463,3 +464,34 @@ def test_close_waits_for_a_reader_and_refuses_the_next(one: DbWriter) -> None:
         assert closing.result(DEADLINE).unfinished == 0
     with pytest.raises(WriterClosedError):
         one.read("SELECT 1")
+
+
+@pytest.mark.parametrize("call", ["reader", "read", "backup", "asyncio"])
+def test_a_snapshot_that_meets_a_lock_is_begun_once_it_is_free(path: Path, call: str) -> None:
+    """In the rollback-journal modes a COMMIT keeps readers out for a moment."""
+    with DbWriter(path, journal_mode="DELETE") as db:
+        db.run("CREATE TABLE t (n INTEGER)")
+        db.run(INSERT, (1,))
+        assert db.read_value(COUNT) == 1  # the connection is there already
+        other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        other.execute("BEGIN EXCLUSIVE")
+        timer = threading.Timer(0.1, other.execute, ["COMMIT"])
+        timer.start()
+        if call == "reader":
+            with db.reader() as connection:
+                assert connection.execute(COUNT).fetchone() == (1,)
+        elif call == "read":
+            assert db.read(lambda connection: connection.execute(COUNT).fetchone()) == (1,)
+        elif call == "backup":
+            db.backup(path.parent / "copy.db")
+        else:
+            assert asyncio.run(count_in_task(db)) == [(1,)]
+        timer.join(DEADLINE)
+        other.close()
+        db.run(INSERT, (2,))
+        assert db.read_value(COUNT) == 2
+
+
+async def count_in_task(db: DbWriter) -> list[Any]:
+    async with AsyncDbWriter.wrap(db).reader() as reader:
+        return (await reader.execute(COUNT)).rows
