@@ -23,9 +23,14 @@ END;
 
 # Arguments: path, producers, jobs for each (0: for ever), synchronous, journal mode, file for the lines (or "-").
 CODE = f"""
-import os, sys, threading
+import os, sys, threading, traceback
 from onewriter import DbWriter
 
+def failed(arguments):  # an error of a producer is a finding
+    traceback.print_exception(arguments.exc_value)
+    os._exit(9)
+
+threading.excepthook = failed
 path, producers, jobs, synchronous, mode, told = sys.argv[1:7]
 fd = 1 if told == "-" else os.open(told, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 db = DbWriter(path, synchronous=synchronous, journal_mode=mode, wal_limit=100_000)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import subprocess
 import threading
 from pathlib import Path
@@ -29,6 +30,8 @@ def run(size: int, seed: int, folder: Path) -> Outcome:
             watchdog.cancel()
             process.kill()
             lines += process.stdout
+        if process.returncode != -signal.SIGKILL:
+            outcome.find(f"kill {trial}: a producer failed before it")
         told += lines
         outcome.trials += 1
         before = outcome.acknowledged
@@ -54,6 +57,8 @@ def run_by_calls(step: int, folder: Path) -> Outcome:
             outcome.hung += 1
             return outcome
         outcome.trials += 1
+        if code not in (0, -signal.SIGKILL):
+            outcome.find(f"kill at call {at}: exit code {code}")
         load.judge(path, told.read_text().splitlines() if told.exists() else [], outcome, f"kill at call {at}")
         for file in folder.glob(f"{at}.*"):
             file.unlink()
