@@ -51,7 +51,7 @@ VALUES: st.SearchStrategy[Any] = (
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.binary(max_size=5) | SQL
 )
 FUNCTIONS: list[Any] = [lambda tx: 1, lambda: 1, lambda tx: tx, lambda tx: tx.execute("SELECT 1"), lambda tx: iter([])]
-FUNCTIONS += [_raises, _coroutine, _generator, _generator(), print, int, len, functools.partial, lambda tx: (yield)]
+FUNCTIONS += [_raises, _coroutine, _generator, _generator(), repr, int, len, functools.partial, lambda tx: (yield)]
 CALLABLES = st.sampled_from(FUNCTIONS)
 ANYTHING: st.SearchStrategy[Any] = st.recursive(
     VALUES | CALLABLES | st.just(object()) | st.just(...),
