@@ -28,7 +28,7 @@ T = TypeVar("T")
 PENDING, RUNNING, CANCELLED, DONE = range(4)
 LABEL_LENGTH = 60
 NOT_PLAIN = inspect.CO_COROUTINE | inspect.CO_ITERABLE_COROUTINE | inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
-SLICE = 1.0  # seconds; a signal that comes just before the thread sleeps is seen at its next wake-up
+SLICE = 0.25  # seconds; a signal that comes just before the thread sleeps is seen at its next wake-up
 LIVE_RESULTS = (sqlite3.Cursor, sqlite3.Blob, types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType)
 
 

@@ -43,7 +43,7 @@ def test_a04_the_log_stays_small_beside_readers_that_never_pause(db: DbWriter, p
     def write() -> int:
         largest = 0
         try:
-            for n in range(20_000):
+            for n in range(10_000):
                 db.enqueue(UPDATE, (f"{n:02000}", n % 200)) if n % 2 else db.run(UPDATE, (f"{n:02000}", n % 200))
                 largest = max(largest, log_size(path))
             return largest

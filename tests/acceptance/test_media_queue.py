@@ -22,7 +22,7 @@ import pytest
 from helpers import HEARS_INTERRUPTS
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "media_queue"
-SECONDS = float(os.environ.get("MEDIA_QUEUE_SECONDS", "3"))
+SECONDS = float(os.environ.get("MEDIA_QUEUE_SECONDS", "2"))
 DEADLINE = 30.0
 
 

@@ -23,12 +23,12 @@ def assert_good(outcome: Outcome, trials: int) -> None:
 
 
 def test_kills_at_random_moments(tmp_path: Path) -> None:
-    assert_good(sigkill.run(4, 1, tmp_path), 4)
+    assert_good(sigkill.run(4, 1, tmp_path), 3)
 
 
 @pytest.mark.usefixtures("traced")
 def test_kills_at_write_calls(tmp_path: Path) -> None:
-    assert_good(sigkill.run_by_calls(40, tmp_path), 4)
+    assert_good(sigkill.run_by_calls(60, tmp_path), 3)
 
 
 @pytest.mark.usefixtures("traced")
@@ -46,8 +46,8 @@ def test_the_power_cuts_find_what_is_not_synced(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("traced")
 def test_system_calls_that_fail(tmp_path: Path) -> None:
-    outcome = iofaults.run(8, 1, tmp_path)
-    assert_good(outcome, 10)
+    outcome = iofaults.run(6, 1, tmp_path)
+    assert_good(outcome, 8)
     assert outcome.notes["failed"] > 0
 
 

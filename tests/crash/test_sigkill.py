@@ -10,7 +10,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-KILLS = 20
+KILLS = 10
 GROUP = 7  # rows of a run_many
 MANY = "many"
 
@@ -77,7 +77,7 @@ def acknowledged_until_killed(path: Path, round_: int, lines: int) -> list[tuple
 
 
 def test_what_was_acknowledged_before_a_kill_is_there_and_nothing_is_half_done(path: Path) -> None:
-    """Twenty kills of the same file, so that each child opens what the one before it left behind."""
+    """Ten kills of the same file, so that each child opens what the one before it left behind."""
     chance = random.Random(20)
     acknowledged: list[tuple[str, int, int]] = []
     for round_ in range(KILLS):

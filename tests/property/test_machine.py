@@ -234,5 +234,5 @@ def test_whatever_happens_the_rows_are_those_of_the_model(caplog: pytest.LogCapt
     caplog.set_level(logging.CRITICAL, "onewriter")
     health = [HealthCheck.too_slow, HealthCheck.filter_too_much]
     run_state_machine_as_test(
-        Machine, settings=settings(max_examples=40, stateful_step_count=25, deadline=None, suppress_health_check=health)
+        Machine, settings=settings(max_examples=25, stateful_step_count=25, deadline=None, suppress_health_check=health)
     )

@@ -54,6 +54,6 @@ def test_bad_input_gets_a_documented_error_and_the_next_job_is_served(tmp_path: 
 
 
 def test_a_short_soak(tmp_path: Path) -> None:
-    outcome = soak.run(4.0, 1, tmp_path)
+    outcome = soak.run(3.0, 1, tmp_path)
     assert outcome.good, outcome
     assert outcome.acknowledged > 1000
