@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import json
@@ -19,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import DEADLINE, holding_lock, in_threads, parked, released_soon
-from onewriter import DbWriter, QueueFullError, Ticket, Transaction, WriteTimeoutError
+from onewriter import AsyncDbWriter, DbWriter, QueueFullError, Ticket, Transaction, WriteTimeoutError
 from onewriter.stats import BOUNDS, Histogram
 
 INSERT = "INSERT INTO t VALUES (?)"
@@ -385,3 +386,39 @@ def test_a_trigger_that_somebody_else_made_keeps_jobs_apart(db: DbWriter, path: 
     db.flush()
     assert [type(ticket.exception()) for ticket in tickets] == [type(None)] * 3 + [sqlite3.IntegrityError]
     assert db.stats().run_twice == 0
+
+
+def test_tasks_that_fill_the_queue_are_told_of_too(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def fill(db: DbWriter) -> None:
+        shared = AsyncDbWriter.wrap(db)
+        for n in range(9):
+            await shared.enqueue_wait(INSERT, (n,))
+            assert len(warnings_of(caplog, "queue nearly full")) == int(n == 8)
+
+    with DbWriter(path, maxsize=10) as db:
+        db.run(TABLE)
+        with parked(db):
+            asyncio.run(fill(db))
+        assert db.stats().oldest_age >= 0
+
+
+@pytest.mark.parametrize("error", [RuntimeError, SystemExit])
+def test_a_log_handler_that_raises_does_no_harm(
+    path: Path, error: type[BaseException], capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Broken(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            raise error("of the handler")
+
+    handler, logger = Broken(), logging.getLogger("onewriter")
+    with DbWriter(path) as db:
+        db.run(TABLE)
+        logger.addHandler(handler)
+        try:
+            db.enqueue("INSERT INTO nowhere VALUES (1)")
+            db.flush()
+        finally:
+            logger.removeHandler(handler)
+        db.run(INSERT, (1,))
+        assert db.health == "ok"
+    assert "of the handler" in capsys.readouterr().err
