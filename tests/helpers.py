@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -63,6 +64,14 @@ def in_threads(*functions: Callable[[], object]) -> list[object]:
     """Run each function in a thread of its own, all at once; their results, or the first error of one of them."""
     with ThreadPoolExecutor(len(functions)) as pool:
         return [future.result(DEADLINE) for future in [pool.submit(function) for function in functions]]
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        port: int = listening.getsockname()[1]
+        return port
 
 
 # Whoever runs the tests in the background has SIGINT ignored, and children inherit that.

@@ -372,6 +372,7 @@ def _write_json(file: Path, setup: Setup, outcomes: Sequence[Outcome]) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run all contestants, print the table, and return the exit code."""
+    level = logger.level
     logger.setLevel(logging.ERROR)  # a full queue is what the load is there for
     try:
         setup, outcomes = _measure_all(arguments)
@@ -382,7 +383,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"onewriter bench failed: {error}", file=sys.stderr)
         return FAILED
     finally:
-        logger.setLevel(logging.NOTSET)
+        logger.setLevel(level)
     return FAILED if any(o.other_errors or (o.gateway and o.lost) for o in outcomes) else 0
 
 

@@ -102,7 +102,8 @@ def _is_wal_by_header(path: str) -> bool:
     Another process reads it: closing the file here would drop all locks that this one may have on it.
     """
     command = [sys.executable, "-I", "-S", "-c", READ_HEADER, path]
-    header = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
+    # What cannot be read there, SQLite will not be able to read either, and says why.
+    header = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False).stdout
     return header[18:20] == bytes([WAL_VERSION, WAL_VERSION])
 
 
@@ -130,11 +131,8 @@ def _ask(report: Report, connection: sqlite3.Connection) -> None:
     def value(pragma: str) -> Any:
         return connection.execute(f"PRAGMA {pragma}").fetchone()[0]
 
-    report.page_size, report.pages, report.free_pages = (
-        value("page_size"),
-        value("page_count"),
-        value("freelist_count"),
-    )
+    report.page_size, report.pages = value("page_size"), value("page_count")
+    report.free_pages = value("freelist_count")
     report.journal_mode = value("journal_mode").upper()
     report.synchronous = SYNCHRONOUS[value("synchronous")]
     rows = connection.execute(f"PRAGMA quick_check({MOST_FINDINGS})").fetchall()

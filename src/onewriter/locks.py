@@ -15,18 +15,16 @@ COMMAND_LENGTH = 100
 
 def lock_holders(path: str) -> list[int] | None:
     """The processes that hold the write lock of the database; None if that cannot be told here."""
-    try:
-        lines = LOCKS.read_text(encoding="ascii", errors="replace").splitlines()
-    except OSError:
+    lines = _all_locks()
+    if lines is None:
         return None
     return sorted({*_holders(lines, f"{path}-shm", WRITE_BYTE, WRITE_BYTE), *_holders(lines, path, PENDING, LAST)})
 
 
 def wal_readers(path: str) -> list[int] | None:
     """The processes that read from the write-ahead log now; None if that cannot be told here."""
-    try:
-        lines = LOCKS.read_text(encoding="ascii", errors="replace").splitlines()
-    except OSError:
+    lines = _all_locks()
+    if lines is None:
         return None
     return sorted(set(_holders(lines, f"{path}-shm", *READ_BYTES, kinds=("READ", "WRITE"))))
 
@@ -47,8 +45,15 @@ def describe_lock(path: str) -> str:
     return f"SQLite's lock is held by {', '.join(map(describe_process, holders))}"
 
 
+def _all_locks() -> list[str] | None:
+    try:
+        return LOCKS.read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return None
+
+
 def _holders(lines: list[str], path: str, first: int, last: int, kinds: tuple[str, ...] = ("WRITE",)) -> Iterator[int]:
-    """The processes with an exclusive lock on some byte from ``first`` to ``last`` of the file."""
+    """The processes with a lock of these ``kinds`` on some byte from ``first`` to ``last`` of the file."""
     try:
         file = os.stat(path)
     except OSError:

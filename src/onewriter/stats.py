@@ -24,8 +24,8 @@ class Latency:
 
     Attributes:
         count: how often. sum: of all together. max: the longest.
-        buckets: for each bound, how often it took at most that long, from 10 µs to 50 s; ``count`` is the last one's
-            sequel, without a bound.
+        buckets: for each bound, how often it took at most that long, from 10 µs to 50 s; ``count`` has
+            those above the last bound, too.
     """
 
     count: int
@@ -71,7 +71,7 @@ class Stats:
         waiting_for_lock: the job whose transaction waits for SQLite's lock, which somebody else holds.
         committed, failed, cancelled: jobs by outcome; cancelled ones were withdrawn before they started.
         timed_out: calls that ended with ``WriteTimeoutError``; those withdrawn are among the cancelled, too.
-        retried: jobs whose transaction met a lock and was tried again.
+        retried: jobs that have run in a transaction that met a lock first, and was tried again.
         run_twice: jobs that ran a second time, because something undid the transaction they shared.
         commits: transactions committed. jobs_per_commit: jobs committed / commits.
         lock_attempts: attempts at BEGIN and COMMIT. lock_wait: spent waiting for SQLite's lock.

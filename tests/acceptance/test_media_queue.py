@@ -8,7 +8,6 @@ import logging
 import os
 import re
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from helpers import HEARS_INTERRUPTS
+from helpers import HEARS_INTERRUPTS, free_port
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "media_queue"
 SECONDS = float(os.environ.get("MEDIA_QUEUE_SECONDS", "2"))
@@ -56,13 +55,6 @@ def served(path: Path, port: int) -> Iterator[subprocess.Popen[str]]:
             yield process
         finally:
             process.kill()
-
-
-def free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        port: int = listening.getsockname()[1]
-        return port
 
 
 def look_into(path: Path, accepted: list[str], known: list[str]) -> set[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -14,15 +13,10 @@ from pathlib import Path
 
 import httpx
 
+from helpers import free_port
+
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 DEADLINE = 30.0
-
-
-def free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        port: int = listening.getsockname()[1]
-        return port
 
 
 async def use(address: str) -> list[int]:

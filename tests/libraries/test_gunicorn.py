@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -17,6 +16,8 @@ from pathlib import Path
 
 import httpx
 
+from helpers import free_port
+
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 DEADLINE = 30.0
 TOO_EARLY = "import os, gunicorn_app\ngunicorn_app.open_database()\napp = gunicorn_app.app\n"
@@ -24,9 +25,7 @@ TOO_EARLY = "import os, gunicorn_app\ngunicorn_app.open_database()\napp = gunico
 
 @contextlib.contextmanager
 def served(path: Path, app: str, *folders: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        port = listening.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "gunicorn", "--config", str(EXAMPLES / "gunicorn_conf.py"), "--threads", "4"]
     command += ["--pythonpath", ",".join(map(str, (EXAMPLES, *folders))), "--bind", f"127.0.0.1:{port}", app]
     environment = {**os.environ, "APP_DB": str(path), "PYTHONPATH": str(EXAMPLES)}
