@@ -630,7 +630,7 @@ class WriterLoop:
             report(self.holder, logging.ERROR, "job %s failed", job.describe(), error=job.failed_with)
             if self._on_error is not None:
                 contain(self.holder, self._on_error, job)
-        if self.on_event is not None and (tickets := tuple(job for job in jobs if job.counted)):
+        if self.on_event is not None and (tickets := tuple(job for job in jobs if job.counted and not job.cancelled())):
             batch = self._batch
             event = BatchEnded(tickets, commits, batch.lock_wait, batch.commit, batch.retried)
             contain(self.holder, self.on_event, event)

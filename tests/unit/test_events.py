@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import dataclasses
 import sqlite3
+import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
 
-from helpers import DEADLINE, parked, released_soon
-from onewriter import AsyncDbWriter, DbWriter, ReentrantWriteError, WriterClosedError
+from helpers import DEADLINE, holding_lock, parked, released_soon
+from onewriter import AsyncDbWriter, DbWriter, ReentrantWriteError, Ticket, WriterClosedError
 from onewriter.events import BackupEnded, BatchEnded, CheckpointEnded, Event, JobSubmitted, WriterBroken
 
 E = TypeVar("E")
@@ -199,3 +202,42 @@ def test_flush_and_checkpoint_are_no_jobs_of_the_users(path: Path) -> None:
         db.checkpoint()
     assert not heard.of(JobSubmitted)
     assert not heard.of(BatchEnded)
+
+
+def test_a_job_withdrawn_in_the_moment_in_which_its_batch_is_refused_is_not_told(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard = Heard()
+    with DbWriter(path, on_event=heard, lock_timeout=0.01, on_error=lambda ticket: None) as db:
+        db.run(TABLE)
+        tickets: list[Ticket[Any]] = []
+        fail = db._loop._fail
+
+        def cancel_the_second_and_fail(job: Any, error: BaseException) -> None:
+            tickets[1].cancel()
+            fail(job, error)
+
+        monkeypatch.setattr(db._loop, "_fail", cancel_the_second_and_fail)
+        with holding_lock(path):
+            with parked_without_lock(db, tickets):
+                pass
+            tickets[0].exception(DEADLINE)
+        db.flush()
+    assert tickets[1].cancelled()
+    assert [event.tickets for event in heard.of(BatchEnded)][1:] == [(tickets[0],)]
+
+
+@contextlib.contextmanager
+def parked_without_lock(db: DbWriter, tickets: list[Ticket[Any]]) -> Iterator[None]:
+    """Two jobs that the writer takes in one go: it is busy with a job that needs no lock meanwhile."""
+    entered, release = threading.Event(), threading.Event()
+
+    def park() -> None:
+        entered.set()
+        release.wait(DEADLINE)
+
+    db._submit(db._control("park", park, sys._getframe()), None)
+    assert entered.wait(DEADLINE)
+    tickets += [db.enqueue(INSERT, (n,)) for n in range(2)]
+    release.set()
+    yield
