@@ -1,14 +1,17 @@
 """Which lines of the gateway does no test miss? ``python tests/mutants.py [--minutes N] [--files loop.py,queue.py]``.
 
-Takes out or inverts, one at a time, each guard, lock, ``except``, ``del`` and comparison, runs the tests that know the
-file and then all fast ones, and lists what nothing noticed. ``tests/equal_mutants.txt`` has those that change nothing
-that can be seen, with the reason.
+Takes out or inverts, one at a time, each guard, lock, ``except``, ``del`` and comparison, runs the fast tests that come
+by there, the quickest first, and lists what nothing noticed. ``tests/equal_mutants.txt`` has those that change nothing
+that can be seen, with the reason. Which tests come by is found out first, in one run of all; this file is the plugin
+of that run. Needs ``pip install coverage``.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import importlib
+import json
 import os
 import random
 import shutil
@@ -20,6 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 
+import pytest
+
+SECONDS: dict[str, float] = {}  # that each test took
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "onewriter"
 EQUAL = ROOT / "tests" / "equal_mutants.txt"
@@ -29,23 +35,24 @@ INVERSE: dict[type[ast.cmpop], str] = {
     ast.Lt: ">=", ast.LtE: ">", ast.Gt: "<=", ast.GtE: "<", ast.Eq: "!=", ast.NotEq: "==",
     ast.Is: "is not", ast.IsNot: "is", ast.In: "not in", ast.NotIn: "in",
 }  # fmt: skip
-FIRST = {  # besides tests/unit/test_<file>*.py
-    "aio": ["unit/test_aio.py", "acceptance/test_asyncio.py"],
-    "driver": ["unit/test_queue.py", "unit/test_life.py", "unit/test_block.py"],
-    "exit": ["unit/test_life.py", "unit/test_fork.py", "acceptance/test_exit.py"],
-    "gateway": ["unit/test_queue.py", "unit/test_statement.py", "unit/test_block.py", "unit/test_readers.py"],
-    "holder": ["unit/test_block.py", "unit/test_queue.py", "unit/test_stats.py"],
-    "job": ["unit/test_ticket.py", "unit/test_stats.py"],
-    "log": ["unit/test_queue.py", "unit/test_stats.py", "unit/test_events.py"],
-    "loop": ["unit/test_transaction.py", "unit/test_queue.py", "property"],
-}
-SLOW = ("bench", "crash", "stress", "libraries")
+PYTEST = ["pytest", "-x", "-q", "-p", "no:cacheprovider"]
+FAST = ("unit", "acceptance", "property")
+MAP = "MUTANTS_MAP"  # names the folder for what the plugin finds out
+COVERAGE = """
+[run]
+source_pkgs = onewriter
+parallel = true
+data_file = {folder}/data
+context = ${{PYTEST_CURRENT_TEST-}}
+patch = subprocess, _exit, fork
+"""
 
 
 @dataclass(frozen=True)
 class Mutant:
     file: str
     line: int
+    last: int
     what: str
     text: str  # of the whole file
 
@@ -70,7 +77,7 @@ def mutants_of(path: Path) -> Iterator[Mutant]:
         end = place(node.end_lineno or 0, node.end_col_offset or 0)
         old = " ".join(data[begin:end].decode().split())
         text = (data[:begin] + new.encode() + data[end:]).decode()
-        return Mutant(path.name, node.lineno, f"{kind} `{old[:90]}`", text)
+        return Mutant(path.name, node.lineno, node.end_lineno or 0, f"{kind} `{old[:90]}`", text)
 
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.If | ast.IfExp | ast.While):
@@ -94,27 +101,50 @@ def mutants_of(path: Path) -> Iterator[Mutant]:
             yield mutant(node, f"({new})", "and for or")
 
 
-def survives(mutant: Mutant, tree: Path) -> bool:
+class Tests:
+    """Which fast tests come by which line, and how long each takes."""
+
+    def __init__(self, tree: Path, folder: Path) -> None:
+        self.passing: dict[tuple[str, int], set[str]] = {}
+        folder.mkdir()
+        (folder / "coveragerc").write_text(COVERAGE.format(folder=folder))
+        command = ["coverage", "run", f"--rcfile={folder / 'coveragerc'}", "-m", "pytest", "-q", "-p", "mutants"]
+        _run([*command, *(f"tests/{name}" for name in FAST)], tree, {MAP: str(folder)}, None)
+        self.seconds: dict[str, float] = json.loads((folder / "seconds.json").read_text())
+        coverage = importlib.import_module("coverage")
+        for part in folder.glob("data*"):
+            data = coverage.CoverageData(part)
+            data.read()
+            for file in data.measured_files():
+                for line, contexts in data.contexts_by_lineno(file).items():
+                    names = {context.split("|")[-1].rsplit(" (", 1)[0] for context in contexts}
+                    self.passing.setdefault((Path(file).name, line), set()).update(names & self.seconds.keys())
+
+    def of(self, mutant: Mutant) -> list[str]:
+        lines = range(mutant.line, mutant.last + 1)
+        names: set[str] = set().union(*(self.passing.get((mutant.file, line), ()) for line in lines))
+        return sorted(names or self.seconds, key=lambda name: self.seconds[name])
+
+
+def survives(mutant: Mutant, tests: list[str], tree: Path) -> bool:
     target = tree / "src" / "onewriter" / mutant.file
     original = target.read_text(encoding="utf-8")
     target.write_text(mutant.text, encoding="utf-8")
-    stem = mutant.file.removesuffix(".py")
-    known = [str(path) for path in sorted((tree / "tests" / "unit").glob(f"test_{stem}*.py"))]
-    known += [str(tree / "tests" / name) for name in FIRST.get(stem, [])]
-    everything = [str(tree / "tests"), *(f"--ignore={tree / 'tests' / folder}" for folder in SLOW)]
+    few = 100  # most are noticed by the first
     try:
-        return all(_pass(tests, tree) for tests in (known, everything) if tests)
+        return all(not some or _run([*PYTEST, *some], tree, {}, TIMEOUT) for some in (tests[:few], tests[few:]))
     finally:
         target.write_text(original, encoding="utf-8")
 
 
-def _pass(tests: list[str], tree: Path) -> bool:
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
-    environment = {**os.environ, "PYTHONPATH": str(tree / "src")}
+def _run(module: list[str], tree: Path, variables: dict[str, str], timeout: float | None) -> bool:
+    """Whether ``python -m module`` is content in ``tree``."""
+    path = f"{tree / 'src'}{os.pathsep}{tree / 'tests'}"
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", **variables}
     options = {"cwd": tree, "env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(command, start_new_session=True, **options) as process:  # type: ignore[call-overload]
+    with subprocess.Popen([sys.executable, "-m", *module], start_new_session=True, **options) as process:  # type: ignore[call-overload]
         try:
-            return bool(process.wait(TIMEOUT) == 0)
+            return bool(process.wait(timeout) == 0)
         except subprocess.TimeoutExpired:
             return False
         finally:
@@ -122,6 +152,25 @@ def _pass(tests: list[str], tree: Path) -> bool:
                 os.killpg(process.pid, 9)
             except ProcessLookupError:
                 pass
+
+
+# The plugin -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    coverage = importlib.import_module("coverage").Coverage.current()
+    coverage.switch_context(item.nodeid)
+    began = monotonic()
+    yield
+    SECONDS[item.nodeid] = monotonic() - began
+
+
+def pytest_unconfigure() -> None:
+    (Path(os.environ[MAP]) / "seconds.json").write_text(json.dumps(SECONDS))
+
+
+# The command ----------------------------------------------------------------------------------------------------------
 
 
 def main() -> int:
@@ -139,15 +188,18 @@ def main() -> int:
     print(f"{len(mutants)} mutants, {len(equal)} more that change nothing", flush=True)
     if arguments.list:
         return 0
-    began, tried, alive = monotonic(), 0, 0
+    tried, alive = 0, 0
     with tempfile.TemporaryDirectory(prefix="onewriter-mutants-") as folder:
         tree = Path(folder) / "tree"
         shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", ".venv", "__pycache__", ".*_cache"))
+        tests = Tests(tree, Path(folder) / "map")
+        print(f"{len(tests.seconds)} tests come by {len(tests.passing)} lines", flush=True)
+        began = monotonic()
         for mutant in mutants:
             if monotonic() - began > arguments.minutes * 60:
                 break
             tried += 1
-            if survives(mutant, tree):
+            if survives(mutant, tests.of(mutant), tree):
                 alive += 1
                 print(f"ALIVE {mutant.name} # line {mutant.line}", flush=True)
     print(f"tried {tried} of {len(mutants)}, alive {alive}")
