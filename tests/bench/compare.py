@@ -1,4 +1,4 @@
-"""Side by side: the gateway, plain sqlite3, peewee's queue, aiosqlite. ``python tests/bench/compare.py --help``.
+"""Side by side: the gateway, plain sqlite3, and what others make of it. ``python tests/bench/compare.py --help``.
 
 Contestants take turns within a round, and a figure is the median of the rounds. A ratio compares two figures of one
 run; figures of two runs, or of two machines, say nothing about each other.
@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import contextlib
 import gc
+import importlib
 import importlib.util
 import json
 import logging
@@ -274,6 +275,63 @@ def aiosqlite_tasks(folder: Path, synchronous: str, count: int) -> float:
     return asyncio.run(work())
 
 
+def datasette_tasks(folder: Path, synchronous: str, count: int) -> float:
+    from datasette.app import Datasette  # type: ignore[import-not-found,unused-ignore]
+    from datasette.database import Database  # type: ignore[import-not-found,unused-ignore]
+
+    def prepare(connection: sqlite3.Connection) -> None:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute(f"PRAGMA synchronous = {synchronous}")
+
+    async def work() -> float:
+        datasette = Datasette()
+        db = datasette.add_database(Database(datasette, path=str(folder / "datasette.db"), is_mutable=True))
+        await db.execute_write_fn(prepare)
+        await db.execute_write(CREATE)
+
+        async def task(each: int) -> None:
+            for _ in range(each):
+                await db.execute_write(INSERT, ROW)
+
+        began = perf_counter()
+        await asyncio.gather(*[task(count // 64) for _ in range(64)])
+        return count / (perf_counter() - began)
+
+    return asyncio.run(work())
+
+
+def apsw_plain(folder: Path, synchronous: str) -> Any:
+    apsw: Any = importlib.import_module("apsw")
+    connection = apsw.Connection(str(folder / "apsw.db"))
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute(f"PRAGMA synchronous = {synchronous}")
+    connection.execute(CREATE)
+    return connection
+
+
+def apsw_transaction(folder: Path, synchronous: str, count: int) -> float:
+    with contextlib.closing(apsw_plain(folder, synchronous)) as connection:
+
+        def work() -> None:
+            with connection:
+                for _ in range(count):
+                    connection.execute(INSERT, ROW)
+
+        return timed(count, work)
+
+
+def apsw_and_a_lock(folder: Path, synchronous: str, count: int) -> float:
+    lock = threading.Lock()
+    with contextlib.closing(apsw_plain(folder, synchronous)) as connection:
+
+        def work(each: int) -> None:
+            for _ in range(each):
+                with lock:
+                    connection.execute(INSERT, ROW)
+
+        return timed(count, in_threads(16, count, work))
+
+
 def ping_pong(folder: Path, synchronous: str, count: int) -> float:
     """Two threads that wake each other, and do nothing else: what a write through another thread costs at least."""
     here, there = threading.Lock(), threading.Lock()
@@ -307,6 +365,7 @@ CONTESTANTS: list[tuple[str, Measure, int, str, str]] = [
     ("enqueue of a function", enqueue_function, 30_000, "one raw transaction", ""),
     ("run_many", run_many, 100_000, "one raw transaction", ""),
     ("peewee's queue", peewee_queue, 3_000, "one raw transaction", "playhouse.sqliteq"),
+    ("one raw transaction with APSW", apsw_transaction, 100_000, "one raw transaction", "apsw"),
     ("two threads that only wake each other", ping_pong, 5_000, "", ""),
     ("autocommit", autocommit, 2_000, "", ""),
     ("run, 1 thread", run(1), 2_000, "autocommit", ""),
@@ -314,11 +373,13 @@ CONTESTANTS: list[tuple[str, Measure, int, str, str]] = [
     ("transaction() with 3 INSERTs", block, 1_000, "BEGIN, 3 INSERTs, COMMIT", ""),
     ("one connection and a lock, 16 threads", one_and_a_lock(16), 2_000, "", ""),
     ("connection per thread, 16 threads", connection_each(16), 2_000, "one connection and a lock, 16 threads", ""),
+    ("APSW and a lock, 16 threads", apsw_and_a_lock, 2_000, "one connection and a lock, 16 threads", "apsw"),
     ("run, 16 threads", run(16), 8_000, "one connection and a lock, 16 threads", ""),
     ("peewee's queue, 16 threads that wait", peewee_waiting, 2_000, "run, 16 threads", "playhouse.sqliteq"),
     ("one connection and a lock, 64 threads", one_and_a_lock(64), 2_000, "", ""),
     ("run, 64 threads", run(64), 12_800, "one connection and a lock, 64 threads", ""),
     ("aiosqlite, 64 tasks", aiosqlite_tasks, 3_200, "", "aiosqlite"),
+    ("Datasette's write thread, 64 tasks", datasette_tasks, 1_280, "aiosqlite, 64 tasks", "datasette"),
     ("await run, 64 tasks", await_run(64), 25_600, "aiosqlite, 64 tasks", ""),
     ("await run, 256 tasks", await_run(256), 25_600, "aiosqlite, 64 tasks", ""),
     ("bare read of one row by key", bare_read, 20_000, "", ""),
@@ -451,6 +512,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         disk = fsync_ms(Path(folder))
     print(f"Python {platform.python_version()}, SQLite {sqlite3.sqlite_version}, {platform.system()}", end=", ")
+    if importlib.util.find_spec("apsw"):
+        print(f"APSW with SQLite {importlib.import_module('apsw').sqlite_lib_version()}", end=", ")
     print(f"{os.cpu_count()} cores, fsync {disk:.3f} ms; median of {arguments.rounds} rounds\n")
     figures: dict[str, Any] = {"python": platform.python_version(), "sqlite": sqlite3.sqlite_version, "fsync_ms": disk}
     for synchronous in ("FULL", "NORMAL"):

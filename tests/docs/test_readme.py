@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +28,20 @@ def blocks_of(page: Path) -> list[tuple[int, str]]:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page)], ids=lambda page: page.name)
 def test_the_python_blocks_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block that begins with the name of a file is that file, for pytest; tests/libraries runs those with needs."""
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, Any] = {"__name__": "__docs__"}
     for line, block in blocks_of(page):
+        if block.startswith("# needs "):
+            continue
+        if file := re.match(r"# (\w+\.py)\n", block):
+            (tmp_path / file.group(1)).write_text(block, encoding="utf-8")
+            continue
         # Blank lines in front, so that a traceback names the line of the page.
         exec(compile("\n" * line + block, str(page), "exec"), namespace)
+    if list(tmp_path.glob("test_*.py")):
+        ran = subprocess.run([sys.executable, "-m", "pytest", "-q"], capture_output=True, text=True, check=False)
+        assert (ran.returncode, ran.stdout.splitlines()[-1].split(" in ")[0]) == (0, "1 passed"), ran.stdout
 
 
 def test_the_readme_begins_with_a_quickstart() -> None:

@@ -61,8 +61,11 @@ class Handler(BaseHTTPRequestHandler):
             self._answer(200 if body.get("wait") else 202, {"accepted": True})
 
     def do_PUT(self) -> None:
-        name = self.path.removeprefix("/services/")
-        self.store.set_service(name, str(self._body()))
+        name, address = self.path.removeprefix("/services/"), self._body()
+        if not isinstance(address, str):
+            self._answer(400, {"error": "the body must be the address, a JSON string"})
+            return
+        self.store.set_service(name, address)
         self._answer(200, {"name": name})
 
     def do_DELETE(self) -> None:
