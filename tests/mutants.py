@@ -202,6 +202,8 @@ def main() -> int:
             if survives(mutant, tests.of(mutant), tree):
                 alive += 1
                 print(f"ALIVE {mutant.name} # line {mutant.line}", flush=True)
+            if tried % 50 == 0:
+                print(f"{tried} tried in {monotonic() - began:.0f} s", flush=True)
     print(f"tried {tried} of {len(mutants)}, alive {alive}")
     return 1 if alive else 0
 

@@ -41,6 +41,8 @@ RESULTS: list[tuple[str, int, int | None, list[Any]]] = [
     ("INSERT INTO t (name) VALUES ('a') ON CONFLICT (name) DO UPDATE SET name = 'q'", 1, None, []),
     ("INSERT INTO t (name) VALUES ('c') ON CONFLICT (name) DO UPDATE SET name = 'q'", 1, None, []),
     ("INSERT INTO bare VALUES ('a')", 1, None, []),
+    ("INSERT INTO main.bare VALUES ('a')", 1, None, []),
+    ('INSERT INTO "main"."bare" VALUES (1)', 1, None, []),
     ("INSERT INTO t (name) SELECT 'c' WHERE 0", 0, None, []),
     ("INSERT INTO t (name) VALUES ('c') RETURNING id, name", 1, 21, [(21, "c")]),
     ("WITH x AS (SELECT 'c' AS n) INSERT INTO t (name) SELECT n FROM x", 1, 21, []),
