@@ -13,12 +13,15 @@ import ast
 import importlib
 import json
 import os
+import queue
 import random
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
@@ -30,12 +33,13 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "onewriter"
 EQUAL = ROOT / "tests" / "equal_mutants.txt"
 LEFT_OUT = {"bench.py", "check.py", "__main__.py", "__init__.py", "testing.py"}
-TIMEOUT = 240.0  # seconds; a hang is noticed
+HANG = 20  # seconds that one test may take
+TIMEOUT = 600.0  # seconds for all tests that come by
 INVERSE: dict[type[ast.cmpop], str] = {
     ast.Lt: ">=", ast.LtE: ">", ast.Gt: "<=", ast.GtE: "<", ast.Eq: "!=", ast.NotEq: "==",
     ast.Is: "is not", ast.IsNot: "is", ast.In: "not in", ast.NotIn: "in",
 }  # fmt: skip
-PYTEST = ["pytest", "-x", "-q", "-p", "no:cacheprovider"]
+PYTEST = ["pytest", "-x", "-q", "-p", "no:cacheprovider", "-o", f"faulthandler_timeout={HANG}"]
 FAST = ("unit", "acceptance", "property")
 MAP = "MUTANTS_MAP"  # names the folder for what the plugin finds out
 COVERAGE = """
@@ -178,6 +182,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--files", default="", help="comma-separated; default: all")
     parser.add_argument("--seed", type=int, default=1, help="of the order in which they are tried")
+    parser.add_argument("--workers", type=int, default=2 * (os.cpu_count() or 1), help="many mutants hang")
     parser.add_argument("--list", action="store_true", help="only count them")
     arguments = parser.parse_args()
     files = arguments.files.split(",") if arguments.files else sorted(path.name for path in SOURCE.glob("*.py"))
@@ -188,24 +193,33 @@ def main() -> int:
     print(f"{len(mutants)} mutants, {len(equal)} more that change nothing", flush=True)
     if arguments.list:
         return 0
-    tried, alive = 0, 0
     with tempfile.TemporaryDirectory(prefix="onewriter-mutants-") as folder:
-        tree = Path(folder) / "tree"
-        shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", ".venv", "__pycache__", ".*_cache"))
+        trees: queue.Queue[Path] = queue.Queue()
+        for number in range(arguments.workers):
+            tree = Path(folder) / f"tree{number}"
+            shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", ".venv", "__pycache__", ".*_cache"))
+            trees.put(tree)
         tests = Tests(tree, Path(folder) / "map")
         print(f"{len(tests.seconds)} tests come by {len(tests.passing)} lines", flush=True)
-        began = monotonic()
-        for mutant in mutants:
-            if monotonic() - began > arguments.minutes * 60:
-                break
-            tried += 1
-            if survives(mutant, tests.of(mutant), tree):
-                alive += 1
+        end = monotonic() + arguments.minutes * 60
+        outcomes: Counter[str] = Counter()
+
+        def attempt(mutant: Mutant) -> None:
+            if monotonic() > end:
+                return
+            tree = trees.get()
+            is_alive = survives(mutant, tests.of(mutant), tree)
+            trees.put(tree)
+            outcomes["alive" if is_alive else "noticed"] += 1
+            if is_alive:
                 print(f"ALIVE {mutant.name} # line {mutant.line}", flush=True)
-            if tried % 50 == 0:
-                print(f"{tried} tried in {monotonic() - began:.0f} s", flush=True)
-    print(f"tried {tried} of {len(mutants)}, alive {alive}")
-    return 1 if alive else 0
+            if outcomes.total() % 50 == 0:
+                print(f"{outcomes.total()} tried", flush=True)
+
+        with ThreadPoolExecutor(arguments.workers) as workers:
+            list(workers.map(attempt, mutants))
+    print(f"tried {outcomes.total()} of {len(mutants)}, alive {outcomes['alive']}")
+    return 1 if outcomes["alive"] else 0
 
 
 if __name__ == "__main__":
