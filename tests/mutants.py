@@ -15,6 +15,7 @@ import json
 import os
 import queue
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -89,7 +90,7 @@ def mutants_of(path: Path) -> Iterator[Mutant]:
                 yield mutant(node.test, f"(not ({ast.unparse(node.test)}))", "inverted")
         elif isinstance(node, ast.With):
             for item in node.items:
-                if "lock" in (name := ast.unparse(item.context_expr).lower()) or "mutex" in name:
+                if re.search(r"(?<![a-z])(lock|mutex)\b", ast.unparse(item.context_expr)):
                     yield mutant(
                         item.context_expr, '__import__("contextlib").nullcontext()', f"no lock, line {node.lineno},"
                     )

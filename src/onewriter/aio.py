@@ -461,7 +461,10 @@ class AsyncDbWriter:
                 deadlines.remove(future)
         if not job.done():
             give_up(job, timeout, db._holder)
-        return job.result()
+        try:
+            return job.result()
+        finally:
+            del job  # an error's traceback would hold it, and it holds the error
 
     @contextlib.asynccontextmanager
     async def transaction(
@@ -729,6 +732,8 @@ class AsyncDbWriter:
             elif reader is not None and returns:
                 readers.check_in(reader)
             raise
+        finally:
+            del future  # an error's traceback would hold it, and it holds the error
 
     # Operations -------------------------------------------------------------------------------------------------------
 
@@ -818,7 +823,7 @@ class _Deadlines:
             future.get_loop().call_later(TICK, self._tick, future.get_loop())
 
     def remove(self, future: asyncio.Future[None]) -> None:
-        if self._waiting.pop(future, None) is None and future in self._timers:
+        if self._waiting.pop(future, None) is None:
             self._timers.pop(future).cancel()
 
     def _tick(self, loop: asyncio.AbstractEventLoop) -> None:

@@ -242,8 +242,7 @@ class DbWriter:
             WriterClosedError, WriterBrokenError, ReentrantWriteError: Not committed.
             What SQLite or the function raised: Rolled back.
         """
-        job = self._job(what, params, label, foreign_keys)
-        return self._execute(job, timeout)
+        return self._execute(self._job(what, params, label, foreign_keys), timeout)
 
     def run_many(
         self, sql: str, seq_of_params: Iterable[Any], /, *, label: Label = None, timeout: Seconds = 30.0
@@ -690,7 +689,10 @@ class DbWriter:
             raise
         if not in_time and not job.done():
             give_up(job, timeout, holder)
-        return job.result()
+        try:
+            return job.result()
+        finally:
+            del job  # an error's traceback would hold it, and it holds the error
 
     def _read(
         self,

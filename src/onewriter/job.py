@@ -212,7 +212,10 @@ class Ticket(Generic[T]):
             except asyncio.CancelledError:
                 self.cancel()
                 raise
-        return self.result()
+        try:
+            return self.result()
+        finally:
+            del self
 
     def arrival(self) -> asyncio.Future[None]:
         """A future of the running loop that is done when the outcome is there."""

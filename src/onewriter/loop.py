@@ -713,10 +713,9 @@ def copy_of(error: BaseException) -> BaseException:
         copy = type(error)(*error.args)
     except Exception:
         copy = sqlite3.OperationalError(str(error))
-    if isinstance(error, sqlite3.Error) and isinstance(copy, sqlite3.Error):
-        for name in ("sqlite_errorcode", "sqlite_errorname"):
-            if hasattr(error, name):
-                setattr(copy, name, getattr(error, name))
+    for name in ("sqlite_errorcode", "sqlite_errorname"):
+        if hasattr(error, name):
+            setattr(copy, name, getattr(error, name))
     return copy
 
 

@@ -65,14 +65,18 @@ class Reader:
     def recover(self, error: sqlite3.DatabaseError, label: str, function: Callable[..., T], *args: Any) -> T:
         """Try again if it was a lock; raise ``error``, or that there is no time left."""
         late: BaseException = error
-        if is_busy(error):
-            try:
-                return self._policy.call(lambda: function(*args), _say_nothing, max(0.0, self.deadline - monotonic()))
-            except sqlite3.OperationalError as again:
-                late = again
-        if self._is_late() and (is_busy(late) or getattr(late, "sqlite_errorcode", 0) == sqlite3.SQLITE_INTERRUPT):
-            raise ReadTimeoutError(f"{label} did not end in time") from late
-        raise late
+        try:
+            if is_busy(error):
+                try:
+                    left = max(0.0, self.deadline - monotonic())
+                    return self._policy.call(lambda: function(*args), _say_nothing, left)
+                except sqlite3.OperationalError as again:
+                    late = again
+            if self._is_late() and (is_busy(late) or getattr(late, "sqlite_errorcode", 0) == sqlite3.SQLITE_INTERRUPT):
+                raise ReadTimeoutError(f"{label} did not end in time") from late
+            raise late
+        finally:
+            del error, late  # the traceback holds this frame
 
     def pin(self) -> None:
         """Begin a transaction that sees this moment until ``clean``."""
@@ -426,7 +430,7 @@ class ReaderPool:
     def granted(self, waiter: Waiter, label: str) -> Reader:
         """What the wait has brought; may open a connection."""
         with self._lock:
-            if not waiter.granted and waiter in self._waiting:
+            if waiter in self._waiting:
                 self._waiting.remove(waiter)
         if waiter.reader is not None:
             return self._lend(waiter.reader, label)
@@ -439,7 +443,7 @@ class ReaderPool:
     def leave_line(self, waiter: Waiter) -> None:
         """Wait no more; what was handed over in that moment goes to the next."""
         with self._lock:
-            if not waiter.granted and waiter in self._waiting:
+            if waiter in self._waiting:
                 self._waiting.remove(waiter)
         if waiter.granted:
             self._give_up_place() if waiter.reader is None else self.check_in(waiter.reader)

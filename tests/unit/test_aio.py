@@ -10,6 +10,7 @@ import logging
 import os
 import sqlite3
 import threading
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Any, assert_type
@@ -1051,5 +1052,129 @@ def test_what_is_sent_while_the_block_is_taken_back_is_answered(path: Path, monk
                     monkeypatch.setattr(Transaction, "closed_error", send_one_more)
                     await asyncio.to_thread(answered.wait, DEADLINE)
             assert answered.is_set()
+
+    run(main)
+
+
+# What is left behind --------------------------------------------------------------------------------------------------
+
+
+def test_an_error_that_was_dealt_with_is_gone_at_once(path: Path) -> None:
+    async def main() -> None:
+        def fail(*_: object) -> None:
+            raise OwnError
+
+        async with opened(path) as db:
+            broken = AsyncDbWriter(path, on_connect=fail)
+            ways: list[Callable[[], Awaitable[object]]] = [
+                lambda: db.run("SELECT * FROM nowhere"),
+                lambda: db.enqueue("SELECT * FROM nowhere"),
+                lambda: db.read("SELECT * FROM nowhere"),
+                lambda: db.read(fail),
+                broken.open,
+            ]
+            for way in ways:
+                try:
+                    await way()
+                except (OwnError, sqlite3.Error) as error:
+                    gone = weakref.ref(error)
+                async with asyncio.timeout(DEADLINE):  # until the threads that made it have let it go
+                    while gone() is not None:
+                        await asyncio.sleep(0.001)
+
+    class OwnError(Exception):
+        pass
+
+    gc.collect()
+    gc.disable()
+    try:
+        run(main)
+    finally:
+        gc.enable()
+
+
+def test_an_opening_that_is_cancelled_in_the_moment_it_ends_is_undone(path: Path) -> None:
+    threads = set(threading.enumerate())
+    opened_files: list[sqlite3.Connection] = []
+
+    async def main() -> None:
+        db = AsyncDbWriter(path, on_connect=lambda connection, readonly: opened_files.append(connection))
+        opening = asyncio.create_task(db.open())
+        await asyncio.sleep(0)
+        (caller,) = [thread for thread in set(threading.enumerate()) - threads if thread.name == "onewriter-call"]
+        caller.join(DEADLINE)  # the loop stands still: it has not heard yet
+        opening.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await opening
+
+    run(main)
+    for thread in set(threading.enumerate()) - threads:
+        thread.join(DEADLINE)
+    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+        opened_files[0].execute("SELECT 1")
+
+
+def test_a_connection_that_comes_in_the_moment_its_task_is_cancelled_goes_to_the_next(path: Path) -> None:
+    async def main() -> None:
+        with DbWriter(path, readers=1) as inner:
+            shared = AsyncDbWriter.wrap(inner)
+            with inner.reader():
+                waiting = asyncio.create_task(shared.read_value("SELECT 1"))
+                while inner.stats().readers_waiting == 0:
+                    await asyncio.sleep(0)
+            waiting.cancel()  # it has the connection, and has not heard of it yet
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
+            assert inner.stats().readers_in_use == 0
+            assert inner.read_value("SELECT 2", timeout=DEADLINE) == 2
+            await shared.close()
+
+    run(main)
+
+
+def test_a_nested_call_that_fails_is_undone_alone(path: Path) -> None:
+    def write_and_fail(tx: Transaction) -> None:
+        tx.execute(INSERT, (2,))
+        raise LookupError
+
+    async def main() -> None:
+        async with opened(path) as db:
+            async with db.transaction() as tx:
+                await tx.execute(INSERT, (1,))
+                with pytest.raises(LookupError):
+                    await db.run(write_and_fail)
+            assert await rows(db) == [1]
+
+    run(main)
+
+
+def test_a_short_timeout_does_not_wait_for_the_tick_of_the_long_ones(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(aio, "TICK", 10 * DEADLINE)
+
+    async def main() -> None:
+        with DbWriter(path) as inner, parked(inner):
+            async with asyncio.timeout(DEADLINE):
+                with pytest.raises(WriteTimeoutError):
+                    await AsyncDbWriter.wrap(inner).run("SELECT 1", timeout=0.05)
+
+    run(main)
+
+
+def test_a_gateway_that_was_never_opened_says_so_and_a_closed_one_too(path: Path) -> None:
+    async def main() -> None:
+        db = AsyncDbWriter(path)
+        with pytest.raises(WriterClosedError, match=r"not open.*await db\.open"):
+            await db.run("SELECT 1")
+        await db.close()
+        with pytest.raises(WriterClosedError, match="is closed"):
+            await db.run("SELECT 1")
+        with DbWriter(path) as inner:
+            shared = AsyncDbWriter.wrap(inner)
+            await shared.close()
+            with pytest.raises(WriterClosedError, match="is closed"):
+                await shared.run("SELECT 1")
+            assert not inner.closed
 
     run(main)

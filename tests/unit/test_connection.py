@@ -259,3 +259,10 @@ def test_a_gateway_shows_its_state(path: Path) -> None:
     db.close()
     assert "closed" in repr(db)
     assert db.stats().as_dict()["committed"] == 0
+
+
+def test_an_error_of_the_hook_stays_as_it_is(path: Path) -> None:
+    with pytest.raises(sqlite3.OperationalError) as caught:
+        DbWriter(path, on_connect=lambda connection, readonly: connection.execute("SELECT * FROM nowhere"))
+    assert str(caught.value) == "no such table: nowhere"
+    assert "raised by on_connect" in caught.value.__notes__[0]

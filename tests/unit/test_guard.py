@@ -374,3 +374,10 @@ def test_a_gateway_without_enforcement_has_it_for_the_job_that_asks_for_it(path:
             db.run_script("INSERT INTO child VALUES (1)", foreign_keys=True)
         db.run("INSERT INTO child VALUES (2)")
         assert db.read("SELECT parent FROM child") == [(2,)]
+
+
+@pytest.mark.parametrize(("sql", "named"), [("SAVEPOINT x", "SAVEPOINT"), ("COMMIT", "COMMIT"), ("BEGIN", "BEGIN")])
+def test_a_refusal_names_what_was_refused(db: DbWriter, sql: str, named: str) -> None:
+    with pytest.raises(sqlite3.DatabaseError) as caught:
+        db.run(lambda tx: tx.execute(sql).rowcount)
+    assert f"onewriter: {named} is the gateway's" in caught.value.__notes__[0]

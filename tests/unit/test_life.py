@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import re
 import signal
 import sqlite3
+import threading
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from helpers import holding_lock, run_child
+from helpers import DEADLINE, holding_lock, parked, run_child
 from onewriter import DbWriter
 
 PRELUDE = """
@@ -277,3 +281,61 @@ print(db.path)
     file = Path(child.stdout.strip())
     assert file.name
     assert not list(file.parent.glob(file.name + "*"))
+
+
+def test_closing_says_what_it_withdrew_and_nothing_if_that_is_nothing(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    DbWriter(path).close(drain=False)
+    assert caplog.messages == []
+    db = DbWriter(path)
+    with parked(db) as release:
+        db.enqueue("SELECT 1")
+        threading.Timer(0.05, release.set).start()
+        report = db.close(drain=False)
+    assert report.cancelled == 1
+    assert [message for message in caplog.messages if "withdrew" in message] == ["app.db: close withdrew 1 queued jobs"]
+
+
+def test_a_temporary_database_that_cannot_be_opened_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+    def fail(connection: sqlite3.Connection, readonly: bool) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        DbWriter(":memory:", on_connect=fail)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_that_was_dealt_with_is_gone_at_once(path: Path) -> None:
+    """Its traceback holds the frames it went through; one of them that holds it too would keep all of that alive."""
+
+    class OwnError(Exception):
+        pass
+
+    def fail(*_: object) -> None:
+        raise OwnError
+
+    gc.collect()
+    gc.disable()
+    try:
+        with DbWriter(path, on_error=lambda ticket: None) as db:
+            ways: list[Callable[[], object]] = [
+                lambda: DbWriter(path, on_connect=fail),
+                lambda: db.run("SELECT * FROM nowhere"),
+                lambda: db.enqueue("SELECT * FROM nowhere").result(DEADLINE),
+                lambda: db.read("SELECT * FROM nowhere"),
+                lambda: db.read(fail),
+            ]
+            for number, way in enumerate(ways):
+                try:
+                    way()
+                except (OwnError, sqlite3.Error) as error:
+                    gone = weakref.ref(error)
+                db.flush()  # the writer has let go of its last jobs
+                assert gone() is None, number
+    finally:
+        gc.enable()

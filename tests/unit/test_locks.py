@@ -136,3 +136,20 @@ def test_lines_of_the_list_are_read_right(path: Path, monkeypatch: pytest.Monkey
     )
     monkeypatch.setattr(locks, "LOCKS", listing)
     assert locks.lock_holders(str(path)) == [11, 16, 17]
+
+
+def test_the_process_itself_is_named_as_such() -> None:
+    assert locks.describe_process(os.getpid()) == f"this process ({os.getpid()}), through another connection"
+    assert locks.describe_process(os.getppid()).startswith(f"process {os.getppid()}")
+
+
+def test_who_reads_the_log_is_named_once(path: Path) -> None:
+    with DbWriter(path) as db:
+        db.run("CREATE TABLE t (n)")
+        assert locks.describe_wal_readers(str(path), []) == "somebody who cannot be told here"
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+            other.execute("BEGIN")
+            other.execute("SELECT * FROM t").fetchall()
+            mine = locks.describe_process(os.getpid())
+            assert locks.describe_wal_readers(str(path), []) == mine
+            assert locks.describe_wal_readers(str(path), ["'a label'"]) == "'a label'"

@@ -489,3 +489,23 @@ def test_the_outcome_that_is_already_there_may_be_asked_for_inside_a_job(db: DbW
     done = db.enqueue(INSERT, (1,))
     done.result(timeout=DEADLINE)
     assert db.run(lambda tx: done.result().rowcount, timeout=DEADLINE) == 1
+
+
+def test_a_function_takes_no_parameters_however_empty(db: DbWriter) -> None:
+    empty: list[Any] = [[], {}, None]
+    for nothing in empty:
+        with pytest.raises(TypeError, match="closure"):
+            db.enqueue(lambda tx: None, nothing)  # type: ignore[call-overload]
+
+
+def test_a_job_is_named_after_what_it_calls(any_db: DbWriter) -> None:
+    class Counter:
+        def __call__(self, tx: Transaction) -> None:
+            pass
+
+    def count(tx: Transaction) -> None:
+        pass
+
+    place = "test_a_job_is_named_after_what_it_calls.<locals>."
+    labels = [any_db.enqueue(function).label for function in (count, partial(count), Counter())]
+    assert labels == [f"{place}count", f"{place}count", f"{place}Counter"]

@@ -495,3 +495,9 @@ def test_a_snapshot_that_meets_a_lock_is_begun_once_it_is_free(path: Path, call:
 async def count_in_task(db: DbWriter) -> list[Any]:
     async with AsyncDbWriter.wrap(db).reader() as reader:
         return (await reader.execute(COUNT)).rows
+
+
+def test_an_error_that_has_nothing_to_do_with_time_is_told_although_the_time_is_up(db: DbWriter) -> None:
+    db.read("SELECT 1")  # so that a connection is there
+    with pytest.raises(sqlite3.OperationalError, match="no such table"):
+        db.read("SELECT * FROM nowhere", timeout=0)

@@ -302,3 +302,9 @@ def test_a_trigger_with_case_and_strings_is_one_statement_of_a_script(db: DbWrit
         DELETE FROM t; SELECT 'not; the end' -- without a semicolon at the end
     """)
     assert db.run("SELECT text FROM seen").rows == [("it's; end;",), ("b",)]
+
+
+def test_many_rows_of_a_select_are_refused_in_any_form(db: DbWriter) -> None:
+    for sql in ("SELECT ?", "WITH x AS (SELECT ?) SELECT * FROM x"):
+        with pytest.raises(sqlite3.ProgrammingError, match="DML"):
+            db.run_many(sql, [(1,), (2,)])

@@ -409,3 +409,17 @@ def test_a_ticket_shows_its_label_and_state(db: DbWriter) -> None:
     with parked(db):
         ticket = db.enqueue(INSERT, (1,), label="mine")
         assert "mine" in repr(ticket)
+
+
+def test_an_outcome_that_comes_as_the_time_runs_out_counts(db: DbWriter, monkeypatch: pytest.MonkeyPatch) -> None:
+    wait = Ticket.wait
+
+    def wait_too_long(ticket: Ticket[Any], timeout: float | None) -> bool:
+        wait(ticket, None)
+        return False
+
+    with parked(db) as release:
+        ticket = db.enqueue(INSERT, (1,))
+        monkeypatch.setattr(Ticket, "wait", wait_too_long)
+        release.set()
+        assert ticket.result(BRIEFLY).rowcount == 1

@@ -454,3 +454,44 @@ def test_rows_of_a_statement_in_a_job_stay_readable_after_it(db: DbWriter) -> No
     result = db.run(lambda tx: tx.execute("SELECT 1 UNION SELECT 2"))
     assert list(result) == [(1,), (2,)]
     assert list(db.run(lambda tx: iter(tx.execute("SELECT 3")))) == [(3,)]
+
+
+def test_a_part_that_was_rolled_back_is_told_once_whatever_becomes_of_the_whole(db: DbWriter) -> None:
+    told: list[str] = []
+
+    def job(tx: Transaction) -> None:
+        with contextlib.suppress(ZeroDivisionError), tx.savepoint():
+            tx.on_rollback(lambda: told.append("part"))
+            raise ZeroDivisionError
+        tx.on_rollback(lambda: told.append("rest"))
+        raise LookupError
+
+    with pytest.raises(LookupError):
+        db.run(job)
+    assert told == ["part", "rest"]
+
+
+def test_a_job_that_had_failed_before_its_batch_was_undone_is_told_once(path: Path) -> None:
+    told: list[str] = []
+
+    def fail(tx: Transaction) -> None:
+        tx.on_rollback(lambda: told.append("failed"))
+        raise ZeroDivisionError
+
+    def undo_all(tx: Transaction) -> None:
+        tx.execute("INSERT OR ROLLBACK INTO t VALUES (1)")
+
+    with DbWriter(path, on_error=lambda ticket: None) as db:
+        db.run("CREATE TABLE t (n UNIQUE)")
+        db.run(INSERT, (1,))
+        with parked(db):
+            tickets: list[Ticket[Any]] = [
+                db.enqueue(fail),
+                db.enqueue(INSERT, (1,)),
+                db.enqueue(INSERT, (2,)),
+                db.enqueue(undo_all),
+            ]
+        errors = [type(ticket.exception(DEADLINE)) for ticket in tickets]
+        assert errors == [ZeroDivisionError, sqlite3.IntegrityError, type(None), sqlite3.IntegrityError]
+        assert told == ["failed"]
+        assert db.read("SELECT n FROM t ORDER BY n") == [(1,), (2,)]
