@@ -146,13 +146,15 @@ def set_pragma(connection: sqlite3.Connection, name: str, value: str | int) -> N
 def pragma(connection: sqlite3.Connection, name: str, value: str | int | None = None) -> Any:
     """The first value that the PRAGMA answers, or None."""
     assignment = "" if value is None else f" = {_literal(value)}"
-    cursor = connection.execute(f"PRAGMA {name}{assignment}")
+    factory, connection.text_factory = connection.text_factory, str  # the user's is not for our own rows
+    cursor = connection.cursor()
     try:
         cursor.row_factory = None
-        rows = cursor.fetchall()
+        rows = cursor.execute(f"PRAGMA {name}{assignment}").fetchall()
         return rows[0][0] if rows else None
     finally:
         cursor.close()
+        connection.text_factory = factory
 
 
 def check_pragmas(pragmas: Mapping[str, str | int]) -> None:

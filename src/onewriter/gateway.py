@@ -43,7 +43,7 @@ from onewriter.job import (
     refuse_live,
     wait_in_slices,
 )
-from onewriter.log import contain, report
+from onewriter.log import contain, report, warn_of_blocking
 from onewriter.loop import WriterLoop
 from onewriter.queue import closed_error
 from onewriter.statement import Parameters, Result, capture, capture_many, check_many
@@ -294,8 +294,7 @@ class DbWriter:
 
     @contextlib.contextmanager
     def _block(self, label: Label, timeout: Seconds, max_hold: float, frame: types.FrameType) -> Iterator[Transaction]:
-        if _get_running_loop() is not None:
-            warn_of_blocking()
+        warn_of_blocking()
         outer = self._holder.current()
         if outer is not None:
             with outer.savepoint():
@@ -418,6 +417,8 @@ class DbWriter:
         if isinstance(what, str):
             if type(params) is not tuple:  # which needs no copy: it is bound now
                 params = capture(params)
+            if _get_running_loop() is not None:
+                warn_of_blocking()
             holder = self._holder
             outside = holder.transaction is None and get_ident() != holder.writer_thread
             if outside and label is None and timeout == 30.0 and after is None:
@@ -464,8 +465,6 @@ class DbWriter:
 
     @contextlib.contextmanager
     def _reader(self, label: str, timeout: Seconds, after: After) -> Iterator[sqlite3.Connection]:
-        if _get_running_loop() is not None:
-            warn_of_blocking()
         deadline = self._wait_for(after, timeout, label)
         outer = self._readers.current()
         if outer is not None:
@@ -550,6 +549,7 @@ class DbWriter:
         """
         self._holder.refuse_endless_wait("backup")
         check_backup(target, progress, pages)
+        warn_of_blocking()
         began = monotonic()
         with self._readers.extra(f"backup() in {called_from(sys._getframe(1))}") as source:
             self._loop.queue.poke()  # an idle writer watches for slow readers
@@ -579,6 +579,7 @@ class DbWriter:
         if self._holder.forked:
             return CloseReport(0, 0, 0, 0, ())
         self._holder.refuse_endless_wait("close")
+        warn_of_blocking()
         loop = self._loop
         loop.queue.refuse(closed_error())
         if not drain:
@@ -668,8 +669,7 @@ class DbWriter:
         if timeout != 30.0:
             check_timeout(timeout)
         holder = self._holder
-        if _get_running_loop() is not None:
-            warn_of_blocking()
+        warn_of_blocking()
         transaction = holder.current()
         if transaction is not None:
             if job.foreign_keys is not None:
@@ -716,6 +716,7 @@ class DbWriter:
 
     def _wait_for(self, after: After, timeout: Seconds, label: Label) -> float:
         """Wait until the write ``after`` is committed; returns the deadline of the read."""
+        warn_of_blocking()
         if label is not None:
             check_label(label)
         if timeout != 30.0:
@@ -731,17 +732,6 @@ class DbWriter:
                     )
             after.result()
         return deadline
-
-
-def warn_of_blocking() -> None:
-    """In debug mode, say that a call keeps the event loop from everything else."""
-    loop = _get_running_loop()
-    if loop is not None and loop.get_debug():
-        frame, level = sys._getframe(1), 2
-        while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("onewriter.", "contextlib")):
-            frame, level = frame.f_back, level + 1
-        text = "a DbWriter call blocks the event loop: await the one of AsyncDbWriter.wrap(db)"
-        warnings.warn(text, RuntimeWarning, stacklevel=level)
 
 
 def give_up(job: Job[Any], timeout: Seconds, holder: Holder) -> None:

@@ -8,7 +8,7 @@ import sqlite3
 
 SCHEMA_CHANGES = frozenset((*range(1, 9), *range(10, 18), 26, 29, 30))  # CREATE, DROP, ALTER
 # Inside a transaction SQLite ignores these or only answers, so a job would believe that they are in force.
-NOT_IN_A_TRANSACTION = frozenset(("foreign_keys", "journal_mode", "synchronous", "locking_mode", "wal_checkpoint"))
+NOT_IN_A_TRANSACTION = frozenset(("foreign_keys", "journal_mode", "synchronous", "locking_mode"))
 # On these the gateway's own waiting, reading and checkpointing rest.
 NEVER = frozenset(("query_only", "busy_timeout", "locking_mode", "wal_autocheckpoint", "journal_size_limit"))
 NOT_ON_A_READER = NEVER | {"journal_mode"}
@@ -84,17 +84,19 @@ class Guard:
         elif action in (sqlite3.SQLITE_ATTACH, sqlite3.SQLITE_DETACH):
             if self.mode is not Mode.VACUUM:
                 return self._deny("ATTACH and DETACH belong in on_connect, where every connection gets them")
-        elif action == sqlite3.SQLITE_PRAGMA and second is not None:
+        elif action == sqlite3.SQLITE_PRAGMA:
             return self._pragma((first or "").lower(), second)
-        elif action == sqlite3.SQLITE_PRAGMA and first == "wal_checkpoint" and self.mode in IN_TRANSACTION:
-            return self._deny("a checkpoint cannot run inside a transaction")
         return sqlite3.SQLITE_OK
 
-    def _pragma(self, name: str, value: str) -> int:
+    def _pragma(self, name: str, value: str | None) -> int:
+        if name == "wal_checkpoint" and self.mode in IN_TRANSACTION:
+            return self._deny("a checkpoint cannot run inside a transaction: use checkpoint()")
+        if value is None:
+            return sqlite3.SQLITE_OK
         if self.mode in IN_TRANSACTION and name in NOT_IN_A_TRANSACTION:
             return self._deny(
-                f"PRAGMA {name} has no effect inside a transaction, and a job is one: "
-                "use run_without_transaction, or foreign_keys=False on the job to rebuild a table"
+                f"PRAGMA {name} has no effect inside a transaction, and a job is one: it is an argument of DbWriter; "
+                "foreign_keys=False on a job is for rebuilding a table"
             )
         if name in NEVER or (name == "journal_mode" and value.upper() != self._journal_mode):
             return self._deny(f"PRAGMA {name} is the gateway's: use the argument of DbWriter")

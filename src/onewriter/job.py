@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, cast
 
-from onewriter.log import contain
+from onewriter.log import contain, warn_of_blocking
 from onewriter.statement import Parameters, Result, describe_sql
 
 if TYPE_CHECKING:
@@ -159,8 +159,7 @@ class Ticket(Generic[T]):
             if self.counted:
                 self._holder.tally.count_cancelled(self.label)
             woken, self._waiters = self._waiters, None
-            work, self.work = self.work, None
-        del work  # not under the lock: it may have finalizers
+            work, self.work = self.work, None  # which goes at the end, not under the lock: it may have finalizers
         wake(woken or ())
         self.run_callbacks()
         return True
@@ -246,6 +245,7 @@ class Ticket(Generic[T]):
     def _outcome_within(self, timeout: float | None) -> None:
         if self._state < CANCELLED:
             self._holder.refuse_endless_wait("waiting for a ticket")
+            warn_of_blocking()
             if not self.wait(timeout) and self._state < CANCELLED:
                 raise TimeoutError(
                     f"no outcome of job {self.describe()} within {timeout} s; it was not withdrawn: "

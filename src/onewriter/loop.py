@@ -35,8 +35,7 @@ MOST_TAKEN = 2048  # jobs
 IDLE = 0.5  # seconds without jobs after which the log is emptied
 GAP = 0.0015  # seconds
 LONGEST_HOLD = 0.05  # seconds after which a batch takes no further job
-# Whether the schema speaks of what undoes a whole transaction or is checked for a whole one; and of FAIL.
-RISKS = "max(lower(sql) LIKE '%rollback%' OR lower(sql) LIKE '%deferred%'), max(lower(sql) LIKE '%fail%')"
+UNDOES_ALL = ("ROLLBACK", "DEFERRED")  # in a schema: RAISE, ON CONFLICT, and keys that COMMIT checks for all
 
 
 class WriterLoop:
@@ -415,10 +414,8 @@ class WriterLoop:
         try:
             versions = [session.own(f'PRAGMA "{name}".schema_version') for name in session.databases]
             if self._guard.schema_changed or versions != self._schema_versions:
-                # What can roll everything back (RAISE, ON CONFLICT), and deferred keys, which COMMIT checks for all.
-                names = [*session.databases, "temp"]
-                found = [session.own(f'SELECT {RISKS} FROM "{name}".sqlite_schema')[0] for name in names]
-                self._risky_schema, self._failing_schema = (any(column) for column in zip(*found, strict=True))
+                found = session.words_in_schema(*UNDOES_ALL, "FAIL")
+                self._risky_schema, self._failing_schema = not found.isdisjoint(UNDOES_ALL), "FAIL" in found
                 self._schema_versions = versions
                 self._guard.schema_changed = False
         except sqlite3.Error:  # a damaged schema: the jobs will tell
@@ -491,7 +488,7 @@ class WriterLoop:
                 return
             self._batch.commit = monotonic() - began
         self._count_hold(monotonic())
-        self._settle(jobs, runs, commits=bool(kept))
+        self._settle(jobs, runs, commits=int(bool(kept)))
         if kept:
             self._checkpoint(self._checkpointer.after_batch)
         if self.readers.in_use:
@@ -523,6 +520,7 @@ class WriterLoop:
                 unknown.__cause__ = copy_of(error)
                 self._fail(job, unknown)
             self._settle(jobs, runs)
+            report(self.holder, logging.CRITICAL, "%s: out of service, since COMMIT met %s", self.label, error)
             self._break(error)
             return
         self._roll_back()
@@ -603,7 +601,7 @@ class WriterLoop:
             self._fail(job, error)
             self._roll_back()
         job.ended_at = monotonic()
-        self._settle([job], runs, commits=1)
+        self._settle([job], runs, commits=int(job.failed_with is None))
 
     def _fail(self, job: Job[Any], error: BaseException) -> None:
         error.__traceback__ = without_own_frames(error.__traceback__)

@@ -73,7 +73,7 @@ class JobQueue(queue.Queue[Job[Any]]):
         # lock to make room, so the job goes over maxsize.
         reentrant = me in self._waiting_threads or self._is_inside()
         waiter = None
-        with self.mutex:
+        with self.mutex:  # the writer is not asleep: there are jobs that fill the queue
             self._refuse_if_closed()
             if reentrant or (self._bounded < self.maxsize and not self._room):
                 self._bounded += 1
@@ -81,10 +81,7 @@ class JobQueue(queue.Queue[Job[Any]]):
             else:
                 waiter = _Waiter(job)
                 self._room.append(waiter)
-            asleep, self._asleep = self._asleep, False
             tell = not reentrant and self._has_become_nearly_full()
-        if asleep:
-            self._wake()
         if tell:
             self._tell()
         if waiter is not None:

@@ -100,7 +100,7 @@ def describe_sql(sql: str) -> Description:
     if verb in ("WITH", "EXPLAIN"):
         main = next((i for i, (word, depth) in enumerate(words) if depth == 0 and word in VERBS), 0)
         verb = words[main][0] if verb == "WITH" else verb
-    flat = {word for word, _ in words}
+    flat = words_of(sql)
     top = [word for word, depth in words if depth == 0]
     return Description(
         verb=verb,
@@ -111,6 +111,10 @@ def describe_sql(sql: str) -> Description:
         fails="FAIL" in flat,
         isolated=not flat.isdisjoint(("ROLLBACK", "PRAGMA", "DEFERRED")),
     )
+
+
+def words_of(sql: str) -> set[str]:
+    return {word for word, _ in _words(sql)}
 
 
 def _words(sql: str) -> list[tuple[str, int]]:

@@ -32,6 +32,7 @@ from onewriter.statement import (
     check_many,
     describe_sql,
     split_script,
+    words_of,
 )
 
 if TYPE_CHECKING:
@@ -73,13 +74,21 @@ class WriteSession:
         text = self._texts.get(sql)
         if text is None:
             text = self._texts[sql] = self.guard.own(sql)
-        guard, cursor = self.guard, self._cursor
+        guard, cursor, connection = self.guard, self._cursor, self.connection
         mode, guard.mode = guard.mode, Mode.GATEWAY
+        factory, connection.text_factory = connection.text_factory, str
         try:
             cursor.execute(text)
             return cursor.fetchall()
         finally:
-            guard.mode = mode
+            guard.mode, connection.text_factory = mode, factory
+
+    def words_in_schema(self, *words: str) -> set[str]:
+        """Which of these keywords the schemas of all databases have: not in names, strings or comments."""
+        likely = " OR ".join(f"lower(sql) LIKE '%{word.lower()}%'" for word in words)
+        names = [*self.databases, "temp"]
+        texts = [text for n in names for (text,) in self.own(f'SELECT sql FROM "{n}".sqlite_schema WHERE {likely}')]
+        return {word for word in words if any(word in words_of(text) for text in texts)}
 
     # These three are the gateway's own too; between two calls of a job the guard's mode is the gateway's.
 
@@ -295,7 +304,7 @@ class Transaction:
 
     def close(self, why: str) -> None:
         """Refuse every further call. From any thread; one that is under way ends by ``watch`` or ``take_back``."""
-        self._closed = why if why == INHERITED else self._closed or why
+        self._closed = self._closed or why
 
     def lend_to(self, thread: threading.Thread) -> None:
         self.thread, self.borrower = thread.ident or 0, thread

@@ -842,9 +842,15 @@ def test_a_blocking_call_on_the_loops_thread_warns_in_debug_mode_only(path: Path
         asyncio.run(main())
 
         async def debugged() -> None:
+            wait = threading.Event()  # a ticket that is not done
             for call in (
                 lambda: inner.run(INSERT, (1,)),
                 lambda: inner.flush(),
+                lambda: inner.read("SELECT 1"),
+                lambda: inner.read(lambda connection: None),
+                lambda: inner.read_one("SELECT 1", timeout=1.0),
+                lambda: inner.backup(path.with_name("copy.db")),
+                lambda: inner.enqueue(lambda tx: wait.wait(0.05) and None).exception(),
                 lambda: inner.transaction().__enter__(),
                 lambda: inner.reader().__enter__(),
             ):
@@ -1176,5 +1182,21 @@ def test_a_gateway_that_was_never_opened_says_so_and_a_closed_one_too(path: Path
             with pytest.raises(WriterClosedError, match="is closed"):
                 await shared.run("SELECT 1")
             assert not inner.closed
+
+    run(main)
+
+
+def test_a_block_that_was_left_by_an_error_says_so_afterwards(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path) as db:
+            with pytest.raises(LookupError):
+                async with db.transaction() as tx:
+                    raise LookupError
+            with pytest.raises(TransactionClosedError, match="was left by an error"):
+                await tx.execute("SELECT 1")
+            async with db.transaction() as tx:
+                pass
+            with pytest.raises(TransactionClosedError, match="has ended"):
+                await tx.execute("SELECT 1")
 
     run(main)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -95,3 +96,22 @@ def test_a_reader_that_is_held_back_comes_in_when_the_log_has_begun_anew(path: P
         assert rows == 100
         with db.reader(), pool.held_back(0.01):  # one that stays is not waited for
             pass
+
+
+@pytest.mark.parametrize(
+    ("mode", "waits"), [("PASSIVE", False), ("FULL", False), ("RESTART", True), ("TRUNCATE", True)]
+)
+def test_readers_are_held_back_only_for_the_modes_that_need_a_log_without_readers(
+    path: Path, mode: Any, waits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with DbWriter(path) as db:
+        seconds: list[float] = []
+        held_back = db._readers.held_back
+
+        def record(least: float) -> Any:
+            seconds.append(least)
+            return held_back(least)
+
+        monkeypatch.setattr(db._readers, "held_back", record)
+        assert not db.checkpoint(mode).busy
+    assert [second > 0 for second in seconds[:1]] == [waits]

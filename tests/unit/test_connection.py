@@ -266,3 +266,33 @@ def test_an_error_of_the_hook_stays_as_it_is(path: Path) -> None:
         DbWriter(path, on_connect=lambda connection, readonly: connection.execute("SELECT * FROM nowhere"))
     assert str(caught.value) == "no such table: nowhere"
     assert "raised by on_connect" in caught.value.__notes__[0]
+
+
+def test_a_connection_that_cannot_be_used_is_closed_although_its_error_is_kept(path: Path) -> None:
+    connections: list[sqlite3.Connection] = []
+
+    def fail(connection: sqlite3.Connection, readonly: bool) -> None:
+        connections.append(connection)
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        DbWriter(path, on_connect=fail)
+    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+        connections[0].execute("SELECT 1")
+
+
+@pytest.mark.parametrize("journal_mode", ["WAL", "DELETE"])
+def test_what_the_hook_makes_of_texts_is_not_asked_about_the_gateways_own(path: Path, journal_mode: Any) -> None:
+    def prepare(connection: sqlite3.Connection, readonly: bool) -> None:
+        connection.text_factory = lambda data: (data,)
+
+    pragmas: dict[str, str | int] = {"encoding": "UTF-16", "auto_vacuum": "FULL", "temp_store": "MEMORY"}
+    with DbWriter(path, journal_mode=journal_mode, on_connect=prepare, pragmas=pragmas) as db:
+        db.run_script("CREATE TABLE p (id INTEGER PRIMARY KEY); CREATE TABLE c (name TEXT, p REFERENCES p (id))")
+        with pytest.raises(sqlite3.IntegrityError, match=r"the first: c \(rowid 1\) → p"):
+            db.run(lambda tx: tx.execute("INSERT INTO c VALUES ('a', 1)").rowcount, foreign_keys=False)
+        db.run("INSERT INTO c VALUES ('a', NULL)")
+        db.run_without_transaction("PRAGMA synchronous = OFF")
+        assert db.read("SELECT name FROM c") == [((b"a",),)]
+        assert db.run("SELECT name FROM c").rows == [((b"a",),)]
+        db.checkpoint()

@@ -422,3 +422,41 @@ def test_a_log_handler_that_raises_does_no_harm(
         db.run(INSERT, (1,))
         assert db.health == "ok"
     assert "of the handler" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("schema", "shared"),
+    [
+        ('CREATE TABLE other (rollback_reason, "deferred") -- rolled back, deferred', True),
+        ("CREATE TABLE other (n CHECK (n <> 'rollback')); CREATE VIEW v AS SELECT 'DEFERRED' AS x", True),
+        ("CREATE TABLE other (n UNIQUE ON CONFLICT Rollback)", False),
+        ("CREATE TABLE other (n REFERENCES t (n) DEFERRABLE INITIALLY deferred)", False),
+    ],
+)
+@pytest.mark.parametrize("text_factory", [str, bytes])
+def test_only_a_keyword_in_the_schema_keeps_jobs_apart(
+    path: Path, schema: str, shared: bool, text_factory: Any
+) -> None:
+    def hook(connection: sqlite3.Connection, readonly: bool) -> None:
+        connection.text_factory = text_factory
+
+    with DbWriter(path, on_connect=hook) as db:
+        db.run(TABLE)
+        db.run_script(schema)
+        before = db.stats().commits
+        with parked(db):
+            tickets = [db.enqueue("INSERT INTO t VALUES (?)", (n,)) for n in range(10)]
+        db.flush()
+        assert all(ticket.exception() is None for ticket in tickets)
+        assert db.stats().commits - before == (2 if shared else 11)
+
+
+def test_only_what_was_committed_counts_as_a_commit(db: DbWriter) -> None:
+    before = db.stats().commits
+    db.run_without_transaction("VACUUM")
+    assert db.stats().commits == before + 1
+    with pytest.raises(sqlite3.OperationalError):
+        db.run_without_transaction("VACUUM nowhere")
+    with pytest.raises(sqlite3.OperationalError):
+        db.run("INSERT INTO nowhere VALUES (1)")
+    assert db.stats().commits == before + 1
