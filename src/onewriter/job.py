@@ -159,7 +159,7 @@ class Ticket(Generic[T]):
             if self.counted:
                 self._holder.tally.count_cancelled(self.label)
             woken, self._waiters = self._waiters, None
-            work, self.work = self.work, None  # which goes at the end, not under the lock: it may have finalizers
+            _work, self.work = self.work, None  # which goes at the end, not under the lock: it may have finalizers
         wake(woken or ())
         self.run_callbacks()
         return True

@@ -1121,19 +1121,160 @@ def test_an_opening_that_is_cancelled_in_the_moment_it_ends_is_undone(path: Path
 
 
 def test_a_connection_that_comes_in_the_moment_its_task_is_cancelled_goes_to_the_next(path: Path) -> None:
+    opened_readers: list[sqlite3.Connection] = []
+
+    def count(connection: sqlite3.Connection, readonly: bool) -> None:
+        opened_readers.extend([connection] * readonly)
+
+    async def main() -> None:
+        with DbWriter(path, readers=1, on_connect=count) as inner:
+            shared = AsyncDbWriter.wrap(inner)
+            for is_cancelled in (False, True):
+                with inner.reader():
+                    waiting = asyncio.create_task(shared.read_value("SELECT 1"))
+                    while inner.stats().readers_waiting == 0:
+                        await asyncio.sleep(0)
+                if is_cancelled:
+                    waiting.cancel()  # it has the connection, and has not heard of it yet
+                    with pytest.raises(asyncio.CancelledError):
+                        await waiting
+                else:
+                    assert await waiting == 1
+                assert inner.stats().readers_in_use == 0
+            assert await shared.read_value("SELECT 2", timeout=DEADLINE) == 2
+            assert len(opened_readers) == 1
+
+    run(main)
+
+
+def test_a_read_that_is_cancelled_before_its_thread_begins_gives_its_connection_back_once(path: Path) -> None:
     async def main() -> None:
         with DbWriter(path, readers=1) as inner:
             shared = AsyncDbWriter.wrap(inner)
-            with inner.reader():
-                waiting = asyncio.create_task(shared.read_value("SELECT 1"))
-                while inner.stats().readers_waiting == 0:
+            await shared.read("SELECT 1")
+            assert shared._pool is not None
+            gate = threading.Event()
+
+            async def enter() -> None:
+                async with shared.reader():
+                    pytest.fail("entered")
+
+            for read in (enter, lambda: shared.read("SELECT 1"), lambda: shared.read(lambda connection: None)):
+                busy = shared._pool.submit(gate.wait, DEADLINE)
+                reading = asyncio.create_task(read())
+                while inner.stats().readers_in_use == 0:
                     await asyncio.sleep(0)
-            waiting.cancel()  # it has the connection, and has not heard of it yet
-            with pytest.raises(asyncio.CancelledError):
-                await waiting
-            assert inner.stats().readers_in_use == 0
-            assert inner.read_value("SELECT 2", timeout=DEADLINE) == 2
-            await shared.close()
+                reading.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await reading
+                gate.set()
+                busy.result(DEADLINE)
+                gate.clear()
+                with inner.reader(), pytest.raises(ReadTimeoutError):  # so there is still just the one
+                    await shared.read("SELECT 1", timeout=0.01)
+
+    run(main)
+
+
+def test_a_read_is_held_back_only_while_somebody_asks_for_it_and_not_for_long(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        with DbWriter(path) as inner:
+            shared = AsyncDbWriter.wrap(inner)
+            inner._readers.holds_back = True  # and nobody takes that back
+            assert await shared.read_value("SELECT 1") == 1
+            inner._readers.holds_back = False
+            monkeypatch.setattr(asyncio, "sleep", None)
+            assert await shared.read_value("SELECT 1") == 1
+            monkeypatch.undo()
+
+    run(main)
+
+
+def test_a_block_whose_task_thinks_for_long_goes_on(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aio, "LOOK", 0.001)
+
+    async def main() -> None:
+        async with opened(path) as db:
+            looks = asyncio.Semaphore(0)
+            loop, holder = asyncio.get_running_loop(), db._gateway()._holder
+            monkeypatch.setattr(holder, "warn_if_slow", lambda now: loop.call_soon_threadsafe(looks.release))
+            async with db.transaction() as tx:
+                for _ in range(5):
+                    await looks.acquire()
+                await tx.execute(INSERT, (1,))
+            assert await rows(db) == [1]
+
+    run(main)
+
+
+def test_each_loop_has_its_own_timeouts(path: Path) -> None:
+    with DbWriter(path) as inner:
+        shared = AsyncDbWriter.wrap(inner)
+
+        async def leave() -> None:
+            await shared.run("SELECT 1")  # the loop ends before the look at its timeouts
+
+        async def wait() -> None:
+            with parked(inner), pytest.raises(WriteTimeoutError):
+                await shared.run("SELECT 1", timeout=1.0)
+
+        run(leave)
+        run(wait)
+
+
+def test_what_a_block_refuses_is_named(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path) as db, db.transaction():
+            with pytest.raises(ReentrantWriteError, match=r"^foreign_keys="):
+                await db.run(lambda tx: None, foreign_keys=False)
+            with pytest.raises(ReentrantWriteError, match=r"^flush"):
+                await db.flush()
+            with pytest.raises(ReentrantWriteError, match=r"^checkpoint"):
+                await db.checkpoint()
+
+    run(main)
+
+
+def test_opening_twice_is_no_harm_and_at_once_is_refused(path: Path) -> None:
+    async def main() -> None:
+        db = AsyncDbWriter(path)
+        first = asyncio.create_task(db.open())
+        await asyncio.sleep(0)
+        with pytest.raises(WriterClosedError, match="not open"):
+            await db.open()
+        assert await first is db
+        assert await db.open() is db
+        await db.close()
+
+    run(main)
+
+
+def test_a_read_of_a_function_is_named_by_its_label_or_its_name(path: Path) -> None:
+    def count_all(connection: sqlite3.Connection) -> None:
+        pass
+
+    async def main() -> None:
+        async with opened(path, readers=1) as db, db.reader():
+
+            async def other(**options: Any) -> None:
+                await db.read(count_all, timeout=0.01, **options)
+
+            for options, name in (({"label": "mine"}, "'mine'"), ({}, "count_all'")):
+                with pytest.raises(ReadTimeoutError, match=name):
+                    await asyncio.create_task(other(**options))
+
+    run(main)
+
+
+def test_a_job_that_waited_in_line_wakes_a_writer_that_sleeps(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path) as db:
+            while not db._gateway()._loop.queue._asleep:
+                await asyncio.sleep(0.001)
+            ticket = await db.enqueue_wait(INSERT, (1,))
+            assert (await ticket).rowcount == 1
 
     run(main)
 

@@ -6,6 +6,7 @@ import gc
 import logging
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -398,3 +399,28 @@ def test_a_thread_with_the_number_of_an_ended_one_is_not_inside_its_block(
     if numbers[0] == numbers[1]:  # nearly always
         db.run(INSERT, (1,), timeout=DEADLINE)
         assert rows(db) == [1]
+
+
+def test_an_error_of_a_read_in_a_block_that_was_taken_away_is_the_one_that_is_told(db: DbWriter) -> None:
+    def wait_and_fail(connection: sqlite3.Connection) -> None:
+        while db.in_writer():
+            time.sleep(0.001)
+        raise LookupError
+
+    with pytest.raises(TransactionClosedError), db.transaction(max_hold=0.05), pytest.raises(LookupError):
+        db.read(wait_and_fail)
+
+
+def test_a_nested_block_that_is_over_is_dead_though_the_outer_one_lives(db: DbWriter) -> None:
+    with db.transaction() as outer:
+        with db.transaction() as inner:
+            inner.execute("SELECT 1")
+        uses: list[Callable[[], object]] = [
+            lambda: inner.on_commit(print),
+            lambda: inner.connection,
+            lambda: inner.execute("SELECT 1"),
+        ]
+        for use in uses:
+            with pytest.raises(TransactionClosedError, match="has ended"):
+                use()
+        outer.execute("SELECT 1")

@@ -115,3 +115,17 @@ def test_readers_are_held_back_only_for_the_modes_that_need_a_log_without_reader
         monkeypatch.setattr(db._readers, "held_back", record)
         assert not db.checkpoint(mode).busy
     assert [second > 0 for second in seconds[:1]] == [waits]
+
+
+def test_the_log_is_emptied_later_unless_it_was_just_now(path: Path) -> None:
+    with DbWriter(path) as db:
+        checkpointer = db._loop._checkpointer
+        db.run("CREATE TABLE t (n)")
+        db.checkpoint("PASSIVE")
+        assert checkpointer.has_work
+        with db.reader():
+            db.run("INSERT INTO t VALUES (1)")
+            assert db.checkpoint("TRUNCATE").busy
+        assert checkpointer.has_work
+        assert not db.checkpoint("TRUNCATE").busy
+        assert not checkpointer.has_work

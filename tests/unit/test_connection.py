@@ -296,3 +296,22 @@ def test_what_the_hook_makes_of_texts_is_not_asked_about_the_gateways_own(path: 
         assert db.read("SELECT name FROM c") == [((b"a",),)]
         assert db.run("SELECT name FROM c").rows == [((b"a",),)]
         db.checkpoint()
+
+
+def test_a_pragma_that_has_no_effect_is_told_with_what_is_in_force(path: Path) -> None:
+    with pytest.raises(ValueError, match="no_such_pragma = 1 has no effect here: SQLite does not know it"):
+        DbWriter(path, pragmas={"no_such_pragma": 1})
+    with pytest.raises(ValueError, match="page_size = 1000 has no effect here: 4096 is in force"):
+        DbWriter(path, pragmas={"page_size": 1000})
+
+
+def test_a_transaction_that_the_hook_leaves_open_does_not_keep_settings_from_being_put_right(path: Path) -> None:
+    def prepare(connection: sqlite3.Connection, readonly: bool) -> None:
+        if not readonly:
+            connection.execute("PRAGMA foreign_keys = 0")
+            connection.execute("BEGIN")
+            connection.execute("CREATE TABLE IF NOT EXISTS of_the_hook (n)")
+
+    with DbWriter(path, on_connect=prepare) as db:
+        assert db.run("PRAGMA foreign_keys").rows == [(1,)]
+        assert db.read("SELECT * FROM of_the_hook") == []

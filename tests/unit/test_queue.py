@@ -24,6 +24,7 @@ from onewriter import (
     Transaction,
     WriterClosedError,
     WriteTimeoutError,
+    loop,
 )
 
 DEADLINE = 30.0  # seconds; whatever takes longer hangs
@@ -523,3 +524,32 @@ def test_bad_sql_in_a_batch_does_not_make_the_others_run_again(db: DbWriter) -> 
     assert all(isinstance(ticket.exception(30), sqlite3.Error) for ticket in bad)
     assert [ticket.result(30).rowcount for ticket in good] == [1] * 6
     assert db.stats().run_twice == 0
+
+
+def test_an_interrupt_that_nobody_of_ours_has_sent_is_told_as_it_is(db: DbWriter) -> None:
+    entered = threading.Event()
+
+    def endless(tx: Transaction) -> None:
+        entered.set()
+        tx.execute("WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n")
+
+    ticket = db.enqueue(endless)
+    assert entered.wait(30)
+    session = db._loop._session
+    assert session is not None
+    while not ticket.done():
+        session.connection.interrupt()
+    with pytest.raises(sqlite3.OperationalError, match="interrupted"):
+        ticket.result()
+
+
+def test_the_lock_is_left_free_for_a_moment_after_long_holding(db: DbWriter, monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(loop, "LONGEST_HOLD", 0.0)
+    monkeypatch.setattr(db._loop._stop, "wait", pauses.append)
+    with parked(db):
+        for n in range(3):
+            db.enqueue(f"PRAGMA user_version = {n}")  # each has a transaction of its own
+    db.flush()
+    assert pauses
+    assert all(0 < pause <= loop.GAP for pause in pauses)

@@ -15,7 +15,16 @@ from typing import Any
 import pytest
 
 from helpers import DEADLINE, in_threads, parked
-from onewriter import AsyncDbWriter, DbWriter, ReadTimeoutError, ReentrantWriteError, Transaction, WriterClosedError
+from onewriter import (
+    AsyncDbWriter,
+    DbWriter,
+    ReadTimeoutError,
+    ReentrantWriteError,
+    Ticket,
+    Transaction,
+    WriterClosedError,
+)
+from onewriter.readers import Reader, Waiter
 
 INSERT = "INSERT INTO t VALUES (?)"
 COUNT = "SELECT count(*) FROM t"
@@ -501,3 +510,60 @@ def test_an_error_that_has_nothing_to_do_with_time_is_told_although_the_time_is_
     db.read("SELECT 1")  # so that a connection is there
     with pytest.raises(sqlite3.OperationalError, match="no such table"):
         db.read("SELECT * FROM nowhere", timeout=0)
+
+
+def corrupt(*_: object) -> None:
+    error = sqlite3.DatabaseError("database disk image is malformed")
+    error.sqlite_errorcode, error.sqlite_errorname = sqlite3.SQLITE_CORRUPT, "SQLITE_CORRUPT"
+    raise error
+
+
+@pytest.mark.parametrize("way", ["block", "function"])
+def test_damage_that_a_reader_meets_shows_in_the_health(db: DbWriter, way: str) -> None:
+    assert db.health == "ok"
+    with pytest.raises(sqlite3.DatabaseError):
+        if way == "function":
+            db.read(corrupt)
+        else:
+            with db.reader():
+                corrupt()
+    assert db.health == "degraded: database disk image is malformed"
+
+
+def test_a_reader_that_is_not_slow_is_not_told_of(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with DbWriter(path, slow_after=60) as db:
+        with db.reader():
+            db.run("CREATE TABLE t (n)")
+            db._loop.idle()
+        assert caplog.messages == []
+
+
+def test_a_place_that_comes_in_the_moment_nobody_waits_any_more_is_free(
+    one: DbWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(reader: Reader) -> None:
+        raise sqlite3.OperationalError("cannot roll back")
+
+    with one.reader():
+        waiter = one._readers.take_or_line_up("a read")
+        assert isinstance(waiter, Waiter)
+        monkeypatch.setattr(Reader, "clean", fail)
+    monkeypatch.undo()
+    assert (waiter.granted, waiter.reader) == (True, None)  # the right to open another
+    one._readers.leave_line(waiter)
+    assert one.read_value(COUNT, timeout=DEADLINE) == 0
+
+
+def test_a_write_that_is_committed_as_the_time_runs_out_is_read(db: DbWriter, monkeypatch: pytest.MonkeyPatch) -> None:
+    wait = Ticket.wait
+
+    def wait_too_long(ticket: Ticket[Any], timeout: float | None) -> bool:
+        wait(ticket, None)
+        return False
+
+    db.run("CREATE TABLE t (n)")
+    with parked(db) as release:
+        ticket = db.enqueue(INSERT, (1,))
+        monkeypatch.setattr(Ticket, "wait", wait_too_long)
+        release.set()
+        assert db.read("SELECT n FROM t", after=ticket) == [(1,)]
