@@ -246,8 +246,14 @@ def _end_by_hand(connection: sqlite3.Connection) -> None:
 
 
 def _apply_pragmas(connection: sqlite3.Connection, settings: Settings) -> None:
+    errors = []
     for name, value in settings.pragmas.items():
-        set_pragma(connection, name, value)
+        try:
+            set_pragma(connection, name, value)
+        except ValueError as error:  # the others all the same
+            errors.append(error)
+    for error in errors:
+        raise error
 
 
 def _call_hook(connection: sqlite3.Connection, settings: Settings, *, readonly: bool) -> None:

@@ -76,7 +76,7 @@ class ThreadDriver:
                 raise not_entered(job, timeout, self._loop)
             if not in_time:  # granted, or refused, in the same moment
                 job.granted.acquire()
-        except KeyboardInterrupt:
+        except BaseException:  # Ctrl-C, or what another signal handler raises
             if not job.cancel():
                 job.give_back(failed=True)
             raise

@@ -18,7 +18,8 @@ class Loan(Protocol):
 
     def call(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any: ...
     def savepoint(self) -> contextlib.AbstractContextManager[None]: ...
-    def undo(self) -> None: ...
+    def undo(self, end_cursors: Callable[[], None]) -> None: ...
+    def outlasts(self, name: str) -> None: ...
 
 
 def _through_loan(name: str) -> Any:
@@ -34,10 +35,7 @@ def _through_loan(name: str) -> Any:
 class LentCursor(sqlite3.Cursor):
     """A cursor of a lent connection."""
 
-    def __init__(self, connection: sqlite3.Connection, lent: LentConnection) -> None:
-        super().__init__(connection)
-        self.lent = lent
-
+    lent: LentConnection
     connection = property(lambda self: self.lent)
     execute = _through_loan("execute")
     executemany = _through_loan("executemany")
@@ -57,6 +55,17 @@ def _delegated(name: str) -> Any:
 
     call.__name__ = name
     return call
+
+
+def _outlasting(name: str) -> Any:
+    call = _delegated(name)
+
+    def call_and_tell(self: LentConnection, *args: Any, **options: Any) -> Any:
+        self.loan.outlasts(name)
+        return call(self, *args, **options)
+
+    call_and_tell.__name__ = name
+    return call_and_tell
 
 
 def _refused(name: str) -> Any:
@@ -96,9 +105,15 @@ class LentConnection(sqlite3.Connection):
     def text_factory(self, value: Any) -> None:
         self.loan.call(setattr, self.loan.connection, "text_factory", value)
 
-    def cursor(self, factory: Callable[[sqlite3.Connection], Any] | None = None) -> Any:
-        make = factory or (lambda connection: LentCursor(connection, self))
-        cursor = self.loan.call(sqlite3.Connection.cursor, self.loan.connection, make)
+    def cursor(self, factory: type[sqlite3.Cursor] = LentCursor) -> Any:
+        if not (isinstance(factory, type) and issubclass(factory, sqlite3.Cursor)):
+            raise TypeError("the factory of a lent connection's cursors must be a subclass of sqlite3.Cursor")
+        if factory not in (sqlite3.Cursor, LentCursor):  # whose methods come first, and call ours
+            factory = type(factory.__name__, (factory, LentCursor), {"lent": self})
+        else:
+            factory = LentCursor
+        cursor = self.loan.call(sqlite3.Connection.cursor, self.loan.connection, factory)
+        cursor.lent = self
         cursor.row_factory = self.row_factory
         self._live.add(cursor)
         return cursor
@@ -133,8 +148,7 @@ class LentConnection(sqlite3.Connection):
         pass
 
     def rollback(self) -> None:
-        self.close_cursors()
-        self.loan.undo()
+        self.loan.undo(self.close_cursors)
 
     def close(self) -> None:
         pass
@@ -148,13 +162,13 @@ class LentConnection(sqlite3.Connection):
     def __call__(self, sql: str, /) -> NoReturn:
         raise sqlite3.NotSupportedError("statements are prepared by execute")
 
-    create_function = _delegated("create_function")
-    create_aggregate = _delegated("create_aggregate")
-    create_window_function = _delegated("create_window_function")
-    create_collation = _delegated("create_collation")
-    enable_load_extension = _delegated("enable_load_extension")
-    load_extension = _delegated("load_extension")
-    set_trace_callback = _delegated("set_trace_callback")
+    create_function = _outlasting("create_function")
+    create_aggregate = _outlasting("create_aggregate")
+    create_window_function = _outlasting("create_window_function")
+    create_collation = _outlasting("create_collation")
+    enable_load_extension = _outlasting("enable_load_extension")
+    load_extension = _outlasting("load_extension")
+    set_trace_callback = _outlasting("set_trace_callback")
     getlimit = _delegated("getlimit")
     serialize = _delegated("serialize")
     interrupt = _delegated("interrupt")

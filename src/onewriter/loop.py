@@ -670,7 +670,10 @@ class WriterLoop:
         self._guard.settings_touched = False
         if self._session is not None:
             try:
-                configure(self._session.connection, self._settings)
+                try:
+                    configure(self._session.connection, self._settings)
+                except ValueError as error:  # as a limit on a size that is surpassed
+                    report(self.holder, logging.WARNING, "%s: %s", self.label, error)
                 self._session.restore_factories()
                 # Texts that were allowed for this job are asked again, for the next.
                 self._guard.install(self._session.connection)

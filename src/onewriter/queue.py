@@ -130,7 +130,7 @@ class JobQueue(queue.Queue[Job[Any]]):
             self._asleep = True
             is_empty = not self.queue and self._refusal is None
         if is_empty:
-            self._token.acquire(timeout=-1 if timeout is None else timeout)
+            self._token.acquire(timeout=-1 if timeout is None else min(timeout, threading.TIMEOUT_MAX))
         with self.mutex:
             self._asleep = False
             return self.take_now(limit) if self.queue or self._refusal is not None else None

@@ -25,12 +25,13 @@ from onewriter.log import report
 from onewriter.queue import closed_error
 from onewriter.retry import LockPolicy, is_busy
 from onewriter.statement import Parameters
+from onewriter.watch import Watch
 
 T = TypeVar("T")
 Fetch = Callable[[sqlite3.Cursor], T]
 
 HELD_BACK = 0.05  # seconds that a loan is held back at most
-STEPS = 250_000  # of SQLite's virtual machine between two looks at the clock, each of which needs the GIL
+STEPS = 250_000  # of SQLite's virtual machine between two looks at the clock
 
 
 class Reader:
@@ -41,12 +42,12 @@ class Reader:
         self.deadline = math.inf
         self.label, self.since, self.is_named = "", 0.0, False  # of the loan; named: a warning was given
         self.is_inherited = False  # this is a child of the process that it belongs to
-        self._guard = guard
+        self.guard = guard
         self.is_pinned = False
         self._policy = policy
         self._row_factory, self._text_factory = connection.row_factory, connection.text_factory
-        # Not interrupt(): one that comes late would hit the next borrower's statement.
-        connection.set_progress_handler(self._is_late, STEPS)
+        self.watch = Watch(self._is_late)
+        self.watch.set_on(connection, STEPS)
 
     def fetch(self, sql: str, parameters: Parameters, fetch: Fetch[T]) -> T:
         cursor = sqlite3.Connection.execute(self.connection, sql, parameters)
@@ -66,6 +67,7 @@ class Reader:
         """Try again if it was a lock; raise ``error``, or that there is no time left."""
         late: BaseException = error
         try:
+            self.watch.raise_caught()
             if is_busy(error):
                 try:
                     left = max(0.0, self.deadline - monotonic())
@@ -86,11 +88,11 @@ class Reader:
         self.is_pinned = True
 
     def _own(self, sql: str) -> None:
-        self._guard.is_own = True
+        self.guard.is_own = True
         try:
-            self.fetch(self._guard.own(sql), (), _nothing)
+            self.fetch(self.guard.own(sql), (), _nothing)
         finally:
-            self._guard.is_own = False
+            self.guard.is_own = False
 
     def clean(self) -> None:
         """Be as new for the next borrower, whatever the last one did."""
@@ -121,13 +123,20 @@ class Snapshot:
         with self._lock:
             if self._ended:
                 raise sqlite3.ProgrammingError("the reader() block or read() of this connection has ended")
-            return function(*args, **options)
+            try:
+                return function(*args, **options)
+            except sqlite3.OperationalError:
+                self.reader.watch.raise_caught()
+                raise
 
     def savepoint(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
-    def undo(self) -> None:
+    def undo(self, end_cursors: Callable[[], None]) -> None:
         pass
+
+    def outlasts(self, name: str) -> None:
+        self.reader.guard.is_spoilt = True
 
     def end(self) -> None:
         if self.reader.is_inherited:
@@ -457,13 +466,16 @@ class ReaderPool:
         if monotonic() - reader.since > self._holder.slow_after:
             self._warn(reader, "was open")
         reader.deadline = math.inf
-        if reader.is_pinned or reader.connection.in_transaction:
-            try:
+        try:
+            if reader.is_pinned or reader.connection.in_transaction:
                 reader.clean()
-            except sqlite3.Error:
-                reader.connection.close()
-                self._give_up_place()
-                return
+            is_good = not reader.guard.is_spoilt
+        except sqlite3.Error:
+            is_good = False
+        if not is_good:
+            reader.connection.close()
+            self._give_up_place()
+            return
         with self._lock:
             if not self._closed:
                 if self._waiting:

@@ -14,14 +14,15 @@ from typing import Any, NamedTuple, TypeAlias, cast
 Parameters: TypeAlias = tuple[Any, ...] | Mapping[str, Any]
 
 TOKEN = re.compile(
-    r"""(?P<skip>\s+|--[^\n]*|/\*.*?(?:\*/|\Z))
-      | (?P<quoted>'(?:[^']|'')*(?:'|\Z)|"(?:[^"]|"")*(?:"|\Z)|`(?:[^`]|``)*(?:`|\Z)|\[[^\]]*(?:\]|\Z))
+    r"""(?P<skip>\s+|--[^\n]*|/\*(?:[^*]++|\*(?!/))*+(?:\*/|\Z))
+      | (?P<quoted>'(?:[^']++|'')*+(?:'|\Z)|"(?:[^"]++|"")*+(?:"|\Z)|`(?:[^`]++|``)*+(?:`|\Z)|\[[^\]]*(?:\]|\Z))
       | (?P<word>[^\W\d]\w*)
       | (?P<other>\d\w*|.)""",
     re.VERBOSE | re.DOTALL,
 )
 CHANGING = frozenset(("INSERT", "REPLACE", "UPDATE", "DELETE"))
 VERBS = frozenset(("INSERT", "REPLACE", "UPDATE", "DELETE", "SELECT", "VALUES"))
+LONG = 10_000  # characters, from which on a text has values in it, and comes once
 TEXTUAL = (str, bytes, bytearray, memoryview)
 WITHOUT_ROWID = "SELECT count(*) FROM pragma_table_list WHERE name = ? COLLATE NOCASE AND wr"
 # A constraint that SQLite checks before it writes, or undoes: unless FAIL says otherwise, nothing is left behind.
@@ -93,8 +94,11 @@ class Result:
         return self.fetchmany(len(self.rows))
 
 
-@functools.lru_cache(maxsize=1024)
 def describe_sql(sql: str) -> Description:
+    return _describe_short(sql) if len(sql) < LONG else _describe_long(sql)
+
+
+def _describe(sql: str) -> Description:
     words = _words(sql)
     verb, main = (words[0][0] if words else ""), 0
     if verb in ("WITH", "EXPLAIN"):
@@ -111,6 +115,9 @@ def describe_sql(sql: str) -> Description:
         fails="FAIL" in flat,
         isolated=not flat.isdisjoint(("ROLLBACK", "PRAGMA", "DEFERRED")),
     )
+
+
+_describe_short, _describe_long = functools.lru_cache(1024)(_describe), functools.lru_cache(2)(_describe)
 
 
 def words_of(sql: str) -> set[str]:
@@ -130,11 +137,9 @@ def _words(sql: str) -> list[tuple[str, int]]:
 
 def _target(sql: str) -> str:
     """The table named behind INTO, without its quotes and schema."""
-    tokens = [m for m in TOKEN.finditer(sql) if m.lastgroup != "skip"]
-    into = next((i for i, m in enumerate(tokens) if m.group().upper() == "INTO"), None)
-    if into is None:
-        return ""
-    names = [m.group() for m in tokens[into + 1 : into + 4]]
+    tokens = (m.group() for m in TOKEN.finditer(sql) if m.lastgroup != "skip")
+    behind = itertools.dropwhile(lambda text: text.upper() != "INTO", tokens)
+    names = list(itertools.islice(behind, 1, 4))
     name = names[2] if len(names) > 2 and names[1] == "." else (names or [""])[0]
     return name[1:-1].replace(name[0] * 2, name[0]) if name[:1] in ("'", '"', "`", "[") else name
 

@@ -34,6 +34,7 @@ from onewriter.statement import (
     split_script,
     words_of,
 )
+from onewriter.watch import Watch
 
 if TYPE_CHECKING:
     from onewriter.job import Job
@@ -66,7 +67,8 @@ class WriteSession:
             guard.own(f"{verb} {guard.mark}_0") for verb in ("SAVEPOINT", "RELEASE", "ROLLBACK TO")
         )
         self.page_size: int = self.own("PRAGMA page_size")[0][0]
-        names = [row[1] for row in self.own("PRAGMA database_list")]
+        # Not PRAGMA database_list, whose paths need not be text.
+        names = [name for (name,) in self.own("SELECT name FROM pragma_database_list")]
         self.databases = [name.replace('"', '""') for name in names if name != "temp"]
 
     def own(self, sql: str) -> list[Any]:
@@ -84,11 +86,15 @@ class WriteSession:
             guard.mode, connection.text_factory = mode, factory
 
     def words_in_schema(self, *words: str) -> set[str]:
-        """Which of these keywords the schemas of all databases have: not in names, strings or comments."""
-        likely = " OR ".join(f"lower(sql) LIKE '%{word.lower()}%'" for word in words)
-        names = [*self.databases, "temp"]
-        texts = [text for n in names for (text,) in self.own(f'SELECT sql FROM "{n}".sqlite_schema WHERE {likely}')]
-        return {word for word in words if any(word in words_of(text) for text in texts)}
+        """The words, not in names, strings or comments, of what has one of these in the schemas of all databases."""
+        found: set[str] = set()
+        for name in (*self.databases, "temp"):
+            # Not by LIKE, which on_connect may have replaced.
+            for (text,) in self.own(f'SELECT sql FROM "{name}".sqlite_schema WHERE sql IS NOT NULL'):
+                upper = text.upper()
+                if any(word in upper for word in words):
+                    found |= words_of(text)
+        return found
 
     # These three are the gateway's own too; between two calls of a job the guard's mode is the gateway's.
 
@@ -124,8 +130,9 @@ class Transaction:
     _until = math.inf
     _read_until: float | None = None  # while nothing may be written
     _ends_readonly = False
-    _watched = False
-    _depth = 0
+    _watch: Watch | None = None
+    _marks: tuple[tuple[int, int], ...] = ()  # of the open savepoints: how many callbacks there were at the beginning
+    _traced = False
     _after_commit: list[Callback] = []  # noqa: RUF012 - never changed; a longer list takes its place
     _after_rollback: list[Callback] = []  # noqa: RUF012
     _undone: list[Callback] = []  # noqa: RUF012 - on_rollback of savepoints that were rolled back
@@ -182,21 +189,20 @@ class Transaction:
     def savepoint(self) -> Iterator[None]:
         """A part of the transaction that is undone alone if the ``with`` block raises."""
         root = self._root
-        depth = root._depth + 1
-        name = f"{self._session.guard.mark}_{depth}"
-        marks = len(root._after_commit), len(root._after_rollback)
+        name = f"{self._session.guard.mark}_{len(root._marks) + 1}"
+        mark = len(root._after_commit), len(root._after_rollback)
         self._own(f"SAVEPOINT {name}")
-        root._depth = depth
+        outer, root._marks = root._marks, (*root._marks, mark)
         try:
             yield
         except BaseException:
-            root._depth = depth - 1
-            self._forget_since(marks)
+            root._marks = outer
+            self._forget_since(mark)
             if self._closed is None and root._closed is None and self._session.connection.in_transaction:
                 self._own(f"ROLLBACK TO {name}")
                 self._own(f"RELEASE {name}")
             raise
-        root._depth = depth - 1
+        root._marks = outer
         self._own(f"RELEASE {name}")
 
     def on_commit(self, fn: Callback, /) -> None:
@@ -274,7 +280,7 @@ class Transaction:
             self._check_thread()
         with session.lock:
             # Looked at inside the lock: whoever takes the loan back closes it first, then waits for the lock.
-            if self._closed is not None or root._closed is not None or (root._watched and root._until < monotonic()):
+            if self._closed is not None or root._closed is not None or (root._watch is not None and root._until < monotonic()):
                 raise self.closed_error()
             if not session.connection.in_transaction and self.job.in_transaction:
                 raise self.aborted_error()
@@ -298,9 +304,9 @@ class Transaction:
 
     def watch(self) -> None:
         """Have statements end when the transaction is closed, too."""
-        if not self._watched:
-            self._watched = True
-            self._session.connection.set_progress_handler(self._is_late, STEPS)
+        if self._watch is None:
+            self._watch = Watch(self._is_late)
+            self._watch.set_on(self._session.connection, STEPS)
 
     def close(self, why: str) -> None:
         """Refuse every further call. From any thread; one that is under way ends by ``watch`` or ``take_back``."""
@@ -319,9 +325,11 @@ class Transaction:
         if self._lent is not None:
             self._lent.close_cursors()
             self._session.restore_factories()
+        if self._traced:
+            self._session.connection.set_trace_callback(None)
         if self._ends_readonly:
             self._session.own("PRAGMA query_only=0")
-        if self._watched:
+        if self._watch is not None:
             self._session.connection.set_progress_handler(None, 0)
         self._closed = self._closed or ENDED
 
@@ -336,9 +344,14 @@ class Transaction:
         return self._undone + (self._after_commit if committed else self._after_rollback)
 
     def undo(self) -> None:
-        """Undo what this job or block has done so far; the transaction stays open."""
-        self._forget_since((0, 0))
-        self.call(self._session.undo_to_mark, mode=Mode.GATEWAY)
+        """Undo what this job, or its innermost nested part, has done so far; the transaction stays open."""
+        root = self._root
+        if root._marks:
+            self._forget_since(root._marks[-1])
+            self._own(f"ROLLBACK TO {self._session.guard.mark}_{len(root._marks)}")
+        else:
+            self._forget_since((0, 0))
+            self.call(self._session.undo_to_mark, mode=Mode.GATEWAY)
 
     def overdue(self) -> TransactionClosedError | ForkedError | None:
         """The error of a block that has held the writer for too long, where no other thread takes it back."""
@@ -397,6 +410,8 @@ class Transaction:
         root = self._root
         if getattr(error, "sqlite_errorcode", 0) != sqlite3.SQLITE_INTERRUPT:
             return
+        if root._watch is not None:
+            root._watch.raise_caught()
         now = monotonic()
         if root._closed is not None or now > root._until:
             raise self.closed_error() from error
@@ -420,7 +435,14 @@ class _WriteLoan:
         self._session = session
         self.connection = session.connection
         self.savepoint = transaction.savepoint
-        self.undo = transaction.undo
+
+    def undo(self, end_cursors: Callable[[], None]) -> None:
+        end_cursors()
+        self._transaction.undo()
+
+    def outlasts(self, name: str) -> None:
+        """Functions are the user's, and stay; who follows SQL would see that of other jobs."""
+        self._transaction._traced |= name == "set_trace_callback"
 
     def call(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
         self._session.executor.forget_rowid()
