@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import functools
 import math
 import os
@@ -25,7 +26,7 @@ from typing import Any, Literal, Self, TypeVar, overload
 from onewriter.block import LOOK, BlockFailedError
 from onewriter.checkpoint import Checkpoint
 from onewriter.driver import not_entered
-from onewriter.errors import ReadTimeoutError, WriterClosedError
+from onewriter.errors import ReadTimeoutError, TransactionClosedError, WriterClosedError
 from onewriter.events import announce
 from onewriter.gateway import (
     After,
@@ -42,7 +43,7 @@ from onewriter.gateway import (
 from onewriter.holder import Holder, running_task
 from onewriter.job import Job, Ticket, called_from, name_of, refuse_live, resolve, wake
 from onewriter.log import contain
-from onewriter.readers import HELD_BACK, Reader, ReaderPool, Snapshot, Waiter
+from onewriter.readers import HELD_BACK, Borrowing, Reader, Snapshot
 from onewriter.statement import Parameters, Result, capture, capture_many, check_many
 from onewriter.stats import CloseReport, Stats
 from onewriter.transaction import ENDED, TOO_LONG, Transaction, check_sql
@@ -51,6 +52,8 @@ T = TypeVar("T")
 Task = asyncio.Task[Any]
 
 TICK = 0.1  # seconds between two looks at the deadlines of a loop
+# The savepoint that the running task is in: one of its own, or of the task that made it, at that moment.
+_innermost: contextvars.ContextVar[object] = contextvars.ContextVar("onewriter_savepoint", default=None)
 NOT_OPEN = "the gateway is not open: use `async with AsyncDbWriter(…)` or `await db.open()`"
 TASK_ENDED = "was open when its task or its loop ended"
 LEFT = "was left by an error or a cancellation"
@@ -65,10 +68,12 @@ class TaskBlock(Job[None]):
 
     __slots__ = (
         "_accepts",
+        "_changes",
         "_lock",
         "_requests",
         "failed",
         "granted",
+        "innermost",
         "loop",
         "max_hold",
         "task",
@@ -90,13 +95,16 @@ class TaskBlock(Job[None]):
         self._waiters = [self.granted]
         self._lock = threading.Lock()
         self._accepts = True
+        self.innermost: object = None  # of the open savepoints of tasks
+        self._changes: list[asyncio.Future[None]] = []
         self._requests: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
 
     def perform(self, tx: Transaction) -> None:
         tx.limit(self.max_hold)
         tx.watch()  # so that the end of the block ends a statement too
         with self._holder.lock:
-            self.transaction, self._waiters = tx, None
+            others = [waiter for waiter in self._waiters or () if waiter is not self.granted]
+            self.transaction, self._waiters = tx, others or None
             self._holder.block = self
         wake([self.granted])
         try:
@@ -109,7 +117,8 @@ class TaskBlock(Job[None]):
             while not self._requests.empty():  # they meet the closed transaction
                 request = self._requests.get()
                 if request is not None:
-                    request()
+                    with contextlib.suppress(TransactionClosedError):
+                        request()
         if self.failed:
             raise BlockFailedError
 
@@ -135,7 +144,23 @@ class TaskBlock(Job[None]):
         self.failed = failed
         if failed and self.transaction is not None:
             self.transaction.close(LEFT)
-        self._requests.put(None)
+        with self._lock:
+            self._accepts = False
+            self._requests.put(None)
+        self.set_innermost(None)
+
+    def set_innermost(self, savepoint: object) -> None:
+        """``savepoint`` has begun, or the one inside it has ended: whoever waits for that looks again."""
+        self.innermost = savepoint
+        changes, self._changes = self._changes, []
+        resolve(changes)
+
+    async def until_innermost(self, savepoint: object) -> None:
+        """Wait until no other task has a savepoint open inside ``savepoint``: they end in the order of a stack."""
+        while self.innermost is not savepoint and self._accepts:
+            change: asyncio.Future[None] = self.loop.create_future()
+            self._changes.append(change)
+            await change
 
     async def ended(self) -> asyncio.CancelledError | None:
         """Wait until it is committed or rolled back, even if the task is cancelled; returns that cancellation."""
@@ -151,9 +176,12 @@ class TaskBlock(Job[None]):
         """Have the writer thread call ``function``, after what was sent earlier."""
         with self._lock:
             if not self._accepts:
-                assert self.transaction is not None
-                raise self.transaction.closed_error()
+                raise self.closed_error()
             self._requests.put(lambda: function(*args))
+
+    def closed_error(self) -> Exception:
+        assert self.transaction is not None
+        return self.transaction.closed_error()
 
     async def call(self, function: Callable[..., T], *args: Any) -> T:
         """The same, and wait for what it returns."""
@@ -211,15 +239,30 @@ class AsyncTransaction:
 
     @contextlib.asynccontextmanager
     async def savepoint(self) -> AsyncIterator[None]:
-        """A part of the transaction that is undone alone if the ``async with`` block raises."""
-        savepoint = self._transaction.savepoint()
-        await self._block.call(savepoint.__enter__)
+        """A part of the transaction that is undone alone if the ``async with`` block raises.
+
+        Tasks that share the transaction have their savepoints one after the other; those of a task that was made inside
+        a savepoint are inside it.
+        """
+        block, savepoint, outer = self._block, self._transaction.savepoint(), _innermost.get()
+        await block.until_innermost(outer)
+        block.set_innermost(savepoint)
+        token = _innermost.set(savepoint)
         try:
-            yield
-        except BaseException as error:
-            self._block.send(_leave, savepoint, error)
-            raise
-        await self._block.call(savepoint.__exit__, None, None, None)
+            try:
+                await block.call(savepoint.__enter__)
+                yield
+                await block.until_innermost(savepoint)
+            except BaseException as error:
+                with contextlib.suppress(TransactionClosedError):  # it has undone all
+                    await block.until_innermost(savepoint)
+                    block.send(_leave, savepoint, error)
+                raise
+            await _leave_well(block, savepoint)
+        finally:
+            if block.innermost is savepoint:
+                block.set_innermost(outer)
+            _innermost.reset(token)
 
     def on_commit(self, fn: Callable[[], object], /) -> None:
         """Call ``fn()`` once, on the loop, after COMMIT. Not if the transaction is rolled back."""
@@ -233,9 +276,10 @@ class AsyncTransaction:
 class AsyncReader:
     """What ``async with db.reader()`` gives: SELECTs on one state of the database."""
 
-    def __init__(self, owner: AsyncDbWriter, snapshot: Snapshot) -> None:
+    def __init__(self, owner: AsyncDbWriter, snapshot: Snapshot, borrowing: Borrowing) -> None:
         self._owner = owner
         self._snapshot = snapshot
+        self._borrowing = borrowing
         self._turn = asyncio.Lock()
 
     async def execute(self, sql: str, params: Any = (), /) -> Result:
@@ -245,7 +289,7 @@ class AsyncReader:
     async def _call(self, function: Callable[..., T], *args: Any) -> T:
         async with self._turn:
             call = functools.partial(function, self._snapshot, *args)
-            return await self._owner._in_pool(call, reader=self._snapshot.reader)
+            return await self._owner._in_pool(call, self._borrowing)
 
 
 class AsyncDbWriter:
@@ -290,10 +334,14 @@ class AsyncDbWriter:
         if self._db is None and self._open is not None:
             opening, self._open = self._open, None
             try:
-                self._db = await _in_thread(opening, undo=DbWriter.close)
+                db = await _in_thread(opening, undo=DbWriter.close)
             except BaseException:
                 self._open = opening
                 raise
+            if self._is_closed:  # meanwhile
+                await _in_thread(db.close)
+            else:
+                self._db = db
         self._gateway()
         return self
 
@@ -322,11 +370,12 @@ class AsyncDbWriter:
         if not db._holder.forked:
             db._holder.refuse_endless_wait("close", awaits=True)
         self._is_closed = True
-        if self._pool is not None:
-            self._pool.shutdown(wait=False)
-        if self._is_wrapped:
-            return db.report()
-        return await _in_thread(lambda: db.close(timeout, drain=drain))
+        try:
+            return db.report() if self._is_wrapped else await _in_thread(lambda: db.close(timeout, drain=drain))
+        finally:
+            pool, self._pool = self._pool, None
+            if pool is not None:
+                pool.shutdown(wait=False)
 
     # Writes -----------------------------------------------------------------------------------------------------------
 
@@ -481,9 +530,13 @@ class AsyncDbWriter:
         outer = holder.block_here()
         if outer is not None:
             assert outer.transaction is not None
-            nested = AsyncTransaction(outer, outer.transaction)
-            async with nested.savepoint():
-                yield nested
+            inner = outer.transaction.nested()
+            nested = AsyncTransaction(outer, inner)
+            async with AsyncTransaction(outer, outer.transaction).savepoint():
+                try:
+                    yield nested
+                finally:
+                    inner.close(ENDED)
             return
         block = TaskBlock(holder, label, hold, sys._getframe(2))
         transaction = await self._enter(db, block, timeout)
@@ -518,7 +571,12 @@ class AsyncDbWriter:
         if block.transaction is None and not block.done():
             if block.cancel():
                 raise not_entered(block, timeout, db._loop)
-            await block.ended()  # refused in the same moment
+            block.end(failed=True)  # it has started in the same moment, unless it was refused
+            cancelled = await block.ended()
+            if cancelled is not None:
+                raise cancelled
+            if isinstance(block.failed_with, BlockFailedError):
+                raise not_entered(block, timeout, db._loop)
         if block.transaction is None:
             block.result()  # raises why
         assert block.transaction is not None
@@ -584,18 +642,22 @@ class AsyncDbWriter:
         if isinstance(here, AsyncReader):
             yield here
             return
-        async with self._lend(place, deadline) as reader:
-            await self._in_pool(functools.partial(reader.attempt, place, reader.pin), reader=reader)
+        borrowing, readers = Borrowing(place), self._gateway()._readers
+        reader = await self._borrow(borrowing, deadline)
+        try:
+            await self._in_pool(functools.partial(reader.attempt, place, reader.pin), borrowing)
             snapshot = Snapshot(reader, None)
-            lent = AsyncReader(self, snapshot)
+            lent = AsyncReader(self, snapshot, borrowing)
             stack = self._readers.setdefault(task, []) if task is not None else []
             stack.append((lent, here))
             try:
                 yield lent
             finally:
-                stack.pop()
+                stack.remove((lent, here))
                 async with lent._turn:  # what another task still runs there
                     snapshot.end()
+        finally:
+            readers.end(borrowing)
 
     def _here(self) -> AsyncReader | TaskBlock | None:
         """The innermost block of the running task, which its reads belong to."""
@@ -640,9 +702,10 @@ class AsyncDbWriter:
             return await here.call(_read_inside, here, function, deadline)
         if here is not None:
             return await here._call(_read_snapshot, function, name, deadline)
-        reader, readers = await self._take(name, deadline), self._gateway()._readers
-        call = functools.partial(readers.call_and_return, reader, function, name, own=own)
-        return await self._in_pool(call, reader=reader, returns=True)
+        borrowing, readers = Borrowing(name), self._gateway()._readers
+        await self._borrow(borrowing, deadline)
+        call = functools.partial(readers.call_and_return, borrowing, function, name, own=own)
+        return await self._in_pool(call, borrowing, returns=True)
 
     async def _after(self, after: After, timeout: Seconds, label: Label) -> float:
         """Wait until the write ``after`` is committed; returns the deadline of the read."""
@@ -664,73 +727,47 @@ class AsyncDbWriter:
             after.result()
         return deadline
 
-    @contextlib.asynccontextmanager
-    async def _lend(self, label: str, deadline: float) -> AsyncIterator[Reader]:
-        reader = await self._take(label, deadline)
-        try:
-            yield reader
-        finally:
-            self._gateway()._readers.check_in(reader)
-
-    async def _take(self, label: str, deadline: float) -> Reader:
+    async def _borrow(self, borrowing: Borrowing, deadline: float) -> Reader:
         """A connection of the pool, whose time is limited."""
         readers = self._gateway()._readers
         until = monotonic() + HELD_BACK
         while readers.holds_back and monotonic() < until:
             await asyncio.sleep(HELD_BACK / 50)
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        found = readers.take_or_line_up(label, future)
-        if isinstance(found, Waiter):
-            try:
-                async with self._within(future, None if deadline == math.inf else max(0.0, deadline - monotonic())):
-                    await future
-            except asyncio.CancelledError:
-                readers.leave_line(found)
-                raise
-            if not found.granted or found.reader is not None:
-                return self._limited(readers.granted(found, label), deadline)
-            found = None
-        if found is None:
-            found = await self._opened(readers, label)
-        return self._limited(found, deadline)
-
-    async def _opened(self, readers: ReaderPool, label: str) -> Reader:
-        """Open one more connection; if the task is cancelled meanwhile, it goes to the next in line."""
-        opened: list[Reader] = []
+        borrowing.wakeup = asyncio.get_running_loop().create_future()
         try:
-            await self._in_pool(lambda: opened.append(readers.open(label)))
-        except asyncio.CancelledError:
-            for reader in opened:
-                readers.check_in(reader)
+            if not readers.take_or_line_up(borrowing):
+                left = None if deadline == math.inf else max(0.0, deadline - monotonic())
+                async with self._within(borrowing.wakeup, left):
+                    await borrowing.wakeup
+                readers.refuse_unless_granted(borrowing)
+            if borrowing.reader is None:
+                return await self._in_pool(lambda: readers.reader_of(borrowing, deadline), borrowing)
+            return readers.reader_of(borrowing, deadline)
+        except BaseException:
+            readers.end(borrowing)
             raise
-        return opened[0]
 
-    @staticmethod
-    def _limited(reader: Reader, deadline: float) -> Reader:
-        reader.deadline = deadline
-        return reader
-
-    async def _in_pool(self, call: Callable[[], T], *, reader: Reader | None = None, returns: bool = False) -> T:
-        """Call in one of the threads that read; ``returns``: the call gives ``reader`` back to the pool."""
-        readers = self._gateway()._readers
+    async def _in_pool(self, call: Callable[[], T], borrowing: Borrowing, *, returns: bool = False) -> T:
+        """Call in one of the threads that read; ``returns``: the call ends ``borrowing``, unless it is never made."""
+        db = self._db
+        assert db is not None
         try:
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(readers.size, f"{self._gateway()._loop.label}-reader")
+            if self._pool is None:  # or no longer: a block may still be open when the gateway is closed
+                self._pool = ThreadPoolExecutor(db._readers.size, f"{db._loop.label}-reader")
             future = self._pool.submit(call)
         except BaseException:
-            if reader is not None and returns:
-                readers.check_in(reader)
+            if returns:
+                db._readers.end(borrowing)
             raise
         try:
             return await asyncio.wrap_future(future)
         except asyncio.CancelledError:
-            if reader is not None:
-                reader.deadline = 0.0  # a statement that runs ends soon
             if not future.cancel():
+                db._readers.hurry(borrowing)  # a statement that runs ends soon
                 if not returns:
                     await _until_done(future)
-            elif reader is not None and returns:
-                readers.check_in(reader)
+            elif returns:
+                db._readers.end(borrowing)
             raise
         finally:
             del future  # an error's traceback would hold it, and it holds the error
@@ -863,6 +900,27 @@ async def _in_thread(function: Callable[[], T], undo: Callable[[T], object] | No
         finally:
             del error, outcome
     return result  # type: ignore[no-any-return]
+
+
+async def _leave_well(block: TaskBlock, savepoint: contextlib.AbstractContextManager[None]) -> None:
+    """Keep what the savepoint has done; if the task is cancelled before that is begun, undo it instead."""
+    outcome: asyncio.Future[None] = block.loop.create_future()
+    failures: list[BaseException] = []
+
+    def leave() -> None:
+        if outcome.cancelled():
+            _leave(savepoint, asyncio.CancelledError())
+            return
+        try:
+            savepoint.__exit__(None, None, None)
+        except BaseException as error:
+            failures.append(error)
+        wake([outcome])
+
+    block.send(leave)
+    await outcome
+    if failures:
+        raise failures.pop()
 
 
 async def _until_done(future: Any) -> None:

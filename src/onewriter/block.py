@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import types
 from time import monotonic
@@ -49,11 +50,14 @@ class BlockJob(Job[None]):
         self.granted.release()
 
     def give_back(self, failed: bool) -> None:
-        """End the block. The thread's next calls are no longer inside it."""
+        """End the block. The thread's next calls are no longer inside it. Again, it changes nothing."""
+        if not self.given_back.locked():
+            return
         self.failed = failed
         if self.transaction is not None:
             self.transaction.leave()
-        self.given_back.release()
+        with contextlib.suppress(RuntimeError):  # given back in this moment
+            self.given_back.release()
 
     def perform(self, tx: Transaction) -> None:
         """Lend the transaction, and wait until it is given back, or has to be taken back."""

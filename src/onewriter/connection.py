@@ -252,8 +252,8 @@ def _apply_pragmas(connection: sqlite3.Connection, settings: Settings) -> None:
             set_pragma(connection, name, value)
         except ValueError as error:  # the others all the same
             errors.append(error)
-    for error in errors:
-        raise error
+    if errors:
+        raise errors[0]
 
 
 def _call_hook(connection: sqlite3.Connection, settings: Settings, *, readonly: bool) -> None:

@@ -70,16 +70,11 @@ class ThreadDriver:
     def enter(self, job: BlockJob, timeout: float | None) -> Transaction:
         self._loop.queue.put(job)
         until = math.inf if timeout is None else monotonic() + timeout
-        try:
-            in_time = wait_in_slices(job.granted, until, self._loop.holder)
-            if not in_time and job.cancel():
-                raise not_entered(job, timeout, self._loop)
-            if not in_time:  # granted, or refused, in the same moment
-                job.granted.acquire()
-        except BaseException:  # Ctrl-C, or what another signal handler raises
-            if not job.cancel():
-                job.give_back(failed=True)
-            raise
+        in_time = wait_in_slices(job.granted, until, self._loop.holder)
+        if not in_time and job.cancel():
+            raise not_entered(job, timeout, self._loop)
+        if not in_time:  # granted, or refused, in the same moment
+            job.granted.acquire()
         return entered(job)
 
     def leave(self, job: BlockJob) -> None:
@@ -182,7 +177,7 @@ class InlineDriver:
             self._drive()
             if not self._ended:
                 self._ended = True
-                self._loop.end()
+                self._loop.end(timeout)
             return True
         finally:
             self._give_turn()

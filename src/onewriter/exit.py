@@ -6,6 +6,7 @@ import atexit
 import collections
 import logging
 import os
+import sys
 import threading
 from time import monotonic
 
@@ -19,11 +20,24 @@ SLICE = 0.05  # seconds between two looks at whether jobs still finish
 
 _lock = threading.Lock()
 _open: dict[WriterLoop, Driver] = {}
+_hooked = 0  # the process that has our hook in multiprocessing
 
 
 def drain_at_exit(loop: WriterLoop, driver: Driver) -> None:
     with _lock:
         _open[loop] = driver
+    _hook_into_multiprocessing()
+
+
+def _hook_into_multiprocessing() -> None:
+    """Its children end by os._exit, without atexit, and have hooks of their own."""
+    global _hooked
+    process = sys.modules.get("multiprocessing.process")
+    if process is not None and process.parent_process() is not None and _hooked != os.getpid():
+        from multiprocessing.util import Finalize
+
+        _hooked = os.getpid()
+        Finalize(None, _drain_all, exitpriority=1)
 
 
 def forget(loop: WriterLoop) -> None:

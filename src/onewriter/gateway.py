@@ -307,13 +307,18 @@ class DbWriter:
         self._holder.refuse_endless_wait("transaction()")
         job = BlockJob(self._holder, label, max_hold, frame)
         announce(self._holder, self._loop.on_event, job, waits=True)
-        transaction = self._driver.enter(job, timeout)
         try:
-            yield transaction
-        except BaseException:
-            self._leave(job, failed=True)
+            transaction = self._driver.enter(job, timeout)
+            try:
+                yield transaction
+            except BaseException:
+                self._leave(job, failed=True)
+                raise
+            self._leave(job, failed=False)
+        except BaseException:  # Ctrl-C, or what another signal handler raises, in the midst of entering or leaving
+            if not job.cancel():
+                job.give_back(failed=True)
             raise
-        self._leave(job, failed=False)
         job.result()
 
     def _leave(self, job: BlockJob, failed: bool) -> None:
@@ -324,7 +329,14 @@ class DbWriter:
         job.give_back(failed)
         if self._holder.waits_endlessly():
             return  # a generator collected by the writer, or inside one of its locks
-        self._driver.leave(job)
+        try:
+            self._driver.leave(job)
+        except BaseException:  # Ctrl-C: it comes to its end all the same
+            job.add_done_callback(self._call_back)
+            raise
+        self._call_back(job)
+
+    def _call_back(self, job: Any) -> None:
         if job.transaction is not None:
             for callback in job.transaction.callbacks(committed=job.failed_with is None):
                 contain(self._holder, callback)
@@ -579,6 +591,10 @@ class DbWriter:
         if self._holder.forked:
             return CloseReport(0, 0, 0, 0, ())
         self._holder.refuse_endless_wait("close")
+        if timeout is None and self._readers.has_mine:
+            raise ReentrantWriteError(
+                "close waits for all readers, and this thread has one: end its read or block first"
+            )
         warn_of_blocking()
         loop = self._loop
         loop.queue.refuse(closed_error())

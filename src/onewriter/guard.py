@@ -11,7 +11,7 @@ SCHEMA_CHANGES = frozenset((*range(1, 9), *range(10, 18), 26, 29, 30))  # CREATE
 NOT_IN_A_TRANSACTION = frozenset(("foreign_keys", "journal_mode", "synchronous", "locking_mode"))
 # On these the gateway's own waiting, reading and checkpointing rest.
 NEVER = frozenset(("query_only", "busy_timeout", "locking_mode", "wal_autocheckpoint", "journal_size_limit"))
-NOT_ON_A_READER = NEVER | {"journal_mode", "wal_checkpoint"}
+NOT_ON_A_READER = NEVER | {"journal_mode"}
 
 
 ASKING = ("_info", "_xinfo", "_list", "_check")  # the ends of PRAGMAs whose argument sets nothing
@@ -42,11 +42,11 @@ class ReadGuard:
     def __call__(self, action: int, first: str | None, second: str | None, *_: str | None) -> int:
         if action in (sqlite3.SQLITE_ATTACH, sqlite3.SQLITE_DETACH):  # VACUUM INTO is an ATTACH too
             return sqlite3.SQLITE_DENY
-        if action == sqlite3.SQLITE_PRAGMA and (first or "").lower() in NOT_ON_A_READER:
-            if second is not None or (first or "").lower() == "wal_checkpoint":
+        if action == sqlite3.SQLITE_PRAGMA:
+            name = (first or "").lower()
+            if name == "wal_checkpoint" or (second is not None and name in NOT_ON_A_READER):
                 return sqlite3.SQLITE_DENY
-        if action == sqlite3.SQLITE_PRAGMA and second is not None and not (first or "").lower().endswith(ASKING):
-            self.is_spoilt = True
+            self.is_spoilt |= second is not None and not name.endswith(ASKING)
         if action == sqlite3.SQLITE_TRANSACTION and not self.is_own:  # a snapshot stands for its whole length
             return sqlite3.SQLITE_DENY
         return sqlite3.SQLITE_OK

@@ -109,6 +109,11 @@ class Holder:
             return None
         return transaction
 
+    def place(self) -> tuple[Transaction, int] | None:
+        """The calling thread's open transaction, and how many savepoints deep it is in it."""
+        transaction = self.current()
+        return None if transaction is None else (transaction, transaction.depth)
+
     def is_mine(self) -> bool:
         """Whether the calling thread is the writer thread or holds the open transaction."""
         if threading.get_ident() == self.writer_thread:

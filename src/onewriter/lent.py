@@ -105,7 +105,7 @@ class LentConnection(sqlite3.Connection):
     def text_factory(self, value: Any) -> None:
         self.loan.call(setattr, self.loan.connection, "text_factory", value)
 
-    def cursor(self, factory: type[sqlite3.Cursor] = LentCursor) -> Any:
+    def cursor(self, factory: Any = LentCursor) -> Any:
         if not (isinstance(factory, type) and issubclass(factory, sqlite3.Cursor)):
             raise TypeError("the factory of a lent connection's cursors must be a subclass of sqlite3.Cursor")
         if factory not in (sqlite3.Cursor, LentCursor):  # whose methods come first, and call ours

@@ -199,12 +199,14 @@ class WriterLoop:
         if self._checkpointer.has_work and monotonic() - self._released_at >= IDLE:
             self._checkpoint(self._checkpointer.empty)
 
-    def end(self) -> None:
-        """Close all connections, after the last job."""
+    def end(self, patience: float | None = None) -> None:
+        """Close all connections, after the last job; those lent for longer than ``patience`` seconds when they end."""
         if self.holder.forked:
             return
         self.drained.set()
-        contain(self.holder, self.readers.close)  # before the writer: the last to close tidies up, if it may write
+        contain(
+            self.holder, self.readers.close, patience
+        )  # before the writer: the last to close tidies up, if it may write
         self._roll_back()
         if self.holder.broken is None:
             self._is_moved()

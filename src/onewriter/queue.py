@@ -57,15 +57,10 @@ class JobQueue(queue.Queue[Job[Any]]):
                 if bounded:
                     self._bounded += 1
                 self.queue.append(item)
-                if not self._asleep:
-                    return
-                self._asleep, waits = False, False
-            else:
-                waits = True
-        if waits:
-            self._put_with_patience(item, timeout)
-        else:
-            self._wake()
+                if self._asleep:
+                    self._wake()
+                return
+        self._put_with_patience(item, timeout)
 
     def _put_with_patience(self, job: Job[Any], timeout: float | None) -> None:
         me = threading.get_ident()
@@ -105,10 +100,9 @@ class JobQueue(queue.Queue[Job[Any]]):
             else:
                 self._bounded += 1
                 self.queue.append(job)
-            asleep, self._asleep = self._asleep, False
+            if self._asleep:
+                self._wake()
             tell = self._has_become_nearly_full()
-        if asleep:
-            self._wake()
         if tell:
             self._tell()
         return waiter
@@ -137,7 +131,8 @@ class JobQueue(queue.Queue[Job[Any]]):
 
     def poke(self) -> None:
         """End a ``take`` that waits, so that its caller looks at the time limit again."""
-        self._wake()
+        with self.mutex:
+            self._wake()
 
     def take_now(self, limit: int) -> list[Job[Any]]:
         """Take up to ``limit`` jobs, without waiting."""
@@ -156,9 +151,8 @@ class JobQueue(queue.Queue[Job[Any]]):
             first, self._refusal = self._refusal is None, error
             wake(waiter.wakeup for waiter in self._room)
             self._room.clear()
-            asleep, self._asleep = self._asleep, False
-        if asleep:
-            self._wake()
+            if self._asleep:
+                self._wake()
         return first
 
     def become_inherited(self, error: OneWriterError) -> None:
@@ -200,10 +194,12 @@ class JobQueue(queue.Queue[Job[Any]]):
         return any(lock._is_owned() for lock in (self.mutex, self._holder.lock))  # type: ignore[union-attr]
 
     def _wake(self) -> None:
+        # In this order: Ctrl-C in between leaves a token, and whoever puts next finds it.
         try:
             self._token.release()
         except RuntimeError:
             pass  # the token of a sleep that never came about is still there; one is enough
+        self._asleep = False
 
     def _wait_for_room(self, waiter: _Waiter, timeout: float | None) -> None:
         me = threading.get_ident()

@@ -10,6 +10,7 @@ import sqlite3
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from threading import get_ident
 from time import monotonic
 from typing import Any, TypeVar
 
@@ -40,7 +41,6 @@ class Reader:
     def __init__(self, connection: sqlite3.Connection, guard: ReadGuard, policy: LockPolicy) -> None:
         self.connection = connection
         self.deadline = math.inf
-        self.label, self.since, self.is_named = "", 0.0, False  # of the loan; named: a warning was given
         self.is_inherited = False  # this is a child of the process that it belongs to
         self.guard = guard
         self.is_pinned = False
@@ -62,6 +62,15 @@ class Reader:
             return function(*args)
         except sqlite3.DatabaseError as error:
             return self.recover(error, label, function, *args)
+
+    def in_time(self, label: str, function: Callable[..., T], *args: Any) -> T:
+        """Call a function of the user's; say so if a statement in it was ended because the time is over."""
+        try:
+            return function(*args)
+        except sqlite3.OperationalError as error:
+            if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_INTERRUPT:
+                return self.recover(error, label, function)
+            raise
 
     def recover(self, error: sqlite3.DatabaseError, label: str, function: Callable[..., T], *args: Any) -> T:
         """Try again if it was a lock; raise ``error``, or that there is no time left."""
@@ -94,13 +103,18 @@ class Reader:
         finally:
             self.guard.is_own = False
 
-    def clean(self) -> None:
-        """Be as new for the next borrower, whatever the last one did."""
+    def clean(self) -> bool:
+        """Be as new for the next borrower, whatever the last one did; False: that cannot be."""
+        self.deadline = math.inf
         if self.is_pinned:
             self.is_pinned = False
             self.connection.row_factory, self.connection.text_factory = self._row_factory, self._text_factory
         if self.connection.in_transaction:
-            self._own("ROLLBACK")
+            try:
+                self._own("ROLLBACK")
+            except sqlite3.Error:
+                return False
+        return not self.guard.is_spoilt
 
     def _is_late(self) -> bool:
         return monotonic() > self.deadline
@@ -129,6 +143,16 @@ class Snapshot:
                 self.reader.watch.raise_caught()
                 raise
 
+    @contextlib.contextmanager
+    def until(self, deadline: float) -> Iterator[Reader]:
+        """A read inside the block has a time of its own, within that of the block."""
+        reader = self.reader
+        before, reader.deadline = reader.deadline, min(deadline, reader.deadline)
+        try:
+            yield reader
+        finally:
+            reader.deadline = before
+
     def savepoint(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
@@ -146,10 +170,30 @@ class Snapshot:
         self.lent.close_cursors()
 
 
+class Borrowing:
+    """One connection for one read or block: not yet, in line for it, having it, or over. ``ReaderPool.end`` ends all.
+
+    Made before anything is asked for, so that whatever happens in between, Ctrl-C too, its ``end`` knows what to do.
+
+    Locks: the pool's guards all of it.
+    """
+
+    def __init__(self, label: str, future: asyncio.Future[None] | None = None) -> None:
+        self.label = label
+        self.since = monotonic()
+        self.thread = get_ident()
+        self.reader: Reader | None = None
+        self.has_place = False  # a connection, or the right to open one
+        self.is_over = False
+        self.is_named = False  # a warning was given
+        self.wakeup: Any = future
+
+
 class ReaderPool:
     """Up to ``size`` connections, opened when they are needed, lent in the order of asking.
 
-    Locks:   _lock guards _idle, _count, _waiting and _closed. Nothing blocks and no SQLite call runs while it is held.
+    Locks:   _lock guards _idle, _count, _waiting, _closed and every Borrowing. Nothing blocks and no SQLite call runs
+             while it is held.
     Threads: any.
     """
 
@@ -163,8 +207,8 @@ class ReaderPool:
         self._idle: list[Reader] = []
         self._count = 0  # idle or lent
         self._extras = 0  # lent beside them
-        self._waiting: deque[Waiter] = deque()
-        self._lent: set[Reader] = set()
+        self._waiting: deque[Borrowing] = deque()
+        self._lent: set[Borrowing] = set()
         self._snapshots = 0  # open ones, of all threads: most reads need not look for one of their thread
         self._local = threading.local()
         self._closed = False
@@ -174,61 +218,60 @@ class ReaderPool:
         self._returned = threading.Event()
 
     @contextlib.contextmanager
-    def lend(self, label: str, deadline: float) -> Iterator[Reader]:
-        """Lend a connection for the ``with`` block.
+    def snapshot(self, label: str, deadline: float) -> Iterator[Snapshot]:
+        """Lend a connection that sees one moment; the deadline is for the waiting only.
 
         Raises:
             ReadTimeoutError: none was free in time.
             WriterClosedError, WriterBrokenError: the gateway is closed, or out of service.
         """
-        reader = self._check_out(label, deadline)
+        borrowing = Borrowing(label)
         try:
-            reader.deadline = deadline
-            yield reader
-        except sqlite3.DatabaseError as error:
-            self._holder.note_corruption(error)
-            raise
-        finally:
-            self.check_in(reader)
-
-    @contextlib.contextmanager
-    def snapshot(self, label: str, deadline: float) -> Iterator[Snapshot]:
-        """Lend a connection that sees one moment; the deadline is for the waiting only."""
-        with self.lend(label, deadline) as reader:
+            reader = self._borrow(borrowing, deadline)
             reader.attempt(label, reader.pin)
             reader.deadline = math.inf
             with self._seen(reader) as snapshot:
                 yield snapshot
+        except sqlite3.DatabaseError as error:
+            self._holder.note_corruption(error)
+            raise
+        finally:
+            self._end_surely(borrowing)
 
     @contextlib.contextmanager
     def _seen(self, reader: Reader) -> Iterator[Snapshot]:
         """For the ``with`` block the thread's own reads use the pinned ``reader``."""
-        snapshot = Snapshot(reader, self._holder.current())
+        snapshot = Snapshot(reader, self._holder.place())
         stack = self._stack()
-        stack.append(snapshot)
         with self._lock:
             self._snapshots += 1
         try:
+            stack.append(snapshot)
             yield snapshot
         finally:
             with self._lock:
                 self._snapshots -= 1
-            stack.remove(snapshot)  # of the thread that entered, which need not be this one
+            if snapshot in stack:  # of the thread that entered, which need not be this one
+                stack.remove(snapshot)
             snapshot.end()
 
     def current(self) -> Snapshot | None:
         """The snapshot that the calling thread's reads belong to, unless it is in a transaction begun later."""
         stack = self._stack()
-        if stack and not stack[-1].reader.is_inherited and stack[-1].outside is self._holder.current():
+        if stack and not stack[-1].reader.is_inherited and stack[-1].outside == self._holder.place():
             return stack[-1]
         return None
 
     def read(self, sql: str, parameters: Parameters, fetch: Fetch[T], label: str, deadline: float) -> T:
         snapshot = self.current() if self._snapshots else None
-        if snapshot is None:
-            reader = self._check_out(label, deadline)
+        if snapshot is not None:
+            with snapshot.until(deadline) as reader:
+                seen: T = snapshot.call(reader.attempt, label, reader.fetch, sql, parameters, fetch)
+                return seen
+        borrowing = Borrowing(label)
+        try:
+            reader = self._borrow(borrowing, deadline)
             try:
-                reader.deadline = deadline
                 cursor = sqlite3.Connection.execute(reader.connection, sql, parameters)
                 try:
                     return fetch(cursor)
@@ -238,45 +281,39 @@ class ReaderPool:
                 self._holder.note_corruption(error)
                 rows: T = reader.recover(error, label, reader.fetch, sql, parameters, fetch)
                 return rows
-            finally:
-                self.check_in(reader)
-        reader = snapshot.reader
-        before, reader.deadline = reader.deadline, min(deadline, reader.deadline)
-        try:
-            seen: T = snapshot.call(reader.attempt, label, reader.fetch, sql, parameters, fetch)
-            return seen
         finally:
-            reader.deadline = before
+            self._end_surely(borrowing)
 
     def call(self, function: Callable[[sqlite3.Connection], T], label: str, deadline: float) -> T:
         """What ``function`` returns, called with a connection on one snapshot."""
         snapshot = self.current()
         if snapshot is not None:
-            return refuse_live(function(snapshot.lent))
-        reader = self._check_out(label, deadline)
-        reader.deadline = deadline
-        return self.call_and_return(reader, function, label, own=False)
+            with snapshot.until(deadline) as reader:
+                return refuse_live(reader.in_time(label, function, snapshot.lent))
+        borrowing = Borrowing(label)
+        try:
+            self._borrow(borrowing, deadline)
+            return self.call_and_return(borrowing, function, label, own=False)
+        finally:
+            self._end_surely(borrowing)
 
     def call_and_return(
-        self, reader: Reader, function: Callable[[sqlite3.Connection], T], label: str, *, own: bool
+        self, borrowing: Borrowing, function: Callable[[sqlite3.Connection], T], label: str, *, own: bool
     ) -> T:
-        """Call ``function`` with a lent ``reader``, and take that back; ``own``: it is a statement of the gateway."""
+        """Call ``function`` with a connection and take that back; ``own``: it is a statement of the gateway."""
+        reader = borrowing.reader
+        assert reader is not None
         try:
             if own:
                 return reader.attempt(label, function, reader.connection)
             reader.attempt(label, reader.pin)
             with self._seen(reader) as snapshot:
-                try:
-                    return refuse_live(function(snapshot.lent))
-                except sqlite3.OperationalError as error:
-                    if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_INTERRUPT:
-                        return reader.recover(error, label, function)
-                    raise
+                return refuse_live(reader.in_time(label, function, snapshot.lent))
         except sqlite3.DatabaseError as error:
             self._holder.note_corruption(error)
             raise
         finally:
-            self.check_in(reader)
+            self._end_surely(borrowing)
 
     @property
     def in_use(self) -> int:
@@ -290,11 +327,17 @@ class ReaderPool:
     @property
     def borrowers(self) -> list[str]:
         """The labels of those that have one."""
-        return [reader.label for reader in self._lent.copy()]
+        return [borrowing.label for borrowing in self._lent.copy()]
+
+    @property
+    def has_mine(self) -> bool:
+        """Whether the calling thread has one, or is in line."""
+        me = get_ident()
+        return any(borrowing.thread == me for borrowing in (*self._lent.copy(), *self._waiting.copy()))
 
     def seconds_until_slow(self) -> float | None:
         """When ``warn_if_slow`` has somebody to name; None: nobody is there."""
-        since = [reader.since for reader in self._lent.copy() if not reader.is_named]
+        since = [borrowing.since for borrowing in self._lent.copy() if not borrowing.is_named]
         return max(0.01, min(since) + self._holder.slow_after - monotonic()) if since else None
 
     @contextlib.contextmanager
@@ -314,15 +357,15 @@ class ReaderPool:
 
     def warn_if_slow(self) -> None:
         """Name those that have a reader for longer than ``slow_after``, once each."""
-        for reader in self._lent.copy():
-            self._warn(reader, "is open")
+        for borrowing in self._lent.copy():
+            self._warn(borrowing, "is open")
 
-    def _warn(self, reader: Reader, state: str) -> None:
-        seconds = monotonic() - reader.since
-        if seconds > self._holder.slow_after and not reader.is_named:
-            reader.is_named = True
+    def _warn(self, borrowing: Borrowing, state: str) -> None:
+        seconds = monotonic() - borrowing.since
+        if seconds > self._holder.slow_after and not borrowing.is_named:
+            borrowing.is_named = True
             text = "slow: %s %s since %.1f s; while it is, the WAL cannot shrink"
-            report(self._holder, logging.WARNING, text, reader.label, state, seconds)
+            report(self._holder, logging.WARNING, text, borrowing.label, state, seconds)
 
     def _stack(self) -> list[Snapshot]:
         try:
@@ -331,7 +374,7 @@ class ReaderPool:
             self._local.stack = []
             return self._stack()
 
-    def close(self) -> None:
+    def close(self, patience: float | None = None) -> None:
         """Refuse new loans, wait until all connections are back (or ``stop_waiting``), and close them."""
         with self._lock:
             self._closed = True
@@ -339,10 +382,10 @@ class ReaderPool:
             self._count -= len(idle)
             waiting, self._waiting = list(self._waiting), deque()
             self._all_back_if_closed()
-        wake(waiter.wakeup for waiter in waiting)
+        wake(borrowing.wakeup for borrowing in waiting)
         for reader in idle:
             reader.connection.close()
-        self._all_back.wait()
+        self._all_back.wait(patience)
 
     def stop_waiting(self) -> None:
         """Let ``close`` return although connections are lent; each is closed when it comes back."""
@@ -354,42 +397,55 @@ class ReaderPool:
         self._lock = threading.RLock()
         self._closed = True
         self.holds_back = False
-        readers = [*self._idle, *self._lent]
+        readers = [*self._idle, *[borrowing.reader for borrowing in self._lent if borrowing.reader is not None]]
         for reader in readers:
             reader.is_inherited = True
         return [thing for reader in readers for thing in (reader, reader.connection)]
 
-    def _check_out(self, label: str, deadline: float) -> Reader:
+    def _borrow(self, borrowing: Borrowing, deadline: float) -> Reader:
         if self.holds_back:
             self._open_again.wait(HELD_BACK)
-        found = self.take_or_line_up(label)
-        if isinstance(found, Reader):
-            return found
-        return self.open(label) if found is None else self._wait(found, label, deadline)
+        if not self.take_or_line_up(borrowing):
+            left = deadline - monotonic()
+            borrowing.wakeup.acquire(timeout=-1 if left == math.inf else max(0.0, min(left, threading.TIMEOUT_MAX)))
+            self.refuse_unless_granted(borrowing)
+        return self.reader_of(borrowing, deadline)
 
-    def take_or_line_up(self, label: str, future: asyncio.Future[None] | None = None) -> Reader | Waiter | None:
-        """A free connection; a place in the line for one; or None: the right to ``open`` one."""
+    def take_or_line_up(self, borrowing: Borrowing) -> bool:
+        """Whether there is a connection, or the right to open one; if not, it is in line, and its turn wakes it."""
         with self._lock:
             if self._closed or self._holder.broken is not None:
                 self._refuse_if_closed()
+            # Ctrl-C comes behind a call: there is none between what is taken here and who has it.
             if self._idle:
-                reader = self._idle.pop()  # the last one back: its page cache is warm
-                reader.label, reader.since, reader.is_named = label, monotonic(), False
-                self._lent.add(reader)
-                return reader
-            if self._count < self.size:
+                borrowing.reader = self._idle[-1]  # the last one back: its page cache is warm
+                del self._idle[-1]
+            elif self._count < self.size:
                 self._count += 1
-                return None
-            waiter = Waiter(future)
-            self._waiting.append(waiter)
-            return waiter
+            else:
+                if borrowing.wakeup is None:
+                    borrowing.wakeup = threading.Lock()
+                    borrowing.wakeup.acquire()
+                self._waiting.append(borrowing)
+                return False
+            borrowing.has_place = True
+            self._lent.add(borrowing)
+            return True
 
-    def open(self, label: str) -> Reader:
-        try:
-            return self._lend(self._new(), label)
-        except BaseException:
-            self._give_up_place()
-            raise
+    def refuse_unless_granted(self, borrowing: Borrowing) -> None:
+        """Called when the wait in line is over."""
+        if not borrowing.has_place:
+            self._refuse_if_closed()
+            labels = ", ".join(self.borrowers)
+            text = f"no connection for {borrowing.label} in time: all {self.size} are lent, to {labels}"
+            raise ReadTimeoutError(text)
+
+    def reader_of(self, borrowing: Borrowing, deadline: float) -> Reader:
+        """Its connection, which may have to be opened, and whose time is limited from now on."""
+        if borrowing.reader is None:
+            borrowing.reader = self._new()
+        borrowing.reader.deadline = deadline
+        return borrowing.reader
 
     def _new(self) -> Reader:
         policy, guard = LockPolicy(self._settings.lock_timeout, self._stop), ReadGuard()
@@ -408,92 +464,78 @@ class ReaderPool:
         with self._lock:
             self._refuse_if_closed()
             self._extras += 1
-        reader = None
+        borrowing, reader = Borrowing(label), None
         try:
-            reader = self._lend(self._new(), label)
+            reader = borrowing.reader = self._new()
+            self._lent.add(borrowing)
             reader.attempt(label, reader.pin)
             yield reader.connection
         finally:
             if reader is not None and not reader.is_inherited:
-                self._lent.discard(reader)
+                self._lent.discard(borrowing)
                 self._returned.set()
                 reader.connection.close()
             with self._lock:
                 self._extras -= 1
                 self._all_back_if_closed()
 
-    def _lend(self, reader: Reader, label: str) -> Reader:
-        reader.label, reader.since, reader.is_named = label, monotonic(), False
-        self._lent.add(reader)
-        return reader
-
-    def _wait(self, waiter: Waiter, label: str, deadline: float) -> Reader:
-        left = deadline - monotonic()
+    def _end_surely(self, borrowing: Borrowing) -> None:
         try:
-            waiter.wakeup.acquire(timeout=-1 if left == math.inf else max(0.0, min(left, threading.TIMEOUT_MAX)))
-        except BaseException:  # Ctrl-C
-            self.leave_line(waiter)
-            raise
-        return self.granted(waiter, label)
+            self.end(borrowing)
+        finally:
+            if not borrowing.is_over:
+                self.end(borrowing)  # Ctrl-C came in the midst of it
 
-    def granted(self, waiter: Waiter, label: str) -> Reader:
-        """What the wait has brought; may open a connection."""
+    def hurry(self, borrowing: Borrowing) -> None:
+        """End the statement that runs there, unless the connection is somebody else's by now."""
         with self._lock:
-            if waiter in self._waiting:
-                self._waiting.remove(waiter)
-        if waiter.reader is not None:
-            return self._lend(waiter.reader, label)
-        if waiter.granted:
-            return self.open(label)
-        self._refuse_if_closed()
-        labels = ", ".join(self.borrowers)
-        raise ReadTimeoutError(f"no connection for {label} in time: all {self.size} are lent, to {labels}")
+            if not borrowing.is_over and borrowing.reader is not None:
+                borrowing.reader.deadline = 0.0
 
-    def leave_line(self, waiter: Waiter) -> None:
-        """Wait no more; what was handed over in that moment goes to the next."""
-        with self._lock:
-            if waiter in self._waiting:
-                self._waiting.remove(waiter)
-        if waiter.granted:
-            self._give_up_place() if waiter.reader is None else self.check_in(waiter.reader)
-
-    def check_in(self, reader: Reader) -> None:
-        if reader.is_inherited:
+    def end(self, borrowing: Borrowing) -> None:
+        """Leave the line, or give back what it has: clean, to the next in line. May be called again."""
+        reader = borrowing.reader
+        if borrowing.is_over or (reader is not None and reader.is_inherited):
             return
-        self._lent.discard(reader)
-        if self.holds_back:
-            self._returned.set()
-        if monotonic() - reader.since > self._holder.slow_after:
-            self._warn(reader, "was open")
-        reader.deadline = math.inf
-        try:
-            if reader.is_pinned or reader.connection.in_transaction:
-                reader.clean()
-            is_good = not reader.guard.is_spoilt
-        except sqlite3.Error:
-            is_good = False
-        if not is_good:
-            reader.connection.close()
-            self._give_up_place()
-            return
+        if monotonic() - borrowing.since > self._holder.slow_after and reader is not None:
+            self._warn(borrowing, "was open")
+        is_good = reader is not None and reader.clean()
         with self._lock:
-            if not self._closed:
+            self._lent.discard(borrowing)
+            if not borrowing.has_place:
+                if borrowing in self._waiting:
+                    self._waiting.remove(borrowing)
+                borrowing.is_over = True
+                return
+            if reader is None:  # in line until this moment
+                reader = borrowing.reader
+                is_good = reader is not None
+            if is_good and reader is not None and not self._closed and not borrowing.is_over:
+                borrowing.is_over = True
                 if self._waiting:
-                    self._waiting.popleft().grant(reader)
+                    self._grant(reader)
                 else:
                     self._idle.append(reader)
-                return
-        reader.connection.close()
-        self._give_up_place()
-
-    def _give_up_place(self) -> None:
-        """A connection is no more: the next in line opens its own."""
+        if reader is not None and not borrowing.is_over:
+            reader.connection.close()
         with self._lock:
-            if self._waiting and not self._closed:
-                self._waiting.popleft().grant(None)
-                return
-            self._count -= 1
-            self._all_back_if_closed()
+            if not borrowing.is_over:
+                borrowing.is_over = True
+                if self._waiting and not self._closed:
+                    self._grant(None)  # the right to open another
+                else:
+                    self._count -= 1
+                    self._all_back_if_closed()
+        if self.holds_back:
+            self._returned.set()
+
+    def _grant(self, reader: Reader | None) -> None:
+        first = self._waiting[0]
+        first.reader, first.has_place = reader, True
+        del self._waiting[0]
+        first.since = monotonic()
+        self._lent.add(first)
+        wake([first.wakeup])
 
     def _all_back_if_closed(self) -> None:
         if self._closed and not self._count and not self._extras:
@@ -503,22 +545,6 @@ class ReaderPool:
         self._holder.refuse_if_broken()
         if self._closed:
             raise closed_error()
-
-
-class Waiter:
-    """A borrower in line; whoever gives a connection (or the right to open one) back, grants it to the first."""
-
-    def __init__(self, future: asyncio.Future[None] | None) -> None:
-        self.granted = False
-        self.reader: Reader | None = None
-        self.wakeup: Any = future
-        if future is None:
-            self.wakeup = threading.Lock()
-            self.wakeup.acquire()
-
-    def grant(self, reader: Reader | None) -> None:
-        self.granted, self.reader = True, reader
-        wake([self.wakeup])
 
 
 def _nothing(cursor: sqlite3.Cursor) -> None:

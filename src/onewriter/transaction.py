@@ -150,6 +150,11 @@ class Transaction:
         return self.job.label
 
     @property
+    def depth(self) -> int:
+        """How many savepoints of the gateway are open."""
+        return len(self._root._marks)
+
+    @property
     def connection(self) -> sqlite3.Connection:
         """A ``sqlite3.Connection`` on this transaction, for libraries that want one.
 
@@ -280,7 +285,11 @@ class Transaction:
             self._check_thread()
         with session.lock:
             # Looked at inside the lock: whoever takes the loan back closes it first, then waits for the lock.
-            if self._closed is not None or root._closed is not None or (root._watch is not None and root._until < monotonic()):
+            if (
+                self._closed is not None
+                or root._closed is not None
+                or (root._watch is not None and root._until < monotonic())
+            ):
                 raise self.closed_error()
             if not session.connection.in_transaction and self.job.in_transaction:
                 raise self.aborted_error()
@@ -384,7 +393,8 @@ class Transaction:
             return forked_error()
         if root._until < monotonic() and root._closed is None:
             root._closed = TOO_LONG
-        return TransactionClosedError(f"the transaction of job {self.job.describe()} {self._closed or root._closed}")
+        why = self._closed or root._closed or ENDED
+        return TransactionClosedError(f"the transaction of job {self.job.describe()} {why}")
 
     def aborted_error(self) -> TransactionAbortedError:
         # Without it, the statements that follow would be committed one by one.

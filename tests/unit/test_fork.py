@@ -54,7 +54,8 @@ def use(tx):
     if lent is not None:
         refused(lambda: lent.execute("SELECT 1"))
         lent.loan.end()  # as leaving the block would
-        db._readers.check_in(lent.loan.reader)
+        for borrowing in db._readers._lent:
+            db._readers.end(borrowing)
         assert lent.loan.reader.connection.in_transaction
         assert len(sqlite3.Cursor.fetchmany(live[0], 2)) == 2  # nothing was closed
     if pending is not None and not pending.done():

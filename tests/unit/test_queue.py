@@ -512,18 +512,19 @@ def test_a_job_is_named_after_what_it_calls(any_db: DbWriter) -> None:
     assert labels == [f"{place}count", f"{place}count", f"{place}Counter"]
 
 
-def test_bad_sql_in_a_batch_does_not_make_the_others_run_again(db: DbWriter) -> None:
-    db.run("CREATE TABLE batch (n UNIQUE)")
-    with parked(db):
-        good = [db.enqueue("INSERT INTO batch VALUES (?)", (n,)) for n in range(3)]
-        bad: list[Ticket[Any]] = [
-            db.enqueue("INSERT INTO nowhere VALUES (1)", label="bad"),
-            db.enqueue("INSERT INTO batch VALUES (?)", (0,), label="bad"),
-        ]
-        good += [db.enqueue("INSERT INTO batch VALUES (?)", (n,)) for n in range(3, 6)]
-    assert all(isinstance(ticket.exception(30), sqlite3.Error) for ticket in bad)
-    assert [ticket.result(30).rowcount for ticket in good] == [1] * 6
-    assert db.stats().run_twice == 0
+def test_bad_sql_in_a_batch_does_not_make_the_others_run_again(path: Path) -> None:
+    with DbWriter(path, on_error=lambda ticket: None) as db:
+        db.run("CREATE TABLE batch (n UNIQUE)")
+        with parked(db):
+            good = [db.enqueue("INSERT INTO batch VALUES (?)", (n,)) for n in range(3)]
+            bad: list[Ticket[Any]] = [
+                db.enqueue("INSERT INTO nowhere VALUES (1)"),
+                db.enqueue("INSERT INTO batch VALUES (?)", (0,)),
+            ]
+            good += [db.enqueue("INSERT INTO batch VALUES (?)", (n,)) for n in range(3, 6)]
+        assert all(isinstance(ticket.exception(30), sqlite3.Error) for ticket in bad)
+        assert [ticket.result(30).rowcount for ticket in good] == [1] * 6
+        assert db.stats().run_twice == 0
 
 
 def test_an_interrupt_that_nobody_of_ours_has_sent_is_told_as_it_is(db: DbWriter) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import concurrent.futures
 import contextlib
 import sqlite3
@@ -14,7 +13,7 @@ from typing import Any
 import pytest
 
 from helpers import DEADLINE, parked
-from onewriter import DbWriter, ReadTimeoutError, WriterClosedError
+from onewriter import DbWriter, ReadTimeoutError, ReentrantWriteError, WriterClosedError
 
 INSERT = "INSERT INTO t VALUES (?)"
 ENDLESS = "WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c) SELECT max(n) FROM c"
@@ -161,9 +160,9 @@ def test_an_interrupt_while_waiting_for_a_connection_loses_none(one: DbWriter, m
     """The connection is handed over in the moment of the interrupt."""
     from onewriter import readers
 
-    class Interrupted(readers.Waiter):
-        def __init__(self, future: asyncio.Future[None] | None) -> None:
-            super().__init__(future)
+    class Interrupted(readers.Borrowing):
+        def __init__(self, label: str) -> None:
+            super().__init__(label)
             self.wakeup = self
 
         def acquire(self, timeout: float) -> bool:
@@ -176,7 +175,7 @@ def test_an_interrupt_while_waiting_for_a_connection_loses_none(one: DbWriter, m
     with ThreadPoolExecutor(1) as pool:
         block = one.reader()
         pool.submit(block.__enter__).result(DEADLINE)
-        monkeypatch.setattr(readers, "Waiter", Interrupted)
+        monkeypatch.setattr(readers, "Borrowing", Interrupted)
         with pytest.raises(KeyboardInterrupt):
             one.read("SELECT 1")
         assert one.read("SELECT 1", timeout=DEADLINE) == [(1,)]
@@ -201,6 +200,20 @@ def test_close_with_a_time_limit_does_not_wait_for_a_reader_for_ever(path: Path)
         assert connection.execute("SELECT 1").fetchone() == (1,)
     with contextlib.closing(sqlite3.connect(path)) as other:
         other.execute("PRAGMA journal_mode = DELETE")
+
+
+def test_close_in_the_midst_of_an_own_read_is_refused_where_it_would_never_end(one: DbWriter) -> None:
+    with one.reader(), pytest.raises(ReentrantWriteError, match="close waits for all readers, and this thread has one"):
+        one.close()
+    with pytest.raises(ReentrantWriteError):
+        one.read(lambda connection: one.close())
+    assert not one.closed
+    with ThreadPoolExecutor(1) as pool, one.reader():
+        closing = pool.submit(one.close)
+        while not one.closed:
+            pass
+        assert not closing.done()
+    closing.result(DEADLINE)
 
 
 def test_readers_are_opened_when_they_are_needed(path: Path) -> None:

@@ -24,7 +24,7 @@ from onewriter import (
     Transaction,
     WriterClosedError,
 )
-from onewriter.readers import Reader, Waiter
+from onewriter.readers import Borrowing, Reader
 
 INSERT = "INSERT INTO t VALUES (?)"
 COUNT = "SELECT count(*) FROM t"
@@ -541,16 +541,13 @@ def test_a_reader_that_is_not_slow_is_not_told_of(path: Path, caplog: pytest.Log
 def test_a_place_that_comes_in_the_moment_nobody_waits_any_more_is_free(
     one: DbWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(reader: Reader) -> None:
-        raise sqlite3.OperationalError("cannot roll back")
-
+    borrowing = Borrowing("a read")
     with one.reader():
-        waiter = one._readers.take_or_line_up("a read")
-        assert isinstance(waiter, Waiter)
-        monkeypatch.setattr(Reader, "clean", fail)
+        assert not one._readers.take_or_line_up(borrowing)
+        monkeypatch.setattr(Reader, "clean", lambda reader: False)
     monkeypatch.undo()
-    assert (waiter.granted, waiter.reader) == (True, None)  # the right to open another
-    one._readers.leave_line(waiter)
+    assert (borrowing.has_place, borrowing.reader) == (True, None)  # the right to open another
+    one._readers.end(borrowing)
     assert one.read_value(COUNT, timeout=DEADLINE) == 0
 
 
