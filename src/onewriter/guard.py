@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import secrets
 import sqlite3
+import threading
 
 SCHEMA_CHANGES = frozenset((*range(1, 9), *range(10, 18), 26, 29, 30))  # CREATE, DROP, ALTER
 # Inside a transaction SQLite ignores these or only answers, so a job would believe that they are in force.
@@ -15,6 +16,9 @@ NOT_ON_A_READER = NEVER | {"journal_mode"}
 
 
 ASKING = ("_info", "_xinfo", "_list", "_check")  # the ends of PRAGMAs whose argument sets nothing
+
+
+NO_FUNCTION = "not authorized to use function"  # which has no code of its own
 
 
 class Mode(enum.Enum):
@@ -28,7 +32,30 @@ class Mode(enum.Enum):
 IN_TRANSACTION = (Mode.JOB, Mode.LENT)
 
 
-class ReadGuard:
+class _Refusals:
+    """What an authorizer has refused, and why: SQLite says only "not authorized"."""
+
+    refusal: str | None = None
+
+    def deny(self, reason: str) -> int:
+        self.refusal = reason
+        return sqlite3.SQLITE_DENY
+
+    def explain(self, error: BaseException) -> None:
+        """Say why, if a refusal is what ``error`` is about."""
+        reason, self.refusal = self.refusal, None
+        if reason is not None:
+            error.add_note(f"onewriter: {reason}")
+        elif (
+            (getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_AUTH or str(error).startswith(NO_FUNCTION))
+            and not getattr(error, "__notes__", ())
+            and threading.current_thread() is threading.main_thread()
+        ):
+            # Nobody has refused: a signal handler raised as SQLite asked, and sqlite3 dropped what it raised.
+            raise KeyboardInterrupt("a signal handler raised while SQLite prepared a statement") from error
+
+
+class ReadGuard(_Refusals):
     """The authorizer of a reader: what mode=ro and query_only let through."""
 
     def __init__(self) -> None:
@@ -41,18 +68,18 @@ class ReadGuard:
 
     def __call__(self, action: int, first: str | None, second: str | None, *_: str | None) -> int:
         if action in (sqlite3.SQLITE_ATTACH, sqlite3.SQLITE_DETACH):  # VACUUM INTO is an ATTACH too
-            return sqlite3.SQLITE_DENY
+            return self.deny("a reader cannot ATTACH, DETACH or VACUUM")
         if action == sqlite3.SQLITE_PRAGMA:
             name = (first or "").lower()
             if name == "wal_checkpoint" or (second is not None and name in NOT_ON_A_READER):
-                return sqlite3.SQLITE_DENY
+                return self.deny(f"PRAGMA {name} is the writer's")
             self.is_spoilt |= second is not None and not name.endswith(ASKING)
         if action == sqlite3.SQLITE_TRANSACTION and not self.is_own:  # a snapshot stands for its whole length
-            return sqlite3.SQLITE_DENY
+            return self.deny("a reader's transaction is the gateway's: reader() is one")
         return sqlite3.SQLITE_OK
 
 
-class Guard:
+class Guard(_Refusals):
     """The authorizer of the write connection. Set once, since setting it makes SQLite prepare every statement anew.
 
     Threads: used by the thread that holds the write connection.
@@ -64,7 +91,6 @@ class Guard:
         self._secret = secrets.token_hex(8)
         self.mark = f"onewriter_{self._secret}"  # begins the names of the gateway's savepoints
         self.mode = Mode.GATEWAY
-        self.refusal: str | None = None
         self.schema_changed = True
         self.settings_touched = False
 
@@ -87,29 +113,25 @@ class Guard:
         elif action in (sqlite3.SQLITE_TRANSACTION, sqlite3.SQLITE_SAVEPOINT):
             if self.mode is not Mode.VACUUM:
                 verb = "SAVEPOINT" if action == sqlite3.SQLITE_SAVEPOINT else first
-                return self._deny(f"{verb} is the gateway's: it begins, commits and rolls back (tx.savepoint() nests)")
+                return self.deny(f"{verb} is the gateway's: it begins, commits and rolls back (tx.savepoint() nests)")
         elif action in (sqlite3.SQLITE_ATTACH, sqlite3.SQLITE_DETACH):
             if self.mode is not Mode.VACUUM:
-                return self._deny("ATTACH and DETACH belong in on_connect, where every connection gets them")
+                return self.deny("ATTACH and DETACH belong in on_connect, where every connection gets them")
         elif action == sqlite3.SQLITE_PRAGMA:
             return self._pragma((first or "").lower(), second)
         return sqlite3.SQLITE_OK
 
     def _pragma(self, name: str, value: str | None) -> int:
         if name == "wal_checkpoint" and self.mode in IN_TRANSACTION:
-            return self._deny("a checkpoint cannot run inside a transaction: use checkpoint()")
+            return self.deny("a checkpoint cannot run inside a transaction: use checkpoint()")
         if value is None:
             return sqlite3.SQLITE_OK
         if self.mode in IN_TRANSACTION and name in NOT_IN_A_TRANSACTION:
-            return self._deny(
+            return self.deny(
                 f"PRAGMA {name} has no effect inside a transaction, and a job is one: it is an argument of DbWriter; "
                 "foreign_keys=False on a job is for rebuilding a table"
             )
         if name in NEVER or (name == "journal_mode" and value.upper() != self._journal_mode):
-            return self._deny(f"PRAGMA {name} is the gateway's: use the argument of DbWriter")
+            return self.deny(f"PRAGMA {name} is the gateway's: use the argument of DbWriter")
         self.settings_touched = True
         return sqlite3.SQLITE_OK
-
-    def _deny(self, reason: str) -> int:
-        self.refusal = reason
-        return sqlite3.SQLITE_DENY

@@ -607,9 +607,7 @@ class WriterLoop:
 
     def _fail(self, job: Job[Any], error: BaseException) -> None:
         error.__traceback__ = without_own_frames(error.__traceback__)
-        if self._guard.refusal is not None:
-            error.add_note(f"onewriter: {self._guard.refusal}")
-            self._guard.refusal = None
+        self._guard.explain(error)
         note = f"onewriter: job {job.describe()}, attempts to get SQLite's lock: {max(1, self._policy.attempts)}"
         if is_busy(error):
             note += f" in {self._policy.waited:.2f} s; {describe_lock(self._settings.path)}"

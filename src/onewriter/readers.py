@@ -77,6 +77,7 @@ class Reader:
         late: BaseException = error
         try:
             self.watch.raise_caught()
+            self.guard.explain(error)
             if is_busy(error):
                 try:
                     left = max(0.0, self.deadline - monotonic())
@@ -139,8 +140,9 @@ class Snapshot:
                 raise sqlite3.ProgrammingError("the reader() block or read() of this connection has ended")
             try:
                 return function(*args, **options)
-            except sqlite3.OperationalError:
+            except sqlite3.DatabaseError as error:
                 self.reader.watch.raise_caught()
+                self.reader.guard.explain(error)
                 raise
 
     @contextlib.contextmanager
@@ -236,7 +238,10 @@ class ReaderPool:
             self._holder.note_corruption(error)
             raise
         finally:
-            self._end_surely(borrowing)
+            try:
+                self.end(borrowing)
+            finally:
+                self.end(borrowing)  # again, if Ctrl-C came in the midst of it
 
     @contextlib.contextmanager
     def _seen(self, reader: Reader) -> Iterator[Snapshot]:
@@ -282,7 +287,10 @@ class ReaderPool:
                 rows: T = reader.recover(error, label, reader.fetch, sql, parameters, fetch)
                 return rows
         finally:
-            self._end_surely(borrowing)
+            try:
+                self.end(borrowing)
+            finally:
+                self.end(borrowing)  # again, if Ctrl-C came in the midst of it
 
     def call(self, function: Callable[[sqlite3.Connection], T], label: str, deadline: float) -> T:
         """What ``function`` returns, called with a connection on one snapshot."""
@@ -295,7 +303,10 @@ class ReaderPool:
             self._borrow(borrowing, deadline)
             return self.call_and_return(borrowing, function, label, own=False)
         finally:
-            self._end_surely(borrowing)
+            try:
+                self.end(borrowing)
+            finally:
+                self.end(borrowing)  # again, if Ctrl-C came in the midst of it
 
     def call_and_return(
         self, borrowing: Borrowing, function: Callable[[sqlite3.Connection], T], label: str, *, own: bool
@@ -313,7 +324,10 @@ class ReaderPool:
             self._holder.note_corruption(error)
             raise
         finally:
-            self._end_surely(borrowing)
+            try:
+                self.end(borrowing)
+            finally:
+                self.end(borrowing)  # again, if Ctrl-C came in the midst of it
 
     @property
     def in_use(self) -> int:
@@ -478,13 +492,6 @@ class ReaderPool:
             with self._lock:
                 self._extras -= 1
                 self._all_back_if_closed()
-
-    def _end_surely(self, borrowing: Borrowing) -> None:
-        try:
-            self.end(borrowing)
-        finally:
-            if not borrowing.is_over:
-                self.end(borrowing)  # Ctrl-C came in the midst of it
 
     def hurry(self, borrowing: Borrowing) -> None:
         """End the statement that runs there, unless the connection is somebody else's by now."""

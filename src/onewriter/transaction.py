@@ -150,6 +150,10 @@ class Transaction:
         return self.job.label
 
     @property
+    def is_reading(self) -> bool:
+        return self._root._read_until is not None
+
+    @property
     def depth(self) -> int:
         """How many savepoints of the gateway are open."""
         return len(self._root._marks)
@@ -413,10 +417,7 @@ class Transaction:
             raise ReentrantWriteError(IN_STATEMENT)
 
     def _explain(self, error: sqlite3.Error) -> None:
-        guard = self._session.guard
-        if guard.refusal is not None:
-            error.add_note(f"onewriter: {guard.refusal}")
-            guard.refusal = None
+        self._session.guard.explain(error)
         root = self._root
         if getattr(error, "sqlite_errorcode", 0) != sqlite3.SQLITE_INTERRUPT:
             return
@@ -447,8 +448,9 @@ class _WriteLoan:
         self.savepoint = transaction.savepoint
 
     def undo(self, end_cursors: Callable[[], None]) -> None:
-        end_cursors()
-        self._transaction.undo()
+        if not self._transaction.is_reading:  # what ends a read has nothing to undo
+            end_cursors()
+            self._transaction.undo()
 
     def outlasts(self, name: str) -> None:
         """Functions are the user's, and stay; who follows SQL would see that of other jobs."""
