@@ -645,7 +645,7 @@ class AsyncDbWriter:
         borrowing, readers = Borrowing(place), self._gateway()._readers
         reader = await self._borrow(borrowing, deadline)
         try:
-            await self._in_pool(functools.partial(reader.attempt, place, reader.pin), borrowing)
+            await self._in_pool(functools.partial(readers.pin, reader, place), borrowing)
             snapshot = Snapshot(reader, None)
             lent = AsyncReader(self, snapshot, borrowing)
             stack = self._readers.setdefault(task, []) if task is not None else []
@@ -697,6 +697,8 @@ class AsyncDbWriter:
         here: AsyncReader | TaskBlock | None,
         own: bool,
     ) -> T:
+        if after is not None and isinstance(here, AsyncReader):
+            here._snapshot.refuse_later(after)
         deadline = await self._after(after, timeout, label)
         if isinstance(here, TaskBlock):
             return await here.call(_read_inside, here, function, deadline)

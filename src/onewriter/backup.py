@@ -29,7 +29,9 @@ def check_backup(target: Any, progress: Any, pages: Any) -> None:
     if isinstance(target, sqlite3.Connection):
         if isinstance(target, LentConnection):
             raise ValueError("the target is a connection that a gateway has lent: nothing can be restored into it")
-        path = next((row[2] for row in target.execute("PRAGMA database_list") if row[1] == "main"), "")
+        cursor = target.cursor()
+        cursor.row_factory = None
+        path = next((row[2] for row in cursor.execute("PRAGMA database_list") if row[1] == "main"), "")
     elif isinstance(target, str | bytes | os.PathLike):
         path = os.fsdecode(target)
         if path in ("", ":memory:") or path.startswith("file:") or "\0" in path:

@@ -11,6 +11,7 @@ import sqlite3
 import stat
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,6 +59,7 @@ class Report:
     foreign_keys: int = 0
     foreign_key_violations: list[str] = field(default_factory=list)
     quick_check: list[str] = field(default_factory=list)
+    not_checked: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     advice: list[str] = field(default_factory=list)
 
@@ -68,8 +70,8 @@ class CannotCheckError(Exception):
 
 def check(path: str) -> Report:
     """Look at the file. Raises CannotCheckError."""
-    path = os.path.abspath(path)
     _refuse(path)
+    path = os.path.realpath(path)
     for _ in range(3):
         report = Report(path)
         is_closed_wal = not _has_wal(path) and _is_wal_by_header(path)
@@ -135,13 +137,27 @@ def _ask(report: Report, connection: sqlite3.Connection) -> None:
     report.free_pages = value("freelist_count")
     report.journal_mode = value("journal_mode").upper()
     report.synchronous = SYNCHRONOUS[value("synchronous")]
-    rows = connection.execute(f"PRAGMA quick_check({MOST_FINDINGS})").fetchall()
-    report.quick_check = [text for (text,) in rows if text != "ok"]
+    with _as_far_as_possible(report, "quick_check"):
+        rows = connection.execute(f"PRAGMA quick_check({MOST_FINDINGS})").fetchall()
+        report.quick_check = [text for (text,) in rows if text != "ok"]
     tables = [name for (name,) in connection.execute("SELECT name FROM sqlite_schema WHERE type = 'table'")]
     count = "SELECT count(DISTINCT id) FROM pragma_foreign_key_list(?)"
     report.foreign_keys = sum(connection.execute(count, (name,)).fetchone()[0] for name in tables)
-    for table, rowid, parent, _ in connection.execute("PRAGMA foreign_key_check").fetchmany(MOST_FINDINGS):
-        report.foreign_key_violations.append(f"{table}, rowid {rowid}, has no parent in {parent}")
+    with _as_far_as_possible(report, "foreign_key_check"):
+        for table, rowid, parent, _ in connection.execute("PRAGMA foreign_key_check").fetchmany(MOST_FINDINGS):
+            report.foreign_key_violations.append(f"{table}, rowid {rowid}, has no parent in {parent}")
+
+
+@contextlib.contextmanager
+def _as_far_as_possible(report: Report, what: str) -> Iterator[None]:
+    """What only the application's own connections have, a collation say, is missing here."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        if getattr(error, "sqlite_errorcode", 0) != sqlite3.SQLITE_ERROR:
+            raise
+        report.not_checked.append(what)
+        report.advice.append(f"{what} could not be done here: {error}")
 
 
 def _processes(pids: list[int] | None) -> list[Process] | None:
@@ -200,6 +216,7 @@ def describe(report: Report) -> str:
         "synchronous": f"{report.synchronous} in a plain connection; each has its own setting",
         "foreign keys": keys + (f"{violations} violations or more" if violations else "no violation"),
         "quick_check": "ok" if not report.quick_check else f"{len(report.quick_check)} findings or more",
+        **{name: "not done" for name in report.not_checked},
         "SQLite": report.sqlite_version,
     }
     lines = [report.path, *(f"  {name:<13} {text}" for name, text in rows.items())]

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from onewriter.connection import Settings
 from onewriter.events import CheckpointEnded, Hook
+from onewriter.file import DatabaseFile
 from onewriter.holder import Holder
 from onewriter.locks import describe_wal_readers
 from onewriter.log import contain, report
@@ -38,14 +39,18 @@ class Checkpoint(NamedTuple):
 class Checkpointer:
     """When, and how thoroughly. Belongs to the thread that is the writer.
 
-    By growth, not by the size of the file, which stays although the log begins anew after a complete checkpoint. How
-    many pages the growth came to is known at each checkpoint only; it says how far off the next one may be.
+    By growth, since the size of the file stays although the log begins anew after a complete checkpoint. How many pages
+    the growth came to is known at each checkpoint only; it says how far off the next one may be. And at once when the
+    file has grown by as much as the log may have: a few large values do that.
     FULL and TRUNCATE, not PASSIVE: they take the write lock where it can be had, without which another process can
     commit meanwhile, which SQLite before 3.51.3 may answer with a damaged log (https://www.sqlite.org/wal.html).
     """
 
-    def __init__(self, settings: Settings, readers: ReaderPool, holder: Holder, on_event: Hook | None) -> None:
+    def __init__(
+        self, settings: Settings, file: DatabaseFile, readers: ReaderPool, holder: Holder, on_event: Hook | None
+    ) -> None:
         self._settings = settings
+        self._file = file
         self._readers = readers
         self._holder = holder
         self._on_event = on_event
@@ -54,6 +59,7 @@ class Checkpointer:
         self.starved = ""  # why the log is over its limit
         self._growth = self._changes = 0
         self._often = OFTEN
+        self._size = 0  # of the log's file after the last checkpoint
         self.last: tuple[Checkpoint, float] | None = None
 
     @property
@@ -66,7 +72,10 @@ class Checkpointer:
         changes = session.connection.total_changes
         self._growth += 1 + abs(changes - self._changes) // ROWS
         self._changes = changes
-        if self._growth < self._often or not self._settings.checkpoints:
+        if not self._settings.checkpoints:
+            return
+        most = max(self._settings.wal_limit, PAGES * session.page_size)
+        if self._growth < self._often and self._file.wal_bytes() <= self._size + most:
             return
         pages = max(1, self.run(session, "FULL").log)
         wanted = min(PAGES, self._settings.wal_limit // session.page_size // 2)
@@ -75,6 +84,7 @@ class Checkpointer:
         if pages * session.page_size > self._settings.wal_limit:
             with self._readers.held_back(HOLD_BACK):
                 self.empty(session)
+        self._size = self._file.wal_bytes()
 
     def empty(self, session: WriteSession) -> None:
         """Cut the log off, unless somebody reads from it."""

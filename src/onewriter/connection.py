@@ -145,16 +145,30 @@ def set_pragma(connection: sqlite3.Connection, name: str, value: str | int) -> N
 
 def pragma(connection: sqlite3.Connection, name: str, value: str | int | None = None) -> Any:
     """The first value that the PRAGMA answers, or None."""
-    assignment = "" if value is None else f" = {_literal(value)}"
-    factory, connection.text_factory = connection.text_factory, str  # the user's is not for our own rows
+    rows = _rows(connection, f"PRAGMA {name}" + ("" if value is None else f" = {_literal(value)}"))
+    return rows[0][0] if rows else None
+
+
+def _rows(connection: sqlite3.Connection, sql: str) -> list[Any]:
+    factory, connection.text_factory = connection.text_factory, decode  # the user's is not for our own rows
     cursor = connection.cursor()
     try:
         cursor.row_factory = None
-        rows = cursor.execute(f"PRAGMA {name}{assignment}").fetchall()
-        return rows[0][0] if rows else None
+        return cursor.execute(sql).fetchall()
     finally:
         cursor.close()
         connection.text_factory = factory
+
+
+def database_names(connection: sqlite3.Connection) -> list[str]:
+    """The main database and the attached ones, as they stand in double quotes."""
+    names = [row[1] for row in _rows(connection, "PRAGMA database_list")]
+    return [name.replace('"', '""') for name in names if name != "temp"]
+
+
+def decode(text: bytes) -> str:
+    """Of any text: a path, or what somebody has stored, need not be UTF-8."""
+    return text.decode("utf-8", "surrogateescape")
 
 
 def check_pragmas(pragmas: Mapping[str, str | int]) -> None:

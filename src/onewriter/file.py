@@ -22,6 +22,7 @@ class DatabaseFile:
 
     def __init__(self, path: str) -> None:
         self.path = path
+        self._log = f"{os.path.realpath(path)}-wal"  # SQLite follows links, and keeps the log beside the file itself
         self.identity: tuple[int, int] | None = None  # device and inode; None: not opened yet
         self._looked_at = 0.0
 
@@ -34,7 +35,7 @@ class DatabaseFile:
     def wal_bytes(self) -> int:
         """The size of the write-ahead log's file; 0: there is none."""
         try:
-            return os.stat(f"{self.path}-wal").st_size
+            return os.stat(self._log).st_size
         except OSError:
             return 0
 

@@ -141,7 +141,7 @@ class DbWriter:
         check_pragmas(pragmas or {})
         self._path, folder = _resolve(path)
         try:
-            check_path(self._path)
+            check_path(os.path.realpath(self._path))
             settings = Settings(
                 path=self._path,
                 lock_timeout=lock_timeout,
@@ -740,6 +740,8 @@ class DbWriter:
         deadline = math.inf if timeout is None else monotonic() + timeout
         if after is not None:
             self.check_after(after)
+            if (snapshot := self._readers.current()) is not None:
+                snapshot.refuse_later(after)
             if not after.done():
                 self._holder.refuse_endless_wait("read(after=…)")
                 if not after.wait(_left(deadline)) and not after.done():

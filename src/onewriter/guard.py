@@ -124,7 +124,7 @@ class Guard(_Refusals):
     def _pragma(self, name: str, value: str | None) -> int:
         if name == "wal_checkpoint" and self.mode in IN_TRANSACTION:
             return self.deny("a checkpoint cannot run inside a transaction: use checkpoint()")
-        if value is None:
+        if value is None or name.endswith(ASKING):
             return sqlite3.SQLITE_OK
         if self.mode in IN_TRANSACTION and name in NOT_IN_A_TRANSACTION:
             return self.deny(

@@ -36,7 +36,7 @@ class Holder:
     def __init__(self, slow_after: float, path: str) -> None:
         self.slow_after = slow_after
         self._path = path
-        self._warned = False
+        self._warned_of = 0.0  # the job that a warning has named: when it started
         self.lock = threading.RLock()
         self.tally = Tally()  # guarded by lock
         self.health = "ok"
@@ -58,7 +58,6 @@ class Holder:
         self.writer_thread, self.job, self.transaction, self.block = 0, None, None, None
 
     def enter(self, job: Job[Any], transaction: Transaction | None) -> None:
-        self._warned = False
         self.job, self.transaction = job, transaction
 
     def leave(self) -> float:
@@ -71,10 +70,10 @@ class Holder:
     def warn_if_slow(self, now: float) -> None:
         """Name, once, the job that holds the writer longer than ``slow_after``."""
         job = self.job
-        if job is None or self._warned or now - job.started_at <= self.slow_after:
+        if job is None or now - job.started_at <= self.slow_after:
             return
         with self.lock:
-            first, self._warned = not self._warned, True
+            first, self._warned_of = self._warned_of != job.started_at, job.started_at
         if first:
             report(self, logging.WARNING, "slow: %s", self.describe())
 

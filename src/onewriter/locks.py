@@ -15,7 +15,7 @@ COMMAND_LENGTH = 100
 
 def lock_holders(path: str) -> list[int] | None:
     """The processes that hold the write lock of the database; None if that cannot be told here."""
-    lines = _all_locks()
+    lines, path = _all_locks(), os.path.realpath(path)
     if lines is None:
         return None
     return sorted({*_holders(lines, f"{path}-shm", WRITE_BYTE, WRITE_BYTE), *_holders(lines, path, PENDING, LAST)})
@@ -23,7 +23,7 @@ def lock_holders(path: str) -> list[int] | None:
 
 def wal_readers(path: str) -> list[int] | None:
     """The processes that read from the write-ahead log now; None if that cannot be told here."""
-    lines = _all_locks()
+    lines, path = _all_locks(), os.path.realpath(path)
     if lines is None:
         return None
     return sorted(set(_holders(lines, f"{path}-shm", *READ_BYTES, kinds=("READ", "WRITE"))))

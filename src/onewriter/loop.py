@@ -77,7 +77,7 @@ class WriterLoop:
         self._stop = threading.Event()  # ends the wait for SQLite's lock; what has not started does not start
         self._policy = LockPolicy(settings.lock_timeout, self._stop)
         self._guard = Guard(settings.journal_mode)
-        self._checkpointer = Checkpointer(settings, self.readers, self.holder, on_event)
+        self._checkpointer = Checkpointer(settings, self.file, self.readers, self.holder, on_event)
         self._held = self._free = 0.0  # seconds with and without SQLite's lock since it was last left free for others
         self._begun_at = self._released_at = 0.0
         self._session: WriteSession | None = None
@@ -464,6 +464,8 @@ class WriterLoop:
     def _check_end(self, session: WriteSession, job: Job[Any], transaction: Transaction) -> None:
         if not session.connection.in_transaction:
             raise transaction.aborted_error()
+        if transaction.was_too_long and not job.lent:  # and the job has swallowed the error
+            raise transaction.closed_error()
         if job.foreign_keys is False and (violations := session.own("PRAGMA foreign_key_check")):
             table, rowid, parent, _ = violations[0]
             raise sqlite3.IntegrityError(
@@ -479,6 +481,9 @@ class WriterLoop:
 
     def _commit(self, session: WriteSession, jobs: list[Job[Any]], runs: list[Transaction]) -> None:
         kept = [job for job in jobs if job._error is None]
+        if kept and self._is_moved():  # which has told the jobs
+            self._roll_back()
+            return
         if not kept:
             self._roll_back()
         else:
@@ -592,6 +597,8 @@ class WriterLoop:
             runs = [transaction]
             self.holder.enter(job, transaction)
             self._guard.settings_touched = True
+            if self._max_hold != math.inf:
+                transaction.limit(self._max_hold)
             try:
                 job.set_outcome(self._policy.call(lambda: job.perform(transaction), self._tell_waiting), None)
             finally:

@@ -14,13 +14,13 @@ from threading import get_ident
 from time import monotonic
 from typing import Any, TypeVar
 
-from onewriter.connection import Settings, open_reader
-from onewriter.errors import ReadTimeoutError
+from onewriter.connection import Settings, database_names, open_reader
+from onewriter.errors import ReadTimeoutError, ReentrantWriteError
 from onewriter.file import DatabaseFile
 from onewriter.fork import forked_error
 from onewriter.guard import ReadGuard
 from onewriter.holder import Holder
-from onewriter.job import refuse_live, wake
+from onewriter.job import Ticket, refuse_live, wake
 from onewriter.lent import LentConnection
 from onewriter.log import report
 from onewriter.queue import closed_error
@@ -44,6 +44,8 @@ class Reader:
         self.is_inherited = False  # this is a child of the process that it belongs to
         self.guard = guard
         self.is_pinned = False
+        self.seen = 0  # how many jobs were committed before its transaction began
+        self._pins = [self.guard.own(f'PRAGMA "{name}".schema_version') for name in database_names(connection)]
         self._policy = policy
         self._row_factory, self._text_factory = connection.row_factory, connection.text_factory
         self.watch = Watch(self._is_late)
@@ -94,7 +96,8 @@ class Reader:
         """Begin a transaction that sees this moment until ``clean``."""
         if not self.connection.in_transaction:  # tried again after it met a lock, it has begun already
             self._own("BEGIN")
-        self._own("PRAGMA schema_version")  # BEGIN alone pins no snapshot: the first read does
+        for read in self._pins:  # BEGIN alone pins no snapshot: the first read of each database does
+            self.fetch(read, (), _nothing)
         self.is_pinned = True
 
     def _own(self, sql: str) -> None:
@@ -154,6 +157,14 @@ class Snapshot:
             yield reader
         finally:
             reader.deadline = before
+
+    def refuse_later(self, write: Ticket[Any]) -> None:
+        """Raise at once if nobody who reads here will ever see ``write``."""
+        if not write.done() or (write.sequence or 0) > self.reader.seen:
+            raise ReentrantWriteError(
+                f"after={write!r} would never be seen here: a reader() block, and a read() of a function, see the "
+                "state of their entry"
+            )
 
     def savepoint(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
@@ -230,7 +241,7 @@ class ReaderPool:
         borrowing = Borrowing(label)
         try:
             reader = self._borrow(borrowing, deadline)
-            reader.attempt(label, reader.pin)
+            self.pin(reader, label)
             reader.deadline = math.inf
             with self._seen(reader) as snapshot:
                 yield snapshot
@@ -242,6 +253,11 @@ class ReaderPool:
                 self.end(borrowing)
             finally:
                 self.end(borrowing)  # again, if Ctrl-C came in the midst of it
+
+    def pin(self, reader: Reader, label: str) -> None:
+        """Have it see this moment until it is given back."""
+        reader.seen = self._holder.tally.committed
+        reader.attempt(label, reader.pin)
 
     @contextlib.contextmanager
     def _seen(self, reader: Reader) -> Iterator[Snapshot]:
@@ -317,7 +333,7 @@ class ReaderPool:
         try:
             if own:
                 return reader.attempt(label, function, reader.connection)
-            reader.attempt(label, reader.pin)
+            self.pin(reader, label)
             with self._seen(reader) as snapshot:
                 return refuse_live(reader.in_time(label, function, snapshot.lent))
         except sqlite3.DatabaseError as error:

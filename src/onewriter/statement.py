@@ -24,7 +24,7 @@ CHANGING = frozenset(("INSERT", "REPLACE", "UPDATE", "DELETE"))
 VERBS = frozenset(("INSERT", "REPLACE", "UPDATE", "DELETE", "SELECT", "VALUES"))
 LONG = 10_000  # characters, from which on a text has values in it, and comes once
 TEXTUAL = (str, bytes, bytearray, memoryview)
-WITHOUT_ROWID = "SELECT count(*) FROM pragma_table_list WHERE name = ? COLLATE NOCASE AND wr"
+WITHOUT_ROWID = "SELECT count(*) FROM pragma_table_list(?) WHERE wr"  # the argument: it looks at no other table
 # A constraint that SQLite checks before it writes, or undoes: unless FAIL says otherwise, nothing is left behind.
 UNDONE = frozenset(
     (

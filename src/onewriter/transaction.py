@@ -12,6 +12,7 @@ from threading import get_ident
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from onewriter.connection import database_names, decode
 from onewriter.errors import (
     ForkedError,
     ReadTimeoutError,
@@ -67,9 +68,7 @@ class WriteSession:
             guard.own(f"{verb} {guard.mark}_0") for verb in ("SAVEPOINT", "RELEASE", "ROLLBACK TO")
         )
         self.page_size: int = self.own("PRAGMA page_size")[0][0]
-        # Not PRAGMA database_list, whose paths need not be text.
-        names = [name for (name,) in self.own("SELECT name FROM pragma_database_list")]
-        self.databases = [name.replace('"', '""') for name in names if name != "temp"]
+        self.databases = database_names(connection)
 
     def own(self, sql: str) -> list[Any]:
         """Run a statement of the gateway's own, which no job's text can stand for."""
@@ -78,7 +77,7 @@ class WriteSession:
             text = self._texts[sql] = self.guard.own(sql)
         guard, cursor, connection = self.guard, self._cursor, self.connection
         mode, guard.mode = guard.mode, Mode.GATEWAY
-        factory, connection.text_factory = connection.text_factory, str
+        factory, connection.text_factory = connection.text_factory, decode  # not the user's
         try:
             cursor.execute(text)
             return cursor.fetchall()
@@ -148,6 +147,11 @@ class Transaction:
     def label(self) -> str:
         """The job's label."""
         return self.job.label
+
+    @property
+    def was_too_long(self) -> bool:
+        """Whether a statement was refused or ended because of ``max_hold``."""
+        return self._closed == TOO_LONG
 
     @property
     def is_reading(self) -> bool:

@@ -49,23 +49,23 @@ GUARDS = [
             "exit.py": ["_drain"],
         }.items()
     ),
-    Guard("holder.py", "lock", {"_warned"}, free=frozenset(("__init__", "enter"))),
+    Guard("holder.py", "lock", {"_warned_of"}, free=frozenset(("__init__",))),
     Guard(
         "queue.py",
         "mutex",
         {"queue", "_asleep", "_bounded", "_limit", "_refusal", "_room", "is_nearly_full"},
-        held=frozenset(("_grant_room", "_has_become_nearly_full")),
+        held=frozenset(("_grant_room", "_has_become_nearly_full", "_wake")),
         free=frozenset(("__init__", "become_inherited")),
     ),
     Guard(
         "readers.py",
         "_lock",
-        {"_closed", "_count", "_extras", "_idle", "_snapshots", "_waiting"},
-        held=frozenset(("_all_back_if_closed", "grant")),
+        {"_closed", "_count", "_extras", "_idle", "_snapshots", "_waiting", "has_place", "is_over"},
+        held=frozenset(("_all_back_if_closed", "_grant")),
         free=frozenset(("__init__", "become_inherited")),
     ),
     Guard("readers.py", "_lock", {"_ended"}, also_read=True, free=frozenset(("__init__",))),
-    Guard("aio.py", "_lock", {"_accepts"}, also_read=True, free=frozenset(("__init__",))),
+    Guard("aio.py", "_lock", {"_accepts"}, also_read=True, free=frozenset(("__init__", "until_innermost"))),
     Guard("exit.py", "_lock", {"_open"}, also_read=True, free=frozenset(("_forget_in_child",))),
 ]
 
