@@ -242,13 +242,13 @@ class Ticket(Generic[T]):
                 if self._waiters and wakeup in self._waiters:
                     self._waiters.remove(wakeup)
 
-    def refuse_endless_wait(self) -> None:
+    def _refuse_endless_wait(self) -> None:
         if self._state < CANCELLED:
             self._holder.refuse_endless_wait("waiting for a ticket")
 
     def _outcome_within(self, timeout: float | None) -> None:
         if self._state < CANCELLED:
-            self.refuse_endless_wait()
+            self._refuse_endless_wait()
             warn_of_blocking()
             if not self.wait(timeout) and self._state < CANCELLED:
                 raise TimeoutError(
@@ -286,11 +286,11 @@ class _TicketFuture(concurrent.futures.Future[T]):
         return self._ticket.running()
 
     def result(self, timeout: float | None = None) -> T:
-        self._ticket.refuse_endless_wait()
+        self._ticket._refuse_endless_wait()
         return super().result(timeout)
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        self._ticket.refuse_endless_wait()
+        self._ticket._refuse_endless_wait()
         return super().exception(timeout)
 
     def resolve(self, ticket: Ticket[T]) -> None:

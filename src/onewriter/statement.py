@@ -222,8 +222,10 @@ class Executor:
             rows = cursor.fetchall() if cursor.description is not None else None
         except BaseException:
             self._last_rowid = None
-            cursor.close()  # it may have rows left
-            self._cursor = sqlite3.Connection.cursor(self._connection)
+            try:
+                cursor.close()  # it may have rows left
+            finally:  # Ctrl-C comes behind a call
+                self._cursor = sqlite3.Connection.cursor(self._connection)
             raise
         text, rowcount, description = describe_sql(sql), cursor.rowcount, cursor.description
         if rowcount == -1 and text.verb in CHANGING and (rows is None or text.returning):
