@@ -154,7 +154,7 @@ def _as_far_as_possible(report: Report, what: str) -> Iterator[None]:
     try:
         yield
     except sqlite3.OperationalError as error:
-        if getattr(error, "sqlite_errorcode", 0) != sqlite3.SQLITE_ERROR:
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF != sqlite3.SQLITE_ERROR:
             raise
         report.not_checked.append(what)
         report.advice.append(f"{what} could not be done here: {error}")

@@ -330,3 +330,11 @@ def test_a_checkpoint_waits_a_moment_for_those_who_read(db: DbWriter) -> None:
 
     assert in_threads(checkpoint, read)[0] == (False, 0, 0)
     assert not db._loop._checkpointer.has_work
+
+
+def test_a_target_may_have_a_row_factory_of_its_own(db: DbWriter, tmp_path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(tmp_path / "copy.db")) as target:
+        target.row_factory = lambda cursor, row: {"row": row}
+        db.run("CREATE TABLE copied (n)")
+        db.backup(target)
+        assert target.execute("SELECT count(*) FROM copied").fetchone() == {"row": (0,)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import sqlite3
@@ -20,6 +21,7 @@ from onewriter import (
     Transaction,
     TransactionAbortedError,
     TransactionClosedError,
+    WriterBrokenError,
     WriterClosedError,
     WriteTimeoutError,
 )
@@ -424,3 +426,37 @@ def test_a_nested_block_that_is_over_is_dead_though_the_outer_one_lives(db: DbWr
             with pytest.raises(TransactionClosedError, match="has ended"):
                 use()
         outer.execute("SELECT 1")
+
+
+def test_max_hold_is_for_every_job(path: Path) -> None:
+    endless = ENDLESS + "SELECT count(*) FROM c"
+
+    def swallow(tx: Transaction) -> None:
+        tx.execute("INSERT INTO t VALUES (1)")
+        with contextlib.suppress(TransactionClosedError):
+            tx.execute(endless)
+
+    with DbWriter(path, max_hold=0.05) as db:
+        db.run("CREATE TABLE t (n)")
+        ways: list[Callable[[], object]] = [
+            lambda: db.run(endless),
+            lambda: db.run(swallow),
+            lambda: db.run_without_transaction(endless),
+            lambda: db.run_script(endless),
+        ]
+        for way in ways:
+            with pytest.raises(TransactionClosedError, match="longer than max_hold"):
+                way()
+        assert db.read("SELECT * FROM t") == []
+        assert db.run("INSERT INTO t VALUES (2)").rowcount == 1
+
+
+def test_a_file_that_was_moved_during_a_block_is_noticed_before_it_is_committed(path: Path) -> None:
+    db = DbWriter(path)
+    db.run("CREATE TABLE t (n)")
+    with pytest.raises(WriterBrokenError, match="moved"), db.transaction() as tx:
+        tx.execute("INSERT INTO t VALUES (1)")
+        path.rename(path.with_name("elsewhere.db"))
+        db._loop.file._looked_at = 0.0  # a tenth of a second ago
+    report = db.close()
+    assert (report.committed, report.failed) == (1, 1)

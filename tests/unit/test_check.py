@@ -287,3 +287,19 @@ def test_as_a_command(path: Path) -> None:
     assert (found.returncode, found.stderr) == (0, "")
     assert found.stdout.startswith(f"{path}\n")
     assert subprocess.run(command, capture_output=True, timeout=60).returncode == 2
+
+
+def test_what_only_the_application_has_is_said_to_be_missing(path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.create_collation("mine", lambda a, b: (a > b) - (a < b))
+        connection.execute("CREATE TABLE t (name TEXT COLLATE mine)")
+        connection.execute("CREATE INDEX i ON t (name)")
+        connection.execute("CREATE TABLE c (name REFERENCES t (name))")  # which is not unique
+        connection.execute("INSERT INTO t VALUES ('a'), ('b')")
+        connection.execute("INSERT INTO c VALUES ('a')")
+        connection.commit()
+    report = check.check(str(path))
+    assert report.not_checked == ["quick_check", "foreign_key_check"]
+    assert report.problems == []
+    assert "could not be done here: no such collation sequence: mine" in report.advice[0]
+    assert "quick_check   not done" in check.describe(report)

@@ -129,3 +129,14 @@ def test_the_log_is_emptied_later_unless_it_was_just_now(path: Path) -> None:
         assert checkpointer.has_work
         assert not db.checkpoint("TRUNCATE").busy
         assert not checkpointer.has_work
+
+
+def test_a_few_large_values_do_not_make_the_log_large(path: Path) -> None:
+    with DbWriter(path, wal_limit=2**20, synchronous="OFF") as db:
+        db.run("CREATE TABLE t (data)")
+        sizes = []
+        for _ in range(40):
+            db.run("INSERT INTO t VALUES (zeroblob(1000000))")
+            db.flush()
+            sizes.append(db.stats().wal_bytes)
+    assert max(sizes) < 8 * 2**20

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from helpers import in_threads, run_child
-from onewriter import DbWriter
+from helpers import holding_lock, in_threads, run_child
+from onewriter import DbWriter, Transaction
+from onewriter.check import check
 from onewriter.connection import refuse_old_sqlite
 
 
@@ -315,3 +316,44 @@ def test_a_transaction_that_the_hook_leaves_open_does_not_keep_settings_from_bei
     with DbWriter(path, on_connect=prepare) as db:
         assert db.run("PRAGMA foreign_keys").rows == [(1,)]
         assert db.read("SELECT * FROM of_the_hook") == []
+
+
+@pytest.mark.parametrize("journal_mode", ["WAL", "DELETE"])
+def test_a_setting_that_cannot_be_put_back_is_told_and_the_writer_goes_on(
+    path: Path, journal_mode: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with DbWriter(path, journal_mode=journal_mode, pragmas={"max_page_count": 50, "cache_size": -1000}) as db:
+
+        def grow(tx: Transaction) -> None:
+            tx.execute("PRAGMA max_page_count = 1000")
+            tx.execute("PRAGMA cache_size = -77")
+            tx.execute("CREATE TABLE t (data)")
+            tx.execute("INSERT INTO t VALUES (zeroblob(400000))")
+
+        db.run(grow)
+        assert db.run("PRAGMA cache_size").rows == [(-1000,)]
+        assert db.health == "ok"
+    assert any("max_page_count = 50 has no effect here" in message for message in caplog.messages)
+
+
+def test_a_path_need_not_be_text(tmp_path: Path) -> None:
+    name = os.fsencode(tmp_path) + b"/\xff.db"
+    with DbWriter(name) as db:
+        db.run("CREATE TABLE t (n)")
+        assert db.read("SELECT * FROM t") == []
+    assert os.listdir(os.fsencode(tmp_path)) == [b"\xff.db"]
+
+
+def test_a_link_to_the_file_is_the_file(path: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    link = tmp_path / "link.db"
+    link.symlink_to(folder / "real.db")
+    with DbWriter(link, lock_timeout=0.01) as db:
+        db.run("CREATE TABLE t (n)")
+        assert db.stats().wal_bytes == (folder / "real.db-wal").stat().st_size > 0
+        with holding_lock(link), pytest.raises(sqlite3.OperationalError, match="locked") as caught:
+            db.run("INSERT INTO t VALUES (1)")
+        assert "SQLite's lock is held by this process" in caught.value.__notes__[0]
+        report = check(str(link))
+        assert (report.path, report.wal_bytes) == (str(folder / "real.db"), db.stats().wal_bytes)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from onewriter import DbWriter, Transaction
+from onewriter import DbWriter, Transaction, TransactionClosedError
 
 INSERT = "INSERT INTO t VALUES (?)"
 Use = Callable[[sqlite3.Connection], object]
@@ -261,3 +262,122 @@ def test_a_reader_of_a_dropped_generator_comes_back(db: DbWriter) -> None:
         del generator
     db.run(INSERT, (1,))
     assert rows(db) == [1]
+
+
+# What goes past the loan ----------------------------------------------------------------------------------------------
+
+
+class CountingCursor(sqlite3.Cursor):
+    """A library's own cursor."""
+
+    executed = 0
+
+    def execute(self, *args: Any) -> Any:
+        CountingCursor.executed += 1
+        return super().execute(*args)
+
+
+@pytest.mark.parametrize("factory", [sqlite3.Cursor, CountingCursor])
+def test_a_cursor_of_any_class_is_bound_to_the_loan(any_db: DbWriter, factory: type[sqlite3.Cursor]) -> None:
+    any_db.run("CREATE TABLE t (n)")
+    kept: list[Any] = []
+
+    def job(tx: Transaction) -> None:
+        cursor = tx.connection.cursor(factory)
+        kept.append(cursor)
+        cursor.execute("INSERT INTO t VALUES (1)")
+        assert isinstance(cursor, factory)
+        assert cursor.connection is tx.connection
+        with pytest.raises(sqlite3.DatabaseError, match="not authorized"):
+            cursor.execute("COMMIT")
+        cursor.executescript("INSERT INTO t VALUES (2); INSERT INTO t VALUES (3)")
+        raise LookupError
+
+    with pytest.raises(LookupError):
+        any_db.run(job)
+    assert any_db.read("SELECT n FROM t") == []
+    uses: list[Callable[[], object]] = [
+        lambda: kept[0].execute("SELECT 1"),
+        lambda: kept[0].connection.execute("SELECT 1"),
+    ]
+    for use in uses:
+        with pytest.raises(TransactionClosedError):
+            use()
+    assert factory is sqlite3.Cursor or CountingCursor.executed > 0
+
+
+def test_a_cursor_factory_that_is_no_class_of_cursors_is_refused(any_db: DbWriter) -> None:
+    no_class: Any = lambda connection: None  # noqa: E731
+    with any_db.reader() as connection, pytest.raises(TypeError, match=r"sqlite3\.Cursor"):
+        connection.cursor(no_class)
+
+
+def test_rollback_undoes_the_innermost_part_and_leaves_the_rest(any_db: DbWriter) -> None:
+    any_db.run("CREATE TABLE t (n)")
+
+    def nested(tx: Transaction) -> None:
+        tx.execute("INSERT INTO t VALUES (20)")
+        tx.connection.rollback()
+        tx.execute("INSERT INTO t VALUES (21)")
+
+    with any_db.transaction() as tx:
+        told: list[str] = []
+        tx.execute("INSERT INTO t VALUES (1)")
+        with tx.savepoint():
+            tx.on_rollback(lambda: told.append("part"))
+            tx.execute("INSERT INTO t VALUES (2)")
+            tx.connection.rollback()
+            tx.execute("INSERT INTO t VALUES (3)")
+        with any_db.transaction() as inner:
+            inner.execute("INSERT INTO t VALUES (10)")
+            inner.connection.rollback()
+        any_db.run(nested)
+        any_db.read(lambda connection: connection.rollback())  # the end of a read undoes nothing
+        assert tx.execute("SELECT n FROM t ORDER BY n").fetchall() == [(1,), (3,), (21,)]
+    assert told == ["part"]
+    assert any_db.read("SELECT n FROM t ORDER BY n") == [(1,), (3,), (21,)]
+
+
+def test_rollback_of_a_reader_does_nothing(any_db: DbWriter) -> None:
+    with any_db.reader() as connection:
+        cursor = connection.execute("SELECT 1 UNION SELECT 2")
+        connection.rollback()
+        assert cursor.fetchall() == [(1,), (2,)]
+
+
+def test_what_a_borrower_sets_on_a_reader_is_gone_for_the_next(path: Path) -> None:
+    heard: list[str] = []
+    with DbWriter(path, readers=1, pragmas={"cache_size": -1000}) as db:
+        before = db.read_value("PRAGMA cache_size")
+        settings: list[Callable[[sqlite3.Connection], object]] = [
+            lambda connection: connection.create_function("lower", 1, lambda value: "mine"),
+            lambda connection: connection.create_collation("NOCASE", lambda a, b: 0),
+            lambda connection: connection.execute("PRAGMA cache_size = -77"),
+            lambda connection: connection.execute("PRAGMA case_sensitive_like = 1"),
+            lambda connection: connection.set_trace_callback(heard.append),
+        ]
+        for use in settings:
+            with db.reader() as connection:
+                use(connection)
+            heard.clear()
+            row = db.read_one("SELECT lower('A'), 'a' = 'B' COLLATE NOCASE, 'a' LIKE 'A'")
+            assert (row, db.read_value("PRAGMA cache_size"), heard) == (("a", 0, 1), before, [])
+        with db.reader() as connection:
+            connection.execute("PRAGMA table_info(t)")  # which sets nothing
+            kept = connection.loan.connection  # type: ignore[attr-defined]
+        with db.reader() as connection:
+            assert connection.loan.connection is kept  # type: ignore[attr-defined]
+
+
+def test_whoever_follows_the_sql_of_a_job_does_not_follow_that_of_others(any_db: DbWriter) -> None:
+    heard: list[str] = []
+
+    def job(tx: Transaction) -> None:
+        tx.connection.set_trace_callback(heard.append)
+        tx.execute("SELECT 1")
+
+    any_db.run(job)
+    assert "SELECT 1" in heard
+    any_db.run("SELECT 2")
+    any_db.flush()
+    assert "SELECT 2" not in heard

@@ -564,3 +564,94 @@ def test_a_write_that_is_committed_as_the_time_runs_out_is_read(db: DbWriter, mo
         monkeypatch.setattr(Ticket, "wait", wait_too_long)
         release.set()
         assert db.read("SELECT n FROM t", after=ticket) == [(1,)]
+
+
+@pytest.mark.parametrize("mode", ["", "(PASSIVE)", "(TRUNCATE)"])
+def test_a_reader_cannot_checkpoint(db: DbWriter, path: Path, mode: str) -> None:
+    db.run("CREATE TABLE t (n)")
+    db.checkpoint("FULL")
+    size = path.with_name("app.db-wal").stat().st_size
+    with pytest.raises(sqlite3.DatabaseError, match="not authorized") as caught:
+        db.read(f"PRAGMA wal_checkpoint{mode}")
+    assert caught.value.__notes__ == ["onewriter: PRAGMA wal_checkpoint is the writer's"]
+    assert path.with_name("app.db-wal").stat().st_size == size > 0
+
+
+def test_a_read_of_a_function_in_an_own_reader_has_a_time_of_its_own(db: DbWriter) -> None:
+    with db.reader() as connection:
+        for what in (ENDLESS, endless):
+            with pytest.raises(ReadTimeoutError):
+                db.read(what, timeout=0.05)  # type: ignore[call-overload]
+        assert connection.execute("SELECT 1").fetchone() == (1,)
+
+
+def endless(connection: sqlite3.Connection) -> list[Any]:
+    return connection.execute(ENDLESS).fetchall()
+
+
+def test_a_block_inside_a_reader_inside_a_block_sees_its_own_writes(db: DbWriter) -> None:
+    db.run("CREATE TABLE t (n)")
+
+    def nested(tx: Transaction) -> int:
+        tx.execute(INSERT, (3,))
+        return int(db.read_value(COUNT))
+
+    with db.transaction() as tx:
+        tx.execute(INSERT, (1,))
+        assert db.read_value(COUNT) == 1
+        with db.reader():
+            assert db.read_value(COUNT) == 0
+            with db.transaction() as inner:
+                inner.execute(INSERT, (2,))
+                assert db.read_value(COUNT) == 2
+            assert db.run(nested) == 3
+            assert db.read_value(COUNT) == 0
+        assert db.read_value(COUNT) == 3
+
+
+def test_a_write_that_a_snapshot_will_never_show_is_not_waited_for(db: DbWriter) -> None:
+    db.run("CREATE TABLE t (n)")
+    early = db.enqueue(INSERT, (1,))
+    with db.reader(after=early):
+        assert db.read_value(COUNT, after=early) == 1
+        late = db.enqueue(INSERT, (2,))
+        for _ in range(2):  # not yet committed, and committed
+            with pytest.raises(ReentrantWriteError, match="would never be seen here"):
+                db.read_value(COUNT, after=late)
+            in_threads(late.result)
+    assert db.read_value(COUNT, after=late) == 2
+
+    async def main() -> None:
+        shared = AsyncDbWriter.wrap(db)
+        async with shared.reader():
+            latest = shared.enqueue(INSERT, (3,))
+            with pytest.raises(ReentrantWriteError, match="would never be seen here"):
+                await shared.read_value(COUNT, after=latest)
+
+    asyncio.run(main())
+
+
+def test_a_snapshot_is_one_of_attached_files_too(path: Path) -> None:
+    other = path.with_name("other.db")
+
+    def attach(connection: sqlite3.Connection, readonly: bool) -> None:
+        connection.execute("ATTACH ? AS other", (str(other),))
+        connection.execute("PRAGMA other.journal_mode = WAL")
+
+    with DbWriter(path, on_connect=attach) as db:
+        db.run("CREATE TABLE t (n)")
+        db.run("CREATE TABLE other.u (n)")
+        with db.reader() as connection:
+            in_threads(lambda: db.run_script("INSERT INTO t VALUES (1); INSERT INTO other.u VALUES (1)"))
+            assert connection.execute("SELECT (SELECT count(*) FROM t), (SELECT count(*) FROM other.u)").fetchone() == (
+                0,
+                0,
+            )
+        assert db.read_one("SELECT (SELECT count(*) FROM t), (SELECT count(*) FROM other.u)") == (1, 1)
+
+
+def test_closing_in_an_own_reader_with_a_time_limit_ends_in_time(path: Path) -> None:
+    db = DbWriter(path, inline=True)
+    with db.reader() as connection:
+        assert db.close(timeout=0.05).unfinished == 0
+        assert connection.execute("SELECT 1").fetchone() == (1,)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import sqlite3
 import threading
+import tracemalloc
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 
 from helpers import DEADLINE, parked
 from onewriter import DbWriter, Result, Transaction
+from onewriter.statement import _describe_long, describe_sql
 
 INSERT = "INSERT INTO t (name) VALUES (?)"
 CREATE = """
@@ -308,3 +310,16 @@ def test_many_rows_of_a_select_are_refused_in_any_form(db: DbWriter) -> None:
     for sql in ("SELECT ?", "WITH x AS (SELECT ?) SELECT * FROM x"):
         with pytest.raises(sqlite3.ProgrammingError, match="DML"):
             db.run_many(sql, [(1,), (2,)])
+
+
+def test_a_long_text_is_read_without_much_memory_and_not_kept() -> None:
+    text = "INSERT INTO t VALUES ('" + "x" * 10**6 + "''y')"
+    tracemalloc.start()
+    try:
+        assert describe_sql(text).verb == "INSERT"
+        assert tracemalloc.get_traced_memory()[1] < 10**6
+    finally:
+        tracemalloc.stop()
+    for n in range(5):
+        assert describe_sql(f"SELECT {n} /* {'x' * 20_000} */").verb == "SELECT"
+    assert _describe_long.cache_info().currsize <= 2

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import os
 import sqlite3
 import threading
@@ -460,3 +461,44 @@ def test_only_what_was_committed_counts_as_a_commit(db: DbWriter) -> None:
     with pytest.raises(sqlite3.OperationalError):
         db.run("INSERT INTO nowhere VALUES (1)")
     assert db.stats().commits == before + 1
+
+
+def test_each_slow_job_is_named_whatever_it_is(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    slow = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT 30000) SELECT max(i) FROM n"
+    with DbWriter(path, slow_after=0.0001) as db:
+        for label in ("one", "two", "three"):
+            db.run(slow, label=label)
+        db.run(lambda tx: tx.execute(slow).rowcount, label="four")
+    named = [message.split("'")[1] for message in caplog.messages if message.startswith("slow: the writer")]
+    assert named == ["one", "two", "three", "four"]
+
+
+def test_slow_after_may_be_for_ever(path: Path) -> None:
+    with DbWriter(path, slow_after=math.inf) as db:
+        with db.reader():
+            pass
+        assert db.run("SELECT 1").rows == [(1,)]
+        assert db.health == "ok"
+
+
+def test_what_like_and_lower_are_here_is_not_asked_of_the_schema(path: Path) -> None:
+    def replace(connection: sqlite3.Connection, readonly: bool) -> None:
+        connection.create_function("lower", 1, lambda value: value.no_such)
+        connection.create_function("like", 2, lambda pattern, value: False)
+
+    with DbWriter(path, on_connect=replace) as db:
+        db.run("CREATE TABLE t (n UNIQUE ON CONFLICT FAIL)")
+        before = db.stats().commits
+        with parked(db):
+            tickets: list[Ticket[Any]] = [
+                db.enqueue("INSERT INTO t VALUES (1)"),
+                db.enqueue("INSERT INTO t VALUES (7), (1)"),
+                db.enqueue("INSERT INTO t VALUES (3)"),
+            ]
+        assert [type(ticket.exception(DEADLINE)) for ticket in tickets] == [
+            type(None),
+            sqlite3.IntegrityError,
+            type(None),
+        ]
+        assert db.read("SELECT n FROM t ORDER BY n") == [(1,), (3,)]
+        assert db.stats().commits - before == 2

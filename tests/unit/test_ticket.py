@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from helpers import parked
-from onewriter import DbWriter, Result, Ticket, Transaction
+from onewriter import DbWriter, ReentrantWriteError, Result, Ticket, Transaction
 
 DEADLINE = 30.0  # seconds; whatever takes longer hangs
 BRIEFLY = 0.05  # seconds; for waits that cannot succeed
@@ -423,3 +423,14 @@ def test_an_outcome_that_comes_as_the_time_runs_out_counts(db: DbWriter, monkeyp
         monkeypatch.setattr(Ticket, "wait", wait_too_long)
         release.set()
         assert ticket.result(BRIEFLY).rowcount == 1
+
+
+def test_a_future_of_a_ticket_refuses_an_endless_wait_too(db: DbWriter) -> None:
+    def job(tx: Transaction) -> None:
+        future = db.enqueue(INSERT, (1,)).future()
+        for wait in (future.result, future.exception):
+            with pytest.raises(ReentrantWriteError):
+                wait()
+
+    db.run(job)
+    assert db.enqueue(INSERT, (2,)).future().result(DEADLINE).rowcount == 1
