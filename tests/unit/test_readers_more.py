@@ -581,7 +581,7 @@ def test_a_read_of_a_function_in_an_own_reader_has_a_time_of_its_own(db: DbWrite
     with db.reader() as connection:
         for what in (ENDLESS, endless):
             with pytest.raises(ReadTimeoutError):
-                db.read(what, timeout=0.05)  # type: ignore[call-overload]
+                db.read(what, timeout=0.05)
         assert connection.execute("SELECT 1").fetchone() == (1,)
 
 
