@@ -1,4 +1,7 @@
-"""Notes over HTTP: one gateway for the life of the application. ``uvicorn fastapi_app:app`` starts it."""
+"""Notes over HTTP: one gateway for the life of the application.
+
+``uvicorn --app-dir docs/examples fastapi_app:app`` starts it.
+"""
 
 from __future__ import annotations
 

@@ -31,7 +31,10 @@ def serve(arguments: argparse.Namespace) -> None:
 
 def drive(arguments: argparse.Namespace) -> None:
     traffic = Traffic(arguments.url, arguments.clients, dashboards=2)
-    ask(f"{arguments.url}/services/sonarr", "PUT", "http://sonarr.local")
+    try:
+        ask(f"{arguments.url}/services/sonarr", "PUT", "http://sonarr.local")
+    except OSError as error:
+        raise SystemExit(f"nobody answers at {arguments.url} ({error}): start `serve` first, or give --url") from None
     traffic.start()
     try:
         while True:
