@@ -18,7 +18,20 @@ from functools import partial
 from pathlib import Path
 from time import monotonic
 
-from experiments import Outcome, badinput, histories, iofaults, powerloss, schedules, sigkill, signals, soak, strace
+from experiments import (
+    Outcome,
+    badinput,
+    histories,
+    interrupts,
+    iofaults,
+    powerloss,
+    schedules,
+    sigkill,
+    signals,
+    soak,
+    strace,
+    tasks,
+)
 
 # Name, seconds for one of its size on a small machine, the size that is enough, whether strace is needed.
 Run = Callable[[int, int, Path], Outcome]
@@ -33,6 +46,8 @@ EXPERIMENTS: tuple[tuple[str, Run, float, int, bool], ...] = (
     ("histories, linearizable", histories.run, 0.08, 500, False),
     ("forced schedules", schedules.run, 0.5, 100, False),
     ("signals at random moments", signals.run, 0.25, 200, False),
+    ("interrupts survived", interrupts.run, 0.006, 20_000, False),
+    ("cancelled tasks", tasks.run, 0.002, 100_000, False),
     ("bad input", badinput.run, 0.06, 2000, False),
     ("soak", lambda size, seed, folder: soak.run(float(size), seed, folder), 1.0, 3600, False),
 )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import badinput, histories, schedules, soak
+from experiments import badinput, histories, interrupts, schedules, soak, tasks
 from experiments.histories import Call, linearizable
 
 
@@ -51,6 +51,18 @@ def test_bad_input_gets_a_documented_error_and_the_next_job_is_served(tmp_path: 
         outcome = badinput.run(30, 1, tmp_path, (call,))
     assert outcome.good, outcome
     assert outcome.notes[call] > 5
+
+
+def test_interrupts_at_random_moments_lose_nothing(tmp_path: Path) -> None:
+    outcome = interrupts.run(400, 1, tmp_path)
+    assert outcome.good, outcome
+    assert outcome.trials > 100
+
+
+def test_tasks_that_are_cancelled_or_have_no_time_lose_nothing(tmp_path: Path) -> None:
+    outcome = tasks.run(1500, 1, tmp_path)
+    assert outcome.good, outcome
+    assert outcome.acknowledged > 100
 
 
 def test_a_short_soak(tmp_path: Path) -> None:
