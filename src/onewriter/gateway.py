@@ -281,7 +281,8 @@ class DbWriter:
         Args:
             label: the block's name in logs and messages.
             timeout: seconds to wait for its turn; None: for ever. The block's own time does not count.
-            max_hold: seconds after which the transaction is taken away and rolled back; None: the gateway's.
+            max_hold: seconds after which the transaction is taken away and rolled back; None: the gateway's. A nested
+                block has that of the outer one.
 
         Raises:
             WriteTimeoutError: at entry: it was not its turn in time. Not committed.
@@ -414,8 +415,8 @@ class DbWriter:
     ) -> Any:
         """Run one SELECT on a read-only connection and return all its rows, or what ``what(connection)`` returns.
 
-        Sees every write that was acknowledged before the call, and never waits for the writer. A function sees one
-        snapshot. Inside a job it sees that job's transaction.
+        Sees every write that was acknowledged before the call, and in WAL mode waits for no transaction. A function
+        sees one snapshot. Inside a job it sees that job's transaction.
 
         Args:
             timeout: seconds for waiting for a connection and running the SQL; None: for ever.
@@ -425,6 +426,7 @@ class DbWriter:
             ReadTimeoutError: not in time.
             sqlite3.Error: what SQLite raised; a statement that writes is refused.
             What ``after`` failed with; ValueError if it is another gateway's.
+            ReentrantWriteError: inside a ``reader()`` block that will never show ``after``.
         """
         if isinstance(what, str):
             if type(params) is not tuple:  # which needs no copy: it is bound now
@@ -585,7 +587,8 @@ class DbWriter:
             drain: False: withdraw at once what has not started.
 
         Raises:
-            ReentrantWriteError: called inside a job.
+            ReentrantWriteError: called inside a job, or, without a ``timeout``, inside a read or ``reader()`` block
+                of this thread.
         """
         check_timeout(timeout)
         if self._holder.forked:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import pytest
 
 from helpers import DEADLINE, holding_lock, parked, released_soon
-from onewriter import AsyncDbWriter, DbWriter, ReentrantWriteError, Ticket, WriterClosedError
+from onewriter import AsyncDbWriter, CommitUnknownError, DbWriter, ReentrantWriteError, Ticket, WriterClosedError
 from onewriter.events import BackupEnded, BatchEnded, CheckpointEnded, Event, JobSubmitted, WriterBroken
 
 E = TypeVar("E")
@@ -241,3 +241,25 @@ def parked_without_lock(db: DbWriter, tickets: list[Ticket[Any]]) -> Iterator[No
     tickets += [db.enqueue(INSERT, (n,)) for n in range(2)]
     release.set()
     yield
+
+
+def test_a_commit_with_an_unknown_outcome_is_told_in_the_log_too(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    error = sqlite3.OperationalError("disk I/O error")
+    error.sqlite_errorcode, error.sqlite_errorname = sqlite3.SQLITE_IOERR_FSYNC, "SQLITE_IOERR_FSYNC"
+    with DbWriter(path) as db:
+        db.run("CREATE TABLE t (n)")
+        keep_trying = db._loop._keep_trying
+
+        def fail_to_commit(session: Any, sql: str, job: Any) -> None:
+            if sql == "COMMIT":
+                raise error
+            keep_trying(session, sql, job)
+
+        monkeypatch.setattr(db._loop, "_keep_trying", fail_to_commit)
+        with pytest.raises(CommitUnknownError):
+            db.run("INSERT INTO t VALUES (1)")
+        assert db.health.startswith("broken: ")
+    told = [record for record in caplog.records if record.levelname == "CRITICAL"]
+    assert [record.getMessage() for record in told] == ["app.db: out of service, since COMMIT met disk I/O error"]
