@@ -526,8 +526,9 @@ class WriterLoop:
                 unknown = CommitUnknownError(f"COMMIT of job {job.describe()} met {error}: it may or may not be done")
                 unknown.__cause__ = copy_of(error)
                 self._fail(job, unknown)
-            self._settle(jobs, runs)
             report(self.holder, logging.CRITICAL, "%s: out of service, since COMMIT met %s", self.label, error)
+            self._go_out_of_service(error)  # before anybody hears, and asks
+            self._settle(jobs, runs)
             self._break(error)
             return
         self._roll_back()
@@ -661,9 +662,7 @@ class WriterLoop:
 
     def _break(self, cause: BaseException) -> None:
         """Out of service: everything that waits, and everything later, fails at once."""
-        self.holder.health = f"broken: {cause}"
-        self.holder.broken = cause
-        self.queue.refuse(broken_error(cause))
+        self._go_out_of_service(cause)
         stranded = [job for job in (*self._pending, *self.queue.empty_out()) if not job.done()]
         for job in stranded:
             job.set_outcome(None, broken_error(cause))
@@ -671,6 +670,11 @@ class WriterLoop:
         self._settle(stranded, [])
         if self.on_event is not None:
             contain(self.holder, self.on_event, WriterBroken(cause))
+
+    def _go_out_of_service(self, cause: BaseException) -> None:
+        self.holder.health = f"broken: {cause}"
+        self.holder.broken = cause
+        self.queue.refuse(broken_error(cause))
 
     def _restore_settings(self) -> None:
         """Put back what a job's PRAGMA may have changed."""
