@@ -52,8 +52,6 @@ T = TypeVar("T")
 Task = asyncio.Task[Any]
 
 TICK = 0.1  # seconds between two looks at the deadlines of a loop
-# The savepoint that the running task is in: one of its own, or of the task that made it, at that moment.
-_innermost: contextvars.ContextVar[object] = contextvars.ContextVar("onewriter_savepoint", default=None)
 NOT_OPEN = "the gateway is not open: use `async with AsyncDbWriter(…)` or `await db.open()`"
 TASK_ENDED = "was open when its task or its loop ended"
 LEFT = "was left by an error or a cancellation"
@@ -95,7 +93,7 @@ class TaskBlock(Job[None]):
         self._waiters = [self.granted]
         self._lock = threading.Lock()
         self._accepts = True
-        self.innermost: object = None  # of the open savepoints of tasks
+        self.innermost: TaskSavepoint | None = None  # of the open ones
         self._changes: list[asyncio.Future[None]] = []
         self._requests: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
 
@@ -147,17 +145,24 @@ class TaskBlock(Job[None]):
         with self._lock:
             self._accepts = False
             self._requests.put(None)
-        self.set_innermost(None)
+        self._look_again()
 
-    def set_innermost(self, savepoint: object) -> None:
-        """``savepoint`` has begun, or the one inside it has ended: whoever waits for that looks again."""
+    def enter(self, savepoint: TaskSavepoint) -> None:
         self.innermost = savepoint
+
+    def leave(self, savepoint: TaskSavepoint) -> None:
+        """It has ended: whoever waits for that looks again."""
+        savepoint.is_open = False
+        self.innermost = open_one(self.innermost)
+        self._look_again()
+
+    def _look_again(self) -> None:
         changes, self._changes = self._changes, []
         resolve(changes)
 
-    async def until_innermost(self, savepoint: object) -> None:
-        """Wait until no other task has a savepoint open inside ``savepoint``: they end in the order of a stack."""
-        while self.innermost is not savepoint and self._accepts:
+    async def until_innermost(self, savepoint: TaskSavepoint | None) -> None:
+        """Wait until no task has a savepoint open inside ``savepoint``: they end in the order of a stack."""
+        while self.innermost is not open_one(savepoint) and self._accepts:
             change: asyncio.Future[None] = self.loop.create_future()
             self._changes.append(change)
             await change
@@ -209,6 +214,26 @@ class TaskBlock(Job[None]):
         return result  # type: ignore[no-any-return]
 
 
+class TaskSavepoint:
+    """A savepoint of a task, as the tasks of its block see it."""
+
+    def __init__(self, block: TaskBlock, outer: TaskSavepoint | None) -> None:
+        self.block = weakref.ref(block)
+        self.outer = outer
+        self.is_open = True
+
+
+def open_one(savepoint: TaskSavepoint | None) -> TaskSavepoint | None:
+    """``savepoint``, or the innermost around it that is still open."""
+    while savepoint is not None and not savepoint.is_open:
+        savepoint = savepoint.outer
+    return savepoint
+
+
+# Those that the running task is in, of all blocks: its own, and those in which the task that made it was then.
+_savepoints: contextvars.ContextVar[tuple[TaskSavepoint, ...]] = contextvars.ContextVar("savepoints", default=())
+
+
 class AsyncTransaction:
     """What ``async with db.transaction()`` gives: a ``Transaction`` whose statements run on the writer thread.
 
@@ -244,25 +269,25 @@ class AsyncTransaction:
         Tasks that share the transaction have their savepoints one after the other; those of a task that was made inside
         a savepoint are inside it.
         """
-        block, savepoint, outer = self._block, self._transaction.savepoint(), _innermost.get()
+        block, outside = self._block, _savepoints.get()
+        outer = next((one for one in reversed(outside) if one.block() is block), None)
         await block.until_innermost(outer)
-        block.set_innermost(savepoint)
-        token = _innermost.set(savepoint)
+        mine, part = TaskSavepoint(block, open_one(outer)), self._transaction.savepoint()
+        block.enter(mine)
+        _savepoints.set((*outside, mine))
         try:
             try:
-                await block.call(savepoint.__enter__)
+                await block.call(part.__enter__)
                 yield
-                await block.until_innermost(savepoint)
+                await block.until_innermost(mine)
             except BaseException as error:
-                with contextlib.suppress(TransactionClosedError):  # it has undone all
-                    await block.until_innermost(savepoint)
-                    block.send(_leave, savepoint, error)
+                with contextlib.suppress(TransactionClosedError):  # whose end has undone all
+                    block.send(_leave, part, error)
                 raise
-            await _leave_well(block, savepoint)
+            await _leave_well(block, part)
         finally:
-            if block.innermost is savepoint:
-                block.set_innermost(outer)
-            _innermost.reset(token)
+            block.leave(mine)
+            _savepoints.set(outside)
 
     def on_commit(self, fn: Callable[[], object], /) -> None:
         """Call ``fn()`` once, on the loop, after COMMIT. Not if the transaction is rolled back."""

@@ -201,22 +201,30 @@ class Transaction:
     @contextlib.contextmanager
     def savepoint(self) -> Iterator[None]:
         """A part of the transaction that is undone alone if the ``with`` block raises."""
-        root = self._root
-        name = f"{self._session.guard.mark}_{len(root._marks) + 1}"
+        root, outer = self._root, self._root._marks
+        name = f"{self._session.guard.mark}_{len(outer) + 1}"
         mark = len(root._after_commit), len(root._after_rollback)
         self._own(f"SAVEPOINT {name}")
-        outer, root._marks = root._marks, (*root._marks, mark)
+        root._marks = (*outer, mark)
         try:
             yield
+            if not self._is_marked(len(outer), mark):
+                raise TransactionClosedError("this savepoint ended with the one around it")
         except BaseException:
-            root._marks = outer
-            self._forget_since(mark)
-            if self._closed is None and root._closed is None and self._session.connection.in_transaction:
-                self._own(f"ROLLBACK TO {name}")
-                self._own(f"RELEASE {name}")
+            if self._is_marked(len(outer), mark):
+                root._marks = outer
+                self._forget_since(mark)
+                if self._closed is None and root._closed is None and self._session.connection.in_transaction:
+                    self._own(f"ROLLBACK TO {name}")
+                    self._own(f"RELEASE {name}")
             raise
         root._marks = outer
         self._own(f"RELEASE {name}")
+
+    def _is_marked(self, depth: int, mark: tuple[int, int]) -> bool:
+        """Whether that savepoint is still open there."""
+        marks = self._root._marks
+        return len(marks) > depth and marks[depth] is mark
 
     def on_commit(self, fn: Callback, /) -> None:
         """Call ``fn()`` once, after COMMIT, when the lock is free. Not if the transaction is rolled back."""

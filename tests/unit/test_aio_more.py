@@ -174,6 +174,62 @@ def test_savepoints_of_tasks_made_in_a_savepoint_are_inside_it(path: Path) -> No
     run(main)
 
 
+def test_savepoints_of_two_gateways_and_of_tasks_that_outlive_theirs_do_not_meet(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path) as db, opened(path.with_name("other.db")) as other:
+            ended = asyncio.Event()
+
+            async def later(tx: AsyncTransaction) -> None:
+                await ended.wait()
+                async with tx.savepoint():
+                    await tx.execute(INSERT, (3,))
+
+            async def elsewhere() -> None:
+                await ended.wait()
+                async with other.transaction() as tx, tx.savepoint():
+                    await tx.execute(INSERT, (4,))
+
+            async with db.transaction() as tx:
+                async with tx.savepoint():
+                    await tx.execute(INSERT, (1,))
+                    async with other.transaction() as tx2, tx2.savepoint():
+                        await tx2.execute(INSERT, (2,))
+                    tasks = [asyncio.create_task(later(tx)), asyncio.create_task(elsewhere())]
+                ended.set()
+                await asyncio.gather(*tasks)
+            assert await rows(db) == [1, 3]
+            assert await rows(other) == [2, 4]
+
+    run(main)
+
+
+def test_a_savepoint_that_fails_undoes_those_inside_it_that_are_still_open(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path) as db:
+            entered, leave = asyncio.Event(), asyncio.Event()
+
+            async def inside(tx: AsyncTransaction) -> None:
+                async with tx.savepoint():
+                    await tx.execute(INSERT, (2,))
+                    entered.set()
+                    await leave.wait()
+
+            async with db.transaction() as tx:
+                with pytest.raises(LookupError):
+                    async with tx.savepoint():
+                        task = asyncio.create_task(inside(tx))
+                        await entered.wait()
+                        raise LookupError
+                leave.set()
+                with pytest.raises(TransactionClosedError, match="ended with the one around it"):
+                    await task
+                async with tx.savepoint():
+                    await tx.execute(INSERT, (3,))
+            assert await rows(db) == [3]
+
+    run(main)
+
+
 def test_a_task_that_waits_for_its_savepoint_is_told_when_the_block_ends(path: Path) -> None:
     async def main() -> None:
         async with opened(path) as db:
@@ -347,6 +403,8 @@ def test_a_gateway_that_is_closed_while_it_opens_does_not_open(path: Path) -> No
         with pytest.raises(WriterClosedError, match="closed"):
             await opening
         assert db.closed
-        assert {thread.name for thread in set(threading.enumerate()) - threads if "writer" in thread.name} == set()
+        assert {
+            thread.name for thread in set(threading.enumerate()) - threads if thread.name.endswith("-writer")
+        } == set()
 
     run(main)

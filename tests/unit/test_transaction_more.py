@@ -495,3 +495,30 @@ def test_a_job_that_had_failed_before_its_batch_was_undone_is_told_once(path: Pa
         assert errors == [ZeroDivisionError, sqlite3.IntegrityError, type(None), sqlite3.IntegrityError]
         assert told == ["failed"]
         assert db.read("SELECT n FROM t ORDER BY n") == [(1,), (2,)]
+
+
+def test_savepoints_that_end_in_the_wrong_order_end_with_the_one_around_them(db: DbWriter) -> None:
+    for kind, expected in ((None, [1, 2, 3]), (LookupError, [3])):
+        db.run("DELETE FROM t")
+
+        def job(tx: Transaction, kind: Any = kind) -> None:
+            outer, inner = tx.savepoint(), tx.savepoint()
+            outer.__enter__()
+            tx.execute(INSERT, (1,))
+            inner.__enter__()
+            tx.execute(INSERT, (2,))
+            if kind is None:
+                outer.__exit__(None, None, None)
+            else:
+                with pytest.raises(kind):
+                    outer.__exit__(kind, kind(), None)
+            with pytest.raises(TransactionClosedError, match="ended with the one around it"):
+                inner.__exit__(None, None, None)
+            with tx.savepoint():
+                tx.execute(INSERT, (3,))
+                with contextlib.suppress(LookupError), tx.savepoint():
+                    tx.execute(INSERT, (4,))
+                    raise LookupError
+
+        db.run(job)
+        assert db.read("SELECT n FROM t ORDER BY n") == [(n,) for n in expected]
