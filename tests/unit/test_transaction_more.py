@@ -507,11 +507,7 @@ def test_savepoints_that_end_in_the_wrong_order_end_with_the_one_around_them(db:
             tx.execute(INSERT, (1,))
             inner.__enter__()
             tx.execute(INSERT, (2,))
-            if kind is None:
-                outer.__exit__(None, None, None)
-            else:
-                with pytest.raises(kind):
-                    outer.__exit__(kind, kind(), None)
+            outer.__exit__(kind, kind and kind(), None)
             with pytest.raises(TransactionClosedError, match="ended with the one around it"):
                 inner.__exit__(None, None, None)
             with tx.savepoint():
