@@ -26,9 +26,10 @@ from typing import Any, Literal, Self, TypeVar, overload
 from onewriter.block import LOOK, BlockFailedError
 from onewriter.checkpoint import Checkpoint
 from onewriter.driver import not_entered
-from onewriter.errors import ReadTimeoutError, TransactionClosedError, WriterClosedError
+from onewriter.errors import ReadTimeoutError, ReentrantWriteError, TransactionClosedError, WriterClosedError
 from onewriter.events import announce
 from onewriter.gateway import (
+    OWN_READER,
     After,
     DbWriter,
     Function,
@@ -394,6 +395,9 @@ class AsyncDbWriter:
         check_timeout(timeout)
         if not db._holder.forked:
             db._holder.refuse_endless_wait("close", awaits=True)
+        task = running_task()
+        if timeout is None and not self._is_wrapped and task is not None and self._readers.get(task):
+            raise ReentrantWriteError(OWN_READER)
         self._is_closed = True
         try:
             return db.report() if self._is_wrapped else await _in_thread(lambda: db.close(timeout, drain=drain))

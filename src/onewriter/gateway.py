@@ -56,6 +56,7 @@ Label: TypeAlias = str | None
 Seconds: TypeAlias = float | None  # None: for ever
 After: TypeAlias = Ticket[Any] | None
 
+OWN_READER = "close waits for all readers, and this thread or task has one: end its read or block first"
 GRACE = 0.25  # seconds that close leaves a writer whose wait for SQLite's lock it has just ended
 SYNCHRONOUS = ("OFF", "NORMAL", "FULL", "EXTRA")
 JOURNAL_MODES = ("WAL", "DELETE", "TRUNCATE", "PERSIST")
@@ -595,9 +596,7 @@ class DbWriter:
             return CloseReport(0, 0, 0, 0, ())
         self._holder.refuse_endless_wait("close")
         if timeout is None and self._readers.has_mine:
-            raise ReentrantWriteError(
-                "close waits for all readers, and this thread has one: end its read or block first"
-            )
+            raise ReentrantWriteError(OWN_READER)
         warn_of_blocking()
         loop = self._loop
         loop.queue.refuse(closed_error())

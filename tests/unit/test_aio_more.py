@@ -17,6 +17,7 @@ from onewriter import (
     AsyncDbWriter,
     AsyncTransaction,
     DbWriter,
+    ReentrantWriteError,
     Transaction,
     TransactionClosedError,
     WriterClosedError,
@@ -352,6 +353,18 @@ def test_a_reader_that_is_open_while_a_wrapper_closes_goes_on_and_comes_back(pat
             assert await AsyncDbWriter.wrap(inner).read_value("SELECT 2") == 2
             assert shared._pool is not None
             shared._pool.shutdown()
+
+    run(main)
+
+
+def test_close_in_the_midst_of_an_own_reader_is_refused_where_it_would_never_end(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path) as db:
+            async with db.reader() as reader:
+                with pytest.raises(ReentrantWriteError, match="close waits for all readers"):
+                    await db.close()
+                assert (await reader.execute("SELECT 1")).fetchall() == [(1,)]
+            await db.run(INSERT, (1,))
 
     run(main)
 

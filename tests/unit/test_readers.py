@@ -203,7 +203,10 @@ def test_close_with_a_time_limit_does_not_wait_for_a_reader_for_ever(path: Path)
 
 
 def test_close_in_the_midst_of_an_own_read_is_refused_where_it_would_never_end(one: DbWriter) -> None:
-    with one.reader(), pytest.raises(ReentrantWriteError, match="close waits for all readers, and this thread has one"):
+    with (
+        one.reader(),
+        pytest.raises(ReentrantWriteError, match="close waits for all readers, and this thread or task has one"),
+    ):
         one.close()
     with pytest.raises(ReentrantWriteError):
         one.read(lambda connection: one.close())
