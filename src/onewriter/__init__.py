@@ -1,6 +1,6 @@
 """onewriter: the single writer of a SQLite database."""
 
-from onewriter.aio import AsyncDbWriter, AsyncTransaction
+from onewriter.aio import AsyncDbWriter
 from onewriter.errors import (
     CommitUnknownError,
     ForkedError,
@@ -18,6 +18,7 @@ from onewriter.gateway import DbWriter
 from onewriter.job import Ticket
 from onewriter.statement import Result
 from onewriter.stats import CloseReport, Stats
+from onewriter.taskblock import AsyncTransaction
 from onewriter.transaction import Transaction
 
 __all__ = [

@@ -16,8 +16,8 @@ from onewriter.log import report
 from onewriter.stats import Tally
 
 if TYPE_CHECKING:
-    from onewriter.aio import TaskBlock
     from onewriter.job import Job
+    from onewriter.taskblock import TaskBlock
     from onewriter.transaction import Transaction
 
 IN_STATEMENT = "a function that SQLite calls while it runs a statement cannot use the connection of that statement"

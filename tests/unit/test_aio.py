@@ -33,6 +33,7 @@ from onewriter import (
     WriterClosedError,
     WriteTimeoutError,
     aio,
+    taskblock,
 )
 
 INSERT = "INSERT INTO t VALUES (?)"
@@ -1193,7 +1194,7 @@ def test_a_read_is_held_back_only_while_somebody_asks_for_it_and_not_for_long(
 
 
 def test_a_block_whose_task_thinks_for_long_goes_on(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(aio, "LOOK", 0.001)
+    monkeypatch.setattr(taskblock, "LOOK", 0.001)
 
     async def main() -> None:
         async with opened(path) as db:

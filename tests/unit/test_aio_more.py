@@ -22,7 +22,7 @@ from onewriter import (
     TransactionClosedError,
     WriterClosedError,
     WriteTimeoutError,
-    aio,
+    taskblock,
 )
 from onewriter.readers import Borrowing
 
@@ -60,14 +60,14 @@ async def until(condition: Callable[[], bool]) -> None:
 def hesitant(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
     """The writer has started a block, and hesitates before it grants it: it has come there, and may go on."""
     come, go_on = threading.Event(), threading.Event()
-    perform = aio.TaskBlock.perform
+    perform = taskblock.TaskBlock.perform
 
-    def hesitate(block: aio.TaskBlock, tx: Transaction) -> None:
+    def hesitate(block: taskblock.TaskBlock, tx: Transaction) -> None:
         come.set()
         go_on.wait(DEADLINE)
         perform(block, tx)
 
-    monkeypatch.setattr(aio.TaskBlock, "perform", hesitate)
+    monkeypatch.setattr(taskblock.TaskBlock, "perform", hesitate)
     return come, go_on
 
 

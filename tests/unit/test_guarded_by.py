@@ -35,7 +35,8 @@ GUARDS = [
             "job.py": ["__init__", "expect_outcome"],
             "loop.py": [],
             "block.py": ["__init__"],
-            "aio.py": ["__init__", "_wait_for"],
+            "aio.py": ["_wait_for"],
+            "taskblock.py": ["__init__"],
         }.items()
     ),
     *(
@@ -67,7 +68,7 @@ GUARDS = [
     # Whoever has the connection sets its deadline; only a task that hurries it has to see whose it is.
     Guard("readers.py", "_lock", {"deadline"}, free=frozenset(("__init__", "clean", "reader_of", "snapshot", "until"))),
     Guard("readers.py", "_lock", {"_ended"}, also_read=True, free=frozenset(("__init__",))),
-    Guard("aio.py", "_lock", {"_accepts"}, also_read=True, free=frozenset(("__init__", "until_innermost"))),
+    Guard("taskblock.py", "_lock", {"_accepts"}, also_read=True, free=frozenset(("__init__", "until_innermost"))),
     Guard("exit.py", "_lock", {"_open"}, also_read=True, free=frozenset(("_forget_in_child",))),
 ]
 
