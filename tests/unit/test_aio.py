@@ -909,7 +909,7 @@ def test_a_statement_that_was_cancelled_before_its_turn_does_not_run(path: Path)
 def test_a_cancellation_in_the_moment_of_the_grant_leaves_nothing_behind(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(aio, "LOOK", 3600.0)  # the writer does not notice by itself
+    monkeypatch.setattr(taskblock, "LOOK", 3600.0)  # the writer does not notice by itself
 
     async def main() -> None:
         async with opened(path) as db:
