@@ -62,7 +62,7 @@ def test_interrupts_at_random_moments_lose_nothing(tmp_path: Path) -> None:
 def test_tasks_that_are_cancelled_or_have_no_time_lose_nothing(tmp_path: Path) -> None:
     outcome = tasks.run(1500, 1, tmp_path)
     assert outcome.good, outcome
-    assert outcome.acknowledged > 100
+    assert outcome.acknowledged > 10
 
 
 def test_a_short_soak(tmp_path: Path) -> None:
