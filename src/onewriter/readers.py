@@ -530,9 +530,7 @@ class ReaderPool:
                     self._waiting.remove(borrowing)
                 borrowing.is_over = True
                 return
-            if reader is None:  # in line until this moment
-                reader = borrowing.reader
-                is_good = reader is not None
+            reader = borrowing.reader  # which may have come in this moment
             if is_good and reader is not None and not self._closed and not borrowing.is_over:
                 borrowing.is_over = True
                 if self._waiting:

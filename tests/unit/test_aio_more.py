@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
+import sqlite3
 import threading
+import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -421,3 +424,21 @@ def test_a_gateway_that_is_closed_while_it_opens_does_not_open(path: Path) -> No
         } == set()
 
     run(main)
+
+
+def test_an_error_in_a_block_that_was_dealt_with_is_gone_at_once(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path) as db, db.transaction() as tx:
+            try:
+                await tx.execute("SELECT * FROM nowhere")
+            except sqlite3.OperationalError as error:
+                gone = weakref.ref(error)
+            await tx.execute("SELECT 1")  # the writer has let it go
+            assert gone() is None
+
+    gc.collect()
+    gc.disable()
+    try:
+        run(main)
+    finally:
+        gc.enable()

@@ -243,3 +243,23 @@ if __name__ == "__main__":
     assert child.stdout == "3\n", child.stderr
     with DbWriter(path) as db:
         assert db.read_value("SELECT count(*) FROM t") == 500
+
+
+def test_a_handler_may_enqueue_while_its_thread_waits_for_room(path: Path) -> None:
+    with DbWriter(path, maxsize=1) as db:
+        db.run("CREATE TABLE t (n)")
+        with parked(db) as release:
+            db.enqueue("INSERT INTO t VALUES (1)")
+
+            def handler(*_: object) -> None:
+                db.enqueue("INSERT INTO t VALUES (3)", timeout=DEADLINE)  # over maxsize: there will be no room before
+                release.set()
+
+            before = signal.signal(signal.SIGALRM, handler)
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 0.05)
+                db.enqueue("INSERT INTO t VALUES (2)", timeout=None)
+            finally:
+                signal.signal(signal.SIGALRM, before)
+        db.flush(DEADLINE)
+        assert sorted(db.read("SELECT n FROM t")) == [(1,), (2,), (3,)]
