@@ -1271,7 +1271,7 @@ def test_a_read_of_a_function_is_named_by_its_label_or_its_name(path: Path) -> N
 
 def test_a_job_that_waited_in_line_wakes_a_writer_that_sleeps(path: Path) -> None:
     async def main() -> None:
-        async with opened(path) as db:
+        async with opened(path, auto_checkpoint=False) as db:  # or else it looks up in half a second
             while not db._gateway()._loop.queue._asleep:
                 await asyncio.sleep(0.001)
             ticket = await db.enqueue_wait(INSERT, (1,))

@@ -409,8 +409,13 @@ def test_an_error_of_a_read_in_a_block_that_was_taken_away_is_the_one_that_is_to
             time.sleep(0.001)
         raise LookupError
 
-    with pytest.raises(TransactionClosedError), db.transaction(max_hold=0.05), pytest.raises(LookupError):
-        db.read(wait_and_fail)
+    raised: list[BaseException] = []
+    with pytest.raises(TransactionClosedError), db.transaction(max_hold=0.05):
+        try:
+            db.read(wait_and_fail)
+        except Exception as error:
+            raised.append(error)
+    assert [type(error) for error in raised] == [LookupError]
 
 
 def test_a_nested_block_that_is_over_is_dead_though_the_outer_one_lives(db: DbWriter) -> None:

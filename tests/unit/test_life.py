@@ -297,8 +297,9 @@ def test_closing_says_what_it_withdrew_and_nothing_if_that_is_nothing(
     assert [message for message in caplog.messages if "withdrew" in message] == ["app.db: close withdrew 1 queued jobs"]
 
 
+@pytest.mark.parametrize("inline", [False, True])
 def test_a_temporary_database_that_cannot_be_opened_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inline: bool
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
 
@@ -306,7 +307,7 @@ def test_a_temporary_database_that_cannot_be_opened_leaves_nothing(
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        DbWriter(":memory:", on_connect=fail)
+        DbWriter(":memory:", on_connect=fail, inline=inline)
     assert list(tmp_path.iterdir()) == []
 
 

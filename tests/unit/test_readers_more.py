@@ -22,6 +22,7 @@ from onewriter import (
     ReentrantWriteError,
     Ticket,
     Transaction,
+    WriterBrokenError,
     WriterClosedError,
 )
 from onewriter.readers import Borrowing, Reader
@@ -655,3 +656,21 @@ def test_closing_in_an_own_reader_with_a_time_limit_ends_in_time(path: Path) -> 
     with db.reader() as connection:
         assert db.close(timeout=0.05).unfinished == 0
         assert connection.execute("SELECT 1").fetchone() == (1,)
+
+
+def test_a_connection_to_a_file_that_was_moved_meanwhile_is_closed(path: Path) -> None:
+    connections: list[sqlite3.Connection] = []
+
+    def hook(connection: sqlite3.Connection, readonly: bool) -> None:
+        if readonly:
+            connections.append(connection)
+            path.rename(path.with_name("elsewhere.db"))
+
+    db = DbWriter(path, on_connect=hook)
+    with pytest.raises(WriterBrokenError, match="moved") as caught:
+        db.read("SELECT 1")
+    assert caught.value is not None  # with its traceback, which has the connection
+    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+        connections[0].execute("SELECT 1")
+    path.with_name("elsewhere.db").rename(path)
+    db.close()
