@@ -1108,8 +1108,9 @@ def test_an_opening_that_is_cancelled_in_the_moment_it_ends_is_undone(path: Path
         db = AsyncDbWriter(path, on_connect=lambda connection, readonly: opened_files.append(connection))
         opening = asyncio.create_task(db.open())
         await asyncio.sleep(0)
-        (caller,) = [thread for thread in set(threading.enumerate()) - threads if thread.name == "onewriter-call"]
-        caller.join(DEADLINE)  # the loop stands still: it has not heard yet
+        for thread in set(threading.enumerate()) - threads:
+            if thread.name == "onewriter-call":
+                thread.join(DEADLINE)  # the loop stands still: it has not heard yet
         opening.cancel()
         with pytest.raises(asyncio.CancelledError):
             await opening
