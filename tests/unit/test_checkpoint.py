@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from helpers import DEADLINE, in_threads
-from onewriter import DbWriter
+from onewriter import DbWriter, loop
 
 LIMIT = 2**20
 UPDATE = "UPDATE t SET text = ? WHERE id = ?"
@@ -140,3 +140,17 @@ def test_a_few_large_values_do_not_make_the_log_large(path: Path) -> None:
             db.flush()
             sizes.append(db.stats().wal_bytes)
     assert max(sizes) < 8 * 2**20
+
+
+def test_an_idle_writer_empties_the_log_once_after_a_while(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with DbWriter(path, inline=True) as db:
+        db.run("CREATE TABLE t (n)")
+        monkeypatch.setattr(loop, "IDLE", 3600.0)
+        db._loop.idle()
+        assert db.stats().last_checkpoint is None
+        monkeypatch.setattr(loop, "IDLE", 0.0)
+        db._loop.idle()
+        first = db._loop.last_checkpoint
+        assert first is not None
+        db._loop.idle()  # there is nothing to do
+        assert db._loop.last_checkpoint is first
