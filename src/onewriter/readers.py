@@ -191,15 +191,16 @@ class Borrowing:
     Locks: the pool's guards all of it.
     """
 
-    def __init__(self, label: str, future: asyncio.Future[None] | None = None) -> None:
+    reader: Reader | None = None
+    has_place = False  # a connection, or the right to open one
+    is_over = False
+    is_named = False  # a warning was given
+    wakeup: Any = None
+
+    def __init__(self, label: str) -> None:
         self.label = label
         self.since = monotonic()
         self.thread = get_ident()
-        self.reader: Reader | None = None
-        self.has_place = False  # a connection, or the right to open one
-        self.is_over = False
-        self.is_named = False  # a warning was given
-        self.wakeup: Any = future
 
 
 class ReaderPool:
@@ -252,7 +253,8 @@ class ReaderPool:
             try:
                 self.end(borrowing)
             finally:
-                self.end(borrowing)  # again, if Ctrl-C came in the midst of it
+                if not borrowing.is_over:  # Ctrl-C came in the midst of it
+                    self.end(borrowing)
 
     def pin(self, reader: Reader, label: str) -> None:
         """Have it see this moment until it is given back."""
@@ -306,7 +308,8 @@ class ReaderPool:
             try:
                 self.end(borrowing)
             finally:
-                self.end(borrowing)  # again, if Ctrl-C came in the midst of it
+                if not borrowing.is_over:  # Ctrl-C came in the midst of it
+                    self.end(borrowing)
 
     def call(self, function: Callable[[sqlite3.Connection], T], label: str, deadline: float) -> T:
         """What ``function`` returns, called with a connection on one snapshot."""
@@ -322,7 +325,8 @@ class ReaderPool:
             try:
                 self.end(borrowing)
             finally:
-                self.end(borrowing)  # again, if Ctrl-C came in the midst of it
+                if not borrowing.is_over:  # Ctrl-C came in the midst of it
+                    self.end(borrowing)
 
     def call_and_return(
         self, borrowing: Borrowing, function: Callable[[sqlite3.Connection], T], label: str, *, own: bool
@@ -343,7 +347,8 @@ class ReaderPool:
             try:
                 self.end(borrowing)
             finally:
-                self.end(borrowing)  # again, if Ctrl-C came in the midst of it
+                if not borrowing.is_over:  # Ctrl-C came in the midst of it
+                    self.end(borrowing)
 
     @property
     def in_use(self) -> int:
@@ -439,7 +444,11 @@ class ReaderPool:
             left = deadline - monotonic()
             borrowing.wakeup.acquire(timeout=-1 if left == math.inf else max(0.0, min(left, threading.TIMEOUT_MAX)))
             self.refuse_unless_granted(borrowing)
-        return self.reader_of(borrowing, deadline)
+        reader = borrowing.reader
+        if reader is None:
+            return self.reader_of(borrowing, deadline)
+        reader.deadline = deadline
+        return reader
 
     def take_or_line_up(self, borrowing: Borrowing) -> bool:
         """Whether there is a connection, or the right to open one; if not, it is in line, and its turn wakes it."""
@@ -537,18 +546,23 @@ class ReaderPool:
                     self._grant(reader)
                 else:
                     self._idle.append(reader)
-        if reader is not None and not borrowing.is_over:
+        if not borrowing.is_over:
+            self._end_place(borrowing, reader)
+        if self.holds_back:
+            self._returned.set()
+
+    def _end_place(self, borrowing: Borrowing, reader: Reader | None) -> None:
+        """There is no connection to give on: the next in line opens another."""
+        if reader is not None:
             reader.connection.close()
         with self._lock:
             if not borrowing.is_over:
                 borrowing.is_over = True
                 if self._waiting and not self._closed:
-                    self._grant(None)  # the right to open another
+                    self._grant(None)
                 else:
                     self._count -= 1
                     self._all_back_if_closed()
-        if self.holds_back:
-            self._returned.set()
 
     def _grant(self, reader: Reader | None) -> None:
         first = self._waiting[0]

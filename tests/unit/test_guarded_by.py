@@ -66,7 +66,12 @@ GUARDS = [
         free=frozenset(("__init__", "become_inherited")),
     ),
     # Whoever has the connection sets its deadline; only a task that hurries it has to see whose it is.
-    Guard("readers.py", "_lock", {"deadline"}, free=frozenset(("__init__", "clean", "reader_of", "snapshot", "until"))),
+    Guard(
+        "readers.py",
+        "_lock",
+        {"deadline"},
+        free=frozenset(("__init__", "_borrow", "clean", "reader_of", "snapshot", "until")),
+    ),
     Guard("readers.py", "_lock", {"_ended"}, also_read=True, free=frozenset(("__init__",))),
     Guard("taskblock.py", "_lock", {"_accepts"}, also_read=True, free=frozenset(("__init__", "until_innermost"))),
     Guard("exit.py", "_lock", {"_open"}, also_read=True, free=frozenset(("_forget_in_child",))),
