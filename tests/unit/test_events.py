@@ -174,6 +174,7 @@ def test_a_hook_may_enqueue_but_not_wait(path: Path) -> None:
 
     with DbWriter(path, on_event=hook) as db:
         db.run(TABLE)
+        db.flush()  # behind it the hook has been called
         db.flush()
         assert db.read("SELECT n FROM t") == [(3,)]
     assert len(caught) == 1
