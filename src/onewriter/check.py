@@ -205,6 +205,8 @@ def describe(report: Report) -> str:
     read = "nobody" if report.wal_readers == [] else "cannot be told here"
     keys = f"{report.foreign_keys} declared, " if report.foreign_keys else "none declared, "
     violations = len(report.foreign_key_violations)
+    found = "not all checked" if "foreign_key_check" in report.not_checked else "no violation"
+    well = "not done" if "quick_check" in report.not_checked else "ok"
     rows = {
         "size": f"{report.bytes:,} bytes",
         "pages": f"{report.pages:,} of {report.page_size:,} bytes, {report.free_pages:,} of them free",
@@ -214,9 +216,8 @@ def describe(report: Report) -> str:
         "read by": _names(report.wal_readers) if report.wal_readers else read,
         "write lock": _names(report.write_lock) if report.write_lock else held,
         "synchronous": f"{report.synchronous} in a plain connection; each has its own setting",
-        "foreign keys": keys + (f"{violations} violations or more" if violations else "no violation"),
-        "quick_check": "ok" if not report.quick_check else f"{len(report.quick_check)} findings or more",
-        **{name: "not done" for name in report.not_checked},
+        "foreign keys": keys + (f"{violations} violations or more" if violations else found),
+        "quick_check": well if not report.quick_check else f"{len(report.quick_check)} findings or more",
         "SQLite": report.sqlite_version,
     }
     lines = [report.path, *(f"  {name:<13} {text}" for name, text in rows.items())]

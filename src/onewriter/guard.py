@@ -13,11 +13,7 @@ NOT_IN_A_TRANSACTION = frozenset(("foreign_keys", "journal_mode", "synchronous",
 # On these the gateway's own waiting, reading and checkpointing rest.
 NEVER = frozenset(("query_only", "busy_timeout", "locking_mode", "wal_autocheckpoint", "journal_size_limit"))
 NOT_ON_A_READER = NEVER | {"journal_mode"}
-
-
 ASKING = ("_info", "_xinfo", "_list", "_check")  # the ends of PRAGMAs whose argument sets nothing
-
-
 NO_FUNCTION = "not authorized to use function"  # which has no code of its own
 
 

@@ -186,6 +186,7 @@ class Borrowing:
     """One connection for one read or block: not yet, in line for it, having it, or over. ``ReaderPool.end`` ends all.
 
     Made before anything is asked for, so that whatever happens in between, Ctrl-C too, its ``end`` knows what to do.
+    That is called in two nested ``finally``, written out each time: Ctrl-C can hit the entry of a function for it.
 
     Locks: the pool's guards all of it.
     """
