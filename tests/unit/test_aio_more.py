@@ -30,6 +30,7 @@ from onewriter import (
 from onewriter.readers import Borrowing
 
 INSERT = "INSERT INTO t VALUES (?)"
+Hesitant = tuple[list[taskblock.TaskBlock], threading.Event]
 
 
 def run(main: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
@@ -60,24 +61,23 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 @pytest.fixture
-def hesitant(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
-    """The writer has started a block, and hesitates before it grants it: it has come there, and may go on."""
-    come, go_on = threading.Event(), threading.Event()
+def hesitant(monkeypatch: pytest.MonkeyPatch) -> Hesitant:
+    """The writer has started a block, and hesitates to grant it: the blocks it has come to, and its leave to go on."""
+    blocks: list[taskblock.TaskBlock] = []
+    go_on = threading.Event()
     perform = taskblock.TaskBlock.perform
 
     def hesitate(block: taskblock.TaskBlock, tx: Transaction) -> None:
-        come.set()
+        blocks.append(block)
         go_on.wait(DEADLINE)
         perform(block, tx)
 
     monkeypatch.setattr(taskblock.TaskBlock, "perform", hesitate)
-    return come, go_on
+    return blocks, go_on
 
 
-def test_a_timeout_in_the_moment_a_block_starts_frees_the_writer(
-    path: Path, hesitant: tuple[threading.Event, threading.Event]
-) -> None:
-    come, go_on = hesitant
+def test_a_timeout_in_the_moment_a_block_starts_frees_the_writer(path: Path, hesitant: Hesitant) -> None:
+    blocks, go_on = hesitant
 
     async def main() -> None:
         async with opened(path) as db:
@@ -87,8 +87,7 @@ def test_a_timeout_in_the_moment_a_block_starts_frees_the_writer(
                     pytest.fail("entered")
 
             entering = asyncio.create_task(enter())
-            await until(come.is_set)
-            await asyncio.sleep(0.1)  # it has run out
+            await until(lambda: bool(blocks) and blocks[0].granted.done())  # its time has run out
             go_on.set()
             with pytest.raises(WriteTimeoutError) as caught:
                 await entering
@@ -99,10 +98,8 @@ def test_a_timeout_in_the_moment_a_block_starts_frees_the_writer(
     run(main)
 
 
-def test_a_cancellation_in_the_moment_a_block_starts_frees_the_writer(
-    path: Path, hesitant: tuple[threading.Event, threading.Event]
-) -> None:
-    come, go_on = hesitant
+def test_a_cancellation_in_the_moment_a_block_starts_frees_the_writer(path: Path, hesitant: Hesitant) -> None:
+    blocks, go_on = hesitant
 
     async def main() -> None:
         async with opened(path) as db:
@@ -112,7 +109,7 @@ def test_a_cancellation_in_the_moment_a_block_starts_frees_the_writer(
                     pytest.fail("entered")
 
             entering = asyncio.create_task(enter())
-            await until(come.is_set)
+            await until(lambda: bool(blocks))
             entering.cancel()
             await asyncio.sleep(0)
             await asyncio.sleep(0)  # it waits for the end of the block now
