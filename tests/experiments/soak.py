@@ -11,6 +11,7 @@ import sqlite3
 import statistics
 import subprocess
 import threading
+from collections import Counter
 from pathlib import Path
 from time import monotonic
 
@@ -50,7 +51,9 @@ def run(seconds: float, seed: int, folder: Path) -> Outcome:
     outcome, path = Outcome(), folder / "app.db"
     stop = threading.Event()
     added = [0] * (THREADS + 1)
-    lags: list[tuple[float, float]] = []
+    # Waits of run() in tenths of milliseconds, how many of each: of a thread, in the first half and in the second.
+    # Counted, for a list of each would grow for as long as this lasts.
+    waits = [(Counter[int](), Counter[int]()) for _ in range(THREADS)]
     errors: list[BaseException] = []
     with DbWriter(path, wal_limit=WAL_LIMIT, slow_after=60) as db:
         db.run("CREATE TABLE t (id INTEGER PRIMARY KEY, text TEXT)")
@@ -62,7 +65,7 @@ def run(seconds: float, seed: int, folder: Path) -> Outcome:
             chance = random.Random(seed + number)
             try:
                 while not stop.is_set():
-                    began = monotonic()
+                    asked = monotonic()
                     way = chance.random()
                     if way < 0.4:
                         for _ in range(20):
@@ -70,7 +73,8 @@ def run(seconds: float, seed: int, folder: Path) -> Outcome:
                     elif way < 0.8:
                         db.run("UPDATE counter SET n = n + 1")
                         added[number] += 1
-                        lags.append((began, monotonic() - began))
+                        ended = monotonic()
+                        waits[number][ended > middle][round((ended - asked) * 1e4)] += 1
                     elif way < 0.9:
                         with db.transaction() as tx:
                             tx.execute("UPDATE counter SET n = n + 1")
@@ -104,10 +108,11 @@ def run(seconds: float, seed: int, folder: Path) -> Outcome:
             subprocess.Popen(child(OTHER, path, seconds), stdout=subprocess.PIPE, text=True, env=environment())
             for _ in range(PROCESSES)
         ]
-        for thread in threads:
-            thread.start()
         samples: list[tuple[float, float, int, int, int]] = []
         began = monotonic()
+        middle = began + seconds / 2
+        for thread in threads:
+            thread.start()
         while (now := monotonic() - began) < seconds and not errors:
             if now > seconds / 3:
                 gc.collect()
@@ -138,11 +143,10 @@ def run(seconds: float, seed: int, folder: Path) -> Outcome:
     outcome.notes["descriptors more"] = samples[-1][2] - samples[0][2]
     outcome.notes["threads more"] = samples[-1][3] - samples[0][3]
     outcome.notes["largest log, kB"] = max(sample[4] for sample in samples) // 1024
-    half = [lag for start, lag in lags if start - began < seconds / 2]
-    rest = [lag for start, lag in lags if start - began >= seconds / 2]
-    for name, part in (("first", half), ("second", rest)):
-        if len(part) > 1:
-            outcome.notes[f"median of run, {name} half, µs"] = round(statistics.median(part) * 1e6)
+    for half, name in enumerate(("first", "second")):
+        counted = sum((of[half] for of in waits), Counter[int]())
+        if counted:
+            outcome.notes[f"median of run, {name} half, µs"] = round(statistics.median(counted.elements()) * 100)
     if outcome.notes["descriptors more"] > 4 or outcome.notes["threads more"] > 0:
         outcome.find(f"descriptors or threads grow: {dict(outcome.notes)}")
     if outcome.notes["kB grown in all"] > 40_000:
