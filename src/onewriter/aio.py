@@ -34,12 +34,11 @@ from onewriter.gateway import (
     Seconds,
     check_label,
     check_read,
-    check_timeout,
     first_value,
     give_up,
 )
 from onewriter.holder import running_task
-from onewriter.job import Job, Ticket, called_from, name_of, refuse_live, resolve, wake
+from onewriter.job import Job, Ticket, called_from, check_timeout, name_of, refuse_live, resolve, wake
 from onewriter.log import contain
 from onewriter.readers import HELD_BACK, Borrowing, Reader, Snapshot
 from onewriter.statement import Parameters, Result, capture

@@ -54,6 +54,7 @@ class BlockJob(Job[None]):
         if not self.given_back.locked():
             return
         self.failed = failed
+        self._holder.taken.pop(self.thread, None)
         if self.transaction is not None:
             self.transaction.leave()
         with contextlib.suppress(RuntimeError):  # given back in this moment
@@ -66,6 +67,7 @@ class BlockJob(Job[None]):
         while not self.given_back.acquire(timeout=max(0.0, min(until - monotonic(), LOOK))):
             self._holder.warn_if_slow(monotonic())
             if monotonic() >= until:
+                self._holder.taken[self.thread] = tx
                 tx.take_back(TOO_LONG)
             elif not self.thread.is_alive():
                 tx.take_back("was open when its thread ended")

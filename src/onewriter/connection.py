@@ -278,7 +278,8 @@ def _call_hook(connection: sqlite3.Connection, settings: Settings, *, readonly: 
         if connection.in_transaction:
             connection.commit()
     except BaseException as error:
-        error.add_note(f"onewriter: raised by on_connect for {settings.path} (readonly={readonly})")
+        with contextlib.suppress(Exception):  # as from a frozen dataclass, which refuses notes
+            error.add_note(f"onewriter: raised by on_connect for {settings.path} (readonly={readonly})")
         if isinstance(error, sqlite3.Error):
             error.from_hook = True  # type: ignore[attr-defined]
         raise

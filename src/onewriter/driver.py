@@ -9,7 +9,7 @@ from time import monotonic
 from typing import Any, Protocol
 
 from onewriter.block import BlockJob
-from onewriter.errors import QueueFullError, WriteTimeoutError
+from onewriter.errors import QueueFullError, ReentrantWriteError, WriteTimeoutError
 from onewriter.fork import forked_error
 from onewriter.job import Job, wait_in_slices
 from onewriter.loop import MOST_TAKEN, WriterLoop
@@ -126,6 +126,7 @@ class InlineDriver:
     def __init__(self, loop: WriterLoop) -> None:
         self._loop = loop
         self._turn = threading.Lock()
+        self._owner = 0  # the thread that holds it
         self._ended = False
 
     def start(self) -> None:
@@ -134,6 +135,9 @@ class InlineDriver:
     def submit(self, job: Job[Any], timeout: float | None) -> None:
         if self._loop.holder.is_mine():  # whoever is the writer runs it next
             self._loop.queue.put(job)
+            return
+        if job.bounded and self._owner == threading.get_ident():  # a signal handler's or finalizer's
+            self._loop.queue.put_unbounded(job)
             return
         if not self._take_turn(timeout):
             if job.bounded:
@@ -154,7 +158,10 @@ class InlineDriver:
             self._loop.begin_block(job)
             return entered(job)
         except BaseException:
-            self._give_turn()
+            try:
+                self._drive()  # what came meanwhile
+            finally:
+                self._give_turn()
             raise
 
     def leave(self, job: BlockJob) -> None:
@@ -185,10 +192,16 @@ class InlineDriver:
     def _take_turn(self, timeout: float | None) -> bool:
         if self._loop.holder.forked:
             raise forked_error()
-        return self._turn.acquire(timeout=-1 if timeout is None else min(timeout, threading.TIMEOUT_MAX))
+        if self._owner == threading.get_ident():
+            raise ReentrantWriteError("a callback or signal handler cannot wait for the write that it interrupts")
+        has_it = self._turn.acquire(timeout=-1 if timeout is None else min(timeout, threading.TIMEOUT_MAX))
+        if has_it:
+            self._owner = threading.get_ident()
+        return has_it
 
     def _give_turn(self) -> None:
         if not self._loop.holder.forked:
+            self._owner = 0
             self._turn.release()
 
     def _drive(self) -> None:

@@ -17,6 +17,7 @@ What a job or SQLite raised reaches the caller as it is, with a note that names 
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class WriteTimeoutError(OneWriterError, TimeoutError):
     """The wait for a write ended before its result came.
 
     Attributes:
-        ticket: the job's ticket.
+        ticket: the job's ticket; None in a pickled copy.
         started: False: the job was withdrawn and will never run (Not committed). True: it goes on, whole, and
             ``ticket`` will have its outcome.
     """
@@ -56,6 +57,10 @@ class WriteTimeoutError(OneWriterError, TimeoutError):
         super().__init__(message)
         self.ticket = ticket
         self.started = started
+
+    def __reduce__(self) -> Any:
+        ticket: Any = None  # which is of its process
+        return functools.partial(type(self), ticket=ticket, started=self.started), self.args
 
 
 class ReadTimeoutError(OneWriterError, TimeoutError):

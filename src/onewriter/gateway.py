@@ -25,7 +25,13 @@ from onewriter.block import BlockJob
 from onewriter.checkpoint import Checkpoint
 from onewriter.connection import Settings, check_path, check_pragmas, refuse_old_sqlite
 from onewriter.driver import Driver, InlineDriver, ThreadDriver
-from onewriter.errors import ReadTimeoutError, ReentrantWriteError, WriteTimeoutError
+from onewriter.errors import (
+    ReadTimeoutError,
+    ReentrantWriteError,
+    WriterBrokenError,
+    WriterClosedError,
+    WriteTimeoutError,
+)
 from onewriter.events import BackupEnded, Hook, Submit, announce
 from onewriter.fork import forked_error, refuse_inherited
 from onewriter.holder import Holder
@@ -39,6 +45,8 @@ from onewriter.job import (
     Ticket,
     called_from,
     check_function,
+    check_seconds,
+    check_timeout,
     name_of,
     refuse_live,
     wait_in_slices,
@@ -123,9 +131,9 @@ class DbWriter:
         _check_count("readers", readers)
         _check_count("maxsize", maxsize)
         _check_count("wal_limit", wal_limit, least=0)
-        _check_seconds("lock_timeout", lock_timeout)
-        _check_seconds("slow_after", slow_after)
-        _check_seconds("max_hold", max_hold)
+        check_seconds("lock_timeout", lock_timeout)
+        check_seconds("slow_after", slow_after)
+        check_seconds("max_hold", max_hold)
         _check_choice("synchronous", synchronous, SYNCHRONOUS)
         _check_choice("journal_mode", journal_mode, JOURNAL_MODES)
         hooks = {"on_connect": on_connect, "on_error": on_error, "on_event": on_event, "row_factory": row_factory}
@@ -317,6 +325,8 @@ class DbWriter:
                 self._leave(job, failed=True)
                 raise
             self._leave(job, failed=False)
+        except (WriterClosedError, WriterBrokenError):  # never accepted, or told already
+            raise
         except BaseException:  # Ctrl-C, or what another signal handler raises, in the midst of entering or leaving
             if not job.cancel():
                 job.give_back(failed=True)
@@ -435,7 +445,7 @@ class DbWriter:
             if _get_running_loop() is not None:
                 warn_of_blocking()
             holder = self._holder
-            outside = holder.transaction is None and get_ident() != holder.writer_thread
+            outside = holder.transaction is None and get_ident() != holder.writer_thread and not holder.taken
             if outside and label is None and timeout == 30.0 and after is None:
                 return self._readers.read(what, params, sqlite3.Cursor.fetchall, what, monotonic() + 30.0)
             return self._read(what, params, label, timeout, after, sqlite3.Cursor.fetchall)
@@ -592,6 +602,8 @@ class DbWriter:
                 of this thread.
         """
         check_timeout(timeout)
+        if not isinstance(drain, bool):
+            raise TypeError(f"drain must be a bool, not {type(drain).__name__}")
         if self._holder.forked:
             return CloseReport(0, 0, 0, 0, ())
         self._holder.refuse_endless_wait("close")
@@ -627,7 +639,7 @@ class DbWriter:
         check_label(label)
         check_timeout(timeout)
         if max_hold is not None:
-            _check_seconds("max_hold", max_hold)
+            check_seconds("max_hold", max_hold)
         return self._max_hold if max_hold is None else max_hold
 
     def check_after(self, after: Ticket[Any]) -> None:
@@ -830,18 +842,6 @@ def _check_count(name: str, value: object, least: int = 1) -> None:
         raise TypeError(f"{name} must be an int, not {type(value).__name__}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, not {value}")
-
-
-def _check_seconds(name: str, value: object) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number of seconds, not {type(value).__name__}")
-    if math.isnan(value) or value < 0:
-        raise ValueError(f"{name} must be 0 or more seconds, not {value}")
-
-
-def check_timeout(timeout: object) -> None:
-    if timeout is not None:
-        _check_seconds("timeout", timeout)
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -43,7 +43,8 @@ class _Refusals:
         if reason is not None:
             error.add_note(f"onewriter: {reason}")
         elif (
-            (getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_AUTH or str(error).startswith(NO_FUNCTION))
+            isinstance(error, sqlite3.Error)
+            and (getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_AUTH or str(error).startswith(NO_FUNCTION))
             and not getattr(error, "__notes__", ())
             and threading.current_thread() is threading.main_thread()
         ):
@@ -127,6 +128,8 @@ class Guard(_Refusals):
                 f"PRAGMA {name} has no effect inside a transaction, and a job is one: it is an argument of DbWriter; "
                 "foreign_keys=False on a job is for rebuilding a table"
             )
+        if self.mode is Mode.BARE and name == "defer_foreign_keys":  # and the next jobs would be the transaction
+            return self.deny(f"PRAGMA {name} lasts until a transaction ends, and here is none: use it inside a job")
         if name in NEVER or (name == "journal_mode" and value.upper() != self._journal_mode):
             return self.deny(f"PRAGMA {name} is the gateway's: use the argument of DbWriter")
         self.settings_touched = True

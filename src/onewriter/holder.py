@@ -13,6 +13,7 @@ from onewriter.errors import ReentrantWriteError, WriterBrokenError
 from onewriter.fork import forked_error
 from onewriter.locks import describe_lock
 from onewriter.log import report
+from onewriter.retry import error_code
 from onewriter.stats import Tally
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 IN_STATEMENT = "a function that SQLite calls while it runs a statement cannot use the connection of that statement"
 INHERITED = "belongs to the parent of this process"
+FRESH = 0.05  # seconds for which a look at who holds SQLite's lock is good
 CORRUPT = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
@@ -36,6 +38,7 @@ class Holder:
     def __init__(self, slow_after: float, path: str) -> None:
         self.slow_after = slow_after
         self._path = path
+        self._lock_told = -FRESH, ""  # who holds SQLite's lock, and when that was looked up
         self._warned_of = 0.0  # the job that a warning has named: when it started
         self.lock = threading.RLock()
         self.tally = Tally()  # guarded by lock
@@ -48,6 +51,8 @@ class Holder:
         self.block: TaskBlock | None = None  # a task's transaction, whose statements the writer runs
         self.transaction: Transaction | None = None
         self.waiting: tuple[Job[Any], float] | None = None  # for SQLite's lock, and since when
+        self.taken: dict[object, Transaction] = {}  # from threads and tasks that are still in their block: max_hold
+        self.telling: tuple[Job[Any], float] | None = None  # whose callbacks are called, and since when
 
     def become_inherited(self, error: BaseException) -> None:
         """In a forked child. The numbers of threads survive a fork, and so may a lock that another thread holds."""
@@ -96,6 +101,11 @@ class Holder:
 
     def current(self) -> Transaction | None:
         """The open transaction that belongs to the calling thread, if there is one."""
+        if self.taken:
+            self.refuse_if_taken(threading.current_thread())
+        return self._current()
+
+    def _current(self) -> Transaction | None:
         transaction = self.transaction
         if transaction is None:
             if self.job is not None and self.writer_thread == threading.get_ident():
@@ -108,6 +118,12 @@ class Holder:
             return None
         return transaction
 
+    def refuse_if_taken(self, borrower: object) -> None:
+        """Raise inside a block that ``max_hold`` has ended: a write there would be committed alone."""
+        transaction = self.taken.get(borrower)
+        if transaction is not None:
+            raise transaction.closed_error()
+
     def place(self) -> tuple[Transaction, int] | None:
         """The calling thread's open transaction, and how many savepoints deep it is in it."""
         transaction = self.current()
@@ -117,7 +133,7 @@ class Holder:
         """Whether the calling thread is the writer thread or holds the open transaction."""
         if threading.get_ident() == self.writer_thread:
             return True
-        return self.transaction is not None and self.current() is not None
+        return self.transaction is not None and self._current() is not None
 
     def waits_endlessly(self) -> bool:
         """Whether the writer could not go on while this thread waits for it."""
@@ -151,20 +167,29 @@ class Holder:
 
     def note_corruption(self, error: BaseException) -> None:
         """Say once, loudly, that the file is damaged; every job that it hits fails with SQLite's error."""
-        if getattr(error, "sqlite_errorcode", 0) & 0xFF in CORRUPT and self.health == "ok":
+        if error_code(error) & 0xFF in CORRUPT and self.health == "ok":
             self.health = f"degraded: {error}"
             report(self, logging.CRITICAL, "the database is damaged: %s; restore it from a backup", error)
 
+    def _describe_lock(self) -> str:
+        told_at, text = self._lock_told
+        if monotonic() - told_at > FRESH:  # a thousand tasks may ask at once, in their loop
+            text = describe_lock(self._path)
+            self._lock_told = monotonic(), text
+        return text
+
     def describe(self, has_lock: bool = False) -> str:
         """Who holds the writer, for messages: label, since when, and where it was called from."""
-        job, waiting = self.job, self.waiting
+        job, waiting, telling = self.job, self.waiting, self.telling
         if job is not None:
             return f"the writer is held by {job.describe()} for {monotonic() - job.started_at:.2f} s"
         if waiting is not None:
             if has_lock:
                 return f"to run {waiting[0].describe()}"
             text = f"the writer waits since {monotonic() - waiting[1]:.2f} s for SQLite's lock, held elsewhere, to run"
-            return f"{text} {waiting[0].describe()}; {describe_lock(self._path)}"
+            return f"{text} {waiting[0].describe()}; {self._describe_lock()}"
+        if telling is not None:
+            return f"the writer calls the callbacks of {telling[0].describe()} for {monotonic() - telling[1]:.2f} s"
         return "the writer is between jobs"
 
 

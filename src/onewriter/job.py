@@ -9,6 +9,7 @@ import inspect
 import math
 import os
 import sqlite3
+import sys
 import threading
 import types
 from collections.abc import Callable, Generator, Iterable
@@ -188,6 +189,8 @@ class Ticket(Generic[T]):
 
     def add_done_callback(self, fn: Callable[[Ticket[T]], object]) -> None:
         """Call ``fn(ticket)`` once the outcome is there: on the writer thread, or now if it is there already."""
+        if not callable(fn):
+            raise TypeError(f"the callback must be callable, not {type(fn).__name__}")
         with self._holder.lock:
             if self._state < CANCELLED or self._callbacks:
                 self._callbacks = [*(self._callbacks or ()), fn]
@@ -247,6 +250,7 @@ class Ticket(Generic[T]):
             self._holder.refuse_endless_wait("waiting for a ticket")
 
     def _outcome_within(self, timeout: float | None) -> None:
+        check_timeout(timeout)
         if self._state < CANCELLED:
             self._refuse_endless_wait()
             warn_of_blocking()
@@ -503,6 +507,18 @@ class ControlJob(Job[T]):
 
     def call(self) -> T | None:
         return None if self.work is None else cast(T, self.work())
+
+
+def check_seconds(name: str, value: object) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number of seconds, not {type(value).__name__}")
+    if not (0 <= value <= sys.float_info.max or value == math.inf):  # nor NaN
+        raise ValueError(f"{name} must be 0 or more seconds, not {value}")
+
+
+def check_timeout(timeout: object) -> None:
+    if timeout is not None:
+        check_seconds("timeout", timeout)
 
 
 def wait_in_slices(wakeup: Any, until: float, holder: Holder) -> bool:

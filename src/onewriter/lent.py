@@ -170,6 +170,8 @@ class LentConnection(sqlite3.Connection):
     load_extension = _outlasting("load_extension")
     set_trace_callback = _outlasting("set_trace_callback")
     getlimit = _delegated("getlimit")
+    if hasattr(sqlite3.Connection, "getconfig"):
+        getconfig = _delegated("getconfig")
     serialize = _delegated("serialize")
     interrupt = _delegated("interrupt")
     set_authorizer = _refused("set_authorizer")

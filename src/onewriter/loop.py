@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import itertools
 import logging
 import math
@@ -83,7 +84,7 @@ class WriterLoop:
         self._session: WriteSession | None = None
         self._pending: list[Job[Any]] = []
         self._next = 0
-        self._failed_runs: dict[Job[Any], Transaction | None] = {}  # they undid themselves before something undid all
+        self._culprit: tuple[Job[Any], list[Transaction]] | None = None  # it has undone all, and is told in its turn
         self._savepoints_until = 0  # pending jobs before that place run again, each with a savepoint
         self._one_by_one_until = 0  # pending jobs before that place run again, each alone
         self._risky_schema = self._failing_schema = True
@@ -147,7 +148,7 @@ class WriterLoop:
         self._pending = jobs
         while self._next < len(self._pending):
             self._write_group()
-        self._pending = []  # an idle writer keeps nothing of its last jobs alive
+        self._pending, self._culprit = [], None  # an idle writer keeps nothing of its last jobs alive
         self._next = self._savepoints_until = self._one_by_one_until = 0
 
     def begin_block(self, job: BlockJob) -> None:
@@ -160,7 +161,9 @@ class WriterLoop:
         except BaseException as error:
             self._refused(error)
             return
-        job.start(monotonic())
+        if not job.start(monotonic()):  # withdrawn meanwhile
+            self._roll_back()
+            return
         transaction = Transaction(session, job)
         self.holder.enter(job, transaction)
         session.set_mark()
@@ -249,9 +252,9 @@ class WriterLoop:
         if place == len(pending):
             return
         first = pending[place]
-        if first in self._failed_runs:
-            run = self._failed_runs.pop(first)
-            self._settle([first], [] if run is None else [run])
+        if self._culprit is not None and self._culprit[0] is first:
+            runs, self._culprit = self._culprit[1], None
+            self._settle([first], runs)
         elif self.holder.broken is None and self._is_moved():
             return
         elif self._stop.is_set() and not first.running():
@@ -270,6 +273,9 @@ class WriterLoop:
             session = self._begin(first)
         except BaseException as error:  # without a thread of its own, Ctrl-C too
             self._refused(error)
+            return
+        if not first.start(monotonic()):  # withdrawn meanwhile; what the transaction began with was for it alone
+            self._roll_back()
             return
         share = self._may_share(session)
         until = monotonic() + LONGEST_HOLD
@@ -335,6 +341,7 @@ class WriterLoop:
                         self._run_with_savepoints(jobs)
                         return None
                     self._fail(job, error)
+                    session.forget_error()
                 job.ended_at = now = monotonic()
                 if not share or (is_new and not self._is_unchanged()):  # the guard is asked about new texts only
                     break
@@ -401,7 +408,7 @@ class WriterLoop:
         waiting = [
             job
             for job in self._pending
-            if not (job.done() or job in self._failed_runs or isinstance(job, BareStatementJob | ControlJob))
+            if not (job.done() or self._is_culprit(job) or isinstance(job, BareStatementJob | ControlJob))
             and not (ended and not job.running())
         ]
         for job in waiting:
@@ -462,10 +469,10 @@ class WriterLoop:
                 self._undo_job(session)
 
     def _check_end(self, session: WriteSession, job: Job[Any], transaction: Transaction) -> None:
-        if not session.connection.in_transaction:
-            raise transaction.aborted_error()
         if transaction.was_too_long and not job.lent:  # and the job has swallowed the error
             raise transaction.closed_error()
+        if not session.connection.in_transaction:
+            raise transaction.aborted_error()
         if job.foreign_keys is False and (violations := session.own("PRAGMA foreign_key_check")):
             table, rowid, parent, _ = violations[0]
             raise sqlite3.IntegrityError(
@@ -532,36 +539,46 @@ class WriterLoop:
             self._break(error)
             return
         self._roll_back()
-        if len(kept) > 1 and not is_busy(error):
-            self._run_again(jobs, runs)
+        told = self._tell_early(jobs, runs)
+        if len(jobs) - told > 1 and not is_busy(error):
+            self._run_again(jobs[told:], runs)
             return
+        misled = {job for job in jobs[told:] if job.failed_with is not None}  # perhaps, by rows that are not there now
+        self._run_again([job for job in jobs if job in misled], runs)
         for job in kept:
             self._fail(job, copy_of(error))
-        self._settle(jobs, runs)
+        self._settle(kept, [run for run in runs if run.job.failed_with is not None])
 
     def _lost(self, jobs: list[Job[Any]], runs: list[Transaction]) -> None:
         """The transaction is gone, by what the last job did: it has its error, and the others run again."""
-        if len(jobs) == 1:
-            self._settle(jobs, runs)
-        else:
-            self._run_again(jobs, runs)
+        told, last = self._tell_early(jobs[:-1], runs), jobs[-1]
+        self._run_again(jobs[told:-1], runs)
+        self._one_by_one_until = self._place_after(last)
+        self._culprit = last, [run for run in runs if run.job is last]
+
+    def _tell_early(self, jobs: list[Job[Any]], runs: list[Transaction]) -> int:
+        """Tell the first jobs, as far as they failed before another had written: they met what is committed."""
+        early = list(itertools.takewhile(lambda job: job.failed_with is not None, jobs))
+        self._settle(early, [run for run in runs if run.job in early])
+        return len(early)
+
+    def _is_culprit(self, job: Job[Any]) -> bool:
+        return self._culprit is not None and self._culprit[0] is job
 
     def _run_again(self, jobs: list[Job[Any]], runs: list[Transaction]) -> None:
         """The shared transaction is undone: its jobs, still at the front, run again in order, each alone.
 
-        Those that have failed do not run again: they had undone themselves, so what they saw is what they would see.
+        Those that failed too: what they met may have been of another, which need not do the same again. Of ``runs``,
+        which may be of others too, theirs are undone.
         """
-        self._one_by_one_until = self._place_after(jobs[-1])
-        transactions = {run.job: run for run in runs}
+        again = set(jobs)
         for job in jobs:
-            run = transactions.get(job)
-            if job.failed_with is not None:
-                self._failed_runs[job] = run
-            else:
-                job.set_outcome(None, None)
-                if run is not None:
-                    self._call_back(run, committed=False)
-        self._count_runs(sum(job.failed_with is None for job in jobs))
+            self._one_by_one_until = self._place_after(job)
+            job.set_outcome(None, None)
+        for run in runs:
+            if run.job in again:
+                self._call_back(run, committed=False)
+        self._count_runs(len(jobs))
 
     def _count_runs(self, again: int) -> None:
         with self.holder.lock:
@@ -614,15 +631,19 @@ class WriterLoop:
         self._settle([job], runs, commits=int(job.failed_with is None))
 
     def _fail(self, job: Job[Any], error: BaseException) -> None:
-        error.__traceback__ = without_own_frames(error.__traceback__)
+        with contextlib.suppress(Exception):  # as from a frozen dataclass, which refuses notes
+            self._annotate(job, error)
+        job.set_outcome(None, error)
+
+    def _annotate(self, job: Job[Any], error: BaseException) -> None:
+        BaseException.with_traceback(error, without_own_frames(error.__traceback__))
+        self.holder.note_corruption(error)
         self._guard.explain(error)
         note = f"onewriter: job {job.describe()}, attempts to get SQLite's lock: {max(1, self._policy.attempts)}"
         if is_busy(error):
             note += f" in {self._policy.waited:.2f} s; {describe_lock(self._settings.path)}"
         if note not in getattr(error, "__notes__", ()):
             error.add_note(note)
-        self.holder.note_corruption(error)
-        job.set_outcome(None, error)
 
     def _settle(self, jobs: list[Job[Any]], runs: list[Transaction], commits: int = 0) -> None:
         """Make the outcomes visible, and then, with the lock free, call what waits for them."""
@@ -631,11 +652,14 @@ class WriterLoop:
             if run.has_callbacks:
                 self._call_back(run, committed=run.job._error is None)
         for job in called:
+            self.holder.telling = job, monotonic()
             job.run_callbacks()
         for job in unheard:
+            self.holder.telling = job, monotonic()
             report(self.holder, logging.ERROR, "job %s failed", job.describe(), error=job.failed_with)
             if self._on_error is not None:
                 contain(self.holder, self._on_error, job)
+        self.holder.telling = None
         if self.on_event is not None and (tickets := tuple(job for job in jobs if job.counted and not job.cancelled())):
             batch = self._batch
             event = BatchEnded(tickets, commits, batch.lock_wait, batch.commit, batch.retried)
@@ -644,6 +668,7 @@ class WriterLoop:
     def _call_back(self, run: Transaction, committed: bool) -> None:
         if run.job.lent:
             return  # its own thread does
+        self.holder.telling = run.job, monotonic()
         for callback in run.callbacks(committed):
             contain(self.holder, callback)
 

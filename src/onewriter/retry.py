@@ -17,12 +17,18 @@ JITTER = 0.0005
 NOTICEABLE = 0.1  # seconds of waiting after which it is logged, and again whenever it has doubled
 
 
+def error_code(error: BaseException) -> int:
+    """SQLite's extended code; 0 where the error is not SQLite's, whatever attributes it has."""
+    code = getattr(error, "sqlite_errorcode", 0) if isinstance(error, sqlite3.Error) else 0
+    return code if isinstance(code, int) else 0
+
+
 def is_busy(error: BaseException) -> bool:
     """Whether another connection holds the lock, so that trying again can help.
 
     Not BUSY_SNAPSHOT: a stale snapshot stays stale (https://www.sqlite.org/rescode.html#busy_snapshot).
     """
-    code = getattr(error, "sqlite_errorcode", 0)
+    code = error_code(error)
     return code & 0xFF == sqlite3.SQLITE_BUSY and code != sqlite3.SQLITE_BUSY_SNAPSHOT
 
 

@@ -21,6 +21,7 @@ TOKEN = re.compile(
     re.VERBOSE | re.DOTALL,
 )
 CHANGING = frozenset(("INSERT", "REPLACE", "UPDATE", "DELETE"))
+READING = frozenset(("SELECT", "VALUES", "EXPLAIN", "PRAGMA"))
 VERBS = frozenset(("INSERT", "REPLACE", "UPDATE", "DELETE", "SELECT", "VALUES"))
 LONG = 10_000  # characters, from which on a text has values in it, and comes once
 TEXTUAL = (str, bytes, bytearray, memoryview)
@@ -84,8 +85,8 @@ class Result:
         return next(iter(self.fetchmany(1)), None)
 
     def fetchmany(self, size: int = 1) -> list[Any]:
-        """The next ``size`` rows, or fewer at the end."""
-        rows = self.rows[self._position : self._position + size]
+        """The next ``size`` rows, or fewer at the end; as in ``sqlite3``, all of them if ``size`` is below 1."""
+        rows = self.rows[self._position : self._position + size if size > 0 else None]
         self._position += len(rows)
         return rows
 
@@ -207,7 +208,8 @@ class Executor:
         self._connection = connection
         self._cursor = sqlite3.Connection.cursor(connection)  # making one for each statement would cost as much as it
         self._last_rowid: int | None = None
-        self._known = self._table = ""  # the last plain INSERT and its table
+        self._known: str | None = None  # the last plain INSERT
+        self._table = ""  # and its table
 
     def execute(self, sql: str, parameters: Parameters) -> Result:
         """Run one statement to its end."""
@@ -233,8 +235,8 @@ class Executor:
         lastrowid = None
         if text.inserts:
             lastrowid = self._inserted(text.table, rowcount, cursor.lastrowid)
-        elif text.verb in CHANGING:
-            self._last_rowid = None  # an upsert has changed it, perhaps
+        elif text.verb not in READING:
+            self._last_rowid = None  # an upsert has changed it, perhaps, or CREATE VIRTUAL TABLE
         return Result(rows or [], rowcount, lastrowid, description)
 
     def insert(self, sql: str, parameters: Parameters) -> Result | int:
@@ -263,8 +265,8 @@ class Executor:
         text = describe_sql(sql)
         if text.behind_with and text.verb in CHANGING:  # of which sqlite3 counts nothing
             return Result([], sum(self._execute(sql, row).rowcount for row in rows), None, None)
-        cursor = sqlite3.Connection.executemany(self._connection, sql, rows)
         self._last_rowid = None  # sqlite3 does not tell it after executemany
+        cursor = sqlite3.Connection.executemany(self._connection, sql, rows)
         try:
             return Result([], cursor.rowcount if rows else 0, None, None)
         finally:
@@ -289,9 +291,10 @@ class Executor:
 
     def left_nothing(self, sql: str, error: BaseException, schema_fails: bool) -> bool:
         """Whether it is certain that the statement that raised ``error`` has changed nothing."""
-        text, code = describe_sql(sql), getattr(error, "sqlite_errorcode", None)
+        text = describe_sql(sql)
         if text.returning or not isinstance(error, sqlite3.Error):
             return False  # it can have been done, and the error come from reading its rows
+        code = getattr(error, "sqlite_errorcode", None)
         if code == sqlite3.SQLITE_ERROR:  # bad SQL, or a failure midway
             try:
                 sqlite3.Connection.execute(self._connection, f"EXPLAIN {sql}").close()

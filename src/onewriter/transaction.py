@@ -84,6 +84,10 @@ class WriteSession:
         finally:
             guard.mode, connection.text_factory = mode, factory
 
+    def forget_error(self) -> None:
+        """Of a failed statement: sqlite3 would raise it again for the next one whose parameters cannot be bound."""
+        self.own("SELECT 1")
+
     def words_in_schema(self, *words: str) -> set[str]:
         """The words, not in names, strings or comments, of what has one of these in the schemas of all databases."""
         found: set[str] = set()
@@ -125,6 +129,7 @@ class Transaction:
     borrower: threading.Thread | None = None
     _closed: str | None = None
     _lent: LentConnection | None = None
+    _factories: tuple[Any, Any] = (None, None)  # when it was lent
     _inside = False  # a call is under way: code that SQLite calls back must not use the connection
     _until = math.inf
     _read_until: float | None = None  # while nothing may be written
@@ -171,6 +176,7 @@ class Transaction:
         """
         self._check()
         if self._lent is None:
+            self._factories = self._session.connection.row_factory, self._session.connection.text_factory
             self._lent = LentConnection(_WriteLoan(self, self._session))
         return self._lent
 
@@ -349,7 +355,8 @@ class Transaction:
         """End the loan; no call is under way."""
         if self._lent is not None:
             self._lent.close_cursors()
-            self._session.restore_factories()
+            # What an outer part has set stays.
+            self._session.connection.row_factory, self._session.connection.text_factory = self._factories
         if self._traced:
             self._session.connection.set_trace_callback(None)
         if self._ends_readonly:
