@@ -503,9 +503,9 @@ class AsyncDbWriter:
             self._gateway().check_after(after)
             if not after.done():
                 holder.refuse_endless_wait("read(after=…)", awaits=True)
-                future = after.arrival()
-                async with self._within(future, timeout):
-                    await future
+                with after.arrival() as future:
+                    async with self._within(future, timeout):
+                        await future
                 if not after.done():
                     raise ReadTimeoutError(
                         f"{after.describe()} was not committed within {timeout} s: {holder.describe()}"

@@ -141,7 +141,8 @@ class TaskBlock(Job[None]):
         cancelled = None
         while not self.done():
             try:
-                await self.arrival()
+                with self.arrival() as future:
+                    await future
             except asyncio.CancelledError as error:
                 cancelled = error
         return cancelled
