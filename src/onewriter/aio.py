@@ -65,12 +65,35 @@ class AsyncReader:
 
     async def execute(self, sql: str, params: Any = (), /) -> Result:
         """Run one SELECT and return all its rows."""
-        return await self._call(_fetch_result, check_sql(sql), capture(params))
+        return await self._call(math.inf, _fetch_result, check_sql(sql), capture(params))
 
-    async def _call(self, function: Callable[..., T], *args: Any) -> T:
+    async def _call(self, deadline: float, function: Callable[..., T], *args: Any) -> T:
         async with self._turn:
+            self._snapshot.check()  # or else the connection may be somebody else's
+            # Not in the thread, where it could come after a cancellation has hurried the statement.
+            self._snapshot.reader.deadline = deadline
             call = functools.partial(function, self._snapshot, *args)
             return await self._owner._in_pool(call, self._borrowing)
+
+    def _hurry(self) -> None:
+        db = self._owner._db  # which may be closed by now
+        assert db is not None
+        self._snapshot.refuse()
+        db._readers.hurry(self._borrowing)
+
+    async def _end(self) -> None:
+        """Wait for what another task still runs here; a cancellation hurries that, and is raised after its end."""
+        cancelled = None
+        while True:
+            try:
+                async with self._turn:
+                    self._snapshot.end()
+                    break
+            except asyncio.CancelledError as error:
+                cancelled = error
+                self._hurry()
+        if cancelled is not None:
+            raise cancelled
 
 
 class AsyncDbWriter:
@@ -436,10 +459,12 @@ class AsyncDbWriter:
             stack.append((lent, here))
             try:
                 yield lent
+            except asyncio.CancelledError:
+                lent._hurry()
+                raise
             finally:
                 stack.remove((lent, here))
-                async with lent._turn:  # what another task still runs there
-                    snapshot.end()
+                await lent._end()
         finally:
             readers.end(borrowing)
 
@@ -487,7 +512,7 @@ class AsyncDbWriter:
         if isinstance(here, TaskBlock):
             return await here.call(_read_inside, here, function, deadline)
         if here is not None:
-            return await here._call(_read_snapshot, function, name, deadline)
+            return await here._call(deadline, _read_snapshot, function, name)
         borrowing, readers = Borrowing(name), self._gateway()._readers
         await self._borrow(borrowing, deadline)
         call = functools.partial(readers.call_and_return, borrowing, function, name, own=own)
@@ -707,17 +732,11 @@ def _read_inside(block: TaskBlock, function: Callable[[sqlite3.Connection], T], 
         return refuse_live(function(block.transaction.connection))
 
 
-def _read_snapshot(snapshot: Snapshot, function: Callable[[sqlite3.Connection], T], name: str, deadline: float) -> T:
-    reader = snapshot.reader
-    reader.deadline = deadline
-    try:
-        return refuse_live(reader.attempt(name, function, snapshot.lent))
-    finally:
-        reader.deadline = math.inf
+def _read_snapshot(snapshot: Snapshot, function: Callable[[sqlite3.Connection], T], name: str) -> T:
+    return refuse_live(snapshot.reader.attempt(name, function, snapshot.lent))
 
 
 def _fetch_result(snapshot: Snapshot, sql: str, parameters: Parameters) -> Result:
-    snapshot.reader.deadline = math.inf
     cursor = snapshot.lent.execute(sql, parameters)
     try:
         return Result(cursor.fetchall(), cursor.rowcount, None, cursor.description)

@@ -138,8 +138,7 @@ class Snapshot:
         if self.reader.is_inherited:
             raise forked_error()
         with self._lock:
-            if self._ended:
-                raise sqlite3.ProgrammingError("the reader() block or read() of this connection has ended")
+            self.check()
             try:
                 return function(*args, **options)
             except sqlite3.DatabaseError as error:
@@ -156,6 +155,14 @@ class Snapshot:
             yield reader
         finally:
             reader.deadline = before
+
+    def check(self) -> None:
+        if self._ended:
+            raise sqlite3.ProgrammingError("the reader() block or read() of this connection has ended")
+
+    def refuse(self) -> None:
+        """Let no further call begin here; one that is under way goes on. Never waits."""
+        self._ended = True
 
     def refuse_later(self, write: Ticket[Any]) -> None:
         """Raise at once if nobody who reads here will ever see ``write``."""

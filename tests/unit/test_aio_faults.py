@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sqlite3
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
@@ -12,7 +13,9 @@ from typing import Any
 import pytest
 
 from helpers import DEADLINE
-from onewriter import AsyncDbWriter, ReadTimeoutError, Ticket, Transaction
+from onewriter import AsyncDbWriter, ReadTimeoutError, Ticket, Transaction, aio
+from onewriter.aio import AsyncReader
+from onewriter.readers import Borrowing, Snapshot
 
 INSERT = "INSERT INTO t VALUES (?)"
 COUNT = "SELECT count(*) FROM t"
@@ -79,5 +82,129 @@ def test_a_failure_after_the_wait_for_it_was_given_up_is_loud(
             fail.set()
             await db.flush()
             assert heard == ["unheard"]
+
+    run(main)
+
+
+# Readers that several tasks share -------------------------------------------------------------------------------------
+
+
+class Gate:
+    """A SQL function that waits: ``SELECT gate()`` is under way, and its connection busy, until it is opened."""
+
+    def __init__(self) -> None:
+        self.entered, self.open = threading.Event(), threading.Event()
+
+    def on_connect(self, connection: sqlite3.Connection, readonly: bool) -> None:
+        connection.create_function("gate", 0, self._wait)
+
+    def _wait(self) -> int:
+        self.entered.set()
+        return self.open.wait(5.0)  # a loop that stands still cannot open it
+
+
+def test_a_task_that_is_cancelled_while_it_leaves_a_reader_waits_for_what_runs_there(path: Path) -> None:
+    gate = Gate()
+
+    async def main() -> None:
+        async with opened(path, readers=1, on_connect=gate.on_connect) as db:
+            kept: list[AsyncReader] = []
+            running: list[asyncio.Task[Any]] = []
+
+            async def parent() -> None:
+                async with db.reader() as reader:
+                    kept.append(reader)
+                    running.append(asyncio.create_task(reader.execute("SELECT gate()")))
+                    await until(gate.entered.is_set)
+
+            leaving = asyncio.create_task(parent())
+            await until(lambda: bool(kept) and bool(kept[0]._turn._waiters))
+            for _ in range(2):
+                leaving.cancel()
+                await asyncio.sleep(0)
+                await asyncio.sleep(0)
+            assert not leaving.done()
+            assert db.stats().readers_in_use == 1
+            gate.open.set()
+            with pytest.raises(sqlite3.ProgrammingError, match="has ended"):
+                await kept[0].execute(COUNT)
+            with pytest.raises(asyncio.CancelledError):
+                await leaving
+            with pytest.raises(sqlite3.ProgrammingError, match="has ended"):
+                await running[0]
+            assert db.stats().readers_in_use == 0
+
+    run(main)
+
+
+@pytest.mark.parametrize("where", ["in the block", "leaving it"])
+def test_a_cancelled_reader_ends_the_statement_of_another_task(path: Path, where: str) -> None:
+    async def main() -> None:
+        async with opened(path, readers=1) as db:
+            readers: list[AsyncReader] = []
+            running: list[asyncio.Task[Any]] = []
+
+            async def parent() -> None:
+                async with db.reader() as reader:
+                    readers.append(reader)
+                    running.append(asyncio.create_task(reader.execute(ENDLESS)))
+                    await until(reader._turn.locked)
+                    if where == "in the block":
+                        await asyncio.Event().wait()
+
+            task = asyncio.create_task(parent())
+            await until(lambda: bool(running) and readers[0]._turn.locked())
+            if where == "leaving it":
+                await until(lambda: bool(readers[0]._turn._waiters))
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            with pytest.raises(sqlite3.Error):
+                await running[0]
+            assert await db.read_value(COUNT) == 0
+
+    run(main)
+
+
+def test_a_reader_that_is_over_leaves_the_connection_of_the_next_borrower_alone(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path, readers=1) as db:
+            async with db.reader() as over:
+                pass
+            pool, borrowing = db._gateway()._readers, Borrowing("next")
+            assert pool.take_or_line_up(borrowing)
+            reader = pool.reader_of(borrowing, 100.0)
+            with pytest.raises(sqlite3.ProgrammingError, match="has ended"):
+                await over.execute(COUNT)
+            assert reader.deadline == 100.0
+            pool.end(borrowing)
+
+    run(main)
+
+
+def test_a_statement_that_is_cancelled_before_it_begins_in_its_thread_ends(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered, go_on = threading.Event(), threading.Event()
+    fetch = aio._fetch_result
+
+    def hesitate(snapshot: Snapshot, *args: Any) -> Any:
+        entered.set()
+        go_on.wait(DEADLINE)
+        return fetch(snapshot, *args)
+
+    monkeypatch.setattr(aio, "_fetch_result", hesitate)
+
+    async def main() -> None:
+        async with opened(path) as db, db.reader() as reader:
+            task = asyncio.create_task(reader.execute(ENDLESS))
+            await until(entered.is_set)
+            task.cancel()
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            go_on.set()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert await db.read_value(COUNT) == 0
 
     run(main)
