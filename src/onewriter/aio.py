@@ -16,7 +16,7 @@ import sys
 import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from time import monotonic
 from typing import Any, Literal, Self, TypeVar, overload
 
@@ -44,7 +44,7 @@ from onewriter.log import contain
 from onewriter.readers import HELD_BACK, Borrowing, Reader, Snapshot
 from onewriter.statement import Parameters, Result, capture
 from onewriter.stats import CloseReport, Stats
-from onewriter.taskblock import AsyncTransaction, TaskBlock
+from onewriter.taskblock import AsyncTransaction, TaskBlock, seconds_until
 from onewriter.transaction import ENDED, Transaction, check_sql
 
 T = TypeVar("T")
@@ -68,12 +68,20 @@ class AsyncReader:
         return await self._call(math.inf, _fetch_result, check_sql(sql), capture(params))
 
     async def _call(self, deadline: float, function: Callable[..., T], *args: Any) -> T:
-        async with self._turn:
+        try:
+            async with asyncio.timeout(seconds_until(deadline)):
+                await self._turn.acquire()
+        except TimeoutError:
+            text = f"{self._borrowing.label} is used by another task: the read did not begin in time"
+            raise ReadTimeoutError(text) from None
+        try:
             self._snapshot.check()  # or else the connection may be somebody else's
             # Not in the thread, where it could come after a cancellation has hurried the statement.
             self._snapshot.reader.deadline = deadline
             call = functools.partial(function, self._snapshot, *args)
             return await self._owner._in_pool(call, self._borrowing)
+        finally:
+            self._turn.release()
 
     def _hurry(self) -> None:
         db = self._owner._db  # which may be closed by now
@@ -510,7 +518,7 @@ class AsyncDbWriter:
             here._snapshot.refuse_later(after)
         deadline = await self._after(after, timeout, label)
         if isinstance(here, TaskBlock):
-            return await here.call(_read_inside, here, function, deadline)
+            return await here.call(_read_inside, here, function, deadline, until=deadline)
         if here is not None:
             return await here._call(deadline, _read_snapshot, function, name)
         borrowing, readers = Borrowing(name), self._gateway()._readers
@@ -547,8 +555,7 @@ class AsyncDbWriter:
         borrowing.wakeup = asyncio.get_running_loop().create_future()
         try:
             if not readers.take_or_line_up(borrowing):
-                left = None if deadline == math.inf else max(0.0, deadline - monotonic())
-                async with self._within(borrowing.wakeup, left):
+                async with self._within(borrowing.wakeup, seconds_until(deadline)):
                     await borrowing.wakeup
                 readers.refuse_unless_granted(borrowing)
             if borrowing.reader is None:
@@ -713,11 +720,13 @@ async def _in_thread(function: Callable[[], T], undo: Callable[[T], object] | No
     return result  # type: ignore[no-any-return]
 
 
-async def _until_done(future: Any) -> None:
+async def _until_done(future: Future[Any]) -> None:
     """Wait for a function that cannot be stopped and whose connection must not be given back before its end."""
-    while not future.done():
+    done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    future.add_done_callback(lambda _: wake([done]))  # not wrapped: asyncio would log an error that nobody asks for
+    while not done.done():
         with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.wait([asyncio.wrap_future(future)])
+            await asyncio.wait([done])
 
 
 def _perform_inside(block: TaskBlock, job: Job[T]) -> T:

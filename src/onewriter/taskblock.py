@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import math
 import queue
 import threading
 import types
@@ -14,7 +15,7 @@ from time import monotonic
 from typing import Any, TypeVar
 
 from onewriter.block import LOOK, BlockFailedError
-from onewriter.errors import TransactionClosedError
+from onewriter.errors import ReadTimeoutError, TransactionClosedError
 from onewriter.holder import Holder
 from onewriter.job import Job, resolve, wake
 from onewriter.statement import Result, capture, capture_many, check_many
@@ -158,14 +159,15 @@ class TaskBlock(Job[None]):
         assert self.transaction is not None
         return self.transaction.closed_error()
 
-    async def call(self, function: Callable[..., T], *args: Any) -> T:
-        """The same, and wait for what it returns."""
+    async def call(self, function: Callable[..., T], *args: Any, until: float = math.inf) -> T:
+        """The same, and wait for what it returns; if it has not begun ``until`` then, it never does."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[None] = loop.create_future()
         outcome: list[Any] = []
+        claim = threading.Lock()  # taken once, by who begins it or who gives up
 
         def request() -> None:
-            if future.cancelled():
+            if future.cancelled() or not claim.acquire(blocking=False):
                 return
             try:
                 outcome[:] = (function(*args), None)
@@ -173,8 +175,20 @@ class TaskBlock(Job[None]):
                 outcome[:] = (None, error)
             wake([future])
 
+        def give_up() -> None:
+            if claim.acquire(blocking=False):
+                text = f"{self.describe()} is used by another task: the read did not begin in time"
+                outcome[:] = (None, ReadTimeoutError(text))
+                resolve([future])
+
         self.send(request)
-        await future
+        left = seconds_until(until)
+        timer = None if left is None else loop.call_later(left, give_up)
+        try:
+            await future
+        finally:
+            if timer is not None:
+                timer.cancel()
         result, error = outcome
         if error is not None:
             try:
@@ -182,6 +196,10 @@ class TaskBlock(Job[None]):
             finally:
                 del error, outcome
         return result  # type: ignore[no-any-return]
+
+
+def seconds_until(deadline: float) -> float | None:
+    return None if deadline == math.inf else max(0.0, deadline - monotonic())
 
 
 class TaskSavepoint:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import sqlite3
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -206,5 +207,44 @@ def test_a_statement_that_is_cancelled_before_it_begins_in_its_thread_ends(
             with pytest.raises(asyncio.CancelledError):
                 await task
             assert await db.read_value(COUNT) == 0
+
+    run(main)
+
+
+@pytest.mark.parametrize("block", [AsyncDbWriter.reader, AsyncDbWriter.transaction])
+def test_a_read_in_a_block_that_another_task_uses_is_given_up_in_time_and_never_runs(
+    path: Path, block: Callable[[AsyncDbWriter], Any]
+) -> None:
+    gate = Gate()
+    called: list[str] = []
+
+    async def main() -> None:
+        async with opened(path, on_connect=gate.on_connect) as db, block(db) as shared:
+            other = asyncio.create_task(shared.execute("SELECT gate()"))
+            await until(gate.entered.is_set)
+            with pytest.raises(ReadTimeoutError, match="used by another task"):
+                await db.read(lambda connection: called.append("late"), timeout=0.01)
+            gate.open.set()
+            assert (await other).fetchall() == [(1,)]
+            await db.read(lambda connection: called.append("in time"), timeout=DEADLINE)
+            await db.read(lambda connection: called.append("whenever"), timeout=None)
+            assert called == ["in time", "whenever"]
+
+    run(main)
+
+
+def test_an_interrupted_statement_that_nobody_waits_for_is_not_logged(path: Path) -> None:
+    logged: list[dict[str, Any]] = []
+
+    async def main() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: logged.append(context))
+        async with opened(path) as db, db.reader() as reader:
+            task = asyncio.create_task(reader.execute(ENDLESS))
+            await until(lambda: db._pool is not None and reader._turn.locked() and not db._pool._work_queue.qsize())
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            gc.collect()
+        assert logged == []
 
     run(main)
