@@ -44,11 +44,12 @@ from onewriter.log import contain
 from onewriter.readers import HELD_BACK, Borrowing, Reader, Snapshot
 from onewriter.statement import Parameters, Result, capture
 from onewriter.stats import CloseReport, Stats
-from onewriter.taskblock import AsyncTransaction, TaskBlock, seconds_until
+from onewriter.taskblock import AsyncTransaction, TaskBlock, TaskSavepoint, savepoint_here, seconds_until
 from onewriter.transaction import ENDED, Transaction, check_sql
 
 T = TypeVar("T")
 Task = asyncio.Task[Any]
+Place = tuple[TaskBlock, TaskSavepoint | None] | None  # where a task is in a transaction
 
 TICK = 0.1  # seconds between two looks at the deadlines of a loop
 NOT_OPEN = "the gateway is not open: use `async with AsyncDbWriter(…)` or `await db.open()`"
@@ -137,7 +138,7 @@ class AsyncDbWriter:
         self._pool: ThreadPoolExecutor | None = None
         self._deadlines: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Deadlines] = weakref.WeakKeyDictionary()
         self._last_deadlines: tuple[Any, _Deadlines] = (None, _Deadlines())
-        self._readers: weakref.WeakKeyDictionary[Task, list[tuple[AsyncReader, object]]] = weakref.WeakKeyDictionary()
+        self._readers: weakref.WeakKeyDictionary[Task, list[tuple[AsyncReader, Place]]] = weakref.WeakKeyDictionary()
 
     async def open(self) -> Self:
         """Open the database; raises what ``DbWriter`` raises."""
@@ -464,14 +465,15 @@ class AsyncDbWriter:
             snapshot = Snapshot(reader, None)
             lent = AsyncReader(self, snapshot, borrowing)
             stack = self._readers.setdefault(task, []) if task is not None else []
-            stack.append((lent, here))
+            entered = lent, _place(here)
+            stack.append(entered)
             try:
                 yield lent
             except asyncio.CancelledError:
                 lent._hurry()
                 raise
             finally:
-                stack.remove((lent, here))
+                stack.remove(entered)
                 await lent._end()
         finally:
             readers.end(borrowing)
@@ -481,7 +483,7 @@ class AsyncDbWriter:
         task = running_task()
         mine = self._gateway()._holder.block_here()
         stack = self._readers.get(task) if task is not None else None
-        if stack and stack[-1][1] is mine:
+        if stack and stack[-1][1] == _place(mine):
             return stack[-1][0]
         return mine
 
@@ -727,6 +729,10 @@ async def _until_done(future: Future[Any]) -> None:
     while not done.done():
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.wait([done])
+
+
+def _place(block: TaskBlock | None) -> Place:
+    return None if block is None else (block, savepoint_here(block))
 
 
 def _perform_inside(block: TaskBlock, job: Job[T]) -> T:

@@ -222,6 +222,11 @@ def open_one(savepoint: TaskSavepoint | None) -> TaskSavepoint | None:
 _savepoints: contextvars.ContextVar[tuple[TaskSavepoint, ...]] = contextvars.ContextVar("savepoints", default=())
 
 
+def savepoint_here(block: TaskBlock) -> TaskSavepoint | None:
+    """The innermost of ``block`` that the running task is in."""
+    return next((one for one in reversed(_savepoints.get()) if one.block() is block), None)
+
+
 class AsyncTransaction:
     """What ``async with db.transaction()`` gives: a ``Transaction`` whose statements run on the writer thread.
 
@@ -258,7 +263,7 @@ class AsyncTransaction:
         a savepoint are inside it.
         """
         block, outside = self._block, _savepoints.get()
-        outer = next((one for one in reversed(outside) if one.block() is block), None)
+        outer = savepoint_here(block)
         await block.until_innermost(outer)
         mine, part = TaskSavepoint(block, open_one(outer)), self._transaction.savepoint()
         block.enter(mine)

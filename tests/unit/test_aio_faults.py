@@ -248,3 +248,30 @@ def test_an_interrupted_statement_that_nobody_waits_for_is_not_logged(path: Path
         assert logged == []
 
     run(main)
+
+
+def test_a_nested_transaction_or_savepoint_in_a_reader_decides_what_reads_see(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path) as db:
+
+            async def count() -> Any:
+                return await db.read_value(COUNT)
+
+            async with db.transaction() as tx:
+                await db.run(INSERT, (1,))
+                async with db.reader() as reader:
+                    assert await count() == 0
+                    for part in (db.transaction, tx.savepoint):
+                        async with part():
+                            assert await count() == 1
+                            async with db.reader() as inner:
+                                assert inner is not reader
+                                assert await count() == 0
+                            assert await count() == 1
+                        assert await count() == 0
+                assert await count() == 1
+                async with tx.savepoint(), db.reader() as reader, db.reader() as same:
+                    assert same is reader
+                    assert await count() == 0
+
+    run(main)
