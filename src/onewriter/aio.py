@@ -308,6 +308,8 @@ class AsyncDbWriter:
 
     async def _wait_for(self, db: DbWriter, job: Job[T], timeout: Seconds) -> T:
         loop = asyncio.get_running_loop()
+        if db._holder.is_mine():  # a sync block or a job of this thread, whose end waits for this
+            db._holder.refuse_endless_wait(f"waiting for job {job.describe()}", awaits=True)
         future: asyncio.Future[None] = loop.create_future()
         job._waiters = [future]  # before anybody else knows the job
         db._submit(job, None)
@@ -354,6 +356,7 @@ class AsyncDbWriter:
                 finally:
                     inner.close(ENDED)
             return
+        holder.refuse_endless_wait("transaction()", awaits=True)
         block = TaskBlock(holder, label, hold, sys._getframe(2))
         transaction = await self._enter(db, block, timeout)
         try:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from helpers import DEADLINE
-from onewriter import AsyncDbWriter, ReadTimeoutError, Ticket, Transaction, aio
+from onewriter import AsyncDbWriter, DbWriter, ReadTimeoutError, ReentrantWriteError, Ticket, Transaction, aio
 from onewriter.aio import AsyncReader
 from onewriter.readers import Borrowing, Snapshot
 
@@ -273,5 +273,72 @@ def test_a_nested_transaction_or_savepoint_in_a_reader_decides_what_reads_see(pa
                 async with tx.savepoint(), db.reader() as reader, db.reader() as same:
                     assert same is reader
                     assert await count() == 0
+
+    run(main)
+
+
+# Calls from inside a thread's own block or job ------------------------------------------------------------------------
+
+
+async def enter(db: AsyncDbWriter) -> None:
+    async with db.transaction(timeout=0.1):
+        pytest.fail("entered")
+
+
+ENDLESS_WAITS: dict[str, Callable[[AsyncDbWriter], Coroutine[Any, Any, Any]]] = {
+    "run": lambda db: db.run(INSERT, (1,), timeout=0.1),
+    "run_many": lambda db: db.run_many(INSERT, [(1,)], timeout=0.1),
+    "run_script": lambda db: db.run_script("DELETE FROM t", timeout=0.1),
+    "run_without_transaction": lambda db: db.run_without_transaction("VACUUM", timeout=0.1),
+    "flush": lambda db: db.flush(timeout=0.1),
+    "checkpoint": lambda db: db.checkpoint(timeout=0.1),
+    "transaction": enter,
+}
+
+
+@pytest.mark.parametrize("wait", ENDLESS_WAITS.values(), ids=ENDLESS_WAITS)
+def test_a_wait_inside_a_block_or_job_of_the_same_thread_is_refused(
+    db: DbWriter, wait: Callable[[AsyncDbWriter], Coroutine[Any, Any, Any]]
+) -> None:
+    db.run("CREATE TABLE t (n)")
+    shared = AsyncDbWriter.wrap(db)
+
+    def refused(_: Transaction) -> None:
+        with pytest.raises(ReentrantWriteError, match="would never end"):
+            run(lambda: wait(shared))
+
+    with db.transaction() as tx:
+        refused(tx)
+    db.run(refused)
+    assert db.read_value(COUNT) == 0
+    assert db.stats().queue_depth == 0
+
+
+def test_what_does_not_wait_is_welcome_inside_a_block_or_job_of_the_same_thread(path: Path) -> None:
+    with DbWriter(path, maxsize=1) as db:
+        db.run("CREATE TABLE t (n)")
+        shared = AsyncDbWriter.wrap(db)
+
+        async def write_and_count() -> int:
+            await shared.enqueue_wait(INSERT, (1,))
+            shared.enqueue(INSERT, (2,))
+            count: int = await shared.read_value(COUNT)
+            return count
+
+        with db.transaction():
+            assert run(write_and_count) == 0
+        db.flush()
+        assert db.run(lambda tx: run(write_and_count)) == 2
+        db.flush()
+        assert db.read_value(COUNT) == 4
+        run(shared.close)
+
+
+def test_a_call_made_inside_a_job_may_be_awaited_elsewhere(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path) as db:
+            made = await db.run(lambda tx: [db.run(INSERT, (1,))])
+            await made[0]
+            assert await db.read_value(COUNT) == 1
 
     run(main)
