@@ -111,6 +111,8 @@ class AsyncDbWriter:
     Opens at ``async with`` or ``await db.open()``. One object may be used by several loops and their tasks. Arguments
     and errors are those of ``DbWriter``; a call belongs to the transaction or reader block of the task in which it is
     *called*, wherever it is awaited.
+
+    Locks: _lock guards _openers and, until it is open, _open and _db. Nothing waits while it is held.
     """
 
     def __init__(self, path: str | bytes | os.PathLike[Any], **options: Any) -> None:
@@ -135,6 +137,8 @@ class AsyncDbWriter:
         return self
 
     def _prepare(self) -> None:
+        self._lock = threading.Lock()
+        self._openers: list[asyncio.Future[None]] = []  # of tasks that wait while another one opens
         self._pool: ThreadPoolExecutor | None = None
         self._deadlines: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Deadlines] = weakref.WeakKeyDictionary()
         self._last_deadlines: tuple[Any, _Deadlines] = (None, _Deadlines())
@@ -144,19 +148,35 @@ class AsyncDbWriter:
         """Open the database; raises what ``DbWriter`` raises."""
         if self._is_closed:
             raise WriterClosedError("the gateway is closed: make a new AsyncDbWriter")
-        if self._db is None and self._open is not None:
-            opening, self._open = self._open, None
-            try:
-                db = await _in_thread(opening, undo=DbWriter.close)
-            except BaseException:
-                self._open = opening
-                raise
-            if self._is_closed:  # meanwhile
-                await _in_thread(db.close)
-            else:
-                self._db = db
+        while True:
+            future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            with self._lock:
+                if self._db is not None or self._is_closed:
+                    break
+                opening, self._open = self._open, None
+                if opening is None:
+                    self._openers.append(future)
+            if opening is not None:
+                await self._open_with(opening)
+            else:  # another task opens it; if it fails, this one tries
+                await future
         self._gateway()
         return self
+
+    async def _open_with(self, opening: Callable[[], DbWriter]) -> None:
+        db = None
+        try:
+            db = await _in_thread(opening, undo=DbWriter.close)
+        finally:
+            with self._lock:
+                if db is None:
+                    self._open = opening
+                elif not self._is_closed:
+                    self._db = db
+                openers, self._openers = self._openers, []
+            wake(openers)
+        if self._db is not db:  # it was closed meanwhile
+            await _in_thread(db.close)
 
     async def __aenter__(self) -> Self:
         return await self.open()
@@ -175,10 +195,11 @@ class AsyncDbWriter:
 
     async def close(self, timeout: Seconds = None, *, drain: bool = True) -> CloseReport:
         """As ``DbWriter.close``. A wrapped DbWriter stays open."""
-        db = self._db
-        if db is None:
-            self._is_closed, self._open = True, None
-            return CloseReport(0, 0, 0, 0, ())
+        with self._lock:
+            db = self._db
+            if db is None:
+                self._is_closed, self._open = True, None
+                return CloseReport(0, 0, 0, 0, ())
         check_timeout(timeout)
         if not db._holder.forked:
             db._holder.refuse_endless_wait("close", awaits=True)

@@ -8,13 +8,23 @@ import gc
 import sqlite3
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from helpers import DEADLINE
-from onewriter import AsyncDbWriter, DbWriter, ReadTimeoutError, ReentrantWriteError, Ticket, Transaction, aio
+from onewriter import (
+    AsyncDbWriter,
+    DbWriter,
+    ReadTimeoutError,
+    ReentrantWriteError,
+    Ticket,
+    Transaction,
+    WriterClosedError,
+    aio,
+)
 from onewriter.aio import AsyncReader
 from onewriter.readers import Borrowing, Snapshot
 
@@ -342,3 +352,77 @@ def test_a_call_made_inside_a_job_may_be_awaited_elsewhere(path: Path) -> None:
             assert await db.read_value(COUNT) == 1
 
     run(main)
+
+
+# Opening and closing by several ---------------------------------------------------------------------------------------
+
+
+def test_tasks_that_open_at_once_open_one_gateway(path: Path) -> None:
+    async def main() -> None:
+        db = AsyncDbWriter(path)
+        assert set(await asyncio.gather(db.open(), db.open(), db.open())) == {db}
+        await db.close()
+
+    run(main)
+
+
+def test_tasks_that_open_at_once_see_why_that_fails(path: Path) -> None:
+    async def main() -> None:
+        db = AsyncDbWriter(path / "nowhere" / "app.db")
+        errors = await asyncio.gather(db.open(), db.open(), return_exceptions=True)
+        assert [type(error) for error in errors] == [sqlite3.OperationalError] * 2
+        (path / "nowhere").mkdir(parents=True)
+        async with db:
+            assert not db.closed
+
+    run(main)
+
+
+def test_a_task_that_waits_for_the_opening_by_another_opens_itself_if_that_is_cancelled(path: Path) -> None:
+    async def main() -> None:
+        entered, go_on = threading.Event(), threading.Event()
+
+        def hesitate(connection: sqlite3.Connection, readonly: bool) -> None:
+            entered.set()
+            go_on.wait(DEADLINE)
+
+        db = AsyncDbWriter(path, on_connect=hesitate)
+        first, second, third = (asyncio.create_task(db.open()) for _ in range(3))
+        await until(entered.is_set)
+        second.cancel()
+        first.cancel()
+        go_on.set()
+        outcomes = await asyncio.gather(first, second, third, return_exceptions=True)
+        assert [type(outcome) for outcome in outcomes] == [asyncio.CancelledError] * 2 + [AsyncDbWriter]
+        assert await db.read_value("SELECT 1") == 1
+        await db.close()
+
+    run(main)
+
+
+@pytest.mark.parametrize("closes", [False, True])
+def test_a_loop_that_opens_waits_for_that_of_another_thread(path: Path, closes: bool) -> None:
+    entered, go_on = threading.Event(), threading.Event()
+
+    def hesitate(connection: sqlite3.Connection, readonly: bool) -> None:
+        entered.set()
+        go_on.wait(DEADLINE)
+
+    db = AsyncDbWriter(path, on_connect=hesitate)
+
+    async def second() -> None:
+        opening = asyncio.create_task(db.open())
+        await until(lambda: bool(db._openers))
+        if closes:
+            await db.close()
+        go_on.set()
+        await opening
+        await db.close()
+
+    with ThreadPoolExecutor(2) as pool:
+        opened_first = pool.submit(run, db.open)
+        assert entered.wait(DEADLINE)
+        opened_second = pool.submit(run, second)
+        errors = [opened.exception(DEADLINE) for opened in (opened_first, opened_second)]
+    assert [type(error) for error in errors] == [WriterClosedError if closes else type(None)] * 2
+    assert db.closed
