@@ -14,6 +14,7 @@ import os
 import sqlite3
 import sys
 import threading
+import types
 import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -39,7 +40,7 @@ from onewriter.gateway import (
     give_up,
 )
 from onewriter.holder import running_task
-from onewriter.job import Job, Ticket, called_from, name_of, refuse_live, resolve, wake
+from onewriter.job import Job, Ticket, called_from, name_of, refuse_live, resolve, user_frame, wake
 from onewriter.log import contain
 from onewriter.readers import HELD_BACK, Borrowing, Reader, Snapshot
 from onewriter.statement import Parameters, Result, capture
@@ -112,7 +113,7 @@ class AsyncDbWriter:
     and errors are those of ``DbWriter``; a call belongs to the transaction or reader block of the task in which it is
     *called*, wherever it is awaited.
 
-    Locks: _lock guards _openers and, until it is open, _open and _db. Nothing waits while it is held.
+    Locks: _lock guards _openers, _pool and, until it is open, _open and _db. Nothing waits while it is held.
     """
 
     def __init__(self, path: str | bytes | os.PathLike[Any], **options: Any) -> None:
@@ -210,7 +211,8 @@ class AsyncDbWriter:
         try:
             return db.report() if self._is_wrapped else await _in_thread(lambda: db.close(timeout, drain=drain))
         finally:
-            pool, self._pool = self._pool, None
+            with self._lock:
+                pool, self._pool = self._pool, None
             if pool is not None:
                 pool.shutdown(wait=False)
 
@@ -378,7 +380,7 @@ class AsyncDbWriter:
                     inner.close(ENDED)
             return
         holder.refuse_endless_wait("transaction()", awaits=True)
-        block = TaskBlock(holder, label, hold, sys._getframe(2))
+        block = TaskBlock(holder, label, hold, _frame_around())
         transaction = await self._enter(db, block, timeout)
         try:
             yield AsyncTransaction(block, transaction)
@@ -476,7 +478,7 @@ class AsyncDbWriter:
     ) -> AsyncIterator[AsyncReader]:
         """As ``DbWriter.reader``, in ``async with``."""
         task = asyncio.current_task()
-        place = repr(label) if label else f"reader() in {called_from(sys._getframe(2))}"
+        place = repr(label) if label else f"reader() in {called_from(_frame_around())}"
         deadline = await self._after(after, timeout, label)
         here = self._here()
         if isinstance(here, AsyncReader):
@@ -596,9 +598,10 @@ class AsyncDbWriter:
         db = self._db
         assert db is not None
         try:
-            if self._pool is None:  # or no longer: a block may still be open when the gateway is closed
-                self._pool = ThreadPoolExecutor(db._readers.size, f"{db._loop.label}-reader")
-            future = self._pool.submit(call)
+            with self._lock:  # or else the close of another loop may shut it down just before
+                if self._pool is None:  # or no longer: a block may still be open when the gateway is closed
+                    self._pool = ThreadPoolExecutor(db._readers.size, f"{db._loop.label}-reader")
+                future = self._pool.submit(call)
         except BaseException:
             if returns:
                 db._readers.end(borrowing)
@@ -753,6 +756,14 @@ async def _until_done(future: Future[Any]) -> None:
     while not done.done():
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.wait([done])
+
+
+def _frame_around() -> types.FrameType:
+    """Of the user's code that enters this block, with ``async with`` or an AsyncExitStack."""
+    frame = user_frame(sys._getframe(1))
+    while frame.f_globals is vars(contextlib) and frame.f_back is not None:
+        frame = frame.f_back
+    return frame
 
 
 def _place(block: TaskBlock | None) -> Place:

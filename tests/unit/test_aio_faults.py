@@ -8,7 +8,7 @@ import gc
 import sqlite3
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -426,3 +426,55 @@ def test_a_loop_that_opens_waits_for_that_of_another_thread(path: Path, closes: 
         errors = [opened.exception(DEADLINE) for opened in (opened_first, opened_second)]
     assert [type(error) for error in errors] == [WriterClosedError if closes else type(None)] * 2
     assert db.closed
+
+
+def test_a_read_while_another_loop_closes_the_gateway_is_served(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    came = threading.Event()  # the close: to the lock, which the read has, or to the shutdown of the pool
+
+    class Lock:
+        def __init__(self) -> None:
+            self._lock = threading.Lock()
+
+        def __enter__(self) -> None:
+            if not self._lock.acquire(blocking=False):
+                came.set()
+                self._lock.acquire()
+
+        def __exit__(self, *_: object) -> None:
+            self._lock.release()
+
+    with DbWriter(path) as inner, ThreadPoolExecutor(1) as other:
+        shared = AsyncDbWriter.wrap(inner)
+        closing: list[Future[Any]] = []
+        submit = other.submit
+
+        class Pool(ThreadPoolExecutor):
+            def shutdown(self, *args: Any, **options: Any) -> None:
+                super().shutdown(*args, **options)
+                came.set()
+
+            def submit(self, call: Callable[..., Any], /, *args: Any, **options: Any) -> Future[Any]:
+                if not closing:
+                    closing.append(submit(run, shared.close))
+                    assert came.wait(DEADLINE)
+                return super().submit(call, *args, **options)
+
+        monkeypatch.setattr(aio, "ThreadPoolExecutor", Pool)
+        monkeypatch.setattr(shared, "_lock", Lock())
+        assert run(lambda: shared.read_value("SELECT 1")) == 1
+        closing[0].result(DEADLINE)
+
+
+def test_blocks_entered_with_an_exit_stack_are_named_by_who_enters_them(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path) as db, contextlib.AsyncExitStack() as stack:
+            await stack.enter_async_context(db.transaction())
+            running = db.stats().running
+            assert running is not None
+            assert running.called_from.endswith("in main")
+            await stack.enter_async_context(db.reader())
+            (reader,) = db._gateway()._readers.borrowers
+            assert reader.startswith("reader() in test_aio_faults.py:")
+            assert reader.endswith("in main")
+
+    run(main)
