@@ -42,7 +42,7 @@ from onewriter.gateway import (
 from onewriter.holder import running_task
 from onewriter.job import Job, Ticket, called_from, name_of, refuse_live, resolve, user_frame, wake
 from onewriter.log import contain
-from onewriter.readers import HELD_BACK, Borrowing, Reader, Snapshot
+from onewriter.readers import HELD_BACK, Borrowing, Reader, Snapshot, ended_error
 from onewriter.statement import Parameters, Result, capture
 from onewriter.stats import CloseReport, Stats
 from onewriter.taskblock import AsyncTransaction, TaskBlock, TaskSavepoint, savepoint_here, seconds_until
@@ -77,7 +77,8 @@ class AsyncReader:
             text = f"{self._borrowing.label} is used by another task: the read did not begin in time"
             raise ReadTimeoutError(text) from None
         try:
-            self._snapshot.check()  # or else the connection may be somebody else's
+            if self._snapshot.is_left:  # the connection may be somebody else's
+                raise ended_error()
             # Not in the thread, where it could come after a cancellation has hurried the statement.
             self._snapshot.reader.deadline = deadline
             call = functools.partial(function, self._snapshot, *args)
@@ -88,7 +89,7 @@ class AsyncReader:
     def _hurry(self) -> None:
         db = self._owner._db  # which may be closed by now
         assert db is not None
-        self._snapshot.refuse()
+        self._snapshot.is_left = True
         db._readers.hurry(self._borrowing)
 
     async def _end(self) -> None:
@@ -97,6 +98,7 @@ class AsyncReader:
         while True:
             try:
                 async with self._turn:
+                    self._snapshot.is_left = True
                     self._snapshot.end()
                     break
             except asyncio.CancelledError as error:

@@ -133,12 +133,14 @@ class Snapshot:
         self.lent = LentConnection(self)
         self._lock = threading.RLock()  # a SQL function may read too
         self._ended = False
+        self.is_left = False  # by a task: no further call begins. Not under the lock, which one under way holds
 
     def call(self, function: Callable[..., T], *args: Any, **options: Any) -> T:
         if self.reader.is_inherited:
             raise forked_error()
         with self._lock:
-            self.check()
+            if self._ended or self.is_left:
+                raise ended_error()
             try:
                 return function(*args, **options)
             except sqlite3.DatabaseError as error:
@@ -155,14 +157,6 @@ class Snapshot:
             yield reader
         finally:
             reader.deadline = before
-
-    def check(self) -> None:
-        if self._ended:
-            raise sqlite3.ProgrammingError("the reader() block or read() of this connection has ended")
-
-    def refuse(self) -> None:
-        """Let no further call begin here; one that is under way goes on. Never waits."""
-        self._ended = True
 
     def refuse_later(self, write: Ticket[Any]) -> None:
         """Raise at once if nobody who reads here will ever see ``write``."""
@@ -587,6 +581,10 @@ class ReaderPool:
         self._holder.refuse_if_broken()
         if self._closed:
             raise closed_error()
+
+
+def ended_error() -> sqlite3.ProgrammingError:
+    return sqlite3.ProgrammingError("the reader() block or read() of this connection has ended")
 
 
 def _nothing(cursor: sqlite3.Cursor) -> None:
