@@ -14,9 +14,10 @@ import os
 import sqlite3
 import sys
 import threading
+import types
 import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from time import monotonic
 from typing import Any, Literal, Self, TypeVar, overload
 
@@ -38,16 +39,17 @@ from onewriter.gateway import (
     give_up,
 )
 from onewriter.holder import running_task
-from onewriter.job import Job, Ticket, called_from, check_timeout, name_of, refuse_live, resolve, wake
+from onewriter.job import Job, Ticket, called_from, check_timeout, name_of, refuse_live, resolve, user_frame, wake
 from onewriter.log import contain
-from onewriter.readers import HELD_BACK, Borrowing, Reader, Snapshot
+from onewriter.readers import HELD_BACK, Borrowing, Reader, Snapshot, ended_error
 from onewriter.statement import Parameters, Result, capture
 from onewriter.stats import CloseReport, Stats
-from onewriter.taskblock import AsyncTransaction, TaskBlock
+from onewriter.taskblock import AsyncTransaction, TaskBlock, TaskSavepoint, savepoint_here, seconds_until
 from onewriter.transaction import ENDED, Transaction, check_sql
 
 T = TypeVar("T")
 Task = asyncio.Task[Any]
+Place = tuple[TaskBlock, TaskSavepoint | None] | None  # where a task is in a transaction
 
 TICK = 0.1  # seconds between two looks at the deadlines of a loop
 NOT_OPEN = "the gateway is not open: use `async with AsyncDbWriter(…)` or `await db.open()`"
@@ -64,12 +66,45 @@ class AsyncReader:
 
     async def execute(self, sql: str, params: Any = (), /) -> Result:
         """Run one SELECT and return all its rows."""
-        return await self._call(_fetch_result, check_sql(sql), capture(params))
+        return await self._call(math.inf, _fetch_result, check_sql(sql), capture(params))
 
-    async def _call(self, function: Callable[..., T], *args: Any) -> T:
-        async with self._turn:
+    async def _call(self, deadline: float, function: Callable[..., T], *args: Any) -> T:
+        try:
+            async with asyncio.timeout(seconds_until(deadline)):
+                await self._turn.acquire()
+        except TimeoutError:
+            text = f"{self._borrowing.label} is used by another task: the read did not begin in time"
+            raise ReadTimeoutError(text) from None
+        try:
+            if self._snapshot.is_left:  # the connection may be somebody else's
+                raise ended_error()
+            # Not in the thread, where it could come after a cancellation has hurried the statement.
+            self._snapshot.reader.deadline = deadline
             call = functools.partial(function, self._snapshot, *args)
             return await self._owner._in_pool(call, self._borrowing)
+        finally:
+            self._turn.release()
+
+    def _hurry(self) -> None:
+        db = self._owner._db  # which may be closed by now
+        assert db is not None
+        self._snapshot.is_left = True
+        db._readers.hurry(self._borrowing)
+
+    async def _end(self) -> None:
+        """Wait for what another task still runs here; a cancellation hurries that, and is raised after its end."""
+        cancelled = None
+        while True:
+            try:
+                async with self._turn:
+                    self._snapshot.is_left = True
+                    self._snapshot.end()
+                    break
+            except asyncio.CancelledError as error:
+                cancelled = error
+                self._hurry()
+        if cancelled is not None:
+            raise cancelled
 
 
 class AsyncDbWriter:
@@ -78,6 +113,8 @@ class AsyncDbWriter:
     Opens at ``async with`` or ``await db.open()``. One object may be used by several loops and their tasks. Arguments
     and errors are those of ``DbWriter``; a call belongs to the transaction or reader block of the task in which it is
     *called*, wherever it is awaited.
+
+    Locks: _lock guards _openers, _pool and, until it is open, _open and _db. Nothing waits while it is held.
     """
 
     def __init__(self, path: str | bytes | os.PathLike[Any], **options: Any) -> None:
@@ -102,28 +139,46 @@ class AsyncDbWriter:
         return self
 
     def _prepare(self) -> None:
+        self._lock = threading.Lock()
+        self._openers: list[asyncio.Future[None]] = []  # of tasks that wait while another one opens
         self._pool: ThreadPoolExecutor | None = None
         self._deadlines: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Deadlines] = weakref.WeakKeyDictionary()
         self._last_deadlines: tuple[Any, _Deadlines] = (None, _Deadlines())
-        self._readers: weakref.WeakKeyDictionary[Task, list[tuple[AsyncReader, object]]] = weakref.WeakKeyDictionary()
+        self._readers: weakref.WeakKeyDictionary[Task, list[tuple[AsyncReader, Place]]] = weakref.WeakKeyDictionary()
 
     async def open(self) -> Self:
         """Open the database; raises what ``DbWriter`` raises."""
         if self._is_closed:
             raise WriterClosedError("the gateway is closed: make a new AsyncDbWriter")
-        if self._db is None and self._open is not None:
-            opening, self._open = self._open, None
-            try:
-                db = await _in_thread(opening, undo=DbWriter.close)
-            except BaseException:
-                self._open = opening
-                raise
-            if self._is_closed:  # meanwhile
-                await _in_thread(db.close)
-            else:
-                self._db = db
+        while True:
+            future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            with self._lock:
+                if self._db is not None or self._is_closed:
+                    break
+                opening, self._open = self._open, None
+                if opening is None:
+                    self._openers.append(future)
+            if opening is not None:
+                await self._open_with(opening)
+            else:  # another task opens it; if it fails, this one tries
+                await future
         self._gateway()
         return self
+
+    async def _open_with(self, opening: Callable[[], DbWriter]) -> None:
+        db = None
+        try:
+            db = await _in_thread(opening, undo=DbWriter.close)
+        finally:
+            with self._lock:
+                if db is None:
+                    self._open = opening
+                elif not self._is_closed:
+                    self._db = db
+                openers, self._openers = self._openers, []
+            wake(openers)
+        if self._db is not db:  # it was closed meanwhile
+            await _in_thread(db.close)
 
     async def __aenter__(self) -> Self:
         return await self.open()
@@ -142,10 +197,11 @@ class AsyncDbWriter:
 
     async def close(self, timeout: Seconds = None, *, drain: bool = True) -> CloseReport:
         """As ``DbWriter.close``. A wrapped DbWriter stays open."""
-        db = self._db
-        if db is None:
-            self._is_closed, self._open = True, None
-            return CloseReport(0, 0, 0, 0, ())
+        with self._lock:
+            db = self._db
+            if db is None:
+                self._is_closed, self._open = True, None
+                return CloseReport(0, 0, 0, 0, ())
         check_timeout(timeout)
         if not db._holder.forked:
             db._holder.refuse_endless_wait("close", awaits=True)
@@ -156,7 +212,8 @@ class AsyncDbWriter:
         try:
             return db.report() if self._is_wrapped else await _in_thread(lambda: db.close(timeout, drain=drain))
         finally:
-            pool, self._pool = self._pool, None
+            with self._lock:
+                pool, self._pool = self._pool, None
             if pool is not None:
                 pool.shutdown(wait=False)
 
@@ -265,6 +322,8 @@ class AsyncDbWriter:
         if timeout != 30.0:
             check_timeout(timeout)
         db = self._gateway()
+        if db._holder.taken:
+            db._holder.refuse_if_taken(running_task())
         if db._holder.block is not None:
             block = db._holder.block_here()
             if block is not None:
@@ -275,6 +334,8 @@ class AsyncDbWriter:
 
     async def _wait_for(self, db: DbWriter, job: Job[T], timeout: Seconds) -> T:
         loop = asyncio.get_running_loop()
+        if db._holder.is_mine():  # a sync block or a job of this thread, whose end waits for this
+            db._holder.refuse_endless_wait(f"waiting for job {job.describe()}", awaits=True)
         future: asyncio.Future[None] = loop.create_future()
         job._waiters = [future]  # before anybody else knows the job
         db._submit(job, None)
@@ -310,6 +371,7 @@ class AsyncDbWriter:
         db = self._gateway()
         hold = db.check_block(label, timeout, max_hold)
         holder = db._holder
+        holder.refuse_if_taken(running_task())
         outer = holder.block_here()
         if outer is not None:
             assert outer.transaction is not None
@@ -321,7 +383,8 @@ class AsyncDbWriter:
                 finally:
                     inner.close(ENDED)
             return
-        block = TaskBlock(holder, label, hold, sys._getframe(2))
+        holder.refuse_endless_wait("transaction()", awaits=True)
+        block = TaskBlock(holder, label, hold, _frame_around())
         transaction = await self._enter(db, block, timeout)
         try:
             yield AsyncTransaction(block, transaction)
@@ -419,7 +482,7 @@ class AsyncDbWriter:
     ) -> AsyncIterator[AsyncReader]:
         """As ``DbWriter.reader``, in ``async with``."""
         task = asyncio.current_task()
-        place = repr(label) if label else f"reader() in {called_from(sys._getframe(2))}"
+        place = repr(label) if label else f"reader() in {called_from(_frame_around())}"
         deadline = await self._after(after, timeout, label)
         here = self._here()
         if isinstance(here, AsyncReader):
@@ -432,22 +495,26 @@ class AsyncDbWriter:
             snapshot = Snapshot(reader, None)
             lent = AsyncReader(self, snapshot, borrowing)
             stack = self._readers.setdefault(task, []) if task is not None else []
-            stack.append((lent, here))
+            entered = lent, _place(here)
+            stack.append(entered)
             try:
                 yield lent
+            except asyncio.CancelledError:
+                lent._hurry()
+                raise
             finally:
-                stack.remove((lent, here))
-                async with lent._turn:  # what another task still runs there
-                    snapshot.end()
+                stack.remove(entered)
+                await lent._end()
         finally:
             readers.end(borrowing)
 
     def _here(self) -> AsyncReader | TaskBlock | None:
         """The innermost block of the running task, which its reads belong to."""
         task = running_task()
+        self._gateway()._holder.refuse_if_taken(task)
         mine = self._gateway()._holder.block_here()
         stack = self._readers.get(task) if task is not None else None
-        if stack and stack[-1][1] is mine:
+        if stack and stack[-1][1] == _place(mine):
             return stack[-1][0]
         return mine
 
@@ -484,9 +551,9 @@ class AsyncDbWriter:
             here._snapshot.refuse_later(after)
         deadline = await self._after(after, timeout, label)
         if isinstance(here, TaskBlock):
-            return await here.call(_read_inside, here, function, deadline)
+            return await here.call(_read_inside, here, function, deadline, until=deadline)
         if here is not None:
-            return await here._call(_read_snapshot, function, name, deadline)
+            return await here._call(deadline, _read_snapshot, function, name)
         borrowing, readers = Borrowing(name), self._gateway()._readers
         await self._borrow(borrowing, deadline)
         call = functools.partial(readers.call_and_return, borrowing, function, name, own=own)
@@ -502,9 +569,9 @@ class AsyncDbWriter:
             self._gateway().check_after(after)
             if not after.done():
                 holder.refuse_endless_wait("read(after=…)", awaits=True)
-                future = after.arrival()
-                async with self._within(future, timeout):
-                    await future
+                with after.arrival() as future:
+                    async with self._within(future, timeout):
+                        await future
                 if not after.done():
                     raise ReadTimeoutError(
                         f"{after.describe()} was not committed within {timeout} s: {holder.describe()}"
@@ -521,8 +588,7 @@ class AsyncDbWriter:
         borrowing.wakeup = asyncio.get_running_loop().create_future()
         try:
             if not readers.take_or_line_up(borrowing):
-                left = None if deadline == math.inf else max(0.0, deadline - monotonic())
-                async with self._within(borrowing.wakeup, left):
+                async with self._within(borrowing.wakeup, seconds_until(deadline)):
                     await borrowing.wakeup
                 readers.refuse_unless_granted(borrowing)
             if borrowing.reader is None:
@@ -537,9 +603,10 @@ class AsyncDbWriter:
         db = self._db
         assert db is not None
         try:
-            if self._pool is None:  # or no longer: a block may still be open when the gateway is closed
-                self._pool = ThreadPoolExecutor(db._readers.size, f"{db._loop.label}-reader")
-            future = self._pool.submit(call)
+            with self._lock:  # or else the close of another loop may shut it down just before
+                if self._pool is None:  # or no longer: a block may still be open when the gateway is closed
+                    self._pool = ThreadPoolExecutor(db._readers.size, f"{db._loop.label}-reader")
+                future = self._pool.submit(call)
         except BaseException:
             if returns:
                 db._readers.end(borrowing)
@@ -687,11 +754,25 @@ async def _in_thread(function: Callable[[], T], undo: Callable[[T], object] | No
     return result  # type: ignore[no-any-return]
 
 
-async def _until_done(future: Any) -> None:
+async def _until_done(future: Future[Any]) -> None:
     """Wait for a function that cannot be stopped and whose connection must not be given back before its end."""
-    while not future.done():
+    done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    future.add_done_callback(lambda _: wake([done]))  # not wrapped: asyncio would log an error that nobody asks for
+    while not done.done():
         with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.wait([asyncio.wrap_future(future)])
+            await asyncio.wait([done])
+
+
+def _frame_around() -> types.FrameType:
+    """Of the user's code that enters this block, with ``async with`` or an AsyncExitStack."""
+    frame = user_frame(sys._getframe(1))
+    while frame.f_globals is vars(contextlib) and frame.f_back is not None:
+        frame = frame.f_back
+    return frame
+
+
+def _place(block: TaskBlock | None) -> Place:
+    return None if block is None else (block, savepoint_here(block))
 
 
 def _perform_inside(block: TaskBlock, job: Job[T]) -> T:
@@ -706,17 +787,11 @@ def _read_inside(block: TaskBlock, function: Callable[[sqlite3.Connection], T], 
         return refuse_live(function(block.transaction.connection))
 
 
-def _read_snapshot(snapshot: Snapshot, function: Callable[[sqlite3.Connection], T], name: str, deadline: float) -> T:
-    reader = snapshot.reader
-    reader.deadline = deadline
-    try:
-        return refuse_live(reader.attempt(name, function, snapshot.lent))
-    finally:
-        reader.deadline = math.inf
+def _read_snapshot(snapshot: Snapshot, function: Callable[[sqlite3.Connection], T], name: str) -> T:
+    return refuse_live(snapshot.reader.attempt(name, function, snapshot.lent))
 
 
 def _fetch_result(snapshot: Snapshot, sql: str, parameters: Parameters) -> Result:
-    snapshot.reader.deadline = math.inf
     cursor = snapshot.lent.execute(sql, parameters)
     try:
         return Result(cursor.fetchall(), cursor.rowcount, None, cursor.description)

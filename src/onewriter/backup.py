@@ -42,6 +42,9 @@ def check_backup(target: Any, progress: Any, pages: Any) -> None:
         raise TypeError(f"the target is a path or a sqlite3.Connection, not {type(target).__name__}")
     if path and at_exit.others_on(path):
         raise ValueError(f"the target {path} is the file of a gateway that is open in this process")
+    for suffix in ("-wal", "-shm", "-journal"):
+        if path.endswith(suffix) and os.path.exists(path.removesuffix(suffix)):
+            raise ValueError(f"the target {path} is SQLite's own beside {path.removesuffix(suffix)}")
     for name in (f"{path}-wal", f"{path}-journal"):
         if os.path.exists(name) and not isinstance(target, sqlite3.Connection):
             raise ValueError(f"the target {path} is in use, or was not closed cleanly: there is {name}")

@@ -51,14 +51,13 @@ class BlockJob(Job[None]):
 
     def give_back(self, failed: bool) -> None:
         """End the block. The thread's next calls are no longer inside it. Again, it changes nothing."""
-        if not self.given_back.locked():
-            return
-        self.failed = failed
-        self._holder.taken.pop(self.thread, None)
-        if self.transaction is not None:
-            self.transaction.leave()
-        with contextlib.suppress(RuntimeError):  # given back in this moment
-            self.given_back.release()
+        if self.given_back.locked():
+            self.failed = failed
+            if self.transaction is not None:
+                self.transaction.leave()
+            with contextlib.suppress(RuntimeError):  # given back in this moment
+                self.given_back.release()
+        self._holder.taken.pop(self.thread, None)  # after it, so that whoever takes it in this moment sees one of both
 
     def perform(self, tx: Transaction) -> None:
         """Lend the transaction, and wait until it is given back, or has to be taken back."""
@@ -68,6 +67,8 @@ class BlockJob(Job[None]):
             self._holder.warn_if_slow(monotonic())
             if monotonic() >= until:
                 self._holder.taken[self.thread] = tx
+                if not self.given_back.locked():  # in this moment
+                    self._holder.taken.pop(self.thread, None)
                 tx.take_back(TOO_LONG)
             elif not self.thread.is_alive():
                 tx.take_back("was open when its thread ended")

@@ -72,12 +72,14 @@ def check(path: str) -> Report:
     """Look at the file. Raises CannotCheckError."""
     _refuse(path)
     path = os.path.realpath(path)
-    for _ in range(3):
-        report = Report(path)
-        is_closed_wal = not _has_wal(path) and _is_wal_by_header(path)
+    for may_be_closed in (True, True, False):
+        report, before = Report(path), os.stat(path)
+        is_closed_wal = may_be_closed and not _is_open(path) and _is_wal_by_header(path)
         # Any other connection to it would leave a new, empty log behind, since it may not delete one.
         _look(report, immutable=is_closed_wal)
-        if not (is_closed_wal and _has_wal(path)):  # or else somebody has opened it meanwhile
+        after = os.stat(path)
+        unchanged = (after.st_mtime_ns, after.st_size) == (before.st_mtime_ns, before.st_size)
+        if not is_closed_wal or (unchanged and not _is_open(path)):  # or else somebody has opened it meanwhile
             break
     _judge(report)
     return report
@@ -94,8 +96,9 @@ def _refuse(path: str) -> None:
         raise CannotCheckError("no right to read it")
 
 
-def _has_wal(path: str) -> bool:
-    return DatabaseFile(path).wal_bytes() > 0
+def _is_open(path: str) -> bool:
+    """In WAL mode, or left behind with what must be read: an empty log alone says nothing, its index is there too."""
+    return DatabaseFile(path).wal_bytes() > 0 or os.path.exists(f"{path}-shm")
 
 
 def _is_wal_by_header(path: str) -> bool:
@@ -115,9 +118,8 @@ def _look(report: Report, *, immutable: bool) -> None:
     report.write_lock, report.wal_readers = _processes(lock_holders(path)), _processes(wal_readers(path))
     try:
         with contextlib.closing(open_to_look(path, PATIENCE, immutable=immutable)) as connection:
+            report.journal_mode = "WAL" if immutable else _value(connection, "journal_mode").upper()
             _ask(report, connection)
-            if immutable:
-                report.journal_mode = "WAL"
     except sqlite3.Error as error:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
         if code == sqlite3.SQLITE_CORRUPT:
@@ -130,13 +132,9 @@ def _look(report: Report, *, immutable: bool) -> None:
 
 
 def _ask(report: Report, connection: sqlite3.Connection) -> None:
-    def value(pragma: str) -> Any:
-        return connection.execute(f"PRAGMA {pragma}").fetchone()[0]
-
-    report.page_size, report.pages = value("page_size"), value("page_count")
-    report.free_pages = value("freelist_count")
-    report.journal_mode = value("journal_mode").upper()
-    report.synchronous = SYNCHRONOUS[value("synchronous")]
+    report.page_size, report.pages = _value(connection, "page_size"), _value(connection, "page_count")
+    report.free_pages = _value(connection, "freelist_count")
+    report.synchronous = SYNCHRONOUS[_value(connection, "synchronous")]
     with _as_far_as_possible(report, "quick_check"):
         rows = connection.execute(f"PRAGMA quick_check({MOST_FINDINGS})").fetchall()
         report.quick_check = [text for (text,) in rows if text != "ok"]
@@ -146,6 +144,10 @@ def _ask(report: Report, connection: sqlite3.Connection) -> None:
     with _as_far_as_possible(report, "foreign_key_check"):
         for table, rowid, parent, _ in connection.execute("PRAGMA foreign_key_check").fetchmany(MOST_FINDINGS):
             report.foreign_key_violations.append(f"{table}, rowid {rowid}, has no parent in {parent}")
+
+
+def _value(connection: sqlite3.Connection, pragma: str) -> Any:
+    return connection.execute(f"PRAGMA {pragma}").fetchone()[0]
 
 
 @contextlib.contextmanager

@@ -70,7 +70,8 @@ class ThreadDriver:
     def enter(self, job: BlockJob, timeout: float | None) -> Transaction:
         self._loop.queue.put(job)
         until = math.inf if timeout is None else monotonic() + timeout
-        in_time = wait_in_slices(job.granted, until, self._loop.holder)
+        with self._loop.queue.waiting():
+            in_time = wait_in_slices(job.granted, until, self._loop.holder)
         if not in_time and job.cancel():
             raise not_entered(job, timeout, self._loop)
         if not in_time:  # granted, or refused, in the same moment
@@ -127,6 +128,7 @@ class InlineDriver:
         self._loop = loop
         self._turn = threading.Lock()
         self._owner = 0  # the thread that holds it
+        self._inside: set[int] = set()  # the threads that hold it, or are about to
         self._ended = False
 
     def start(self) -> None:
@@ -136,7 +138,7 @@ class InlineDriver:
         if self._loop.holder.is_mine():  # whoever is the writer runs it next
             self._loop.queue.put(job)
             return
-        if job.bounded and self._owner == threading.get_ident():  # a signal handler's or finalizer's
+        if job.bounded and threading.get_ident() in self._inside:  # a signal handler's or finalizer's
             self._loop.queue.put_unbounded(job)
             return
         if not self._take_turn(timeout):
@@ -192,17 +194,30 @@ class InlineDriver:
     def _take_turn(self, timeout: float | None) -> bool:
         if self._loop.holder.forked:
             raise forked_error()
-        if self._owner == threading.get_ident():
+        me = threading.get_ident()
+        if me in self._inside:
             raise ReentrantWriteError("a callback or signal handler cannot wait for the write that it interrupts")
-        has_it = self._turn.acquire(timeout=-1 if timeout is None else min(timeout, threading.TIMEOUT_MAX))
-        if has_it:
-            self._owner = threading.get_ident()
+        has_it = False
+        self._inside.add(me)
+        try:
+            has_it = self._turn.acquire(timeout=-1 if timeout is None else min(timeout, threading.TIMEOUT_MAX))
+        finally:
+            if has_it:
+                self._owner = me
+            else:
+                self._inside.discard(me)
         return has_it
 
     def _give_turn(self) -> None:
         if not self._loop.holder.forked:
-            self._owner = 0
+            owner = self._owner
             self._turn.release()
+            self._inside.discard(owner)
+            if self._loop.queue.queue and self._take_turn(0.0):  # what a signal handler has put in this moment
+                try:
+                    self._drive()
+                finally:
+                    self._give_turn()
 
     def _drive(self) -> None:
         """Write what is queued, and what that queues."""

@@ -99,7 +99,8 @@ class DbWriter:
         inline: no thread: jobs run in the calling thread, through the same code (for tests).
 
     Raises:
-        sqlite3.Error: the file cannot be opened, with the path and the reason; nothing was created.
+        sqlite3.Error: the file cannot be opened, with the path and the reason. Where that is plain before SQLite is
+            asked, nothing was created.
         TypeError, ValueError: an argument that cannot be meant; a PRAGMA that is not in force.
         RuntimeError: SQLite is older than 3.37.2.
     """
@@ -328,7 +329,7 @@ class DbWriter:
         except (WriterClosedError, WriterBrokenError):  # never accepted, or told already
             raise
         except BaseException:  # Ctrl-C, or what another signal handler raises, in the midst of entering or leaving
-            if not job.cancel():
+            if not job.withdraw(None):
                 job.give_back(failed=True)
             raise
         job.result()

@@ -60,7 +60,7 @@ class Holder:
         self.lock = threading.RLock()
         if self.transaction is not None:
             self.transaction.close(INHERITED)
-        self.writer_thread, self.job, self.transaction, self.block = 0, None, None, None
+        self.writer_thread, self.job, self.transaction, self.block, self.taken = 0, None, None, None, {}
 
     def enter(self, job: Job[Any], transaction: Transaction | None) -> None:
         self.job, self.transaction = job, transaction

@@ -12,11 +12,12 @@ import sqlite3
 import sys
 import threading
 import types
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, cast
 
+from onewriter.fork import forked_error
 from onewriter.log import contain, warn_of_blocking
 from onewriter.statement import Parameters, Result, describe_sql
 
@@ -148,7 +149,12 @@ class Ticket(Generic[T]):
         return self._state == CANCELLED
 
     def cancel(self) -> bool:
-        """Withdraw the job if it has not started. Returns True if it never runs, False if it runs or ran."""
+        """Withdraw the job if it has not started. Returns True if it never runs, False if it runs or ran.
+
+        Raises ForkedError in a child process: the job is the parent's.
+        """
+        if self._holder.forked and self._state < CANCELLED:
+            raise forked_error()
         return self.withdraw(None)
 
     def withdraw(self, error: BaseException | None) -> bool:
@@ -209,25 +215,32 @@ class Ticket(Generic[T]):
     async def _await(self) -> T:
         if self._state < CANCELLED:
             self._holder.refuse_endless_wait("awaiting a ticket", awaits=True)
-            try:
-                await self.arrival()
-            except asyncio.CancelledError:
-                self.cancel()
-                raise
+            with self.arrival() as future:
+                try:
+                    await future
+                except asyncio.CancelledError:
+                    self.cancel()
+                    raise
         try:
             return self.result()
         finally:
             del self
 
-    def arrival(self) -> asyncio.Future[None]:
+    @contextlib.contextmanager
+    def arrival(self) -> Iterator[asyncio.Future[None]]:
         """A future of the running loop that is done when the outcome is there."""
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         with self._holder.lock:
             if self._state < CANCELLED:
                 self._waiters = [*(self._waiters or ()), future]
-                return future
-        future.set_result(None)
-        return future
+            else:
+                future.set_result(None)
+        try:
+            yield future
+        finally:
+            with self._holder.lock:  # who waits no more does not hear of a failure
+                if self._waiters and future in self._waiters:
+                    self._waiters.remove(future)
 
     def wait(self, timeout: float | None) -> bool:
         """Wait for the outcome; False if ``timeout`` seconds went by without one."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import functools
 import itertools
 import logging
 import math
@@ -23,19 +24,20 @@ from onewriter.events import BatchEnded, Hook, WriterBroken
 from onewriter.file import DatabaseFile, FileMovedError
 from onewriter.fork import forked_error
 from onewriter.guard import Guard, Mode
-from onewriter.holder import Holder, broken_error
+from onewriter.holder import CORRUPT, Holder, broken_error
 from onewriter.job import RUNNING, BareStatementJob, Batch, ControlJob, Job, StatementJob, Ticket, settle
 from onewriter.locks import describe_lock
 from onewriter.log import contain, report
 from onewriter.queue import JobQueue
 from onewriter.readers import ReaderPool
-from onewriter.retry import LockPolicy, is_busy
+from onewriter.retry import LockPolicy, error_code, is_busy
 from onewriter.transaction import Transaction, WriteSession
 
 MOST_TAKEN = 2048  # jobs
 IDLE = 0.5  # seconds without jobs after which the log is emptied
 GAP = 0.0015  # seconds
 LONGEST_HOLD = 0.05  # seconds after which a batch takes no further job
+READING = (sqlite3.SQLITE_IOERR_READ, sqlite3.SQLITE_IOERR_SHORT_READ)  # nothing was written yet
 UNDOES_ALL = ("ROLLBACK", "DEFERRED")  # in a schema: RAISE, ON CONFLICT, and keys that COMMIT checks for all
 
 
@@ -89,6 +91,7 @@ class WriterLoop:
         self._one_by_one_until = 0  # pending jobs before that place run again, each alone
         self._risky_schema = self._failing_schema = True
         self._schema_versions: list[Any] = []
+        self._checkpoint_failed = False  # the last one, and that was told
         self._batch = Batch()
 
     def abandon(self) -> None:
@@ -216,7 +219,7 @@ class WriterLoop:
         if self._settings.checkpoints and self.holder.broken is None:
             self._checkpoint(self._checkpointer.empty)
         self._drop_session()
-        contain(self.holder, self._on_end, self)
+        contain(self.holder, self.readers.when_all_back, functools.partial(self._on_end, self))
 
     @property
     def last_checkpoint(self) -> tuple[Checkpoint, float] | None:
@@ -227,8 +230,11 @@ class WriterLoop:
         if self._session is not None:
             try:
                 checkpoint(self._session)
+                self._checkpoint_failed = False
             except sqlite3.Error as error:
-                report(self.holder, logging.WARNING, "%s: a checkpoint failed: %s", self.label, error)
+                if not self._checkpoint_failed:  # a full disk fails each of them
+                    report(self.holder, logging.WARNING, "%s: a checkpoint failed: %s", self.label, error)
+                self._checkpoint_failed = True
 
     def checkpoint(self, mode: str) -> Checkpoint:
         """For ``ControlJob``."""
@@ -529,14 +535,7 @@ class WriterLoop:
         error: BaseException,
     ) -> None:
         if leaves_open(error, session.connection.in_transaction):
-            for job in kept:
-                unknown = CommitUnknownError(f"COMMIT of job {job.describe()} met {error}: it may or may not be done")
-                unknown.__cause__ = copy_of(error)
-                self._fail(job, unknown)
-            report(self.holder, logging.CRITICAL, "%s: out of service, since COMMIT met %s", self.label, error)
-            self._go_out_of_service(error)  # before anybody hears, and asks
-            self._settle(jobs, runs)
-            self._break(error)
+            self._commit_unknown(jobs, runs, kept, error)
             return
         self._roll_back()
         told = self._tell_early(jobs, runs)
@@ -549,8 +548,23 @@ class WriterLoop:
             self._fail(job, copy_of(error))
         self._settle(kept, [run for run in runs if run.job.failed_with is not None])
 
+    def _commit_unknown(
+        self, jobs: list[Job[Any]], runs: list[Transaction], kept: list[Job[Any]], error: BaseException
+    ) -> None:
+        for job in kept:
+            unknown = CommitUnknownError(f"COMMIT of job {job.describe()} met {error}: it may or may not be done")
+            unknown.__cause__ = copy_of(error)
+            self._fail(job, unknown)
+        report(self.holder, logging.CRITICAL, "%s: out of service, since COMMIT met %s", self.label, error)
+        self._go_out_of_service(error)  # before anybody hears, and asks
+        self._settle(jobs, runs)
+        self._break(error)
+
     def _lost(self, jobs: list[Job[Any]], runs: list[Transaction]) -> None:
         """The transaction is gone, by what the last job did: it has its error, and the others run again."""
+        if len(jobs) == 1:
+            self._settle(jobs, runs)
+            return
         told, last = self._tell_early(jobs[:-1], runs), jobs[-1]
         self._run_again(jobs[told:-1], runs)
         self._one_by_one_until = self._place_after(last)
@@ -625,6 +639,10 @@ class WriterLoop:
                 self._batch.retried = self._policy.attempts > 1
                 self._count_attempts()
         except BaseException as error:
+            if leaves_open(error, in_transaction=True) and error_code(error) not in READING:  # it commits by itself
+                job.ended_at = monotonic()
+                self._commit_unknown([job], runs, [job], error)
+                return
             self._fail(job, error)
             self._roll_back()
         job.ended_at = monotonic()
@@ -735,12 +753,12 @@ def leaves_open(error: BaseException, in_transaction: bool) -> bool:
     """Whether a COMMIT that raised ``error`` may yet be found in the file.
 
     A failed sync may: what was written before it can reach the disk (https://www.sqlite.org/wal.html). A full disk and
-    a failed write may not: the end mark of the transaction was never written.
+    a failed write may not: the end mark of the transaction was never written. Damage is found before that.
     """
-    code = getattr(error, "sqlite_errorcode", None)
-    if code == sqlite3.SQLITE_IOERR_WRITE or code == sqlite3.SQLITE_FULL:
+    code = error_code(error)
+    if code in (sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_FULL) or code & 0xFF in CORRUPT:
         return False
-    return not in_transaction or (code is not None and code & 0xFF == sqlite3.SQLITE_IOERR)
+    return not in_transaction or code & 0xFF == sqlite3.SQLITE_IOERR
 
 
 def copy_of(error: BaseException) -> BaseException:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import queue
 import threading
 from collections import deque
+from collections.abc import Iterator
 from time import monotonic
 from typing import Any
 
@@ -201,13 +203,24 @@ class JobQueue(queue.Queue[Job[Any]]):
             pass  # the token of a sleep that never came about is still there; one is enough
         self._asleep = False
 
-    def _wait_for_room(self, waiter: _Waiter, timeout: float | None) -> None:
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """For the ``with`` block this thread waits, for room or for the writer itself: a signal handler or finalizer in
+        it does not wait behind that."""
         me = threading.get_ident()
-        self._waiting_threads.add(me)  # a signal handler or finalizer of this thread must not wait behind itself
+        outer = me in self._waiting_threads
+        self._waiting_threads.add(me)
         try:
-            waiter.wakeup.acquire(timeout=-1 if timeout is None else min(timeout, threading.TIMEOUT_MAX))
+            yield
         finally:
-            self._waiting_threads.discard(me)
+            if not outer:
+                self._waiting_threads.discard(me)
+
+    def _wait_for_room(self, waiter: _Waiter, timeout: float | None) -> None:
+        try:
+            with self.waiting():
+                waiter.wakeup.acquire(timeout=-1 if timeout is None else min(timeout, threading.TIMEOUT_MAX))
+        finally:
             self.leave_line(waiter)
         if not waiter.accepted:
             raise self.full_error(waiter.job, timeout)

@@ -133,13 +133,14 @@ class Snapshot:
         self.lent = LentConnection(self)
         self._lock = threading.RLock()  # a SQL function may read too
         self._ended = False
+        self.is_left = False  # by a task: no further call begins. Not under the lock, which one under way holds
 
     def call(self, function: Callable[..., T], *args: Any, **options: Any) -> T:
         if self.reader.is_inherited:
             raise forked_error()
         with self._lock:
-            if self._ended:
-                raise sqlite3.ProgrammingError("the reader() block or read() of this connection has ended")
+            if self._ended or self.is_left:
+                raise ended_error()
             try:
                 return function(*args, **options)
             except sqlite3.DatabaseError as error:
@@ -227,6 +228,7 @@ class ReaderPool:
         self._local = threading.local()
         self._closed = False
         self._all_back = threading.Event()
+        self._on_all_back: Callable[[], object] = _return
         self.holds_back = False  # new loans wait for the event
         self._open_again = threading.Event()
         self._returned = threading.Event()
@@ -422,6 +424,18 @@ class ReaderPool:
             reader.connection.close()
         self._all_back.wait(patience)
 
+    def when_all_back(self, function: Callable[[], object]) -> None:
+        """Call it when the last connection has come back and is closed; now, if that is so."""
+        with self._lock:
+            self._on_all_back = function
+        self._call_if_all_back()
+
+    def _call_if_all_back(self) -> None:
+        if self._closed and not self._count and not self._extras:
+            with self._lock:
+                function, self._on_all_back = self._on_all_back, _return
+            function()
+
     def stop_waiting(self) -> None:
         """Let ``close`` return although connections are lent; each is closed when it comes back."""
         self._stop.set()
@@ -517,6 +531,7 @@ class ReaderPool:
             with self._lock:
                 self._extras -= 1
                 self._all_back_if_closed()
+            self._call_if_all_back()
 
     def hurry(self, borrowing: Borrowing) -> None:
         """End the statement that runs there, unless the connection is somebody else's by now."""
@@ -563,6 +578,7 @@ class ReaderPool:
                 else:
                     self._count -= 1
                     self._all_back_if_closed()
+        self._call_if_all_back()
 
     def _grant(self, reader: Reader | None) -> None:
         first = self._waiting[0]
@@ -580,6 +596,14 @@ class ReaderPool:
         self._holder.refuse_if_broken()
         if self._closed:
             raise closed_error()
+
+
+def _return() -> None:
+    pass
+
+
+def ended_error() -> sqlite3.ProgrammingError:
+    return sqlite3.ProgrammingError("the reader() block or read() of this connection has ended")
 
 
 def _nothing(cursor: sqlite3.Cursor) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import math
 import queue
 import threading
 import types
@@ -14,7 +15,7 @@ from time import monotonic
 from typing import Any, TypeVar
 
 from onewriter.block import LOOK, BlockFailedError
-from onewriter.errors import TransactionClosedError
+from onewriter.errors import ReadTimeoutError, TransactionClosedError
 from onewriter.holder import Holder
 from onewriter.job import Job, resolve, wake
 from onewriter.statement import Result, capture, capture_many, check_many
@@ -100,6 +101,9 @@ class TaskBlock(Job[None]):
                         continue
                     tx.close(TASK_ENDED)
                 else:
+                    with self._lock:
+                        if self._accepts:  # the task is still inside
+                            self._holder.taken[self.task] = tx
                     tx.close(TOO_LONG)
                 raise tx.closed_error() from None
             if request is None:
@@ -113,6 +117,7 @@ class TaskBlock(Job[None]):
             self.transaction.close(LEFT)
         with self._lock:
             self._accepts = False
+            self._holder.taken.pop(self.task, None)
             self._requests.put(None)
         self._look_again()
 
@@ -141,7 +146,8 @@ class TaskBlock(Job[None]):
         cancelled = None
         while not self.done():
             try:
-                await self.arrival()
+                with self.arrival() as future:
+                    await future
             except asyncio.CancelledError as error:
                 cancelled = error
         return cancelled
@@ -157,14 +163,15 @@ class TaskBlock(Job[None]):
         assert self.transaction is not None
         return self.transaction.closed_error()
 
-    async def call(self, function: Callable[..., T], *args: Any) -> T:
-        """The same, and wait for what it returns."""
+    async def call(self, function: Callable[..., T], *args: Any, until: float = math.inf) -> T:
+        """The same, and wait for what it returns; if it has not begun ``until`` then, it never does."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[None] = loop.create_future()
         outcome: list[Any] = []
+        claim = threading.Lock()  # taken once, by who begins it or who gives up
 
         def request() -> None:
-            if future.cancelled():
+            if future.cancelled() or not claim.acquire(blocking=False):
                 return
             try:
                 outcome[:] = (function(*args), None)
@@ -172,8 +179,20 @@ class TaskBlock(Job[None]):
                 outcome[:] = (None, error)
             wake([future])
 
+        def give_up() -> None:
+            if claim.acquire(blocking=False):
+                text = f"{self.describe()} is used by another task: the read did not begin in time"
+                outcome[:] = (None, ReadTimeoutError(text))
+                resolve([future])
+
         self.send(request)
-        await future
+        left = seconds_until(until)
+        timer = None if left is None else loop.call_later(left, give_up)
+        try:
+            await future
+        finally:
+            if timer is not None:
+                timer.cancel()
         result, error = outcome
         if error is not None:
             try:
@@ -181,6 +200,10 @@ class TaskBlock(Job[None]):
             finally:
                 del error, outcome
         return result  # type: ignore[no-any-return]
+
+
+def seconds_until(deadline: float) -> float | None:
+    return None if deadline == math.inf else max(0.0, deadline - monotonic())
 
 
 class TaskSavepoint:
@@ -201,6 +224,11 @@ def open_one(savepoint: TaskSavepoint | None) -> TaskSavepoint | None:
 
 # Those that the running task is in, of all blocks: its own, and those in which the task that made it was then.
 _savepoints: contextvars.ContextVar[tuple[TaskSavepoint, ...]] = contextvars.ContextVar("savepoints", default=())
+
+
+def savepoint_here(block: TaskBlock) -> TaskSavepoint | None:
+    """The innermost of ``block`` that the running task is in."""
+    return next((one for one in reversed(_savepoints.get()) if one.block() is block), None)
 
 
 class AsyncTransaction:
@@ -239,7 +267,7 @@ class AsyncTransaction:
         a savepoint are inside it.
         """
         block, outside = self._block, _savepoints.get()
-        outer = next((one for one in reversed(outside) if one.block() is block), None)
+        outer = savepoint_here(block)
         await block.until_innermost(outer)
         mine, part = TaskSavepoint(block, open_one(outer)), self._transaction.savepoint()
         block.enter(mine)
