@@ -88,6 +88,14 @@ for n in range(100):
     + LATER
 )
 
+ALONE = (
+    PRELUDE
+    + """
+found["alone"] = error_of(lambda: db.run_without_transaction(INSERT, (1,)))
+"""
+    + LATER
+)
+
 
 def strace_or_skip() -> str:
     strace = shutil.which("strace")
@@ -136,6 +144,12 @@ def test_every_job_of_a_batch_whose_sync_failed_gets_its_own_commit_unknown_erro
     assert [error["type"] for error in unknown] == ["CommitUnknownError"] * 6
     assert {(error["cause"], error["code"]) for error in unknown} == {("OperationalError", "SQLITE_IOERR_FSYNC")}
     assert len({error["identity"] for error in unknown}) == 6
+    check_out_of_service(found)
+
+
+def test_a_lone_statement_whose_sync_failed_is_unknown_too(table: Path) -> None:
+    found = found_by(ALONE, table, first=1)
+    assert (found["alone"]["type"], found["alone"]["code"]) == ("CommitUnknownError", "SQLITE_IOERR_FSYNC")
     check_out_of_service(found)
 
 
