@@ -23,7 +23,7 @@ from onewriter.job import Ticket, refuse_live, wake
 from onewriter.lent import LentConnection
 from onewriter.log import report
 from onewriter.queue import closed_error
-from onewriter.retry import LockPolicy, is_busy
+from onewriter.retry import LockPolicy, is_busy, is_interrupted
 from onewriter.statement import Parameters
 from onewriter.watch import Watch
 
@@ -69,7 +69,7 @@ class Reader:
         try:
             return function(*args)
         except sqlite3.OperationalError as error:
-            if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_INTERRUPT:
+            if is_interrupted(error):
                 return self.recover(error, label, function)
             raise
 
@@ -85,7 +85,7 @@ class Reader:
                     return self._policy.call(lambda: function(*args), _say_nothing, left)
                 except sqlite3.OperationalError as again:
                     late = again
-            if self._is_late() and (is_busy(late) or getattr(late, "sqlite_errorcode", 0) == sqlite3.SQLITE_INTERRUPT):
+            if self._is_late() and (is_busy(late) or is_interrupted(late)):
                 raise ReadTimeoutError(f"{label} did not end in time") from late
             raise late
         finally:

@@ -32,6 +32,12 @@ def is_busy(error: BaseException) -> bool:
     return code & 0xFF == sqlite3.SQLITE_BUSY and code != sqlite3.SQLITE_BUSY_SNAPSHOT
 
 
+def is_interrupted(error: BaseException) -> bool:
+    """Whether the statement was ended from outside. Of a table-valued PRAGMA SQLite keeps the text alone."""
+    code = error_code(error)
+    return code == sqlite3.SQLITE_INTERRUPT or (code == sqlite3.SQLITE_ERROR and str(error) == "interrupted")
+
+
 class LockPolicy:
     """How one thread waits for SQLite's lock.
 

@@ -24,6 +24,7 @@ from onewriter.fork import forked_error
 from onewriter.guard import Guard, Mode
 from onewriter.holder import IN_STATEMENT, INHERITED
 from onewriter.lent import LentConnection
+from onewriter.retry import is_interrupted
 from onewriter.statement import (
     Executor,
     Parameters,
@@ -438,7 +439,7 @@ class Transaction:
     def _explain(self, error: sqlite3.Error) -> None:
         self._session.guard.explain(error)
         root = self._root
-        if getattr(error, "sqlite_errorcode", 0) != sqlite3.SQLITE_INTERRUPT:
+        if not is_interrupted(error):
             return
         if root._watch is not None:
             root._watch.raise_caught()

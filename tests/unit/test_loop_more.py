@@ -399,3 +399,26 @@ def test_the_code_of_an_error_that_is_not_sqlites_means_nothing() -> None:
         sqlite_errorcode = sqlite3.SQLITE_BUSY
 
     assert not onewriter.retry.is_busy(Disguised())
+
+
+def test_an_interrupt_that_sqlite_tells_by_its_text_alone_is_one_too(db: DbWriter) -> None:
+    """As it does where it meets one while it makes ready a table-valued PRAGMA."""
+    error = sqlite3.OperationalError("interrupted")
+    error.sqlite_errorcode, error.sqlite_errorname = sqlite3.SQLITE_ERROR, "SQLITE_ERROR"
+    db.run("CREATE TABLE t (n)")
+    with pytest.raises(TransactionClosedError, match="has ended"), db.transaction() as tx:
+        executor = tx._session.executor
+
+        def interrupted(*_: object) -> Any:
+            tx.close("has ended early")
+            raise error
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(executor, "execute", interrupted)
+            tx.execute(INSERT, (1,))
+
+
+def test_another_error_of_sqlite_with_its_own_text_is_no_interrupt() -> None:
+    error = sqlite3.OperationalError("near is a syntax error")
+    error.sqlite_errorcode, error.sqlite_errorname = sqlite3.SQLITE_ERROR, "SQLITE_ERROR"
+    assert not onewriter.retry.is_interrupted(error)
