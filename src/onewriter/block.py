@@ -7,7 +7,7 @@ import threading
 import types
 from time import monotonic
 
-from onewriter.holder import Holder
+from onewriter.holder import Holder, running_task
 from onewriter.job import Job
 from onewriter.transaction import TOO_LONG, Transaction
 
@@ -25,7 +25,7 @@ class BlockJob(Job[None]):
            ``given_back`` is released once, by the end of the block.
     """
 
-    __slots__ = ("failed", "given_back", "granted", "max_hold", "thread", "transaction")
+    __slots__ = ("failed", "given_back", "granted", "max_hold", "task", "thread", "transaction")
     alone = True
     lent = True
     loud = False  # its own thread hears
@@ -35,6 +35,7 @@ class BlockJob(Job[None]):
         super().__init__(holder, label or "transaction", frame, None)
         self.max_hold = max_hold
         self.thread = threading.current_thread()
+        self.task = running_task()  # which may wait for others of its loop in it
         self.transaction: Transaction | None = None
         self.failed = False
         self.granted, self.given_back = threading.Lock(), threading.Lock()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 from collections.abc import Callable
@@ -174,7 +175,8 @@ class InlineDriver:
             self._give_turn()
 
     def dropped(self) -> None:
-        self.join(0.0)
+        with contextlib.suppress(ReentrantWriteError):  # this thread has left a block open
+            self.join(0.0)
 
     def forget(self) -> None:
         self._turn = threading.Lock()  # another thread of the parent may have had it

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import collections
+import contextlib
 import logging
 import os
 import sys
@@ -11,6 +12,7 @@ import threading
 from time import monotonic
 
 from onewriter.driver import Driver
+from onewriter.errors import ReentrantWriteError
 from onewriter.fork import forget_inherited
 from onewriter.log import report
 from onewriter.loop import WriterLoop
@@ -18,7 +20,7 @@ from onewriter.queue import closed_error
 
 SLICE = 0.05  # seconds between two looks at whether jobs still finish
 
-_lock = threading.Lock()
+_lock = threading.RLock()
 _open: dict[WriterLoop, Driver] = {}
 _hooked = 0  # the process that has our hook in multiprocessing
 
@@ -52,12 +54,12 @@ def others_on(path: str) -> bool:
     except OSError:
         return False
     with _lock:
-        return any(loop.is_on(here) for loop in _open)
+        return any(loop.is_on(here) for loop in list(_open))
 
 
 def _forget_in_child() -> None:
     global _lock
-    _lock = threading.Lock()  # another thread of the parent may have held it
+    _lock = threading.RLock()  # another thread of the parent may have held it
     inherited = dict(_open)
     _open.clear()
     forget_inherited(inherited)
@@ -84,7 +86,8 @@ def _drain_all() -> None:
 
 def _drain(loop: WriterLoop, driver: Driver) -> None:
     """Wait while jobs finish; give up when none has finished for ``lock_timeout`` seconds."""
-    driver.join(0.0)  # without a thread, nobody else writes what is queued
+    with contextlib.suppress(ReentrantWriteError):  # this thread has left a block open
+        driver.join(0.0)  # without a thread, nobody else writes what is queued
     finished, since = -1, monotonic()
     while not loop.drained.wait(SLICE):
         now = loop.holder.tally.finished

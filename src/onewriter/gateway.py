@@ -326,7 +326,9 @@ class DbWriter:
                 self._leave(job, failed=True)
                 raise
             self._leave(job, failed=False)
-        except (WriterClosedError, WriterBrokenError):  # never accepted, or told already
+        except (WriterClosedError, WriterBrokenError):  # never accepted, or told already, or a signal handler's
+            if not job.done():
+                job.give_back(failed=True)  # if it is granted after all, it ends at once
             raise
         except BaseException:  # Ctrl-C, or what another signal handler raises, in the midst of entering or leaving
             if not job.withdraw(None):
@@ -715,7 +717,7 @@ class DbWriter:
         try:
             in_time = wait_in_slices(wakeup, until, holder)
         except BaseException:  # Ctrl-C
-            if not job.cancel():
+            if not job.withdraw(None):
                 job.leave_alone()
             raise
         if not in_time and not job.done():

@@ -145,7 +145,11 @@ class Holder:
 
     def awaits_endlessly(self) -> bool:
         """The same for the running task."""
-        return self.is_mine() or self.block_here() is not None
+        if self.block_here() is not None:
+            return True
+        # A block of another task of this loop ends although this one waits.
+        task = getattr(self.job, "task", None)
+        return self.is_mine() and (task is None or task is running_task())
 
     def block_here(self) -> TaskBlock | None:
         """The open block that the running task has begun."""

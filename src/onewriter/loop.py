@@ -37,7 +37,13 @@ MOST_TAKEN = 2048  # jobs
 IDLE = 0.5  # seconds without jobs after which the log is emptied
 GAP = 0.0015  # seconds
 LONGEST_HOLD = 0.05  # seconds after which a batch takes no further job
-READING = (sqlite3.SQLITE_IOERR_READ, sqlite3.SQLITE_IOERR_SHORT_READ)  # nothing was written yet
+READING = {  # I/O errors that come before anything is written
+    getattr(sqlite3, f"SQLITE_IOERR_{name}")
+    for name in (
+        *("READ", "SHORT_READ", "LOCK", "RDLOCK", "CHECKRESERVEDLOCK", "NOMEM", "GETTEMPPATH", "CONVPATH", "ACCESS"),
+        *("FSTAT", "SEEK", "SHMOPEN", "SHMSIZE", "SHMLOCK", "SHMMAP", "MMAP"),
+    )
+}
 UNDOES_ALL = ("ROLLBACK", "DEFERRED")  # in a schema: RAISE, ON CONFLICT, and keys that COMMIT checks for all
 
 
@@ -539,14 +545,14 @@ class WriterLoop:
             return
         self._roll_back()
         told = self._tell_early(jobs, runs)
-        if len(jobs) - told > 1 and not is_busy(error):
-            self._run_again(jobs[told:], runs)
+        rest = jobs[told:]
+        if len(rest) > 1 and not is_busy(error):
+            self._run_again(rest, runs)
             return
-        misled = {job for job in jobs[told:] if job.failed_with is not None}  # perhaps, by rows that are not there now
-        self._run_again([job for job in jobs if job in misled], runs)
-        for job in kept:
+        for job in rest:  # those that failed too: perhaps by rows that are not there now; they have waited long enough
             self._fail(job, copy_of(error))
-        self._settle(kept, [run for run in runs if run.job.failed_with is not None])
+        told_now = set(rest)
+        self._settle(rest, [run for run in runs if run.job in told_now])
 
     def _commit_unknown(
         self, jobs: list[Job[Any]], runs: list[Transaction], kept: list[Job[Any]], error: BaseException
@@ -573,7 +579,8 @@ class WriterLoop:
     def _tell_early(self, jobs: list[Job[Any]], runs: list[Transaction]) -> int:
         """Tell the first jobs, as far as they failed before another had written: they met what is committed."""
         early = list(itertools.takewhile(lambda job: job.failed_with is not None, jobs))
-        self._settle(early, [run for run in runs if run.job in early])
+        told = set(early)
+        self._settle(early, [run for run in runs if run.job in told])
         return len(early)
 
     def _is_culprit(self, job: Job[Any]) -> bool:
@@ -592,6 +599,7 @@ class WriterLoop:
         for run in runs:
             if run.job in again:
                 self._call_back(run, committed=False)
+        self.holder.telling = None
         self._count_runs(len(jobs))
 
     def _count_runs(self, again: int) -> None:
@@ -639,7 +647,8 @@ class WriterLoop:
                 self._batch.retried = self._policy.attempts > 1
                 self._count_attempts()
         except BaseException as error:
-            if leaves_open(error, in_transaction=True) and error_code(error) not in READING:  # it commits by itself
+            # It commits by itself, if it came so far.
+            if runs and leaves_open(error, in_transaction=True) and error_code(error) not in READING:
                 job.ended_at = monotonic()
                 self._commit_unknown([job], runs, [job], error)
                 return

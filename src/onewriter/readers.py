@@ -445,6 +445,7 @@ class ReaderPool:
         """In a forked child: lend nothing, take nothing back; returns what must never be closed there."""
         self._lock = threading.RLock()
         self._closed = True
+        self._on_all_back = _return
         self.holds_back = False
         readers = [*self._idle, *[borrowing.reader for borrowing in self._lent if borrowing.reader is not None]]
         for reader in readers:

@@ -356,8 +356,10 @@ class Transaction:
         """End the loan; no call is under way."""
         if self._lent is not None:
             self._lent.close_cursors()
-            # What an outer part has set stays.
-            self._session.connection.row_factory, self._session.connection.text_factory = self._factories
+            with self._session.lock:
+                # What an outer part has set stays. If that was taken back, the connection is somebody else's by now.
+                if self is self._root or self._root._closed is None:
+                    self._session.connection.row_factory, self._session.connection.text_factory = self._factories
         if self._traced:
             self._session.connection.set_trace_callback(None)
         if self._ends_readonly:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from helpers import DEADLINE, parked, run_child
-from onewriter import AsyncDbWriter, DbWriter, Ticket, Transaction, TransactionClosedError, check
+from onewriter import AsyncDbWriter, DbWriter, ReentrantWriteError, Ticket, Transaction, TransactionClosedError, check
 from onewriter.checkpoint import Checkpointer
 from onewriter.connection import open_to_look
 from onewriter.driver import InlineDriver
@@ -296,3 +296,44 @@ def test_a_block_given_back_in_the_moment_in_which_it_is_taken_leaves_its_thread
                 pass
             db.run("SELECT 1")
         assert db._holder.taken == {}
+
+
+LEFT_OPEN = """
+import sys
+from onewriter import DbWriter
+inline = DbWriter({path!r} + ".inline", inline=True)
+kept = inline.transaction()
+kept.__enter__()
+db = DbWriter({path!r})
+db.run("CREATE TABLE t (n)")
+for n in range(100):
+    db.enqueue("INSERT INTO t VALUES (?)", (n,))
+sys.exit(7)
+"""
+
+
+def test_an_inline_block_left_open_at_exit_keeps_no_other_gateway_from_writing(path: Path) -> None:
+    child = run_child(LEFT_OPEN.format(path=str(path)))
+    assert child.returncode == 7, child.stderr
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("SELECT count(*) FROM t").fetchone() == (100,)
+
+
+def test_a_task_waits_while_another_task_of_its_loop_holds_a_block_of_its_thread(path: Path) -> None:
+    async def main() -> list[Any]:
+        with DbWriter(path) as db:
+            db.run("CREATE TABLE t (n)")
+            shared = AsyncDbWriter.wrap(db)
+            with db.transaction() as tx:
+                other = asyncio.create_task(write(shared))
+                await asyncio.sleep(0)
+                tx.execute(INSERT, (1,))
+                with pytest.raises(ReentrantWriteError):
+                    await shared.run(INSERT, (3,))
+            await other
+            return db.read("SELECT n FROM t")
+
+    async def write(db: AsyncDbWriter) -> None:
+        await db.run(INSERT, (2,))
+
+    assert asyncio.run(main()) == [(1,), (2,)]

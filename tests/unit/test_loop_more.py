@@ -422,3 +422,116 @@ def test_another_error_of_sqlite_with_its_own_text_is_no_interrupt() -> None:
     error = sqlite3.OperationalError("near is a syntax error")
     error.sqlite_errorcode, error.sqlite_errorname = sqlite3.SQLITE_ERROR, "SQLITE_ERROR"
     assert not onewriter.retry.is_interrupted(error)
+
+
+@pytest.mark.parametrize("refusal", ["busy", "deferred key"])
+def test_callbacks_of_a_job_that_failed_before_a_refused_commit_are_called_once(path: Path, refusal: str) -> None:
+    told: list[str] = []
+
+    def fail(tx: Transaction) -> None:
+        tx.on_rollback(lambda: told.append("undone"))
+        raise LookupError
+
+    def violate(tx: Transaction) -> None:
+        tx.execute("PRAGMA defer_foreign_keys = ON")
+        tx.execute("INSERT INTO c VALUES (9)")
+
+    with DbWriter(path, journal_mode="DELETE", lock_timeout=0.05) as db:
+        db.run_script(KEYS)
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as reader:
+            with parked(db):
+                first = db.enqueue(fail)
+                second = db.enqueue(violate if refusal == "deferred key" else lambda tx: tx.execute("DELETE FROM c"))
+                if refusal == "busy":
+                    reader.execute("BEGIN")
+                    reader.execute("SELECT * FROM c").fetchall()
+            assert isinstance(first.exception(DEADLINE), LookupError)
+            assert second.exception(DEADLINE) is not None
+            db.flush()
+    assert told == ["undone"]
+
+
+def test_many_jobs_behind_a_busy_commit_wait_for_the_lock_once(path: Path) -> None:
+    with DbWriter(path, journal_mode="DELETE", lock_timeout=0.05) as db:
+        db.run("CREATE TABLE t (k UNIQUE)")
+        attempts: list[int] = []
+        keep_trying = db._loop._policy.keep_trying
+
+        def counted(*args: Any) -> Any:
+            attempts.append(1)
+            return keep_trying(*args)
+
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as reader:
+            with parked(db):
+                tickets = [db.enqueue("INSERT INTO t VALUES (1)") for _ in range(30)]
+                reader.execute("BEGIN")
+                reader.execute("SELECT * FROM t").fetchall()
+                db._loop._policy.keep_trying = counted  # type: ignore[method-assign, assignment]
+            errors = {str(ticket.exception(DEADLINE)) for ticket in tickets}
+        assert errors == {"database is locked"}
+        assert len(attempts) <= 2  # of the job that parks, and of them all
+
+
+def test_a_handler_that_raises_closed_while_its_thread_waits_for_a_block_leaves_nothing_lent(path: Path) -> None:
+    def handler(*_: object) -> None:
+        raise WriterClosedError("of another gateway")
+
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        with DbWriter(path) as db:
+            with parked(db):
+                signal.setitimer(signal.ITIMER_REAL, 0.05)
+                with pytest.raises(WriterClosedError, match="of another"), db.transaction(timeout=None):
+                    raise AssertionError
+            assert db.run("SELECT 1").rows == [(1,)]
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_a_nested_block_that_ends_after_its_outer_one_was_taken_changes_nothing_of_the_connection(path: Path) -> None:
+    with DbWriter(path) as db:
+        with pytest.raises(TransactionClosedError), db.transaction(max_hold=0.05) as tx:
+            tx.connection.text_factory = bytes
+            with db.transaction() as inner:
+                assert inner.connection.execute("SELECT 'x'").fetchone() == (b"x",)
+                while not db._holder.taken:
+                    assert not threading.Event().wait(0.001)
+                other = threading.Thread(target=db.run, args=("SELECT 1",))
+                other.start()
+                other.join(DEADLINE)
+        assert db.run("SELECT 'x'").rows == [("x",)]
+
+
+def test_a_lone_statement_whose_connection_could_not_be_opened_is_no_unknown_commit(path: Path) -> None:
+    failing: list[bool] = []
+
+    def hook(connection: sqlite3.Connection, readonly: bool) -> None:
+        if failing:
+            error = sqlite3.OperationalError("disk I/O error")
+            error.sqlite_errorcode = sqlite3.SQLITE_IOERR_FSYNC
+            raise error
+
+    with DbWriter(path, on_connect=hook) as db:
+        db._loop._drop_session()
+        failing.append(True)
+        with pytest.raises(sqlite3.OperationalError, match="disk I/O"):
+            db.run_without_transaction("VACUUM")
+        failing.clear()
+        assert db.run("SELECT 1").rows == [(1,)]
+
+
+@pytest.mark.parametrize("name", ["READ", "GETTEMPPATH", "LOCK", "SHMMAP"])
+def test_a_lone_statement_that_failed_before_it_wrote_is_no_unknown_commit(db: DbWriter, name: str) -> None:
+    session = db._loop._session
+    assert session is not None
+
+    def fail(*_: object) -> Any:
+        error = sqlite3.OperationalError("disk I/O error")
+        error.sqlite_errorcode = getattr(sqlite3, f"SQLITE_IOERR_{name}")
+        raise error
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session.executor, "execute", fail)
+        with pytest.raises(sqlite3.OperationalError, match="disk I/O"):
+            db.run_without_transaction("VACUUM")
+    assert db.run("SELECT 1").rows == [(1,)]
