@@ -240,14 +240,19 @@ def test_a_block_that_holds_for_too_long_loses_the_writer(
 
 
 def test_a_python_function_inside_a_statement_is_waited_for_and_no_longer(path: Path) -> None:
-    go_on = threading.Event()
+    inside, go_on = threading.Event(), threading.Event()
+
+    def wait() -> bool:
+        inside.set()
+        return go_on.wait(DEADLINE)
 
     def hook(connection: sqlite3.Connection, readonly: bool) -> None:
-        connection.create_function("wait", 0, lambda: go_on.wait(DEADLINE))
+        connection.create_function("wait", 0, wait)
 
     with DbWriter(path, on_connect=hook) as db, ThreadPoolExecutor() as pool:
         db.run("CREATE TABLE t (n UNIQUE)")
         expired = pool.submit(expire, db, lambda tx: tx.execute("SELECT wait() UNION ALL SELECT 2"))
+        assert inside.wait(DEADLINE)
         with pytest.raises(WriteTimeoutError):
             db.run(INSERT, (2,), timeout=0.2)
         go_on.set()
