@@ -102,7 +102,7 @@ class TaskBlock(Job[None]):
                     tx.close(TASK_ENDED)
                 else:
                     with self._lock:
-                        if self._accepts and not self.loop.is_closed():  # the task is still inside
+                        if self._accepts:  # the task is still inside
                             self._holder.taken[self.task] = tx
                     tx.close(TOO_LONG)
                 raise tx.closed_error() from None

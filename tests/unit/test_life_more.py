@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import queue
 import signal
 import sqlite3
 import subprocess
@@ -12,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +23,7 @@ from onewriter import AsyncDbWriter, DbWriter, ReentrantWriteError, Ticket, Tran
 from onewriter.checkpoint import Checkpointer
 from onewriter.connection import open_to_look
 from onewriter.driver import InlineDriver
+from onewriter.taskblock import TaskBlock
 
 INSERT = "INSERT INTO t VALUES (?)"
 FILL = "f = open({path!r}, 'r+b'); f.seek({page}); f.write(b'\\xff' * 4096)"
@@ -337,3 +340,25 @@ def test_a_task_waits_while_another_task_of_its_loop_holds_a_block_of_its_thread
         await db.run(INSERT, (2,))
 
     assert asyncio.run(main()) == [(1,), (2,)]
+
+
+def test_a_tasks_block_that_ends_in_the_moment_in_which_it_is_taken_leaves_its_task_free(path: Path) -> None:
+    async def main() -> None:
+        with DbWriter(path) as db:
+            block = TaskBlock(db._holder, None, 0.0, sys._getframe())
+
+            class EndsMeanwhile:
+                def get(self, timeout: float) -> None:
+                    block.end(failed=False)
+                    raise queue.Empty
+
+                def put(self, request: object) -> None:
+                    pass
+
+            block._requests = EndsMeanwhile()  # type: ignore[assignment]
+            closed = SimpleNamespace(close=lambda why: None, closed_error=lambda: TransactionClosedError())
+            with pytest.raises(TransactionClosedError):
+                block._serve(closed, 0.0)  # type: ignore[arg-type]
+            assert db._holder.taken == {}
+
+    asyncio.run(main())
