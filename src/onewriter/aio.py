@@ -39,12 +39,23 @@ from onewriter.gateway import (
     give_up,
 )
 from onewriter.holder import running_task
-from onewriter.job import Job, Ticket, called_from, check_timeout, name_of, refuse_live, resolve, user_frame, wake
+from onewriter.job import (
+    Job,
+    Ticket,
+    called_from,
+    check_timeout,
+    name_of,
+    refuse_live,
+    resolve,
+    seconds_until,
+    user_frame,
+    wake,
+)
 from onewriter.log import contain
 from onewriter.readers import HELD_BACK, Borrowing, Reader, Snapshot, ended_error
 from onewriter.statement import Parameters, Result, capture
 from onewriter.stats import CloseReport, Stats
-from onewriter.taskblock import AsyncTransaction, TaskBlock, TaskSavepoint, savepoint_here, seconds_until
+from onewriter.taskblock import AsyncTransaction, TaskBlock, TaskSavepoint, savepoint_here
 from onewriter.transaction import ENDED, Transaction, check_sql
 
 T = TypeVar("T")

@@ -49,6 +49,7 @@ from onewriter.job import (
     check_timeout,
     name_of,
     refuse_live,
+    seconds_until,
     wait_in_slices,
 )
 from onewriter.log import contain, report, warn_of_blocking
@@ -761,7 +762,7 @@ class DbWriter:
                 snapshot.refuse_later(after)
             if not after.done():
                 self._holder.refuse_endless_wait("read(after=…)")
-                if not after.wait(_left(deadline)) and not after.done():
+                if not after.wait(seconds_until(deadline)) and not after.done():
                     raise ReadTimeoutError(
                         f"{after.describe()} was not committed within {timeout} s: {self._holder.describe()}"
                     )
@@ -807,10 +808,6 @@ def check_read(what: object, params: Any) -> None:
         raise TypeError(f"a read is SQL (str) or a function of the connection, not {type(what).__name__}")
     _check_no_params(params)
     check_function(what)
-
-
-def _left(deadline: float) -> float | None:
-    return None if deadline == math.inf else max(0.0, deadline - monotonic())
 
 
 def _ended(folder: str | None) -> Callable[[WriterLoop], None]:

@@ -534,6 +534,10 @@ def check_timeout(timeout: object) -> None:
         check_seconds("timeout", timeout)
 
 
+def seconds_until(deadline: float) -> float | None:
+    return None if deadline == math.inf else max(0.0, deadline - monotonic())
+
+
 def wait_in_slices(wakeup: Any, until: float, holder: Holder) -> bool:
     """Acquire ``wakeup``, a lock that somebody else releases; False if ``until`` passed without."""
     left = until - monotonic()

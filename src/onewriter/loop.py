@@ -37,7 +37,7 @@ MOST_TAKEN = 2048  # jobs
 IDLE = 0.5  # seconds without jobs after which the log is emptied
 GAP = 0.0015  # seconds
 LONGEST_HOLD = 0.05  # seconds after which a batch takes no further job
-READING = {  # I/O errors that come before anything is written
+UNWRITTEN = {  # I/O errors that come before anything is written
     getattr(sqlite3, f"SQLITE_IOERR_{name}")
     for name in (
         *("READ", "SHORT_READ", "LOCK", "RDLOCK", "CHECKRESERVEDLOCK", "NOMEM", "GETTEMPPATH", "CONVPATH", "ACCESS"),
@@ -648,7 +648,7 @@ class WriterLoop:
                 self._count_attempts()
         except BaseException as error:
             # It commits by itself, if it came so far.
-            if runs and leaves_open(error, in_transaction=True) and error_code(error) not in READING:
+            if runs and leaves_open(error, in_transaction=True) and error_code(error) not in UNWRITTEN:
                 job.ended_at = monotonic()
                 self._commit_unknown([job], runs, [job], error)
                 return

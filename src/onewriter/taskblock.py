@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from onewriter.block import LOOK, BlockFailedError
 from onewriter.errors import ReadTimeoutError, TransactionClosedError
 from onewriter.holder import Holder
-from onewriter.job import Job, resolve, wake
+from onewriter.job import Job, resolve, seconds_until, wake
 from onewriter.statement import Result, capture, capture_many, check_many
 from onewriter.transaction import ENDED, TOO_LONG, Transaction, check_sql
 
@@ -200,10 +200,6 @@ class TaskBlock(Job[None]):
             finally:
                 del error, outcome
         return result  # type: ignore[no-any-return]
-
-
-def seconds_until(deadline: float) -> float | None:
-    return None if deadline == math.inf else max(0.0, deadline - monotonic())
 
 
 class TaskSavepoint:
