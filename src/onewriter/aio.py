@@ -38,7 +38,6 @@ from onewriter.gateway import (
     first_value,
     give_up,
 )
-from onewriter.holder import running_task
 from onewriter.job import (
     Job,
     Ticket,
@@ -52,15 +51,14 @@ from onewriter.job import (
     wake,
 )
 from onewriter.log import contain
-from onewriter.readers import HELD_BACK, Borrowing, Reader, Snapshot, ended_error
+from onewriter.readers import HELD_BACK, Borrowing, Reader, ReaderPool, Snapshot, ended_error
+from onewriter.scopes import enclosing
 from onewriter.statement import Parameters, Result, capture
 from onewriter.stats import CloseReport, Stats
-from onewriter.taskblock import AsyncTransaction, TaskBlock, TaskSavepoint, savepoint_here
+from onewriter.taskblock import AsyncTransaction, TaskBlock, TaskSavepoint
 from onewriter.transaction import ENDED, Transaction, check_sql
 
 T = TypeVar("T")
-Task = asyncio.Task[Any]
-Place = tuple[TaskBlock, TaskSavepoint | None] | None  # where a task is in a transaction
 
 TICK = 0.1  # seconds between two looks at the deadlines of a loop
 NOT_OPEN = "the gateway is not open: use `async with AsyncDbWriter(…)` or `await db.open()`"
@@ -96,6 +94,10 @@ class AsyncReader:
         finally:
             self._turn.release()
 
+    def lends(self) -> Snapshot:
+        """Where the blocking reads of its task go."""
+        return self._snapshot
+
     def _hurry(self) -> None:
         db = self._owner._db  # which may be closed by now
         assert db is not None
@@ -108,7 +110,6 @@ class AsyncReader:
         while True:
             try:
                 async with self._turn:
-                    self._snapshot.is_left = True
                     self._snapshot.end()
                     break
             except asyncio.CancelledError as error:
@@ -155,7 +156,6 @@ class AsyncDbWriter:
         self._pool: ThreadPoolExecutor | None = None
         self._deadlines: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Deadlines] = weakref.WeakKeyDictionary()
         self._last_deadlines: tuple[Any, _Deadlines] = (None, _Deadlines())
-        self._readers: weakref.WeakKeyDictionary[Task, list[tuple[AsyncReader, Place]]] = weakref.WeakKeyDictionary()
 
     async def open(self) -> Self:
         """Open the database; raises what ``DbWriter`` raises."""
@@ -216,8 +216,7 @@ class AsyncDbWriter:
         check_timeout(timeout)
         if not db._holder.forked:
             db._holder.refuse_endless_wait("close", awaits=True)
-        task = running_task()
-        if timeout is None and not self._is_wrapped and task is not None and self._readers.get(task):
+        if timeout is None and not self._is_wrapped and db._holder.scopes.innermost() is not None:
             raise ReentrantWriteError(OWN_READER)
         self._is_closed = True
         try:
@@ -333,14 +332,12 @@ class AsyncDbWriter:
         if timeout != 30.0:
             check_timeout(timeout)
         db = self._gateway()
-        if db._holder.taken:
-            db._holder.refuse_if_taken(running_task())
-        if db._holder.block is not None:
-            block = db._holder.block_here()
-            if block is not None:
+        if enclosing() is not None:
+            here = db._holder.here()
+            if isinstance(here, TaskBlock | TaskSavepoint):
                 if alone or job.foreign_keys is not None:
                     db._holder.refuse_endless_wait(alone or "foreign_keys=", awaits=True)
-                return block.call(_perform_inside, block, job)
+                return here.block.call(_perform_inside, here.block, job)
         return self._wait_for(db, job, timeout)
 
     async def _wait_for(self, db: DbWriter, job: Job[T], timeout: Seconds) -> T:
@@ -382,9 +379,9 @@ class AsyncDbWriter:
         db = self._gateway()
         hold = db.check_block(label, timeout, max_hold)
         holder = db._holder
-        holder.refuse_if_taken(running_task())
-        outer = holder.block_here()
-        if outer is not None:
+        here = holder.scopes.innermost(writes=True)
+        if isinstance(here, TaskBlock | TaskSavepoint):
+            outer = here.block
             assert outer.transaction is not None
             inner = outer.transaction.nested()
             nested = AsyncTransaction(outer, inner)
@@ -396,19 +393,26 @@ class AsyncDbWriter:
             return
         holder.refuse_endless_wait("transaction()", awaits=True)
         block = TaskBlock(holder, label, hold, _frame_around())
-        transaction = await self._enter(db, block, timeout)
+        holder.blocks.add(block)
         try:
-            yield AsyncTransaction(block, transaction)
-        except BaseException as error:
-            block.end(failed=True)
+            transaction = await self._enter(db, block, timeout)
+            scope = holder.scopes.enter(block, writes=True)
+            try:
+                yield AsyncTransaction(block, transaction)
+            except BaseException as error:
+                holder.scopes.leave(scope)
+                block.end(failed=True)
+                cancelled = await block.ended()
+                self._call_back(db, block, transaction)
+                if cancelled is not None:
+                    raise cancelled from error
+                raise
+            holder.scopes.leave(scope)
+            block.end(failed=False)
             cancelled = await block.ended()
             self._call_back(db, block, transaction)
-            if cancelled is not None:
-                raise cancelled from error
-            raise
-        block.end(failed=False)
-        cancelled = await block.ended()
-        self._call_back(db, block, transaction)
+        finally:
+            holder.blocks.discard(block)
         if cancelled is not None:
             outcome = "was committed" if block.failed_with is None else f"ended with {block.failed_with!r}"
             cancelled.add_note(f"onewriter: the transaction of {block.describe()} {outcome}")
@@ -492,7 +496,6 @@ class AsyncDbWriter:
         self, *, label: Label = None, timeout: Seconds = 30.0, after: After = None
     ) -> AsyncIterator[AsyncReader]:
         """As ``DbWriter.reader``, in ``async with``."""
-        task = asyncio.current_task()
         place = repr(label) if label else f"reader() in {called_from(_frame_around())}"
         deadline = await self._after(after, timeout, label)
         here = self._here()
@@ -503,31 +506,23 @@ class AsyncDbWriter:
         reader = await self._borrow(borrowing, deadline)
         try:
             await self._in_pool(functools.partial(readers.pin, reader, place), borrowing)
-            snapshot = Snapshot(reader, None)
-            lent = AsyncReader(self, snapshot, borrowing)
-            stack = self._readers.setdefault(task, []) if task is not None else []
-            entered = lent, _place(here)
-            stack.append(entered)
+            lent = AsyncReader(self, Snapshot(reader), borrowing)
+            scopes = self._gateway()._holder.scopes
+            scope = scopes.enter(lent, writes=False)
             try:
                 yield lent
             except asyncio.CancelledError:
                 lent._hurry()
                 raise
             finally:
-                stack.remove(entered)
+                scopes.leave(scope)
                 await lent._end()
         finally:
             readers.end(borrowing)
 
-    def _here(self) -> AsyncReader | TaskBlock | None:
-        """The innermost block of the running task, which its reads belong to."""
-        task = running_task()
-        self._gateway()._holder.refuse_if_taken(task)
-        mine = self._gateway()._holder.block_here()
-        stack = self._readers.get(task) if task is not None else None
-        if stack and stack[-1][1] == _place(mine):
-            return stack[-1][0]
-        return mine
+    def _here(self) -> Any:
+        """The innermost block, job or reader that the caller is inside: its reads belong to it."""
+        return None if enclosing() is None else self._gateway()._holder.scopes.innermost()
 
     def _read(
         self,
@@ -555,16 +550,23 @@ class AsyncDbWriter:
         label: Label,
         timeout: Seconds,
         after: After,
-        here: AsyncReader | TaskBlock | None,
+        here: Any,
         own: bool,
     ) -> T:
-        if after is not None and isinstance(here, AsyncReader):
-            here._snapshot.refuse_later(after)
+        if after is not None and isinstance(here, AsyncReader | Snapshot):
+            here.lends().refuse_later(after)
         deadline = await self._after(after, timeout, label)
-        if isinstance(here, TaskBlock):
-            return await here.call(_read_inside, here, function, deadline, until=deadline)
+        if isinstance(here, TaskBlock | TaskSavepoint):
+            block = here.block
+            return await block.call(block.lends().read_with, function, deadline, until=deadline)
+        if isinstance(here, AsyncReader):
+            return await here._call(deadline, _read_snapshot, self._gateway()._readers, function, name)
+        if isinstance(here, Transaction) and here.is_of_function:  # whose thread this is
+            return here.read_with(function, deadline)
+        if isinstance(here, Transaction):
+            return await self._in_pool(functools.partial(here.read_with, function, deadline), None)
         if here is not None:
-            return await here._call(deadline, _read_snapshot, function, name)
+            return await self._in_pool(functools.partial(here.call_with, function, name, deadline), None)
         borrowing, readers = Borrowing(name), self._gateway()._readers
         await self._borrow(borrowing, deadline)
         call = functools.partial(readers.call_and_return, borrowing, function, name, own=own)
@@ -609,7 +611,7 @@ class AsyncDbWriter:
             readers.end(borrowing)
             raise
 
-    async def _in_pool(self, call: Callable[[], T], borrowing: Borrowing, *, returns: bool = False) -> T:
+    async def _in_pool(self, call: Callable[[], T], borrowing: Borrowing | None, *, returns: bool = False) -> T:
         """Call in one of the threads that read; ``returns``: the call ends ``borrowing``, unless it is never made."""
         db = self._db
         assert db is not None
@@ -619,17 +621,18 @@ class AsyncDbWriter:
                     self._pool = ThreadPoolExecutor(db._readers.size, f"{db._loop.label}-reader")
                 future = self._pool.submit(call)
         except BaseException:
-            if returns:
+            if borrowing is not None and returns:
                 db._readers.end(borrowing)
             raise
         try:
             return await asyncio.wrap_future(future)
         except asyncio.CancelledError:
             if not future.cancel():
-                db._readers.hurry(borrowing)  # a statement that runs ends soon
+                if borrowing is not None:
+                    db._readers.hurry(borrowing)  # a statement that runs ends soon
                 if not returns:
                     await _until_done(future)
-            elif returns:
+            elif borrowing is not None and returns:
                 db._readers.end(borrowing)
             raise
         finally:
@@ -671,7 +674,7 @@ class AsyncDbWriter:
 
     def in_writer(self) -> bool:
         """Whether the running task is inside a ``transaction()`` block."""
-        return self._db is not None and self._db._holder.awaits_endlessly()
+        return self._db is not None and self._db._holder.is_in_writer()
 
     def stats(self) -> Stats:
         """As ``DbWriter.stats``."""
@@ -782,24 +785,17 @@ def _frame_around() -> types.FrameType:
     return frame
 
 
-def _place(block: TaskBlock | None) -> Place:
-    return None if block is None else (block, savepoint_here(block))
-
-
 def _perform_inside(block: TaskBlock, job: Job[T]) -> T:
-    assert block.transaction is not None
-    with block.transaction.savepoint():
-        return job.perform(block.transaction)
+    transaction = block.lends()
+    with transaction.part():
+        return job.perform(transaction)
 
 
-def _read_inside(block: TaskBlock, function: Callable[[sqlite3.Connection], T], deadline: float) -> T:
-    assert block.transaction is not None
-    with block.transaction.readonly(deadline):
-        return refuse_live(function(block.transaction.connection))
-
-
-def _read_snapshot(snapshot: Snapshot, function: Callable[[sqlite3.Connection], T], name: str) -> T:
-    return refuse_live(snapshot.reader.attempt(name, function, snapshot.lent))
+def _read_snapshot(
+    snapshot: Snapshot, readers: ReaderPool, function: Callable[[sqlite3.Connection], T], name: str
+) -> T:
+    with readers.inside(snapshot):
+        return refuse_live(snapshot.reader.attempt(name, function, snapshot.lent))
 
 
 def _fetch_result(snapshot: Snapshot, sql: str, parameters: Parameters) -> Result:

@@ -122,14 +122,14 @@ class ThreadDriver:
 class InlineDriver:
     """The calling thread is the writer, while it calls.
 
-    Locks: _turn is held by the thread that is the writer now; through a block, from its begin to its end.
+    Locks: _turn is held by who is the writer now; through a block, from its begin to its end, which may be in another
+           thread.
     """
 
     def __init__(self, loop: WriterLoop) -> None:
         self._loop = loop
         self._turn = threading.Lock()
-        self._owner = 0  # the thread that holds it
-        self._inside: set[int] = set()  # the threads that hold it, or are about to
+        self._inside: set[int] = set()  # the threads that use it, or are about to have it
         self._ended = False
 
     def start(self) -> None:
@@ -159,7 +159,9 @@ class InlineDriver:
         try:
             self._loop.queue.check_open()
             self._loop.begin_block(job)
-            return entered(job)
+            transaction = entered(job)
+            self._inside.discard(threading.get_ident())
+            return transaction
         except BaseException:
             try:
                 self._drive()  # what came meanwhile
@@ -168,6 +170,7 @@ class InlineDriver:
             raise
 
     def leave(self, job: BlockJob) -> None:
+        self._inside.add(threading.get_ident())
         try:
             self._loop.end_block(job)
             self._drive()
@@ -204,17 +207,14 @@ class InlineDriver:
         try:
             has_it = self._turn.acquire(timeout=-1 if timeout is None else min(timeout, threading.TIMEOUT_MAX))
         finally:
-            if has_it:
-                self._owner = me
-            else:
+            if not has_it:
                 self._inside.discard(me)
         return has_it
 
     def _give_turn(self) -> None:
         if not self._loop.holder.forked:
-            owner = self._owner
             self._turn.release()
-            self._inside.discard(owner)
+            self._inside.discard(threading.get_ident())
             if self._loop.queue.queue and self._take_turn(0.0):  # what a signal handler has put in this moment
                 try:
                     self._drive()

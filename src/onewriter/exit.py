@@ -90,6 +90,7 @@ def _drain(loop: WriterLoop, driver: Driver) -> None:
         driver.join(0.0)  # without a thread, nobody else writes what is queued
     finished, since = -1, monotonic()
     while not loop.drained.wait(SLICE):
+        loop.end_block_at_exit()
         now = loop.holder.tally.finished
         if now != finished:
             finished, since = now, monotonic()

@@ -48,13 +48,14 @@ from onewriter.job import (
     check_seconds,
     check_timeout,
     name_of,
-    refuse_live,
     seconds_until,
     wait_in_slices,
 )
 from onewriter.log import contain, report, warn_of_blocking
 from onewriter.loop import WriterLoop
 from onewriter.queue import closed_error
+from onewriter.readers import Snapshot
+from onewriter.scopes import Scope, enclosing
 from onewriter.statement import Parameters, Result, capture, capture_many, check_many
 from onewriter.stats import CloseReport, Stats, stats_of
 from onewriter.transaction import Transaction, check_sql
@@ -307,25 +308,34 @@ class DbWriter:
     @contextlib.contextmanager
     def _block(self, label: Label, timeout: Seconds, max_hold: float, frame: types.FrameType) -> Iterator[Transaction]:
         warn_of_blocking()
-        outer = self._holder.current()
+        holder, scopes = self._holder, self._holder.scopes
+        outer = self._transaction_here()
         if outer is not None:
-            with outer.savepoint():
+            with outer.part():
                 inner = outer.nested()
                 try:
-                    yield inner
+                    with scopes.inside(inner, writes=True):
+                        yield inner
                 finally:
                     inner.end()
             return
-        self._holder.refuse_endless_wait("transaction()")
-        job = BlockJob(self._holder, label, max_hold, frame)
-        announce(self._holder, self._loop.on_event, job, waits=True)
+        holder.refuse_endless_wait("transaction()")
+        job = BlockJob(holder, label, max_hold, frame)
+        del frame  # in which the block itself may be: whoever drops that drops it
+        scope: Scope[Any] | None = None
+        announce(holder, self._loop.on_event, job, waits=True)
+        if job.loop is not None:
+            holder.blocks.add(job)
         try:
             transaction = self._driver.enter(job, timeout)
+            scope = scopes.enter(transaction, writes=True)
             try:
                 yield transaction
             except BaseException:
+                scopes.leave(scope)
                 self._leave(job, failed=True)
                 raise
+            scopes.leave(scope)
             self._leave(job, failed=False)
         except (WriterClosedError, WriterBrokenError):  # never accepted, or told already, or a signal handler's
             if not job.done():
@@ -335,6 +345,10 @@ class DbWriter:
             if not job.withdraw(None):
                 job.give_back(failed=True)
             raise
+        finally:
+            if scope is not None:
+                scopes.leave(scope)
+            holder.blocks.discard(job)
         job.result()
 
     def _leave(self, job: BlockJob, failed: bool) -> None:
@@ -343,8 +357,8 @@ class DbWriter:
                 return
             raise forked_error()  # the parent's block goes on; nothing is committed here
         job.give_back(failed)
-        if self._holder.waits_endlessly():
-            return  # a generator collected by the writer, or inside one of its locks
+        if self._holder.cannot_wait() or (job.transaction is not None and job.transaction.is_inside):
+            return  # a generator that was collected by the writer, inside one of its locks, or in its own statement
         try:
             self._driver.leave(job)
         except BaseException:  # Ctrl-C: it comes to its end all the same
@@ -378,8 +392,10 @@ class DbWriter:
         if timeout != 30.0:
             check_timeout(timeout)
         holder = self._holder
-        # The thread that makes room does not wait for room.
-        bounded = get_ident() != holder.writer_thread and (holder.transaction is None or holder.current() is None)
+        # Who keeps the writer from making room does not wait for room.
+        bounded = get_ident() != holder.writer_thread and (
+            (enclosing() is None and _get_running_loop() is None) or not holder.waits_endlessly()
+        )
         job: Job[Any]
         if type(what) is str and label is None:
             job = StatementJob(holder, what, capture(params), None, sys._getframe(1), bounded)
@@ -448,18 +464,18 @@ class DbWriter:
                 params = capture(params)
             if _get_running_loop() is not None:
                 warn_of_blocking()
-            holder = self._holder
-            outside = holder.transaction is None and get_ident() != holder.writer_thread and not holder.taken
+            outside = enclosing() is None and get_ident() != self._holder.writer_thread
             if outside and label is None and timeout == 30.0 and after is None:
                 return self._readers.read(what, params, sqlite3.Cursor.fetchall, what, monotonic() + 30.0)
             return self._read(what, params, label, timeout, after, sqlite3.Cursor.fetchall)
         check_read(what, params)
-        deadline = self._wait_for(after, timeout, label)
-        transaction = self._transaction_to_read()
-        if transaction is not None:
-            with transaction.readonly(deadline):
-                return refuse_live(what(transaction.connection))
-        return self._readers.call(what, repr(label or name_of(what)), deadline)
+        here, deadline = self._wait_for(after, timeout, label)
+        name = repr(label or name_of(what))
+        if isinstance(here, Transaction):
+            return here.read_with(what, deadline)
+        if here is not None:
+            return here.call_with(what, name, deadline)
+        return self._readers.call(what, name, deadline)
 
     def read_one(
         self, sql: str, params: Any = (), /, *, label: Label = None, timeout: Seconds = 30.0, after: After = None
@@ -494,10 +510,9 @@ class DbWriter:
 
     @contextlib.contextmanager
     def _reader(self, label: str, timeout: Seconds, after: After) -> Iterator[sqlite3.Connection]:
-        deadline = self._wait_for(after, timeout, label)
-        outer = self._readers.current()
-        if outer is not None:
-            yield outer.lent
+        here, deadline = self._wait_for(after, timeout, label)
+        if isinstance(here, Snapshot):
+            yield here.lent
             return
         with self._readers.snapshot(label, deadline) as snapshot:
             self._loop.queue.poke()  # an idle writer watches for slow readers
@@ -530,8 +545,8 @@ class DbWriter:
         return self._loop.queue.refusing
 
     def in_writer(self) -> bool:
-        """Whether the calling thread is inside a job of this gateway."""
-        return self._holder.is_mine()
+        """Whether the caller is inside a job or block of this gateway, or in the writer's thread."""
+        return self._holder.is_in_writer()
 
     def checkpoint(
         self, mode: Literal["PASSIVE", "FULL", "RESTART", "TRUNCATE"] = "TRUNCATE", *, timeout: Seconds = 30.0
@@ -611,7 +626,7 @@ class DbWriter:
         if self._holder.forked:
             return CloseReport(0, 0, 0, 0, ())
         self._holder.refuse_endless_wait("close")
-        if timeout is None and self._readers.has_mine:
+        if timeout is None and (self._holder.scopes.innermost() is not None or self._readers.has_mine):
             raise ReentrantWriteError(OWN_READER)
         warn_of_blocking()
         loop = self._loop
@@ -704,7 +719,7 @@ class DbWriter:
             check_timeout(timeout)
         holder = self._holder
         warn_of_blocking()
-        transaction = holder.current()
+        transaction = self._transaction_here()
         if transaction is not None:
             if job.foreign_keys is not None:
                 raise ReentrantWriteError("foreign_keys= needs a transaction of its own: call it outside the job")
@@ -737,37 +752,47 @@ class DbWriter:
         after: After,
         fetch: Callable[[sqlite3.Cursor], Any],
     ) -> Any:
-        deadline = self._wait_for(after, timeout, label)
-        transaction = self._transaction_to_read()
-        if transaction is not None:
-            return transaction.query(sql, parameters, fetch, deadline)
-        return self._readers.read(sql, parameters, fetch, f"{label!r} ({sql})" if label else sql, deadline)
+        here, deadline = self._wait_for(after, timeout, label)
+        if isinstance(here, Transaction):
+            return here.query(sql, parameters, fetch, deadline)
+        name = f"{label!r} ({sql})" if label else sql
+        if here is not None:
+            return here.read(sql, parameters, fetch, name, deadline)
+        return self._readers.read(sql, parameters, fetch, name, deadline)
 
-    def _transaction_to_read(self) -> Transaction | None:
-        """The calling thread's open transaction, unless it has opened a reader inside it."""
-        transaction = self._holder.current()
-        return None if transaction is None or self._readers.current() is not None else transaction
+    def _transaction_here(self) -> Transaction | None:
+        """The transaction that a blocking write belongs to; none inside a task's block, whose writes are awaited."""
+        here = self._holder.here()
+        return here if isinstance(here, Transaction) else None
 
-    def _wait_for(self, after: After, timeout: Seconds, label: Label) -> float:
-        """Wait until the write ``after`` is committed; returns the deadline of the read."""
+    def reads_from(self) -> Transaction | Snapshot | None:
+        """What the innermost job, block or reader around the caller lends to a read; None: the pool does."""
+        here = self._holder.scopes.innermost()
+        if here is None:
+            self._holder.here()  # inside a statement of the writer nothing can be read
+        return here.lends() if here is not None else None
+
+    def _wait_for(self, after: After, timeout: Seconds, label: Label) -> tuple[Transaction | Snapshot | None, float]:
+        """Wait until the write ``after`` is committed; returns where the read goes, and its deadline."""
         warn_of_blocking()
         if label is not None:
             check_label(label)
         if timeout != 30.0:
             check_timeout(timeout)
         deadline = math.inf if timeout is None else monotonic() + timeout
+        here = self.reads_from()
         if after is not None:
             self.check_after(after)
-            if (snapshot := self._readers.current()) is not None:
-                snapshot.refuse_later(after)
+            if isinstance(here, Snapshot):
+                here.refuse_later(after)
             if not after.done():
-                self._holder.refuse_endless_wait("read(after=…)")
+                self._holder.refuse_endless_wait("read(after=…)", since=after.created_at)
                 if not after.wait(seconds_until(deadline)) and not after.done():
                     raise ReadTimeoutError(
                         f"{after.describe()} was not committed within {timeout} s: {self._holder.describe()}"
                     )
             after.result()
-        return deadline
+        return here, deadline
 
 
 def give_up(job: Job[Any], timeout: Seconds, holder: Holder) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
+import math
 import sqlite3
 import threading
+from asyncio import _get_running_loop
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +15,11 @@ from onewriter.fork import forked_error
 from onewriter.locks import describe_lock
 from onewriter.log import report
 from onewriter.retry import error_code
+from onewriter.scopes import Scopes
 from onewriter.stats import Tally
 
 if TYPE_CHECKING:
+    from onewriter.block import BlockJob
     from onewriter.job import Job
     from onewriter.taskblock import TaskBlock
     from onewriter.transaction import Transaction
@@ -48,10 +51,10 @@ class Holder:
         self.writer_thread = 0
         self.reporting: set[int] = set()  # threads inside our log calls: failures of what they enqueue stay unlogged
         self.job: Job[Any] | None = None  # that runs now
-        self.block: TaskBlock | None = None  # a task's transaction, whose statements the writer runs
         self.transaction: Transaction | None = None
+        self.scopes: Scopes[Any] = Scopes()
+        self.blocks: set[BlockJob | TaskBlock] = set()  # that tasks have, or wait for
         self.waiting: tuple[Job[Any], float] | None = None  # for SQLite's lock, and since when
-        self.taken: dict[object, Transaction] = {}  # from threads and tasks that are still in their block: max_hold
         self.telling: tuple[Job[Any], float] | None = None  # whose callbacks are called, and since when
 
     def become_inherited(self, error: BaseException) -> None:
@@ -60,15 +63,20 @@ class Holder:
         self.lock = threading.RLock()
         if self.transaction is not None:
             self.transaction.close(INHERITED)
-        self.writer_thread, self.job, self.transaction, self.block, self.taken = 0, None, None, None, {}
+        self.writer_thread, self.job, self.transaction, self.blocks = 0, None, None, set()
+        self.scopes = Scopes()  # nobody is inside anything of the parent's
 
     def enter(self, job: Job[Any], transaction: Transaction | None) -> None:
         self.job, self.transaction = job, transaction
+        if transaction is not None and not job.lent:
+            self.scopes.enter_job(transaction)
 
     def leave(self) -> float:
         """Returns the time."""
         now = monotonic()
         self.warn_if_slow(now)
+        if self.transaction is not None and self.job is not None and not self.job.lent:
+            self.scopes.leave_job()
         self.job = self.transaction = None
         return now
 
@@ -99,70 +107,45 @@ class Holder:
     def has_lock(self) -> None:
         self.waiting = None
 
-    def current(self) -> Transaction | None:
-        """The open transaction that belongs to the calling thread, if there is one."""
-        if self.taken:
-            self.refuse_if_taken(threading.current_thread())
-        return self._current()
-
-    def _current(self) -> Transaction | None:
-        transaction = self.transaction
-        if transaction is None:
-            if self.job is not None and self.writer_thread == threading.get_ident():
-                raise ReentrantWriteError(IN_STATEMENT)
-            return None
-        if transaction.thread != threading.get_ident():
-            return None
-        # The system gives the numbers of ended threads to others.
-        if transaction.borrower is not None and transaction.borrower is not threading.current_thread():
-            return None
-        return transaction
-
-    def refuse_if_taken(self, borrower: object) -> None:
-        """Raise inside a block that ``max_hold`` has ended: a write there would be committed alone."""
-        transaction = self.taken.get(borrower)
-        if transaction is not None:
-            raise transaction.closed_error()
-
-    def place(self) -> tuple[Transaction, int] | None:
-        """The calling thread's open transaction, and how many savepoints deep it is in it."""
-        transaction = self.current()
-        return None if transaction is None else (transaction, transaction.depth)
+    def here(self) -> Any:
+        """The block or job that a call which writes belongs to: a Transaction, or what stands for a task's block."""
+        here = self.scopes.innermost(writes=True)
+        if here is None and self.job is not None and self.writer_thread == threading.get_ident():
+            raise ReentrantWriteError(IN_STATEMENT)
+        return here
 
     def is_mine(self) -> bool:
-        """Whether the calling thread is the writer thread or holds the open transaction."""
-        if threading.get_ident() == self.writer_thread:
-            return True
-        return self.transaction is not None and self._current() is not None
+        """Whether the caller is inside a job or block, or is the writer thread."""
+        return threading.get_ident() == self.writer_thread or self.scopes.innermost(writes=True) is not None
 
-    def waits_endlessly(self) -> bool:
-        """Whether the writer could not go on while this thread waits for it."""
-        # Who owns the lock here is a finalizer or signal handler inside it.
-        if self.is_mine() or self.lock._is_owned():  # type: ignore[attr-defined]
+    def is_in_writer(self) -> bool:
+        """The same, but not if the block was taken away meanwhile."""
+        here = self.scopes.innermost(writes=True)
+        return threading.get_ident() == self.writer_thread or (here is not None and not here.lends().is_closed)
+
+    def cannot_wait(self) -> bool:
+        """Whether the caller has interrupted the writer, or one of the locks that it needs."""
+        return threading.get_ident() == self.writer_thread or self.lock._is_owned()  # type: ignore[attr-defined]
+
+    def waits_endlessly(self, since: float = math.inf) -> bool:
+        """Whether the writer could not go on while this thread waits for what was handed in at ``since``, or now."""
+        if self.cannot_wait() or self.scopes.innermost(writes=True) is not None:
             return True
-        # A task's block cannot end while its loop's thread waits, nor while the task itself does.
-        return self.block is not None and self.block.thread == threading.get_ident()
+        # A block that a task has, or will have before that, cannot end while the thread of its loop waits.
+        loop = _get_running_loop()
+        return loop is not None and any(block.needs(loop) and block.created_at <= since for block in tuple(self.blocks))
 
     def awaits_endlessly(self) -> bool:
-        """The same for the running task."""
-        if self.block_here() is not None:
-            return True
-        # A block of another task of this loop ends although this one waits.
-        task = getattr(self.job, "task", None)
-        return self.is_mine() and (task is None or task is running_task())
+        """The same for the running task: what others of its loop have ends although it waits."""
+        return self.is_mine()
 
-    def block_here(self) -> TaskBlock | None:
-        """The open block that the running task has begun."""
-        block = self.block
-        return block if block is not None and block.task is not None and block.task is running_task() else None
-
-    def refuse_endless_wait(self, what: str, awaits: bool = False) -> None:
+    def refuse_endless_wait(self, what: str, *, awaits: bool = False, since: float = math.inf) -> None:
         if self.forked:
             raise forked_error()
-        if self.awaits_endlessly() if awaits else self.waits_endlessly():
+        if self.awaits_endlessly() if awaits else self.waits_endlessly(since):
             raise ReentrantWriteError(
-                f"{what} inside a job or callback of the writer waits for the writer itself, so it would never end: "
-                "call it outside, or use on_commit or enqueue without waiting"
+                f"{what} inside a job, block or callback waits for the writer, which waits for the caller, so it would "
+                "never end: call it outside, or use on_commit or enqueue without waiting"
             )
 
     def refuse_if_broken(self) -> None:
@@ -195,13 +178,6 @@ class Holder:
         if telling is not None:
             return f"the writer calls the callbacks of {telling[0].describe()} for {monotonic() - telling[1]:.2f} s"
         return "the writer is between jobs"
-
-
-def running_task() -> asyncio.Task[Any] | None:
-    try:
-        return asyncio.current_task()
-    except RuntimeError:  # no loop runs in this thread
-        return None
 
 
 def broken_error(cause: BaseException) -> WriterBrokenError:

@@ -260,7 +260,7 @@ class Ticket(Generic[T]):
 
     def _refuse_endless_wait(self) -> None:
         if self._state < CANCELLED:
-            self._holder.refuse_endless_wait("waiting for a ticket")
+            self._holder.refuse_endless_wait("waiting for a ticket", since=self.created_at)
 
     def _outcome_within(self, timeout: float | None) -> None:
         check_timeout(timeout)

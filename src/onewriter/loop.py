@@ -19,7 +19,7 @@ from typing import Any
 from onewriter.block import BlockFailedError, BlockJob
 from onewriter.checkpoint import Checkpoint, Checkpointer
 from onewriter.connection import Settings, configure, open_writer, set_pragma
-from onewriter.errors import CommitUnknownError, WriterClosedError
+from onewriter.errors import CommitUnknownError, TransactionClosedError, WriterClosedError
 from onewriter.events import BatchEnded, Hook, WriterBroken
 from onewriter.file import DatabaseFile, FileMovedError
 from onewriter.fork import forked_error
@@ -31,6 +31,7 @@ from onewriter.log import contain, report
 from onewriter.queue import JobQueue
 from onewriter.readers import ReaderPool
 from onewriter.retry import LockPolicy, error_code, is_busy
+from onewriter.taskblock import TaskBlock
 from onewriter.transaction import Transaction, WriteSession
 
 MOST_TAKEN = 2048  # jobs
@@ -109,6 +110,11 @@ class WriterLoop:
         if count:
             report(self.holder, logging.WARNING, "%s: close withdrew %d queued jobs", self.label, count)
 
+    def end_block_at_exit(self) -> None:
+        job = self.holder.job
+        if isinstance(job, BlockJob | TaskBlock):
+            job.end_at_exit()
+
     def become_inherited(self) -> list[object]:
         """In a forked child: refuse everything; returns what must never be closed there."""
         error = forked_error()
@@ -182,7 +188,12 @@ class WriterLoop:
     def end_block(self, job: BlockJob) -> None:
         assert self._session is not None
         assert job.transaction is not None
-        error = job.transaction.overdue() or (BlockFailedError() if job.failed else None)
+        error: BaseException | None = None
+        try:
+            job.wait_for_call(job.transaction)
+            error = job.transaction.overdue()
+        except (BlockFailedError, TransactionClosedError) as failure:
+            error = job.transaction.overdue() or failure
         self._leave(self._session, job.transaction, None, error, savepoint=True)
         if self._session.connection.in_transaction:
             self._commit(self._session, [job], [job.transaction])

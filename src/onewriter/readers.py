@@ -7,6 +7,7 @@ import logging
 import math
 import sqlite3
 import threading
+from asyncio import AbstractEventLoop, _get_running_loop
 from collections import deque
 from collections.abc import Callable, Iterator
 from threading import get_ident
@@ -124,14 +125,17 @@ class Reader:
 
 
 class Snapshot:
-    """The loan of a reader whose transaction is pinned; what ``LentConnection`` asks."""
+    """The loan of a reader whose transaction is pinned; what ``LentConnection`` asks.
 
-    def __init__(self, reader: Reader, outside: object) -> None:
+    Locks: _lock is held around every call, so that any thread may use the connection, one call at a time, and its end
+           waits for the one under way. Re-entrant, since a SQL function may read too.
+    """
+
+    def __init__(self, reader: Reader) -> None:
         self.reader = reader
         self.connection = reader.connection
-        self.outside = outside  # the transaction that the thread was in at entry
         self.lent = LentConnection(self)
-        self._lock = threading.RLock()  # a SQL function may read too
+        self._lock = threading.RLock()
         self._ended = False
         self.is_left = False  # by a task: no further call begins. Not under the lock, which one under way holds
 
@@ -148,15 +152,32 @@ class Snapshot:
                 self.reader.guard.explain(error)
                 raise
 
+    def lends(self) -> Snapshot:
+        """Where reads inside it go."""
+        return self
+
+    def read(self, sql: str, parameters: Parameters, fetch: Fetch[T], label: str, deadline: float) -> T:
+        """A read inside the block, which has a time of its own, within that of the block."""
+        with self._until(deadline, label) as reader:
+            rows: T = self.call(reader.attempt, label, reader.fetch, sql, parameters, fetch)
+            return rows
+
+    def call_with(self, function: Callable[[sqlite3.Connection], T], label: str, deadline: float) -> T:
+        with self._until(deadline, label) as reader:
+            return refuse_live(reader.in_time(label, function, self.lent))
+
     @contextlib.contextmanager
-    def until(self, deadline: float) -> Iterator[Reader]:
-        """A read inside the block has a time of its own, within that of the block."""
+    def _until(self, deadline: float, label: str) -> Iterator[Reader]:
+        left = max(0.0, min(deadline - monotonic(), threading.TIMEOUT_MAX))
+        if not self._lock.acquire(timeout=left):
+            raise ReadTimeoutError(f"{label} did not begin in time: another thread uses the reader() that it is in")
         reader = self.reader
         before, reader.deadline = reader.deadline, min(deadline, reader.deadline)
         try:
             yield reader
         finally:
             reader.deadline = before
+            self._lock.release()
 
     def refuse_later(self, write: Ticket[Any]) -> None:
         """Raise at once if nobody who reads here will ever see ``write``."""
@@ -176,11 +197,13 @@ class Snapshot:
         self.reader.guard.is_spoilt = True
 
     def end(self) -> None:
+        """End the loan: once the call that is under way in another thread is over."""
         if self.reader.is_inherited:
             return
+        self.is_left = True
         with self._lock:
             self._ended = True
-        self.lent.close_cursors()
+            self.lent.close_cursors()
 
 
 class Borrowing:
@@ -197,11 +220,12 @@ class Borrowing:
     is_over = False
     is_named = False  # a warning was given
     wakeup: Any = None
+    loop: AbstractEventLoop | None = None  # in whose thread the block was entered
 
     def __init__(self, label: str) -> None:
         self.label = label
         self.since = monotonic()
-        self.thread = get_ident()
+        self.thread = get_ident()  # which gives it back; 0: any may
 
 
 class ReaderPool:
@@ -224,8 +248,6 @@ class ReaderPool:
         self._extras = 0  # lent beside them
         self._waiting: deque[Borrowing] = deque()
         self._lent: set[Borrowing] = set()
-        self._snapshots = 0  # open ones, of all threads: most reads need not look for one of their thread
-        self._local = threading.local()
         self._closed = False
         self._all_back = threading.Event()
         self._on_all_back: Callable[[], object] = _return
@@ -246,8 +268,13 @@ class ReaderPool:
             reader = self._borrow(borrowing, deadline)
             self.pin(reader, label)
             reader.deadline = math.inf
-            with self._seen(reader) as snapshot:
-                yield snapshot
+            borrowing.thread, borrowing.loop = 0, _get_running_loop()
+            snapshot = Snapshot(reader)
+            try:
+                with self.inside(snapshot):
+                    yield snapshot
+            finally:
+                snapshot.end()
         except sqlite3.DatabaseError as error:
             self._holder.note_corruption(error)
             raise
@@ -263,36 +290,11 @@ class ReaderPool:
         reader.seen = self._holder.tally.committed
         reader.attempt(label, reader.pin)
 
-    @contextlib.contextmanager
-    def _seen(self, reader: Reader) -> Iterator[Snapshot]:
-        """For the ``with`` block the thread's own reads use the pinned ``reader``."""
-        snapshot = Snapshot(reader, self._holder.place())
-        stack = self._stack()
-        with self._lock:
-            self._snapshots += 1
-        try:
-            stack.append(snapshot)
-            yield snapshot
-        finally:
-            with self._lock:
-                self._snapshots -= 1
-            if snapshot in stack:  # of the thread that entered, which need not be this one
-                stack.remove(snapshot)
-            snapshot.end()
-
-    def current(self) -> Snapshot | None:
-        """The snapshot that the calling thread's reads belong to, unless it is in a transaction begun later."""
-        stack = self._stack()
-        if stack and not stack[-1].reader.is_inherited and stack[-1].outside == self._holder.place():
-            return stack[-1]
-        return None
+    def inside(self, snapshot: Snapshot) -> contextlib.AbstractContextManager[None]:
+        """For the ``with`` block the caller's reads see it."""
+        return self._holder.scopes.inside(snapshot, writes=False)
 
     def read(self, sql: str, parameters: Parameters, fetch: Fetch[T], label: str, deadline: float) -> T:
-        snapshot = self.current() if self._snapshots else None
-        if snapshot is not None:
-            with snapshot.until(deadline) as reader:
-                seen: T = snapshot.call(reader.attempt, label, reader.fetch, sql, parameters, fetch)
-                return seen
         borrowing = Borrowing(label)
         try:
             reader = self._borrow(borrowing, deadline)
@@ -315,10 +317,6 @@ class ReaderPool:
 
     def call(self, function: Callable[[sqlite3.Connection], T], label: str, deadline: float) -> T:
         """What ``function`` returns, called with a connection on one snapshot."""
-        snapshot = self.current()
-        if snapshot is not None:
-            with snapshot.until(deadline) as reader:
-                return refuse_live(reader.in_time(label, function, snapshot.lent))
         borrowing = Borrowing(label)
         try:
             self._borrow(borrowing, deadline)
@@ -340,8 +338,12 @@ class ReaderPool:
             if own:
                 return reader.attempt(label, function, reader.connection)
             self.pin(reader, label)
-            with self._seen(reader) as snapshot:
-                return refuse_live(reader.in_time(label, function, snapshot.lent))
+            snapshot = Snapshot(reader)
+            try:
+                with self.inside(snapshot):
+                    return refuse_live(reader.in_time(label, function, snapshot.lent))
+            finally:
+                snapshot.end()
         except sqlite3.DatabaseError as error:
             self._holder.note_corruption(error)
             raise
@@ -368,9 +370,10 @@ class ReaderPool:
 
     @property
     def has_mine(self) -> bool:
-        """Whether the calling thread has one, or is in line."""
-        me = get_ident()
-        return any(borrowing.thread == me for borrowing in (*self._lent.copy(), *self._waiting.copy()))
+        """Whether one cannot come back while the calling thread waits."""
+        me, loop = get_ident(), _get_running_loop()
+        borrowings = (*self._lent.copy(), *self._waiting.copy())
+        return any(one.thread == me or (loop is not None and one.loop is loop) for one in borrowings)
 
     def seconds_until_slow(self) -> float | None:
         """When ``warn_if_slow`` has somebody to name; None: nobody is there."""
@@ -403,13 +406,6 @@ class ReaderPool:
             borrowing.is_named = True
             text = "slow: %s %s since %.1f s; while it is, the WAL cannot shrink"
             report(self._holder, logging.WARNING, text, borrowing.label, state, seconds)
-
-    def _stack(self) -> list[Snapshot]:
-        try:
-            return self._local.stack  # type: ignore[no-any-return]
-        except AttributeError:
-            self._local.stack = []
-            return self._stack()
 
     def close(self, patience: float | None = None) -> None:
         """Refuse new loans, wait until all connections are back (or ``stop_waiting``), and close them."""

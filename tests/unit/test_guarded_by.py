@@ -61,7 +61,7 @@ GUARDS = [
     Guard(
         "readers.py",
         "_lock",
-        {"_closed", "_count", "_extras", "_idle", "_on_all_back", "_snapshots", "_waiting", "has_place", "is_over"},
+        {"_closed", "_count", "_extras", "_idle", "_on_all_back", "_waiting", "has_place", "is_over"},
         held=frozenset(("_all_back_if_closed", "_grant")),
         free=frozenset(("__init__", "become_inherited")),
     ),
@@ -70,12 +70,14 @@ GUARDS = [
         "readers.py",
         "_lock",
         {"deadline"},
-        free=frozenset(("__init__", "_borrow", "clean", "reader_of", "snapshot", "until")),
+        free=frozenset(("__init__", "_borrow", "_until", "clean", "reader_of", "snapshot")),
     ),
     Guard("readers.py", "_lock", {"_ended"}, also_read=True, free=frozenset(("__init__",))),
     Guard("aio.py", "_lock", {"_openers", "_pool"}, free=frozenset(("_prepare",))),
-    Guard("taskblock.py", "_lock", {"taken"}, free=frozenset(("__init__",))),
-    Guard("taskblock.py", "_lock", {"_accepts"}, also_read=True, free=frozenset(("__init__", "until_innermost"))),
+    Guard(
+        "taskblock.py", "_lock", {"_accepts"}, also_read=True, free=frozenset(("__init__", "needs", "until_innermost"))
+    ),
+    Guard("taskblock.py", "_lock", {"_changes"}, also_read=True, free=frozenset(("__init__",))),
     Guard("exit.py", "_lock", {"_open"}, also_read=True, free=frozenset(("_forget_in_child",))),
 ]
 

@@ -246,7 +246,7 @@ def test_inside_a_block_that_max_hold_has_ended_the_gateways_calls_raise_too(db:
     }
     with pytest.raises(TransactionClosedError), db.transaction(max_hold=0.01):
         threading.Thread(target=db.run, args=(INSERT, (1,))).start()
-        while not db._holder.taken:
+        while db.in_writer():
             assert not threading.Event().wait(0.001)
         with pytest.raises(TransactionClosedError, match="max_hold"):
             calls[call]()
@@ -494,7 +494,7 @@ def test_a_nested_block_that_ends_after_its_outer_one_was_taken_changes_nothing_
             tx.connection.text_factory = bytes
             with db.transaction() as inner:
                 assert inner.connection.execute("SELECT 'x'").fetchone() == (b"x",)
-                while not db._holder.taken:
+                while db.in_writer():
                     assert not threading.Event().wait(0.001)
                 other = threading.Thread(target=db.run, args=("SELECT 1",))
                 other.start()
