@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import queue
 import signal
 import sqlite3
 import subprocess
@@ -13,7 +12,6 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +21,6 @@ from onewriter import AsyncDbWriter, DbWriter, ReentrantWriteError, Ticket, Tran
 from onewriter.checkpoint import Checkpointer
 from onewriter.connection import open_to_look
 from onewriter.driver import InlineDriver
-from onewriter.taskblock import TaskBlock
 
 INSERT = "INSERT INTO t VALUES (?)"
 FILL = "f = open({path!r}, 'r+b'); f.seek({page}); f.write(b'\\xff' * 4096)"

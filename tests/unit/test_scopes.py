@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import contextvars
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -115,8 +115,12 @@ def test_a_call_belongs_to_a_block_of_its_context_and_thread(
 ) -> None:
     with db.transaction() as tx:
         tx.execute(INSERT, (1,))
-        around = {"block": contextlib.nullcontext, "nested": db.transaction, "savepoint": tx.savepoint}[depth]
-        with around():
+        around: dict[str, Callable[[], Any]] = {
+            "block": contextlib.nullcontext,
+            "nested": db.transaction,
+            "savepoint": tx.savepoint,
+        }
+        with around[depth]():
             assert place(lambda: outcome(lambda: CALLS[call](db))) == PLACES[place]
 
 
@@ -189,7 +193,7 @@ def test_a_block_that_was_taken_away_decides_until_its_end_and_says_so(db: DbWri
     assert db.read_value(COUNT) == 1
 
 
-def dependency(db: DbWriter) -> Iterator[Transaction]:
+def dependency(db: DbWriter) -> Generator[Transaction, None, None]:
     with db.transaction() as tx:
         yield tx
 
@@ -215,12 +219,16 @@ def test_a_pools_next_work_in_a_blocks_thread_is_not_in_the_block(db: DbWriter, 
 
 
 def test_a_pools_next_work_in_a_readers_thread_is_not_in_the_reader(db: DbWriter) -> None:
-    def snapshot() -> Iterator[Any]:
+    def snapshot() -> Generator[Any, None, None]:
         with db.reader() as connection:
             yield connection
 
     with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other, ThreadPool(1) as old:
-        for first in (lambda fn, *args: one.submit(fn, *args).result(DEADLINE), lambda fn, *args: old.apply(fn, args)):
+        firsts: list[Callable[..., Any]] = [
+            lambda fn, *args: one.submit(fn, *args).result(DEADLINE),
+            lambda fn, *args: old.apply(fn, args),
+        ]
+        for first in firsts:
             db.run("DELETE FROM t")
             reader = snapshot()
             connection = first(next, reader)
@@ -326,8 +334,12 @@ def test_an_awaited_call_belongs_to_a_block_of_its_task(
     async def main() -> None:
         async with both(db) as shared, shared.transaction() as tx:
             await tx.execute(INSERT, (1,))
-            around = {"block": contextlib.nullcontext, "nested": shared.transaction, "savepoint": tx.savepoint}[depth]
-            async with around():
+            around: dict[str, Callable[[], Any]] = {
+                "block": contextlib.nullcontext,
+                "nested": shared.transaction,
+                "savepoint": tx.savepoint,
+            }
+            async with around[depth]():
                 found = await place(lambda: outcome_of(AWAITED[call](shared)))
                 assert found == (INSIDE if place is in_the_task else OUTSIDE)
 
@@ -402,7 +414,7 @@ def test_a_blocking_read_in_a_tasks_block_or_reader_belongs_to_it(db: DbWriter) 
                 with pytest.raises(ReentrantWriteError):
                     db.run(INSERT, (2,))
             async with shared.reader():
-                await in_the_task(lambda: shared.run("DELETE FROM t"))  # type: ignore[arg-type]
+                await shared.run("DELETE FROM t")
                 assert db.read_value(COUNT) == 1
             with db.reader():
                 await shared.run(INSERT, (3,))
@@ -470,7 +482,7 @@ def test_a_block_whose_loop_is_closed_is_rolled_back(db: DbWriter) -> None:
     with asyncio.Runner() as runner:
         tx = runner.run(block.__aenter__())
         runner.run(tx.execute(INSERT, (1,)))
-        runner.get_loop().shutdown_asyncgens = lambda: asyncio.sleep(0)  # type: ignore[method-assign, assignment]
+        runner.get_loop().shutdown_asyncgens = lambda: asyncio.sleep(0)  # type: ignore[method-assign]
     db.run(INSERT, (2,), timeout=DEADLINE)
     assert db.read("SELECT n FROM t") == [(2,)]
     with pytest.raises(TransactionClosedError, match="loop was closed"), asyncio.Runner() as runner:
