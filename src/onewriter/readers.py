@@ -44,7 +44,7 @@ class Reader:
         self.guard = guard
         self.is_pinned = False
         self.seen = 0  # how many jobs were committed before its transaction began
-        self._pins = [self.guard.own(f'PRAGMA "{name}".schema_version') for name in database_names(connection)]
+        self._pins: list[str] | None = None
         self._policy = policy
         self._row_factory, self._text_factory = connection.row_factory, connection.text_factory
         self.watch = Watch(self._is_late)
@@ -95,6 +95,9 @@ class Reader:
         """Begin a transaction that sees this moment until ``clean``."""
         if not self.connection.in_transaction:  # tried again after it met a lock, it has begun already
             self._own("BEGIN")
+        if self._pins is None:  # not before there is somebody who waits: the names may be behind a lock
+            names = database_names(self.connection)
+            self._pins = [self.guard.own(f'PRAGMA "{name}".schema_version') for name in names]
         for read in self._pins:  # BEGIN alone pins no snapshot: the first read of each database does
             self.fetch(read, (), _nothing)
         self.is_pinned = True
@@ -355,6 +358,11 @@ class ReaderPool:
     @property
     def in_use(self) -> int:
         return len(self._lent)
+
+    @property
+    def has_connections(self) -> bool:
+        """Whether any is open, or about to be."""
+        return self._count > 0 or self._extras > 0
 
     @property
     def waiting(self) -> int:

@@ -146,10 +146,10 @@ def test_the_process_itself_is_named_as_such() -> None:
 def test_who_reads_the_log_is_named_once(path: Path) -> None:
     with DbWriter(path) as db:
         db.run("CREATE TABLE t (n)")
-        assert locks.describe_wal_readers(str(path), []) == "somebody who cannot be told here"
+        assert locks.describe_wal_readers([str(path)], []) == "somebody who cannot be told here"
         with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
             other.execute("BEGIN")
             other.execute("SELECT * FROM t").fetchall()
             mine = locks.describe_process(os.getpid())
-            assert locks.describe_wal_readers(str(path), []) == mine
-            assert locks.describe_wal_readers(str(path), ["'a label'"]) == "'a label'"
+            assert locks.describe_wal_readers([str(path)], []) == mine
+            assert locks.describe_wal_readers([str(path)], ["'a label'"]) == "'a label'"
