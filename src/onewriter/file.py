@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterable, Iterator
 
 from onewriter.errors import WriterBrokenError
+from onewriter.mounts import is_mounted_alone
 
 LOOK = 0.1  # seconds between two looks
 LOG, INDEX, JOURNAL = "-wal", "-shm", "-journal"  # https://www.sqlite.org/tempfiles.html
@@ -43,7 +44,8 @@ class DatabaseFile:
     def __init__(self, path: str) -> None:
         self.path = path
         # The databases that have a log. SQLite follows links, and keeps it beside the file itself.
-        self.logged = [os.path.realpath(path)]
+        self.logged = self.files = [os.path.realpath(path)]
+        self.exposed = ""  # why what is written is less safe here than elsewhere
         self.identity: Identity | None = None  # None: not opened yet
         self._logs: dict[str, Identity] = {}  # and their indexes, by name
         self._looked_at = 0.0
@@ -51,10 +53,16 @@ class DatabaseFile:
         self.is_smaller = False  # at the last look
         self.overwritten = ""
 
-    def remember(self, logged: Iterable[str]) -> None:
-        """The writer has opened the file, and the logs of ``logged``: the main database and attached ones."""
+    @property
+    def unlogged(self) -> list[str]:
+        """The databases in a rollback-journal mode."""
+        return [path for path in self.files if path not in self.logged]
+
+    def remember(self, files: Iterable[str], logged: Iterable[str]) -> None:
+        """The writer has opened the files of the main database and of attached ones, and the logs of ``logged``."""
         if self.identity is None:
             self.identity = _identity(os.stat(self.path))
+        self.files = list(dict.fromkeys(map(os.path.realpath, filter(None, files))))
         self.logged = list(dict.fromkeys(map(os.path.realpath, logged)))
         names = [f"{path}{suffix}" for path in self.logged for suffix in (LOG, INDEX)]
         logs = {name: self._logs[name] for name in names if name in self._logs}
@@ -171,6 +179,16 @@ class DatabaseFile:
             return True
         except OSError:
             return False
+
+
+def exposure(paths: Iterable[str]) -> str:
+    """What is less safe about these files than it seems; empty: nothing."""
+    return "; ".join(
+        f"{path} is mounted alone, without its folder: SQLite keeps the log beside it, where it goes with the container, "
+        "and what is still in it is lost. Mount the folder"
+        for path in paths
+        if is_mounted_alone(path)
+    )
 
 
 def refuse_left_open(path: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
 import sqlite3
 import threading
@@ -39,7 +38,8 @@ class Holder:
 
     def __init__(self, slow_after: float, path: str) -> None:
         self.slow_after = slow_after
-        self._in_the_way: Callable[[], str] = functools.partial(describe_lock, path)
+        self._path = path
+        self._in_the_way: Callable[[], str] | None = None  # says who has the lock; None: the one that writers have
         self._lock_told = -FRESH, ""  # who holds SQLite's lock, and when that was looked up
         self._warned_of = 0.0  # the job that a warning has named: when it started
         self.lock = threading.RLock()
@@ -95,8 +95,7 @@ class Holder:
         since = getattr(job, "started_at", now) if job is not None else now if waiting is None else waiting[1]
         return now - since > self.slow_after
 
-    def wait_for_lock(self, job: Job[Any], in_the_way: Callable[[], str]) -> None:
-        """``in_the_way`` says who has it."""
+    def wait_for_lock(self, job: Job[Any], in_the_way: Callable[[], str] | None = None) -> None:
         self._in_the_way, self._lock_told = in_the_way, (-FRESH, "")
         self.waiting = (job, monotonic())
 
@@ -182,7 +181,7 @@ class Holder:
     def _describe_lock(self) -> str:
         told_at, text = self._lock_told
         if monotonic() - told_at > FRESH:  # a thousand tasks may ask at once, in their loop
-            text = self._in_the_way()
+            text = describe_lock(self._path) if self._in_the_way is None else self._in_the_way()
             self._lock_told = monotonic(), text
         return text
 

@@ -55,7 +55,7 @@ def describe_readers(paths: Iterable[str], borrowers: list[str]) -> str:
     """For messages: whom a COMMIT waits for; ``borrowers`` are readers of the calling gateway."""
     found = dict.fromkeys(process for path in paths for process in readers_in_the_way(path) or [])
     who = ", ".join([*borrowers, *map(describe_process, found)])
-    return f"COMMIT waits for those who read: {who or 'somebody who cannot be told here'}"
+    return f"COMMIT waits for those who read: {who or 'somebody who cannot be told here, another connection of this process, say'}"
 
 
 def describe_lock(path: str) -> str:

@@ -21,7 +21,7 @@ from onewriter.checkpoint import Checkpoint, Checkpointer
 from onewriter.connection import Settings, configure, open_writer, set_pragma
 from onewriter.errors import CommitUnknownError, WriterClosedError
 from onewriter.events import BatchEnded, Hook, WriterBroken
-from onewriter.file import DatabaseFile, FileMovedError
+from onewriter.file import DatabaseFile, FileMovedError, exposure
 from onewriter.fork import forked_error
 from onewriter.guard import Guard, Mode
 from onewriter.holder import CORRUPT, Holder, broken_error
@@ -124,7 +124,7 @@ class WriterLoop:
         holder, now = self.holder, monotonic()
         if holder.health != "ok":
             return holder.health
-        why = [self._checkpointer.starved]
+        why = [self.file.exposed, self._checkpointer.starved]
         if self.queue.is_nearly_full:
             why.append(f"the queue is nearly full: {self.queue.fill}")
         if holder.is_slow(now):
@@ -253,13 +253,20 @@ class WriterLoop:
         session = open_writer(self._settings, self._guard, self._policy, self._tell_waiting, WriteSession)
         self._session = session
         try:
-            self.file.remember(session.logs.values())
+            self.file.remember(session.files.values(), session.logs.values())
         except BaseException:
             self._drop_session()
             raise
         self._checkpointer.remember_size(session)
+        self._tell_exposed()
         self._guard.schema_changed = True
         return session
+
+    def _tell_exposed(self) -> None:
+        before = self.file.exposed
+        self.file.exposed = exposure(self.file.files)
+        if self.file.exposed and self.file.exposed != before:
+            report(self.holder, logging.CRITICAL, "%s: %s", self.label, self.file.exposed)
 
     def _write_group(self) -> None:
         """Bring the first pending jobs to their outcome: as many as may share one transaction."""
@@ -405,7 +412,7 @@ class WriterLoop:
             if not is_busy(error) or self._is_undone(session):
                 raise
             self._batch.retried = True
-            self.holder.wait_for_lock(job, self._in_the_way)
+            self.holder.wait_for_lock(job, self._in_the_way if self._is_committing else None)
             first = error
 
             def again() -> None:
@@ -429,9 +436,7 @@ class WriterLoop:
     def _in_the_way(self) -> str:
         """For messages: who has the lock that the last attempt met."""
         if self._is_committing:  # which readers hold up, in the rollback-journal modes
-            assert self._session is not None
-            files = [file for name, file in self._session.files.items() if file and name not in self._session.logs]
-            return describe_readers(files, self.readers.borrowers)
+            return describe_readers(self.file.unlogged, self.readers.borrowers)
         return describe_lock(self._settings.path)
 
     def _count_attempts(self) -> None:
