@@ -162,7 +162,7 @@ def open_reader(settings: Settings, guard: ReadGuard, policy: LockPolicy) -> sql
             _end_by_hand(connection)
             # mode=ro alone lets TEMP tables, ATTACHed files and VACUUM INTO be written.
             connection.execute("PRAGMA query_only=1").close()
-            connection.set_authorizer(guard)
+            connection.set_authorizer(guard.authorizer)
             return connection
 
     return _open(settings, policy, lambda has_it, text: None, attempt)
