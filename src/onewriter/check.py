@@ -136,7 +136,8 @@ def _look(report: Report, *, immutable: bool) -> None:
             report.problems.append(_cut_off(path))
             report.not_checked += ALL_CHECKS
         elif code == sqlite3.SQLITE_NOTADB:
-            raise CannotCheckError(f"{error}" + (", or it is encrypted" if report.bytes >= SMALLEST_FILE else "")) from None
+            encrypted = ", or it is encrypted" if report.bytes >= SMALLEST_FILE else ""
+            raise CannotCheckError(f"{error}{encrypted}") from None
         else:
             raise CannotCheckError(str(error)) from None
 
@@ -145,9 +146,9 @@ def _cut_off(path: str) -> str:
     """What a crash has left, and what becomes of it."""
     if os.path.exists(f"{path}{JOURNAL}"):
         return (
-            f"not checked any further: a crash has cut a transaction off, and {path}{JOURNAL} has what was there before. "
-            "The next connection that may write puts that back, and so undoes it: open the file once, and check again. "
-            "Without that journal the file would be damaged"
+            f"not checked any further: a crash has cut a transaction off, and {path}{JOURNAL} has what was there "
+            "before. The next connection that may write puts that back, and so undoes it: open the file once, and "
+            "check again. Without that journal the file would be damaged"
         )
     return (
         f"not checked any further: a crash has left {path}{LOG} behind. The next connection that may write reads it "

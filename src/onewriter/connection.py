@@ -124,7 +124,7 @@ def check_company(path: str) -> None:
             raise _cannot_open(
                 path,
                 f"{name}, which SQLite keeps beside the database, is not writable: another user has made it. Give this "
-                "one the right to write it, or have that one's last connection closed by somebody who may write the file",
+                "one the right to write it, or let one who may write the file and it open and close the database",
                 sqlite3.SQLITE_READONLY,
                 "SQLITE_READONLY",
             )
@@ -245,12 +245,7 @@ def check_pragmas(pragmas: Mapping[str, str | int]) -> None:
             raise ValueError(f"pragmas: {name} is the gateway's own: {OWN_PRAGMAS[name.lower()]}")
 
 
-def _open(
-    settings: Settings,
-    policy: LockPolicy,
-    tell: Callable[[bool, str], object],
-    attempt: Callable[[], T],
-) -> T:
+def _open(settings: Settings, policy: LockPolicy, tell: Callable[[bool, str], object], attempt: Callable[[], T]) -> T:
     try:
         return policy.call(attempt, tell)
     except sqlite3.Error as error:

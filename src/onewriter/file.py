@@ -64,12 +64,10 @@ class DatabaseFile:
             self.identity = _identity(os.stat(self.path))
         self.files = list(dict.fromkeys(map(os.path.realpath, filter(None, files))))
         self.logged = list(dict.fromkeys(map(os.path.realpath, logged)))
-        names = [f"{path}{suffix}" for path in self.logged for suffix in (LOG, INDEX)]
-        logs = {name: self._logs[name] for name in names if name in self._logs}
-        for name in names:
-            if name not in logs:
-                with contextlib.suppress(FileNotFoundError):  # SQLite makes them when they are needed
-                    logs[name] = _identity(os.stat(name))
+        logs = {}
+        for name in (f"{path}{suffix}" for path in self.logged for suffix in (LOG, INDEX)):
+            with contextlib.suppress(FileNotFoundError):  # SQLite makes them when they are needed
+                logs[name] = _identity(os.stat(name))
         self._logs = logs
 
     def remember_size(self) -> None:
@@ -134,21 +132,17 @@ class DatabaseFile:
         """The file is smaller than it can be."""
         found = _size(self.path) if size is None else size
         self.overwritten = (
-            f"{self.path} has {found:,} bytes, less than the {self.size:,} that were in it: it was overwritten while it "
-            f"was open, as by a copy of a backup, so the last writes may be lost. {self.path}{LOG} may belong to what was "
-            "there before. Close all that has the file open; to restore a backup, remove the log and then copy it"
+            f"{self.path} has {found:,} bytes, less than the {self.size:,} that were in it: it was overwritten while "
+            f"it was open, as by a copy of a backup, so the last writes may be lost. {self.path}{LOG} may belong to "
+            "what was there before. Close all that has the file open; to restore a backup, remove the log, then copy it"
         )
         raise FileMovedError(self.overwritten)
 
-    def close(self, connection: sqlite3.Connection, *, is_last: bool) -> None:
-        """Close the write connection; ``is_last``: there is no other of this gateway.
-
-        Nothing is written over what others have put in the place of a log that is lost.
-        """
+    def close(self, connection: sqlite3.Connection) -> None:
+        """Close the write connection; nothing is written over what others have put in the place of a lost log."""
         endangered = self._endangered()
         if not endangered:
-            if is_last:
-                self._logs = {}  # SQLite deletes them
+            self._logs = {}  # SQLite deletes them, unless a reader has begun to use them
             connection.close()
             return
         with _kept_open(endangered) as is_kept:
@@ -184,8 +178,8 @@ class DatabaseFile:
 def exposure(paths: Iterable[str]) -> str:
     """What is less safe about these files than it seems; empty: nothing."""
     return "; ".join(
-        f"{path} is mounted alone, without its folder: SQLite keeps the log beside it, where it goes with the container, "
-        "and what is still in it is lost. Mount the folder"
+        f"{path} is mounted alone, without its folder: SQLite keeps the log beside it, where it goes with the "
+        "container, and what is still in it is lost. Mount the folder"
         for path in paths
         if is_mounted_alone(path)
     )

@@ -23,7 +23,14 @@ from onewriter import exit as at_exit
 from onewriter.backup import check_backup, copy
 from onewriter.block import BlockJob
 from onewriter.checkpoint import Checkpoint
-from onewriter.connection import Settings, check_company, check_path, check_pragmas, refuse_old_sqlite, refuse_unsafe_sqlite
+from onewriter.connection import (
+    Settings,
+    check_company,
+    check_path,
+    check_pragmas,
+    refuse_old_sqlite,
+    refuse_unsafe_sqlite,
+)
 from onewriter.driver import Driver, InlineDriver, ThreadDriver
 from onewriter.errors import (
     ReadTimeoutError,

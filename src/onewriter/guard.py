@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import functools
 import secrets
@@ -60,7 +61,7 @@ class _Refusals:
         return sqlite3.SQLITE_DENY
 
     def explain(self, error: BaseException) -> None:
-        """Say why, if a refusal is what ``error`` is about; raise what a signal handler raised in place of an answer."""
+        """Say why, if a refusal is what ``error`` is about; raise what was raised in place of an answer."""
         questions = self.authorizer.cache_info().misses
         reason, self.refusal = self.refusal, None
         caught, self._caught = self._caught, None
@@ -70,7 +71,8 @@ class _Refusals:
         if unanswered and threading.current_thread() is threading.main_thread():  # where signal handlers run
             raise KeyboardInterrupt("a signal handler raised while SQLite prepared a statement") from error
         if reason is not None:
-            error.add_note(f"onewriter: {reason}")
+            with contextlib.suppress(Exception):  # as from a frozen dataclass, which refuses notes
+                error.add_note(f"onewriter: {reason}")
 
 
 class ReadGuard(_Refusals):

@@ -15,6 +15,7 @@ WRITE_BYTE = 120  # of the -shm file: https://www.sqlite.org/walformat.html#wal_
 PENDING, LAST = 0x40000000, 0x40000000 + 511
 SHARED = 0x40000002
 COMMAND_LENGTH = 100
+UNKNOWN_READER = "somebody who cannot be told here, another connection of this process, say"
 
 
 def lock_holders(path: str) -> list[int] | None:
@@ -55,7 +56,7 @@ def describe_readers(paths: Iterable[str], borrowers: list[str]) -> str:
     """For messages: whom a COMMIT waits for; ``borrowers`` are readers of the calling gateway."""
     found = dict.fromkeys(process for path in paths for process in readers_in_the_way(path) or [])
     who = ", ".join([*borrowers, *map(describe_process, found)])
-    return f"COMMIT waits for those who read: {who or 'somebody who cannot be told here, another connection of this process, say'}"
+    return f"COMMIT waits for those who read: {who or UNKNOWN_READER}"
 
 
 def describe_lock(path: str) -> str:

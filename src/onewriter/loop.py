@@ -691,6 +691,10 @@ class WriterLoop:
         self._settle([job], runs, commits=int(job.failed_with is None))
 
     def _fail(self, job: Job[Any], error: BaseException) -> None:
+        try:
+            self._guard.explain(error)
+        except BaseException as raised:  # while SQLite asked whether it may
+            error = raised
         with contextlib.suppress(Exception):  # as from a frozen dataclass, which refuses notes
             self._annotate(job, error)
         job.set_outcome(None, error)
@@ -698,7 +702,6 @@ class WriterLoop:
     def _annotate(self, job: Job[Any], error: BaseException) -> None:
         BaseException.with_traceback(error, without_own_frames(error.__traceback__))
         self.holder.note_corruption(error)
-        self._guard.explain(error)
         note = f"onewriter: job {job.describe()}, attempts to get SQLite's lock: {max(1, self._policy.attempts)}"
         if is_busy(error):
             note += f" in {self._policy.waited:.2f} s; {self._in_the_way()}"
@@ -784,7 +787,7 @@ class WriterLoop:
         """Close the connection, which rolls back; the next job opens another."""
         session, self._session = self._session, None
         if session is not None:
-            self.file.close(session.connection, is_last=not self.readers.has_connections)
+            self.file.close(session.connection)
 
     def _tell_waiting(self, has_it: bool, text: str) -> None:
         where = f"opening {self._settings.path}" if self._session is None else self.holder.describe(has_it)

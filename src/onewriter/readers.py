@@ -360,11 +360,6 @@ class ReaderPool:
         return len(self._lent)
 
     @property
-    def has_connections(self) -> bool:
-        """Whether any is open, or about to be."""
-        return self._count > 0 or self._extras > 0
-
-    @property
     def waiting(self) -> int:
         """How many wait for a connection."""
         return len(self._waiting)
