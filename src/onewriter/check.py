@@ -74,6 +74,9 @@ def check(path: str) -> Report:
     """Look at the file. Raises CannotCheckError."""
     _refuse(path)
     path = os.path.realpath(path)
+    company = _company(path)  # before SQLite opens the file: run by root, it gives its own files to the owner of that
+    if os.stat(path).st_size == 0 and DatabaseFile(path).wal_bytes() > 0:  # it would delete that log
+        return Report(path, wal_bytes=DatabaseFile(path).wal_bytes(), not_checked=[*ALL_CHECKS], problems=company)
     for may_be_closed in (True, True, False):
         report, before = Report(path), os.stat(path)
         is_closed_wal = may_be_closed and not _is_open(path) and _is_wal_by_header(path)
@@ -83,6 +86,7 @@ def check(path: str) -> Report:
         unchanged = (after.st_mtime_ns, after.st_size) == (before.st_mtime_ns, before.st_size)
         if not is_closed_wal or (unchanged and not _is_open(path)):  # or else somebody has opened it meanwhile
             break
+    report.problems[:0] = company
     _judge(report)
     return report
 
@@ -194,7 +198,6 @@ def _processes(pids: list[int] | None) -> list[Process] | None:
 def _judge(report: Report) -> None:
     """Say what the findings mean."""
     problems, advice = report.problems, report.advice
-    problems += _company(report.path)
     if report.bytes == 0:
         advice.append("the file is empty, a database without tables: if rows were expected, this is not the path")
     if report.quick_check:

@@ -159,6 +159,7 @@ def open_reader(settings: Settings, guard: ReadGuard, policy: LockPolicy) -> sql
         with _closing_on_error(connection):
             _apply_pragmas(connection, settings)
             _call_hook(connection, settings, readonly=True)
+            pragma(connection, "locking_mode", "NORMAL")
             _end_by_hand(connection)
             # mode=ro alone lets TEMP tables, ATTACHed files and VACUUM INTO be written.
             connection.execute("PRAGMA query_only=1").close()

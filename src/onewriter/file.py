@@ -66,7 +66,7 @@ class DatabaseFile:
         self.logged = list(dict.fromkeys(map(os.path.realpath, logged)))
         logs = {}
         for name in (f"{path}{suffix}" for path in self.logged for suffix in (LOG, INDEX)):
-            with contextlib.suppress(FileNotFoundError):  # SQLite makes them when they are needed
+            with contextlib.suppress(OSError):  # SQLite makes them when they are needed
                 logs[name] = _identity(os.stat(name))
         self._logs = logs
 
