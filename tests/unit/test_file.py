@@ -292,7 +292,7 @@ def test_a_connection_that_cannot_be_closed_without_harm_stays_open_and_the_file
     db.run(INSERT, (1,))
     lose_log(path)
     run_child(WRITES_AND_IS_KILLED.format(path=str(path)))
-    monkeypatch.setattr(file.sys, "executable", "/nothing/there")
+    monkeypatch.setattr(sys, "executable", "/nothing/there")
     db.close()
     monkeypatch.undo()
     with pytest.raises(WriterBrokenError, match="in another process"):
@@ -411,16 +411,16 @@ CHECKPOINTS = "import sqlite3; sqlite3.connect({path!r}).execute('PRAGMA wal_che
 
 @pytest.mark.parametrize("reason", [errno.EACCES, errno.EIO, errno.ESTALE, errno.ENFILE])
 def test_a_look_that_fails_for_a_moment_means_nothing(path: Path, reason: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(name: object, *arguments: Any, **options: Any) -> os.stat_result:
+    def fail(name: Any, *arguments: Any, **options: Any) -> os.stat_result:
         if str(path) in str(name):
             raise OSError(reason, os.strerror(reason), str(name))
-        return original(name, *arguments, **options)  # type: ignore[call-overload, no-any-return]
+        return original(name, *arguments, **options)
 
     original = os.stat
     with DbWriter(path) as db:
         db.run("CREATE TABLE t (n)")
         with monkeypatch.context() as patch:
-            patch.setattr(file.os, "stat", fail)
+            patch.setattr(os, "stat", fail)
             db.run(INSERT, (1,))
             assert db.read("SELECT n FROM t") == [(1,)]
         assert db.run(INSERT, (2,)).rowcount == 1
