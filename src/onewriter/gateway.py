@@ -529,8 +529,9 @@ class DbWriter:
     def health(self) -> str:
         """``"ok"``, ``"degraded: why"`` or ``"broken: why"``, at this moment. Never touches the database.
 
-        Degraded: the file is damaged, a job has the writer or waits for SQLite's lock longer than ``slow_after``, the
-        queue is nearly full, readers keep the WAL over ``wal_limit``, or the file is mounted alone. Broken: out of service, see WriterBrokenError.
+        Degraded: the file is damaged or mounted alone, a job has the writer or waits for SQLite's lock longer than
+        ``slow_after``, the queue is nearly full, or readers keep the WAL over ``wal_limit``. Broken: out of service,
+        see WriterBrokenError.
         """
         return self._loop.health
 
