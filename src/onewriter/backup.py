@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import operator
 import os
 import secrets
 import sqlite3
@@ -10,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from onewriter import exit as at_exit
-from onewriter.connection import check_path, open_new
+from onewriter.connection import check_path, database_files, open_new
 from onewriter.lent import LentConnection
 
 Progress = Callable[[int, int, int], object]
@@ -55,14 +57,33 @@ def copy(source: sqlite3.Connection, target: Any, progress: Progress | None, pag
     if isinstance(target, sqlite3.Connection):
         source.backup(target, pages=pages, progress=progress)
         return
-    with _appearing_at(os.path.realpath(os.fsdecode(target))) as unfinished:
+    path = os.path.realpath(os.fsdecode(target))
+    with _appearing_at(path) as unfinished:
         # It stays open until SQLite has closed the file: closing it earlier would drop SQLite's locks there.
-        descriptor = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        descriptor = _create(unfinished, [database_files(source)["main"], path])
         try:
             _copy_in_steps(source, unfinished, descriptor, progress, pages)
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _create(name: str, models: list[str]) -> int:
+    """Make a file that nobody may read who may not read all of ``models``, as far as they are there."""
+    found = []
+    for model in models:
+        with contextlib.suppress(FileNotFoundError):
+            found.append(os.stat(model))
+    mode = functools.reduce(operator.and_, (file.st_mode for file in found), 0o644)
+    descriptor = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode | 0o600)
+    if hasattr(os, "fchown"):
+        for file in found[:1]:
+            with contextlib.suppress(OSError):  # only a member of the group may give it away
+                os.fchown(descriptor, -1, file.st_gid)
+        new = os.fstat(descriptor)
+        if any(file.st_gid != new.st_gid for file in found):
+            os.fchmod(descriptor, new.st_mode & 0o707)
+    return descriptor
 
 
 def _copy_in_steps(

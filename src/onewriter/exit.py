@@ -13,6 +13,7 @@ from time import monotonic
 
 from onewriter.driver import Driver
 from onewriter.errors import ReentrantWriteError
+from onewriter.file import FileMovedError, refuse_left_open
 from onewriter.fork import forget_inherited
 from onewriter.log import report
 from onewriter.loop import WriterLoop
@@ -49,12 +50,29 @@ def forget(loop: WriterLoop) -> None:
 
 def others_on(path: str) -> bool:
     """Whether another open gateway of this process has the same file."""
+    return bool(_all_on(path))
+
+
+def refuse_lost(path: str) -> None:
+    """Raise FileMovedError if this process has the file still open with a log that is lost, which SQLite would go on
+    to use: it has one index of the log in memory for all connections of a process to a file.
+    """
+    refuse_left_open(path)
+    for loop in _all_on(path):
+        try:
+            loop.file.check_logs()
+        except FileMovedError as error:
+            error.add_note(f"onewriter: it is still open in another DbWriter of this process, {loop.label}: close it")
+            raise
+
+
+def _all_on(path: str) -> list[WriterLoop]:
     try:
         here = os.stat(path)
     except OSError:
-        return False
+        return []
     with _lock:
-        return any(loop.is_on(here) for loop in list(_open))
+        return [loop for loop in list(_open) if loop.is_on(here)]
 
 
 def _forget_in_child() -> None:

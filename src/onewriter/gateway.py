@@ -23,7 +23,14 @@ from onewriter import exit as at_exit
 from onewriter.backup import check_backup, copy
 from onewriter.block import BlockJob
 from onewriter.checkpoint import Checkpoint
-from onewriter.connection import Settings, check_path, check_pragmas, refuse_old_sqlite
+from onewriter.connection import (
+    Settings,
+    check_company,
+    check_path,
+    check_pragmas,
+    refuse_old_sqlite,
+    refuse_unsafe_sqlite,
+)
 from onewriter.driver import Driver, InlineDriver, ThreadDriver
 from onewriter.errors import (
     ReadTimeoutError,
@@ -131,6 +138,7 @@ class DbWriter:
         inline: bool = False,
     ) -> None:
         refuse_old_sqlite()
+        refuse_unsafe_sqlite()
         _check_count("readers", readers)
         _check_count("maxsize", maxsize)
         _check_count("wal_limit", wal_limit, least=0)
@@ -154,6 +162,7 @@ class DbWriter:
         self._path, folder = _resolve(path)
         try:
             check_path(os.path.realpath(self._path))
+            check_company(os.path.realpath(self._path))
             settings = Settings(
                 path=self._path,
                 lock_timeout=lock_timeout,
@@ -172,6 +181,7 @@ class DbWriter:
             loop = WriterLoop(settings, name, maxsize, readers, slow_after, max_hold, on_error, on_event, ended)
             driver: Driver = InlineDriver(loop) if inline else ThreadDriver(loop)
             refuse_inherited(self._path)
+            at_exit.refuse_lost(self._path)
             twins = at_exit.others_on(self._path)
             driver.start()
         except BaseException:
@@ -534,8 +544,9 @@ class DbWriter:
     def health(self) -> str:
         """``"ok"``, ``"degraded: why"`` or ``"broken: why"``, at this moment. Never touches the database.
 
-        Degraded: the file is damaged, a job has the writer or waits for SQLite's lock longer than ``slow_after``, the
-        queue is nearly full, or readers keep the WAL over ``wal_limit``. Broken: out of service, see WriterBrokenError.
+        Degraded: the file is damaged or mounted alone, a job has the writer or waits for SQLite's lock longer than
+        ``slow_after``, the queue is nearly full, or readers keep the WAL over ``wal_limit``. Broken: out of service,
+        see WriterBrokenError.
         """
         return self._loop.health
 

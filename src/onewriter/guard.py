@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
+import functools
 import secrets
 import sqlite3
 import threading
@@ -14,7 +16,6 @@ NOT_IN_A_TRANSACTION = frozenset(("foreign_keys", "journal_mode", "synchronous",
 NEVER = frozenset(("query_only", "busy_timeout", "locking_mode", "wal_autocheckpoint", "journal_size_limit"))
 NOT_ON_A_READER = NEVER | {"journal_mode"}
 ASKING = ("_info", "_xinfo", "_list", "_check")  # the ends of PRAGMAs whose argument sets nothing
-NO_FUNCTION = "not authorized to use function"  # which has no code of its own
 
 
 class Mode(enum.Enum):
@@ -29,33 +30,56 @@ IN_TRANSACTION = (Mode.JOB, Mode.LENT)
 
 
 class _Refusals:
-    """What an authorizer has refused, and why: SQLite says only "not authorized"."""
+    """What an authorizer has refused, and why: SQLite says only "not authorized", in one of its ways.
+
+    A signal handler runs, and may raise, wherever Python code does, so in an authorizer too; sqlite3 drops that, and
+    refuses the statement. What comes before the first line of Python code cannot be caught; that SQLite has asked and
+    not been answered is known all the same, since what counts the questions is C code.
+    """
 
     refusal: str | None = None
+
+    def __init__(self) -> None:
+        self.authorizer = functools.lru_cache(maxsize=0)(self._ask)  # which keeps nothing, and counts
+        self._answers = 0  # so many of the questions
+        self._caught: BaseException | None = None
+
+    def _ask(self, action: int, first: str | None, second: str | None, *_: str | None) -> int:
+        try:
+            answer = self.decide(action, first, second)
+            self._answers += 1
+            return answer
+        except BaseException as error:
+            self._caught = error
+            return sqlite3.SQLITE_DENY
+
+    def decide(self, action: int, first: str | None, second: str | None) -> int:
+        raise NotImplementedError
 
     def deny(self, reason: str) -> int:
         self.refusal = reason
         return sqlite3.SQLITE_DENY
 
     def explain(self, error: BaseException) -> None:
-        """Say why, if a refusal is what ``error`` is about."""
+        """Say why, if a refusal is what ``error`` is about; raise what was raised in place of an answer."""
+        questions = self.authorizer.cache_info().misses
         reason, self.refusal = self.refusal, None
-        if reason is not None:
-            error.add_note(f"onewriter: {reason}")
-        elif (
-            isinstance(error, sqlite3.Error)
-            and (getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_AUTH or str(error).startswith(NO_FUNCTION))
-            and not getattr(error, "__notes__", ())
-            and threading.current_thread() is threading.main_thread()
-        ):
-            # Nobody has refused: a signal handler raised as SQLite asked, and sqlite3 dropped what it raised.
+        caught, self._caught = self._caught, None
+        unanswered, self._answers = questions != self._answers, questions
+        if caught is not None:
+            raise caught from error
+        if unanswered and threading.current_thread() is threading.main_thread():  # where signal handlers run
             raise KeyboardInterrupt("a signal handler raised while SQLite prepared a statement") from error
+        if reason is not None:
+            with contextlib.suppress(Exception):  # as from a frozen dataclass, which refuses notes
+                error.add_note(f"onewriter: {reason}")
 
 
 class ReadGuard(_Refusals):
     """The authorizer of a reader: what mode=ro and query_only let through."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._secret = secrets.token_hex(8)
         self.is_own = False  # the pool's own statement is prepared
         self.is_spoilt = False  # somebody has set what would last beyond the loan
@@ -63,7 +87,7 @@ class ReadGuard(_Refusals):
     def own(self, sql: str) -> str:
         return f"{sql} /* {self._secret} */"
 
-    def __call__(self, action: int, first: str | None, second: str | None, *_: str | None) -> int:
+    def decide(self, action: int, first: str | None, second: str | None) -> int:
         if action in (sqlite3.SQLITE_ATTACH, sqlite3.SQLITE_DETACH):  # VACUUM INTO is an ATTACH too
             return self.deny("a reader cannot ATTACH, DETACH or VACUUM")
         if action == sqlite3.SQLITE_PRAGMA:
@@ -83,6 +107,7 @@ class Guard(_Refusals):
     """
 
     def __init__(self, journal_mode: str) -> None:
+        super().__init__()
         self._journal_mode = journal_mode
         # The texts of the gateway's own statements are unknown to jobs: SQLite does not ask again for a cached text.
         self._secret = secrets.token_hex(8)
@@ -97,9 +122,9 @@ class Guard(_Refusals):
     def install(self, connection: sqlite3.Connection) -> None:
         """Ask from now on, and for every statement prepared earlier too."""
         self.settings_touched = False
-        connection.set_authorizer(self)
+        connection.set_authorizer(self.authorizer)
 
-    def __call__(self, action: int, first: str | None, second: str | None, *_: str | None) -> int:
+    def decide(self, action: int, first: str | None, second: str | None) -> int:
         if self.mode is Mode.GATEWAY:
             return sqlite3.SQLITE_OK
         if action in SCHEMA_CHANGES:

@@ -7,6 +7,7 @@ import math
 import sqlite3
 import threading
 from asyncio import _get_running_loop
+from collections.abc import Callable
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,7 @@ class Holder:
     def __init__(self, slow_after: float, path: str) -> None:
         self.slow_after = slow_after
         self._path = path
+        self._in_the_way: Callable[[], str] | None = None  # says who has the lock; None: the one that writers have
         self._lock_told = -FRESH, ""  # who holds SQLite's lock, and when that was looked up
         self._warned_of = 0.0  # the job that a warning has named: when it started
         self.lock = threading.RLock()
@@ -101,7 +103,8 @@ class Holder:
         since = getattr(job, "started_at", now) if job is not None else now if waiting is None else waiting[1]
         return now - since > self.slow_after
 
-    def wait_for_lock(self, job: Job[Any]) -> None:
+    def wait_for_lock(self, job: Job[Any], in_the_way: Callable[[], str] | None = None) -> None:
+        self._in_the_way, self._lock_told = in_the_way, (-FRESH, "")
         self.waiting = (job, monotonic())
 
     def has_lock(self) -> None:
@@ -161,7 +164,7 @@ class Holder:
     def _describe_lock(self) -> str:
         told_at, text = self._lock_told
         if monotonic() - told_at > FRESH:  # a thousand tasks may ask at once, in their loop
-            text = describe_lock(self._path)
+            text = describe_lock(self._path) if self._in_the_way is None else self._in_the_way()
             self._lock_told = monotonic(), text
         return text
 

@@ -21,16 +21,16 @@ from onewriter.checkpoint import Checkpoint, Checkpointer
 from onewriter.connection import Settings, configure, open_writer, set_pragma
 from onewriter.errors import CommitUnknownError, TransactionClosedError, WriterClosedError
 from onewriter.events import BatchEnded, Hook, WriterBroken
-from onewriter.file import DatabaseFile, FileMovedError
+from onewriter.file import DatabaseFile, FileMovedError, exposure
 from onewriter.fork import forked_error
 from onewriter.guard import Guard, Mode
 from onewriter.holder import CORRUPT, Holder, broken_error
 from onewriter.job import RUNNING, BareStatementJob, Batch, ControlJob, Job, StatementJob, Ticket, settle
-from onewriter.locks import describe_lock
+from onewriter.locks import describe_lock, describe_readers
 from onewriter.log import contain, report
 from onewriter.queue import JobQueue
 from onewriter.readers import ReaderPool
-from onewriter.retry import LockPolicy, error_code, is_busy
+from onewriter.retry import LockPolicy, error_code, is_busy, note_descriptors
 from onewriter.taskblock import TaskBlock
 from onewriter.transaction import Transaction, WriteSession
 
@@ -99,6 +99,7 @@ class WriterLoop:
         self._risky_schema = self._failing_schema = True
         self._schema_versions: list[Any] = []
         self._checkpoint_failed = False  # the last one, and that was told
+        self._is_committing = False  # the last attempt to get SQLite's lock was COMMIT
         self._batch = Batch()
 
     def abandon(self) -> None:
@@ -129,7 +130,7 @@ class WriterLoop:
         holder, now = self.holder, monotonic()
         if holder.health != "ok":
             return holder.health
-        why = [self._checkpointer.starved]
+        why = [self.file.exposed, self._checkpointer.starved]
         if self.queue.is_nearly_full:
             why.append(f"the queue is nearly full: {self.queue.fill}")
         if holder.is_slow(now):
@@ -233,7 +234,7 @@ class WriterLoop:
         self._roll_back()
         if self.holder.broken is None:
             self._is_moved()
-        if self._settings.checkpoints and self.holder.broken is None:
+        if self._settings.auto_checkpoint and self.file.logged and self.holder.broken is None:
             self._checkpoint(self._checkpointer.empty)
         self._drop_session()
         contain(self.holder, self.readers.when_all_back, functools.partial(self._on_end, self))
@@ -260,11 +261,23 @@ class WriterLoop:
     def open(self) -> WriteSession:
         """Open the write connection."""
         self.file.check()  # SQLite would create it anew
-        connection = open_writer(self._settings, self._guard, self._policy, self._tell_waiting)
-        self.file.remember()
-        self._session = WriteSession(connection, self._guard)
+        session = open_writer(self._settings, self._guard, self._policy, self._tell_waiting, WriteSession)
+        self._session = session
+        try:
+            self.file.remember(session.files.values(), session.logs.values())
+        except BaseException:
+            self._drop_session()
+            raise
+        self._checkpointer.remember_size(session)
+        self._tell_exposed()
         self._guard.schema_changed = True
-        return self._session
+        return session
+
+    def _tell_exposed(self) -> None:
+        before = self.file.exposed
+        self.file.exposed = exposure(self.file.files)
+        if self.file.exposed and self.file.exposed != before:
+            report(self.holder, logging.CRITICAL, "%s: %s", self.label, self.file.exposed)
 
     def _write_group(self) -> None:
         """Bring the first pending jobs to their outcome: as many as may share one transaction."""
@@ -403,19 +416,39 @@ class WriterLoop:
     def _keep_trying(self, session: WriteSession, sql: str, job: Job[Any]) -> None:
         policy = self._policy
         policy.attempts, policy.waited = 1, 0.0
+        self._is_committing = sql == "COMMIT"
         try:
             session.own(sql)
         except sqlite3.OperationalError as error:
-            if not is_busy(error):
+            if not is_busy(error) or self._is_undone(session):
                 raise
             self._batch.retried = True
-            self.holder.wait_for_lock(job)
+            self.holder.wait_for_lock(job, self._in_the_way if self._is_committing else None)
+            first = error
+
+            def again() -> None:
+                if self._is_undone(session):
+                    raise _UndoneError from first
+                session.own(sql)
+
             try:
-                policy.keep_trying(lambda: session.own(sql), self._tell_waiting, error)
+                policy.keep_trying(again, self._tell_waiting, error)
+            except _UndoneError:
+                raise first from None
             finally:
                 self.holder.has_lock()
         finally:
             self._count_attempts()
+
+    def _is_undone(self, session: WriteSession) -> bool:
+        """Whether a COMMIT that met a lock has rolled back: then there is nothing to try again."""
+        return self._is_committing and not session.connection.in_transaction
+
+    def _in_the_way(self) -> str:
+        """For messages: who has the lock that the last attempt met."""
+        if self._is_committing:  # which readers hold up, in the rollback-journal modes
+            return describe_readers(self.file.unlogged, self.readers.borrowers)
+        return describe_lock(self._settings.path)
 
     def _count_attempts(self) -> None:
         with self.holder.lock:
@@ -669,6 +702,10 @@ class WriterLoop:
         self._settle([job], runs, commits=int(job.failed_with is None))
 
     def _fail(self, job: Job[Any], error: BaseException) -> None:
+        try:
+            self._guard.explain(error)
+        except BaseException as raised:  # while SQLite asked whether it may
+            error = raised
         with contextlib.suppress(Exception):  # as from a frozen dataclass, which refuses notes
             self._annotate(job, error)
         job.set_outcome(None, error)
@@ -676,10 +713,10 @@ class WriterLoop:
     def _annotate(self, job: Job[Any], error: BaseException) -> None:
         BaseException.with_traceback(error, without_own_frames(error.__traceback__))
         self.holder.note_corruption(error)
-        self._guard.explain(error)
         note = f"onewriter: job {job.describe()}, attempts to get SQLite's lock: {max(1, self._policy.attempts)}"
         if is_busy(error):
-            note += f" in {self._policy.waited:.2f} s; {describe_lock(self._settings.path)}"
+            note += f" in {self._policy.waited:.2f} s; {self._in_the_way()}"
+        note_descriptors(error)
         if note not in getattr(error, "__notes__", ()):
             error.add_note(note)
 
@@ -717,6 +754,8 @@ class WriterLoop:
         """Look, at times, whether the file is still there; if not, the gateway is out of service."""
         try:
             self.file.check_at_times(math.inf if self.drained.is_set() else monotonic())
+            if self.file.is_smaller and self._session is not None:
+                self._checkpointer.judge_size(self._session)
         except FileMovedError as error:
             report(self.holder, logging.CRITICAL, "%s: %s", self.label, error)
             self._break(error)
@@ -742,10 +781,11 @@ class WriterLoop:
     def _restore_settings(self) -> None:
         """Put back what a job's PRAGMA may have changed."""
         self._guard.settings_touched = False
+        self.file.forget_size()  # VACUUM makes it smaller
         if self._session is not None:
             try:
                 try:
-                    configure(self._session.connection, self._settings)
+                    configure(self._session.connection, self._settings, self._session.databases)
                 except ValueError as error:  # as a limit on a size that is surpassed
                     report(self.holder, logging.WARNING, "%s: %s", self.label, error)
                 self._session.restore_factories()
@@ -758,11 +798,15 @@ class WriterLoop:
         """Close the connection, which rolls back; the next job opens another."""
         session, self._session = self._session, None
         if session is not None:
-            session.connection.close()
+            self.file.close(session.connection)
 
     def _tell_waiting(self, has_it: bool, text: str) -> None:
         where = f"opening {self._settings.path}" if self._session is None else self.holder.describe(has_it)
         report(self.holder, logging.WARNING, "%s: %s (%s)", self.label, text, where)
+
+
+class _UndoneError(Exception):
+    """There is no transaction left that could be committed."""
 
 
 class WithdrawnError(WriterClosedError, concurrent.futures.CancelledError):
@@ -773,10 +817,10 @@ def leaves_open(error: BaseException, in_transaction: bool) -> bool:
     """Whether a COMMIT that raised ``error`` may yet be found in the file.
 
     A failed sync may: what was written before it can reach the disk (https://www.sqlite.org/wal.html). A full disk and
-    a failed write may not: the end mark of the transaction was never written. Damage is found before that.
+    a failed write may not: the end mark of the transaction was never written. Damage and locks are met before that.
     """
     code = error_code(error)
-    if code in (sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_FULL) or code & 0xFF in CORRUPT:
+    if code in (sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_FULL) or code & 0xFF in (*CORRUPT, sqlite3.SQLITE_BUSY):
         return False
     return not in_transaction or code & 0xFF == sqlite3.SQLITE_IOERR
 

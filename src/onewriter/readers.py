@@ -45,7 +45,7 @@ class Reader:
         self.guard = guard
         self.is_pinned = False
         self.seen = 0  # how many jobs were committed before its transaction began
-        self._pins = [self.guard.own(f'PRAGMA "{name}".schema_version') for name in database_names(connection)]
+        self._pins: list[str] | None = None
         self._policy = policy
         self._row_factory, self._text_factory = connection.row_factory, connection.text_factory
         self.watch = Watch(self._is_late)
@@ -96,6 +96,9 @@ class Reader:
         """Begin a transaction that sees this moment until ``clean``."""
         if not self.connection.in_transaction:  # tried again after it met a lock, it has begun already
             self._own("BEGIN")
+        if self._pins is None:  # not before there is somebody who waits: the names may be behind a lock
+            names = database_names(self.connection)
+            self._pins = [self.guard.own(f'PRAGMA "{name}".schema_version') for name in names]
         for read in self._pins:  # BEGIN alone pins no snapshot: the first read of each database does
             self.fetch(read, (), _nothing)
         self.is_pinned = True

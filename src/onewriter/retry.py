@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sqlite3
 import threading
 from collections.abc import Callable
@@ -30,6 +32,18 @@ def is_busy(error: BaseException) -> bool:
     """
     code = error_code(error)
     return code & 0xFF == sqlite3.SQLITE_BUSY and code != sqlite3.SQLITE_BUSY_SNAPSHOT
+
+
+def note_descriptors(error: BaseException) -> None:
+    """Say so if the reason is that no more files can be opened: SQLite tells only that it could not open one."""
+    if error_code(error) & 0xFF in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_IOERR):
+        try:
+            os.close(os.open(os.devnull, os.O_RDONLY))
+        except OSError as reason:
+            if reason.errno in (errno.EMFILE, errno.ENFILE):
+                name = errno.errorcode[reason.errno]
+                text = "every file, socket and pipe counts; `ulimit -n` is the limit of a process"
+                error.add_note(f"onewriter: {name}, {reason.strerror}: {text}")
 
 
 def is_interrupted(error: BaseException) -> bool:

@@ -12,7 +12,7 @@ from threading import get_ident
 from time import monotonic
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from onewriter.connection import database_names, decode
+from onewriter.connection import database_files, decode
 from onewriter.errors import (
     ForkedError,
     OneWriterError,
@@ -70,8 +70,12 @@ class WriteSession:
         self._mark, self._release, self._undo = (  # around a job
             guard.own(f"{verb} {guard.mark}_0") for verb in ("SAVEPOINT", "RELEASE", "ROLLBACK TO")
         )
-        self.page_size: int = self.own("PRAGMA page_size")[0][0]
-        self.databases = database_names(connection)
+        self.files = files = database_files(connection)
+        self.databases = list(files)
+        modes = {name: self.own(f'PRAGMA "{name}".journal_mode')[0][0] for name in files}
+        self.logs = {name: file for name, file in files.items() if file and modes[name] == "wal"}
+        self.page_sizes = {name: self.own(f'PRAGMA "{name}".page_size')[0][0] for name in files}
+        self.page_size: int = self.page_sizes["main"]
 
     def own(self, sql: str) -> list[Any]:
         """Run a statement of the gateway's own, which no job's text can stand for."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import signal
 import sqlite3
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 
 from helpers import DEADLINE, parked
 from onewriter import DbWriter, driver, gateway
+from onewriter.guard import Guard, ReadGuard
 from onewriter.watch import Watch
 
 ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
@@ -203,18 +205,50 @@ def test_a_connection_is_given_back_although_giving_it_back_was_interrupted(
 
 
 def test_a_statement_that_was_refused_only_because_of_an_interrupt_is_an_interrupt(db: DbWriter) -> None:
-    """The handler raised inside the authorizer, and sqlite3 made "not authorized" of it."""
-    error = sqlite3.DatabaseError("not authorized")
-    error.sqlite_errorcode, error.sqlite_errorname = sqlite3.SQLITE_AUTH, "SQLITE_AUTH"
+    """The handler raised before the first line of the authorizer, and sqlite3 made "not authorized" of it."""
 
-    def refuse(connection: sqlite3.Connection) -> None:
-        raise error
+    def interrupted(*_: object) -> int:
+        raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt), db.reader() as connection:
-        connection.loan.call(refuse, connection)  # type: ignore[attr-defined]
+    for sql in ("SELECT 1", "SELECT * FROM pragma_table_info('sqlite_schema')"):
+        with pytest.raises(KeyboardInterrupt), db.reader() as connection:
+            reader = connection.loan.reader  # type: ignore[attr-defined]
+            reader.guard.authorizer, reader.guard._answers = functools.lru_cache(maxsize=0)(interrupted), 0
+            reader.connection.set_authorizer(reader.guard.authorizer)
+            connection.execute(sql)
     with pytest.raises(sqlite3.DatabaseError, match="not authorized") as caught:
         db.read("ATTACH 'other.db' AS other")
     assert caught.value.__notes__ == ["onewriter: a reader cannot ATTACH, DETACH or VACUUM"]
+
+
+class _HandlerError(Exception):
+    """What a signal handler of the application raises."""
+
+
+def test_what_a_handler_raises_while_sqlite_asks_comes_out_also_of_a_table_valued_pragma(
+    any_db: DbWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SQLite keeps the text of the refusal alone, without its code, before version 3.41."""
+
+    def decide(self: object, action: int, first: str | None, second: str | None) -> int:
+        if action == sqlite3.SQLITE_PRAGMA:
+            raise _HandlerError
+        return original(self, action, first, second)  # type: ignore[arg-type]
+
+    sql = "SELECT name FROM pragma_table_info('t')"
+    any_db.run("CREATE TABLE t (n)")
+    for guard, call in ((Guard, lambda: any_db.run(sql)), (ReadGuard, lambda: any_db.read(sql))):
+        original = guard.decide
+        with monkeypatch.context() as patch, pytest.raises(_HandlerError):
+            patch.setattr(guard, "decide", decide)
+            call()
+        assert any_db.read(sql) == [("n",)]
+
+
+def test_an_error_that_only_sounds_like_a_refusal_stays_what_it_is(any_db: DbWriter) -> None:
+    for call in (any_db.run, any_db.read):
+        with pytest.raises(sqlite3.OperationalError, match="not authorized"):
+            call("SELECT load_extension('nothing')")
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
