@@ -297,8 +297,9 @@ class DbWriter:
     ) -> contextlib.AbstractContextManager[Transaction]:
         """A ``with`` block that is a transaction of its own; committed at its end, or rolled back if it raises.
 
-        The writer waits while the block runs. Inside a job or another block of this thread it is a savepoint of that
-        transaction.
+        The writer waits while the block runs. Any thread that has the ``Transaction`` may use it, one call at a time,
+        and any may leave the block. Inside a job or another block (in the same context, thread and task) it is a
+        savepoint of that transaction.
 
         Args:
             label: the block's name in logs and messages.

@@ -183,7 +183,7 @@ class Transaction:
         Raises:
             sqlite3.Error: what SQLite raised; unless it is caught, the transaction is rolled back.
             TransactionAbortedError: SQLite rolled back by itself earlier on. Rolled back.
-            TransactionClosedError: the transaction has ended, or belongs to another thread.
+            TransactionClosedError: the transaction has ended, or is that of a function, and this is another thread.
         """
         if type(params) is not tuple:  # which needs no copy: it is bound now
             params = capture(params)
