@@ -777,7 +777,7 @@ class DbWriter:
         here = self._holder.here()
         return here if isinstance(here, Transaction) else None
 
-    def reads_from(self) -> Transaction | Snapshot | None:
+    def _reads_from(self) -> Transaction | Snapshot | None:
         """What the innermost job, block or reader around the caller lends to a read; None: the pool does."""
         here = self._holder.scopes.innermost()
         if here is None:
@@ -792,7 +792,7 @@ class DbWriter:
         if timeout != 30.0:
             check_timeout(timeout)
         deadline = math.inf if timeout is None else monotonic() + timeout
-        here = self.reads_from()
+        here = self._reads_from()
         if after is not None:
             self.check_after(after)
             if isinstance(here, Snapshot):
