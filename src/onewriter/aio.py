@@ -38,6 +38,7 @@ from onewriter.gateway import (
     first_value,
     give_up,
 )
+from onewriter.holder import Holder
 from onewriter.job import (
     Job,
     Ticket,
@@ -50,7 +51,7 @@ from onewriter.job import (
     user_frame,
     wake,
 )
-from onewriter.log import contain
+from onewriter.log import contain_all
 from onewriter.readers import HELD_BACK, Borrowing, Reader, ReaderPool, Snapshot, ended_error
 from onewriter.scopes import enclosing
 from onewriter.statement import Parameters, Result, capture
@@ -320,7 +321,11 @@ class AsyncDbWriter:
 
     def flush(self, timeout: Seconds = None) -> Coroutine[Any, Any, None]:
         """As ``DbWriter.flush``."""
-        return self._execute(self._gateway()._control("flush", None, sys._getframe(1)), timeout, alone="flush")
+        db = self._gateway()
+        flushed: Coroutine[Any, Any, None] = self._execute(
+            db._control("flush", None, sys._getframe(1)), timeout, alone="flush"
+        )
+        return _and_the_log(flushed, db._holder, timeout)
 
     def checkpoint(
         self, mode: Literal["PASSIVE", "FULL", "RESTART", "TRUNCATE"] = "TRUNCATE", *, timeout: Seconds = 30.0
@@ -444,8 +449,8 @@ class AsyncDbWriter:
         return block.transaction
 
     def _call_back(self, db: DbWriter, block: TaskBlock, transaction: Transaction) -> None:
-        for callback in transaction.callbacks(committed=block.failed_with is None):
-            contain(db._holder, callback)
+        callbacks = transaction.callbacks(committed=block.failed_with is None)
+        contain_all(db._holder, [(callback,) for callback in callbacks])
 
     # Reads ------------------------------------------------------------------------------------------------------------
 
@@ -619,7 +624,7 @@ class AsyncDbWriter:
             with self._lock:  # or else the close of another loop may shut it down just before
                 if self._pool is None:  # or no longer: a block may still be open when the gateway is closed
                     self._pool = ThreadPoolExecutor(db._readers.size, f"{db._loop.label}-reader")
-                future = self._pool.submit(call)
+                future = self._pool.submit(_call_in_pool, call, self._pool, db._holder)
         except BaseException:
             if borrowing is not None and returns:
                 db._readers.end(borrowing)
@@ -766,6 +771,23 @@ async def _in_thread(function: Callable[[], T], undo: Callable[[T], object] | No
         finally:
             del error, outcome
     return result  # type: ignore[no-any-return]
+
+
+async def _and_the_log(flushed: Coroutine[Any, Any, None], holder: Holder, timeout: Seconds) -> None:
+    """Wait for ``flushed``, and then until what the writer has reported is out."""
+    until = math.inf if timeout is None else monotonic() + timeout
+    await flushed
+    reporter = holder.reporter
+    if reporter is not None and reporter.is_behind:
+        await _in_thread(lambda: reporter.wait(until))
+
+
+def _call_in_pool(call: Callable[[], T], pool: ThreadPoolExecutor, holder: Holder) -> T:
+    try:
+        return call()
+    finally:
+        if holder.forked:  # by the call: in the child nobody else would end this thread
+            pool.shutdown(wait=False)
 
 
 async def _until_done(future: Future[Any]) -> None:

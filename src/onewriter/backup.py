@@ -13,6 +13,7 @@ from typing import Any
 
 from onewriter import exit as at_exit
 from onewriter.connection import check_path, database_files, open_new
+from onewriter.fork import forked_error
 from onewriter.lent import LentConnection
 
 Progress = Callable[[int, int, int], object]
@@ -55,7 +56,7 @@ def check_backup(target: Any, progress: Any, pages: Any) -> None:
 def copy(source: sqlite3.Connection, target: Any, progress: Progress | None, pages: int) -> None:
     """Copy from a connection whose transaction pins what it sees, so that writes do not make it begin anew."""
     if isinstance(target, sqlite3.Connection):
-        source.backup(target, pages=pages, progress=progress)
+        source.backup(target, pages=pages, progress=progress and _in_this_process(progress))
         return
     path = os.path.realpath(os.fsdecode(target))
     with _appearing_at(path) as unfinished:
@@ -93,6 +94,7 @@ def _copy_in_steps(
 
     sync = getattr(os, "fdatasync", os.fsync)  # not everywhere
 
+    @_in_this_process
     def after_step(status: int, remaining: int, total: int) -> None:
         sync(descriptor)
         if progress is not None and (pages > 0 or remaining == 0):
@@ -105,16 +107,29 @@ def _copy_in_steps(
         source.backup(connection, pages=pages if pages > 0 else STEP, progress=after_step)
 
 
+def _in_this_process(progress: Progress) -> Progress:
+    """``progress``, which raises in a child that it forks: the copy is the parent's."""
+    process = os.getpid()
+
+    def call(status: int, remaining: int, total: int) -> None:
+        progress(status, remaining, total)
+        if os.getpid() != process:
+            raise forked_error()
+
+    return call
+
+
 @contextlib.contextmanager
 def _appearing_at(path: str) -> Iterator[str]:
     """The name of a new file beside ``path``, which takes its place at the end of the ``with`` block."""
-    unfinished = f"{path}.{secrets.token_hex(4)}.unfinished"
+    unfinished, process = f"{path}.{secrets.token_hex(4)}.unfinished", os.getpid()
     try:
         yield unfinished
         os.replace(unfinished, path)
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(unfinished)
+        if os.getpid() == process:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(unfinished)
         raise
     _sync_folder(os.path.dirname(path))
 

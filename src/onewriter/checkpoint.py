@@ -9,11 +9,11 @@ from time import monotonic
 from typing import NamedTuple
 
 from onewriter.connection import Settings
-from onewriter.events import CheckpointEnded, Hook
+from onewriter.events import CheckpointEnded, Hook, tell
 from onewriter.file import DatabaseFile
 from onewriter.holder import Holder
 from onewriter.locks import describe_wal_readers
-from onewriter.log import contain, report
+from onewriter.log import report
 from onewriter.readers import ReaderPool
 from onewriter.retry import is_busy
 from onewriter.transaction import WriteSession
@@ -134,7 +134,7 @@ class Checkpointer:
         self.last = found, monotonic()
         self.remember_size(session)
         if self._on_event is not None:
-            contain(self._holder, self._on_event, CheckpointEnded(mode, *found, monotonic() - began))
+            tell(self._holder, self._on_event, CheckpointEnded(mode, *found, monotonic() - began))
         return found
 
     def remember_size(self, session: WriteSession) -> None:

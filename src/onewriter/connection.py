@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from onewriter.file import INDEX, JOURNAL, LOG
+from onewriter.fork import forked_error, keep_open
 from onewriter.guard import Guard, ReadGuard
 from onewriter.locks import describe_lock
 from onewriter.retry import LockPolicy, error_code, is_busy, note_descriptors
@@ -356,24 +357,31 @@ def _apply_pragmas(connection: sqlite3.Connection, settings: Settings) -> None:
 def _call_hook(connection: sqlite3.Connection, settings: Settings, *, readonly: bool) -> None:
     if settings.on_connect is None:
         return
+    process = os.getpid()
     try:
         settings.on_connect(connection, readonly)
+        if os.getpid() != process:
+            raise forked_error()
         if connection.in_transaction:
             connection.commit()
     except BaseException as error:
-        with contextlib.suppress(Exception):  # as from a frozen dataclass, which refuses notes
-            error.add_note(f"onewriter: raised by on_connect for {settings.path} (readonly={readonly})")
-        if isinstance(error, sqlite3.Error):
+        with contextlib.suppress(BaseException):  # as from a frozen dataclass, which refuses notes
+            BaseException.add_note(error, f"onewriter: raised by on_connect for {settings.path} (readonly={readonly})")
+        if issubclass(type(error), sqlite3.Error):
             error.from_hook = True  # type: ignore[attr-defined]
         raise
 
 
 @contextlib.contextmanager
 def _closing_on_error(connection: sqlite3.Connection) -> Iterator[None]:
+    process = os.getpid()
     try:
         yield
     except BaseException:
-        sqlite3.Connection.close(connection)
+        if os.getpid() != process:  # the hook has forked, and this is the child
+            keep_open(connection)
+        else:
+            sqlite3.Connection.close(connection)
         raise
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from time import monotonic
 from typing import Any, Protocol
 
@@ -13,6 +13,7 @@ from onewriter.block import BlockJob
 from onewriter.errors import QueueFullError, ReentrantWriteError, WriteTimeoutError
 from onewriter.fork import forked_error
 from onewriter.job import Job, wait_in_slices
+from onewriter.log import Reporter
 from onewriter.loop import MOST_TAKEN, WriterLoop
 from onewriter.queue import closed_error
 from onewriter.transaction import Transaction
@@ -51,6 +52,7 @@ class ThreadDriver:
         self._ready = threading.Event()
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._main, name=f"{loop.label}-writer", daemon=True)
+        loop.holder.reporter = Reporter(loop.holder, f"{loop.label}-log")
 
     def start(self) -> None:
         self._thread.start()
@@ -133,7 +135,11 @@ class InlineDriver:
         self._ended = False
 
     def start(self) -> None:
-        self._loop.open()
+        try:
+            self._loop.open()
+        except BaseException:
+            self._loop.end()
+            raise
 
     def submit(self, job: Job[Any], timeout: float | None) -> None:
         if self._loop.holder.is_mine():  # whoever is the writer runs it next
@@ -158,7 +164,8 @@ class InlineDriver:
             raise not_entered(job, timeout, self._loop)
         try:
             self._loop.queue.check_open()
-            self._loop.begin_block(job)
+            with self._as_writer():
+                self._loop.begin_block(job)
             transaction = entered(job)
             self._inside.discard(threading.get_ident())
             return transaction
@@ -172,7 +179,8 @@ class InlineDriver:
     def leave(self, job: BlockJob) -> None:
         self._inside.add(threading.get_ident())
         try:
-            self._loop.end_block(job)
+            with self._as_writer():
+                self._loop.end_block(job)
             self._drive()
         finally:
             self._give_turn()
@@ -191,7 +199,8 @@ class InlineDriver:
             self._drive()
             if not self._ended:
                 self._ended = True
-                self._loop.end(timeout)
+                with self._as_writer():
+                    self._loop.end(timeout)
             return True
         finally:
             self._give_turn()
@@ -213,6 +222,8 @@ class InlineDriver:
 
     def _give_turn(self) -> None:
         if not self._loop.holder.forked:
+            holder = self._loop.holder
+            interrupt, holder.interrupt = holder.interrupt, None
             self._turn.release()
             self._inside.discard(threading.get_ident())
             if self._loop.queue.queue and self._take_turn(0.0):  # what a signal handler has put in this moment
@@ -220,19 +231,27 @@ class InlineDriver:
                     self._drive()
                 finally:
                     self._give_turn()
+            if interrupt is not None:
+                raise interrupt
 
     def _drive(self) -> None:
         """Write what is queued, and what that queues."""
         loop = self._loop
-        loop.holder.writer_thread = threading.get_ident()
+        with self._as_writer():
+            try:
+                while jobs := loop.queue.take_now(MOST_TAKEN):
+                    loop.write(jobs)
+            except BaseException as error:
+                loop.broke(error)
+                raise
+
+    @contextlib.contextmanager
+    def _as_writer(self) -> Iterator[None]:
+        self._loop.holder.writer_thread = threading.get_ident()
         try:
-            while jobs := loop.queue.take_now(MOST_TAKEN):
-                loop.write(jobs)
-        except BaseException as error:
-            loop.broke(error)
-            raise
+            yield
         finally:
-            loop.holder.writer_thread = 0
+            self._loop.holder.writer_thread = 0
 
 
 def entered(job: BlockJob) -> Transaction:

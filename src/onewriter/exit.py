@@ -8,7 +8,6 @@ import contextlib
 import logging
 import os
 import sys
-import threading
 from time import monotonic
 
 from onewriter.driver import Driver
@@ -21,14 +20,12 @@ from onewriter.queue import closed_error
 
 SLICE = 0.05  # seconds between two looks at whether jobs still finish
 
-_lock = threading.RLock()
-_open: dict[WriterLoop, Driver] = {}
+_open: dict[WriterLoop, Driver] = {}  # used in single steps: a lock could meet a signal handler that closes
 _hooked = 0  # the process that has our hook in multiprocessing
 
 
 def drain_at_exit(loop: WriterLoop, driver: Driver) -> None:
-    with _lock:
-        _open[loop] = driver
+    _open[loop] = driver
     _hook_into_multiprocessing()
 
 
@@ -44,8 +41,7 @@ def _hook_into_multiprocessing() -> None:
 
 
 def forget(loop: WriterLoop) -> None:
-    with _lock:
-        _open.pop(loop, None)
+    _open.pop(loop, None)
 
 
 def others_on(path: str) -> bool:
@@ -71,14 +67,11 @@ def _all_on(path: str) -> list[WriterLoop]:
         here = os.stat(path)
     except OSError:
         return []
-    with _lock:
-        return [loop for loop in list(_open) if loop.is_on(here)]
+    return [loop for loop in _open.copy() if loop.is_on(here)]
 
 
 def _forget_in_child() -> None:
-    global _lock
-    _lock = threading.RLock()  # another thread of the parent may have held it
-    inherited = dict(_open)
+    inherited = _open.copy()
     _open.clear()
     forget_inherited(inherited)
     for driver in inherited.values():
@@ -93,8 +86,7 @@ if hasattr(os, "register_at_fork"):
 def _drain_all() -> None:
     # The writers are daemon threads, because others are joined before any hook of ours runs: they would never be told
     # to end. They run on until atexit is through (https://docs.python.org/3/library/atexit.html).
-    with _lock:
-        drivers = dict(_open)
+    drivers = _open.copy()
     for loop in drivers:
         loop.leaving = True
         loop.queue.refuse(closed_error())

@@ -58,7 +58,7 @@ from onewriter.job import (
     seconds_until,
     wait_in_slices,
 )
-from onewriter.log import contain, report, warn_of_blocking
+from onewriter.log import contain, contain_all, report, warn_of_blocking
 from onewriter.loop import WriterLoop
 from onewriter.queue import closed_error
 from onewriter.readers import Snapshot
@@ -183,6 +183,7 @@ class DbWriter:
             refuse_inherited(self._path)
             at_exit.refuse_lost(self._path)
             twins = at_exit.others_on(self._path)
+            at_exit.drain_at_exit(loop, driver)  # from now on it may be inherited
             driver.start()
         except BaseException:
             if folder is not None:
@@ -194,7 +195,6 @@ class DbWriter:
         self._holder = loop.holder
         self._readers = loop.readers
         self._journal_mode = journal_mode
-        at_exit.drain_at_exit(loop, driver)
         if twins:
             report(
                 self._holder,
@@ -331,21 +331,28 @@ class DbWriter:
                     inner.end()
             return
         holder.refuse_endless_wait("transaction()")
-        job = BlockJob(holder, label, max_hold, frame)
+        job, me = BlockJob(holder, label, max_hold, frame), get_ident()
         del frame  # in which the block itself may be: whoever drops that drops it
         scope: Scope[Any] | None = None
         announce(holder, self._loop.on_event, job, waits=True)
         if job.loop is not None:
             holder.blocks.add(job)
         try:
-            transaction = self._driver.enter(job, timeout)
-            scope = scopes.enter(transaction, writes=True)
+            holder.entering.add(me)
+            try:
+                transaction = self._driver.enter(job, timeout)
+                scope = scopes.enter(transaction, writes=True)
+            finally:
+                holder.entering.discard(me)
+            # Given back before the scope is left: a signal handler in between would wait for its own thread.
             try:
                 yield transaction
             except BaseException:
+                job.give_back(failed=True)
                 scopes.leave(scope)
                 self._leave(job, failed=True)
                 raise
+            job.give_back(failed=False)
             scopes.leave(scope)
             self._leave(job, failed=False)
         except (WriterClosedError, WriterBrokenError):  # never accepted, or told already, or a signal handler's
@@ -367,7 +374,6 @@ class DbWriter:
             if failed:
                 return
             raise forked_error()  # the parent's block goes on; nothing is committed here
-        job.give_back(failed)
         if self._holder.cannot_wait() or (job.transaction is not None and job.transaction.is_inside):
             return  # a generator that was collected by the writer, inside one of its locks, or in its own statement
         try:
@@ -379,8 +385,8 @@ class DbWriter:
 
     def _call_back(self, job: Any) -> None:
         if job.transaction is not None:
-            for callback in job.transaction.callbacks(committed=job.failed_with is None):
-                contain(self._holder, callback)
+            callbacks = job.transaction.callbacks(committed=job.failed_with is None)
+            contain_all(self._holder, [(callback,) for callback in callbacks])
 
     @overload
     def enqueue(
@@ -427,7 +433,11 @@ class DbWriter:
             ReentrantWriteError: called inside a job.
         """
         self._holder.refuse_endless_wait("flush")
+        check_timeout(timeout)
+        until = math.inf if timeout is None else monotonic() + timeout
         self._execute(self._control("flush", None, sys._getframe(1)), timeout)
+        if self._holder.reporter is not None:
+            self._holder.reporter.wait(until)
 
     # Reads ------------------------------------------------------------------------------------------------------------
 
@@ -543,11 +553,11 @@ class DbWriter:
 
     @property
     def health(self) -> str:
-        """``"ok"``, ``"degraded: why"`` or ``"broken: why"``, at this moment. Never touches the database.
+        """``"ok"``, ``"degraded: why"``, ``"broken: why"`` or ``"closed"``, at this moment. Never touches the database.
 
-        Degraded: the file is damaged or mounted alone, a job has the writer or waits for SQLite's lock longer than
-        ``slow_after``, the queue is nearly full, or readers keep the WAL over ``wal_limit``. Broken: out of service,
-        see WriterBrokenError.
+        Degraded: the file is damaged or mounted alone, the writer is held by a job or its callbacks, or waits for
+        SQLite's lock, longer than ``slow_after``, the queue is nearly full, or readers keep the WAL over ``wal_limit``.
+        Broken: out of service, see WriterBrokenError.
         """
         return self._loop.health
 

@@ -71,8 +71,8 @@ class _Refusals:
         if unanswered and threading.current_thread() is threading.main_thread():  # where signal handlers run
             raise KeyboardInterrupt("a signal handler raised while SQLite prepared a statement") from error
         if reason is not None:
-            with contextlib.suppress(Exception):  # as from a frozen dataclass, which refuses notes
-                error.add_note(f"onewriter: {reason}")
+            with contextlib.suppress(BaseException):  # as from a frozen dataclass, which refuses notes
+                BaseException.add_note(error, f"onewriter: {reason}")
 
 
 class ReadGuard(_Refusals):

@@ -18,7 +18,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, cast
 
 from onewriter.fork import forked_error
-from onewriter.log import contain, warn_of_blocking
+from onewriter.log import contain, contain_all, warn_of_blocking
 from onewriter.statement import Parameters, Result, describe_sql
 
 if TYPE_CHECKING:
@@ -159,16 +159,21 @@ class Ticket(Generic[T]):
 
     def withdraw(self, error: BaseException | None) -> bool:
         """Cancel; ``error`` is what ``result`` raises then, in place of CancelledError."""
+        if self.withdraw_quietly(error):
+            self.run_callbacks()
+        return self._state == CANCELLED
+
+    def withdraw_quietly(self, error: BaseException | None) -> bool:
+        """The same, but its callbacks are still to be run; False if there was nothing to withdraw."""
         with self._holder.lock:
             if self._state != PENDING:
-                return self._state == CANCELLED
+                return False
             self._state, self._error = CANCELLED, error
             if self.counted:
                 self._holder.tally.count_cancelled(self.label)
             woken, self._waiters = self._waiters, None
             _work, self.work = self.work, None  # which goes at the end, not under the lock: it may have finalizers
         wake(woken or ())
-        self.run_callbacks()
         return True
 
     def result(self, timeout: float | None = None) -> T:
@@ -281,14 +286,13 @@ class Ticket(Generic[T]):
         return cast(T, self._result)
 
     def run_callbacks(self) -> None:
-        """Call the callbacks in order, once each. What they raise is logged."""
+        """Call the callbacks in order, once each; see ``contain``."""
         while True:
             with self._holder.lock:
                 callbacks, self._callbacks = self._callbacks, None
             if not callbacks:
                 return
-            for fn in callbacks:
-                contain(self._holder, fn, self)
+            contain_all(self._holder, [(fn, self) for fn in callbacks])
 
 
 class _TicketFuture(concurrent.futures.Future[T]):
@@ -382,7 +386,7 @@ def wake(waiters: Iterable[Any]) -> None:
         else:
             waiter.release()
     for loop, futures in loops.items():
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits there any more
+        with contextlib.suppress(Exception):  # the loop is closed: nobody waits there any more
             loop.call_soon_threadsafe(resolve, futures)
 
 

@@ -20,14 +20,14 @@ from onewriter.block import BlockFailedError, BlockJob
 from onewriter.checkpoint import Checkpoint, Checkpointer
 from onewriter.connection import Settings, configure, open_writer, set_pragma
 from onewriter.errors import CommitUnknownError, TransactionClosedError, WriterClosedError
-from onewriter.events import BatchEnded, Hook, WriterBroken
+from onewriter.events import BatchEnded, Hook, WriterBroken, tell
 from onewriter.file import DatabaseFile, FileMovedError, exposure
 from onewriter.fork import forked_error
 from onewriter.guard import Guard, Mode
 from onewriter.holder import CORRUPT, Holder, broken_error
 from onewriter.job import RUNNING, BareStatementJob, Batch, ControlJob, Job, StatementJob, Ticket, settle
 from onewriter.locks import describe_lock, describe_readers
-from onewriter.log import contain, report
+from onewriter.log import INTERRUPTS, contain, contain_all, report, text_of, traceback_of
 from onewriter.queue import JobQueue
 from onewriter.readers import ReaderPool
 from onewriter.retry import LockPolicy, error_code, is_busy, note_descriptors
@@ -106,10 +106,10 @@ class WriterLoop:
         """Withdraw what has not started, and end a wait for SQLite's lock. The queue must refuse already."""
         self._stop.set()
         # What moves from the queue to _pending meanwhile is withdrawn by the writer thread, which looks at _stop.
-        dropped = [*self.queue.empty_out(), *self._pending.copy()]
-        count = sum(self._withdraw(job) for job in dropped)
-        if count:
-            report(self.holder, logging.WARNING, "%s: close withdrew %d queued jobs", self.label, count)
+        dropped = [job for job in [*self.queue.empty_out(), *self._pending.copy()] if self._withdraw(job)]
+        if dropped:
+            report(self.holder, logging.WARNING, "%s: close withdrew %d queued jobs", self.label, len(dropped))
+        contain_all(self.holder, [(job.run_callbacks,) for job in dropped])
 
     def end_block_at_exit(self) -> None:
         job = self.holder.job
@@ -122,12 +122,14 @@ class WriterLoop:
         self.holder.become_inherited(error)
         self.queue.become_inherited(error)
         kept: list[object] = self.readers.become_inherited()
-        return kept if self._session is None else [self._session, self._session.connection, *kept]
+        return kept if self._session is None else [*self._session.become_inherited(), *kept]
 
     @property
     def health(self) -> str:
-        """``"ok"``, ``"degraded: why"`` or ``"broken: why"``."""
+        """``"ok"``, ``"degraded: why"``, ``"broken: why"`` or ``"closed"``."""
         holder, now = self.holder, monotonic()
+        if holder.broken is None and self.queue.refusing:
+            return "closed"
         if holder.health != "ok":
             return holder.health
         why = [self.file.exposed, self._checkpointer.starved]
@@ -161,7 +163,7 @@ class WriterLoop:
 
     def write(self, jobs: list[Job[Any]]) -> None:
         """Bring ``jobs`` to their outcome."""
-        self._pending = jobs
+        self._pending, self.queue.taken = jobs, []
         while self._next < len(self._pending):
             self._write_group()
         self._pending, self._culprit = [], None  # an idle writer keeps nothing of its last jobs alive
@@ -207,6 +209,7 @@ class WriterLoop:
         """The writer met an error of its own making: answer everything that waits."""
         if self.holder.forked:
             return
+        self._go_out_of_service(error)  # before anything else that could fail, too
         report(self.holder, logging.CRITICAL, "%s: the writer thread died", self.label, error=error)
         self._break(error)
 
@@ -228,16 +231,22 @@ class WriterLoop:
         if self.holder.forked:
             return
         self.drained.set()
-        contain(
-            self.holder, self.readers.close, patience
-        )  # before the writer: the last to close tidies up, if it may write
-        self._roll_back()
-        if self.holder.broken is None:
-            self._is_moved()
-        if self._settings.auto_checkpoint and self.file.logged and self.holder.broken is None:
-            self._checkpoint(self._checkpointer.empty)
-        self._drop_session()
+        # The readers before the writer: the last to close tidies up, if it may write.
+        contain(self.holder, self.readers.close, patience)
+        contain(self.holder, self._end_session)
+        if self.holder.reporter is not None:
+            self.holder.reporter.close()
         contain(self.holder, self.readers.when_all_back, functools.partial(self._on_end, self))
+
+    def _end_session(self) -> None:
+        try:
+            self._roll_back()
+            if self.holder.broken is None:
+                self._is_moved()
+            if self._settings.auto_checkpoint and self.file.logged and self.holder.broken is None:
+                self._checkpoint(self._checkpointer.empty)
+        finally:
+            self._drop_session()
 
     @property
     def last_checkpoint(self) -> tuple[Checkpoint, float] | None:
@@ -294,7 +303,9 @@ class WriterLoop:
         elif self.holder.broken is None and self._is_moved():
             return
         elif self._stop.is_set() and not first.running():
-            self.withdrawn += [first.label] * self._withdraw(first)
+            if self._withdraw(first):
+                self.withdrawn.append(first.label)
+                first.run_callbacks()
         elif isinstance(first, ControlJob):
             self._control(first)
         elif isinstance(first, BareStatementJob):
@@ -602,10 +613,12 @@ class WriterLoop:
         self, jobs: list[Job[Any]], runs: list[Transaction], kept: list[Job[Any]], error: BaseException
     ) -> None:
         for job in kept:
-            unknown = CommitUnknownError(f"COMMIT of job {job.describe()} met {error}: it may or may not be done")
+            unknown = CommitUnknownError(
+                f"COMMIT of job {job.describe()} met {text_of(error)}: it may or may not be done"
+            )
             unknown.__cause__ = copy_of(error)
             self._fail(job, unknown)
-        report(self.holder, logging.CRITICAL, "%s: out of service, since COMMIT met %s", self.label, error)
+        report(self.holder, logging.CRITICAL, "%s: out of service, since COMMIT met %s", self.label, text_of(error))
         self._go_out_of_service(error)  # before anybody hears, and asks
         self._settle(jobs, runs)
         self._break(error)
@@ -643,7 +656,7 @@ class WriterLoop:
         for run in runs:
             if run.job in again:
                 self._call_back(run, committed=False)
-        self.holder.telling = None
+        self.holder.end_telling()
         self._count_runs(len(jobs))
 
     def _count_runs(self, again: int) -> None:
@@ -706,49 +719,53 @@ class WriterLoop:
             self._guard.explain(error)
         except BaseException as raised:  # while SQLite asked whether it may
             error = raised
-        with contextlib.suppress(Exception):  # as from a frozen dataclass, which refuses notes
+        try:
             self._annotate(job, error)
+        except BaseException as failure:  # as from a frozen dataclass, which refuses notes; or Ctrl-C in this moment
+            if self.holder.reporter is None and issubclass(type(failure), INTERRUPTS):
+                self.holder.interrupt = failure
         job.set_outcome(None, error)
 
     def _annotate(self, job: Job[Any], error: BaseException) -> None:
-        BaseException.with_traceback(error, without_own_frames(error.__traceback__))
+        BaseException.with_traceback(error, without_own_frames(traceback_of(error)))
         self.holder.note_corruption(error)
         note = f"onewriter: job {job.describe()}, attempts to get SQLite's lock: {max(1, self._policy.attempts)}"
         if is_busy(error):
             note += f" in {self._policy.waited:.2f} s; {self._in_the_way()}"
         note_descriptors(error)
         if note not in getattr(error, "__notes__", ()):
-            error.add_note(note)
+            BaseException.add_note(error, note)
 
     def _settle(self, jobs: list[Job[Any]], runs: list[Transaction], commits: int = 0) -> None:
         """Make the outcomes visible, and then, with the lock free, call what waits for them."""
+        if self.holder.forked:
+            raise forked_error()  # by something further down the stack, and this is the child
         called, unheard = settle(jobs, self.holder, self._batch, commits)
         for run in runs:
             if run.has_callbacks:
                 self._call_back(run, committed=run.job._error is None)
         for job in called:
-            self.holder.telling = job, monotonic()
+            self.holder.begin_telling(job)
             job.run_callbacks()
         for job in unheard:
-            self.holder.telling = job, monotonic()
+            self.holder.begin_telling(job)
             report(self.holder, logging.ERROR, "job %s failed", job.describe(), error=job.failed_with)
             if self._on_error is not None:
                 contain(self.holder, self._on_error, job)
-        self.holder.telling = None
+        self.holder.end_telling()
         if self.on_event is not None and (tickets := tuple(job for job in jobs if job.counted and not job.cancelled())):
             batch = self._batch
             event = BatchEnded(tickets, commits, batch.lock_wait, batch.commit, batch.retried)
-            contain(self.holder, self.on_event, event)
+            tell(self.holder, self.on_event, event)
 
     def _call_back(self, run: Transaction, committed: bool) -> None:
         if run.job.lent:
             return  # its own thread does
-        self.holder.telling = run.job, monotonic()
-        for callback in run.callbacks(committed):
-            contain(self.holder, callback)
+        self.holder.begin_telling(run.job)
+        contain_all(self.holder, [(callback,) for callback in run.callbacks(committed)])
 
     def _withdraw(self, job: Job[Any]) -> bool:
-        return not job.done() and job.withdraw(WithdrawnError(f"closed before job {job.describe()} started"))
+        return job.withdraw_quietly(WithdrawnError(f"closed before job {job.describe()} started"))
 
     def _is_moved(self) -> bool:
         """Look, at times, whether the file is still there; if not, the gateway is out of service."""
@@ -765,16 +782,17 @@ class WriterLoop:
     def _break(self, cause: BaseException) -> None:
         """Out of service: everything that waits, and everything later, fails at once."""
         self._go_out_of_service(cause)
-        stranded = [job for job in (*self._pending, *self.queue.empty_out()) if not job.done()]
+        waiting = (*self._pending, *self.queue.taken, *self.queue.empty_out())
+        stranded = [job for job in waiting if not job.done()]
         for job in stranded:
             job.set_outcome(None, broken_error(cause))
             job.ended_at = monotonic()
         self._settle(stranded, [])
         if self.on_event is not None:
-            contain(self.holder, self.on_event, WriterBroken(cause))
+            tell(self.holder, self.on_event, WriterBroken(cause))
 
     def _go_out_of_service(self, cause: BaseException) -> None:
-        self.holder.health = f"broken: {cause}"
+        self.holder.health = f"broken: {text_of(cause)}"
         self.holder.broken = cause
         self.queue.refuse(broken_error(cause))
 
@@ -830,10 +848,11 @@ def copy_of(error: BaseException) -> BaseException:
     copy: BaseException
     try:
         copy = type(error)(*error.args)
-    except Exception:
-        copy = sqlite3.OperationalError(str(error))
+        BaseException.with_traceback(copy, None)  # or it is no exception
+    except BaseException:
+        copy = sqlite3.OperationalError(text_of(error))
     for name in ("sqlite_errorcode", "sqlite_errorname"):
-        if hasattr(error, name):
+        with contextlib.suppress(BaseException):
             setattr(copy, name, getattr(error, name))
     return copy
 

@@ -33,11 +33,13 @@ class JobQueue(queue.Queue[Job[Any]]):
     def __init__(self, maxsize: int, holder: Holder) -> None:
         super().__init__(maxsize)
         self.mutex = threading.RLock()  # type: ignore[assignment]
+        holder.locks = (*holder.locks, self.mutex)
         self._holder = holder
         self._token = threading.Lock()
         self._token.acquire()
         self._asleep = False
         self._bounded = 0
+        self.taken: list[Job[Any]] = []  # what the consumer has not noted yet, in case that it never does
         self._mark = maxsize - maxsize // 10  # nearly full
         self._limit = self._mark  # up to where put need not look further
         self.is_nearly_full = False  # until it is half empty
@@ -68,7 +70,7 @@ class JobQueue(queue.Queue[Job[Any]]):
         me = threading.get_ident()
         # Inside a lock of ours further out, the call is a finalizer's or signal handler's: the writer would need that
         # lock to make room, so the job goes over maxsize.
-        reentrant = me in self._waiting_threads or self._is_inside()
+        reentrant = me in self._waiting_threads or self._holder.is_inside()
         waiter = None
         with self.mutex:  # the writer is not asleep: there are jobs that fill the queue
             self._refuse_if_closed()
@@ -140,7 +142,7 @@ class JobQueue(queue.Queue[Job[Any]]):
         """Take up to ``limit`` jobs, without waiting."""
         with self.mutex:
             # popleft one by one: copying and clearing would lose what a finalizer puts in between.
-            jobs = [self.queue.popleft() for _ in range(min(limit, len(self.queue)))]
+            jobs = self.taken = [self.queue.popleft() for _ in range(min(limit, len(self.queue)))]
             self._bounded -= sum([job.bounded for job in jobs])
             self._grant_room()
             if self.is_nearly_full and self._bounded <= self.maxsize // 2:
@@ -190,10 +192,6 @@ class JobQueue(queue.Queue[Job[Any]]):
     @property
     def fill(self) -> str:
         return f"{self._bounded:,} of {self.maxsize:,} jobs are queued"
-
-    def _is_inside(self) -> bool:
-        """Whether a finalizer or signal handler calls inside its own thread's use of a lock that the writer needs."""
-        return any(lock._is_owned() for lock in (self.mutex, self._holder.lock))  # type: ignore[union-attr]
 
     def _wake(self) -> None:
         # In this order: Ctrl-C in between leaves a token, and whoever puts next finds it.

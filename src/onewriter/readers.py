@@ -246,6 +246,7 @@ class ReaderPool:
         self._holder = holder
         self._stop = threading.Event()
         self._lock = threading.RLock()  # a finalizer or signal handler may read while its thread is inside
+        holder.locks = (*holder.locks, self._lock)
         self._idle: list[Reader] = []
         self._count = 0  # idle or lent
         self._extras = 0  # lent beside them
@@ -455,6 +456,8 @@ class ReaderPool:
         if self.holds_back:
             self._open_again.wait(HELD_BACK)
         if not self.take_or_line_up(borrowing):
+            if self._holder.is_inside():
+                self._holder.refuse_endless_wait(f"waiting for a connection for {borrowing.label}")
             left = deadline - monotonic()
             borrowing.wakeup.acquire(timeout=-1 if left == math.inf else max(0.0, min(left, threading.TIMEOUT_MAX)))
             self.refuse_unless_granted(borrowing)
@@ -514,23 +517,24 @@ class ReaderPool:
     @contextlib.contextmanager
     def extra(self, label: str) -> Iterator[sqlite3.Connection]:
         """A pinned connection beside those of the pool, for what takes long."""
+        borrowing, reader = Borrowing(label), None
         with self._lock:
             self._refuse_if_closed()
             self._extras += 1
-        borrowing, reader = Borrowing(label), None
+            self._lent.add(borrowing)
         try:
             reader = borrowing.reader = self._new()
-            self._lent.add(borrowing)
             reader.attempt(label, reader.pin)
             yield reader.connection
         finally:
             if reader is not None and not reader.is_inherited:
-                self._lent.discard(borrowing)
-                self._returned.set()
                 reader.connection.close()
             with self._lock:
+                self._lent.discard(borrowing)
                 self._extras -= 1
                 self._all_back_if_closed()
+            if self.holds_back:
+                self._returned.set()
             self._call_if_all_back()
 
     def hurry(self, borrowing: Borrowing) -> None:
@@ -548,7 +552,6 @@ class ReaderPool:
             self._warn(borrowing, "was open")
         is_good = reader is not None and reader.clean()
         with self._lock:
-            self._lent.discard(borrowing)
             if not borrowing.has_place:
                 if borrowing in self._waiting:
                     self._waiting.remove(borrowing)
@@ -557,6 +560,7 @@ class ReaderPool:
             reader = borrowing.reader  # which may have come in this moment
             if is_good and reader is not None and not self._closed and not borrowing.is_over:
                 borrowing.is_over = True
+                self._lent.discard(borrowing)
                 if self._waiting:
                     self._grant(reader)
                 else:
@@ -573,6 +577,7 @@ class ReaderPool:
         with self._lock:
             if not borrowing.is_over:
                 borrowing.is_over = True
+                self._lent.discard(borrowing)
                 if self._waiting and not self._closed:
                     self._grant(None)
                 else:

@@ -21,8 +21,13 @@ NOTICEABLE = 0.1  # seconds of waiting after which it is logged, and again whene
 
 def error_code(error: BaseException) -> int:
     """SQLite's extended code; 0 where the error is not SQLite's, whatever attributes it has."""
-    code = getattr(error, "sqlite_errorcode", 0) if isinstance(error, sqlite3.Error) else 0
-    return code if isinstance(code, int) else 0
+    if not issubclass(type(error), sqlite3.Error):  # isinstance would ask its class, which may raise anything
+        return 0
+    try:
+        code = error.sqlite_errorcode  # type: ignore[attr-defined]
+    except BaseException:
+        return 0
+    return code if type(code) is int else 0
 
 
 def is_busy(error: BaseException) -> bool:

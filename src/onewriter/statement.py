@@ -11,6 +11,8 @@ import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeAlias, cast
 
+from onewriter.retry import error_code
+
 Parameters: TypeAlias = tuple[Any, ...] | Mapping[str, Any]
 
 TOKEN = re.compile(
@@ -292,9 +294,9 @@ class Executor:
     def left_nothing(self, sql: str, error: BaseException, schema_fails: bool) -> bool:
         """Whether it is certain that the statement that raised ``error`` has changed nothing."""
         text = describe_sql(sql)
-        if text.returning or not isinstance(error, sqlite3.Error):
+        if text.returning or not issubclass(type(error), sqlite3.Error):
             return False  # it can have been done, and the error come from reading its rows
-        code = getattr(error, "sqlite_errorcode", None)
+        code = error_code(error)
         if code == sqlite3.SQLITE_ERROR:  # bad SQL, or a failure midway
             try:
                 sqlite3.Connection.execute(self._connection, f"EXPLAIN {sql}").close()
@@ -303,4 +305,4 @@ class Executor:
             except sqlite3.Error:
                 pass  # it has parameters, so it was prepared
             return False
-        return code is None or code == sqlite3.SQLITE_AUTH or (code in UNDONE and not text.fails and not schema_fails)
+        return code == 0 or code == sqlite3.SQLITE_AUTH or (code in UNDONE and not text.fails and not schema_fails)

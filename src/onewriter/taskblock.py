@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from onewriter.block import BlockFailedError
 from onewriter.errors import ReadTimeoutError, TransactionClosedError
+from onewriter.fork import forked_error
 from onewriter.holder import Holder
 from onewriter.job import Job, resolve, seconds_until, wake
 from onewriter.statement import Result, capture, capture_many, check_many
@@ -102,7 +103,7 @@ class TaskBlock(Job[None]):
                 self._accepts = False
             tx.close(ENDED)
             tx.end_call()
-            while not self._requests.empty():  # they meet the closed transaction
+            while not (self._holder.forked or self._requests.empty()):  # they meet the closed transaction
                 request = self._requests.get()
                 if request is not None:
                     with contextlib.suppress(TransactionClosedError):
@@ -124,6 +125,8 @@ class TaskBlock(Job[None]):
             if request is None:
                 return
             request()
+            if self._holder.forked:
+                raise forked_error()  # a function of the user's has forked, and this is the child
 
     def end(self, failed: bool) -> None:
         """The block has ended; a statement that still runs is interrupted if it has failed."""

@@ -21,7 +21,7 @@ from onewriter.errors import (
     TransactionAbortedError,
     TransactionClosedError,
 )
-from onewriter.fork import forked_error
+from onewriter.fork import Inherited, forked_error
 from onewriter.guard import Guard, Mode
 from onewriter.holder import IN_STATEMENT, INHERITED
 from onewriter.job import refuse_live
@@ -76,6 +76,12 @@ class WriteSession:
         self.logs = {name: file for name, file in files.items() if file and modes[name] == "wal"}
         self.page_sizes = {name: self.own(f'PRAGMA "{name}".page_size')[0][0] for name in files}
         self.page_size: int = self.page_sizes["main"]
+
+    def become_inherited(self) -> list[object]:
+        """In a forked child: nothing reaches SQLite any more; returns what must never be closed there."""
+        kept = [self.connection, self._cursor, self.executor]
+        self.connection = self._cursor = self.executor = Inherited()  # type: ignore[assignment]
+        return kept
 
     def own(self, sql: str) -> list[Any]:
         """Run a statement of the gateway's own, which no job's text can stand for."""

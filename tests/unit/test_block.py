@@ -167,8 +167,8 @@ def test_a_grant_in_the_moment_of_giving_up_is_taken(db: DbWriter, monkeypatch: 
 
     def times_out(*_: object) -> bool:
         release.set()
-        with pytest.raises(TimeoutError):
-            db.enqueue("SELECT 1").result(0.2)  # waits behind the block, which has started by then
+        with pytest.raises(TimeoutError):  # waits behind the block, which has started by then
+            in_threads(lambda: db.enqueue("SELECT 1").result(0.2))
         return False
 
     with parked(db) as release:

@@ -78,7 +78,6 @@ GUARDS = [
         "taskblock.py", "_lock", {"_accepts"}, also_read=True, free=frozenset(("__init__", "needs", "until_innermost"))
     ),
     Guard("taskblock.py", "_lock", {"_changes"}, also_read=True, free=frozenset(("__init__",))),
-    Guard("exit.py", "_lock", {"_open"}, also_read=True, free=frozenset(("_forget_in_child",))),
 ]
 
 
