@@ -741,7 +741,8 @@ class DbWriter:
             check_timeout(timeout)
         holder = self._holder
         warn_of_blocking()
-        transaction = self._transaction_here()
+        outside = enclosing() is None and get_ident() != holder.writer_thread  # as nearly always
+        transaction = None if outside else self._transaction_here()
         if transaction is not None:
             if job.foreign_keys is not None:
                 raise ReentrantWriteError("foreign_keys= needs a transaction of its own: call it outside the job")
@@ -760,6 +761,8 @@ class DbWriter:
             raise
         if not in_time and not job.done():
             give_up(job, timeout, holder)
+        if holder.reporter is not None and holder.reporter.is_behind:
+            holder.reporter.catch_up()
         try:
             return job.result()
         finally:

@@ -16,7 +16,7 @@ from onewriter.fork import forked_error
 from onewriter.locks import describe_lock
 from onewriter.log import Reporter, report, text_of
 from onewriter.retry import error_code
-from onewriter.scopes import Scopes
+from onewriter.scopes import Scopes, enclosing
 from onewriter.stats import Tally
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ class Holder:
 
     def waits_endlessly(self, since: float = math.inf) -> bool:
         """Whether the writer could not go on while this thread waits for what was handed in at ``since``, or now."""
-        if self.cannot_wait() or self.scopes.innermost(writes=True) is not None:
+        if self.cannot_wait() or (enclosing() is not None and self.scopes.innermost(writes=True) is not None):
             return True
         # A block that a task has, or will have before that, cannot end while the thread of its loop waits.
         loop = _get_running_loop()

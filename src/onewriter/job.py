@@ -277,6 +277,8 @@ class Ticket(Generic[T]):
                     f"no outcome of job {self.describe()} within {timeout} s; it was not withdrawn: "
                     f"{self._holder.describe()}"
                 )
+            if self._holder.reporter is not None and self._holder.reporter.is_behind:
+                self._holder.reporter.catch_up()
         if self._state == CANCELLED:
             if self._error is not None:
                 raise self._error

@@ -28,6 +28,7 @@ logger = logging.getLogger("onewriter")
 
 INTERRUPTS = (KeyboardInterrupt, SystemExit)
 PATIENCE = 2.0  # seconds without any line coming out, after which nobody waits for the log any more
+MOMENT = 0.1  # seconds that who has an outcome waits for the log of what was before it
 MOST_LINES = 100_000  # that wait: a handler that hangs must not take all the memory
 
 
@@ -47,6 +48,7 @@ class Reporter:
         self._said = 0  # lines; by the writer thread
         self._told = 0  # lines; by the reporter's
         self._dropped = 0
+        self._stuck_at = -1  # so many were told when a short wait was in vain
 
     @property
     def is_behind(self) -> bool:
@@ -73,6 +75,12 @@ class Reporter:
             told = self._told
             if out.acquire(timeout=max(0.0, min(PATIENCE, until - monotonic()))):
                 return
+
+    def catch_up(self) -> None:
+        """Wait for a moment, so that who has a later job's outcome finds the failures of earlier ones in the log."""
+        if self._stuck_at != self._told:
+            self.wait(monotonic() + MOMENT)
+            self._stuck_at = self._told if self.is_behind else -1
 
     def close(self) -> None:
         """The writer has nothing more to say."""

@@ -553,3 +553,17 @@ def test_threads_log_for_themselves(path: Path) -> None:
         db.flush()
     assert told[0].startswith("ThreadPool")
     assert told[1] == "app.db-log"
+
+
+def test_who_has_a_later_jobs_outcome_finds_earlier_failures_in_the_log(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with DbWriter(path) as db:
+        for n in range(50):
+            db.enqueue("SELECT * FROM nowhere", label=f"first {n}")
+            db.run("SELECT 1")
+            assert f"'first {n}'" in caplog.text
+            db.enqueue("SELECT * FROM nowhere", label=f"second {n}")
+            db.enqueue("SELECT 1").result(DEADLINE)
+            db.enqueue("SELECT 1").result(DEADLINE)
+            assert f"'second {n}'" in caplog.text
