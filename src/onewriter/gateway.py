@@ -523,11 +523,11 @@ class DbWriter:
     def _reader(self, label: str, timeout: Seconds, after: After) -> Iterator[sqlite3.Connection]:
         here, deadline = self._wait_for(after, timeout, label)
         if isinstance(here, Snapshot):
-            yield here.lent
+            yield here.to_lend
             return
         with self._readers.snapshot(label, deadline) as snapshot:
             self._loop.queue.poke()  # an idle writer watches for slow readers
-            yield snapshot.lent
+            yield snapshot.to_lend
 
     # Operations -------------------------------------------------------------------------------------------------------
 
