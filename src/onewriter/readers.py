@@ -162,7 +162,7 @@ class Snapshot:
 
     @property
     def is_over(self) -> bool:
-        return self._ended or self.is_left or self.reader.is_inherited
+        return self.is_left or self.reader.is_inherited
 
     def call(self, function: Callable[..., T], /, *args: Any, **options: Any) -> T:
         reader = self.reader
@@ -252,8 +252,9 @@ class Snapshot:
         """End the loan: once the call that is under way in another thread is over."""
         if self.reader.is_inherited:
             return
-        self.is_left = self._ended = True  # first, so that whoever comes behind this finds it inside the lock
+        self.is_left = True  # first, so that whoever comes behind this finds it inside the lock
         with self._lock, self._interrupting:
+            self._ended = True
             if self.reader.inside:  # code that SQLite calls ends the loan in which it is called
                 self.reader.when_out.append(self.end)
             else:
