@@ -41,7 +41,7 @@ from onewriter.errors import (
 )
 from onewriter.events import BackupEnded, Hook, Submit, announce
 from onewriter.fork import forked_error, refuse_inherited
-from onewriter.holder import Holder
+from onewriter.holder import IN_STATEMENT, Holder
 from onewriter.job import (
     NOT_PLAIN,
     BareStatementJob,
@@ -367,8 +367,11 @@ class DbWriter:
             if failed:
                 return
             raise forked_error()  # the parent's block goes on; nothing is committed here
-        job.give_back(failed)
-        if self._holder.cannot_wait() or (job.transaction is not None and job.transaction.is_inside):
+        is_inside = job.transaction is not None and job.transaction.is_inside
+        job.give_back(failed or is_inside)
+        if is_inside and not failed:  # in a function that SQLite calls: the end waits for the statement, this cannot
+            raise ReentrantWriteError(f"a block cannot be left here: {IN_STATEMENT}. It is rolled back")
+        if is_inside or self._holder.cannot_wait():
             return  # a generator that was collected by the writer, inside one of its locks, or in its own statement
         try:
             self._driver.leave(job)

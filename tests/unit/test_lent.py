@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from onewriter import DbWriter, Transaction, TransactionClosedError
+from onewriter import DbWriter, ReentrantWriteError, Transaction, TransactionClosedError
 
 INSERT = "INSERT INTO t VALUES (?)"
 Use = Callable[[sqlite3.Connection], object]
@@ -621,6 +621,34 @@ def test_a_reader_that_is_left_by_a_function_of_its_own_statement_comes_back_whe
                 with pytest.raises(sqlite3.ProgrammingError, match="ended"):
                     use()
             assert db.read("SELECT 1", timeout=30) == [(1,)]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_block_that_is_left_by_a_function_of_its_own_statement_says_so_and_does_not_hang(
+    path: Path, nested: bool
+) -> None:
+    with DbWriter(path) as db, contextlib.ExitStack() as outer:
+        db.run("CREATE TABLE t (n)")
+        if nested:
+            outer.enter_context(db.transaction())
+        block = db.transaction()
+        connection = block.__enter__().connection
+        connection.execute("INSERT INTO t VALUES (1)")
+        refused: list[BaseException] = []
+
+        def leave() -> None:
+            try:
+                block.__exit__(None, None, None)
+            except ReentrantWriteError as error:
+                refused.append(error)
+
+        connection.create_function("leave", 0, leave)
+        with contextlib.suppress(sqlite3.OperationalError, TransactionClosedError):
+            connection.execute("SELECT leave()").fetchall()
+        assert len(refused) == 1
+        outer.close()
+        assert db.run("SELECT 1").rows == [(1,)]
+        assert nested or db.read("SELECT n FROM t") == []
 
 
 def test_a_connection_that_somebody_keeps_is_never_that_of_a_later_loan(any_db: DbWriter) -> None:
