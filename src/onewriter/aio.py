@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import functools
 import math
+import operator
 import os
 import sqlite3
 import sys
@@ -61,6 +62,7 @@ from onewriter.transaction import ENDED, Transaction, check_sql
 
 T = TypeVar("T")
 
+FETCHALL, FETCHONE = operator.methodcaller("fetchall"), operator.methodcaller("fetchone")  # of a lent cursor, too
 TICK = 0.1  # seconds between two looks at the deadlines of a loop
 NOT_OPEN = "the gateway is not open: use `async with AsyncDbWriter(…)` or `await db.open()`"
 
@@ -481,14 +483,14 @@ class AsyncDbWriter:
         """As ``DbWriter.read``; a function runs in a thread."""
         check_read(what, params)
         if isinstance(what, str):
-            return self._read(what, capture(params), label, timeout, after, sqlite3.Cursor.fetchall)
+            return self._read(what, capture(params), label, timeout, after, FETCHALL)
         return self._read_with(what, repr(label or name_of(what)), label, timeout, after, self._here(), own=False)
 
     def read_one(
         self, sql: str, params: Any = (), /, *, label: Label = None, timeout: Seconds = 30.0, after: After = None
     ) -> Coroutine[Any, Any, Any]:
         """As ``DbWriter.read_one``."""
-        return self._read(check_sql(sql), capture(params), label, timeout, after, sqlite3.Cursor.fetchone)
+        return self._read(check_sql(sql), capture(params), label, timeout, after, FETCHONE)
 
     def read_value(
         self, sql: str, params: Any = (), /, *, label: Label = None, timeout: Seconds = 30.0, after: After = None
@@ -817,11 +819,11 @@ def _read_snapshot(
     snapshot: Snapshot, readers: ReaderPool, function: Callable[[sqlite3.Connection], T], name: str
 ) -> T:
     with readers.inside(snapshot):
-        return refuse_live(snapshot.reader.attempt(name, function, snapshot.lent))
+        return refuse_live(snapshot.reader.attempt(name, function, snapshot.to_lend))
 
 
 def _fetch_result(snapshot: Snapshot, sql: str, parameters: Parameters) -> Result:
-    cursor = snapshot.lent.execute(sql, parameters)
+    cursor = snapshot.to_lend.execute(sql, parameters)
     try:
         return Result(cursor.fetchall(), cursor.rowcount, None, cursor.description)
     finally:

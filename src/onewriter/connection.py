@@ -313,6 +313,26 @@ def open_new(path: str) -> sqlite3.Connection:
     return sqlite3.connect(path, isolation_level=None)
 
 
+def seal(connection: sqlite3.Connection) -> None:
+    """Give it a base that was opened and is closed: every method of ``sqlite3`` that is called on it then raises."""
+    sqlite3.Connection.__init__(connection, ":memory:", isolation_level=None, check_same_thread=False)
+    sqlite3.Connection.close(connection)
+
+
+class _Scratch(sqlite3.Connection):
+    def __del__(self) -> None:  # a thread has ended, and it was the thread's
+        sqlite3.Connection.close(self)
+
+
+def open_scratch() -> sqlite3.Connection:
+    """A connection without tables that answers SELECTs of constants, and nothing else."""
+    connection = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False, factory=_Scratch)
+    connection.set_authorizer(
+        lambda action, *_: sqlite3.SQLITE_OK if action == sqlite3.SQLITE_SELECT else sqlite3.SQLITE_DENY
+    )
+    return connection
+
+
 def open_to_look(path: str, patience: float, *, immutable: bool) -> sqlite3.Connection:
     """A plain connection that cannot write; ``immutable``: and takes no locks, for a file that nobody has open."""
     flags = "mode=ro&immutable=1" if immutable else "mode=ro"

@@ -41,7 +41,7 @@ from onewriter.errors import (
 )
 from onewriter.events import BackupEnded, Hook, Submit, announce
 from onewriter.fork import forked_error, refuse_inherited
-from onewriter.holder import Holder
+from onewriter.holder import IN_STATEMENT, Holder
 from onewriter.job import (
     NOT_PLAIN,
     BareStatementJob,
@@ -352,8 +352,11 @@ class DbWriter:
                 scopes.leave(scope)
                 self._leave(job, failed=True)
                 raise
-            job.give_back(failed=False)
+            is_inside = transaction.is_inside  # in a function that SQLite calls: the end waits for the statement
+            job.give_back(failed=is_inside)
             scopes.leave(scope)
+            if is_inside:
+                raise ReentrantWriteError(f"a block cannot be left here: {IN_STATEMENT}. It is rolled back")
             self._leave(job, failed=False)
         except (WriterClosedError, WriterBrokenError):  # never accepted, or told already, or a signal handler's
             if not job.done():
@@ -533,11 +536,11 @@ class DbWriter:
     def _reader(self, label: str, timeout: Seconds, after: After) -> Iterator[sqlite3.Connection]:
         here, deadline = self._wait_for(after, timeout, label)
         if isinstance(here, Snapshot):
-            yield here.lent
+            yield here.to_lend
             return
         with self._readers.snapshot(label, deadline) as snapshot:
             self._loop.queue.poke()  # an idle writer watches for slow readers
-            yield snapshot.lent
+            yield snapshot.to_lend
 
     # Operations -------------------------------------------------------------------------------------------------------
 

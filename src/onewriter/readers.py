@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import sqlite3
@@ -19,9 +20,9 @@ from onewriter.errors import ReadTimeoutError, ReentrantWriteError
 from onewriter.file import DatabaseFile
 from onewriter.fork import forked_error
 from onewriter.guard import ReadGuard
-from onewriter.holder import Holder
+from onewriter.holder import IN_STATEMENT, Holder
 from onewriter.job import Ticket, refuse_live, wake
-from onewriter.lent import LentConnection
+from onewriter.lent import Lending, LentConnection, lend, retire
 from onewriter.log import report
 from onewriter.queue import closed_error
 from onewriter.retry import LockPolicy, is_busy, is_interrupted
@@ -44,6 +45,8 @@ class Reader:
         self.is_inherited = False  # this is a child of the process that it belongs to
         self.guard = guard
         self.is_pinned = False
+        self.inside = 0  # calls of a borrower that are under way, one in the other
+        self.when_out: list[Callable[[], None]] = []  # ends of the loan that came from inside one
         self.seen = 0  # how many jobs were committed before its transaction began
         self._pins: list[str] | None = None
         self._policy = policy
@@ -110,6 +113,11 @@ class Reader:
         finally:
             self.guard.is_own = False
 
+    def end_late(self) -> None:
+        functions, self.when_out = self.when_out, []
+        for function in functions:
+            function()
+
     def clean(self) -> bool:
         """Be as new for the next borrower, whatever the last one did; False: that cannot be."""
         self.deadline = math.inf
@@ -132,28 +140,69 @@ class Snapshot:
 
     Locks: _lock is held around every call, so that any thread may use the connection, one call at a time, and its end
            waits for the one under way. Re-entrant, since a SQL function may read too.
+           _interrupting is held around interrupt(), which does not wait for that.
     """
 
     def __init__(self, reader: Reader) -> None:
         self.reader = reader
         self.connection = reader.connection
-        self.lent = LentConnection(self)
         self._lock = threading.RLock()
+        self._interrupting = threading.RLock()  # a signal handler may, too
         self._ended = False
         self.is_left = False  # by a task: no further call begins. Not under the lock, which one under way holds
+        self.lent: Lending | None = lend(self)
 
-    def call(self, function: Callable[..., T], *args: Any, **options: Any) -> T:
-        if self.reader.is_inherited:
+    @property
+    def to_lend(self) -> LentConnection:
+        lent = self.lent
+        connection = None if lent is None else lent.connection
+        if connection is None:
+            raise ended_error()
+        return connection
+
+    @property
+    def is_over(self) -> bool:
+        return self.is_left or self.reader.is_inherited
+
+    def call(self, function: Callable[..., T], /, *args: Any, **options: Any) -> T:
+        reader = self.reader
+        if reader.is_inherited:
             raise forked_error()
         with self._lock:
             if self._ended or self.is_left:
                 raise ended_error()
+            reader.inside += 1
             try:
                 return function(*args, **options)
             except sqlite3.DatabaseError as error:
-                self.reader.watch.raise_caught()
-                self.reader.guard.explain(error)
+                reader.watch.raise_caught()
+                reader.guard.explain(error)
                 raise
+            finally:
+                reader.inside -= 1
+                if reader.when_out and not reader.inside:
+                    reader.end_late()
+
+    def call_outside(self, function: Callable[..., T], /, *args: Any, **options: Any) -> T:
+        with self._lock:
+            if self.reader.inside:
+                raise ReentrantWriteError(IN_STATEMENT)
+            return self.call(function, *args, **options)
+
+    def if_free(self, function: Callable[[], None]) -> None:
+        if not self.is_over and self._lock.acquire(blocking=False):
+            try:
+                function()
+            finally:
+                self._lock.release()
+
+    def interrupt(self) -> None:
+        if self.reader.is_inherited:
+            raise forked_error()
+        with self._interrupting:
+            if self.is_over:
+                raise ended_error()
+            self.connection.interrupt()
 
     def lends(self) -> Snapshot:
         """Where reads inside it go."""
@@ -167,7 +216,7 @@ class Snapshot:
 
     def call_with(self, function: Callable[[sqlite3.Connection], T], label: str, deadline: float) -> T:
         with self._until(deadline, label) as reader:
-            return refuse_live(reader.in_time(label, function, self.lent))
+            return refuse_live(reader.in_time(label, function, self.to_lend))
 
     @contextlib.contextmanager
     def _until(self, deadline: float, label: str) -> Iterator[Reader]:
@@ -203,10 +252,13 @@ class Snapshot:
         """End the loan: once the call that is under way in another thread is over."""
         if self.reader.is_inherited:
             return
-        self.is_left = True
-        with self._lock:
+        self.is_left = True  # first, so that whoever comes behind this finds it inside the lock
+        with self._lock, self._interrupting:
             self._ended = True
-            self.lent.close_cursors()
+            if self.reader.inside:  # code that SQLite calls ends the loan in which it is called
+                self.reader.when_out.append(self.end)
+            else:
+                retire(self)
 
 
 class Borrowing:
@@ -345,7 +397,7 @@ class ReaderPool:
             snapshot = Snapshot(reader)
             try:
                 with self.inside(snapshot):
-                    return refuse_live(reader.in_time(label, function, snapshot.lent))
+                    return refuse_live(reader.in_time(label, function, snapshot.to_lend))
             finally:
                 snapshot.end()
         except sqlite3.DatabaseError as error:
@@ -547,6 +599,9 @@ class ReaderPool:
         """Leave the line, or give back what it has: clean, to the next in line. May be called again."""
         reader = borrowing.reader
         if borrowing.is_over or (reader is not None and reader.is_inherited):
+            return
+        if reader is not None and reader.inside:
+            reader.when_out.append(functools.partial(self.end, borrowing))
             return
         if monotonic() - borrowing.since > self._holder.slow_after and reader is not None:
             self._warn(borrowing, "was open")

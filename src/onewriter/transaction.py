@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import sqlite3
 import threading
@@ -25,7 +24,7 @@ from onewriter.fork import Inherited, forked_error
 from onewriter.guard import Guard, Mode
 from onewriter.holder import IN_STATEMENT, INHERITED
 from onewriter.job import refuse_live
-from onewriter.lent import LentConnection
+from onewriter.lent import Lending, lend, retire
 from onewriter.retry import is_interrupted
 from onewriter.statement import (
     Executor,
@@ -67,6 +66,8 @@ class WriteSession:
         self._texts: dict[str, str] = {}  # of the gateway's own statements
         self.row_factory, self.text_factory = connection.row_factory, connection.text_factory
         self.lock = threading.Lock()  # held around every call into SQLite of a Transaction
+        # Held around interrupt(), which does not wait for the other one. A signal handler may interrupt, too.
+        self.interrupting = threading.RLock()
         self._mark, self._release, self._undo = (  # around a job
             guard.own(f"{verb} {guard.mark}_0") for verb in ("SAVEPOINT", "RELEASE", "ROLLBACK TO")
         )
@@ -140,7 +141,8 @@ class Transaction:
 
     # Most jobs use none of these, and there is a Transaction for each job. What nested blocks share, the root has.
     _closed: str | None = None
-    _lent: LentConnection | None = None
+    lent: Lending | None = None
+    _lending: list[Transaction] = []  # noqa: RUF012 - this and the nested ones whose connection is lent
     _factories: tuple[Any, Any] = (None, None)  # when it was lent
     _inside = 0  # the thread whose call is under way: code that SQLite calls back must not use the connection
     _until = math.inf
@@ -178,10 +180,20 @@ class Transaction:
         BEGIN, COMMIT, ROLLBACK and ATTACH are refused; SAVEPOINT works. It ends with the transaction.
         """
         self._check()
-        if self._lent is None:
-            self._factories = self._session.connection.row_factory, self._session.connection.text_factory
-            self._lent = LentConnection(_WriteLoan(self, self._session))
-        return self._lent
+        if self.lent is None:
+            Transaction.call(self, self._lend)
+        lent = self.lent
+        connection = None if lent is None else lent.connection
+        if connection is None:  # it ends in this moment
+            raise self.closed_error()
+        return connection
+
+    def _lend(self) -> None:
+        if self.lent is None:
+            connection, root = self._session.connection, self._root
+            self._factories = connection.row_factory, connection.text_factory
+            root._lending = [*root._lending, self]
+            self.lent = lend(_WriteLoan(self, self._session))
 
     def execute(self, sql: str, params: Any = (), /) -> Result:
         """Run one statement and return all its rows.
@@ -394,20 +406,41 @@ class Transaction:
         self.thread = 0
 
     def end(self) -> None:
-        """End the loan; no call is under way."""
-        if self._lent is not None:
-            self._lent.close_cursors()
-            with self._session.lock:
-                # What an outer part has set stays. If that was taken back, the connection is somebody else's by now.
-                if self is self._root or self._root._closed is None:
-                    self._session.connection.row_factory, self._session.connection.text_factory = self._factories
+        """End the loan, and with it what was lent in nested parts. Waits for the call that is inside SQLite."""
+        self._closed = self._closed or ENDED  # first, so that whoever comes behind this finds it inside the lock
+        root, session = self._root, self._session
+        if INHERITED in (self._closed, root._closed):
+            return
+        if self is not root:
+            if self.lent is not None:
+                self._refuse_inside()
+                with session.lock:
+                    self._put_back()
+        elif session.lock.locked() or self._lending or self._ends_readonly or self._watch is not None:
+            self._refuse_inside()
+            with session.lock:
+                while self._lending:
+                    self._lending[-1]._put_back()
+                if self._ends_readonly:
+                    session.own("PRAGMA query_only=0")
+                if self._watch is not None:
+                    session.connection.set_progress_handler(None, 0)
+
+    def _refuse_inside(self) -> None:
+        if self.is_inside:
+            raise ReentrantWriteError(IN_STATEMENT)
+
+    def _put_back(self) -> None:
+        """End the connection that was lent, under the session's lock; again, or after the outer part's, nothing."""
+        session, root = self._session, self._root
+        root._lending = [part for part in root._lending if part is not self]
+        if self.lent is None:
+            return
+        with session.interrupting:  # so that none comes later, and hits the next job
+            retire(self)
+        session.connection.row_factory, session.connection.text_factory = self._factories
         if self._traced:
-            self._session.connection.set_trace_callback(None)
-        if self._ends_readonly:
-            self._session.own("PRAGMA query_only=0")
-        if self._watch is not None:
-            self._session.connection.set_progress_handler(None, 0)
-        self._closed = self._closed or ENDED
+            session.connection.set_trace_callback(None)
 
     def take_back(self, why: str) -> None:
         """End the loan although a call may be under way; returns when none is inside SQLite any more."""
@@ -554,18 +587,45 @@ class _WriteLoan:
         self.connection = session.connection
         self.savepoint = transaction.part
 
+    @property
+    def is_over(self) -> bool:
+        return self._transaction.is_closed
+
+    def call(self, function: Callable[..., Any], /, *args: Any, **options: Any) -> Any:
+        return self._transaction.call(self._run, function, args, options, mode=Mode.LENT)
+
+    call_outside = call
+
+    def _run(self, function: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        self._session.executor.forget_rowid()
+        return function(*args, **options)
+
+    def if_free(self, function: Callable[[], None]) -> None:
+        lock, root = self._session.lock, self._transaction._root
+        if not self.is_over and lock.acquire(blocking=False):
+            try:
+                root._inside = get_ident()  # as for any call: a signal handler must not wait for its thread
+                function()
+            finally:
+                root._inside = 0
+                lock.release()
+
+    def interrupt(self) -> None:
+        if self.is_over:
+            raise self._transaction.closed_error()
+        with self._session.interrupting:
+            if self.is_over:
+                raise self._transaction.closed_error()
+            self.connection.interrupt()
+
     def undo(self, end_cursors: Callable[[], None]) -> None:
         if not isinstance(self._transaction, Reading):  # what ends a read has nothing to undo
-            end_cursors()
+            self.call(end_cursors)
             self._transaction.undo()
 
     def outlasts(self, name: str) -> None:
         """Functions are the user's, and stay; who follows SQL would see that of other jobs."""
         self._transaction._traced |= name == "set_trace_callback"
-
-    def call(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        self._session.executor.forget_rowid()
-        return self._transaction.call(functools.partial(function, *args, **options), mode=Mode.LENT)
 
 
 def check_sql(sql: object) -> str:

@@ -53,11 +53,11 @@ def use(tx):
         refused(lambda: tx.on_commit(print))
     if lent is not None:
         refused(lambda: lent.execute("SELECT 1"))
-        lent.loan.end()  # as leaving the block would
+        lent._loan.end()  # as leaving the block would
         for borrowing in db._readers._lent:
             db._readers.end(borrowing)
-        assert lent.loan.reader.connection.in_transaction
-        assert len(sqlite3.Cursor.fetchmany(live[0], 2)) == 2  # nothing was closed
+        assert lent._loan.reader.connection.in_transaction
+        assert len(sqlite3.Cursor.fetchmany(live[0]._LentCursor__raw, 2)) == 2  # nothing was closed
     if pending is not None and not pending.done():
         refused(pending.result)
     assert db.closed and not db.in_writer() and db.stats().failed == 0 and db.health.startswith("broken: ")

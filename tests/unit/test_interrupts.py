@@ -213,7 +213,7 @@ def test_a_statement_that_was_refused_only_because_of_an_interrupt_is_an_interru
 
     for sql in ("SELECT 1", "SELECT * FROM pragma_table_info('sqlite_schema')"):
         with pytest.raises(KeyboardInterrupt), db.reader() as connection:
-            reader = connection.loan.reader  # type: ignore[attr-defined]
+            reader = connection._loan.reader  # type: ignore[attr-defined]
             reader.guard.authorizer, reader.guard._answers = functools.lru_cache(maxsize=0)(interrupted), 0
             reader.connection.set_authorizer(reader.guard.authorizer)
             connection.execute(sql)
