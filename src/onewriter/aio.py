@@ -53,9 +53,10 @@ from onewriter.job import (
     wake,
 )
 from onewriter.log import contain_all
+from onewriter.parameters import capture
 from onewriter.readers import HELD_BACK, Borrowing, Reader, ReaderPool, Snapshot, ended_error
 from onewriter.scopes import enclosing
-from onewriter.statement import Parameters, Result, capture
+from onewriter.statement import Parameters, Result
 from onewriter.stats import CloseReport, Stats
 from onewriter.taskblock import AsyncTransaction, TaskBlock, TaskSavepoint
 from onewriter.transaction import ENDED, Transaction, check_sql
@@ -76,9 +77,9 @@ class AsyncReader:
         self._borrowing = borrowing
         self._turn = asyncio.Lock()
 
-    async def execute(self, sql: str, params: Any = (), /) -> Result:
+    def execute(self, sql: str, params: Any = (), /) -> Coroutine[Any, Any, Result]:
         """Run one SELECT and return all its rows."""
-        return await self._call(math.inf, _fetch_result, check_sql(sql), capture(params))
+        return self._call(math.inf, _fetch_result, check_sql(sql), capture(sql, params))
 
     async def _call(self, deadline: float, function: Callable[..., T], *args: Any) -> T:
         try:
@@ -483,20 +484,20 @@ class AsyncDbWriter:
         """As ``DbWriter.read``; a function runs in a thread."""
         check_read(what, params)
         if isinstance(what, str):
-            return self._read(what, capture(params), label, timeout, after, FETCHALL)
+            return self._read(what, capture(what, params), label, timeout, after, FETCHALL)
         return self._read_with(what, repr(label or name_of(what)), label, timeout, after, self._here(), own=False)
 
     def read_one(
         self, sql: str, params: Any = (), /, *, label: Label = None, timeout: Seconds = 30.0, after: After = None
     ) -> Coroutine[Any, Any, Any]:
         """As ``DbWriter.read_one``."""
-        return self._read(check_sql(sql), capture(params), label, timeout, after, FETCHONE)
+        return self._read(check_sql(sql), capture(sql, params), label, timeout, after, FETCHONE)
 
     def read_value(
         self, sql: str, params: Any = (), /, *, label: Label = None, timeout: Seconds = 30.0, after: After = None
     ) -> Coroutine[Any, Any, Any]:
         """As ``DbWriter.read_value``."""
-        return self._read(check_sql(sql), capture(params), label, timeout, after, first_value)
+        return self._read(check_sql(sql), capture(sql, params), label, timeout, after, first_value)
 
     @contextlib.asynccontextmanager
     async def reader(

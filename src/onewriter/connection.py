@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from onewriter.file import INDEX, JOURNAL, LOG
 from onewriter.fork import forked_error, keep_open
-from onewriter.guard import Guard, ReadGuard
+from onewriter.guard import HISTORY, OFF, Guard, ReadGuard
 from onewriter.locks import describe_lock
 from onewriter.retry import LockPolicy, error_code, is_busy, note_descriptors
 
@@ -159,12 +159,12 @@ def open_reader(settings: Settings, guard: ReadGuard, policy: LockPolicy) -> sql
         connection = _connect(settings, "ro")
         with _closing_on_error(connection):
             _apply_pragmas(connection, settings)
-            _call_hook(connection, settings, readonly=True)
+            _call_hook(connection, settings, guard, readonly=True)
             pragma(connection, "locking_mode", "NORMAL")
             _end_by_hand(connection)
             # mode=ro alone lets TEMP tables, ATTACHed files and VACUUM INTO be written.
             connection.execute("PRAGMA query_only=1").close()
-            connection.set_authorizer(guard.authorizer)
+            guard.install(connection)
             return connection
 
     return _open(settings, policy, lambda has_it, text: None, attempt)
@@ -179,6 +179,7 @@ def configure(connection: sqlite3.Connection, settings: Settings, databases: Ite
         set_pragma(connection, "fullfsync", 1)  # fsync alone does not reach the disk there
         set_pragma(connection, "checkpoint_fullfsync", 1)
     set_pragma(connection, "journal_size_limit", settings.wal_limit)
+    pragma(connection, "count_changes", 0)  # or else each write would leave a row unread; not every SQLite knows it
     set_pragma(connection, "wal_autocheckpoint", 0)  # SQLite's own would run inside a COMMIT, and its caller would wait
     _apply_pragmas(connection, settings)
 
@@ -245,6 +246,8 @@ def check_pragmas(pragmas: Mapping[str, str | int]) -> None:
             raise TypeError(f"pragmas: the value of {name} must be str or int, not {type(value).__name__}")
         if name.lower() in OWN_PRAGMAS:
             raise ValueError(f"pragmas: {name} is the gateway's own: {OWN_PRAGMAS[name.lower()]}")
+        if name.lower() == "count_changes" and str(value).lower() not in OFF:
+            raise ValueError("pragmas: count_changes would leave a row of each write unread: use Result.rowcount")
 
 
 def _open(settings: Settings, policy: LockPolicy, tell: Callable[[bool, str], object], attempt: Callable[[], T]) -> T:
@@ -271,7 +274,7 @@ def _writer(settings: Settings, guard: Guard, make: Callable[[sqlite3.Connection
                 pragma(connection, name, value)
         _set_journal_mode(connection, settings)
         configure(connection, settings, ["main"])
-        _call_hook(connection, settings, readonly=False)
+        _call_hook(connection, settings, guard, readonly=False)
         pragma(connection, "locking_mode", "NORMAL")
         configure(connection, settings, database_names(connection))
         _end_by_hand(connection)
@@ -339,6 +342,16 @@ def open_to_look(path: str, patience: float, *, immutable: bool) -> sqlite3.Conn
     return sqlite3.connect(f"{Path(path).as_uri()}?{flags}", uri=True, timeout=patience)
 
 
+def refuse_to_bind(value: object, place: int) -> None:
+    """Raise what sqlite3 raises as it binds ``value`` for the parameter at ``place``, if it does."""
+    connection = sqlite3.connect(":memory:")
+    try:
+        marks = ", ".join("?" * place)
+        connection.execute(f"SELECT 1 IN ({marks})", (*(None,) * (place - 1), value)).close()
+    finally:
+        connection.close()
+
+
 def _connect(settings: Settings, mode: str) -> sqlite3.Connection:
     # as_uri escapes what a URI would take for its own: # ? %. The busy timeout is 0, because neither interrupt()
     # nor close can end a wait inside SQLite; the policy does the waiting.
@@ -374,7 +387,7 @@ def _apply_pragmas(connection: sqlite3.Connection, settings: Settings) -> None:
         raise errors[0]
 
 
-def _call_hook(connection: sqlite3.Connection, settings: Settings, *, readonly: bool) -> None:
+def _call_hook(connection: sqlite3.Connection, settings: Settings, guard: Guard | ReadGuard, *, readonly: bool) -> None:
     if settings.on_connect is None:
         return
     process = os.getpid()
@@ -384,12 +397,18 @@ def _call_hook(connection: sqlite3.Connection, settings: Settings, *, readonly: 
             raise forked_error()
         if connection.in_transaction:
             connection.commit()
+        guard.history = HISTORY - _functions(connection)
     except BaseException as error:
         with contextlib.suppress(BaseException):  # as from a frozen dataclass, which refuses notes
             BaseException.add_note(error, f"onewriter: raised by on_connect for {settings.path} (readonly={readonly})")
         if issubclass(type(error), sqlite3.Error):
             error.from_hook = True  # type: ignore[attr-defined]
         raise
+
+
+def _functions(connection: sqlite3.Connection) -> set[str]:
+    """The names of the functions that are not SQLite's own."""
+    return {name for name, is_builtin, *_ in _rows(connection, "PRAGMA function_list") if not is_builtin}
 
 
 @contextlib.contextmanager

@@ -60,10 +60,11 @@ from onewriter.job import (
 )
 from onewriter.log import contain, contain_all, report, warn_of_blocking
 from onewriter.loop import WriterLoop
+from onewriter.parameters import capture, capture_many
 from onewriter.queue import closed_error
 from onewriter.readers import Snapshot
 from onewriter.scopes import Scope, enclosing
-from onewriter.statement import Parameters, Result, capture, capture_many, check_many
+from onewriter.statement import Parameters, Result, check_many
 from onewriter.stats import CloseReport, Stats, stats_of
 from onewriter.transaction import Transaction, check_sql
 
@@ -418,7 +419,7 @@ class DbWriter:
         )
         job: Job[Any]
         if type(what) is str and label is None:
-            job = StatementJob(holder, what, capture(params), None, sys._getframe(1), bounded)
+            job = StatementJob(holder, what, capture(what, params), None, sys._getframe(1), bounded)
         elif type(what) is types.FunctionType and type(params) is tuple and not params and label is None:
             if what.__code__.co_flags & NOT_PLAIN:
                 check_function(what)
@@ -484,8 +485,7 @@ class DbWriter:
             ReentrantWriteError: inside a ``reader()`` block that will never show ``after``.
         """
         if isinstance(what, str):
-            if type(params) is not tuple:  # which needs no copy: it is bound now
-                params = capture(params)
+            params = capture(what, params)
             if _get_running_loop() is not None:
                 warn_of_blocking()
             outside = enclosing() is None and get_ident() != self._holder.writer_thread
@@ -505,13 +505,13 @@ class DbWriter:
         self, sql: str, params: Any = (), /, *, label: Label = None, timeout: Seconds = 30.0, after: After = None
     ) -> Any:
         """Return the first row of a SELECT, or None. Otherwise as ``read``."""
-        return self._read(check_sql(sql), capture(params), label, timeout, after, sqlite3.Cursor.fetchone)
+        return self._read(check_sql(sql), capture(sql, params), label, timeout, after, sqlite3.Cursor.fetchone)
 
     def read_value(
         self, sql: str, params: Any = (), /, *, label: Label = None, timeout: Seconds = 30.0, after: After = None
     ) -> Any:
         """Return the first column of the first row, whatever ``row_factory`` is, or None. Otherwise as ``read``."""
-        return self._read(check_sql(sql), capture(params), label, timeout, after, first_value)
+        return self._read(check_sql(sql), capture(sql, params), label, timeout, after, first_value)
 
     def reader(
         self, *, label: Label = None, timeout: Seconds = 30.0, after: After = None
@@ -695,7 +695,7 @@ class DbWriter:
     def _many(self, sql: str, rows: Iterable[Any], label: Label, frame: types.FrameType) -> Job[Result]:
         check_many(check_sql(sql))
         check_label(label)
-        captured = capture_many(rows)
+        captured = capture_many(sql, rows)
         return FunctionJob(self._holder, lambda tx: tx.statement_many(sql, captured), label, frame, sql=sql)
 
     def _script(self, sql: str, label: Label, foreign_keys: bool | None, frame: types.FrameType) -> Job[None]:
@@ -706,7 +706,7 @@ class DbWriter:
         return FunctionJob(self._holder, lambda tx: tx.script(sql), label, frame, foreign_keys=foreign_keys, sql=name)
 
     def _bare(self, sql: str, params: Any, label: Label, frame: types.FrameType) -> Job[Result]:
-        return BareStatementJob(self._holder, check_sql(sql), capture(params), check_label(label), frame, False)
+        return BareStatementJob(self._holder, check_sql(sql), capture(sql, params), check_label(label), frame, False)
 
     def _control(self, label: str, work: Callable[[], T] | None, frame: types.FrameType) -> Job[T]:
         return ControlJob(self._holder, label, frame, work)
@@ -730,7 +730,7 @@ class DbWriter:
         if isinstance(what, str):
             if foreign_keys is not None:
                 raise TypeError("foreign_keys goes with a function or run_script, not with one statement")
-            return StatementJob(self._holder, what, capture(params), label, sys._getframe(2), bounded)
+            return StatementJob(self._holder, what, capture(what, params), label, sys._getframe(2), bounded)
         if not callable(what):
             raise TypeError(f"a job is SQL (str) or a function of the Transaction, not {type(what).__name__}")
         _check_no_params(params)

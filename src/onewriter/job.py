@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import bisect
 import concurrent.futures
 import contextlib
 import inspect
@@ -18,6 +19,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, cast
 
 from onewriter.fork import forked_error
+from onewriter.guard import Mode
 from onewriter.log import contain, contain_all, warn_of_blocking
 from onewriter.statement import Parameters, Result, describe_sql
 
@@ -29,6 +31,7 @@ T = TypeVar("T")
 
 PENDING, RUNNING, CANCELLED, DONE = range(4)
 LABEL_LENGTH = 60
+MOST_TABLES = 16  # of lines that are kept
 NOT_PLAIN = inspect.CO_COROUTINE | inspect.CO_ITERABLE_COROUTINE | inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
 SLICE = 0.25  # seconds; a signal that comes just before the thread sleeps is seen at its next wake-up
 LIVE_RESULTS = (sqlite3.Cursor, sqlite3.Blob, types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType)
@@ -337,6 +340,7 @@ class Job(Ticket[T]):
     lent = False  # whether another thread runs its statements, and its callbacks
     needs_savepoint = False  # its ``tx.connection`` may be asked to roll back
     in_transaction = True
+    mode = Mode.JOB  # of its statements
     foreign_keys: bool | None = None
 
     def must_be_alone(self) -> bool:
@@ -441,6 +445,7 @@ class StatementJob(Job[Result]):
     """One SQL statement; ``work`` is its parameters."""
 
     __slots__ = ("bounded", "sql")
+    mode = Mode.ALONE
 
     def __init__(
         self, holder: Holder, sql: str, parameters: Parameters, label: str | None, frame: types.FrameType, bounded: bool
@@ -593,8 +598,22 @@ def called_from(frame: types.FrameType) -> str:
 
 
 def _place(code: types.CodeType, instruction: int) -> str:
-    lines = (line for start, end, line in code.co_lines() if start <= instruction < end)
-    return f"{os.path.basename(code.co_filename)}:{next(lines, code.co_firstlineno)} in {code.co_name}"
+    return f"{os.path.basename(code.co_filename)}:{_line(code, instruction)} in {code.co_name}"
+
+
+def _line(code: types.CodeType, instruction: int) -> int:
+    # By its id: a code's hash is that of all its constants. A generated one can have handed in all of a long queue.
+    kept = _lines.get(id(code))
+    if kept is None or kept[0] is not code:
+        found = list(code.co_lines())
+        if len(_lines) >= MOST_TABLES:
+            _lines.clear()
+        kept = _lines[id(code)] = code, [start for start, _, _ in found], [line for _, _, line in found]
+    _, starts, lines = kept
+    return lines[bisect.bisect_right(starts, instruction) - 1] or code.co_firstlineno
+
+
+_lines: dict[int, tuple[types.CodeType, list[int], list[int | None]]] = {}
 
 
 def user_frame(frame: types.FrameType) -> types.FrameType:

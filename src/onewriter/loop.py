@@ -93,13 +93,16 @@ class WriterLoop:
         self._session: WriteSession | None = None
         self._pending: list[Job[Any]] = []
         self._next = 0
-        self._culprit: tuple[Job[Any], list[Transaction]] | None = None  # it has undone all, and is told in its turn
+        # It has undone all, and is told in its turn; with the history that it leaves.
+        self._culprit: tuple[Job[Any], list[Transaction], tuple[int, int] | None] | None = None
         self._savepoints_until = 0  # pending jobs before that place run again, each with a savepoint
         self._one_by_one_until = 0  # pending jobs before that place run again, each alone
         self._risky_schema = self._failing_schema = True
         self._schema_versions: list[Any] = []
         self._checkpoint_failed = False  # the last one, and that was told
         self._is_committing = False  # the last attempt to get SQLite's lock was COMMIT
+        self._before: tuple[int, int] | None = None  # the history with which the shared transaction began
+        self._history: tuple[int, int] | None = None  # that the next job is to find
         self._batch = Batch()
 
     def abandon(self) -> None:
@@ -298,7 +301,7 @@ class WriterLoop:
             return
         first = pending[place]
         if self._culprit is not None and self._culprit[0] is first:
-            runs, self._culprit = self._culprit[1], None
+            (_, runs, self._history), self._culprit = self._culprit, None
             self._settle([first], runs)
         elif self.holder.broken is None and self._is_moved():
             return
@@ -361,7 +364,7 @@ class WriterLoop:
             return place
         now, guard, holder, known = monotonic(), self._guard, self.holder, ""
         lock, insert = holder.lock, session.executor.insert
-        guard.mode, guard.refusal = Mode.JOB, None
+        guard.mode, guard.refusal = Mode.ALONE, None
         # What happens here happens for every queued statement: no calls that can be spared.
         try:
             for job in self._pending[place:]:
@@ -404,6 +407,7 @@ class WriterLoop:
         self._roll_back()
         for job in jobs:
             job.set_outcome(None, None)
+        self._history = self._before
         self._count_runs(len(jobs))
         self._savepoints_until = self._place_after(jobs[-1])
 
@@ -416,6 +420,8 @@ class WriterLoop:
         if first.foreign_keys is not None:
             self._guard.settings_touched = True
             set_pragma(session.connection, "foreign_keys", int(first.foreign_keys))
+        if self._history is not None:
+            self._restore_history(session, self._history)
         self._batch = Batch()
         self._leave_a_gap()
         # IMMEDIATE takes the write lock here, so BUSY comes before any job has had an effect.
@@ -423,6 +429,15 @@ class WriterLoop:
         self._batch.lock_wait = self._policy.waited
         self._begun_at = monotonic()
         return session
+
+    def _restore_history(self, session: WriteSession, history: tuple[int, int]) -> None:
+        """What was undone has left its mark on the connection, but is to run as if it had not."""
+        self._history = None
+        try:
+            if session.history() != history:
+                session.set_history(*history)
+        except sqlite3.Error as error:  # no room for a temporary file
+            report(self.holder, logging.WARNING, "%s: last_insert_rowid() is of an undone run: %s", self.label, error)
 
     def _keep_trying(self, session: WriteSession, sql: str, job: Job[Any]) -> None:
         policy = self._policy
@@ -494,6 +509,7 @@ class WriterLoop:
                 self._risky_schema, self._failing_schema = not found.isdisjoint(UNDOES_ALL), "FAIL" in found
                 self._schema_versions = versions
                 self._guard.schema_changed = False
+            self._before = session.history()
         except sqlite3.Error:  # a damaged schema: the jobs will tell
             return False
         return not self._risky_schema
@@ -629,9 +645,10 @@ class WriterLoop:
             self._settle(jobs, runs)
             return
         told, last = self._tell_early(jobs[:-1], runs), jobs[-1]
+        history = None if self._session is None else self._session.history()
         self._run_again(jobs[told:-1], runs)
         self._one_by_one_until = self._place_after(last)
-        self._culprit = last, [run for run in runs if run.job is last]
+        self._culprit = last, [run for run in runs if run.job is last], history
 
     def _tell_early(self, jobs: list[Job[Any]], runs: list[Transaction]) -> int:
         """Tell the first jobs, as far as they failed before another had written: they met what is committed."""
@@ -657,6 +674,7 @@ class WriterLoop:
             if run.job in again:
                 self._call_back(run, committed=False)
         self.holder.end_telling()
+        self._history = self._before
         self._count_runs(len(jobs))
 
     def _count_runs(self, again: int) -> None:
@@ -800,8 +818,12 @@ class WriterLoop:
         """Put back what a job's PRAGMA may have changed."""
         self._guard.settings_touched = False
         self.file.forget_size()  # VACUUM makes it smaller
+        has_temp, self._guard.temp_touched = self._guard.temp_touched, False
         if self._session is not None:
             try:
+                if has_temp:
+                    set_pragma(self._session.connection, "foreign_keys", 0)  # or else DROP looks at them
+                    self._session.drop_temp_objects()
                 try:
                     configure(self._session.connection, self._settings, self._session.databases)
                 except ValueError as error:  # as a limit on a size that is surpassed

@@ -104,7 +104,7 @@ class Reader:
             self._pins = [self.guard.own(f'PRAGMA "{name}".schema_version') for name in names]
         for read in self._pins:  # BEGIN alone pins no snapshot: the first read of each database does
             self.fetch(read, (), _nothing)
-        self.is_pinned = True
+        self.is_pinned = self.guard.is_lent = True
 
     def _own(self, sql: str) -> None:
         self.guard.is_own = True
@@ -122,7 +122,9 @@ class Reader:
         """Be as new for the next borrower, whatever the last one did; False: that cannot be."""
         self.deadline = math.inf
         if self.is_pinned:
-            self.is_pinned = False
+            self.is_pinned = self.guard.is_lent = False
+            if self.guard.must_ask_again:
+                self.guard.install(self.connection)
             self.connection.row_factory, self.connection.text_factory = self._row_factory, self._text_factory
         if self.connection.in_transaction:
             try:
@@ -355,6 +357,7 @@ class ReaderPool:
         try:
             reader = self._borrow(borrowing, deadline)
             try:
+                reader.guard.text = sql
                 cursor = sqlite3.Connection.execute(reader.connection, sql, parameters)
                 try:
                     return fetch(cursor)
@@ -392,6 +395,7 @@ class ReaderPool:
         assert reader is not None
         try:
             if own:
+                reader.guard.text = label  # has the text in it
                 return reader.attempt(label, function, reader.connection)
             self.pin(reader, label)
             snapshot = Snapshot(reader)

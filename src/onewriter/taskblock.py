@@ -17,7 +17,8 @@ from onewriter.errors import ReadTimeoutError, TransactionClosedError
 from onewriter.fork import forked_error
 from onewriter.holder import Holder
 from onewriter.job import Job, resolve, seconds_until, wake
-from onewriter.statement import Result, capture, capture_many, check_many
+from onewriter.parameters import capture, capture_many
+from onewriter.statement import Result, check_many
 from onewriter.transaction import ENDED, TOO_LONG, Transaction, check_sql
 
 T = TypeVar("T")
@@ -260,12 +261,12 @@ class AsyncTransaction:
 
     def execute(self, sql: str, params: Any = (), /) -> Coroutine[Any, Any, Result]:
         """As ``Transaction.execute``."""
-        return self._block.call(self._transaction.statement, check_sql(sql), capture(params))
+        return self._block.call(self._transaction.statement, check_sql(sql), capture(sql, params))
 
     def executemany(self, sql: str, seq_of_params: Iterable[Any], /) -> Coroutine[Any, Any, Result]:
         """As ``Transaction.executemany``."""
         check_many(check_sql(sql))
-        return self._block.call(self._transaction.statement_many, sql, capture_many(seq_of_params))
+        return self._block.call(self._transaction.statement_many, sql, capture_many(sql, seq_of_params))
 
     def executescript(self, sql: str, /) -> Coroutine[Any, Any, None]:
         """As ``Transaction.executescript``."""

@@ -25,18 +25,9 @@ from onewriter.guard import Guard, Mode
 from onewriter.holder import IN_STATEMENT, INHERITED
 from onewriter.job import refuse_live
 from onewriter.lent import Lending, lend, retire
+from onewriter.parameters import capture, capture_many
 from onewriter.retry import is_interrupted
-from onewriter.statement import (
-    Executor,
-    Parameters,
-    Result,
-    capture,
-    capture_many,
-    check_many,
-    describe_sql,
-    split_script,
-    words_of,
-)
+from onewriter.statement import Executor, Parameters, Result, check_many, describe_sql, script_parts, words_of
 from onewriter.watch import Watch
 
 if TYPE_CHECKING:
@@ -60,7 +51,7 @@ class WriteSession:
     def __init__(self, connection: sqlite3.Connection, guard: Guard) -> None:
         self.connection = connection
         self.guard = guard
-        self.executor = Executor(connection)
+        self.executor = Executor(connection, guard)
         self._cursor = sqlite3.Connection.cursor(connection)
         self._cursor.row_factory = None
         self._texts: dict[str, str] = {}  # of the gateway's own statements
@@ -77,6 +68,9 @@ class WriteSession:
         self.logs = {name: file for name, file in files.items() if file and modes[name] == "wal"}
         self.page_sizes = {name: self.own(f'PRAGMA "{name}".page_size')[0][0] for name in files}
         self.page_size: int = self.page_sizes["main"]
+        # Those of on_connect. Looking into an empty TEMP schema would open it, and temp_store be settled by that.
+        has_temp = any(row[1] == "temp" for row in self.own("PRAGMA database_list"))
+        self._kept = self._temp_objects() if has_temp else []
 
     def become_inherited(self) -> list[object]:
         """In a forked child: nothing reaches SQLite any more; returns what must never be closed there."""
@@ -84,7 +78,7 @@ class WriteSession:
         self.connection = self._cursor = self.executor = Inherited()  # type: ignore[assignment]
         return kept
 
-    def own(self, sql: str) -> list[Any]:
+    def own(self, sql: str, parameters: tuple[Any, ...] = ()) -> list[Any]:
         """Run a statement of the gateway's own, which no job's text can stand for."""
         text = self._texts.get(sql)
         if text is None:
@@ -93,7 +87,7 @@ class WriteSession:
         mode, guard.mode = guard.mode, Mode.GATEWAY
         factory, connection.text_factory = connection.text_factory, decode  # not the user's
         try:
-            cursor.execute(text)
+            cursor.execute(text, parameters)
             return cursor.fetchall()
         finally:
             guard.mode, connection.text_factory = mode, factory
@@ -101,6 +95,38 @@ class WriteSession:
     def forget_error(self) -> None:
         """Of a failed statement: sqlite3 would raise it again for the next one whose parameters cannot be bound."""
         self.own("SELECT 1")
+
+    def history(self) -> tuple[int, int]:
+        """What SQLite does not undo: last_insert_rowid() and changes()."""
+        return self.own("SELECT last_insert_rowid(), changes()")[0]  # type: ignore[no-any-return]
+
+    def set_history(self, rowid: int, changes: int) -> None:
+        """Have them say this; there is a transaction of none but this around it."""
+        table = f"temp.{self.guard.mark}"
+        self.executor.forget_rowid()
+        self.own("BEGIN")
+        try:
+            self.own(f"CREATE TABLE {table} (a)")
+            self.own(f"INSERT INTO {table} (rowid) VALUES (?)", (rowid,))
+            rows = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT ? FROM n LIMIT ?"
+            self.own(f"REPLACE INTO {table} (rowid) {rows}", (rowid, changes))
+        finally:
+            self.own("ROLLBACK")
+
+    def _temp_objects(self) -> list[tuple[str, str]]:
+        """Kind and name of what is in the TEMP schema, each before what it needs, virtual tables before others."""
+        return self.own(
+            "SELECT type, name FROM temp.sqlite_schema WHERE sql IS NOT NULL ORDER BY "
+            "type <> 'trigger', type <> 'view', type <> 'table', rootpage"
+        )
+
+    def drop_temp_objects(self) -> None:
+        """Those that jobs have made; outside any transaction, and with foreign keys that nobody enforces."""
+        for kind, name in self._temp_objects():
+            if (kind, name) not in self._kept:
+                quoted = name.replace('"', '""')
+                # Some have gone with their table by now.
+                self.own(f'DROP {kind} IF EXISTS temp."{quoted}"')
 
     def words_in_schema(self, *words: str) -> set[str]:
         """The words, not in names, strings or comments, of what has one of these in the schemas of all databases."""
@@ -203,15 +229,12 @@ class Transaction:
             TransactionAbortedError: SQLite rolled back by itself earlier on. Rolled back.
             TransactionClosedError: the transaction has ended, or is that of a function, and this is another thread.
         """
-        if type(params) is not tuple:  # which needs no copy: it is bound now
-            params = capture(params)
-        return self.call(self._session.executor.execute, check_sql(sql), params)
+        return self.call(self._session.executor.execute, check_sql(sql), capture(sql, params))
 
     def executemany(self, sql: str, seq_of_params: Iterable[Any], /) -> Result:
         """Run one statement for each row of parameters; ``rowcount`` is that of all. RETURNING is refused."""
-        rows = capture_many(seq_of_params)
         check_many(check_sql(sql))
-        return self.statement_many(sql, rows)
+        return self.statement_many(sql, capture_many(sql, seq_of_params))
 
     def executescript(self, sql: str, /) -> None:
         """Run many statements, all or none of them, and without a hidden COMMIT."""
@@ -292,7 +315,7 @@ class Transaction:
     # What follows is for the gateway: parameters were checked and captured already.
 
     def statement(self, sql: str, parameters: Parameters) -> Result:
-        return self.call(self._session.executor.execute, sql, parameters)
+        return self.call(self._session.executor.execute, sql, parameters, mode=self.job.mode)
 
     def bare_statement(self, sql: str, parameters: Parameters) -> Result:
         mode = Mode.VACUUM if describe_sql(sql).verb == "VACUUM" else Mode.BARE
@@ -302,8 +325,8 @@ class Transaction:
         return self.call(self._session.executor.execute_many, sql, rows)
 
     def script(self, sql: str) -> None:
-        for statement in split_script(sql):
-            self.statement(statement, ())
+        for part in script_parts(sql):
+            self.call(self._session.executor.execute_script, part)
 
     def query(self, sql: str, parameters: Parameters, fetch: Callable[[sqlite3.Cursor], T], until: float) -> T:
         """Run a statement that must not write, and see what the transaction has written."""

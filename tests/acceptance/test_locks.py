@@ -188,9 +188,9 @@ def test_a_commit_that_met_a_lock_and_is_rolled_back_is_a_definite_failure(path:
         assert session is not None
         own = session.own
 
-        def busy(sql: str) -> list[object]:
+        def busy(sql: str, parameters: tuple[object, ...] = ()) -> list[object]:
             if sql != "COMMIT":
-                return own(sql)
+                return own(sql, parameters)
             tried.append(sql)
             if len(tried) == after:
                 own("ROLLBACK")

@@ -231,10 +231,10 @@ def test_what_a_handler_raises_while_sqlite_asks_comes_out_also_of_a_table_value
 ) -> None:
     """SQLite keeps the text of the refusal alone, without its code, before version 3.41."""
 
-    def decide(self: object, action: int, first: str | None, second: str | None) -> int:
+    def decide(self: object, action: int, first: str | None, second: str | None, third: str | None) -> int:
         if action == sqlite3.SQLITE_PRAGMA:
             raise _HandlerError
-        return original(self, action, first, second)  # type: ignore[arg-type]
+        return original(self, action, first, second, third)  # type: ignore[arg-type]
 
     sql = "SELECT name FROM pragma_table_info('t')"
     any_db.run("CREATE TABLE t (n)")

@@ -173,7 +173,7 @@ def test_a_job_that_failed_on_what_another_wrote_runs_again_when_that_is_undone(
     assert db.read("SELECT k FROM t") == [(0,), (2,), (1,)]
 
 
-@pytest.mark.parametrize("value", [object(), 1 << 70, "\ud800"])
+@pytest.mark.parametrize("value", [1 << 70, "\ud800"])  # others are refused at the call
 def test_a_parameter_that_cannot_be_bound_has_its_own_error_behind_a_failed_job(db: DbWriter, value: Any) -> None:
     db.run_script("CREATE TABLE t (a UNIQUE); CREATE TABLE u (b); INSERT INTO t VALUES (1)")
     db.run("INSERT INTO u VALUES (1)")
