@@ -249,10 +249,14 @@ class PlainTransaction:
             return PlainResult([], cursor.rowcount, None)
 
     def executescript(self, sql: str, /) -> None:
-        with self.savepoint():
-            for statement in sql.split(";"):
-                if statement.strip():
-                    self.execute(statement)
+        decode, self._connection.text_factory = self._connection.text_factory, bytes  # rows of a script are dropped
+        try:
+            with self.savepoint():
+                for statement in sql.split(";"):
+                    if statement.strip():
+                        self.execute(statement)
+        finally:
+            self._connection.text_factory = decode
 
     @contextlib.contextmanager
     def savepoint(self) -> Iterator[None]:
