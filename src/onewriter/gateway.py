@@ -344,17 +344,12 @@ class DbWriter:
                 scope = scopes.enter(transaction, writes=True)
             finally:
                 holder.entering.discard(me)
-            # Given back before the scope is left: a signal handler in between would wait for its own thread.
             try:
                 yield transaction
             except BaseException:
-                job.give_back(failed=True)
-                scopes.leave(scope)
-                self._leave(job, failed=True)
+                self._leave(job, scope, failed=True)
                 raise
-            job.give_back(failed=False)
-            scopes.leave(scope)
-            self._leave(job, failed=False)
+            self._leave(job, scope, failed=False)
         except (WriterClosedError, WriterBrokenError):  # never accepted, or told already, or a signal handler's
             if not job.done():
                 job.give_back(failed=True)  # if it is granted after all, it ends at once
@@ -369,11 +364,13 @@ class DbWriter:
             holder.blocks.discard(job)
         job.result()
 
-    def _leave(self, job: BlockJob, failed: bool) -> None:
+    def _leave(self, job: BlockJob, scope: Scope[Any], failed: bool) -> None:
         if self._holder.forked:
             if failed:
                 return
             raise forked_error()  # the parent's block goes on; nothing is committed here
+        job.give_back(failed)
+        self._holder.scopes.leave(scope)  # not before: a signal handler in between would wait for its own thread
         if self._holder.cannot_wait() or (job.transaction is not None and job.transaction.is_inside):
             return  # a generator that was collected by the writer, inside one of its locks, or in its own statement
         try:
