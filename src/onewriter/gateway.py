@@ -345,20 +345,12 @@ class DbWriter:
                 scope = scopes.enter(transaction, writes=True)
             finally:
                 holder.entering.discard(me)
-            # Given back before the scope is left: a signal handler in between would wait for its own thread.
             try:
                 yield transaction
             except BaseException:
-                job.give_back(failed=True)
-                scopes.leave(scope)
-                self._leave(job, failed=True)
+                self._leave(job, scope, failed=True)
                 raise
-            is_inside = transaction.is_inside  # in a function that SQLite calls: the end waits for the statement
-            job.give_back(failed=is_inside)
-            scopes.leave(scope)
-            if is_inside:
-                raise ReentrantWriteError(f"a block cannot be left here: {IN_STATEMENT}. It is rolled back")
-            self._leave(job, failed=False)
+            self._leave(job, scope, failed=False)
         except (WriterClosedError, WriterBrokenError):  # never accepted, or told already, or a signal handler's
             if not job.done():
                 job.give_back(failed=True)  # if it is granted after all, it ends at once
@@ -373,13 +365,19 @@ class DbWriter:
             holder.blocks.discard(job)
         job.result()
 
-    def _leave(self, job: BlockJob, failed: bool) -> None:
+    def _leave(self, job: BlockJob, scope: Scope[Any], failed: bool) -> None:
         if self._holder.forked:
             if failed:
                 return
             raise forked_error()  # the parent's block goes on; nothing is committed here
-        if self._holder.cannot_wait() or (job.transaction is not None and job.transaction.is_inside):
-            return  # a generator that was collected by the writer, inside one of its locks, or in its own statement
+        # In a function that SQLite calls: the end waits for the statement, and this cannot.
+        is_inside = job.transaction is not None and job.transaction.is_inside
+        job.give_back(failed or is_inside)
+        self._holder.scopes.leave(scope)  # not before: a signal handler in between would wait for its own thread
+        if is_inside and not failed:
+            raise ReentrantWriteError(f"a block cannot be left here: {IN_STATEMENT}. It is rolled back")
+        if is_inside or self._holder.cannot_wait():
+            return  # a generator that was collected there, by the writer, or inside one of its locks
         try:
             self._driver.leave(job)
         except BaseException:  # Ctrl-C: it comes to its end all the same

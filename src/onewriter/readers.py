@@ -326,11 +326,15 @@ class ReaderPool:
             reader = self._borrow(borrowing, deadline)
             self.pin(reader, label)
             reader.deadline = math.inf
-            borrowing.thread, borrowing.loop = 0, _get_running_loop()
             snapshot = Snapshot(reader)
             try:
                 with self.inside(snapshot):
-                    yield snapshot
+                    # Only inside does the scope say that a signal handler's close would wait for its own thread.
+                    borrowing.thread, borrowing.loop = 0, _get_running_loop()
+                    try:
+                        yield snapshot
+                    finally:
+                        borrowing.thread = get_ident()
             finally:
                 snapshot.end()
         except sqlite3.DatabaseError as error:
