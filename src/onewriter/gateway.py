@@ -339,8 +339,8 @@ class DbWriter:
         if job.loop is not None:
             holder.blocks.add(job)
         try:
-            holder.entering.add(me)
             try:
+                holder.entering.add(me)  # in here: Ctrl-C comes behind a call
                 transaction = self._driver.enter(job, timeout)
                 scope = scopes.enter(transaction, writes=True)
             finally:
