@@ -306,7 +306,8 @@ def go():
     if PLACE in ("a handler", "on_error"):
         db.enqueue("INSERT INTO nowhere VALUES (1)")
     for n in range(50):
-        db.enqueue(write(n) if n % 2 else ROW, *([] if n % 2 else [(n,)]))
+        is_function = n % 2 and ENDING != "return"  # plain statements alone are another path
+        db.enqueue(write(n) if is_function else ROW, *([] if is_function else [(n,)]))
     go_on.set()
     db.flush()
     if PLACE == "on_commit of a block":
