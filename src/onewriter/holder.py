@@ -6,6 +6,7 @@ import asyncio
 import logging
 import sqlite3
 import threading
+from collections.abc import Callable
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,7 @@ class Holder:
         self._warned_of = 0.0  # the job that a warning has named: when it started
         self.lock = threading.RLock()
         self.tally = Tally()  # guarded by lock
+        self.forget: Callable[[Job[Any]], object] = id  # the queue's: what is withdrawn makes room there
         self.health = "ok"
         self.broken: BaseException | None = None  # why the gateway is out of service
         self.forked = False  # this is a child of the process that it belongs to

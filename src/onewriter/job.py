@@ -78,6 +78,7 @@ class Ticket(Generic[T]):
         "_waiters",
         "created_at",
         "ended_at",
+        "is_queued",
         "started_at",
         "work",
     )
@@ -98,6 +99,7 @@ class Ticket(Generic[T]):
         # These are set when there is something to say.
         self._batch: Batch
         self._sequence: int
+        self.is_queued: bool
         self.started_at: float
         self.ended_at: float
 
@@ -167,6 +169,7 @@ class Ticket(Generic[T]):
                 self._holder.tally.count_cancelled(self.label)
             woken, self._waiters = self._waiters, None
             _work, self.work = self.work, None  # which goes at the end, not under the lock: it may have finalizers
+        self._holder.forget(self)
         wake(woken or ())
         self.run_callbacks()
         return True

@@ -136,11 +136,8 @@ class WriterLoop:
         for job in itertools.islice(self._pending.copy(), self._next, None):
             if not job.done():
                 return max(0.0, now - job.created_at)
-        try:
-            first: Job[Any] = self.queue.queue[0]
-        except IndexError:
-            return 0.0
-        return max(0.0, now - first.created_at)
+        first = self.queue.oldest()
+        return 0.0 if first is None else max(0.0, now - first.created_at)
 
     def is_on(self, file: os.stat_result) -> bool:
         """Whether ``file`` is this writer's database."""
@@ -148,7 +145,7 @@ class WriterLoop:
 
     def unfinished(self) -> list[str]:
         """The labels of the jobs that have no outcome yet."""
-        return [job.label for job in (*self._pending.copy(), *self.queue.queue.copy()) if not job.done()]
+        return [job.label for job in (*self._pending.copy(), *self.queue.jobs()) if not job.done()]
 
     # From here on, only the thread that is the writer calls ----------------------------------------------------------
 

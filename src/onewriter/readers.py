@@ -7,7 +7,7 @@ import logging
 import math
 import sqlite3
 import threading
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from threading import get_ident
 from time import monotonic
@@ -222,7 +222,7 @@ class ReaderPool:
         self._idle: list[Reader] = []
         self._count = 0  # idle or lent
         self._extras = 0  # lent beside them
-        self._waiting: deque[Borrowing] = deque()
+        self._waiting: OrderedDict[Borrowing, None] = OrderedDict()  # in order; any may leave
         self._lent: set[Borrowing] = set()
         self._snapshots = 0  # open ones, of all threads: most reads need not look for one of their thread
         self._local = threading.local()
@@ -370,7 +370,7 @@ class ReaderPool:
     def has_mine(self) -> bool:
         """Whether the calling thread has one, or is in line."""
         me = get_ident()
-        return any(borrowing.thread == me for borrowing in (*self._lent.copy(), *self._waiting.copy()))
+        return any(borrowing.thread == me for borrowing in (*self._lent.copy(), *list(self._waiting)))
 
     def seconds_until_slow(self) -> float | None:
         """When ``warn_if_slow`` has somebody to name; None: nobody is there."""
@@ -417,7 +417,7 @@ class ReaderPool:
             self._closed = True
             idle, self._idle = self._idle, []
             self._count -= len(idle)
-            waiting, self._waiting = list(self._waiting), deque()
+            waiting, self._waiting = list(self._waiting), OrderedDict()
             self._all_back_if_closed()
         wake(borrowing.wakeup for borrowing in waiting)
         for reader in idle:
@@ -480,7 +480,7 @@ class ReaderPool:
                 if borrowing.wakeup is None:
                     borrowing.wakeup = threading.Lock()
                     borrowing.wakeup.acquire()
-                self._waiting.append(borrowing)
+                self._waiting[borrowing] = None
                 return False
             borrowing.has_place = True
             self._lent.add(borrowing)
@@ -551,8 +551,7 @@ class ReaderPool:
         with self._lock:
             self._lent.discard(borrowing)
             if not borrowing.has_place:
-                if borrowing in self._waiting:
-                    self._waiting.remove(borrowing)
+                self._waiting.pop(borrowing, None)
                 borrowing.is_over = True
                 return
             reader = borrowing.reader  # which may have come in this moment
@@ -582,9 +581,9 @@ class ReaderPool:
         self._call_if_all_back()
 
     def _grant(self, reader: Reader | None) -> None:
-        first = self._waiting[0]
+        first = next(iter(self._waiting))
         first.reader, first.has_place = reader, True
-        del self._waiting[0]
+        del self._waiting[first]
         first.since = monotonic()
         self._lent.add(first)
         wake([first.wakeup])

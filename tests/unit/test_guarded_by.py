@@ -54,8 +54,8 @@ GUARDS = [
     Guard(
         "queue.py",
         "mutex",
-        {"queue", "_asleep", "_bounded", "_limit", "_refusal", "_room", "is_nearly_full"},
-        held=frozenset(("_grant_room", "_has_become_nearly_full", "_wake")),
+        {"queue", "_asleep", "_bounded", "_limit", "_refusal", "_room", "_withdrawn", "is_nearly_full"},
+        held=frozenset(("_append", "_has_become_nearly_full", "_made_room", "_pop", "_tidy", "_wake")),
         free=frozenset(("__init__", "become_inherited")),
     ),
     Guard(
