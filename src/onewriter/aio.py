@@ -596,6 +596,7 @@ class AsyncDbWriter:
         until = monotonic() + HELD_BACK
         while readers.holds_back and monotonic() < until:
             await asyncio.sleep(HELD_BACK / 50)
+            borrowing.since = monotonic()
         borrowing.wakeup = asyncio.get_running_loop().create_future()
         try:
             if not readers.take_or_line_up(borrowing):

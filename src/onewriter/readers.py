@@ -372,6 +372,14 @@ class ReaderPool:
         me = get_ident()
         return any(borrowing.thread == me for borrowing in (*self._lent.copy(), *list(self._waiting)))
 
+    def out_for(self, seconds: float) -> list[Borrowing]:
+        """Those that have a connection for longer than that."""
+        now = monotonic()
+        return [borrowing for borrowing in self._lent.copy() if now - borrowing.since > seconds]
+
+    def is_out(self, borrowing: Borrowing) -> bool:
+        return borrowing in self._lent
+
     def seconds_until_slow(self) -> float | None:
         """When ``warn_if_slow`` has somebody to name; None: nobody is there."""
         since = [borrowing.since for borrowing in self._lent.copy() if not borrowing.is_named]
@@ -379,7 +387,13 @@ class ReaderPool:
 
     @contextlib.contextmanager
     def held_back(self, seconds: float) -> Iterator[None]:
-        """For the ``with`` block, and no longer than that, new loans wait; those out come back meanwhile."""
+        """For the ``with`` block, and no longer than that, new loans wait; those out come back meanwhile.
+
+        Unless one is out for that long already, and would be in the way all the same.
+        """
+        if self.out_for(seconds):  # as long again would hardly be enough
+            yield
+            return
         self._open_again.clear()
         self.holds_back = True
         until = monotonic() + seconds
@@ -455,6 +469,7 @@ class ReaderPool:
     def _borrow(self, borrowing: Borrowing, deadline: float) -> Reader:
         if self.holds_back:
             self._open_again.wait(HELD_BACK)
+            borrowing.since = monotonic()
         if not self.take_or_line_up(borrowing):
             left = deadline - monotonic()
             borrowing.wakeup.acquire(timeout=-1 if left == math.inf else max(0.0, min(left, threading.TIMEOUT_MAX)))
