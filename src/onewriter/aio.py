@@ -90,9 +90,12 @@ class AsyncReader:
             if self._snapshot.is_left:  # the connection may be somebody else's
                 raise ended_error()
             # Not in the thread, where it could come after a cancellation has hurried the statement.
-            self._snapshot.reader.deadline = deadline
+            self._snapshot.reader.limit(deadline)
             call = functools.partial(function, self._snapshot, *args)
-            return await self._owner._in_pool(call, self._borrowing)
+            try:
+                return await self._owner._in_pool(call, self._borrowing)
+            finally:
+                self._snapshot.reader.limit(math.inf)
         finally:
             self._turn.release()
 
@@ -618,7 +621,7 @@ class AsyncDbWriter:
             with self._lock:  # or else the close of another loop may shut it down just before
                 if self._pool is None:  # or no longer: a block may still be open when the gateway is closed
                     self._pool = ThreadPoolExecutor(db._readers.size, f"{db._loop.label}-reader")
-                future = self._pool.submit(call)
+                future = self._pool.submit(_call_for, borrowing, call)
         except BaseException:
             if returns:
                 db._readers.end(borrowing)
@@ -764,6 +767,14 @@ async def _in_thread(function: Callable[[], T], undo: Callable[[T], object] | No
         finally:
             del error, outcome
     return result  # type: ignore[no-any-return]
+
+
+def _call_for(borrowing: Borrowing, call: Callable[[], T]) -> T:
+    borrowing.runs_in = threading.get_ident()
+    try:
+        return call()
+    finally:
+        borrowing.runs_in = 0
 
 
 async def _until_done(future: Future[Any]) -> None:

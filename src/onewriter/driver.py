@@ -131,6 +131,7 @@ class InlineDriver:
         self._owner = 0  # the thread that holds it
         self._inside: set[int] = set()  # the threads that hold it, or are about to
         self._ended = False
+        loop.readers.clock.turn_off()
 
     def start(self) -> None:
         self._loop.open()

@@ -13,6 +13,7 @@ from threading import get_ident
 from time import monotonic
 from typing import Any, TypeVar
 
+from onewriter.clock import ReadClock
 from onewriter.connection import Settings, database_names, open_reader
 from onewriter.errors import ReadTimeoutError, ReentrantWriteError
 from onewriter.file import DatabaseFile
@@ -37,9 +38,10 @@ STEPS = 250_000  # of SQLite's virtual machine between two looks at the clock
 class Reader:
     """One connection of the pool. Belongs to the thread it is lent to."""
 
-    def __init__(self, connection: sqlite3.Connection, guard: ReadGuard, policy: LockPolicy) -> None:
+    def __init__(self, connection: sqlite3.Connection, guard: ReadGuard, policy: LockPolicy, clock: ReadClock) -> None:
         self.connection = connection
         self.deadline = math.inf
+        self._clock = clock
         self.is_inherited = False  # this is a child of the process that it belongs to
         self.guard = guard
         self.is_pinned = False
@@ -49,6 +51,13 @@ class Reader:
         self._row_factory, self._text_factory = connection.row_factory, connection.text_factory
         self.watch = Watch(self._is_late)
         self.watch.set_on(connection, STEPS)
+
+    def limit(self, deadline: float) -> None:
+        """Have its statements end then, and not because of an earlier deadline any more."""
+        with self._clock.lock:
+            self.deadline = deadline
+        if deadline < self._clock.rings_at:
+            self._clock.set(deadline)
 
     def fetch(self, sql: str, parameters: Parameters, fetch: Fetch[T]) -> T:
         cursor = sqlite3.Connection.execute(self.connection, sql, parameters)
@@ -152,11 +161,12 @@ class Snapshot:
     def until(self, deadline: float) -> Iterator[Reader]:
         """A read inside the block has a time of its own, within that of the block."""
         reader = self.reader
-        before, reader.deadline = reader.deadline, min(deadline, reader.deadline)
+        before = reader.deadline
+        reader.limit(min(deadline, before))
         try:
             yield reader
         finally:
-            reader.deadline = before
+            reader.limit(before)
 
     def refuse_later(self, write: Ticket[Any]) -> None:
         """Raise at once if nobody who reads here will ever see ``write``."""
@@ -202,6 +212,7 @@ class Borrowing:
         self.label = label
         self.since = monotonic()
         self.thread = get_ident()
+        self.runs_in = 0  # the thread of a task's call
 
 
 class ReaderPool:
@@ -220,7 +231,7 @@ class ReaderPool:
         self._stop = threading.Event()
         self._lock = threading.RLock()  # a finalizer or signal handler may read while its thread is inside
         self._idle: list[Reader] = []
-        self._count = 0  # idle or lent
+        self._count = 0  # idle or lent; above ``size`` while threads that have one need another
         self._extras = 0  # lent beside them
         self._waiting: OrderedDict[Borrowing, None] = OrderedDict()  # in order; any may leave
         self._lent: set[Borrowing] = set()
@@ -232,6 +243,8 @@ class ReaderPool:
         self.holds_back = False  # new loans wait for the event
         self._open_again = threading.Event()
         self._returned = threading.Event()
+        lent = self._lent
+        self.clock = ReadClock(self._lock, lambda: [one.reader for one in lent.copy() if one.reader is not None])
 
     @contextlib.contextmanager
     def snapshot(self, label: str, deadline: float) -> Iterator[Snapshot]:
@@ -245,7 +258,7 @@ class ReaderPool:
         try:
             reader = self._borrow(borrowing, deadline)
             self.pin(reader, label)
-            reader.deadline = math.inf
+            reader.limit(math.inf)
             with self._seen(reader) as snapshot:
                 yield snapshot
         except sqlite3.DatabaseError as error:
@@ -370,7 +383,10 @@ class ReaderPool:
     def has_mine(self) -> bool:
         """Whether the calling thread has one, or is in line."""
         me = get_ident()
-        return any(borrowing.thread == me for borrowing in (*self._lent.copy(), *list(self._waiting)))
+        return self._has_one(me) or any(borrowing.thread == me for borrowing in list(self._waiting))
+
+    def _has_one(self, thread: int) -> bool:
+        return any(thread in (borrowing.thread, borrowing.runs_in) for borrowing in self._lent.copy())
 
     def out_for(self, seconds: float) -> list[Borrowing]:
         """Those that have a connection for longer than that."""
@@ -437,6 +453,7 @@ class ReaderPool:
         for reader in idle:
             reader.connection.close()
         self._all_back.wait(patience)
+        self.clock.stop()
 
     def when_all_back(self, function: Callable[[], object]) -> None:
         """Call it when the last connection has come back and is closed; now, if that is so."""
@@ -457,7 +474,7 @@ class ReaderPool:
 
     def become_inherited(self) -> list[object]:
         """In a forked child: lend nothing, take nothing back; returns what must never be closed there."""
-        self._lock = threading.RLock()
+        self._lock = self.clock.lock = threading.RLock()
         self._closed = True
         self._on_all_back = _return
         self.holds_back = False
@@ -478,6 +495,8 @@ class ReaderPool:
         if reader is None:
             return self.reader_of(borrowing, deadline)
         reader.deadline = deadline
+        if deadline < self.clock.rings_at:
+            self.clock.set(deadline)
         return reader
 
     def take_or_line_up(self, borrowing: Borrowing) -> bool:
@@ -489,7 +508,9 @@ class ReaderPool:
             if self._idle:
                 borrowing.reader = self._idle[-1]  # the last one back: its page cache is warm
                 del self._idle[-1]
-            elif self._count < self.size:
+            elif self._count < self.size or (borrowing.wakeup is None and self._has_one(borrowing.thread)):
+                # A read in a row factory, say, would wait for its own thread: it has one beside the others. No task
+                # waits in a thread.
                 self._count += 1
             else:
                 if borrowing.wakeup is None:
@@ -513,13 +534,13 @@ class ReaderPool:
         """Its connection, which may have to be opened, and whose time is limited from now on."""
         if borrowing.reader is None:
             borrowing.reader = self._new()
-        borrowing.reader.deadline = deadline
+        borrowing.reader.limit(deadline)
         return borrowing.reader
 
     def _new(self) -> Reader:
         policy, guard = LockPolicy(self._settings.lock_timeout, self._stop), ReadGuard()
         self._file.check()  # or else it could be the connection of another database
-        reader = Reader(open_reader(self._settings, guard, policy), guard, policy)
+        reader = Reader(open_reader(self._settings, guard, policy), guard, policy, self.clock)
         try:
             self._file.check()
         except BaseException:
@@ -552,8 +573,10 @@ class ReaderPool:
     def hurry(self, borrowing: Borrowing) -> None:
         """End the statement that runs there, unless the connection is somebody else's by now."""
         with self._lock:
-            if not borrowing.is_over and borrowing.reader is not None:
-                borrowing.reader.deadline = 0.0
+            if borrowing.is_over or borrowing.reader is None:
+                return
+            borrowing.reader.deadline = 0.0
+        self.clock.set(0.0)
 
     def end(self, borrowing: Borrowing) -> None:
         """Leave the line, or give back what it has: clean, to the next in line. May be called again."""
@@ -570,6 +593,7 @@ class ReaderPool:
                 borrowing.is_over = True
                 return
             reader = borrowing.reader  # which may have come in this moment
+            is_good = is_good and self._count <= self.size
             if is_good and reader is not None and not self._closed and not borrowing.is_over:
                 borrowing.is_over = True
                 if self._waiting:
@@ -588,7 +612,7 @@ class ReaderPool:
         with self._lock:
             if not borrowing.is_over:
                 borrowing.is_over = True
-                if self._waiting and not self._closed:
+                if self._waiting and not self._closed and self._count <= self.size:
                     self._grant(None)
                 else:
                     self._count -= 1

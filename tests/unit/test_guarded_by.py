@@ -65,13 +65,14 @@ GUARDS = [
         held=frozenset(("_all_back_if_closed", "_grant")),
         free=frozenset(("__init__", "become_inherited")),
     ),
-    # Whoever has the connection sets its deadline; only a task that hurries it has to see whose it is.
+    # Whoever has the connection sets its deadline; who would interrupt it has to see whose it is.
     Guard(
         "readers.py",
         "_lock",
         {"deadline"},
-        free=frozenset(("__init__", "_borrow", "clean", "reader_of", "snapshot", "until")),
+        free=frozenset(("__init__", "_borrow", "clean", "limit")),  # limit: by its other name
     ),
+    Guard("clock.py", "lock", {"rings_at", "_thread"}, free=frozenset(("__init__", "turn_off", "_run"))),
     Guard("readers.py", "_lock", {"_ended"}, also_read=True, free=frozenset(("__init__",))),
     Guard("aio.py", "_lock", {"_openers", "_pool"}, free=frozenset(("_prepare",))),
     Guard("taskblock.py", "_lock", {"taken"}, free=frozenset(("__init__",))),

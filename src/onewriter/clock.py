@@ -1,0 +1,96 @@
+"""ReadClock: ends reads whose time goes into Python code."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sqlite3
+import threading
+from collections.abc import Callable, Iterable
+from time import monotonic
+from typing import Any, Protocol
+
+GRACE = 0.05  # seconds: a statement whose time goes into SQLite's own steps has ended by itself by then
+AGAIN = 0.05  # seconds between two interrupts of one read, whose next statement would not know of the first
+
+
+class Timed(Protocol):
+    connection: sqlite3.Connection
+    deadline: float
+
+
+class ReadClock:
+    """Interrupts readers whose deadline has passed: functions, factories and converters are no steps of SQLite's.
+
+    Python code cannot be stopped; the statement that called it ends when it returns. A late interrupt hits nobody:
+    SQLite forgets it when the next statement begins, and the deadline of a reader that was given back is never.
+
+    Locks:   ``lock``, the pool's, guards ``rings_at`` and ``_thread``, and is held around interrupt().
+    Threads: one of its own, from the first read with a time limit to the deadline at which no such read is there. A
+             read looks at ``rings_at`` only: it is earlier than most deadlines.
+    """
+
+    def __init__(self, lock: Any, readers: Callable[[], Iterable[Timed]]) -> None:
+        self.lock = lock
+        self.rings_at = math.inf
+        self._readers = readers
+        self._bell = threading.Lock()  # released to have the thread look again
+        self._bell.acquire()
+        self._thread: threading.Thread | None = None
+
+    def turn_off(self) -> None:
+        self.rings_at = -math.inf
+
+    def set(self, deadline: float) -> None:
+        """Look again at ``deadline``, or earlier; to be called after the reader has that."""
+        started = None
+        with self.lock:
+            if deadline >= self.rings_at:
+                return
+            self.rings_at = deadline
+            if self._thread is None:
+                started = self._thread = threading.Thread(target=self._run, name="onewriter-clock", daemon=True)
+        if started is None:
+            self._ring()
+            return
+        try:
+            started.start()
+        except BaseException as error:
+            with self.lock:
+                self._thread, self.rings_at = None, math.inf
+            if not isinstance(error, RuntimeError):  # at the end of the interpreter no thread can be started
+                raise
+
+    def stop(self) -> None:
+        """Have the thread end, if there is nothing to wait for."""
+        thread = self._thread
+        if thread is not None and thread.ident is not None:
+            self._ring()
+            thread.join(1.0)
+
+    def _ring(self) -> None:
+        with contextlib.suppress(RuntimeError):  # it was rung already
+            self._bell.release()
+
+    def _run(self) -> None:
+        while True:
+            with self.lock:
+                self.rings_at = math.inf  # before the look, so that a deadline that comes with it rings
+                next_look = self._look(monotonic())
+                if next_look == math.inf:
+                    self._thread = None
+                    return
+                self.rings_at = next_look
+            self._bell.acquire(timeout=max(0.0, min(next_look - monotonic(), threading.TIMEOUT_MAX)))
+
+    def _look(self, now: float) -> float:
+        """Interrupt who is late; returns when to look again."""
+        looks = [math.inf]
+        for reader in self._readers():
+            late = reader.deadline + GRACE
+            if late <= now:
+                with contextlib.suppress(sqlite3.ProgrammingError):  # it is closed in this moment
+                    sqlite3.Connection.interrupt(reader.connection)
+                late = now + AGAIN
+            looks.append(late)
+        return min(looks)
