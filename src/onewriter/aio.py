@@ -21,6 +21,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from time import monotonic
 from typing import Any, Literal, Self, TypeVar, overload
 
+from onewriter.backup import check_backup
 from onewriter.block import BlockFailedError
 from onewriter.checkpoint import Checkpoint
 from onewriter.driver import not_entered
@@ -176,7 +177,7 @@ class AsyncDbWriter:
                 await self._open_with(opening)
             else:  # another task opens it; if it fails, this one tries
                 await future
-        self._gateway()
+        self._gateway()._loop.queue.check_open()
         return self
 
     async def _open_with(self, opening: Callable[[], DbWriter]) -> None:
@@ -651,7 +652,17 @@ class AsyncDbWriter:
         """As ``DbWriter.backup``, in a thread, where ``progress`` is called too. Cancelled, it goes on to its end."""
         db = self._gateway()
         db._holder.refuse_endless_wait("backup", awaits=True)
-        await _in_thread(lambda: db.backup(target, progress=progress, pages=pages))
+        place = called_from(sys._getframe(1))
+        is_open = isinstance(target, sqlite3.Connection)
+        if is_open:  # sqlite3 lets the thread that made it ask it, and any thread write the copy into it
+            check_backup(target, progress, pages)
+
+        def back_up() -> None:
+            if not is_open:
+                check_backup(target, progress, pages)
+            db._back_up(target, progress, pages, place)
+
+        await _in_thread(back_up)
 
     @property
     def path(self) -> str:

@@ -11,7 +11,7 @@ from time import monotonic
 from typing import Any, Protocol
 
 GRACE = 0.05  # seconds: a statement whose time goes into SQLite's own steps has ended by itself by then
-AGAIN = 0.05  # seconds between two interrupts of one read, whose next statement would not know of the first
+AGAIN = 0.1  # seconds between two interrupts of one read, whose next statement would not know of the first
 
 
 class Timed(Protocol):
@@ -26,8 +26,8 @@ class ReadClock:
     SQLite forgets it when the next statement begins, and the deadline of a reader that was given back is never.
 
     Locks:   ``lock``, the pool's, guards ``rings_at`` and ``_thread``, and is held around interrupt().
-    Threads: one of its own, from the first read with a time limit to the deadline at which no such read is there. A
-             read looks at ``rings_at`` only: it is earlier than most deadlines.
+    Threads: one of its own, from the first read with a time limit to the first deadline at which no read is there. A
+             read looks at ``rings_at`` only, which comes before its own deadline unless that is an early one.
     """
 
     def __init__(self, lock: Any, readers: Callable[[], Iterable[Timed]]) -> None:
@@ -37,6 +37,7 @@ class ReadClock:
         self._bell = threading.Lock()  # released to have the thread look again
         self._bell.acquire()
         self._thread: threading.Thread | None = None
+        self._is_stopped = False
 
     def turn_off(self) -> None:
         self.rings_at = -math.inf
@@ -62,7 +63,8 @@ class ReadClock:
                 raise
 
     def stop(self) -> None:
-        """Have the thread end, if there is nothing to wait for."""
+        """Have the thread end, or as soon as there is nobody to interrupt."""
+        self._is_stopped = True
         thread = self._thread
         if thread is not None and thread.ident is not None:
             self._ring()
@@ -73,24 +75,28 @@ class ReadClock:
             self._bell.release()
 
     def _run(self) -> None:
-        while True:
-            with self.lock:
-                self.rings_at = math.inf  # before the look, so that a deadline that comes with it rings
-                next_look = self._look(monotonic())
-                if next_look == math.inf:
-                    self._thread = None
-                    return
-                self.rings_at = next_look
+        while (next_look := self._next_look()) is not None:
             self._bell.acquire(timeout=max(0.0, min(next_look - monotonic(), threading.TIMEOUT_MAX)))
 
+    def _next_look(self) -> float | None:
+        with self.lock:
+            now = monotonic()
+            if self.rings_at + GRACE <= now or self._is_stopped:
+                self.rings_at = math.inf  # before the look, so that a deadline that comes with it rings
+                self.rings_at = self._look(now)
+            if self.rings_at == math.inf:
+                self._thread = None
+                return None
+            return self.rings_at + GRACE
+
     def _look(self, now: float) -> float:
-        """Interrupt who is late; returns when to look again."""
-        looks = [math.inf]
+        """Interrupt who is late; returns the next deadline."""
+        deadlines = [math.inf]
         for reader in self._readers():
-            late = reader.deadline + GRACE
-            if late <= now:
+            if reader.deadline + GRACE <= now:
                 with contextlib.suppress(sqlite3.ProgrammingError):  # it is closed in this moment
                     sqlite3.Connection.interrupt(reader.connection)
-                late = now + AGAIN
-            looks.append(late)
-        return min(looks)
+                deadlines.append(now + AGAIN - GRACE)
+            else:
+                deadlines.append(reader.deadline)
+        return min(deadlines)

@@ -85,7 +85,7 @@ class WriterLoop:
         self._on_end = on_end
         self._stop = threading.Event()  # ends the wait for SQLite's lock; what has not started does not start
         self._policy = LockPolicy(settings.lock_timeout, self._stop)
-        self._guard = Guard(settings.journal_mode)
+        self._guard = Guard(settings.journal_mode, settings.puts_back)
         self._checkpointer = Checkpointer(settings, self.file, self.readers, self.holder, on_event)
         self._held = self._free = 0.0  # seconds with and without SQLite's lock since it was last left free for others
         self._begun_at = self._released_at = 0.0
@@ -663,7 +663,9 @@ class WriterLoop:
         BaseException.with_traceback(error, without_own_frames(error.__traceback__))
         self.holder.note_corruption(error)
         self._guard.explain(error)
-        note = f"onewriter: job {job.describe()}, attempts to get SQLite's lock: {max(1, self._policy.attempts)}"
+        note, attempts = f"onewriter: job {job.describe()}", max(1, self._policy.attempts)
+        if attempts > 1 or is_busy(error):  # one, and it was had, is nothing to tell
+            note += f", attempts to get SQLite's lock: {attempts}"
         if is_busy(error):
             note += f" in {self._policy.waited:.2f} s; {describe_lock(self._settings.path)}"
         if note not in getattr(error, "__notes__", ()):

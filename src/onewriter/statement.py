@@ -222,7 +222,9 @@ class Executor:
             cursor.execute(sql, parameters)
             # To the end, since an unread row would make COMMIT say BUSY for ever.
             rows = cursor.fetchall() if cursor.description is not None else None
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, sqlite3.Error) and describe_sql(sql).verb == "VACUUM":
+                self._explain_vacuum(error)
             self._last_rowid = None
             try:
                 cursor.close()  # it may have rows left
@@ -256,6 +258,11 @@ class Executor:
         self._last_rowid = before
         rowcount = cursor.rowcount if cursor.rowcount >= 0 else self._ask("SELECT changes()")
         return Result([], rowcount, self._inserted(self._table, rowcount, rowid), None)
+
+    def _explain_vacuum(self, error: sqlite3.Error) -> None:
+        if self._connection.in_transaction:
+            text = "VACUUM cannot run inside a transaction, and a job is one: use run_without_transaction"
+            error.add_note(f"onewriter: {text}")
 
     def forget_rowid(self) -> None:
         """Others use the connection too."""

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from onewriter.block import LOOK, BlockFailedError
 from onewriter.errors import ReadTimeoutError, TransactionClosedError
 from onewriter.holder import Holder
-from onewriter.job import Job, resolve, seconds_until, wake
+from onewriter.job import Job, check_callback, resolve, seconds_until, wake
 from onewriter.statement import Result, capture, capture_many, check_many
 from onewriter.transaction import ENDED, TOO_LONG, Transaction, check_sql
 
@@ -319,6 +319,5 @@ def _leave(savepoint: contextlib.AbstractContextManager[None], error: BaseExcept
 
 
 def _callable(fn: Callable[[], object]) -> Callable[[], object]:
-    if not callable(fn):
-        raise TypeError(f"the callback must be callable, not {type(fn).__name__}")
+    check_callback("the callback", fn)
     return fn

@@ -21,8 +21,9 @@ from onewriter.errors import (
     TransactionClosedError,
 )
 from onewriter.fork import forked_error
-from onewriter.guard import Guard, Mode
+from onewriter.guard import Guard, Mode, explain_readonly
 from onewriter.holder import IN_STATEMENT, INHERITED
+from onewriter.job import check_callback
 from onewriter.lent import LentConnection
 from onewriter.retry import is_interrupted
 from onewriter.statement import (
@@ -244,8 +245,7 @@ class Transaction:
         self._root._keep_callback("_after_rollback", fn)
 
     def _keep_callback(self, which: str, fn: Callback) -> None:
-        if not callable(fn):
-            raise TypeError(f"the callback must be callable, not {type(fn).__name__}")
+        check_callback("the callback", fn)
         if not self.has_callbacks:
             self.has_callbacks, self._after_commit, self._after_rollback = True, [], []
         getattr(self, which).append(fn)
@@ -441,6 +441,8 @@ class Transaction:
     def _explain(self, error: sqlite3.Error) -> None:
         self._session.guard.explain(error)
         root = self._root
+        if root._read_until is not None:
+            explain_readonly(error)
         if not is_interrupted(error):
             return
         if root._watch is not None:

@@ -72,7 +72,7 @@ GUARDS = [
         {"deadline"},
         free=frozenset(("__init__", "_borrow", "clean", "limit")),  # limit: by its other name
     ),
-    Guard("clock.py", "lock", {"rings_at", "_thread"}, free=frozenset(("__init__", "turn_off", "_run"))),
+    Guard("clock.py", "lock", {"rings_at", "_thread"}, free=frozenset(("__init__", "turn_off"))),
     Guard("readers.py", "_lock", {"_ended"}, also_read=True, free=frozenset(("__init__",))),
     Guard("aio.py", "_lock", {"_openers", "_pool"}, free=frozenset(("_prepare",))),
     Guard("taskblock.py", "_lock", {"taken"}, free=frozenset(("__init__",))),
