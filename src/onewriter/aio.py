@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import functools
 import math
+import operator
 import os
 import sqlite3
 import sys
@@ -25,6 +26,7 @@ from onewriter.backup import check_backup
 from onewriter.block import BlockFailedError
 from onewriter.checkpoint import Checkpoint
 from onewriter.driver import not_entered
+from onewriter.elsewhere import Strict
 from onewriter.errors import ReadTimeoutError, ReentrantWriteError, WriterClosedError
 from onewriter.events import announce
 from onewriter.gateway import (
@@ -39,7 +41,7 @@ from onewriter.gateway import (
     first_value,
     give_up,
 )
-from onewriter.holder import running_task
+from onewriter.holder import Holder
 from onewriter.job import (
     Job,
     Ticket,
@@ -52,17 +54,18 @@ from onewriter.job import (
     user_frame,
     wake,
 )
-from onewriter.log import contain
-from onewriter.readers import HELD_BACK, Borrowing, Reader, Snapshot, ended_error
-from onewriter.statement import Parameters, Result, capture
+from onewriter.log import contain_all
+from onewriter.parameters import capture
+from onewriter.readers import HELD_BACK, Borrowing, Reader, ReaderPool, Snapshot, ended_error
+from onewriter.scopes import enclosing
+from onewriter.statement import Parameters, Result
 from onewriter.stats import CloseReport, Stats
-from onewriter.taskblock import AsyncTransaction, TaskBlock, TaskSavepoint, savepoint_here
+from onewriter.taskblock import AsyncTransaction, TaskBlock, TaskSavepoint
 from onewriter.transaction import ENDED, Transaction, check_sql
 
 T = TypeVar("T")
-Task = asyncio.Task[Any]
-Place = tuple[TaskBlock, TaskSavepoint | None] | None  # where a task is in a transaction
 
+FETCHALL, FETCHONE = operator.methodcaller("fetchall"), operator.methodcaller("fetchone")  # of a lent cursor, too
 TICK = 0.1  # seconds between two looks at the deadlines of a loop
 NOT_OPEN = "the gateway is not open: use `async with AsyncDbWriter(…)` or `await db.open()`"
 
@@ -76,9 +79,9 @@ class AsyncReader:
         self._borrowing = borrowing
         self._turn = asyncio.Lock()
 
-    async def execute(self, sql: str, params: Any = (), /) -> Result:
+    def execute(self, sql: str, params: Any = (), /) -> Coroutine[Any, Any, Result]:
         """Run one SELECT and return all its rows."""
-        return await self._call(math.inf, _fetch_result, check_sql(sql), capture(params))
+        return self._call(math.inf, _fetch_result, check_sql(sql), capture(sql, params))
 
     async def _call(self, deadline: float, function: Callable[..., T], *args: Any) -> T:
         try:
@@ -100,6 +103,10 @@ class AsyncReader:
         finally:
             self._turn.release()
 
+    def lends(self) -> Snapshot:
+        """Where the blocking reads of its task go."""
+        return self._snapshot
+
     def _hurry(self) -> None:
         db = self._owner._db  # which may be closed by now
         assert db is not None
@@ -112,7 +119,6 @@ class AsyncReader:
         while True:
             try:
                 async with self._turn:
-                    self._snapshot.is_left = True
                     self._snapshot.end()
                     break
             except asyncio.CancelledError as error:
@@ -122,7 +128,7 @@ class AsyncReader:
             raise cancelled
 
 
-class AsyncDbWriter:
+class AsyncDbWriter(Strict):
     """A ``DbWriter`` for asyncio: the same names and arguments, awaitable.
 
     Opens at ``async with`` or ``await db.open()``. One object may be used by several loops and their tasks. Arguments
@@ -159,7 +165,6 @@ class AsyncDbWriter:
         self._pool: ThreadPoolExecutor | None = None
         self._deadlines: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Deadlines] = weakref.WeakKeyDictionary()
         self._last_deadlines: tuple[Any, _Deadlines] = (None, _Deadlines())
-        self._readers: weakref.WeakKeyDictionary[Task, list[tuple[AsyncReader, Place]]] = weakref.WeakKeyDictionary()
 
     async def open(self) -> Self:
         """Open the database; raises what ``DbWriter`` raises."""
@@ -220,8 +225,7 @@ class AsyncDbWriter:
         check_timeout(timeout)
         if not db._holder.forked:
             db._holder.refuse_endless_wait("close", awaits=True)
-        task = running_task()
-        if timeout is None and not self._is_wrapped and task is not None and self._readers.get(task):
+        if timeout is None and not self._is_wrapped and db._holder.scopes.innermost() is not None:
             raise ReentrantWriteError(OWN_READER)
         self._is_closed = True
         try:
@@ -325,7 +329,11 @@ class AsyncDbWriter:
 
     def flush(self, timeout: Seconds = None) -> Coroutine[Any, Any, None]:
         """As ``DbWriter.flush``."""
-        return self._execute(self._gateway()._control("flush", None, sys._getframe(1)), timeout, alone="flush")
+        db = self._gateway()
+        flushed: Coroutine[Any, Any, None] = self._execute(
+            db._control("flush", None, sys._getframe(1)), timeout, alone="flush"
+        )
+        return _and_the_log(flushed, db._holder, timeout)
 
     def checkpoint(
         self, mode: Literal["PASSIVE", "FULL", "RESTART", "TRUNCATE"] = "TRUNCATE", *, timeout: Seconds = 30.0
@@ -337,14 +345,12 @@ class AsyncDbWriter:
         if timeout != 30.0:
             check_timeout(timeout)
         db = self._gateway()
-        if db._holder.taken:
-            db._holder.refuse_if_taken(running_task())
-        if db._holder.block is not None:
-            block = db._holder.block_here()
-            if block is not None:
+        if enclosing() is not None:
+            here = db._holder.here()
+            if isinstance(here, TaskBlock | TaskSavepoint):
                 if alone or job.foreign_keys is not None:
                     db._holder.refuse_endless_wait(alone or "foreign_keys=", awaits=True)
-                return block.call(_perform_inside, block, job)
+                return here.block.call(_perform_inside, here.block, job)
         return self._wait_for(db, job, timeout)
 
     async def _wait_for(self, db: DbWriter, job: Job[T], timeout: Seconds) -> T:
@@ -386,9 +392,9 @@ class AsyncDbWriter:
         db = self._gateway()
         hold = db.check_block(label, timeout, max_hold)
         holder = db._holder
-        holder.refuse_if_taken(running_task())
-        outer = holder.block_here()
-        if outer is not None:
+        here = holder.scopes.innermost(writes=True)
+        if isinstance(here, TaskBlock | TaskSavepoint):
+            outer = here.block
             assert outer.transaction is not None
             inner = outer.transaction.nested()
             nested = AsyncTransaction(outer, inner)
@@ -400,19 +406,26 @@ class AsyncDbWriter:
             return
         holder.refuse_endless_wait("transaction()", awaits=True)
         block = TaskBlock(holder, label, hold, _frame_around())
-        transaction = await self._enter(db, block, timeout)
+        holder.blocks.add(block)
         try:
-            yield AsyncTransaction(block, transaction)
-        except BaseException as error:
-            block.end(failed=True)
+            transaction = await self._enter(db, block, timeout)
+            scope = holder.scopes.enter(block, writes=True)
+            try:
+                yield AsyncTransaction(block, transaction)
+            except BaseException as error:
+                holder.scopes.leave(scope)
+                block.end(failed=True)
+                cancelled = await block.ended()
+                self._call_back(db, block, transaction)
+                if cancelled is not None:
+                    raise cancelled from error
+                raise
+            holder.scopes.leave(scope)
+            block.end(failed=False)
             cancelled = await block.ended()
             self._call_back(db, block, transaction)
-            if cancelled is not None:
-                raise cancelled from error
-            raise
-        block.end(failed=False)
-        cancelled = await block.ended()
-        self._call_back(db, block, transaction)
+        finally:
+            holder.blocks.discard(block)
         if cancelled is not None:
             outcome = "was committed" if block.failed_with is None else f"ended with {block.failed_with!r}"
             cancelled.add_note(f"onewriter: the transaction of {block.describe()} {outcome}")
@@ -444,8 +457,8 @@ class AsyncDbWriter:
         return block.transaction
 
     def _call_back(self, db: DbWriter, block: TaskBlock, transaction: Transaction) -> None:
-        for callback in transaction.callbacks(committed=block.failed_with is None):
-            contain(db._holder, callback)
+        callbacks = transaction.callbacks(committed=block.failed_with is None)
+        contain_all(db._holder, [(callback,) for callback in callbacks])
 
     # Reads ------------------------------------------------------------------------------------------------------------
 
@@ -476,27 +489,26 @@ class AsyncDbWriter:
         """As ``DbWriter.read``; a function runs in a thread."""
         check_read(what, params)
         if isinstance(what, str):
-            return self._read(what, capture(params), label, timeout, after, sqlite3.Cursor.fetchall)
+            return self._read(what, capture(what, params), label, timeout, after, FETCHALL)
         return self._read_with(what, repr(label or name_of(what)), label, timeout, after, self._here(), own=False)
 
     def read_one(
         self, sql: str, params: Any = (), /, *, label: Label = None, timeout: Seconds = 30.0, after: After = None
     ) -> Coroutine[Any, Any, Any]:
         """As ``DbWriter.read_one``."""
-        return self._read(check_sql(sql), capture(params), label, timeout, after, sqlite3.Cursor.fetchone)
+        return self._read(check_sql(sql), capture(sql, params), label, timeout, after, FETCHONE)
 
     def read_value(
         self, sql: str, params: Any = (), /, *, label: Label = None, timeout: Seconds = 30.0, after: After = None
     ) -> Coroutine[Any, Any, Any]:
         """As ``DbWriter.read_value``."""
-        return self._read(check_sql(sql), capture(params), label, timeout, after, first_value)
+        return self._read(check_sql(sql), capture(sql, params), label, timeout, after, first_value)
 
     @contextlib.asynccontextmanager
     async def reader(
         self, *, label: Label = None, timeout: Seconds = 30.0, after: After = None
     ) -> AsyncIterator[AsyncReader]:
         """As ``DbWriter.reader``, in ``async with``."""
-        task = asyncio.current_task()
         place = repr(label) if label else f"reader() in {called_from(_frame_around())}"
         deadline = await self._after(after, timeout, label)
         here = self._here()
@@ -507,31 +519,23 @@ class AsyncDbWriter:
         reader = await self._borrow(borrowing, deadline)
         try:
             await self._in_pool(functools.partial(readers.pin, reader, place), borrowing)
-            snapshot = Snapshot(reader, None)
-            lent = AsyncReader(self, snapshot, borrowing)
-            stack = self._readers.setdefault(task, []) if task is not None else []
-            entered = lent, _place(here)
-            stack.append(entered)
+            lent = AsyncReader(self, Snapshot(reader), borrowing)
+            scopes = self._gateway()._holder.scopes
+            scope = scopes.enter(lent, writes=False)
             try:
                 yield lent
             except asyncio.CancelledError:
                 lent._hurry()
                 raise
             finally:
-                stack.remove(entered)
+                scopes.leave(scope)
                 await lent._end()
         finally:
             readers.end(borrowing)
 
-    def _here(self) -> AsyncReader | TaskBlock | None:
-        """The innermost block of the running task, which its reads belong to."""
-        task = running_task()
-        self._gateway()._holder.refuse_if_taken(task)
-        mine = self._gateway()._holder.block_here()
-        stack = self._readers.get(task) if task is not None else None
-        if stack and stack[-1][1] == _place(mine):
-            return stack[-1][0]
-        return mine
+    def _here(self) -> Any:
+        """The innermost block, job or reader that the caller is inside: its reads belong to it."""
+        return None if enclosing() is None else self._gateway()._holder.scopes.innermost()
 
     def _read(
         self,
@@ -559,16 +563,23 @@ class AsyncDbWriter:
         label: Label,
         timeout: Seconds,
         after: After,
-        here: AsyncReader | TaskBlock | None,
+        here: Any,
         own: bool,
     ) -> T:
-        if after is not None and isinstance(here, AsyncReader):
-            here._snapshot.refuse_later(after)
+        if after is not None and isinstance(here, AsyncReader | Snapshot):
+            here.lends().refuse_later(after)
         deadline = await self._after(after, timeout, label)
-        if isinstance(here, TaskBlock):
-            return await here.call(_read_inside, here, function, deadline, until=deadline)
+        if isinstance(here, TaskBlock | TaskSavepoint):
+            block = here.block
+            return await block.call(block.lends().read_with, function, deadline, until=deadline)
+        if isinstance(here, AsyncReader):
+            return await here._call(deadline, _read_snapshot, self._gateway()._readers, function, name)
+        if isinstance(here, Transaction) and here.is_of_function:  # whose thread this is
+            return here.read_with(function, deadline)
+        if isinstance(here, Transaction):
+            return await self._in_pool(functools.partial(here.read_with, function, deadline), None)
         if here is not None:
-            return await here._call(deadline, _read_snapshot, function, name)
+            return await self._in_pool(functools.partial(here.call_with, function, name, deadline), None)
         borrowing, readers = Borrowing(name), self._gateway()._readers
         await self._borrow(borrowing, deadline)
         call = functools.partial(readers.call_and_return, borrowing, function, name, own=own)
@@ -614,7 +625,7 @@ class AsyncDbWriter:
             readers.end(borrowing)
             raise
 
-    async def _in_pool(self, call: Callable[[], T], borrowing: Borrowing, *, returns: bool = False) -> T:
+    async def _in_pool(self, call: Callable[[], T], borrowing: Borrowing | None, *, returns: bool = False) -> T:
         """Call in one of the threads that read; ``returns``: the call ends ``borrowing``, unless it is never made."""
         db = self._db
         assert db is not None
@@ -622,19 +633,20 @@ class AsyncDbWriter:
             with self._lock:  # or else the close of another loop may shut it down just before
                 if self._pool is None:  # or no longer: a block may still be open when the gateway is closed
                     self._pool = ThreadPoolExecutor(db._readers.size, f"{db._loop.label}-reader")
-                future = self._pool.submit(_call_for, borrowing, call)
+                future = self._pool.submit(_call_in_pool, call, borrowing, self._pool, db._holder)
         except BaseException:
-            if returns:
+            if borrowing is not None and returns:
                 db._readers.end(borrowing)
             raise
         try:
             return await asyncio.wrap_future(future)
         except asyncio.CancelledError:
             if not future.cancel():
-                db._readers.hurry(borrowing)  # a statement that runs ends soon
+                if borrowing is not None:
+                    db._readers.hurry(borrowing)  # a statement that runs ends soon
                 if not returns:
                     await _until_done(future)
-            elif returns:
+            elif borrowing is not None and returns:
                 db._readers.end(borrowing)
             raise
         finally:
@@ -686,7 +698,7 @@ class AsyncDbWriter:
 
     def in_writer(self) -> bool:
         """Whether the running task is inside a ``transaction()`` block."""
-        return self._db is not None and self._db._holder.awaits_endlessly()
+        return self._db is not None and self._db._holder.is_in_writer()
 
     def stats(self) -> Stats:
         """As ``DbWriter.stats``."""
@@ -780,12 +792,25 @@ async def _in_thread(function: Callable[[], T], undo: Callable[[T], object] | No
     return result  # type: ignore[no-any-return]
 
 
-def _call_for(borrowing: Borrowing, call: Callable[[], T]) -> T:
-    borrowing.runs_in = threading.get_ident()
+async def _and_the_log(flushed: Coroutine[Any, Any, None], holder: Holder, timeout: Seconds) -> None:
+    """Wait for ``flushed``, and then until what the writer has reported is out."""
+    until = math.inf if timeout is None else monotonic() + timeout
+    await flushed
+    reporter = holder.reporter
+    if reporter is not None and reporter.is_behind:
+        await _in_thread(lambda: reporter.wait(until))
+
+
+def _call_in_pool(call: Callable[[], T], borrowing: Borrowing | None, pool: ThreadPoolExecutor, holder: Holder) -> T:
+    if borrowing is not None:
+        borrowing.runs_in = threading.get_ident()
     try:
         return call()
     finally:
-        borrowing.runs_in = 0
+        if borrowing is not None:
+            borrowing.runs_in = 0
+        if holder.forked:  # by the call: in the child nobody else would end this thread
+            pool.shutdown(wait=False)
 
 
 async def _until_done(future: Future[Any]) -> None:
@@ -805,28 +830,21 @@ def _frame_around() -> types.FrameType:
     return frame
 
 
-def _place(block: TaskBlock | None) -> Place:
-    return None if block is None else (block, savepoint_here(block))
-
-
 def _perform_inside(block: TaskBlock, job: Job[T]) -> T:
-    assert block.transaction is not None
-    with block.transaction.savepoint():
-        return job.perform(block.transaction)
+    transaction = block.lends()
+    with transaction.part():
+        return job.perform(transaction)
 
 
-def _read_inside(block: TaskBlock, function: Callable[[sqlite3.Connection], T], deadline: float) -> T:
-    assert block.transaction is not None
-    with block.transaction.readonly(deadline):
-        return refuse_live(function(block.transaction.connection))
-
-
-def _read_snapshot(snapshot: Snapshot, function: Callable[[sqlite3.Connection], T], name: str) -> T:
-    return refuse_live(snapshot.reader.attempt(name, function, snapshot.lent))
+def _read_snapshot(
+    snapshot: Snapshot, readers: ReaderPool, function: Callable[[sqlite3.Connection], T], name: str
+) -> T:
+    with readers.inside(snapshot):
+        return refuse_live(snapshot.reader.attempt(name, function, snapshot.to_lend))
 
 
 def _fetch_result(snapshot: Snapshot, sql: str, parameters: Parameters) -> Result:
-    cursor = snapshot.lent.execute(sql, parameters)
+    cursor = snapshot.to_lend.execute(sql, parameters)
     try:
         return Result(cursor.fetchall(), cursor.rowcount, None, cursor.description)
     finally:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import operator
 import os
 import secrets
 import sqlite3
@@ -10,7 +12,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from onewriter import exit as at_exit
-from onewriter.connection import check_path, open_new
+from onewriter.connection import check_path, database_files, open_new
+from onewriter.fork import forked_error
 from onewriter.job import check_callback
 from onewriter.lent import LentConnection
 
@@ -54,16 +57,35 @@ def check_backup(target: Any, progress: Any, pages: Any) -> None:
 def copy(source: sqlite3.Connection, target: Any, progress: Progress | None, pages: int) -> None:
     """Copy from a connection whose transaction pins what it sees, so that writes do not make it begin anew."""
     if isinstance(target, sqlite3.Connection):
-        source.backup(target, pages=pages, progress=progress)
+        source.backup(target, pages=pages, progress=progress and _in_this_process(progress))
         return
-    with _appearing_at(os.path.realpath(os.fsdecode(target))) as unfinished:
+    path = os.path.realpath(os.fsdecode(target))
+    with _appearing_at(path) as unfinished:
         # It stays open until SQLite has closed the file: closing it earlier would drop SQLite's locks there.
-        descriptor = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        descriptor = _create(unfinished, [database_files(source)["main"], path])
         try:
             _copy_in_steps(source, unfinished, descriptor, progress, pages)
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _create(name: str, models: list[str]) -> int:
+    """Make a file that nobody may read who may not read all of ``models``, as far as they are there."""
+    found = []
+    for model in models:
+        with contextlib.suppress(FileNotFoundError):
+            found.append(os.stat(model))
+    mode = functools.reduce(operator.and_, (file.st_mode for file in found), 0o644)
+    descriptor = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode | 0o600)
+    if hasattr(os, "fchown"):
+        for file in found[:1]:
+            with contextlib.suppress(OSError):  # only a member of the group may give it away
+                os.fchown(descriptor, -1, file.st_gid)
+        new = os.fstat(descriptor)
+        if any(file.st_gid != new.st_gid for file in found):
+            os.fchmod(descriptor, new.st_mode & 0o707)
+    return descriptor
 
 
 def _copy_in_steps(
@@ -73,6 +95,7 @@ def _copy_in_steps(
 
     sync = getattr(os, "fdatasync", os.fsync)  # not everywhere
 
+    @_in_this_process
     def after_step(status: int, remaining: int, total: int) -> None:
         sync(descriptor)
         if progress is not None and (pages > 0 or remaining == 0):
@@ -85,16 +108,29 @@ def _copy_in_steps(
         source.backup(connection, pages=pages if pages > 0 else STEP, progress=after_step)
 
 
+def _in_this_process(progress: Progress) -> Progress:
+    """``progress``, which raises in a child that it forks: the copy is the parent's."""
+    process = os.getpid()
+
+    def call(status: int, remaining: int, total: int) -> None:
+        progress(status, remaining, total)
+        if os.getpid() != process:
+            raise forked_error()
+
+    return call
+
+
 @contextlib.contextmanager
 def _appearing_at(path: str) -> Iterator[str]:
     """The name of a new file beside ``path``, which takes its place at the end of the ``with`` block."""
-    unfinished = f"{path}.{secrets.token_hex(4)}.unfinished"
+    unfinished, process = f"{path}.{secrets.token_hex(4)}.unfinished", os.getpid()
     try:
         yield unfinished
         os.replace(unfinished, path)
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(unfinished)
+        if os.getpid() == process:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(unfinished)
         raise
     _sync_folder(os.path.dirname(path))
 

@@ -1,17 +1,16 @@
-"""BlockJob: a transaction whose statements the thread that asked for it runs itself."""
+"""BlockJob: a transaction whose statements the threads that have it run themselves."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
 import types
+from asyncio import AbstractEventLoop, _get_running_loop
 from time import monotonic
 
-from onewriter.holder import Holder, running_task
+from onewriter.holder import Holder
 from onewriter.job import Job
-from onewriter.transaction import TOO_LONG, Transaction
-
-LOOK = 0.05  # seconds between two looks at whether the block's thread still lives
+from onewriter.transaction import ENDED, TOO_LONG, Transaction
 
 
 class BlockFailedError(Exception):
@@ -21,11 +20,15 @@ class BlockFailedError(Exception):
 class BlockJob(Job[None]):
     """A ``with transaction()`` block: the writer thread begins, lends, waits, and commits or rolls back.
 
+    Any thread may use it and leave it. That the one which entered it has ended means nothing: web frameworks and
+    fixtures enter, use and leave in different threads. One that nobody can reach any more is left when its generator is
+    collected.
+
     Locks: ``granted`` is released once: by the loan, or by an outcome without one (withdrawn, no lock to be had).
            ``given_back`` is released once, by the end of the block.
     """
 
-    __slots__ = ("failed", "given_back", "granted", "max_hold", "task", "thread", "transaction")
+    __slots__ = ("failed", "given_back", "granted", "loop", "max_hold", "thread", "transaction")
     alone = True
     lent = True
     loud = False  # its own thread hears
@@ -34,8 +37,8 @@ class BlockJob(Job[None]):
     def __init__(self, holder: Holder, label: str | None, max_hold: float, frame: types.FrameType) -> None:
         super().__init__(holder, label or "transaction", frame, None)
         self.max_hold = max_hold
-        self.thread = threading.current_thread()
-        self.task = running_task()  # which may wait for others of its loop in it
+        self.thread = threading.current_thread()  # which enters it
+        self.loop = _get_running_loop()  # of that thread
         self.transaction: Transaction | None = None
         self.failed = False
         self.granted, self.given_back = threading.Lock(), threading.Lock()
@@ -43,38 +46,53 @@ class BlockJob(Job[None]):
         self.given_back.acquire()
         self._waiters = [self.granted]
 
+    def needs(self, loop: AbstractEventLoop) -> bool:
+        """Whether it cannot end while the thread of ``loop`` waits."""
+        return self.loop is loop and self.given_back.locked()
+
+    def end_at_exit(self) -> None:
+        """Nobody ends it any more, if its thread is over when the interpreter ends."""
+        if not self.thread.is_alive():
+            self.give_back(failed=True)
+
     def lend(self, transaction: Transaction) -> None:
-        """Let the thread that waits for it have the transaction."""
-        transaction.lend_to(self.thread)
+        """Let those that wait for it have the transaction."""
+        transaction.lend()
         with self._holder.lock:
             self.transaction, self._waiters = transaction, None
         self.granted.release()
 
     def give_back(self, failed: bool) -> None:
-        """End the block. The thread's next calls are no longer inside it. Again, it changes nothing."""
+        """End the block. Again, it changes nothing."""
         if self.given_back.locked():
             self.failed = failed
             if self.transaction is not None:
-                self.transaction.leave()
+                self.transaction.close(ENDED)
             with contextlib.suppress(RuntimeError):  # given back in this moment
                 self.given_back.release()
-        self._holder.taken.pop(self.thread, None)  # after it, so that whoever takes it in this moment sees one of both
 
     def perform(self, tx: Transaction) -> None:
         """Lend the transaction, and wait until it is given back, or has to be taken back."""
         self.lend(tx)
         until = self.started_at + self.max_hold
-        while not self.given_back.acquire(timeout=max(0.0, min(until - monotonic(), LOOK))):
+        while not self.given_back.acquire(timeout=self._patience(until)):
             self._holder.warn_if_slow(monotonic())
             if monotonic() >= until:
-                self._holder.taken[self.thread] = tx
-                if not self.given_back.locked():  # in this moment
-                    self._holder.taken.pop(self.thread, None)
                 tx.take_back(TOO_LONG)
-            elif not self.thread.is_alive():
-                tx.take_back("was open when its thread ended")
-            else:
-                continue
-            raise tx.closed_error()
+                raise tx.closed_error()
+        self.wait_for_call(tx)
+
+    def _patience(self, until: float) -> float:
+        """Seconds until there is something to do."""
+        now, slow = monotonic(), self.started_at + self._holder.slow_after
+        next_look = until if slow < now else min(until, slow + 0.001)
+        return max(0.0, min(next_look - now, threading.TIMEOUT_MAX))
+
+    def wait_for_call(self, tx: Transaction) -> None:
+        """Given back, another thread may be inside SQLite yet: what fails does not wait for that to end by itself."""
         if self.failed:
+            tx.take_back(ENDED)
             raise BlockFailedError
+        if not tx.wait_for_call(self.started_at + self.max_hold):
+            tx.take_back(TOO_LONG)
+            raise tx.closed_error()

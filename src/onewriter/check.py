@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from onewriter.connection import open_to_look
-from onewriter.file import DatabaseFile
-from onewriter.locks import command_of, describe_process, lock_holders, wal_readers
+from onewriter.connection import SMALLEST_FILE, check_company, open_to_look
+from onewriter.file import INDEX, JOURNAL, LOG, DatabaseFile, exposure
+from onewriter.locks import command_of, describe_process, lock_holders, readers_in_the_way, wal_readers
 
 LARGE_WAL = 4 * 2**20  # bytes; the default of wal_limit
 MOST_FINDINGS = 20
@@ -26,6 +26,7 @@ FIXED_VERSION = (3, 51, 3)
 READ_HEADER = "import sys; sys.stdout.buffer.write(open(sys.argv[1], 'rb').read(100))"
 WAL_VERSION = 2
 SYNCHRONOUS = ("OFF", "NORMAL", "FULL", "EXTRA")
+ALL_CHECKS = ("quick_check", "foreign_key_check")
 ATTENTION, NOT_CHECKED = 1, 2  # exit codes
 
 
@@ -41,7 +42,8 @@ class Process:
 class Report:
     """What was found. ``problems`` want attention, ``advice`` is worth a thought.
 
-    ``write_lock`` and ``wal_readers``: None where the system does not tell.
+    ``write_lock`` and ``wal_readers`` (in the rollback-journal modes: those who read now): None where the system does
+    not tell.
     """
 
     path: str
@@ -72,6 +74,9 @@ def check(path: str) -> Report:
     """Look at the file. Raises CannotCheckError."""
     _refuse(path)
     path = os.path.realpath(path)
+    company = _company(path)  # before SQLite opens the file: run by root, it gives its own files to the owner of that
+    if os.stat(path).st_size == 0 and DatabaseFile(path).wal_bytes() > 0:  # it would delete that log
+        return Report(path, wal_bytes=DatabaseFile(path).wal_bytes(), not_checked=[*ALL_CHECKS], problems=company)
     for may_be_closed in (True, True, False):
         report, before = Report(path), os.stat(path)
         is_closed_wal = may_be_closed and not _is_open(path) and _is_wal_by_header(path)
@@ -81,6 +86,7 @@ def check(path: str) -> Report:
         unchanged = (after.st_mtime_ns, after.st_size) == (before.st_mtime_ns, before.st_size)
         if not is_closed_wal or (unchanged and not _is_open(path)):  # or else somebody has opened it meanwhile
             break
+    report.problems[:0] = company
     _judge(report)
     return report
 
@@ -119,6 +125,8 @@ def _look(report: Report, *, immutable: bool) -> None:
     try:
         with contextlib.closing(open_to_look(path, PATIENCE, immutable=immutable)) as connection:
             report.journal_mode = "WAL" if immutable else _value(connection, "journal_mode").upper()
+            if report.journal_mode != "WAL":
+                report.wal_readers = _processes(readers_in_the_way(path))
             _ask(report, connection)
     except sqlite3.Error as error:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
@@ -126,9 +134,30 @@ def _look(report: Report, *, immutable: bool) -> None:
             report.quick_check.append(str(error))
         elif code == sqlite3.SQLITE_BUSY:
             report.problems.append(f"not checked any further: {error}")
+            report.not_checked += ALL_CHECKS
             report.write_lock = _processes(lock_holders(path))
+        elif code == sqlite3.SQLITE_READONLY:  # something must be written before anybody can read
+            report.problems.append(_cut_off(path))
+            report.not_checked += ALL_CHECKS
+        elif code == sqlite3.SQLITE_NOTADB:
+            encrypted = ", or it is encrypted" if report.bytes >= SMALLEST_FILE else ""
+            raise CannotCheckError(f"{error}{encrypted}") from None
         else:
             raise CannotCheckError(str(error)) from None
+
+
+def _cut_off(path: str) -> str:
+    """What a crash has left, and what becomes of it."""
+    if os.path.exists(f"{path}{JOURNAL}"):
+        return (
+            f"not checked any further: a crash has cut a transaction off, and {path}{JOURNAL} has what was there "
+            "before. The next connection that may write puts that back, and so undoes it: open the file once, and "
+            "check again. Without that journal the file would be damaged"
+        )
+    return (
+        f"not checked any further: a crash has left {path}{LOG} behind. The next connection that may write reads it "
+        "again: open the file once, and check again"
+    )
 
 
 def _ask(report: Report, connection: sqlite3.Connection) -> None:
@@ -169,11 +198,13 @@ def _processes(pids: list[int] | None) -> list[Process] | None:
 def _judge(report: Report) -> None:
     """Say what the findings mean."""
     problems, advice = report.problems, report.advice
+    if report.bytes == 0:
+        advice.append("the file is empty, a database without tables: if rows were expected, this is not the path")
     if report.quick_check:
         problems.append("the file is damaged: stop writing, keep a copy of it and its -wal, restore from a backup")
     if report.foreign_key_violations:
         problems.append("rows refer to rows that are not there: `PRAGMA foreign_key_check` lists them all")
-    report.can_be_checkpointed = not report.wal_readers
+    report.can_be_checkpointed = report.journal_mode not in ("WAL", "unknown") or not report.wal_readers
     if report.wal_bytes > LARGE_WAL:
         if report.wal_readers:
             problems.append(
@@ -184,7 +215,7 @@ def _judge(report: Report) -> None:
             advice.append("the log is large, and nobody reads from it now: the next checkpoint makes it small")
     if report.write_lock:
         advice.append(f"SQLite's write lock is held at this moment by {_names(report.write_lock)}")
-    if report.journal_mode not in ("WAL", "unknown"):
+    if report.journal_mode not in ("WAL", "unknown") and report.bytes:
         advice.append(
             "readers and the writer wait for each other in this mode: DbWriter uses WAL unless told otherwise"
         )
@@ -197,6 +228,26 @@ def _judge(report: Report) -> None:
         advice.append("more than half of the file is free pages: `VACUUM` makes it smaller")
 
 
+def _company(path: str) -> list[str]:
+    """What is wrong with the file's names, and with what SQLite keeps beside it."""
+    found = [exposure([path])]
+    try:
+        check_company(path)
+    except sqlite3.Error as error:
+        found.append(str(error))
+    file = os.stat(path)
+    for name in (f"{path}{suffix}" for suffix in (LOG, INDEX, JOURNAL)):
+        with contextlib.suppress(OSError):
+            other = os.stat(name)
+            is_shared = other.st_mode & stat.S_IWOTH or (other.st_gid == file.st_gid and other.st_mode & stat.S_IWGRP)
+            if other.st_uid != file.st_uid and not is_shared:
+                found.append(
+                    f"{name} belongs to another user ({other.st_uid}) than the file ({file.st_uid}), who cannot write "
+                    "it, nor so the file"
+                )
+    return list(filter(None, found))
+
+
 def _names(processes: list[Process]) -> str:
     return ", ".join(describe_process(process.pid) for process in processes)
 
@@ -206,26 +257,34 @@ def describe(report: Report) -> str:
     held = "nobody" if report.write_lock == [] else "cannot be told here"
     read = "nobody" if report.wal_readers == [] else "cannot be told here"
     keys = f"{report.foreign_keys} declared, " if report.foreign_keys else "none declared, "
-    violations = len(report.foreign_key_violations)
+    violations = _count(report.foreign_key_violations, "violation")
     found = "not all checked" if "foreign_key_check" in report.not_checked else "no violation"
     well = "not done" if "quick_check" in report.not_checked else "ok"
     rows = {
         "size": f"{report.bytes:,} bytes",
-        "pages": f"{report.pages:,} of {report.page_size:,} bytes, {report.free_pages:,} of them free",
-        "journal mode": report.journal_mode,
+        "pages": f"{report.pages:,} of {report.page_size:,} bytes, {report.free_pages:,} of them free"
+        if report.page_size
+        else "unknown",
+        "journal mode": report.journal_mode if report.bytes else "none yet",
         "log (-wal)": f"{report.wal_bytes:,} bytes"
         + ("" if report.can_be_checkpointed else ", cannot begin anew while it is read"),
         "read by": _names(report.wal_readers) if report.wal_readers else read,
         "write lock": _names(report.write_lock) if report.write_lock else held,
         "synchronous": f"{report.synchronous} in a plain connection; each has its own setting",
-        "foreign keys": keys + (f"{violations} violations or more" if violations else found),
-        "quick_check": well if not report.quick_check else f"{len(report.quick_check)} findings or more",
+        "foreign keys": keys + (violations or found),
+        "quick_check": _count(report.quick_check, "finding") or well,
         "SQLite": report.sqlite_version,
     }
     lines = [report.path, *(f"  {name:<13} {text}" for name, text in rows.items())]
     lines += [f"    {text}" for text in (*report.quick_check, *report.foreign_key_violations)]
     lines += [f"PROBLEM: {text}" for text in report.problems] + [f"advice: {text}" for text in report.advice]
     return "\n".join([*lines, "needs attention" if report.problems else "ok"])
+
+
+def _count(found: list[str], what: str) -> str:
+    """In words; empty: none."""
+    count = len(found)
+    return f"{count} {what}{'s' * (count > 1)}{' or more' * (count >= MOST_FINDINGS)}" if found else ""
 
 
 def run(arguments: argparse.Namespace) -> int:

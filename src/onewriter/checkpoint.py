@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 import math
+import sqlite3
 from time import monotonic
 from typing import NamedTuple
 
 from onewriter.connection import Settings
-from onewriter.events import CheckpointEnded, Hook
+from onewriter.events import CheckpointEnded, Hook, tell
 from onewriter.file import DatabaseFile
 from onewriter.holder import Holder
 from onewriter.locks import describe_wal_readers
-from onewriter.log import contain, report
+from onewriter.log import report
 from onewriter.readers import Borrowing, ReaderPool
+from onewriter.retry import is_busy
 from onewriter.transaction import WriteSession
 
 OFTEN = 256  # commits, or some changed rows each, after which the first checkpoint comes
@@ -29,8 +31,8 @@ class Checkpoint(NamedTuple):
 
     Attributes:
         busy: somebody was in the way, so that it is not complete.
-        log: pages in the log; -1 in the rollback-journal modes, which have none.
-        checkpointed: pages of it that are in the database file.
+        log: pages in the logs of the database and of attached ones; -1 in the rollback-journal modes, which have none.
+        checkpointed: pages of them that are in the database files.
     """
 
     busy: bool
@@ -64,20 +66,22 @@ class Checkpointer:
         self._told_at = 0  # bytes of the log from which on there is something to warn of
         self._growth = self._changes = 0
         self._often = OFTEN
-        self._size = 0  # of the log's file after the last checkpoint
+        self._size = 0  # of the logs' files after the last checkpoint
+        self._largest = 0  # bytes in one of the logs at the last checkpoint
+        self._version: list[object] = []  # PRAGMA data_version, when the size of the file was remembered
         self.last: tuple[Checkpoint, float] | None = None
 
     @property
     def has_work(self) -> bool:
         """Whether something was written since the log was last emptied."""
-        return self._growth > 0 and self._settings.checkpoints
+        return self._growth > 0 and self._settings.auto_checkpoint and bool(self._file.logged)
 
     def after_batch(self, session: WriteSession) -> None:
         """Count what a batch wrote, and checkpoint if it is time."""
         changes = session.connection.total_changes
         self._growth += 1 + abs(changes - self._changes) // ROWS
         self._changes = changes
-        if not self._settings.checkpoints:
+        if not self.has_work:
             return
         most = max(self._settings.wal_limit, PAGES * session.page_size)
         if self._growth < self._often and self._file.wal_bytes() <= self._size + most:
@@ -89,7 +93,7 @@ class Checkpointer:
         wanted = min(PAGES, self._settings.wal_limit // session.page_size // 2)
         self._often = max(OFTEN, min(4 * self._growth, self._growth * wanted // pages))
         self._growth = 1
-        if pages * session.page_size > self._settings.wal_limit:
+        if self._largest > self._settings.wal_limit:
             began = monotonic()
             with self._readers.held_back(HOLD_BACK if began >= self._hold_back_at else 0.0):
                 self.empty(session)
@@ -106,7 +110,7 @@ class Checkpointer:
 
     def _can_fare_better(self) -> bool:
         """Whether something has changed since the log could not be emptied: each try costs more, the longer it is."""
-        if not self._kept_size or self._file.wal_bytes() >= 2 * self._kept_size:
+        if not self._kept_size or self._largest_file() >= 2 * self._kept_size:
             return True
         if self._kept_by:
             return not all(self._readers.is_out(borrowing) for borrowing in self._kept_by)
@@ -117,21 +121,24 @@ class Checkpointer:
         found = self.run(session, "TRUNCATE")
         if not found.busy:
             self._growth = 0
-        self._note(found, session.page_size)
+        self._note(found)
         self._warn()
 
-    def _note(self, found: Checkpoint, page_size: int) -> None:
-        if not found.busy or found.log * page_size <= self._settings.wal_limit:
+    def _note(self, found: Checkpoint) -> None:
+        if not found.busy or self._largest <= self._settings.wal_limit:
             self._kept_size, self._kept_by, self._kept_since, self._told_at = 0, [], math.inf, 0
             return
         now = monotonic()
-        self._kept_size, self._kept_by = self._file.wal_bytes(), self._readers.out_for(HOLD_BACK)
+        self._kept_size, self._kept_by = self._largest_file(), self._readers.out_for(HOLD_BACK)
         self._kept_since, self._again_at = min(self._kept_since, now), now + RARELY
+
+    def _largest_file(self) -> int:
+        return max(self._file.log_sizes(), default=0)
 
     @property
     def starved(self) -> str:
         """Why the log is over its limit now, by far or for longer than ``slow_after``; empty if it is not."""
-        size, limit = self._file.wal_bytes(), self._settings.wal_limit
+        size, limit = self._largest_file(), self._settings.wal_limit
         is_kept = monotonic() - self._kept_since >= self._holder.slow_after
         if (
             not self.has_work
@@ -139,15 +146,15 @@ class Checkpointer:
             or not (is_kept or (size > FAR * limit and self._readers.out_for(HOLD_BACK)))
         ):
             return ""
-        who = describe_wal_readers(self._settings.path, self._readers.borrowers)
+        who = describe_wal_readers(self._file.logged, self._readers.borrowers)
         return f"the WAL has grown to {size:,} bytes (wal_limit: {limit:,}), read by {who}"
 
     def _warn(self) -> None:
         """Say who keeps the log over its limit for longer than ``slow_after``; again when it has doubled."""
-        if monotonic() - self._kept_since >= self._holder.slow_after and self._file.wal_bytes() >= self._told_at:
+        if monotonic() - self._kept_since >= self._holder.slow_after and self._largest_file() >= self._told_at:
             text = self.starved
             if text:
-                self._told_at = 2 * self._file.wal_bytes()
+                self._told_at = 2 * self._largest_file()
                 report(self._holder, logging.WARNING, "checkpoint starved: %s", text)
 
     def ask_for(self, session: WriteSession, mode: str) -> Checkpoint:
@@ -156,14 +163,47 @@ class Checkpointer:
             found = self.run(session, mode)
         if mode == "TRUNCATE" and not found.busy:
             self._growth = 0
-            self._note(found, session.page_size)
+            self._note(found)
         return found
 
     def run(self, session: WriteSession, mode: str) -> Checkpoint:
+        """Each database by itself: of all in one, SQLite tells only about the first."""
         began = monotonic()
-        busy, log, checkpointed = session.own(f"PRAGMA wal_checkpoint({mode})")[0]
-        found = Checkpoint(bool(busy), log, checkpointed)
+        busy, log, checkpointed, self._largest = False, -1, -1, 0
+        for name in session.logs or ["main"]:
+            rows = session.own(f'PRAGMA "{name}".wal_checkpoint({mode})')
+            was_busy, pages, done = rows[0]
+            busy |= bool(was_busy)
+            if pages >= 0:
+                log, checkpointed = max(0, log) + pages, max(0, checkpointed) + done
+                self._largest = max(self._largest, pages * session.page_sizes[name])
+        found = Checkpoint(busy, log, checkpointed)
         self.last = found, monotonic()
+        self.remember_size(session)
         if self._on_event is not None:
-            contain(self._holder, self._on_event, CheckpointEnded(mode, *found, monotonic() - began))
+            tell(self._holder, self._on_event, CheckpointEnded(mode, *found, monotonic() - began))
         return found
+
+    def remember_size(self, session: WriteSession) -> None:
+        """From now on only another process makes the file smaller, and SQLite tells of its commits."""
+        try:
+            if session.own("PRAGMA auto_vacuum")[0][0]:
+                self._file.forget_size()  # any commit may make it smaller
+                return
+            self._version = session.own("PRAGMA data_version")
+            self._file.remember_size()
+        except sqlite3.Error:  # a lock, or damage, which others will meet too
+            self._file.forget_size()
+
+    def judge_size(self, session: WriteSession) -> None:
+        """The file is smaller than it was: raise FileMovedError if no connection of SQLite has made it so."""
+        if session.connection.in_transaction:
+            return
+        try:
+            if session.own("PRAGMA data_version") != self._version:
+                self._file.forget_size()
+                return
+        except sqlite3.DatabaseError as error:
+            if is_busy(error):
+                return
+        self._file.refuse_smaller()

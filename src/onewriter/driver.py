@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from time import monotonic
 from typing import Any, Protocol
 
@@ -13,6 +13,7 @@ from onewriter.block import BlockJob
 from onewriter.errors import QueueFullError, ReentrantWriteError, WriteTimeoutError
 from onewriter.fork import forked_error
 from onewriter.job import Job, wait_in_slices
+from onewriter.log import Reporter
 from onewriter.loop import MOST_TAKEN, WriterLoop
 from onewriter.queue import closed_error
 from onewriter.transaction import Transaction
@@ -51,6 +52,7 @@ class ThreadDriver:
         self._ready = threading.Event()
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._main, name=f"{loop.label}-writer", daemon=True)
+        loop.holder.reporter = Reporter(loop.holder, f"{loop.label}-log")
 
     def start(self) -> None:
         self._thread.start()
@@ -122,19 +124,23 @@ class ThreadDriver:
 class InlineDriver:
     """The calling thread is the writer, while it calls.
 
-    Locks: _turn is held by the thread that is the writer now; through a block, from its begin to its end.
+    Locks: _turn is held by who is the writer now; through a block, from its begin to its end, which may be in another
+           thread.
     """
 
     def __init__(self, loop: WriterLoop) -> None:
         self._loop = loop
         self._turn = threading.Lock()
-        self._owner = 0  # the thread that holds it
-        self._inside: set[int] = set()  # the threads that hold it, or are about to
+        self._inside: set[int] = set()  # the threads that use it, or are about to have it
         self._ended = False
         loop.readers.clock.turn_off()
 
     def start(self) -> None:
-        self._loop.open()
+        try:
+            self._loop.open()
+        except BaseException:
+            self._loop.end()
+            raise
 
     def submit(self, job: Job[Any], timeout: float | None) -> None:
         if self._loop.holder.is_mine():  # whoever is the writer runs it next
@@ -159,8 +165,11 @@ class InlineDriver:
             raise not_entered(job, timeout, self._loop)
         try:
             self._loop.queue.check_open()
-            self._loop.begin_block(job)
-            return entered(job)
+            with self._as_writer():
+                self._loop.begin_block(job)
+            transaction = entered(job)
+            self._inside.discard(threading.get_ident())
+            return transaction
         except BaseException:
             try:
                 self._drive()  # what came meanwhile
@@ -169,8 +178,10 @@ class InlineDriver:
             raise
 
     def leave(self, job: BlockJob) -> None:
+        self._inside.add(threading.get_ident())
         try:
-            self._loop.end_block(job)
+            with self._as_writer():
+                self._loop.end_block(job)
             self._drive()
         finally:
             self._give_turn()
@@ -189,7 +200,8 @@ class InlineDriver:
             self._drive()
             if not self._ended:
                 self._ended = True
-                self._loop.end(timeout)
+                with self._as_writer():
+                    self._loop.end(timeout)
             return True
         finally:
             self._give_turn()
@@ -205,35 +217,42 @@ class InlineDriver:
         try:
             has_it = self._turn.acquire(timeout=-1 if timeout is None else min(timeout, threading.TIMEOUT_MAX))
         finally:
-            if has_it:
-                self._owner = me
-            else:
+            if not has_it:
                 self._inside.discard(me)
         return has_it
 
     def _give_turn(self) -> None:
         if not self._loop.holder.forked:
-            owner = self._owner
+            holder = self._loop.holder
+            interrupt, holder.interrupt = holder.interrupt, None
             self._turn.release()
-            self._inside.discard(owner)
+            self._inside.discard(threading.get_ident())
             if self._loop.queue.queue and self._take_turn(0.0):  # what a signal handler has put in this moment
                 try:
                     self._drive()
                 finally:
                     self._give_turn()
+            if interrupt is not None:
+                raise interrupt
 
     def _drive(self) -> None:
         """Write what is queued, and what that queues."""
         loop = self._loop
-        loop.holder.writer_thread = threading.get_ident()
+        with self._as_writer():
+            try:
+                while jobs := loop.queue.take_now(MOST_TAKEN):
+                    loop.write(jobs)
+            except BaseException as error:
+                loop.broke(error)
+                raise
+
+    @contextlib.contextmanager
+    def _as_writer(self) -> Iterator[None]:
+        self._loop.holder.writer_thread = threading.get_ident()
         try:
-            while jobs := loop.queue.take_now(MOST_TAKEN):
-                loop.write(jobs)
-        except BaseException as error:
-            loop.broke(error)
-            raise
+            yield
         finally:
-            loop.holder.writer_thread = 0
+            self._loop.holder.writer_thread = 0
 
 
 def entered(job: BlockJob) -> Transaction:

@@ -8,7 +8,7 @@ OneWriterError
 ├── WriteTimeoutError          (also a TimeoutError) the wait for a write ended first
 ├── ReadTimeoutError           (also a TimeoutError) the wait for a read ended first
 ├── ReentrantWriteError        a wait that this thread itself would make endless
-├── TransactionClosedError     a Transaction used after its end or by another thread
+├── TransactionClosedError     a Transaction used after its end, or a function's elsewhere
 ├── TransactionAbortedError    SQLite rolled back by itself and the job went on
 └── ForkedError                used in a child process, after a fork
 
@@ -72,7 +72,7 @@ class ReentrantWriteError(OneWriterError):
 
 
 class TransactionClosedError(OneWriterError):
-    """A ``Transaction`` was used after its end, or by a thread that it does not belong to."""
+    """A ``Transaction`` was used after its end, or a function's outside the function."""
 
 
 class TransactionAbortedError(OneWriterError):

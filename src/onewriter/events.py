@@ -78,6 +78,13 @@ Hook: TypeAlias = Callable[[Event], object]
 Submit: TypeAlias = Callable[["Job[Any]", float | None], None]
 
 
+def tell(holder: Holder, hook: Hook, event: Event) -> None:
+    """On the writer thread."""
+    holder.begin_telling(None)
+    contain(holder, hook, event)
+    holder.end_telling()
+
+
 def announce(holder: Holder, hook: Hook | None, job: Job[Any], waits: bool) -> None:
     """Tell that a job is about to be handed in, unless it is none of the user's, such as ``flush``."""
     if hook is not None and job.counted:

@@ -8,11 +8,11 @@ import contextlib
 import logging
 import os
 import sys
-import threading
 from time import monotonic
 
 from onewriter.driver import Driver
 from onewriter.errors import ReentrantWriteError
+from onewriter.file import FileMovedError, refuse_left_open
 from onewriter.fork import forget_inherited
 from onewriter.log import report
 from onewriter.loop import WriterLoop
@@ -20,14 +20,12 @@ from onewriter.queue import closed_error
 
 SLICE = 0.05  # seconds between two looks at whether jobs still finish
 
-_lock = threading.RLock()
-_open: dict[WriterLoop, Driver] = {}
+_open: dict[WriterLoop, Driver] = {}  # used in single steps: a lock could meet a signal handler that closes
 _hooked = 0  # the process that has our hook in multiprocessing
 
 
 def drain_at_exit(loop: WriterLoop, driver: Driver) -> None:
-    with _lock:
-        _open[loop] = driver
+    _open[loop] = driver
     _hook_into_multiprocessing()
 
 
@@ -43,24 +41,37 @@ def _hook_into_multiprocessing() -> None:
 
 
 def forget(loop: WriterLoop) -> None:
-    with _lock:
-        _open.pop(loop, None)
+    _open.pop(loop, None)
 
 
 def others_on(path: str) -> bool:
     """Whether another open gateway of this process has the same file."""
+    return bool(_all_on(path))
+
+
+def refuse_lost(path: str) -> None:
+    """Raise FileMovedError if this process has the file still open with a log that is lost, which SQLite would go on
+    to use: it has one index of the log in memory for all connections of a process to a file.
+    """
+    refuse_left_open(path)
+    for loop in _all_on(path):
+        try:
+            loop.file.check_logs()
+        except FileMovedError as error:
+            error.add_note(f"onewriter: it is still open in another DbWriter of this process, {loop.label}: close it")
+            raise
+
+
+def _all_on(path: str) -> list[WriterLoop]:
     try:
         here = os.stat(path)
     except OSError:
-        return False
-    with _lock:
-        return any(loop.is_on(here) for loop in list(_open))
+        return []
+    return [loop for loop in _open.copy() if loop.is_on(here)]
 
 
 def _forget_in_child() -> None:
-    global _lock
-    _lock = threading.RLock()  # another thread of the parent may have held it
-    inherited = dict(_open)
+    inherited = _open.copy()
     _open.clear()
     forget_inherited(inherited)
     for driver in inherited.values():
@@ -75,8 +86,7 @@ if hasattr(os, "register_at_fork"):
 def _drain_all() -> None:
     # The writers are daemon threads, because others are joined before any hook of ours runs: they would never be told
     # to end. They run on until atexit is through (https://docs.python.org/3/library/atexit.html).
-    with _lock:
-        drivers = dict(_open)
+    drivers = _open.copy()
     for loop in drivers:
         loop.leaving = True
         loop.queue.refuse(closed_error())
@@ -90,6 +100,7 @@ def _drain(loop: WriterLoop, driver: Driver) -> None:
         driver.join(0.0)  # without a thread, nobody else writes what is queued
     finished, since = -1, monotonic()
     while not loop.drained.wait(SLICE):
+        loop.end_block_at_exit()
         now = loop.holder.tally.finished
         if now != finished:
             finished, since = now, monotonic()

@@ -6,9 +6,10 @@ that it does not (https://www.sqlite.org/howtocorrupt.html#_carrying_an_open_dat
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from onewriter.errors import ForkedError
 
@@ -29,11 +30,25 @@ def forget_inherited(loops: Iterable[WriterLoop]) -> None:
     """Called in the child, at once after the fork."""
     for loop in loops:
         for thing in loop.become_inherited():
-            # Closing would drop the parent's locks, and delete its log. One reference more than there are keeps it open
-            # to the end of the process, when a list of them would be emptied.
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
+            keep_open(thing)
+        if loop.file.identity is None:  # it is about to be opened
+            with contextlib.suppress(OSError):
+                loop.file.remember(loop.file.files, ())
         if loop.file.identity is not None:
             _inherited.append(loop.file.identity)
+
+
+def keep_open(thing: object) -> None:
+    """Closing it would drop the parent's locks, and delete its log."""
+    # One reference more than there are keeps it to the end of the process, when a list of them would be emptied.
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
+
+
+class Inherited:
+    """What is in the place of the parent's connection: nothing on the stack gets past it."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise forked_error()
 
 
 def refuse_inherited(path: str) -> None:

@@ -23,8 +23,16 @@ from onewriter import exit as at_exit
 from onewriter.backup import check_backup, copy
 from onewriter.block import BlockJob
 from onewriter.checkpoint import Checkpoint
-from onewriter.connection import Settings, check_path, check_pragmas, refuse_old_sqlite
+from onewriter.connection import (
+    Settings,
+    check_company,
+    check_path,
+    check_pragmas,
+    refuse_old_sqlite,
+    refuse_unsafe_sqlite,
+)
 from onewriter.driver import Driver, InlineDriver, ThreadDriver
+from onewriter.elsewhere import Strict
 from onewriter.errors import (
     ReadTimeoutError,
     ReentrantWriteError,
@@ -34,7 +42,7 @@ from onewriter.errors import (
 )
 from onewriter.events import BackupEnded, Hook, Submit, announce
 from onewriter.fork import forked_error, refuse_inherited
-from onewriter.holder import Holder
+from onewriter.holder import IN_STATEMENT, Holder
 from onewriter.job import (
     NOT_PLAIN,
     BareStatementJob,
@@ -49,14 +57,16 @@ from onewriter.job import (
     check_seconds,
     check_timeout,
     name_of,
-    refuse_live,
     seconds_until,
     wait_in_slices,
 )
-from onewriter.log import contain, report, warn_of_blocking
+from onewriter.log import contain, contain_all, report, warn_of_blocking
 from onewriter.loop import WriterLoop
+from onewriter.parameters import capture, capture_many
 from onewriter.queue import closed_error
-from onewriter.statement import Parameters, Result, capture, capture_many, check_many
+from onewriter.readers import Snapshot
+from onewriter.scopes import Scope, enclosing
+from onewriter.statement import Parameters, Result, check_many
 from onewriter.stats import CloseReport, Stats, stats_of
 from onewriter.transaction import Transaction, check_sql
 
@@ -73,7 +83,7 @@ JOURNAL_MODES = ("WAL", "DELETE", "TRUNCATE", "PERSIST")
 CHECKPOINTS = ("PASSIVE", "FULL", "RESTART", "TRUNCATE")
 
 
-class DbWriter:
+class DbWriter(Strict):
     """The single writer of a SQLite database, and a pool of read-only connections to it.
 
     Returns once the write connection is open and configured. All methods may be called from any thread.
@@ -131,6 +141,7 @@ class DbWriter:
         inline: bool = False,
     ) -> None:
         refuse_old_sqlite()
+        refuse_unsafe_sqlite()
         _check_count("readers", readers)
         _check_count("maxsize", maxsize)
         _check_count("wal_limit", wal_limit, least=0)
@@ -154,6 +165,7 @@ class DbWriter:
         self._path, folder = _resolve(path)
         try:
             check_path(os.path.realpath(self._path))
+            check_company(os.path.realpath(self._path))
             settings = Settings(
                 path=self._path,
                 lock_timeout=lock_timeout,
@@ -172,7 +184,9 @@ class DbWriter:
             loop = WriterLoop(settings, name, maxsize, readers, slow_after, max_hold, on_error, on_event, ended)
             driver: Driver = InlineDriver(loop) if inline else ThreadDriver(loop)
             refuse_inherited(self._path)
+            at_exit.refuse_lost(self._path)
             twins = at_exit.others_on(self._path)
+            at_exit.drain_at_exit(loop, driver)  # from now on it may be inherited
             driver.start()
         except BaseException:
             if folder is not None:
@@ -184,7 +198,6 @@ class DbWriter:
         self._holder = loop.holder
         self._readers = loop.readers
         self._journal_mode = journal_mode
-        at_exit.drain_at_exit(loop, driver)
         if twins:
             report(
                 self._holder,
@@ -288,8 +301,9 @@ class DbWriter:
     ) -> contextlib.AbstractContextManager[Transaction]:
         """A ``with`` block that is a transaction of its own; committed at its end, or rolled back if it raises.
 
-        The writer waits while the block runs. Inside a job or another block of this thread it is a savepoint of that
-        transaction.
+        The writer waits while the block runs. Any thread that has the ``Transaction`` may use it, one call at a time,
+        and any may leave the block. Inside a job or another block (in the same context, thread and task) it is a
+        savepoint of that transaction.
 
         Args:
             label: the block's name in logs and messages.
@@ -309,25 +323,44 @@ class DbWriter:
     @contextlib.contextmanager
     def _block(self, label: Label, timeout: Seconds, max_hold: float, frame: types.FrameType) -> Iterator[Transaction]:
         warn_of_blocking()
-        outer = self._holder.current()
+        holder, scopes = self._holder, self._holder.scopes
+        outer = self._transaction_here()
         if outer is not None:
-            with outer.savepoint():
+            with outer.part():
                 inner = outer.nested()
                 try:
-                    yield inner
+                    with scopes.inside(inner, writes=True):
+                        yield inner
                 finally:
                     inner.end()
             return
-        self._holder.refuse_endless_wait("transaction()")
-        job = BlockJob(self._holder, label, max_hold, frame)
-        announce(self._holder, self._loop.on_event, job, waits=True)
+        holder.refuse_endless_wait("transaction()")
+        job, me = BlockJob(holder, label, max_hold, frame), get_ident()
+        del frame  # in which the block itself may be: whoever drops that drops it
+        scope: Scope[Any] | None = None
+        announce(holder, self._loop.on_event, job, waits=True)
+        if job.loop is not None:
+            holder.blocks.add(job)
         try:
-            transaction = self._driver.enter(job, timeout)
+            holder.entering.add(me)
+            try:
+                transaction = self._driver.enter(job, timeout)
+                scope = scopes.enter(transaction, writes=True)
+            finally:
+                holder.entering.discard(me)
+            # Given back before the scope is left: a signal handler in between would wait for its own thread.
             try:
                 yield transaction
             except BaseException:
+                job.give_back(failed=True)
+                scopes.leave(scope)
                 self._leave(job, failed=True)
                 raise
+            is_inside = transaction.is_inside  # in a function that SQLite calls: the end waits for the statement
+            job.give_back(failed=is_inside)
+            scopes.leave(scope)
+            if is_inside:
+                raise ReentrantWriteError(f"a block cannot be left here: {IN_STATEMENT}. It is rolled back")
             self._leave(job, failed=False)
         except (WriterClosedError, WriterBrokenError):  # never accepted, or told already, or a signal handler's
             if not job.done():
@@ -337,6 +370,10 @@ class DbWriter:
             if not job.withdraw(None):
                 job.give_back(failed=True)
             raise
+        finally:
+            if scope is not None:
+                scopes.leave(scope)
+            holder.blocks.discard(job)
         job.result()
 
     def _leave(self, job: BlockJob, failed: bool) -> None:
@@ -344,9 +381,8 @@ class DbWriter:
             if failed:
                 return
             raise forked_error()  # the parent's block goes on; nothing is committed here
-        job.give_back(failed)
-        if self._holder.waits_endlessly():
-            return  # a generator collected by the writer, or inside one of its locks
+        if self._holder.cannot_wait() or (job.transaction is not None and job.transaction.is_inside):
+            return  # a generator that was collected by the writer, inside one of its locks, or in its own statement
         try:
             self._driver.leave(job)
         except BaseException:  # Ctrl-C: it comes to its end all the same
@@ -356,8 +392,8 @@ class DbWriter:
 
     def _call_back(self, job: Any) -> None:
         if job.transaction is not None:
-            for callback in job.transaction.callbacks(committed=job.failed_with is None):
-                contain(self._holder, callback)
+            callbacks = job.transaction.callbacks(committed=job.failed_with is None)
+            contain_all(self._holder, [(callback,) for callback in callbacks])
 
     @overload
     def enqueue(
@@ -380,11 +416,13 @@ class DbWriter:
         if timeout != 30.0:
             check_timeout(timeout)
         holder = self._holder
-        # The thread that makes room does not wait for room.
-        bounded = get_ident() != holder.writer_thread and (holder.transaction is None or holder.current() is None)
+        # Who keeps the writer from making room does not wait for room.
+        bounded = get_ident() != holder.writer_thread and (
+            (enclosing() is None and _get_running_loop() is None) or not holder.waits_endlessly()
+        )
         job: Job[Any]
         if type(what) is str and label is None:
-            job = StatementJob(holder, what, capture(params), None, sys._getframe(1), bounded)
+            job = StatementJob(holder, what, capture(what, params), None, sys._getframe(1), bounded)
         elif type(what) is types.FunctionType and type(params) is tuple and not params and label is None:
             if what.__code__.co_flags & NOT_PLAIN:
                 check_function(what)
@@ -402,7 +440,11 @@ class DbWriter:
             ReentrantWriteError: called inside a job.
         """
         self._holder.refuse_endless_wait("flush")
+        check_timeout(timeout)
+        until = math.inf if timeout is None else monotonic() + timeout
         self._execute(self._control("flush", None, sys._getframe(1)), timeout)
+        if self._holder.reporter is not None:
+            self._holder.reporter.wait(until)
 
     # Reads ------------------------------------------------------------------------------------------------------------
 
@@ -446,34 +488,33 @@ class DbWriter:
             ReentrantWriteError: inside a ``reader()`` block that will never show ``after``.
         """
         if isinstance(what, str):
-            if type(params) is not tuple:  # which needs no copy: it is bound now
-                params = capture(params)
+            params = capture(what, params)
             if _get_running_loop() is not None:
                 warn_of_blocking()
-            holder = self._holder
-            outside = holder.transaction is None and get_ident() != holder.writer_thread and not holder.taken
+            outside = enclosing() is None and get_ident() != self._holder.writer_thread
             if outside and label is None and timeout == 30.0 and after is None:
                 return self._readers.read(what, params, sqlite3.Cursor.fetchall, what, monotonic() + 30.0)
             return self._read(what, params, label, timeout, after, sqlite3.Cursor.fetchall)
         check_read(what, params)
-        deadline = self._wait_for(after, timeout, label)
-        transaction = self._transaction_to_read()
-        if transaction is not None:
-            with transaction.readonly(deadline):
-                return refuse_live(what(transaction.connection))
-        return self._readers.call(what, repr(label or name_of(what)), deadline)
+        here, deadline = self._wait_for(after, timeout, label)
+        name = repr(label or name_of(what))
+        if isinstance(here, Transaction):
+            return here.read_with(what, deadline)
+        if here is not None:
+            return here.call_with(what, name, deadline)
+        return self._readers.call(what, name, deadline)
 
     def read_one(
         self, sql: str, params: Any = (), /, *, label: Label = None, timeout: Seconds = 30.0, after: After = None
     ) -> Any:
         """Return the first row of a SELECT, or None. Otherwise as ``read``."""
-        return self._read(check_sql(sql), capture(params), label, timeout, after, sqlite3.Cursor.fetchone)
+        return self._read(check_sql(sql), capture(sql, params), label, timeout, after, sqlite3.Cursor.fetchone)
 
     def read_value(
         self, sql: str, params: Any = (), /, *, label: Label = None, timeout: Seconds = 30.0, after: After = None
     ) -> Any:
         """Return the first column of the first row, whatever ``row_factory`` is, or None. Otherwise as ``read``."""
-        return self._read(check_sql(sql), capture(params), label, timeout, after, first_value)
+        return self._read(check_sql(sql), capture(sql, params), label, timeout, after, first_value)
 
     def reader(
         self, *, label: Label = None, timeout: Seconds = 30.0, after: After = None
@@ -496,14 +537,13 @@ class DbWriter:
 
     @contextlib.contextmanager
     def _reader(self, label: str, timeout: Seconds, after: After) -> Iterator[sqlite3.Connection]:
-        deadline = self._wait_for(after, timeout, label)
-        outer = self._readers.current()
-        if outer is not None:
-            yield outer.lent
+        here, deadline = self._wait_for(after, timeout, label)
+        if isinstance(here, Snapshot):
+            yield here.to_lend
             return
         with self._readers.snapshot(label, deadline) as snapshot:
             self._loop.queue.poke()  # an idle writer watches for slow readers
-            yield snapshot.lent
+            yield snapshot.to_lend
 
     # Operations -------------------------------------------------------------------------------------------------------
 
@@ -519,10 +559,11 @@ class DbWriter:
 
     @property
     def health(self) -> str:
-        """``"ok"``, ``"degraded: why"`` or ``"broken: why"``, at this moment. Never touches the database.
+        """``"ok"``, ``"degraded: why"``, ``"broken: why"`` or ``"closed"``, at this moment. Never touches the database.
 
-        Degraded: the file is damaged, a job has the writer or waits for SQLite's lock longer than ``slow_after``, the
-        queue is nearly full, or readers keep the WAL over ``wal_limit``. Broken: out of service, see WriterBrokenError.
+        Degraded: the file is damaged or mounted alone, the writer is held by a job or its callbacks, or waits for
+        SQLite's lock, longer than ``slow_after``, the queue is nearly full, or readers keep the WAL over ``wal_limit``.
+        Broken: out of service, see WriterBrokenError.
         """
         return self._loop.health
 
@@ -532,8 +573,8 @@ class DbWriter:
         return self._loop.queue.refusing
 
     def in_writer(self) -> bool:
-        """Whether the calling thread is inside a job of this gateway."""
-        return self._holder.is_mine()
+        """Whether the caller is inside a job or block of this gateway, or in the writer's thread."""
+        return self._holder.is_in_writer()
 
     def checkpoint(
         self, mode: Literal["PASSIVE", "FULL", "RESTART", "TRUNCATE"] = "TRUNCATE", *, timeout: Seconds = 30.0
@@ -616,7 +657,7 @@ class DbWriter:
         if self._holder.forked:
             return CloseReport(0, 0, 0, 0, ())
         self._holder.refuse_endless_wait("close")
-        if timeout is None and self._readers.has_mine:
+        if timeout is None and (self._holder.scopes.innermost() is not None or self._readers.has_mine):
             raise ReentrantWriteError(OWN_READER)
         warn_of_blocking()
         loop = self._loop
@@ -660,7 +701,7 @@ class DbWriter:
     def _many(self, sql: str, rows: Iterable[Any], label: Label, frame: types.FrameType) -> Job[Result]:
         check_many(check_sql(sql))
         check_label(label)
-        captured = capture_many(rows)
+        captured = capture_many(sql, rows)
         return FunctionJob(self._holder, lambda tx: tx.statement_many(sql, captured), label, frame, sql=sql)
 
     def _script(self, sql: str, label: Label, foreign_keys: bool | None, frame: types.FrameType) -> Job[None]:
@@ -671,7 +712,7 @@ class DbWriter:
         return FunctionJob(self._holder, lambda tx: tx.script(sql), label, frame, foreign_keys=foreign_keys, sql=name)
 
     def _bare(self, sql: str, params: Any, label: Label, frame: types.FrameType) -> Job[Result]:
-        return BareStatementJob(self._holder, check_sql(sql), capture(params), check_label(label), frame, False)
+        return BareStatementJob(self._holder, check_sql(sql), capture(sql, params), check_label(label), frame, False)
 
     def _control(self, label: str, work: Callable[[], T] | None, frame: types.FrameType) -> Job[T]:
         return ControlJob(self._holder, label, frame, work)
@@ -695,7 +736,7 @@ class DbWriter:
         if isinstance(what, str):
             if foreign_keys is not None:
                 raise TypeError("foreign_keys goes with a function or run_script, not with one statement")
-            return StatementJob(self._holder, what, capture(params), label, sys._getframe(2), bounded)
+            return StatementJob(self._holder, what, capture(what, params), label, sys._getframe(2), bounded)
         if not callable(what):
             raise TypeError(f"a job is SQL (str) or a function of the Transaction, not {type(what).__name__}")
         _check_no_params(params)
@@ -709,7 +750,8 @@ class DbWriter:
             check_timeout(timeout)
         holder = self._holder
         warn_of_blocking()
-        transaction = holder.current()
+        outside = enclosing() is None and get_ident() != holder.writer_thread  # as nearly always
+        transaction = None if outside else self._transaction_here()
         if transaction is not None:
             if job.foreign_keys is not None:
                 raise ReentrantWriteError("foreign_keys= needs a transaction of its own: call it outside the job")
@@ -728,6 +770,8 @@ class DbWriter:
             raise
         if not in_time and not job.done():
             give_up(job, timeout, holder)
+        if holder.reporter is not None and holder.reporter.is_behind:
+            holder.reporter.catch_up()
         try:
             return job.result()
         finally:
@@ -742,37 +786,47 @@ class DbWriter:
         after: After,
         fetch: Callable[[sqlite3.Cursor], Any],
     ) -> Any:
-        deadline = self._wait_for(after, timeout, label)
-        transaction = self._transaction_to_read()
-        if transaction is not None:
-            return transaction.query(sql, parameters, fetch, deadline)
-        return self._readers.read(sql, parameters, fetch, f"{label!r} ({sql})" if label else sql, deadline)
+        here, deadline = self._wait_for(after, timeout, label)
+        if isinstance(here, Transaction):
+            return here.query(sql, parameters, fetch, deadline)
+        name = f"{label!r} ({sql})" if label else sql
+        if here is not None:
+            return here.read(sql, parameters, fetch, name, deadline)
+        return self._readers.read(sql, parameters, fetch, name, deadline)
 
-    def _transaction_to_read(self) -> Transaction | None:
-        """The calling thread's open transaction, unless it has opened a reader inside it."""
-        transaction = self._holder.current()
-        return None if transaction is None or self._readers.current() is not None else transaction
+    def _transaction_here(self) -> Transaction | None:
+        """The transaction that a blocking write belongs to; none inside a task's block, whose writes are awaited."""
+        here = self._holder.here()
+        return here if isinstance(here, Transaction) else None
 
-    def _wait_for(self, after: After, timeout: Seconds, label: Label) -> float:
-        """Wait until the write ``after`` is committed; returns the deadline of the read."""
+    def _reads_from(self) -> Transaction | Snapshot | None:
+        """What the innermost job, block or reader around the caller lends to a read; None: the pool does."""
+        here = self._holder.scopes.innermost()
+        if here is None:
+            self._holder.here()  # inside a statement of the writer nothing can be read
+        return here.lends() if here is not None else None
+
+    def _wait_for(self, after: After, timeout: Seconds, label: Label) -> tuple[Transaction | Snapshot | None, float]:
+        """Wait until the write ``after`` is committed; returns where the read goes, and its deadline."""
         warn_of_blocking()
         if label is not None:
             check_label(label)
         if timeout != 30.0:
             check_timeout(timeout)
         deadline = math.inf if timeout is None else monotonic() + timeout
+        here = self._reads_from()
         if after is not None:
             self.check_after(after)
-            if (snapshot := self._readers.current()) is not None:
-                snapshot.refuse_later(after)
+            if isinstance(here, Snapshot):
+                here.refuse_later(after)
             if not after.done():
-                self._holder.refuse_endless_wait("read(after=…)")
+                self._holder.refuse_endless_wait("read(after=…)", since=after.created_at)
                 if not after.wait(seconds_until(deadline)) and not after.done():
                     raise ReadTimeoutError(
                         f"{after.describe()} was not committed within {timeout} s: {self._holder.describe()}"
                     )
             after.result()
-        return deadline
+        return here, deadline
 
 
 def give_up(job: Job[Any], timeout: Seconds, holder: Holder) -> None:

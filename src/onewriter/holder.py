@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
+import math
 import sqlite3
 import threading
+from asyncio import _get_running_loop
 from collections.abc import Callable
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -13,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 from onewriter.errors import ReentrantWriteError, WriterBrokenError
 from onewriter.fork import forked_error
 from onewriter.locks import describe_lock
-from onewriter.log import report
+from onewriter.log import Reporter, report, text_of
 from onewriter.retry import error_code
+from onewriter.scopes import Scopes, enclosing
 from onewriter.stats import Tally
 
 if TYPE_CHECKING:
+    from onewriter.block import BlockJob
     from onewriter.job import Job
     from onewriter.taskblock import TaskBlock
     from onewriter.transaction import Transaction
@@ -39,50 +42,77 @@ class Holder:
     def __init__(self, slow_after: float, path: str) -> None:
         self.slow_after = slow_after
         self._path = path
+        self._in_the_way: Callable[[], str] | None = None  # says who has the lock; None: the one that writers have
         self._lock_told = -FRESH, ""  # who holds SQLite's lock, and when that was looked up
         self._warned_of = 0.0  # the job that a warning has named: when it started
         self.lock = threading.RLock()
+        self.locks: tuple[Any, ...] = (self.lock,)  # of the gateway, those that a finalizer or signal handler may find
         self.tally = Tally()  # guarded by lock
-        self.forget: Callable[[Job[Any]], object] = id  # the queue's: what is withdrawn makes room there
+        self.forget: Callable[[Any], object] = id  # the queue's: what is withdrawn makes room there
         self.health = "ok"
         self.broken: BaseException | None = None  # why the gateway is out of service
         self.forked = False  # this is a child of the process that it belongs to
         self.writer_thread = 0
         self.reporting: set[int] = set()  # threads inside our log calls: failures of what they enqueue stay unlogged
+        self.reporter: Reporter | None = None  # of the writer thread; without one, the writer is a thread of the user's
+        self.interrupt: BaseException | None = None  # raised in a callback there; it comes out at the end of the turn
+        self.entering: set[int] = set()  # threads that wait for the turn of a block
         self.job: Job[Any] | None = None  # that runs now
-        self.block: TaskBlock | None = None  # a task's transaction, whose statements the writer runs
         self.transaction: Transaction | None = None
+        self.scopes: Scopes[Any] = Scopes()
+        self.blocks: set[BlockJob | TaskBlock] = set()  # that tasks have, or wait for
         self.waiting: tuple[Job[Any], float] | None = None  # for SQLite's lock, and since when
-        self.taken: dict[object, Transaction] = {}  # from threads and tasks that are still in their block: max_hold
-        self.telling: tuple[Job[Any], float] | None = None  # whose callbacks are called, and since when
+        self.telling: tuple[Job[Any] | None, float] | None = None  # whose callbacks are called (None: on_event), since
 
     def become_inherited(self, error: BaseException) -> None:
         """In a forked child. The numbers of threads survive a fork, and so may a lock that another thread holds."""
         self.forked, self.broken, self.health = True, error, f"broken: {error}"
         self.lock = threading.RLock()
+        self.reporter = None
         if self.transaction is not None:
             self.transaction.close(INHERITED)
-        self.writer_thread, self.job, self.transaction, self.block, self.taken = 0, None, None, None, {}
+        self.writer_thread, self.job, self.transaction, self.blocks = 0, None, None, set()
+        self.scopes = Scopes()  # nobody is inside anything of the parent's
 
     def enter(self, job: Job[Any], transaction: Transaction | None) -> None:
         self.job, self.transaction = job, transaction
+        if transaction is not None and not job.lent:
+            self.scopes.enter_job(transaction)
 
     def leave(self) -> float:
         """Returns the time."""
         now = monotonic()
         self.warn_if_slow(now)
+        if self.transaction is not None and self.job is not None and not self.job.lent:
+            self.scopes.leave_job()
         self.job = self.transaction = None
         return now
 
     def warn_if_slow(self, now: float) -> None:
-        """Name, once, the job that holds the writer longer than ``slow_after``."""
-        job = self.job
-        if job is None or now - job.started_at <= self.slow_after:
+        """Name, once, the job that holds the writer, or whose callbacks do, longer than ``slow_after``."""
+        job, telling = self.job, self.telling
+        if job is not None:
+            since = job.started_at
+        elif telling is not None:
+            since = telling[1]
+        else:
+            return
+        if now - since <= self.slow_after:
             return
         with self.lock:
-            first, self._warned_of = self._warned_of != job.started_at, job.started_at
+            first, self._warned_of = self._warned_of != since, since
         if first:
             report(self, logging.WARNING, "slow: %s", self.describe())
+
+    def begin_telling(self, job: Job[Any] | None) -> None:
+        """The writer calls the callbacks of ``job``, or, None, ``on_event``."""
+        self.end_telling()
+        self.telling = job, monotonic()
+
+    def end_telling(self) -> None:
+        if self.telling is not None:
+            self.warn_if_slow(monotonic())
+            self.telling = None
 
     def count_timeout(self) -> None:
         """A call ends with WriteTimeoutError."""
@@ -90,81 +120,70 @@ class Holder:
             self.tally.timed_out += 1
 
     def is_slow(self, now: float) -> bool:
-        """Whether a job has the writer, or waits for SQLite's lock, for longer than ``slow_after``."""
-        job, waiting = self.job, self.waiting
-        since = getattr(job, "started_at", now) if job is not None else now if waiting is None else waiting[1]
+        """Whether a job has the writer, waits for SQLite's lock, or is told, for longer than ``slow_after``."""
+        job, other = self.job, self.waiting or self.telling
+        since = getattr(job, "started_at", now) if job is not None else now if other is None else other[1]
         return now - since > self.slow_after
 
-    def wait_for_lock(self, job: Job[Any]) -> None:
+    def wait_for_lock(self, job: Job[Any], in_the_way: Callable[[], str] | None = None) -> None:
+        self._in_the_way, self._lock_told = in_the_way, (-FRESH, "")
         self.waiting = (job, monotonic())
 
     def has_lock(self) -> None:
         self.waiting = None
 
-    def current(self) -> Transaction | None:
-        """The open transaction that belongs to the calling thread, if there is one."""
-        if self.taken:
-            self.refuse_if_taken(threading.current_thread())
-        return self._current()
-
-    def _current(self) -> Transaction | None:
-        transaction = self.transaction
-        if transaction is None:
-            if self.job is not None and self.writer_thread == threading.get_ident():
-                raise ReentrantWriteError(IN_STATEMENT)
-            return None
-        if transaction.thread != threading.get_ident():
-            return None
-        # The system gives the numbers of ended threads to others.
-        if transaction.borrower is not None and transaction.borrower is not threading.current_thread():
-            return None
-        return transaction
-
-    def refuse_if_taken(self, borrower: object) -> None:
-        """Raise inside a block that ``max_hold`` has ended: a write there would be committed alone."""
-        transaction = self.taken.get(borrower)
-        if transaction is not None:
-            raise transaction.closed_error()
-
-    def place(self) -> tuple[Transaction, int] | None:
-        """The calling thread's open transaction, and how many savepoints deep it is in it."""
-        transaction = self.current()
-        return None if transaction is None else (transaction, transaction.depth)
+    def here(self) -> Any:
+        """The block or job that a call which writes belongs to: a Transaction, or what stands for a task's block."""
+        here = self.scopes.innermost(writes=True)
+        if here is None and self.job is not None and self.writer_thread == threading.get_ident():
+            raise ReentrantWriteError(IN_STATEMENT)
+        return here
 
     def is_mine(self) -> bool:
-        """Whether the calling thread is the writer thread or holds the open transaction."""
-        if threading.get_ident() == self.writer_thread:
-            return True
-        return self.transaction is not None and self._current() is not None
+        """Whether the caller is inside a job or block, or is the writer thread."""
+        return threading.get_ident() == self.writer_thread or self.scopes.innermost(writes=True) is not None
 
-    def waits_endlessly(self) -> bool:
-        """Whether the writer could not go on while this thread waits for it."""
-        # Who owns the lock here is a finalizer or signal handler inside it.
-        if self.is_mine() or self.lock._is_owned():  # type: ignore[attr-defined]
+    def is_in_writer(self) -> bool:
+        """The same, but not if the block was taken away meanwhile."""
+        here = self.scopes.innermost(writes=True)
+        return threading.get_ident() == self.writer_thread or (here is not None and not here.lends().is_closed)
+
+    def cannot_wait(self) -> bool:
+        """Whether the caller has interrupted the writer, or one of the locks that it needs."""
+        return threading.get_ident() == self.writer_thread or self.is_inside()
+
+    def waits_endlessly(self, since: float = math.inf) -> bool:
+        """Whether the writer could not go on while this thread waits for what was handed in at ``since``, or now."""
+        if self.cannot_wait() or (enclosing() is not None and self.scopes.innermost(writes=True) is not None):
             return True
-        # A task's block cannot end while its loop's thread waits, nor while the task itself does.
-        return self.block is not None and self.block.thread == threading.get_ident()
+        # A block that a task has, or will have before that, cannot end while the thread of its loop waits.
+        loop = _get_running_loop()
+        return loop is not None and any(block.needs(loop) and block.created_at <= since for block in tuple(self.blocks))
+
+    def is_inside(self) -> bool:
+        """Whether this call is a finalizer's or signal handler's, which came while its thread was inside a lock of ours
+        or waits for the turn of a block: the writer needs what only the thread can give."""
+        for lock in self.locks:  # any() with a generator would cost more than all of it
+            if lock._is_owned():
+                return True
+        return bool(self.entering) and threading.get_ident() in self.entering
 
     def awaits_endlessly(self) -> bool:
-        """The same for the running task."""
-        if self.block_here() is not None:
-            return True
-        # A block of another task of this loop ends although this one waits.
-        task = getattr(self.job, "task", None)
-        return self.is_mine() and (task is None or task is running_task())
+        """The same for the running task: what others of its loop have ends although it waits."""
+        return self.is_mine()
 
-    def block_here(self) -> TaskBlock | None:
-        """The open block that the running task has begun."""
-        block = self.block
-        return block if block is not None and block.task is not None and block.task is running_task() else None
-
-    def refuse_endless_wait(self, what: str, awaits: bool = False) -> None:
+    def refuse_endless_wait(self, what: str, *, awaits: bool = False, since: float = math.inf) -> None:
         if self.forked:
             raise forked_error()
-        if self.awaits_endlessly() if awaits else self.waits_endlessly():
+        if self.is_inside():
             raise ReentrantWriteError(
-                f"{what} inside a job or callback of the writer waits for the writer itself, so it would never end: "
-                "call it outside, or use on_commit or enqueue without waiting"
+                f"{what} in a finalizer or signal handler that interrupted a call of this gateway waits for that call, "
+                "so it would never end: leave a note there, and call it outside"
+            )
+        if self.awaits_endlessly() if awaits else self.waits_endlessly(since):
+            raise ReentrantWriteError(
+                f"{what} inside a job, block or callback waits for the writer, which waits for the caller, so it would "
+                "never end: call it outside, or use on_commit or enqueue without waiting"
             )
 
     def refuse_if_broken(self) -> None:
@@ -174,13 +193,13 @@ class Holder:
     def note_corruption(self, error: BaseException) -> None:
         """Say once, loudly, that the file is damaged; every job that it hits fails with SQLite's error."""
         if error_code(error) & 0xFF in CORRUPT and self.health == "ok":
-            self.health = f"degraded: {error}"
-            report(self, logging.CRITICAL, "the database is damaged: %s; restore it from a backup", error)
+            self.health = f"degraded: {text_of(error)}"
+            report(self, logging.CRITICAL, "the database is damaged: %s; restore it from a backup", text_of(error))
 
     def _describe_lock(self) -> str:
         told_at, text = self._lock_told
         if monotonic() - told_at > FRESH:  # a thousand tasks may ask at once, in their loop
-            text = describe_lock(self._path)
+            text = describe_lock(self._path) if self._in_the_way is None else self._in_the_way()
             self._lock_told = monotonic(), text
         return text
 
@@ -195,18 +214,12 @@ class Holder:
             text = f"the writer waits since {monotonic() - waiting[1]:.2f} s for SQLite's lock, held elsewhere, to run"
             return f"{text} {waiting[0].describe()}; {self._describe_lock()}"
         if telling is not None:
-            return f"the writer calls the callbacks of {telling[0].describe()} for {monotonic() - telling[1]:.2f} s"
+            whose = "on_event" if telling[0] is None else f"the callbacks of {telling[0].describe()}"
+            return f"the writer calls {whose} for {monotonic() - telling[1]:.2f} s"
         return "the writer is between jobs"
 
 
-def running_task() -> asyncio.Task[Any] | None:
-    try:
-        return asyncio.current_task()
-    except RuntimeError:  # no loop runs in this thread
-        return None
-
-
 def broken_error(cause: BaseException) -> WriterBrokenError:
-    error = WriterBrokenError(f"the gateway is out of service: {cause}; close it and open a new DbWriter")
+    error = WriterBrokenError(f"the gateway is out of service: {text_of(cause)}; close it and open a new DbWriter")
     error.__cause__ = cause
     return error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import bisect
 import concurrent.futures
 import contextlib
 import inspect
@@ -18,7 +19,8 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, cast
 
 from onewriter.fork import forked_error
-from onewriter.log import contain, warn_of_blocking
+from onewriter.guard import Mode
+from onewriter.log import contain, contain_all, warn_of_blocking
 from onewriter.statement import Parameters, Result, describe_sql
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ T = TypeVar("T")
 
 PENDING, RUNNING, CANCELLED, DONE = range(4)
 LABEL_LENGTH = 60
+MOST_TABLES = 16  # of lines that are kept
 NOT_PLAIN = inspect.CO_COROUTINE | inspect.CO_ITERABLE_COROUTINE | inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
 SLICE = 0.25  # seconds; a signal that comes just before the thread sleeps is seen at its next wake-up
 LIVE_RESULTS = (sqlite3.Cursor, sqlite3.Blob, types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType)
@@ -132,13 +135,12 @@ class Ticket(Generic[T]):
         """The job's place in the order of commits, rising; None until it is committed."""
         return getattr(self, "_sequence", None)
 
-    @property
-    def is_cut(self) -> bool:
+    def _is_cut(self) -> bool:
         """Whether the label is the beginning of a longer text."""
         return False
 
     def describe(self) -> str:
-        label = f"{self.label}…" if self.is_cut else self.label
+        label = f"{self.label}…" if self._is_cut() else self.label
         return f"{label!r} (called from {self.called_from})"
 
     def belongs_to(self, holder: Holder) -> bool:
@@ -167,9 +169,15 @@ class Ticket(Generic[T]):
 
     def withdraw(self, error: BaseException | None) -> bool:
         """Cancel; ``error`` is what ``result`` raises then, in place of CancelledError."""
+        if self.withdraw_quietly(error):
+            self.run_callbacks()
+        return self._state == CANCELLED
+
+    def withdraw_quietly(self, error: BaseException | None) -> bool:
+        """The same, but its callbacks are still to be run; False if there was nothing to withdraw."""
         with self._holder.lock:
             if self._state != PENDING:
-                return self._state == CANCELLED
+                return False
             self._state, self._error = CANCELLED, error
             if self.counted:
                 self._holder.tally.count_cancelled(self.label)
@@ -177,7 +185,6 @@ class Ticket(Generic[T]):
             _work, self.work = self.work, None  # which goes at the end, not under the lock: it may have finalizers
         self._holder.forget(self)
         wake(woken or ())
-        self.run_callbacks()
         return True
 
     def result(self, timeout: float | None = None) -> T:
@@ -268,7 +275,7 @@ class Ticket(Generic[T]):
 
     def _refuse_endless_wait(self) -> None:
         if self._state < CANCELLED:
-            self._holder.refuse_endless_wait("waiting for a ticket")
+            self._holder.refuse_endless_wait("waiting for a ticket", since=self.created_at)
 
     def _outcome_within(self, timeout: float | None) -> None:
         check_timeout(timeout)
@@ -280,6 +287,8 @@ class Ticket(Generic[T]):
                     f"no outcome of job {self.describe()} within {timeout} s; it was not withdrawn: "
                     f"{self._holder.describe()}"
                 )
+            if self._holder.reporter is not None and self._holder.reporter.is_behind:
+                self._holder.reporter.catch_up()
         if self._state == CANCELLED:
             if self._error is not None:
                 raise self._error
@@ -289,14 +298,13 @@ class Ticket(Generic[T]):
         return cast(T, self._result)
 
     def run_callbacks(self) -> None:
-        """Call the callbacks in order, once each. What they raise is logged."""
+        """Call the callbacks in order, once each; see ``contain``."""
         while True:
             with self._holder.lock:
                 callbacks, self._callbacks = self._callbacks, None
             if not callbacks:
                 return
-            for fn in callbacks:
-                contain(self._holder, fn, self)
+            contain_all(self._holder, [(fn, self) for fn in callbacks])
 
 
 class _TicketFuture(concurrent.futures.Future[T]):
@@ -339,6 +347,7 @@ class Job(Ticket[T]):
     lent = False  # whether another thread runs its statements, and its callbacks
     needs_savepoint = False  # its ``tx.connection`` may be asked to roll back
     in_transaction = True
+    mode = Mode.JOB  # of its statements
     foreign_keys: bool | None = None
 
     def must_be_alone(self) -> bool:
@@ -390,7 +399,7 @@ def wake(waiters: Iterable[Any]) -> None:
         else:
             waiter.release()
     for loop, futures in loops.items():
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits there any more
+        with contextlib.suppress(Exception):  # the loop is closed: nobody waits there any more
             loop.call_soon_threadsafe(resolve, futures)
 
 
@@ -443,6 +452,7 @@ class StatementJob(Job[Result]):
     """One SQL statement; ``work`` is its parameters."""
 
     __slots__ = ("bounded", "sql")
+    mode = Mode.ALONE
 
     def __init__(
         self, holder: Holder, sql: str, parameters: Parameters, label: str | None, frame: types.FrameType, bounded: bool
@@ -462,8 +472,7 @@ class StatementJob(Job[Result]):
     def label(self) -> str:
         return self._label or self.sql[:LABEL_LENGTH]
 
-    @property
-    def is_cut(self) -> bool:
+    def _is_cut(self) -> bool:
         return not self._label and len(self.sql) > LABEL_LENGTH
 
     def must_be_alone(self) -> bool:
@@ -496,7 +505,7 @@ class BareStatementJob(StatementJob):
 class FunctionJob(Job[T]):
     """A function of the Transaction, which is its ``work``."""
 
-    __slots__ = ("alone", "bounded", "foreign_keys", "is_cut")
+    __slots__ = ("alone", "bounded", "cut", "foreign_keys")
     needs_savepoint = True
 
     def __init__(
@@ -515,7 +524,10 @@ class FunctionJob(Job[T]):
         self.alone = foreign_keys is not None or (sql != "" and describe_sql(sql).isolated)
         self.bounded = bounded
         self.foreign_keys = foreign_keys
-        self.is_cut = not label and len(sql) > LABEL_LENGTH
+        self.cut = not label and len(sql) > LABEL_LENGTH
+
+    def _is_cut(self) -> bool:
+        return self.cut
 
     def perform(self, tx: Transaction) -> T:
         result: T = self.work(tx)
@@ -613,8 +625,22 @@ def called_from(frame: types.FrameType) -> str:
 
 
 def _place(code: types.CodeType, instruction: int) -> str:
-    lines = (line for start, end, line in code.co_lines() if start <= instruction < end)
-    return f"{os.path.basename(code.co_filename)}:{next(lines, code.co_firstlineno)} in {code.co_name}"
+    return f"{os.path.basename(code.co_filename)}:{_line(code, instruction)} in {code.co_name}"
+
+
+def _line(code: types.CodeType, instruction: int) -> int:
+    # By its id: a code's hash is that of all its constants. A generated one can have handed in all of a long queue.
+    kept = _lines.get(id(code))
+    if kept is None or kept[0] is not code:
+        found = list(code.co_lines())
+        if len(_lines) >= MOST_TABLES:
+            _lines.clear()
+        kept = _lines[id(code)] = code, [start for start, _, _ in found], [line for _, _, line in found]
+    _, starts, lines = kept
+    return lines[bisect.bisect_right(starts, instruction) - 1] or code.co_firstlineno
+
+
+_lines: dict[int, tuple[types.CodeType, list[int], list[int | None]]] = {}
 
 
 def user_frame(frame: types.FrameType) -> types.FrameType:

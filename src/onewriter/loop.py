@@ -19,18 +19,19 @@ from typing import Any
 from onewriter.block import BlockFailedError, BlockJob
 from onewriter.checkpoint import Checkpoint, Checkpointer
 from onewriter.connection import Settings, configure, open_writer, set_pragma
-from onewriter.errors import CommitUnknownError, WriterClosedError
-from onewriter.events import BatchEnded, Hook, WriterBroken
-from onewriter.file import DatabaseFile, FileMovedError
+from onewriter.errors import CommitUnknownError, TransactionClosedError, WriterClosedError
+from onewriter.events import BatchEnded, Hook, WriterBroken, tell
+from onewriter.file import DatabaseFile, FileMovedError, exposure
 from onewriter.fork import forked_error
 from onewriter.guard import Guard, Mode
 from onewriter.holder import CORRUPT, Holder, broken_error
 from onewriter.job import RUNNING, BareStatementJob, Batch, ControlJob, Job, StatementJob, Ticket, settle
-from onewriter.locks import describe_lock
-from onewriter.log import contain, report
+from onewriter.locks import describe_lock, describe_readers
+from onewriter.log import INTERRUPTS, contain, contain_all, report, text_of, traceback_of
 from onewriter.queue import JobQueue
 from onewriter.readers import ReaderPool
-from onewriter.retry import LockPolicy, error_code, is_busy
+from onewriter.retry import LockPolicy, error_code, is_busy, note_descriptors
+from onewriter.taskblock import TaskBlock
 from onewriter.transaction import Transaction, WriteSession
 
 MOST_TAKEN = 2048  # jobs
@@ -92,22 +93,31 @@ class WriterLoop:
         self._session: WriteSession | None = None
         self._pending: list[Job[Any]] = []
         self._next = 0
-        self._culprit: tuple[Job[Any], list[Transaction]] | None = None  # it has undone all, and is told in its turn
+        # It has undone all, and is told in its turn; with the history that it leaves.
+        self._culprit: tuple[Job[Any], list[Transaction], tuple[int, int] | None] | None = None
         self._savepoints_until = 0  # pending jobs before that place run again, each with a savepoint
         self._one_by_one_until = 0  # pending jobs before that place run again, each alone
         self._risky_schema = self._failing_schema = True
         self._schema_versions: list[Any] = []
         self._checkpoint_failed = False  # the last one, and that was told
+        self._is_committing = False  # the last attempt to get SQLite's lock was COMMIT
+        self._before: tuple[int, int] | None = None  # the history with which the shared transaction began
+        self._history: tuple[int, int] | None = None  # that the next job is to find
         self._batch = Batch()
 
     def abandon(self) -> None:
         """Withdraw what has not started, and end a wait for SQLite's lock. The queue must refuse already."""
         self._stop.set()
         # What moves from the queue to _pending meanwhile is withdrawn by the writer thread, which looks at _stop.
-        dropped = [*self.queue.empty_out(), *self._pending.copy()]
-        count = sum(self._withdraw(job) for job in dropped)
-        if count:
-            report(self.holder, logging.WARNING, "%s: close withdrew %d queued jobs", self.label, count)
+        dropped = [job for job in [*self.queue.empty_out(), *self._pending.copy()] if self._withdraw(job)]
+        if dropped:
+            report(self.holder, logging.WARNING, "%s: close withdrew %d queued jobs", self.label, len(dropped))
+        contain_all(self.holder, [(job.run_callbacks,) for job in dropped])
+
+    def end_block_at_exit(self) -> None:
+        job = self.holder.job
+        if isinstance(job, BlockJob | TaskBlock):
+            job.end_at_exit()
 
     def become_inherited(self) -> list[object]:
         """In a forked child: refuse everything; returns what must never be closed there."""
@@ -115,15 +125,17 @@ class WriterLoop:
         self.holder.become_inherited(error)
         self.queue.become_inherited(error)
         kept: list[object] = self.readers.become_inherited()
-        return kept if self._session is None else [self._session, self._session.connection, *kept]
+        return kept if self._session is None else [*self._session.become_inherited(), *kept]
 
     @property
     def health(self) -> str:
-        """``"ok"``, ``"degraded: why"`` or ``"broken: why"``."""
+        """``"ok"``, ``"degraded: why"``, ``"broken: why"`` or ``"closed"``."""
         holder, now = self.holder, monotonic()
+        if holder.broken is None and self.queue.refusing:
+            return "closed"
         if holder.health != "ok":
             return holder.health
-        why = [self._checkpointer.starved]
+        why = [self.file.exposed, self._checkpointer.starved]
         if self.queue.is_nearly_full:
             why.append(f"the queue is nearly full: {self.queue.fill}")
         if holder.is_slow(now):
@@ -151,7 +163,7 @@ class WriterLoop:
 
     def write(self, jobs: list[Job[Any]]) -> None:
         """Bring ``jobs`` to their outcome."""
-        self._pending = jobs
+        self._pending, self.queue.taken = jobs, []
         while self._next < len(self._pending):
             self._write_group()
         self._pending, self._culprit = [], None  # an idle writer keeps nothing of its last jobs alive
@@ -179,7 +191,12 @@ class WriterLoop:
     def end_block(self, job: BlockJob) -> None:
         assert self._session is not None
         assert job.transaction is not None
-        error = job.transaction.overdue() or (BlockFailedError() if job.failed else None)
+        error: BaseException | None = None
+        try:
+            job.wait_for_call(job.transaction)
+            error = job.transaction.overdue()
+        except (BlockFailedError, TransactionClosedError) as failure:
+            error = job.transaction.overdue() or failure
         self._leave(self._session, job.transaction, None, error, savepoint=True)
         if self._session.connection.in_transaction:
             self._commit(self._session, [job], [job.transaction])
@@ -192,6 +209,7 @@ class WriterLoop:
         """The writer met an error of its own making: answer everything that waits."""
         if self.holder.forked:
             return
+        self._go_out_of_service(error)  # before anything else that could fail, too
         report(self.holder, logging.CRITICAL, "%s: the writer thread died", self.label, error=error)
         self._break(error)
 
@@ -213,16 +231,22 @@ class WriterLoop:
         if self.holder.forked:
             return
         self.drained.set()
-        contain(
-            self.holder, self.readers.close, patience
-        )  # before the writer: the last to close tidies up, if it may write
-        self._roll_back()
-        if self.holder.broken is None:
-            self._is_moved()
-        if self._settings.checkpoints and self.holder.broken is None:
-            self._checkpoint(self._checkpointer.empty)
-        self._drop_session()
+        # The readers before the writer: the last to close tidies up, if it may write.
+        contain(self.holder, self.readers.close, patience)
+        contain(self.holder, self._end_session)
+        if self.holder.reporter is not None:
+            self.holder.reporter.close()
         contain(self.holder, self.readers.when_all_back, functools.partial(self._on_end, self))
+
+    def _end_session(self) -> None:
+        try:
+            self._roll_back()
+            if self.holder.broken is None:
+                self._is_moved()
+            if self._settings.auto_checkpoint and self.file.logged and self.holder.broken is None:
+                self._checkpoint(self._checkpointer.empty)
+        finally:
+            self._drop_session()
 
     @property
     def last_checkpoint(self) -> tuple[Checkpoint, float] | None:
@@ -246,11 +270,23 @@ class WriterLoop:
     def open(self) -> WriteSession:
         """Open the write connection."""
         self.file.check()  # SQLite would create it anew
-        connection = open_writer(self._settings, self._guard, self._policy, self._tell_waiting)
-        self.file.remember()
-        self._session = WriteSession(connection, self._guard)
+        session = open_writer(self._settings, self._guard, self._policy, self._tell_waiting, WriteSession)
+        self._session = session
+        try:
+            self.file.remember(session.files.values(), session.logs.values())
+        except BaseException:
+            self._drop_session()
+            raise
+        self._checkpointer.remember_size(session)
+        self._tell_exposed()
         self._guard.schema_changed = True
-        return self._session
+        return session
+
+    def _tell_exposed(self) -> None:
+        before = self.file.exposed
+        self.file.exposed = exposure(self.file.files)
+        if self.file.exposed and self.file.exposed != before:
+            report(self.holder, logging.CRITICAL, "%s: %s", self.label, self.file.exposed)
 
     def _write_group(self) -> None:
         """Bring the first pending jobs to their outcome: as many as may share one transaction."""
@@ -262,12 +298,14 @@ class WriterLoop:
             return
         first = pending[place]
         if self._culprit is not None and self._culprit[0] is first:
-            runs, self._culprit = self._culprit[1], None
+            (_, runs, self._history), self._culprit = self._culprit, None
             self._settle([first], runs)
         elif self.holder.broken is None and self._is_moved():
             return
         elif self._stop.is_set() and not first.running():
-            self.withdrawn += [first.label] * self._withdraw(first)
+            if self._withdraw(first):
+                self.withdrawn.append(first.label)
+                first.run_callbacks()
         elif isinstance(first, ControlJob):
             self._control(first)
         elif isinstance(first, BareStatementJob):
@@ -323,7 +361,7 @@ class WriterLoop:
             return place
         now, guard, holder, known = monotonic(), self._guard, self.holder, ""
         lock, insert = holder.lock, session.executor.insert
-        guard.mode, guard.refusal = Mode.JOB, None
+        guard.mode, guard.refusal = Mode.ALONE, None
         # What happens here happens for every queued statement: no calls that can be spared.
         try:
             for job in self._pending[place:]:
@@ -366,6 +404,7 @@ class WriterLoop:
         self._roll_back()
         for job in jobs:
             job.set_outcome(None, None)
+        self._history = self._before
         self._count_runs(len(jobs))
         self._savepoints_until = self._place_after(jobs[-1])
 
@@ -378,6 +417,8 @@ class WriterLoop:
         if first.foreign_keys is not None:
             self._guard.settings_touched = True
             set_pragma(session.connection, "foreign_keys", int(first.foreign_keys))
+        if self._history is not None:
+            self._restore_history(session, self._history)
         self._batch = Batch()
         self._leave_a_gap()
         # IMMEDIATE takes the write lock here, so BUSY comes before any job has had an effect.
@@ -386,22 +427,51 @@ class WriterLoop:
         self._begun_at = monotonic()
         return session
 
+    def _restore_history(self, session: WriteSession, history: tuple[int, int]) -> None:
+        """What was undone has left its mark on the connection, but is to run as if it had not."""
+        self._history = None
+        try:
+            if session.history() != history:
+                session.set_history(*history)
+        except sqlite3.Error as error:  # no room for a temporary file
+            report(self.holder, logging.WARNING, "%s: last_insert_rowid() is of an undone run: %s", self.label, error)
+
     def _keep_trying(self, session: WriteSession, sql: str, job: Job[Any]) -> None:
         policy = self._policy
         policy.attempts, policy.waited = 1, 0.0
+        self._is_committing = sql == "COMMIT"
         try:
             session.own(sql)
         except sqlite3.OperationalError as error:
-            if not is_busy(error):
+            if not is_busy(error) or self._is_undone(session):
                 raise
             self._batch.retried = True
-            self.holder.wait_for_lock(job)
+            self.holder.wait_for_lock(job, self._in_the_way if self._is_committing else None)
+            first = error
+
+            def again() -> None:
+                if self._is_undone(session):
+                    raise _UndoneError from first
+                session.own(sql)
+
             try:
-                policy.keep_trying(lambda: session.own(sql), self._tell_waiting, error)
+                policy.keep_trying(again, self._tell_waiting, error)
+            except _UndoneError:
+                raise first from None
             finally:
                 self.holder.has_lock()
         finally:
             self._count_attempts()
+
+    def _is_undone(self, session: WriteSession) -> bool:
+        """Whether a COMMIT that met a lock has rolled back: then there is nothing to try again."""
+        return self._is_committing and not session.connection.in_transaction
+
+    def _in_the_way(self) -> str:
+        """For messages: who has the lock that the last attempt met."""
+        if self._is_committing:  # which readers hold up, in the rollback-journal modes
+            return describe_readers(self.file.unlogged, self.readers.borrowers)
+        return describe_lock(self._settings.path)
 
     def _count_attempts(self) -> None:
         with self.holder.lock:
@@ -436,6 +506,7 @@ class WriterLoop:
                 self._risky_schema, self._failing_schema = not found.isdisjoint(UNDOES_ALL), "FAIL" in found
                 self._schema_versions = versions
                 self._guard.schema_changed = False
+            self._before = session.history()
         except sqlite3.Error:  # a damaged schema: the jobs will tell
             return False
         return not self._risky_schema
@@ -555,10 +626,12 @@ class WriterLoop:
         self, jobs: list[Job[Any]], runs: list[Transaction], kept: list[Job[Any]], error: BaseException
     ) -> None:
         for job in kept:
-            unknown = CommitUnknownError(f"COMMIT of job {job.describe()} met {error}: it may or may not be done")
+            unknown = CommitUnknownError(
+                f"COMMIT of job {job.describe()} met {text_of(error)}: it may or may not be done"
+            )
             unknown.__cause__ = copy_of(error)
             self._fail(job, unknown)
-        report(self.holder, logging.CRITICAL, "%s: out of service, since COMMIT met %s", self.label, error)
+        report(self.holder, logging.CRITICAL, "%s: out of service, since COMMIT met %s", self.label, text_of(error))
         self._go_out_of_service(error)  # before anybody hears, and asks
         self._settle(jobs, runs)
         self._break(error)
@@ -569,9 +642,10 @@ class WriterLoop:
             self._settle(jobs, runs)
             return
         told, last = self._tell_early(jobs[:-1], runs), jobs[-1]
+        history = None if self._session is None else self._session.history()
         self._run_again(jobs[told:-1], runs)
         self._one_by_one_until = self._place_after(last)
-        self._culprit = last, [run for run in runs if run.job is last]
+        self._culprit = last, [run for run in runs if run.job is last], history
 
     def _tell_early(self, jobs: list[Job[Any]], runs: list[Transaction]) -> int:
         """Tell the first jobs, as far as they failed before another had written: they met what is committed."""
@@ -596,7 +670,8 @@ class WriterLoop:
         for run in runs:
             if run.job in again:
                 self._call_back(run, committed=False)
-        self.holder.telling = None
+        self.holder.end_telling()
+        self._history = self._before
         self._count_runs(len(jobs))
 
     def _count_runs(self, again: int) -> None:
@@ -655,56 +730,66 @@ class WriterLoop:
         self._settle([job], runs, commits=int(job.failed_with is None))
 
     def _fail(self, job: Job[Any], error: BaseException) -> None:
-        with contextlib.suppress(Exception):  # as from a frozen dataclass, which refuses notes
+        try:
+            self._guard.explain(error)
+        except BaseException as raised:  # while SQLite asked whether it may
+            error = raised
+        try:
             self._annotate(job, error)
+        except BaseException as failure:  # as from a frozen dataclass, which refuses notes; or Ctrl-C in this moment
+            if self.holder.reporter is None and issubclass(type(failure), INTERRUPTS):
+                self.holder.interrupt = failure
         job.set_outcome(None, error)
 
     def _annotate(self, job: Job[Any], error: BaseException) -> None:
-        BaseException.with_traceback(error, without_own_frames(error.__traceback__))
+        BaseException.with_traceback(error, without_own_frames(traceback_of(error)))
         self.holder.note_corruption(error)
-        self._guard.explain(error)
         note, attempts = f"onewriter: job {job.describe()}", max(1, self._policy.attempts)
         if attempts > 1 or is_busy(error):  # one, and it was had, is nothing to tell
             note += f", attempts to get SQLite's lock: {attempts}"
         if is_busy(error):
-            note += f" in {self._policy.waited:.2f} s; {describe_lock(self._settings.path)}"
+            note += f" in {self._policy.waited:.2f} s; {self._in_the_way()}"
+        note_descriptors(error)
         if note not in getattr(error, "__notes__", ()):
-            error.add_note(note)
+            BaseException.add_note(error, note)
 
     def _settle(self, jobs: list[Job[Any]], runs: list[Transaction], commits: int = 0) -> None:
         """Make the outcomes visible, and then, with the lock free, call what waits for them."""
+        if self.holder.forked:
+            raise forked_error()  # by something further down the stack, and this is the child
         called, unheard = settle(jobs, self.holder, self._batch, commits)
         for run in runs:
             if run.has_callbacks:
                 self._call_back(run, committed=run.job._error is None)
         for job in called:
-            self.holder.telling = job, monotonic()
+            self.holder.begin_telling(job)
             job.run_callbacks()
         for job in unheard:
-            self.holder.telling = job, monotonic()
+            self.holder.begin_telling(job)
             report(self.holder, logging.ERROR, "job %s failed", job.describe(), error=job.failed_with)
             if self._on_error is not None:
                 contain(self.holder, self._on_error, job)
-        self.holder.telling = None
+        self.holder.end_telling()
         if self.on_event is not None and (tickets := tuple(job for job in jobs if job.counted and not job.cancelled())):
             batch = self._batch
             event = BatchEnded(tickets, commits, batch.lock_wait, batch.commit, batch.retried)
-            contain(self.holder, self.on_event, event)
+            tell(self.holder, self.on_event, event)
 
     def _call_back(self, run: Transaction, committed: bool) -> None:
         if run.job.lent:
             return  # its own thread does
-        self.holder.telling = run.job, monotonic()
-        for callback in run.callbacks(committed):
-            contain(self.holder, callback)
+        self.holder.begin_telling(run.job)
+        contain_all(self.holder, [(callback,) for callback in run.callbacks(committed)])
 
     def _withdraw(self, job: Job[Any]) -> bool:
-        return not job.done() and job.withdraw(WithdrawnError(f"closed before job {job.describe()} started"))
+        return job.withdraw_quietly(WithdrawnError(f"closed before job {job.describe()} started"))
 
     def _is_moved(self) -> bool:
         """Look, at times, whether the file is still there; if not, the gateway is out of service."""
         try:
             self.file.check_at_times(math.inf if self.drained.is_set() else monotonic())
+            if self.file.is_smaller and self._session is not None:
+                self._checkpointer.judge_size(self._session)
         except FileMovedError as error:
             report(self.holder, logging.CRITICAL, "%s: %s", self.label, error)
             self._break(error)
@@ -714,26 +799,32 @@ class WriterLoop:
     def _break(self, cause: BaseException) -> None:
         """Out of service: everything that waits, and everything later, fails at once."""
         self._go_out_of_service(cause)
-        stranded = [job for job in (*self._pending, *self.queue.empty_out()) if not job.done()]
+        waiting = (*self._pending, *self.queue.taken, *self.queue.empty_out())
+        stranded = [job for job in waiting if not job.done()]
         for job in stranded:
             job.set_outcome(None, broken_error(cause))
             job.ended_at = monotonic()
         self._settle(stranded, [])
         if self.on_event is not None:
-            contain(self.holder, self.on_event, WriterBroken(cause))
+            tell(self.holder, self.on_event, WriterBroken(cause))
 
     def _go_out_of_service(self, cause: BaseException) -> None:
-        self.holder.health = f"broken: {cause}"
+        self.holder.health = f"broken: {text_of(cause)}"
         self.holder.broken = cause
         self.queue.refuse(broken_error(cause))
 
     def _restore_settings(self) -> None:
         """Put back what a job's PRAGMA may have changed."""
         self._guard.settings_touched = False
+        self.file.forget_size()  # VACUUM makes it smaller
+        has_temp, self._guard.temp_touched = self._guard.temp_touched, False
         if self._session is not None:
             try:
+                if has_temp:
+                    set_pragma(self._session.connection, "foreign_keys", 0)  # or else DROP looks at them
+                    self._session.drop_temp_objects()
                 try:
-                    configure(self._session.connection, self._settings)
+                    configure(self._session.connection, self._settings, self._session.databases)
                 except ValueError as error:  # as a limit on a size that is surpassed
                     report(self.holder, logging.WARNING, "%s: %s", self.label, error)
                 self._session.restore_factories()
@@ -746,11 +837,15 @@ class WriterLoop:
         """Close the connection, which rolls back; the next job opens another."""
         session, self._session = self._session, None
         if session is not None:
-            session.connection.close()
+            self.file.close(session.connection)
 
     def _tell_waiting(self, has_it: bool, text: str) -> None:
         where = f"opening {self._settings.path}" if self._session is None else self.holder.describe(has_it)
         report(self.holder, logging.WARNING, "%s: %s (%s)", self.label, text, where)
+
+
+class _UndoneError(Exception):
+    """There is no transaction left that could be committed."""
 
 
 class WithdrawnError(WriterClosedError, concurrent.futures.CancelledError):
@@ -761,10 +856,10 @@ def leaves_open(error: BaseException, in_transaction: bool) -> bool:
     """Whether a COMMIT that raised ``error`` may yet be found in the file.
 
     A failed sync may: what was written before it can reach the disk (https://www.sqlite.org/wal.html). A full disk and
-    a failed write may not: the end mark of the transaction was never written. Damage is found before that.
+    a failed write may not: the end mark of the transaction was never written. Damage and locks are met before that.
     """
     code = error_code(error)
-    if code in (sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_FULL) or code & 0xFF in CORRUPT:
+    if code in (sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_FULL) or code & 0xFF in (*CORRUPT, sqlite3.SQLITE_BUSY):
         return False
     return not in_transaction or code & 0xFF == sqlite3.SQLITE_IOERR
 
@@ -774,10 +869,11 @@ def copy_of(error: BaseException) -> BaseException:
     copy: BaseException
     try:
         copy = type(error)(*error.args)
-    except Exception:
-        copy = sqlite3.OperationalError(str(error))
+        BaseException.with_traceback(copy, None)  # or it is no exception
+    except BaseException:
+        copy = sqlite3.OperationalError(text_of(error))
     for name in ("sqlite_errorcode", "sqlite_errorname"):
-        if hasattr(error, name):
+        with contextlib.suppress(BaseException):
             setattr(copy, name, getattr(error, name))
     return copy
 

@@ -34,11 +34,13 @@ class JobQueue(queue.Queue[Job[Any]]):
     def __init__(self, maxsize: int, holder: Holder) -> None:
         super().__init__(maxsize)
         self.mutex = threading.RLock()  # type: ignore[assignment]
+        holder.locks = (*holder.locks, self.mutex)
         self._holder = holder
         self._token = threading.Lock()
         self._token.acquire()
         self._asleep = False
         self._bounded = 0
+        self.taken: list[Job[Any]] = []  # what the consumer has not noted yet, in case that it never does
         self._mark = maxsize - maxsize // 10  # nearly full
         self._limit = self._mark  # up to where put need not look further
         self.is_nearly_full = False  # until it is half empty
@@ -73,7 +75,7 @@ class JobQueue(queue.Queue[Job[Any]]):
         me = threading.get_ident()
         # Inside a lock of ours further out, the call is a finalizer's or signal handler's: the writer would need that
         # lock to make room, so the job goes over maxsize.
-        reentrant = me in self._waiting_threads or self._is_inside()
+        reentrant = me in self._waiting_threads or self._holder.is_inside()
         waiter = None
         with self.mutex:  # the writer is not asleep: there are jobs that fill the queue
             self._refuse_if_closed()
@@ -137,7 +139,7 @@ class JobQueue(queue.Queue[Job[Any]]):
                     self._tidy()
 
     def _tidy(self) -> None:
-        """Take the places of withdrawn jobs out. What a finalizer puts meanwhile comes behind the rest, as it should."""
+        """Take the places of withdrawn jobs out. What a finalizer puts meanwhile comes behind the rest."""
         old, self.queue = self.queue, deque()
         gone, self._withdrawn = self._withdrawn, set()
         self.queue.extendleft(reversed([job for job in old if job not in gone]))
@@ -169,7 +171,7 @@ class JobQueue(queue.Queue[Job[Any]]):
     def take_now(self, limit: int) -> list[Job[Any]]:
         """Take up to ``limit`` jobs, without waiting."""
         with self.mutex:
-            jobs = self._pop(limit)
+            jobs = self.taken = self._pop(limit)
             self._made_room()
             return jobs
 
@@ -248,10 +250,6 @@ class JobQueue(queue.Queue[Job[Any]]):
     @property
     def fill(self) -> str:
         return f"{self._bounded:,} of {self.maxsize:,} jobs are queued"
-
-    def _is_inside(self) -> bool:
-        """Whether a finalizer or signal handler calls inside its own thread's use of a lock that the writer needs."""
-        return any(lock._is_owned() for lock in (self.mutex, self._holder.lock))  # type: ignore[union-attr]
 
     def _wake(self) -> None:
         # In this order: Ctrl-C in between leaves a token, and whoever puts next finds it.

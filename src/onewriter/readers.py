@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import sqlite3
 import threading
+from asyncio import AbstractEventLoop, _get_running_loop
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from threading import get_ident
@@ -19,9 +21,9 @@ from onewriter.errors import ReadTimeoutError, ReentrantWriteError
 from onewriter.file import DatabaseFile
 from onewriter.fork import forked_error
 from onewriter.guard import ReadGuard
-from onewriter.holder import Holder
+from onewriter.holder import IN_STATEMENT, Holder
 from onewriter.job import Ticket, refuse_live, wake
-from onewriter.lent import LentConnection
+from onewriter.lent import Lending, LentConnection, lend, retire
 from onewriter.log import report
 from onewriter.queue import closed_error
 from onewriter.retry import LockPolicy, is_busy, is_interrupted
@@ -45,8 +47,10 @@ class Reader:
         self.is_inherited = False  # this is a child of the process that it belongs to
         self.guard = guard
         self.is_pinned = False
+        self.inside = 0  # calls of a borrower that are under way, one in the other
+        self.when_out: list[Callable[[], None]] = []  # ends of the loan that came from inside one
         self.seen = 0  # how many jobs were committed before its transaction began
-        self._pins = [self.guard.own(f'PRAGMA "{name}".schema_version') for name in database_names(connection)]
+        self._pins: list[str] | None = None
         self._policy = policy
         self._row_factory, self._text_factory = connection.row_factory, connection.text_factory
         self.watch = Watch(self._is_late)
@@ -104,9 +108,12 @@ class Reader:
         """Begin a transaction that sees this moment until ``clean``."""
         if not self.connection.in_transaction:  # tried again after it met a lock, it has begun already
             self._own("BEGIN")
+        if self._pins is None:  # not before there is somebody who waits: the names may be behind a lock
+            names = database_names(self.connection)
+            self._pins = [self.guard.own(f'PRAGMA "{name}".schema_version') for name in names]
         for read in self._pins:  # BEGIN alone pins no snapshot: the first read of each database does
             self.fetch(read, (), _nothing)
-        self.is_pinned = True
+        self.is_pinned = self.guard.is_lent = True
 
     def _own(self, sql: str) -> None:
         self.guard.is_own = True
@@ -115,11 +122,18 @@ class Reader:
         finally:
             self.guard.is_own = False
 
+    def end_late(self) -> None:
+        functions, self.when_out = self.when_out, []
+        for function in functions:
+            function()
+
     def clean(self) -> bool:
         """Be as new for the next borrower, whatever the last one did; False: that cannot be."""
         self.deadline = math.inf
         if self.is_pinned:
-            self.is_pinned = False
+            self.is_pinned = self.guard.is_lent = False
+            if self.guard.must_ask_again:
+                self.guard.install(self.connection)
             self.connection.row_factory, self.connection.text_factory = self._row_factory, self._text_factory
         if self.connection.in_transaction:
             try:
@@ -133,33 +147,93 @@ class Reader:
 
 
 class Snapshot:
-    """The loan of a reader whose transaction is pinned; what ``LentConnection`` asks."""
+    """The loan of a reader whose transaction is pinned; what ``LentConnection`` asks.
 
-    def __init__(self, reader: Reader, outside: object) -> None:
+    Locks: _lock is held around every call, so that any thread may use the connection, one call at a time, and its end
+           waits for the one under way. Re-entrant, since a SQL function may read too.
+           _interrupting is held around interrupt(), which does not wait for that.
+    """
+
+    def __init__(self, reader: Reader) -> None:
         self.reader = reader
         self.connection = reader.connection
-        self.outside = outside  # the transaction that the thread was in at entry
-        self.lent = LentConnection(self)
-        self._lock = threading.RLock()  # a SQL function may read too
+        self._lock = threading.RLock()
+        self._interrupting = threading.RLock()  # a signal handler may, too
         self._ended = False
         self.is_left = False  # by a task: no further call begins. Not under the lock, which one under way holds
+        self.lent: Lending | None = lend(self)
 
-    def call(self, function: Callable[..., T], *args: Any, **options: Any) -> T:
-        if self.reader.is_inherited:
+    @property
+    def to_lend(self) -> LentConnection:
+        lent = self.lent
+        connection = None if lent is None else lent.connection
+        if connection is None:
+            raise ended_error()
+        return connection
+
+    @property
+    def is_over(self) -> bool:
+        return self.is_left or self.reader.is_inherited
+
+    def call(self, function: Callable[..., T], /, *args: Any, **options: Any) -> T:
+        reader = self.reader
+        if reader.is_inherited:
             raise forked_error()
         with self._lock:
             if self._ended or self.is_left:
                 raise ended_error()
+            reader.inside += 1
             try:
                 return function(*args, **options)
             except sqlite3.DatabaseError as error:
-                self.reader.watch.raise_caught()
-                self.reader.guard.explain(error)
+                reader.watch.raise_caught()
+                reader.guard.explain(error)
                 raise
+            finally:
+                reader.inside -= 1
+                if reader.when_out and not reader.inside:
+                    reader.end_late()
+
+    def call_outside(self, function: Callable[..., T], /, *args: Any, **options: Any) -> T:
+        with self._lock:
+            if self.reader.inside:
+                raise ReentrantWriteError(IN_STATEMENT)
+            return self.call(function, *args, **options)
+
+    def if_free(self, function: Callable[[], None]) -> None:
+        if not self.is_over and self._lock.acquire(blocking=False):
+            try:
+                function()
+            finally:
+                self._lock.release()
+
+    def interrupt(self) -> None:
+        if self.reader.is_inherited:
+            raise forked_error()
+        with self._interrupting:
+            if self.is_over:
+                raise ended_error()
+            self.connection.interrupt()
+
+    def lends(self) -> Snapshot:
+        """Where reads inside it go."""
+        return self
+
+    def read(self, sql: str, parameters: Parameters, fetch: Fetch[T], label: str, deadline: float) -> T:
+        """A read inside the block, which has a time of its own, within that of the block."""
+        with self._until(deadline, label) as reader:
+            rows: T = self.call(reader.attempt, label, reader.fetch, sql, parameters, fetch)
+            return rows
+
+    def call_with(self, function: Callable[[sqlite3.Connection], T], label: str, deadline: float) -> T:
+        with self._until(deadline, label) as reader:
+            return refuse_live(reader.in_time(label, function, self.to_lend))
 
     @contextlib.contextmanager
-    def until(self, deadline: float) -> Iterator[Reader]:
-        """A read inside the block has a time of its own, within that of the block."""
+    def _until(self, deadline: float, label: str) -> Iterator[Reader]:
+        left = max(0.0, min(deadline - monotonic(), threading.TIMEOUT_MAX))
+        if not self._lock.acquire(timeout=left):
+            raise ReadTimeoutError(f"{label} did not begin in time: another thread uses the reader() that it is in")
         reader = self.reader
         before = reader.deadline
         reader.limit(min(deadline, before))
@@ -167,6 +241,7 @@ class Snapshot:
             yield reader
         finally:
             reader.limit(before)
+            self._lock.release()
 
     def refuse_later(self, write: Ticket[Any]) -> None:
         """Raise at once if nobody who reads here will ever see ``write``."""
@@ -186,11 +261,16 @@ class Snapshot:
         self.reader.guard.is_spoilt = True
 
     def end(self) -> None:
+        """End the loan: once the call that is under way in another thread is over."""
         if self.reader.is_inherited:
             return
-        with self._lock:
+        self.is_left = True  # first, so that whoever comes behind this finds it inside the lock
+        with self._lock, self._interrupting:
             self._ended = True
-        self.lent.close_cursors()
+            if self.reader.inside:  # code that SQLite calls ends the loan in which it is called
+                self.reader.when_out.append(self.end)
+            else:
+                retire(self)
 
 
 class Borrowing:
@@ -207,11 +287,12 @@ class Borrowing:
     is_over = False
     is_named = False  # a warning was given
     wakeup: Any = None
+    loop: AbstractEventLoop | None = None  # in whose thread the block was entered
 
     def __init__(self, label: str) -> None:
         self.label = label
         self.since = monotonic()
-        self.thread = get_ident()
+        self.thread = get_ident()  # which gives it back; 0: any may
         self.runs_in = 0  # the thread of a task's call
 
 
@@ -230,13 +311,12 @@ class ReaderPool:
         self._holder = holder
         self._stop = threading.Event()
         self._lock = threading.RLock()  # a finalizer or signal handler may read while its thread is inside
+        holder.locks = (*holder.locks, self._lock)
         self._idle: list[Reader] = []
         self._count = 0  # idle or lent; above ``size`` while threads that have one need another
         self._extras = 0  # lent beside them
         self._waiting: OrderedDict[Borrowing, None] = OrderedDict()  # in order; any may leave
         self._lent: set[Borrowing] = set()
-        self._snapshots = 0  # open ones, of all threads: most reads need not look for one of their thread
-        self._local = threading.local()
         self._closed = False
         self._all_back = threading.Event()
         self._on_all_back: Callable[[], object] = _return
@@ -259,8 +339,13 @@ class ReaderPool:
             reader = self._borrow(borrowing, deadline)
             self.pin(reader, label)
             reader.limit(math.inf)
-            with self._seen(reader) as snapshot:
-                yield snapshot
+            borrowing.thread, borrowing.loop = 0, _get_running_loop()
+            snapshot = Snapshot(reader)
+            try:
+                with self.inside(snapshot):
+                    yield snapshot
+            finally:
+                snapshot.end()
         except sqlite3.DatabaseError as error:
             self._holder.note_corruption(error)
             raise
@@ -276,40 +361,16 @@ class ReaderPool:
         reader.seen = self._holder.tally.committed
         reader.attempt(label, reader.pin)
 
-    @contextlib.contextmanager
-    def _seen(self, reader: Reader) -> Iterator[Snapshot]:
-        """For the ``with`` block the thread's own reads use the pinned ``reader``."""
-        snapshot = Snapshot(reader, self._holder.place())
-        stack = self._stack()
-        with self._lock:
-            self._snapshots += 1
-        try:
-            stack.append(snapshot)
-            yield snapshot
-        finally:
-            with self._lock:
-                self._snapshots -= 1
-            if snapshot in stack:  # of the thread that entered, which need not be this one
-                stack.remove(snapshot)
-            snapshot.end()
-
-    def current(self) -> Snapshot | None:
-        """The snapshot that the calling thread's reads belong to, unless it is in a transaction begun later."""
-        stack = self._stack()
-        if stack and not stack[-1].reader.is_inherited and stack[-1].outside == self._holder.place():
-            return stack[-1]
-        return None
+    def inside(self, snapshot: Snapshot) -> contextlib.AbstractContextManager[None]:
+        """For the ``with`` block the caller's reads see it."""
+        return self._holder.scopes.inside(snapshot, writes=False)
 
     def read(self, sql: str, parameters: Parameters, fetch: Fetch[T], label: str, deadline: float) -> T:
-        snapshot = self.current() if self._snapshots else None
-        if snapshot is not None:
-            with snapshot.until(deadline) as reader:
-                seen: T = snapshot.call(reader.attempt, label, reader.fetch, sql, parameters, fetch)
-                return seen
         borrowing = Borrowing(label)
         try:
             reader = self._borrow(borrowing, deadline)
             try:
+                reader.guard.text = sql
                 cursor = sqlite3.Connection.execute(reader.connection, sql, parameters)
                 try:
                     return fetch(cursor)
@@ -328,10 +389,6 @@ class ReaderPool:
 
     def call(self, function: Callable[[sqlite3.Connection], T], label: str, deadline: float) -> T:
         """What ``function`` returns, called with a connection on one snapshot."""
-        snapshot = self.current()
-        if snapshot is not None:
-            with snapshot.until(deadline) as reader:
-                return refuse_live(reader.in_time(label, function, snapshot.lent))
         borrowing = Borrowing(label)
         try:
             self._borrow(borrowing, deadline)
@@ -351,10 +408,15 @@ class ReaderPool:
         assert reader is not None
         try:
             if own:
+                reader.guard.text = label  # has the text in it
                 return reader.attempt(label, function, reader.connection)
             self.pin(reader, label)
-            with self._seen(reader) as snapshot:
-                return refuse_live(reader.in_time(label, function, snapshot.lent))
+            snapshot = Snapshot(reader)
+            try:
+                with self.inside(snapshot):
+                    return refuse_live(reader.in_time(label, function, snapshot.to_lend))
+            finally:
+                snapshot.end()
         except sqlite3.DatabaseError as error:
             self._holder.note_corruption(error)
             raise
@@ -381,9 +443,12 @@ class ReaderPool:
 
     @property
     def has_mine(self) -> bool:
-        """Whether the calling thread has one, or is in line."""
-        me = get_ident()
-        return self._has_one(me) or any(borrowing.thread == me for borrowing in list(self._waiting))
+        """Whether one cannot come back while the calling thread waits."""
+        me, loop = get_ident(), _get_running_loop()
+        if self._has_one(me):
+            return True
+        borrowings = (*self._lent.copy(), *list(self._waiting))
+        return any(one.thread == me or (loop is not None and one.loop is loop) for one in borrowings)
 
     def _has_one(self, thread: int) -> bool:
         return any(thread in (borrowing.thread, borrowing.runs_in) for borrowing in self._lent.copy())
@@ -434,13 +499,6 @@ class ReaderPool:
             text = "slow: %s %s since %.1f s; while it is, the WAL cannot shrink"
             report(self._holder, logging.WARNING, text, borrowing.label, state, seconds)
 
-    def _stack(self) -> list[Snapshot]:
-        try:
-            return self._local.stack  # type: ignore[no-any-return]
-        except AttributeError:
-            self._local.stack = []
-            return self._stack()
-
     def close(self, patience: float | None = None) -> None:
         """Refuse new loans, wait until all connections are back (or ``stop_waiting``), and close them."""
         with self._lock:
@@ -488,6 +546,8 @@ class ReaderPool:
             self._open_again.wait(HELD_BACK)
             borrowing.since = monotonic()
         if not self.take_or_line_up(borrowing):
+            if self._holder.is_inside():
+                self._holder.refuse_endless_wait(f"waiting for a connection for {borrowing.label}")
             left = deadline - monotonic()
             borrowing.wakeup.acquire(timeout=-1 if left == math.inf else max(0.0, min(left, threading.TIMEOUT_MAX)))
             self.refuse_unless_granted(borrowing)
@@ -551,23 +611,24 @@ class ReaderPool:
     @contextlib.contextmanager
     def extra(self, label: str) -> Iterator[sqlite3.Connection]:
         """A pinned connection beside those of the pool, for what takes long."""
+        borrowing, reader = Borrowing(label), None
         with self._lock:
             self._refuse_if_closed()
             self._extras += 1
-        borrowing, reader = Borrowing(label), None
+            self._lent.add(borrowing)
         try:
             reader = borrowing.reader = self._new()
-            self._lent.add(borrowing)
             reader.attempt(label, reader.pin)
             yield reader.connection
         finally:
             if reader is not None and not reader.is_inherited:
-                self._lent.discard(borrowing)
-                self._returned.set()
                 reader.connection.close()
             with self._lock:
+                self._lent.discard(borrowing)
                 self._extras -= 1
                 self._all_back_if_closed()
+            if self.holds_back:
+                self._returned.set()
             self._call_if_all_back()
 
     def hurry(self, borrowing: Borrowing) -> None:
@@ -583,11 +644,13 @@ class ReaderPool:
         reader = borrowing.reader
         if borrowing.is_over or (reader is not None and reader.is_inherited):
             return
+        if reader is not None and reader.inside:
+            reader.when_out.append(functools.partial(self.end, borrowing))
+            return
         if monotonic() - borrowing.since > self._holder.slow_after and reader is not None:
             self._warn(borrowing, "was open")
         is_good = reader is not None and reader.clean()
         with self._lock:
-            self._lent.discard(borrowing)
             if not borrowing.has_place:
                 self._waiting.pop(borrowing, None)
                 borrowing.is_over = True
@@ -596,6 +659,7 @@ class ReaderPool:
             is_good = is_good and self._count <= self.size
             if is_good and reader is not None and not self._closed and not borrowing.is_over:
                 borrowing.is_over = True
+                self._lent.discard(borrowing)
                 if self._waiting:
                     self._grant(reader)
                 else:
@@ -612,6 +676,7 @@ class ReaderPool:
         with self._lock:
             if not borrowing.is_over:
                 borrowing.is_over = True
+                self._lent.discard(borrowing)
                 if self._waiting and not self._closed and self._count <= self.size:
                     self._grant(None)
                 else:

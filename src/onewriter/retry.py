@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sqlite3
 import threading
 from collections.abc import Callable
@@ -19,8 +21,13 @@ NOTICEABLE = 0.1  # seconds of waiting after which it is logged, and again whene
 
 def error_code(error: BaseException) -> int:
     """SQLite's extended code; 0 where the error is not SQLite's, whatever attributes it has."""
-    code = getattr(error, "sqlite_errorcode", 0) if isinstance(error, sqlite3.Error) else 0
-    return code if isinstance(code, int) else 0
+    if not issubclass(type(error), sqlite3.Error):  # isinstance would ask its class, which may raise anything
+        return 0
+    try:
+        code = error.sqlite_errorcode  # type: ignore[attr-defined]
+    except BaseException:
+        return 0
+    return code if type(code) is int else 0
 
 
 def is_busy(error: BaseException) -> bool:
@@ -30,6 +37,18 @@ def is_busy(error: BaseException) -> bool:
     """
     code = error_code(error)
     return code & 0xFF == sqlite3.SQLITE_BUSY and code != sqlite3.SQLITE_BUSY_SNAPSHOT
+
+
+def note_descriptors(error: BaseException) -> None:
+    """Say so if the reason is that no more files can be opened: SQLite tells only that it could not open one."""
+    if error_code(error) & 0xFF in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_IOERR):
+        try:
+            os.close(os.open(os.devnull, os.O_RDONLY))
+        except OSError as reason:
+            if reason.errno in (errno.EMFILE, errno.ENFILE):
+                name = errno.errorcode[reason.errno]
+                text = "every file, socket and pipe counts; `ulimit -n` is the limit of a process"
+                error.add_note(f"onewriter: {name}, {reason.strerror}: {text}")
 
 
 def is_interrupted(error: BaseException) -> bool:

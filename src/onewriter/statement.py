@@ -2,29 +2,45 @@
 
 from __future__ import annotations
 
-import array
-import copy
 import functools
-import itertools
 import re
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, TypeAlias, cast
+
+from onewriter.guard import OF_ITS_OWN, Guard
+from onewriter.retry import error_code
 
 Parameters: TypeAlias = tuple[Any, ...] | Mapping[str, Any]
 
-TOKEN = re.compile(
-    r"""(?P<skip>\s+|--[^\n]*|/\*(?:[^*]++|\*(?!/))*+(?:\*/|\Z))
-      | (?P<quoted>'(?:[^']++|'')*+(?:'|\Z)|"(?:[^"]++|"")*+(?:"|\Z)|`(?:[^`]++|``)*+(?:`|\Z)|\[[^\]]*(?:\]|\Z))
-      | (?P<word>[^\W\d]\w*)
-      | (?P<other>\d\w*|.)""",
-    re.VERBOSE | re.DOTALL,
+# A quote that is doubled inside quotes: two quoted texts, side by side.
+QUOTED = r"""'[^']*+(?:'|\Z)|"[^"]*+(?:"|\Z)|`[^`]*+(?:`|\Z)|\[[^\]]*+(?:\]|\Z)"""
+COMMENT = r"--[^\n]*+|/\*(?:[^*]++|\*(?!/))*+(?:\*/|\Z)"
+BLANK = rf"(?:\s|{COMMENT})"
+# A text can have millions of values: what looks at all of it is one call of one expression, and no loop here.
+NOISE = re.compile(f"{QUOTED}|{COMMENT}", re.DOTALL)
+NOTHING = re.compile(f"{BLANK}*+", re.DOTALL)
+ONE = rf"[^;'\"`\[/-]*+(?:(?:{QUOTED}|{COMMENT}|[/-])[^;'\"`\[/-]*+)*+;"
+STATEMENT = re.compile(ONE, re.DOTALL)
+STATEMENTS = re.compile(f"(?:{ONE}){{1,500}}+", re.DOTALL)
+TRIGGER = re.compile(
+    rf"{BLANK}*+(?:EXPLAIN{BLANK}++(?:QUERY{BLANK}++PLAN{BLANK}++)?+)?+"
+    rf"CREATE{BLANK}++(?:TEMP(?:ORARY)?{BLANK}++)?+TRIGGER\b",
+    re.DOTALL | re.IGNORECASE,
 )
+TRIGGER_END = re.compile(rf"{BLANK}*+END{BLANK}*+;", re.DOTALL | re.IGNORECASE)
+INNERMOST = re.compile(r"\([^()]*+\)")
+PARENTHESIS = re.compile(r"[()]")
+WORD = re.compile(r"(?<![\w$:@])[^\W\d][\w$]*+")  # not the name of a parameter
+MAIN_VERB = re.compile(r"\b(?:INSERT|REPLACE|UPDATE|DELETE|SELECT|VALUES)\b")
+UPSERT = re.compile(r"\bDO\s+UPDATE\b")
+INTO = re.compile(rf"{QUOTED}|{COMMENT}|\b(?P<into>INTO)\b", re.DOTALL | re.IGNORECASE)
+NAME = re.compile(rf"{BLANK}*+(?P<name>(?:{QUOTED})++|[\w$\x80-\U0010ffff]++|\.)", re.DOTALL)
 CHANGING = frozenset(("INSERT", "REPLACE", "UPDATE", "DELETE"))
 READING = frozenset(("SELECT", "VALUES", "EXPLAIN", "PRAGMA"))
-VERBS = frozenset(("INSERT", "REPLACE", "UPDATE", "DELETE", "SELECT", "VALUES"))
+ASKING = ("SELECT", "VALUES")
+ISOLATED = ("ROLLBACK", "PRAGMA", "DEFERRED")
 LONG = 10_000  # characters, from which on a text has values in it, and comes once
-TEXTUAL = (str, bytes, bytearray, memoryview)
 WITHOUT_ROWID = "SELECT count(*) FROM pragma_table_list(?) WHERE wr"  # the argument: it looks at no other table
 # A constraint that SQLite checks before it writes, or undoes: unless FAIL says otherwise, nothing is left behind.
 UNDONE = frozenset(
@@ -37,8 +53,6 @@ UNDONE = frozenset(
         sqlite3.SQLITE_CONSTRAINT_FOREIGNKEY,
     )
 )
-BUFFERS = (bytearray, memoryview, array.array)
-UNCHANGEABLE = frozenset((int, float, str, bytes, bool, type(None)))
 
 
 class Description(NamedTuple):
@@ -100,21 +114,22 @@ def describe_sql(sql: str) -> Description:
 
 
 def _describe(sql: str) -> Description:
-    words = _words(sql)
-    verb, main = (words[0][0] if words else ""), 0
+    text = NOISE.sub(" ", sql).upper()
+    first = WORD.search(text)
+    verb = first.group() if first else ""
+    main = None
     if verb in ("WITH", "EXPLAIN"):
-        main = next((i for i, (word, depth) in enumerate(words) if depth == 0 and word in VERBS), 0)
-        verb = words[main][0] if verb == "WITH" else verb
-    flat = words_of(sql)
-    top = [word for word, depth in words if depth == 0]
+        main = MAIN_VERB.search(_outside_parentheses(text), len(verb))
+        verb = main.group() if main and verb == "WITH" else verb
+    inserting = verb in ("INSERT", "REPLACE")
     return Description(
         verb=verb,
-        behind_with=main > 0,
-        returning="RETURNING" in top and verb in ("INSERT", "REPLACE", "UPDATE", "DELETE"),
-        inserts=verb in ("INSERT", "REPLACE") and ("DO", "UPDATE") not in itertools.pairwise(top),
-        table=_target(sql) if verb in ("INSERT", "REPLACE") else "",
-        fails="FAIL" in flat,
-        isolated=not flat.isdisjoint(("ROLLBACK", "PRAGMA", "DEFERRED")),
+        behind_with=main is not None,
+        returning=verb in CHANGING and "RETURNING" in text and _has(_outside_parentheses(text), "RETURNING"),
+        inserts=inserting and not ("DO" in text and UPSERT.search(text) and UPSERT.search(_outside_parentheses(text))),
+        table=_target(sql) if inserting else "",
+        fails=_has(text, "FAIL"),
+        isolated=any(_has(text, word) for word in ISOLATED),
     )
 
 
@@ -122,76 +137,87 @@ _describe_short, _describe_long = functools.lru_cache(1024)(_describe), functool
 
 
 def words_of(sql: str) -> set[str]:
-    return {word for word, _ in _words(sql)}
+    """The words of ``sql`` in upper case; no strings, comments, quoted names."""
+    return set(WORD.findall(NOISE.sub(" ", sql).upper()))
 
 
-def _words(sql: str) -> list[tuple[str, int]]:
-    """The words of ``sql`` in upper case, each with its depth in parentheses; no strings, comments, quoted names."""
-    words, depth = [], 0
-    for match in TOKEN.finditer(sql):
-        if match.lastgroup == "word":
-            words.append((match.group().upper(), depth))
-        elif match.lastgroup == "other":
-            depth += {"(": 1, ")": -1}.get(match.group(), 0)
-    return words
+def _has(text: str, word: str) -> bool:
+    return word in text and re.search(rf"(?<![\w$:@]){word}(?![\w$])", text) is not None
+
+
+def _outside_parentheses(text: str) -> str:
+    for _ in range(4):  # most texts have no more levels, and what is left of others is short
+        text = INNERMOST.sub(" ", text)
+    parts, depth, start = [], 0, 0
+    for match in PARENTHESIS.finditer(text):
+        if match.group() == ")":
+            depth -= 1
+            start = match.end()
+        elif depth == 0:
+            parts.append(text[start : match.start()])
+            depth = 1
+        else:
+            depth += 1
+    if depth == 0:
+        parts.append(text[start:])
+    return " ".join(parts)
 
 
 def _target(sql: str) -> str:
     """The table named behind INTO, without its quotes and schema."""
-    tokens = (m.group() for m in TOKEN.finditer(sql) if m.lastgroup != "skip")
-    behind = itertools.dropwhile(lambda text: text.upper() != "INTO", tokens)
-    names = list(itertools.islice(behind, 1, 4))
-    name = names[2] if len(names) > 2 and names[1] == "." else (names or [""])[0]
+    into = next((match for match in INTO.finditer(sql) if match["into"]), None)
+    name = ""
+    position = into.end() if into else len(sql)
+    for _ in range(3):  # schema, dot, table
+        found = NAME.match(sql, position)
+        if found is None or (name not in ("", ".") and found["name"] != "."):
+            break
+        name, position = found["name"], found.end()
     return name[1:-1].replace(name[0] * 2, name[0]) if name[:1] in ("'", '"', "`", "[") else name
 
 
 def split_script(script: str) -> Iterator[str]:
     """The statements of ``script``, one by one; a trigger's body stays whole."""
     start = 0
-    for match in TOKEN.finditer(script):
-        # Quotes and comments are tokens of their own, so this is a real end, unless it is inside a trigger.
-        if match.group() == ";" and sqlite3.complete_statement(script[start : match.end()]):
-            yield script[start : match.end()]
-            start = match.end()
-    if any(m.lastgroup != "skip" for m in TOKEN.finditer(script, start)):
+    while (end := _end(script, start)) is not None:
+        yield script[start:end]
+        start = end
+    if _has_something(script, start):
         yield script[start:]
 
 
-def capture(parameters: Any) -> Parameters:
-    """A copy of one statement's parameters, so that later changes by the caller change nothing."""
-    if type(parameters) is not tuple:
-        if isinstance(parameters, TEXTUAL):
-            raise TypeError(
-                f"parameters are a sequence or a mapping, not {type(parameters).__name__}: it would bind one by one; "
-                "put a lone value into a tuple: (value,)"
-            )
-        if isinstance(parameters, Mapping):
-            # A defaultdict keeps its defaults; what is no dict would be taken for a sequence.
-            named = copy.copy(parameters) if isinstance(parameters, dict) else dict(parameters)
-            if UNCHANGEABLE.issuperset(map(type, named.values())):
-                return named
-            return {name: _frozen(value) for name, value in named.items()}
-        if isinstance(parameters, set | frozenset) or not (
-            isinstance(parameters, Iterable) or _is_sequence(parameters)
-        ):
-            raise TypeError(f"parameters are a sequence or a mapping, not {type(parameters).__name__}")
-        parameters = tuple(parameters)
-    return parameters if UNCHANGEABLE.issuperset(map(type, parameters)) else tuple(map(_frozen, parameters))
+def script_parts(script: str) -> Iterator[str]:
+    """``script`` in parts of whole statements, up to 500 of them."""
+    start = 0
+    while several := STATEMENTS.match(script, start):
+        stop = several.end()
+        if "TRIGGER" not in several.group().upper():
+            yield script[start:stop]
+            start = stop
+        while start < stop:  # it may end inside one
+            end = _end(script, start)
+            if end is None:
+                yield script[start:]
+                return
+            yield script[start:end]
+            start = end
+    if _has_something(script, start):
+        yield script[start:]
 
 
-def _is_sequence(value: object) -> bool:
-    return hasattr(type(value), "__getitem__") and hasattr(type(value), "__len__")
+def _end(script: str, start: int) -> int | None:
+    """Where the statement that begins at ``start`` ends, if it does."""
+    end = STATEMENT.match(script, start)
+    if end and TRIGGER.match(script, start):  # which ends by END, as if that were a statement
+        while end and not (last := TRIGGER_END.match(script, end.end())):
+            end = STATEMENT.match(script, end.end())
+        end = end and last
+    return end.end() if end else None
 
 
-def _frozen(value: Any) -> Any:
-    return bytes(value) if isinstance(value, BUFFERS) else value
-
-
-def capture_many(rows: Any) -> list[Parameters]:
-    """A copy of many rows of parameters; a generator is consumed here, once, in the caller's thread."""
-    if isinstance(rows, (*TEXTUAL, Mapping)) or not isinstance(rows, Iterable):
-        raise TypeError(f"seq_of_params is an iterable of rows, not {type(rows).__name__}")
-    return [capture(row) for row in rows]
+def _has_something(script: str, start: int) -> bool:
+    nothing = NOTHING.match(script, start)
+    return nothing is None or nothing.end() < len(script)
 
 
 def check_many(sql: str) -> None:
@@ -204,8 +230,9 @@ def check_many(sql: str) -> None:
 class Executor:
     """Runs statements on one connection and gives Results. Belongs to the thread that holds the connection."""
 
-    def __init__(self, connection: sqlite3.Connection) -> None:
+    def __init__(self, connection: sqlite3.Connection, guard: Guard) -> None:
         self._connection = connection
+        self._guard = guard
         self._cursor = sqlite3.Connection.cursor(connection)  # making one for each statement would cost as much as it
         self._last_rowid: int | None = None
         self._known: str | None = None  # the last plain INSERT
@@ -217,9 +244,11 @@ class Executor:
         return Result([], 1, result, None) if type(result) is int else cast(Result, result)
 
     def _execute(self, sql: str, parameters: Parameters) -> Result:
-        cursor = self._cursor
+        cursor, text, guard = self._cursor, describe_sql(sql), self._guard
+        guard.is_asking = text.verb in ASKING and guard.mode in OF_ITS_OWN
         try:
-            cursor.execute(sql, parameters)
+            # SQLite does not ask the guard again about a text that was allowed to a job of many statements.
+            cursor.execute(guard.own(sql) if guard.is_asking else sql, parameters)
             # To the end, since an unread row would make COMMIT say BUSY for ever.
             rows = cursor.fetchall() if cursor.description is not None else None
         except BaseException as error:
@@ -231,7 +260,9 @@ class Executor:
             finally:  # Ctrl-C comes behind a call
                 self._cursor = sqlite3.Connection.cursor(self._connection)
             raise
-        text, rowcount, description = describe_sql(sql), cursor.rowcount, cursor.description
+        finally:
+            guard.is_asking = False
+        rowcount, description = cursor.rowcount, cursor.description
         if rowcount == -1 and text.verb in CHANGING and (rows is None or text.returning):
             rowcount = self._ask("SELECT changes()")  # sqlite3 counts only statements that begin with their verb
         lastrowid = None
@@ -268,6 +299,16 @@ class Executor:
         """Others use the connection too."""
         self._last_rowid = None
 
+    def execute_script(self, sql: str) -> None:
+        """Run many statements, in the transaction that is open."""
+        self._last_rowid = None
+        guard = self._guard
+        guard.hidden_commit = True
+        try:
+            sqlite3.Connection.executescript(self._connection, sql).close()
+        finally:
+            guard.hidden_commit = False
+
     def execute_many(self, sql: str, rows: list[Parameters]) -> Result:
         text = describe_sql(sql)
         if text.behind_with and text.verb in CHANGING:  # of which sqlite3 counts nothing
@@ -299,9 +340,11 @@ class Executor:
     def left_nothing(self, sql: str, error: BaseException, schema_fails: bool) -> bool:
         """Whether it is certain that the statement that raised ``error`` has changed nothing."""
         text = describe_sql(sql)
-        if text.returning or not isinstance(error, sqlite3.Error):
+        if text.returning or not issubclass(type(error), sqlite3.Error):
             return False  # it can have been done, and the error come from reading its rows
-        code = getattr(error, "sqlite_errorcode", None)
+        if text.verb in ASKING:
+            return True
+        code = error_code(error)
         if code == sqlite3.SQLITE_ERROR:  # bad SQL, or a failure midway
             try:
                 sqlite3.Connection.execute(self._connection, f"EXPLAIN {sql}").close()
@@ -310,4 +353,4 @@ class Executor:
             except sqlite3.Error:
                 pass  # it has parameters, so it was prepared
             return False
-        return code is None or code == sqlite3.SQLITE_AUTH or (code in UNDONE and not text.fails and not schema_fails)
+        return code == 0 or code == sqlite3.SQLITE_AUTH or (code in UNDONE and not text.fails and not schema_fails)

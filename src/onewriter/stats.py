@@ -78,7 +78,7 @@ class Stats:
         queue_wait, run: of each job that has started: in the queue, the wait for the lock not counted; and running.
         commit: of each COMMIT.
         readers_in_use, readers_waiting: connections lent, and calls that wait for one.
-        wal_bytes: size of the write-ahead log's file, which stays when the log begins anew.
+        wal_bytes: size of the write-ahead logs' files, attached ones counted, which stays when a log begins anew.
         last_checkpoint: None: there was none.
         last_backup_ago: since the last ``backup()`` was complete; None: there was none.
     """

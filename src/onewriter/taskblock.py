@@ -4,34 +4,41 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import contextvars
 import math
 import queue
 import threading
 import types
-import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from time import monotonic
 from typing import Any, TypeVar
 
-from onewriter.block import LOOK, BlockFailedError
+from onewriter.block import BlockFailedError
+from onewriter.elsewhere import Strict
 from onewriter.errors import ReadTimeoutError, TransactionClosedError
+from onewriter.fork import forked_error
 from onewriter.holder import Holder
 from onewriter.job import Job, check_callback, resolve, seconds_until, wake
-from onewriter.statement import Result, capture, capture_many, check_many
+from onewriter.parameters import capture, capture_many
+from onewriter.statement import Result, check_many
 from onewriter.transaction import ENDED, TOO_LONG, Transaction, check_sql
 
 T = TypeVar("T")
 
-TASK_ENDED = "was open when its task or its loop ended"
+LOOK = 0.05  # seconds between two looks at whether the loop is closed
+
+LOOP_CLOSED = "was open when its loop was closed"
 LEFT = "was left by an error or a cancellation"
 
 
 class TaskBlock(Job[None]):
-    """A task's ``transaction()`` block: the writer thread begins, runs what the task sends, and commits or rolls back.
+    """A task's ``transaction()`` block: the writer thread begins, runs what tasks send, and commits or rolls back.
 
-    Locks:   _lock guards _accepts and the putting of requests, so that none is left behind unanswered.
-    Threads: made and ended on the loop's thread, performed on the writer's.
+    Any task may use it and leave it. That the one which entered it has ended means nothing: fixtures run their parts in
+    different tasks. One that nobody can reach any more is left when its generator is collected, unless its loop is
+    closed by then.
+
+    Locks:   _lock guards _accepts, _changes and the putting of requests, so that none is left behind unanswered.
+    Threads: made on a loop's thread, performed on the writer's, used and ended on that of any loop.
     """
 
     __slots__ = (
@@ -44,8 +51,6 @@ class TaskBlock(Job[None]):
         "innermost",
         "loop",
         "max_hold",
-        "task",
-        "thread",
         "transaction",
     )
     alone = lent = needs_savepoint = True
@@ -55,8 +60,6 @@ class TaskBlock(Job[None]):
         super().__init__(holder, label or "transaction", frame, None)
         self.max_hold = max_hold
         self.loop = asyncio.get_running_loop()
-        self.task = asyncio.current_task()
-        self.thread = threading.get_ident()
         self.transaction: Transaction | None = None
         self.failed = False
         self.granted: asyncio.Future[None] = self.loop.create_future()
@@ -67,26 +70,47 @@ class TaskBlock(Job[None]):
         self._changes: list[asyncio.Future[None]] = []
         self._requests: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
 
+    @property
+    def block(self) -> TaskBlock:
+        return self
+
+    def lends(self) -> Transaction:
+        """Where the blocking reads of its task go."""
+        assert self.transaction is not None
+        return self.transaction
+
+    def needs(self, loop: asyncio.AbstractEventLoop) -> bool:
+        """Whether it cannot end while the thread of ``loop`` waits."""
+        return self.loop is loop and self._accepts
+
+    def end_at_exit(self) -> None:
+        """Nobody ends it any more, if its loop does not run when the interpreter ends."""
+        if not self.loop.is_running():
+            self.end(failed=True)
+
     def perform(self, tx: Transaction) -> None:
         tx.limit(self.max_hold)
         tx.watch()  # so that the end of the block ends a statement too
+        tx.lend()
         with self._holder.lock:
             others = [waiter for waiter in self._waiters or () if waiter is not self.granted]
             self.transaction, self._waiters = tx, others or None
-            self._holder.block = self
         wake([self.granted])
+        scopes = self._holder.scopes
+        scopes.enter_job(tx)  # what a function that a task sends calls is inside
         try:
             self._serve(tx, self.started_at + self.max_hold)
         finally:
-            self._holder.block = None
             with self._lock:
                 self._accepts = False
             tx.close(ENDED)
-            while not self._requests.empty():  # they meet the closed transaction
+            tx.end_call()
+            while not (self._holder.forked or self._requests.empty()):  # they meet the closed transaction
                 request = self._requests.get()
                 if request is not None:
                     with contextlib.suppress(TransactionClosedError):
                         request()
+            scopes.leave_job()
         if self.failed:
             raise BlockFailedError
 
@@ -96,19 +120,15 @@ class TaskBlock(Job[None]):
                 request = self._requests.get(timeout=max(0.0, min(until - monotonic(), LOOK)))
             except queue.Empty:
                 self._holder.warn_if_slow(monotonic())
-                if monotonic() < until:
-                    if not (self.loop.is_closed() or self.task is None or self.task.done()):
-                        continue
-                    tx.close(TASK_ENDED)
-                else:
-                    with self._lock:
-                        if self._accepts:  # the task is still inside
-                            self._holder.taken[self.task] = tx
-                    tx.close(TOO_LONG)
+                if monotonic() < until and not self.loop.is_closed():
+                    continue
+                tx.close(TOO_LONG if monotonic() >= until else LOOP_CLOSED)
                 raise tx.closed_error() from None
             if request is None:
                 return
             request()
+            if self._holder.forked:
+                raise forked_error()  # a function of the user's has forked, and this is the child
 
     def end(self, failed: bool) -> None:
         """The block has ended; a statement that still runs is interrupted if it has failed."""
@@ -117,7 +137,6 @@ class TaskBlock(Job[None]):
             self.transaction.close(LEFT)
         with self._lock:
             self._accepts = False
-            self._holder.taken.pop(self.task, None)
             self._requests.put(None)
         self._look_again()
 
@@ -127,18 +146,23 @@ class TaskBlock(Job[None]):
     def leave(self, savepoint: TaskSavepoint) -> None:
         """It has ended: whoever waits for that looks again."""
         savepoint.is_open = False
-        self.innermost = open_one(self.innermost)
+        with self._lock:
+            self.innermost = open_one(self.innermost)
         self._look_again()
 
     def _look_again(self) -> None:
-        changes, self._changes = self._changes, []
-        resolve(changes)
+        with self._lock:
+            changes, self._changes = self._changes, []
+        wake(changes)
 
     async def until_innermost(self, savepoint: TaskSavepoint | None) -> None:
         """Wait until no task has a savepoint open inside ``savepoint``: they end in the order of a stack."""
         while self.innermost is not open_one(savepoint) and self._accepts:
-            change: asyncio.Future[None] = self.loop.create_future()
-            self._changes.append(change)
+            change: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            with self._lock:
+                if self.innermost is open_one(savepoint) or not self._accepts:
+                    return
+                self._changes.append(change)
             await change
 
     async def ended(self) -> asyncio.CancelledError | None:
@@ -206,9 +230,12 @@ class TaskSavepoint:
     """A savepoint of a task, as the tasks of its block see it."""
 
     def __init__(self, block: TaskBlock, outer: TaskSavepoint | None) -> None:
-        self.block = weakref.ref(block)
+        self.block = block
         self.outer = outer
         self.is_open = True
+
+    def lends(self) -> Transaction:
+        return self.block.lends()
 
 
 def open_one(savepoint: TaskSavepoint | None) -> TaskSavepoint | None:
@@ -218,16 +245,7 @@ def open_one(savepoint: TaskSavepoint | None) -> TaskSavepoint | None:
     return savepoint
 
 
-# Those that the running task is in, of all blocks: its own, and those in which the task that made it was then.
-_savepoints: contextvars.ContextVar[tuple[TaskSavepoint, ...]] = contextvars.ContextVar("savepoints", default=())
-
-
-def savepoint_here(block: TaskBlock) -> TaskSavepoint | None:
-    """The innermost of ``block`` that the running task is in."""
-    return next((one for one in reversed(_savepoints.get()) if one.block() is block), None)
-
-
-class AsyncTransaction:
+class AsyncTransaction(Strict):
     """What ``async with db.transaction()`` gives: a ``Transaction`` whose statements run on the writer thread.
 
     Tasks that share one are served one after the other.
@@ -244,12 +262,12 @@ class AsyncTransaction:
 
     def execute(self, sql: str, params: Any = (), /) -> Coroutine[Any, Any, Result]:
         """As ``Transaction.execute``."""
-        return self._block.call(self._transaction.statement, check_sql(sql), capture(params))
+        return self._block.call(self._transaction.statement, check_sql(sql), capture(sql, params))
 
     def executemany(self, sql: str, seq_of_params: Iterable[Any], /) -> Coroutine[Any, Any, Result]:
         """As ``Transaction.executemany``."""
         check_many(check_sql(sql))
-        return self._block.call(self._transaction.statement_many, sql, capture_many(seq_of_params))
+        return self._block.call(self._transaction.statement_many, sql, capture_many(sql, seq_of_params))
 
     def executescript(self, sql: str, /) -> Coroutine[Any, Any, None]:
         """As ``Transaction.executescript``."""
@@ -262,12 +280,13 @@ class AsyncTransaction:
         Tasks that share the transaction have their savepoints one after the other; those of a task that was made inside
         a savepoint are inside it.
         """
-        block, outside = self._block, _savepoints.get()
-        outer = savepoint_here(block)
+        block, scopes = self._block, self._block._holder.scopes
+        around = (one for one in scopes.inherited() if isinstance(one, TaskSavepoint) and one.block is block)
+        outer = next(around, None)
         await block.until_innermost(outer)
-        mine, part = TaskSavepoint(block, open_one(outer)), self._transaction.savepoint()
+        mine, part = TaskSavepoint(block, open_one(outer)), self._transaction.part()
         block.enter(mine)
-        _savepoints.set((*outside, mine))
+        scope = scopes.enter(mine, writes=True)
         try:
             try:
                 await block.call(part.__enter__)
@@ -279,8 +298,8 @@ class AsyncTransaction:
                 raise
             await _leave_well(block, part)
         finally:
+            scopes.leave(scope)
             block.leave(mine)
-            _savepoints.set(outside)
 
     def on_commit(self, fn: Callable[[], object], /) -> None:
         """Call ``fn()`` once, on the loop, after COMMIT. Not if the transaction is rolled back."""
@@ -293,7 +312,7 @@ class AsyncTransaction:
 
 async def _leave_well(block: TaskBlock, savepoint: contextlib.AbstractContextManager[None]) -> None:
     """Keep what the savepoint has done; if the task is cancelled before that is begun, undo it instead."""
-    outcome: asyncio.Future[None] = block.loop.create_future()
+    outcome: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     failures: list[BaseException] = []
 
     def leave() -> None:

@@ -3,40 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import sqlite3
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from threading import get_ident
 from time import monotonic
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from onewriter.connection import database_names, decode
+from onewriter.connection import database_files, decode
+from onewriter.elsewhere import CONNECTIONS_OWN, Elsewhere
 from onewriter.errors import (
     ForkedError,
+    OneWriterError,
     ReadTimeoutError,
     ReentrantWriteError,
     TransactionAbortedError,
     TransactionClosedError,
 )
-from onewriter.fork import forked_error
+from onewriter.fork import Inherited, forked_error
 from onewriter.guard import Guard, Mode, explain_readonly
 from onewriter.holder import IN_STATEMENT, INHERITED
-from onewriter.job import check_callback
-from onewriter.lent import LentConnection
+from onewriter.job import check_callback, refuse_live
+from onewriter.lent import Lending, lend, retire
+from onewriter.parameters import capture, capture_many
 from onewriter.retry import is_interrupted
-from onewriter.statement import (
-    Executor,
-    Parameters,
-    Result,
-    capture,
-    capture_many,
-    check_many,
-    describe_sql,
-    split_script,
-    words_of,
-)
+from onewriter.statement import Executor, Parameters, Result, check_many, describe_sql, script_parts, words_of
 from onewriter.watch import Watch
 
 if TYPE_CHECKING:
@@ -49,6 +41,8 @@ STEPS = 1000  # of SQLite's virtual machine between two looks at the clock, wher
 ENDED = "has ended"
 TOO_LONG = "has held the writer longer than max_hold"
 NUDGE = 0.005  # seconds between two interrupts of a statement whose loan is over
+NONE: list[Any] = []
+NO_FACTORIES = (None, None)
 
 
 class WriteSession:
@@ -60,19 +54,34 @@ class WriteSession:
     def __init__(self, connection: sqlite3.Connection, guard: Guard) -> None:
         self.connection = connection
         self.guard = guard
-        self.executor = Executor(connection)
+        self.executor = Executor(connection, guard)
         self._cursor = sqlite3.Connection.cursor(connection)
         self._cursor.row_factory = None
         self._texts: dict[str, str] = {}  # of the gateway's own statements
         self.row_factory, self.text_factory = connection.row_factory, connection.text_factory
         self.lock = threading.Lock()  # held around every call into SQLite of a Transaction
+        # Held around interrupt(), which does not wait for the other one. A signal handler may interrupt, too.
+        self.interrupting = threading.RLock()
         self._mark, self._release, self._undo = (  # around a job
             guard.own(f"{verb} {guard.mark}_0") for verb in ("SAVEPOINT", "RELEASE", "ROLLBACK TO")
         )
-        self.page_size: int = self.own("PRAGMA page_size")[0][0]
-        self.databases = database_names(connection)
+        self.files = files = database_files(connection)
+        self.databases = list(files)
+        modes = {name: self.own(f'PRAGMA "{name}".journal_mode')[0][0] for name in files}
+        self.logs = {name: file for name, file in files.items() if file and modes[name] == "wal"}
+        self.page_sizes = {name: self.own(f'PRAGMA "{name}".page_size')[0][0] for name in files}
+        self.page_size: int = self.page_sizes["main"]
+        # Those of on_connect. Looking into an empty TEMP schema would open it, and temp_store be settled by that.
+        has_temp = any(row[1] == "temp" for row in self.own("PRAGMA database_list"))
+        self._kept = self._temp_objects() if has_temp else []
 
-    def own(self, sql: str) -> list[Any]:
+    def become_inherited(self) -> list[object]:
+        """In a forked child: nothing reaches SQLite any more; returns what must never be closed there."""
+        kept = [self.connection, self._cursor, self.executor]
+        self.connection = self._cursor = self.executor = Inherited()  # type: ignore[assignment]
+        return kept
+
+    def own(self, sql: str, parameters: tuple[Any, ...] = ()) -> list[Any]:
         """Run a statement of the gateway's own, which no job's text can stand for."""
         text = self._texts.get(sql)
         if text is None:
@@ -81,7 +90,7 @@ class WriteSession:
         mode, guard.mode = guard.mode, Mode.GATEWAY
         factory, connection.text_factory = connection.text_factory, decode  # not the user's
         try:
-            cursor.execute(text)
+            cursor.execute(text, parameters)
             return cursor.fetchall()
         finally:
             guard.mode, connection.text_factory = mode, factory
@@ -89,6 +98,38 @@ class WriteSession:
     def forget_error(self) -> None:
         """Of a failed statement: sqlite3 would raise it again for the next one whose parameters cannot be bound."""
         self.own("SELECT 1")
+
+    def history(self) -> tuple[int, int]:
+        """What SQLite does not undo: last_insert_rowid() and changes()."""
+        return self.own("SELECT last_insert_rowid(), changes()")[0]  # type: ignore[no-any-return]
+
+    def set_history(self, rowid: int, changes: int) -> None:
+        """Have them say this; there is a transaction of none but this around it."""
+        table = f"temp.{self.guard.mark}"
+        self.executor.forget_rowid()
+        self.own("BEGIN")
+        try:
+            self.own(f"CREATE TABLE {table} (a)")
+            self.own(f"INSERT INTO {table} (rowid) VALUES (?)", (rowid,))
+            rows = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT ? FROM n LIMIT ?"
+            self.own(f"REPLACE INTO {table} (rowid) {rows}", (rowid, changes))
+        finally:
+            self.own("ROLLBACK")
+
+    def _temp_objects(self) -> list[tuple[str, str]]:
+        """Kind and name of what is in the TEMP schema, each before what it needs, virtual tables before others."""
+        return self.own(
+            "SELECT type, name FROM temp.sqlite_schema WHERE sql IS NOT NULL ORDER BY "
+            "type <> 'trigger', type <> 'view', type <> 'table', rootpage"
+        )
+
+    def drop_temp_objects(self) -> None:
+        """Those that jobs have made; outside any transaction, and with foreign keys that nobody enforces."""
+        for kind, name in self._temp_objects():
+            if (kind, name) not in self._kept:
+                quoted = name.replace('"', '""')
+                # Some have gone with their table by now.
+                self.own(f'DROP {kind} IF EXISTS temp."{quoted}"')
 
     def words_in_schema(self, *words: str) -> set[str]:
         """The words, not in names, strings or comments, of what has one of these in the schemas of all databases."""
@@ -119,36 +160,60 @@ class WriteSession:
 class Transaction:
     """What a job's function and a ``with`` block get: statements of one transaction, committed or undone as a whole.
 
-    Use it in the function or block only, and in its thread: later, or elsewhere, every use raises
-    ``TransactionClosedError``.
+    After the function or block every use raises ``TransactionClosedError``. That of a block may be used by any thread
+    that has it, one call at a time; that of a function in this function only, and not by other threads.
 
     States:  open → closed; ``_closed`` says why.
-    Locks:   the session's lock is held around every call into SQLite, so that whoever ends the loan never enters SQLite
-             beside one.
+    Locks:   the session's lock is held around every call into SQLite, so that there is one at a time, and whoever ends
+             the loan never enters SQLite beside one. It guards _inside, _marks and the lists of callbacks.
     """
 
-    # Most jobs use none of these, and there is a Transaction for each job. What nested blocks share, the root has.
-    borrower: threading.Thread | None = None
-    _closed: str | None = None
-    _lent: LentConnection | None = None
-    _factories: tuple[Any, Any] = (None, None)  # when it was lent
-    _inside = False  # a call is under way: code that SQLite calls back must not use the connection
-    _until = math.inf
-    _read_until: float | None = None  # while nothing may be written
-    _ends_readonly = False
-    _watch: Watch | None = None
-    _marks: tuple[tuple[int, int], ...] = ()  # of the open savepoints: how many callbacks there were at the beginning
-    _traced = False
-    _after_commit: list[Callback] = []  # noqa: RUF012 - never changed; a longer list takes its place
-    _after_rollback: list[Callback] = []  # noqa: RUF012
-    _undone: list[Callback] = []  # noqa: RUF012 - on_rollback of savepoints that were rolled back
-    has_callbacks = False
+    # There is a Transaction for each job: no dict, and what is set on one by mistake is not lost without a word.
+    __slots__ = (
+        "__weakref__",
+        "_after_commit",
+        "_after_rollback",
+        "_closed",
+        "_ends_readonly",
+        "_factories",
+        "_inside",
+        "_lending",
+        "_marks",
+        "_read_until",
+        "_root",
+        "_session",
+        "_traced",
+        "_undone",
+        "_until",
+        "_watch",
+        "has_callbacks",
+        "job",
+        "lent",
+        "thread",
+    )
+    row_factory, text_factory, isolation_level, autocommit = map(Elsewhere, CONNECTIONS_OWN)
 
     def __init__(self, session: WriteSession, job: Job[Any], outer: Transaction | None = None) -> None:
         self.job = job
-        self.thread = get_ident()
+        self.thread = get_ident()  # which alone may use it; 0: any
         self._session = session
         self._root: Transaction = outer._root if outer else self
+        # Most jobs use none of these. What nested blocks share, the root has.
+        self._closed: str | None = None
+        self.lent: Lending | None = None
+        self._factories: tuple[Any, Any] = NO_FACTORIES  # when it was lent
+        self._inside = 0  # the thread whose call is under way: code that SQLite calls back must not use the connection
+        self._until = math.inf
+        self._read_until: float | None = None  # while a read is under way
+        self._watch: Watch | None = None
+        self._marks: tuple[Mark, ...] = ()  # the open savepoints
+        self._traced = self._ends_readonly = self.has_callbacks = False
+        # Never changed; a longer list takes its place. Lent are this and nested ones; undone are on_rollback of
+        # savepoints that were rolled back.
+        self._lending: list[Transaction] = NONE
+        self._after_commit: list[Callback] = NONE
+        self._after_rollback: list[Callback] = NONE
+        self._undone: list[Callback] = NONE
 
     @property
     def label(self) -> str:
@@ -161,15 +226,6 @@ class Transaction:
         return self._closed == TOO_LONG
 
     @property
-    def is_reading(self) -> bool:
-        return self._root._read_until is not None
-
-    @property
-    def depth(self) -> int:
-        """How many savepoints of the gateway are open."""
-        return len(self._root._marks)
-
-    @property
     def connection(self) -> sqlite3.Connection:
         """A ``sqlite3.Connection`` on this transaction, for libraries that want one.
 
@@ -177,10 +233,20 @@ class Transaction:
         BEGIN, COMMIT, ROLLBACK and ATTACH are refused; SAVEPOINT works. It ends with the transaction.
         """
         self._check()
-        if self._lent is None:
-            self._factories = self._session.connection.row_factory, self._session.connection.text_factory
-            self._lent = LentConnection(_WriteLoan(self, self._session))
-        return self._lent
+        if self.lent is None:
+            Transaction.call(self, self._lend)
+        lent = self.lent
+        connection = None if lent is None else lent.connection
+        if connection is None:  # it ends in this moment
+            raise self.closed_error()
+        return connection
+
+    def _lend(self) -> None:
+        if self.lent is None:
+            connection, root = self._session.connection, self._root
+            self._factories = connection.row_factory, connection.text_factory
+            root._lending = [*root._lending, self]
+            self.lent = lend(_WriteLoan(self, self._session))
 
     def execute(self, sql: str, params: Any = (), /) -> Result:
         """Run one statement and return all its rows.
@@ -188,61 +254,83 @@ class Transaction:
         Raises:
             sqlite3.Error: what SQLite raised; unless it is caught, the transaction is rolled back.
             TransactionAbortedError: SQLite rolled back by itself earlier on. Rolled back.
-            TransactionClosedError: the transaction has ended, or belongs to another thread.
+            TransactionClosedError: the transaction has ended, or is that of a function, and this is another thread.
         """
-        if type(params) is not tuple:  # which needs no copy: it is bound now
-            params = capture(params)
-        return self.call(self._session.executor.execute, check_sql(sql), params)
+        return self.call(self._session.executor.execute, check_sql(sql), capture(sql, params))
 
     def executemany(self, sql: str, seq_of_params: Iterable[Any], /) -> Result:
         """Run one statement for each row of parameters; ``rowcount`` is that of all. RETURNING is refused."""
-        rows = capture_many(seq_of_params)
         check_many(check_sql(sql))
-        return self.statement_many(sql, rows)
+        return self.statement_many(sql, capture_many(sql, seq_of_params))
 
     def executescript(self, sql: str, /) -> None:
         """Run many statements, all or none of them, and without a hidden COMMIT."""
         check_sql(sql)
-        with self.savepoint():
+        with self.part():
             self.script(sql)
 
     @contextlib.contextmanager
     def savepoint(self) -> Iterator[None]:
         """A part of the transaction that is undone alone if the ``with`` block raises."""
-        root, outer = self._root, self._root._marks
-        name = f"{self._session.guard.mark}_{len(outer) + 1}"
-        mark = len(root._after_commit), len(root._after_rollback)
-        self._own(f"SAVEPOINT {name}")
-        root._marks = (*outer, mark)
+        scopes = self.job._holder.scopes
+        here, block = scopes.innermost(), scopes.innermost(writes=True)
+        # Inside a reader() inside this transaction: from here on reads see the transaction again.
+        is_inside = here is not block and isinstance(block, Transaction) and block._root is self._root
+        scope = scopes.enter(self, writes=True) if is_inside else None
+        try:
+            with self.part():
+                yield
+        finally:
+            if scope is not None:
+                scopes.leave(scope)
+
+    @contextlib.contextmanager
+    def part(self) -> Iterator[None]:
+        """The savepoint itself."""
+        mark: Mark = self.call(self._begin_part)
         try:
             yield
-            if not self._is_marked(len(outer), mark):
-                raise TransactionClosedError("this savepoint ended with the one around it")
         except BaseException:
-            if self._is_marked(len(outer), mark):
-                root._marks = outer
-                self._forget_since(mark)
-                if self._closed is None and root._closed is None and self._session.connection.in_transaction:
-                    self._own(f"ROLLBACK TO {name}")
-                    self._own(f"RELEASE {name}")
+            with contextlib.suppress(OneWriterError):  # it was undone with all
+                self.call(self._undo_part, mark)
             raise
-        root._marks = outer
-        self._own(f"RELEASE {name}")
+        self.call(self._end_part, mark)
 
-    def _is_marked(self, depth: int, mark: tuple[int, int]) -> bool:
+    def _begin_part(self) -> Mark:
+        root = self._root
+        mark = Mark(len(root._marks), len(root._after_commit), len(root._after_rollback))
+        self._session.own(f"SAVEPOINT {self._name_of(mark.depth)}")
+        root._marks = (*root._marks, mark)
+        return mark
+
+    def _end_part(self, mark: Mark) -> None:
+        if not self._is_marked(mark):
+            raise TransactionClosedError("this savepoint ended with the one around it")
+        self._root._marks = self._root._marks[: mark.depth]
+        self._session.own(f"RELEASE {self._name_of(mark.depth)}")
+
+    def _undo_part(self, mark: Mark) -> None:
+        if self._is_marked(mark):
+            self._root._marks = self._root._marks[: mark.depth]
+            self._forget_since(mark)
+            self._session.own(f"ROLLBACK TO {self._name_of(mark.depth)}")
+            self._session.own(f"RELEASE {self._name_of(mark.depth)}")
+
+    def _name_of(self, depth: int) -> str:
+        return f"{self._session.guard.mark}_{depth + 1}"
+
+    def _is_marked(self, mark: Mark) -> bool:
         """Whether that savepoint is still open there."""
         marks = self._root._marks
-        return len(marks) > depth and marks[depth] is mark
+        return len(marks) > mark.depth and marks[mark.depth] is mark
 
     def on_commit(self, fn: Callback, /) -> None:
         """Call ``fn()`` once, after COMMIT, when the lock is free. Not if the transaction is rolled back."""
-        self._check()
-        self._root._keep_callback("_after_commit", fn)
+        self.call(self._root._keep_callback, "_after_commit", fn)
 
     def on_rollback(self, fn: Callback, /) -> None:
         """Call ``fn()`` once, after the transaction, if this part of it was rolled back."""
-        self._check()
-        self._root._keep_callback("_after_rollback", fn)
+        self.call(self._root._keep_callback, "_after_rollback", fn)
 
     def _keep_callback(self, which: str, fn: Callback) -> None:
         check_callback("the callback", fn)
@@ -253,7 +341,7 @@ class Transaction:
     # What follows is for the gateway: parameters were checked and captured already.
 
     def statement(self, sql: str, parameters: Parameters) -> Result:
-        return self.call(self._session.executor.execute, sql, parameters)
+        return self.call(self._session.executor.execute, sql, parameters, mode=self.job.mode)
 
     def bare_statement(self, sql: str, parameters: Parameters) -> Result:
         mode = Mode.VACUUM if describe_sql(sql).verb == "VACUUM" else Mode.BARE
@@ -263,14 +351,19 @@ class Transaction:
         return self.call(self._session.executor.execute_many, sql, rows)
 
     def script(self, sql: str) -> None:
-        for statement in split_script(sql):
-            self.statement(statement, ())
+        for part in script_parts(sql):
+            self.call(self._session.executor.execute_script, part)
 
     def query(self, sql: str, parameters: Parameters, fetch: Callable[[sqlite3.Cursor], T], until: float) -> T:
         """Run a statement that must not write, and see what the transaction has written."""
-        with self.readonly(until):
-            rows: T = self.call(self._query, sql, parameters, fetch)
+        with self.reading(until) as view:
+            rows: T = view.call(view._query, sql, parameters, fetch)
             return rows
+
+    def read_with(self, function: Callable[[sqlite3.Connection], T], until: float) -> T:
+        """Call a function of the user's that must not write; what it calls is inside too."""
+        with self.reading(until) as view, self.job._holder.scopes.inside(view, writes=True):
+            return refuse_live(function(view.connection))
 
     def _query(self, sql: str, parameters: Parameters, fetch: Callable[[sqlite3.Cursor], T]) -> T:
         cursor = sqlite3.Connection.execute(self._session.connection, sql, parameters)
@@ -280,21 +373,32 @@ class Transaction:
             cursor.close()
 
     @contextlib.contextmanager
-    def readonly(self, until: float) -> Iterator[None]:
-        """For the ``with`` block statements cannot write, and end at the time ``until``."""
-        root = self._root
-        outer, root._read_until = root._read_until, min(until, root._read_until or math.inf)
+    def reading(self, until: float) -> Iterator[Reading]:
+        """For the ``with`` block a view of the transaction that cannot write, and whose statements end at ``until``."""
+        view = Reading(self._session, self.job, outer=self)
+        view.until = min(until, getattr(self, "until", math.inf))
         try:
-            if outer is None:
-                root._ends_readonly = True
-                self._own("PRAGMA query_only=1")
-            self.call(self._watch_time, until)
-            yield
+            yield view
         finally:
-            root._read_until = outer
-            if outer is None and self._is_usable():
-                self._own("PRAGMA query_only=0")  # or else ``end`` does
-                root._ends_readonly = False
+            view.end()
+
+    @property
+    def is_closed(self) -> bool:
+        return self._closed is not None or self._root._closed is not None
+
+    @property
+    def is_of_function(self) -> bool:
+        """Whether it is for the thread that made it only."""
+        return self._root.thread != 0
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether the calling thread is in a call of it, so that no other can begin."""
+        return self._root._inside == get_ident()
+
+    def lends(self) -> Transaction:
+        """Where reads inside it go."""
+        return self
 
     def nested(self) -> Transaction:
         """The same transaction as a nested block sees it: it has an end of its own."""
@@ -304,26 +408,28 @@ class Transaction:
         """Run one call into SQLite, if the loan still holds."""
         root, session = self._root, self._session
         guard = session.guard
-        if self._closed is not None or root._closed is not None or root._inside or root.thread != get_ident():
+        me = get_ident()
+        if self._closed is not None or root._closed is not None or root._inside or (root.thread and root.thread != me):
             self._check_thread()
         with session.lock:
-            # Looked at inside the lock: whoever takes the loan back closes it first, then waits for the lock.
-            if (
-                self._closed is not None
-                or root._closed is not None
-                or (root._watch is not None and root._until < monotonic())
-            ):
-                raise self.closed_error()
-            if not session.connection.in_transaction and self.job.in_transaction:
-                raise self.aborted_error()
-            guard.refusal, guard.mode, root._inside = None, mode, True
+            root._inside = me  # before anything is called: a signal handler that uses it must not wait for its thread
             try:
+                # Looked at inside the lock: whoever takes the loan back closes it first, then waits for the lock.
+                if (
+                    self._closed is not None
+                    or root._closed is not None
+                    or (root._watch is not None and root._until < monotonic())
+                ):
+                    raise self.closed_error()
+                if not session.connection.in_transaction and self.job.in_transaction:
+                    raise self.aborted_error()
+                guard.refusal, guard.mode = None, mode
                 return function(*args)
             except sqlite3.Error as error:
                 self._explain(error)
                 raise
             finally:
-                root._inside, guard.mode = False, Mode.GATEWAY
+                root._inside, guard.mode = 0, Mode.GATEWAY
 
     def limit(self, seconds: float) -> None:
         """Have statements end ``seconds`` from now."""
@@ -344,49 +450,81 @@ class Transaction:
         """Refuse every further call. From any thread; one that is under way ends by ``watch`` or ``take_back``."""
         self._closed = self._closed or why
 
-    def lend_to(self, thread: threading.Thread) -> None:
-        self.thread, self.borrower = thread.ident or 0, thread
-
-    def leave(self) -> None:
-        """The block has ended: its thread is not inside it any more, though the writer has yet to commit."""
-        self._closed = self._closed or ENDED
+    def lend(self) -> None:
+        """Let any thread use it."""
         self.thread = 0
 
     def end(self) -> None:
-        """End the loan; no call is under way."""
-        if self._lent is not None:
-            self._lent.close_cursors()
-            with self._session.lock:
-                # What an outer part has set stays. If that was taken back, the connection is somebody else's by now.
-                if self is self._root or self._root._closed is None:
-                    self._session.connection.row_factory, self._session.connection.text_factory = self._factories
+        """End the loan, and with it what was lent in nested parts. Waits for the call that is inside SQLite."""
+        self._closed = self._closed or ENDED  # first, so that whoever comes behind this finds it inside the lock
+        root, session = self._root, self._session
+        if INHERITED in (self._closed, root._closed):
+            return
+        if self is not root:
+            if self.lent is not None:
+                self._refuse_inside()
+                with session.lock:
+                    self._put_back()
+        elif session.lock.locked() or self._lending or self._ends_readonly or self._watch is not None:
+            self._refuse_inside()
+            with session.lock:
+                while self._lending:
+                    self._lending[-1]._put_back()
+                if self._ends_readonly:
+                    session.own("PRAGMA query_only=0")
+                if self._watch is not None:
+                    session.connection.set_progress_handler(None, 0)
+
+    def _refuse_inside(self) -> None:
+        if self.is_inside:
+            raise ReentrantWriteError(IN_STATEMENT)
+
+    def _put_back(self) -> None:
+        """End the connection that was lent, under the session's lock; again, or after the outer part's, nothing."""
+        session, root = self._session, self._root
+        root._lending = [part for part in root._lending if part is not self]
+        if self.lent is None:
+            return
+        with session.interrupting:  # so that none comes later, and hits the next job
+            retire(self)
+        session.connection.row_factory, session.connection.text_factory = self._factories
         if self._traced:
-            self._session.connection.set_trace_callback(None)
-        if self._ends_readonly:
-            self._session.own("PRAGMA query_only=0")
-        if self._watch is not None:
-            self._session.connection.set_progress_handler(None, 0)
-        self._closed = self._closed or ENDED
+            session.connection.set_trace_callback(None)
 
     def take_back(self, why: str) -> None:
         """End the loan although a call may be under way; returns when none is inside SQLite any more."""
         self._closed = why
+        self.end_call()
+
+    def end_call(self) -> None:
+        """Closed, interrupt the call that is under way."""
         while not self._session.lock.acquire(timeout=NUDGE):
             self._session.connection.interrupt()
         self._session.lock.release()
+
+    def wait_for_call(self, until: float) -> bool:
+        """Closed, wait for the call that is under way; False if it is not over at the time ``until``."""
+        seconds = max(0.0, min(until - monotonic(), threading.TIMEOUT_MAX))
+        if not self._session.lock.acquire(timeout=seconds):
+            return False
+        self._session.lock.release()
+        return True
 
     def callbacks(self, committed: bool) -> list[Callback]:
         return self._undone + (self._after_commit if committed else self._after_rollback)
 
     def undo(self) -> None:
         """Undo what this job, or its innermost nested part, has done so far; the transaction stays open."""
-        root = self._root
-        if root._marks:
-            self._forget_since(root._marks[-1])
-            self._own(f"ROLLBACK TO {self._session.guard.mark}_{len(root._marks)}")
+        self.call(self._undo, mode=Mode.GATEWAY)
+
+    def _undo(self) -> None:
+        marks = self._root._marks
+        if marks:
+            self._forget_since(marks[-1])
+            self._session.own(f"ROLLBACK TO {self._name_of(marks[-1].depth)}")
         else:
-            self._forget_since((0, 0))
-            self.call(self._session.undo_to_mark, mode=Mode.GATEWAY)
+            self._forget_since(Mark(0, 0, 0))
+            self._session.undo_to_mark()
 
     def overdue(self) -> TransactionClosedError | ForkedError | None:
         """The error of a block that has held the writer for too long, where no other thread takes it back."""
@@ -394,18 +532,8 @@ class Transaction:
             self._closed = TOO_LONG
         return None if self._closed in (None, ENDED) else self.closed_error()
 
-    def _own(self, sql: str) -> None:
-        self.call(self._session.own, sql)
-
     def _is_late(self) -> bool:
         return self._closed is not None or monotonic() > min(self._until, self._read_until or math.inf)
-
-    def _is_usable(self) -> bool:
-        try:
-            self._check()
-        except (TransactionClosedError, TransactionAbortedError):
-            return False
-        return True
 
     def _check(self) -> None:
         """Raise what a use from here and now would raise."""
@@ -433,9 +561,12 @@ class Transaction:
         root = self._root
         if self._closed is not None or root._closed is not None:
             raise self.closed_error()
-        if root.thread != get_ident():
-            raise TransactionClosedError(f"the transaction of job {self.job.describe()} belongs to another thread")
-        if root._inside:
+        if root.thread and root.thread != get_ident():
+            raise TransactionClosedError(
+                f"the transaction of job {self.job.describe()} belongs to another thread: a function's is for that "
+                "function only; that of a `with transaction()` block is for any thread"
+            )
+        if root._inside == get_ident():
             raise ReentrantWriteError(IN_STATEMENT)
 
     def _explain(self, error: sqlite3.Error) -> None:
@@ -447,19 +578,55 @@ class Transaction:
             return
         if root._watch is not None:
             root._watch.raise_caught()
-        now = monotonic()
-        if root._closed is not None or now > root._until:
+        if root._closed is not None or monotonic() > root._until:
             raise self.closed_error() from error
-        if root._read_until is not None and now > root._read_until:
-            raise ReadTimeoutError(f"a read in job {self.job.describe()} did not end in time") from error
 
-    def _forget_since(self, marks: tuple[int, int]) -> None:
-        commits, rollbacks = marks
+    def _forget_since(self, mark: Mark) -> None:
         root = self._root
         if root.has_callbacks:
-            del root._after_commit[commits:]
-            root._undone = root._undone + root._after_rollback[rollbacks:]
-            del root._after_rollback[rollbacks:]
+            del root._after_commit[mark.after_commit :]
+            root._undone = root._undone + root._after_rollback[mark.after_rollback :]
+            del root._after_rollback[mark.after_rollback :]
+
+
+class Mark(NamedTuple):
+    """An open savepoint: how deep it is, and how many callbacks there were at its beginning."""
+
+    depth: int
+    after_commit: int
+    after_rollback: int
+
+
+class Reading(Transaction):
+    """A transaction as a read in it sees it: no call can write, and each ends at the time ``until``.
+
+    SQLite is told so for each call: between two of them another thread may write.
+    """
+
+    until = math.inf
+
+    def call(self, function: Callable[..., T], *args: Any, mode: Mode = Mode.JOB) -> T:
+        result: T = super().call(self._read, function, args, mode=mode)
+        return result
+
+    def _explain(self, error: sqlite3.Error) -> None:
+        super()._explain(error)
+        if is_interrupted(error) and monotonic() > self.until:
+            raise ReadTimeoutError(f"a read in job {self.job.describe()} did not end in time") from error
+
+    def _read(self, function: Callable[..., T], args: tuple[Any, ...]) -> T:
+        root, session = self._root, self._session
+        if self.until != math.inf:
+            root.watch()
+        session.own("PRAGMA query_only=1")
+        root._ends_readonly, root._read_until = True, self.until
+        try:
+            return function(*args)
+        finally:
+            root._read_until = None
+            with contextlib.suppress(sqlite3.Error):  # as where its time is over; or else ``end`` does it
+                session.own("PRAGMA query_only=0")
+                root._ends_readonly = False
 
 
 class _WriteLoan:
@@ -469,20 +636,47 @@ class _WriteLoan:
         self._transaction = transaction
         self._session = session
         self.connection = session.connection
-        self.savepoint = transaction.savepoint
+        self.savepoint = transaction.part
+
+    @property
+    def is_over(self) -> bool:
+        return self._transaction.is_closed
+
+    def call(self, function: Callable[..., Any], /, *args: Any, **options: Any) -> Any:
+        return self._transaction.call(self._run, function, args, options, mode=Mode.LENT)
+
+    call_outside = call
+
+    def _run(self, function: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        self._session.executor.forget_rowid()
+        return function(*args, **options)
+
+    def if_free(self, function: Callable[[], None]) -> None:
+        lock, root = self._session.lock, self._transaction._root
+        if not self.is_over and lock.acquire(blocking=False):
+            try:
+                root._inside = get_ident()  # as for any call: a signal handler must not wait for its thread
+                function()
+            finally:
+                root._inside = 0
+                lock.release()
+
+    def interrupt(self) -> None:
+        if self.is_over:
+            raise self._transaction.closed_error()
+        with self._session.interrupting:
+            if self.is_over:
+                raise self._transaction.closed_error()
+            self.connection.interrupt()
 
     def undo(self, end_cursors: Callable[[], None]) -> None:
-        if not self._transaction.is_reading:  # what ends a read has nothing to undo
-            end_cursors()
+        if not isinstance(self._transaction, Reading):  # what ends a read has nothing to undo
+            self.call(end_cursors)
             self._transaction.undo()
 
     def outlasts(self, name: str) -> None:
         """Functions are the user's, and stay; who follows SQL would see that of other jobs."""
         self._transaction._traced |= name == "set_trace_callback"
-
-    def call(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        self._session.executor.forget_rowid()
-        return self._transaction.call(functools.partial(function, *args, **options), mode=Mode.LENT)
 
 
 def check_sql(sql: object) -> str:

@@ -177,3 +177,32 @@ def test_a27_close_ends_the_wait_for_a_lock(path: Path) -> None:
         assert (report.cancelled, report.unfinished) == (1, 0)
         with pytest.raises(WriterClosedError):
             ticket.result(30)
+
+
+@pytest.mark.parametrize("after", [1, 3])
+def test_a_commit_that_met_a_lock_and_is_rolled_back_is_a_definite_failure(path: Path, after: int) -> None:
+    """An attempt at COMMIT without a transaction would raise another error, and leave the outcome open."""
+    with DbWriter(path, journal_mode="DELETE") as db:
+        db.run("CREATE TABLE t (n INTEGER)")
+        session, tried = db._loop._session, []
+        assert session is not None
+        own = session.own
+
+        def busy(sql: str, parameters: tuple[object, ...] = ()) -> list[object]:
+            if sql != "COMMIT":
+                return own(sql, parameters)
+            tried.append(sql)
+            if len(tried) == after:
+                own("ROLLBACK")
+            error = sqlite3.OperationalError("database is locked")
+            error.sqlite_errorcode, error.sqlite_errorname = sqlite3.SQLITE_BUSY, "SQLITE_BUSY"
+            raise error
+
+        session.own = busy  # type: ignore[method-assign]
+        with pytest.raises(sqlite3.OperationalError, match="database is locked"):
+            db.run("INSERT INTO t VALUES (1)")
+        del session.own
+        assert len(tried) == after
+        assert db.health == "ok"
+        db.run("INSERT INTO t VALUES (2)")
+        assert db.read("SELECT n FROM t") == [(2,)]

@@ -7,7 +7,10 @@ import shutil
 from importlib.util import find_spec
 
 # Not skipped but not collected: whoever runs the default command has not asked for them.
-NEEDED = ("fastapi", "gunicorn", "httpx", "opentelemetry", "pandas", "sqlalchemy", "sqlite_utils", "uvicorn")
+NEEDED = (
+    *("fastapi", "gunicorn", "httpx", "opentelemetry", "pandas"),
+    *("pytest_asyncio", "sqlalchemy", "sqlite_utils", "uvicorn"),
+)
 collect_ignore_glob = [] if all(map(find_spec, NEEDED)) else ["test_*.py"]
 if not (os.environ.get("LITESTREAM") or shutil.which("litestream")):
     collect_ignore = ["test_litestream.py"]

@@ -338,3 +338,53 @@ def test_a_target_may_have_a_row_factory_of_its_own(db: DbWriter, tmp_path: Path
         db.run("CREATE TABLE copied (n)")
         db.backup(target)
         assert target.execute("SELECT count(*) FROM copied").fetchone() == {"row": (0,)}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the rights of files")
+@pytest.mark.parametrize(
+    ("database", "older", "left"),
+    [
+        (0o600, None, 0o600),
+        (0o640, None, 0o640),
+        (0o666, None, 0o644),
+        (0o644, 0o600, 0o600),
+        (0o640, 0o604, 0o600),
+        (0o600, 0o644, 0o600),
+    ],
+)
+def test_a_backup_is_readable_by_nobody_who_may_not_read_the_database_and_the_older_backup(
+    db: DbWriter, path: Path, database: int, older: int | None, left: int
+) -> None:
+    fill(db)
+    path.chmod(database)
+    target = path.parent / "copy.db"
+    if older is not None:
+        target.touch()
+        target.chmod(older)
+    seen = []
+
+    def look(status: int, remaining: int, total: int) -> None:
+        (unfinished,) = path.parent.glob("*.unfinished")
+        seen.append(stat.S_IMODE(unfinished.stat().st_mode))
+
+    before = os.umask(0o022)
+    try:
+        db.backup(target, progress=look, pages=10)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(target.stat().st_mode) == left
+    assert set(seen) == {left}
+    assert rows_in(target) == 200
+
+
+@pytest.mark.skipif(os.name != "posix" or os.getuid() != 0, reason="only root can give a file to any group")
+def test_a_backup_is_not_readable_by_another_group(db: DbWriter, path: Path) -> None:
+    fill(db)
+    os.chown(path, -1, 65534)
+    path.chmod(0o640)
+    target = path.parent / "copy.db"
+    db.backup(target)
+    assert (target.stat().st_gid, stat.S_IMODE(target.stat().st_mode)) == (65534, 0o640)
+    os.chown(target, -1, 4)  # another one may read the older backup, but not the database
+    db.backup(target)
+    assert stat.S_IMODE(target.stat().st_mode) == 0o600

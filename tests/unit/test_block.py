@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, holding_lock, parked
+from helpers import DEADLINE, holding_lock, in_threads, parked
 from onewriter import (
     DbWriter,
     Transaction,
@@ -75,17 +75,12 @@ def test_what_ran_before_a_block_is_committed_and_told_first(db: DbWriter) -> No
         assert db.stats().commits == 2
 
 
-def test_a_transaction_is_dead_after_its_block_and_in_other_threads(both: DbWriter) -> None:
+def test_a_transaction_is_for_any_thread_and_dead_after_its_block(both: DbWriter) -> None:
     with both.transaction() as tx, ThreadPoolExecutor() as pool:
         lent = tx.connection
-        elsewhere: list[Callable[[], object]] = [
-            lambda: tx.execute("SELECT 1"),
-            lambda: lent.execute("SELECT 1"),
-            lambda: tx.connection,
-        ]
-        for use in elsewhere:
-            with pytest.raises(TransactionClosedError, match="another thread"):
-                pool.submit(use).result(DEADLINE)
+        pool.submit(tx.execute, INSERT, (1,)).result(DEADLINE)
+        assert pool.submit(lambda: lent.execute("SELECT n FROM t").fetchall()).result(DEADLINE) == [(1,)]
+        assert pool.submit(lambda: tx.connection).result(DEADLINE) is lent
         with both.transaction() as inner:
             pass
         with pytest.raises(TransactionClosedError, match="has ended"):
@@ -172,8 +167,8 @@ def test_a_grant_in_the_moment_of_giving_up_is_taken(db: DbWriter, monkeypatch: 
 
     def times_out(*_: object) -> bool:
         release.set()
-        with pytest.raises(TimeoutError):
-            db.enqueue("SELECT 1").result(0.2)  # waits behind the block, which has started by then
+        with pytest.raises(TimeoutError):  # waits behind the block, which has started by then
+            in_threads(lambda: db.enqueue("SELECT 1").result(0.2))
         return False
 
     with parked(db) as release:
@@ -298,20 +293,27 @@ def test_a_limit_of_the_gateway_ends_the_sql_of_jobs_and_blocks(path: Path) -> N
         assert rows(db) == [0, 1, 2, 3]
 
 
-def test_a_block_whose_thread_has_ended_is_rolled_back(db: DbWriter) -> None:
+def test_a_block_whose_thread_has_ended_is_left_by_another_or_collected(db: DbWriter) -> None:
     blocks = []
 
     def leave_open() -> None:
         block = db.transaction()
-        block.__enter__().execute(INSERT, (1,))
-        blocks.append(block)
+        blocks.append((block, block.__enter__()))
+        blocks[-1][1].execute(INSERT, (len(blocks),))
 
-    thread = threading.Thread(target=leave_open)
-    thread.start()
-    thread.join()
-    db.run(INSERT, (2,), timeout=DEADLINE)
-    assert rows(db) == [2]
-    assert not blocks[0].__exit__(LookupError, LookupError(), None)
+    for _ in range(2):
+        in_threads(leave_open)
+        with pytest.raises(WriteTimeoutError, match="transaction"):
+            db.run(INSERT, (3,), timeout=0.0)
+        block, tx = blocks[-1]
+        if len(blocks) == 1:
+            block.__exit__(None, None, None)
+    blocks.clear()
+    del block
+    with pytest.raises(TransactionClosedError):  # nobody can leave it any more
+        tx.execute(INSERT, (4,))
+    db.run(INSERT, (5,), timeout=DEADLINE)
+    assert rows(db) == [1, 5]
 
 
 def test_a_block_of_a_collected_generator_is_rolled_back(db: DbWriter) -> None:
@@ -379,33 +381,21 @@ def test_inline_a_block_of_another_thread_is_waited_for(path: Path) -> None:
         assert not [thread for thread in threading.enumerate() if "writer" in thread.name]
 
 
-def test_a_thread_with_the_number_of_an_ended_one_is_not_inside_its_block(
-    db: DbWriter, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_thread_with_the_number_of_an_ended_one_is_not_inside_its_block(db: DbWriter) -> None:
     """The system gives the numbers of ended threads to new ones."""
-    from onewriter import block
-
-    monkeypatch.setattr(block, "LOOK", 1.0)  # until then, nobody notices that the thread has ended
-    numbers, inside, blocks = [], [], []
+    inside, blocks = [], []
 
     def leave_open() -> None:
-        numbers.append(threading.get_ident())
         open_block = db.transaction()
         open_block.__enter__()
         blocks.append(open_block)
 
-    def look() -> None:
-        numbers.append(threading.get_ident())
-        inside.append(db.in_writer())
-
-    for target in (leave_open, look):
+    for target in (leave_open, lambda: inside.append(db.in_writer())):
         thread = threading.Thread(target=target)
         thread.start()
         thread.join()
     assert inside == [False]
-    if numbers[0] == numbers[1]:  # nearly always
-        db.run(INSERT, (1,), timeout=DEADLINE)
-        assert rows(db) == [1]
+    blocks.pop().__exit__(None, None, None)
 
 
 def test_an_error_of_a_read_in_a_block_that_was_taken_away_is_the_one_that_is_told(db: DbWriter) -> None:

@@ -192,7 +192,7 @@ def test_rows_without_their_parent(path: Path, capsys: pytest.CaptureFixture[str
     assert (code, report["foreign_keys"]) == (1, 2)
     assert report["foreign_key_violations"] == ["child, rowid 1, has no parent in t"]
     assert main(["check", str(path)]) == 1
-    assert "2 declared, 1 violations or more" in capsys.readouterr().out
+    assert "2 declared, 1 violation\n" in capsys.readouterr().out
 
 
 def test_many_free_pages(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -229,7 +229,7 @@ def test_a_log_that_a_crash_left_behind_is_read(path: Path, tmp_path: Path, caps
     [
         (lambda path: None, "No such file or directory"),
         (lambda path: path.mkdir(), "it is a folder"),
-        (lambda path: path.write_text("not a database, " * 100), "file is not a database"),
+        (lambda path: path.write_text("not a database, " * 100), "file is not a database, or it is encrypted"),
         (lambda path: path.write_text("short"), "file is not a database"),
         (lambda path: os.mkfifo(path), "it is not a regular file"),
     ],
@@ -303,3 +303,59 @@ def test_what_only_the_application_has_is_said_to_be_missing(path: Path) -> None
     assert report.problems == []
     assert "could not be done here: no such collation sequence: mine" in report.advice[0]
     assert "quick_check   not done" in check.describe(report)
+
+
+CUT_OFF = """
+import os, signal, sqlite3, sys
+connection = sqlite3.connect(sys.argv[1], isolation_level=None)
+connection.execute("PRAGMA cache_size = 5")
+connection.execute("BEGIN")
+connection.execute("UPDATE t SET text = 'other' || text")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_transaction_that_a_crash_has_cut_off_is_told_and_left_alone(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain(path, "DELETE").close()
+    subprocess.run([sys.executable, "-c", CUT_OFF, str(path)], timeout=60, check=False)
+    before = contents(path.parent)
+    assert sorted(before) == [path.name, f"{path.name}-journal"]
+    assert main(["check", str(path)]) == 1
+    told = capsys.readouterr().out
+    assert f"PROBLEM: not checked any further: a crash has cut a transaction off, and {path}-journal" in told
+    assert "The next connection that may write puts that back" in told
+    assert "quick_check   not done" in told
+    assert sorted(os.listdir(path.parent)) == sorted(before)
+    assert contents(path.parent) == before
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("SELECT count(*) FROM t WHERE text LIKE 'other%'").fetchone() == (0,)
+    assert main(["check", str(path)]) == 0
+
+
+def test_an_empty_file_is_said_to_be_empty(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path.touch()
+    assert main(["check", str(path)]) == 0
+    told = capsys.readouterr().out
+    assert "journal mode  none yet" in told
+    assert "advice: the file is empty" in told
+    assert "DELETE" not in told
+
+
+def test_a_log_beside_an_empty_file_survives_a_check(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path.touch()
+    log = Path(f"{path}-wal")
+    log.write_bytes(b"what there was")
+    code, report = asked(path, capsys)
+    assert (code, report["wal_bytes"]) == (1, 14)
+    assert log.read_bytes() == b"what there was"
+
+
+@pytest.mark.parametrize(("count", "said"), [(1, "1 violation"), (2, "2 violations"), (30, "20 violations or more")])
+def test_violations_are_counted_in_words(path: Path, count: int, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with contextlib.closing(plain(path)) as connection:
+        connection.execute("CREATE TABLE c (n REFERENCES t (n))")
+        connection.executemany("INSERT INTO c VALUES (?)", [(-n,) for n in range(1, count + 1)])
+    assert main(["check", str(path)]) == 1
+    assert f"1 declared, {said}\n" in capsys.readouterr().out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 import threading
 from pathlib import Path
 from time import monotonic
@@ -180,7 +181,8 @@ def test_an_idle_reader_makes_not_every_commit_try_to_empty_the_log(path: Path) 
             assert log_size(path) > 10 * LIMIT
             assert 1 <= len(tries) <= 10  # each time that the log has doubled
             assert tries[-1].busy
-        db.run_many(UPDATE, [(f"{n:02000}", n % 100) for n in range(300)])
+        for k in range(10):
+            db.run_many(UPDATE, [(f"{k + n:02000}", n % 100) for n in range(300)])
         assert not tries[-1].busy  # as soon as the reader is back
         assert log_size(path) <= LIMIT
 
@@ -229,3 +231,47 @@ def test_a_log_far_over_its_limit_that_nobody_reads_is_no_trouble(path: Path) ->
         fill(db)
         db.run(UPDATE, ("y" * 3 * LIMIT, 1))
         assert db.health == "ok"
+
+
+@pytest.mark.parametrize("mode", ["WAL", "DELETE"])
+@pytest.mark.parametrize("inline", [False, True])
+def test_the_log_of_an_attached_file_counts(path: Path, tmp_path: Path, mode: Any, inline: bool) -> None:
+    other = tmp_path / "other.db"
+    with DbWriter(other) as db:
+        db.run("CREATE TABLE other (text)")
+
+    def attach(connection: sqlite3.Connection, readonly: bool) -> None:
+        connection.execute("ATTACH ? AS [the other]", (str(other),))
+
+    with DbWriter(path, journal_mode=mode, inline=inline, wal_limit=LIMIT, on_connect=attach) as db:
+        db.run("CREATE TABLE t (n)")
+        largest = 0
+        for _ in range(30):
+            db.run("INSERT INTO other VALUES (?)", ("x" * 500_000,))
+            largest = max(largest, log_size(other))
+        assert largest < 8 * LIMIT
+        assert db.stats().wal_bytes == log_size(other) + (log_size(path) if mode == "WAL" else 0)
+        found = db.checkpoint()
+        assert (found.busy, found.log) == (False, found.checkpointed)
+        assert db.stats().wal_bytes == 0
+
+
+def test_a_reader_that_keeps_the_log_of_an_attached_file_is_named(
+    path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = tmp_path / "other.db"
+    with DbWriter(other) as db:
+        db.run("CREATE TABLE other (text)")
+
+    def attach(connection: sqlite3.Connection, readonly: bool) -> None:
+        connection.execute("ATTACH ? AS other", (str(other),))
+
+    with DbWriter(path, wal_limit=LIMIT, slow_after=0.0, on_connect=attach) as db:
+        with db.reader(label="monthly report"):
+            for _ in range(12):
+                in_threads(lambda: db.run("INSERT INTO other VALUES (?)", ("x" * 500_000,)))
+            assert "monthly report" in db.health
+            assert "the WAL has grown to" in db.health
+        assert "checkpoint starved" in caplog.text
+        db.checkpoint()
+        db.run("INSERT INTO other VALUES ('')")

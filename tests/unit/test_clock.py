@@ -26,7 +26,7 @@ class Patient:
         self.calls = 0
         self._never = threading.Event()
 
-    def wait(self, value: object = None) -> object:
+    def wait(self, value: Any = None) -> Any:
         self.calls += 1
         assert self.calls < 100 * DEADLINE, "nobody has ended the read"
         self._never.wait(0.01)

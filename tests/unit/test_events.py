@@ -151,7 +151,8 @@ def test_what_the_hook_raises_is_logged_and_goes_no_further(
     path: Path, error: type[BaseException], caplog: pytest.LogCaptureFixture
 ) -> None:
     def hook(event: Any) -> None:
-        raise error("of the hook")
+        if error is ValueError or not isinstance(event, JobSubmitted):
+            raise error("of the hook")
 
     with DbWriter(path, on_event=hook) as db:
         db.run(TABLE)
@@ -159,6 +160,33 @@ def test_what_the_hook_raises_is_logged_and_goes_no_further(
         ticket.result(DEADLINE)
         assert db.read("SELECT n FROM t") == [(1,)]
     assert "of the hook" in caplog.text
+
+
+@pytest.mark.parametrize("inline", [False, True])
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt])
+def test_an_interrupt_in_the_hook_comes_out_of_the_call_whose_thread_it_is_in(
+    path: Path, error: type[BaseException], inline: bool
+) -> None:
+    raises: type[object] = list
+
+    def hook(event: Any) -> None:
+        if isinstance(event, raises):
+            raise error("of the hook")
+
+    with DbWriter(path, on_event=hook, inline=inline) as db:
+        db.run(TABLE)
+        raises = JobSubmitted
+        for call in (db.run, db.enqueue):
+            with pytest.raises(error, match="of the hook"):
+                call(INSERT, (1,))
+        with pytest.raises(error, match="of the hook"), db.transaction():
+            raise AssertionError("not reached")
+        raises = BackupEnded
+        with pytest.raises(error, match="of the hook"):
+            db.backup(path.parent / "copy.db")
+        raises = list
+        db.run(INSERT, (2,))
+        assert db.read("SELECT n FROM t") == [(2,)]  # what was not handed in is not written
 
 
 def test_a_hook_may_enqueue_but_not_wait(path: Path) -> None:

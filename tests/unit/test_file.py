@@ -1,19 +1,23 @@
-"""The file is moved, deleted or replaced under an open gateway."""
+"""The file, or its log, is moved, deleted, replaced or overwritten under an open gateway."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import shutil
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from helpers import run_child
-from onewriter import DbWriter, WriterBrokenError, file
+from helpers import DEADLINE, run_child
+from onewriter import DbWriter, WriterBrokenError, file, mounts
 
 INSERT = "INSERT INTO t VALUES (?)"
 
@@ -192,3 +196,293 @@ def test_a_reader_that_was_opened_while_the_file_was_replaced_is_not_used(path: 
         db.run("CREATE TABLE t (n)")
         with pytest.raises(WriterBrokenError, match="another file"):
             db.read("SELECT 1")
+
+
+# The log beside it -----------------------------------------------------------------------------------------------
+
+
+def lose_log(path: Path) -> None:
+    for suffix in ("-wal", "-shm"):
+        os.unlink(f"{path}{suffix}")
+
+
+def lose_index(path: Path) -> None:
+    os.unlink(f"{path}-shm")
+
+
+def replace_log(path: Path) -> None:
+    for suffix in ("-wal", "-shm"):
+        os.rename(f"{path}{suffix}", f"{path}{suffix}.old")
+        Path(f"{path}{suffix}").touch()
+
+
+def take_for_last(path: Path) -> None:
+    """What a second SQLite library in this process does: its locks and ours are one, so it closes as the last."""
+    checkpoint = "c.execute('PRAGMA wal_checkpoint(TRUNCATE)')"
+    assert run_child(f"import sqlite3; c = sqlite3.connect({str(path)!r}); {checkpoint}").returncode == 0
+    lose_log(path)
+
+
+WRITES_AND_IS_KILLED = """
+import os, signal, sqlite3
+connection = sqlite3.connect({path!r}, isolation_level=None)
+connection.execute("PRAGMA journal_mode = WAL")
+connection.execute("INSERT INTO t VALUES (100)")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def seen_by_others(path: Path) -> str:
+    code = f"import sqlite3; print(sqlite3.connect({str(path)!r}).execute('SELECT n FROM t ORDER BY n').fetchall())"
+    child = run_child(code)
+    assert child.returncode == 0, child.stderr
+    return child.stdout.strip()
+
+
+@pytest.mark.parametrize("away", [lose_log, lose_index, replace_log, take_for_last])
+@pytest.mark.parametrize("inline", [False, True])
+def test_a_log_that_is_lost_is_as_good_as_the_file(path: Path, away: Callable[[Path], None], inline: bool) -> None:
+    with DbWriter(path, inline=inline) as db:
+        db.run("CREATE TABLE t (n)")
+        db.run(INSERT, (1,))
+        db.read("SELECT 1")
+        db.checkpoint()
+        away(path)
+        for call in (
+            lambda: db.run(INSERT, (2,)),
+            lambda: db.enqueue(INSERT, (3,)),
+            lambda: db.transaction().__enter__(),
+            lambda: db.read("SELECT * FROM t"),
+            lambda: db.backup(path.parent / "copy.db"),
+        ):
+            with pytest.raises(WriterBrokenError, match=r"-(wal|shm) .*last writes may be lost"):
+                call()
+        assert db.health.startswith("broken: ")
+    assert seen_by_others(path) == "[(1,)]"
+
+
+@pytest.mark.parametrize("is_noticed", [True, False])
+@pytest.mark.parametrize("inline", [False, True])
+def test_closing_writes_nothing_over_what_others_have_written_since_the_log_was_lost(
+    path: Path, inline: bool, is_noticed: bool
+) -> None:
+    db = DbWriter(path, inline=inline)
+    db.run("CREATE TABLE t (n)")
+    db.checkpoint()
+    db.run(INSERT, (1,))  # in the log that will be lost
+    lose_log(path)
+    run_child(WRITES_AND_IS_KILLED.format(path=str(path)))
+    if is_noticed:
+        with pytest.raises(WriterBrokenError):
+            db.run(INSERT, (2,))
+    db.close()
+    assert Path(f"{path}-wal").stat().st_size > 0
+    assert seen_by_others(path) == "[(100,)]"
+    with DbWriter(path, inline=inline) as again:
+        again.run(INSERT, (3,))
+    assert seen_by_others(path) == "[(3,), (100,)]"
+
+
+def test_a_connection_that_cannot_be_closed_without_harm_stays_open_and_the_file_is_refused(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    db = DbWriter(path)
+    db.run("CREATE TABLE t (n)")
+    db.checkpoint()
+    db.run(INSERT, (1,))
+    lose_log(path)
+    run_child(WRITES_AND_IS_KILLED.format(path=str(path)))
+    monkeypatch.setattr(sys, "executable", "/nothing/there")
+    db.close()
+    monkeypatch.undo()
+    with pytest.raises(WriterBrokenError, match="in another process"):
+        DbWriter(path)
+    assert seen_by_others(path) == "[(100,)]"
+
+
+def test_a_second_gateway_is_refused_while_one_of_this_process_has_lost_the_log(path: Path) -> None:
+    """SQLite has one index of the log for all connections of a process to a file."""
+    with DbWriter(path) as db:
+        db.run("CREATE TABLE t (n)")
+        lose_log(path)
+        with pytest.raises(WriterBrokenError, match="-wal") as caught:
+            DbWriter(path)
+        assert "close it" in "".join(caught.value.__notes__)
+    with DbWriter(path) as again:
+        again.run("CREATE TABLE IF NOT EXISTS t (n)")
+
+
+def test_a_log_that_comes_and_goes_with_our_own_connections_is_not_lost(path: Path) -> None:
+    with DbWriter(path, inline=True) as db:
+        db.run("CREATE TABLE t (n)")
+        for n in range(3):
+            db._loop._drop_session()  # as after an error that leaves it in doubt; SQLite deletes the log
+            assert not Path(f"{path}-wal").exists()
+            db.run(INSERT, (n,))
+            db.checkpoint()
+            assert (
+                run_child(f"import sqlite3; sqlite3.connect({str(path)!r}).execute('SELECT * FROM t')").returncode == 0
+            )
+        db.read("SELECT 1")
+        db._loop._drop_session()  # a reader that has read nothing of the file does not keep the log
+        db.run(INSERT, (3,))
+        assert db.health == "ok"
+    assert seen_by_others(path) == "[(0,), (1,), (2,), (3,)]"
+
+
+@pytest.mark.parametrize("mode", ["DELETE", "TRUNCATE", "PERSIST"])
+def test_where_there_is_no_log_none_is_missed(path: Path, mode: Any) -> None:
+    with DbWriter(path, journal_mode=mode) as db:
+        db.run("CREATE TABLE t (n)")
+        db.run(INSERT, (1,))
+        assert (db.stats().wal_bytes, db.health) == (0, "ok")
+
+
+def test_the_log_of_an_attached_file_is_looked_at_too(path: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.db"
+    with contextlib.closing(sqlite3.connect(other)) as connection:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("CREATE TABLE t (n)")
+    db = DbWriter(path, on_connect=lambda c, readonly: c.execute("ATTACH ? AS other", (str(other),)))
+    db.run("INSERT INTO other.t VALUES (1)")
+    db.checkpoint()
+    db.run("INSERT INTO other.t VALUES (2)")
+    lose_log(other)
+    run_child(WRITES_AND_IS_KILLED.format(path=str(other)))
+    with pytest.raises(WriterBrokenError, match=r"other\.db-wal"):
+        db.run("INSERT INTO other.t VALUES (3)")
+    db.close()
+    assert seen_by_others(other) == "[(1,), (100,)]"
+
+
+# Overwritten in place --------------------------------------------------------------------------------------------
+
+
+def grow(db: DbWriter) -> None:
+    db.run("CREATE TABLE t (n, text)")
+    db.run_many("INSERT INTO t VALUES (?, ?)", [(n, "x" * 100) for n in range(2000)])
+
+
+@pytest.mark.parametrize("inline", [False, True])
+@pytest.mark.parametrize("is_empty", [True, False])
+def test_a_file_that_is_overwritten_by_a_smaller_one_is_told_as_that(path: Path, inline: bool, is_empty: bool) -> None:
+    small = path.parent / "small.db"
+    with DbWriter(small) as db:
+        db.run("CREATE TABLE t (n, text)")
+    with DbWriter(path, inline=inline) as db:
+        grow(db)
+        db.checkpoint()
+        if is_empty:
+            path.write_bytes(b"")
+        else:
+            shutil.copyfile(small, path)
+        with pytest.raises(WriterBrokenError, match="overwritten while it was open"):
+            db.run("INSERT INTO t VALUES (1, '')")
+        assert db.health.startswith("broken: ")
+    assert path.stat().st_size == (0 if is_empty else small.stat().st_size)  # closing has written nothing
+
+
+@pytest.mark.parametrize("settings", [{}, {"pragmas": {"auto_vacuum": "FULL"}}, {"journal_mode": "DELETE"}])
+def test_a_file_that_sqlite_itself_makes_smaller_is_not_overwritten(path: Path, settings: Any) -> None:
+    with DbWriter(path, **settings) as db:
+        grow(db)
+        db.run_without_transaction("VACUUM")  # ours, that somebody else checkpoints
+        db.checkpoint()
+        big = path.stat().st_size
+        db.run("DELETE FROM t")
+        db.run_without_transaction("VACUUM")
+        assert run_child(CHECKPOINTS.format(path=str(path))).returncode == 0
+        db.run("INSERT INTO t VALUES (1, '')")
+        db.checkpoint()
+        assert path.stat().st_size < big
+        db.run_many("INSERT INTO t VALUES (?, ?)", [(n, "x" * 100) for n in range(2000)])
+        db.checkpoint()
+        code = f"import sqlite3; c = sqlite3.connect({str(path)!r}); c.execute('DELETE FROM t'); c.commit(); "
+        assert run_child(code + "c.execute('VACUUM'); c.execute('PRAGMA wal_checkpoint')").returncode == 0
+        db.run("INSERT INTO t VALUES (2, '')")
+        assert (db.read_value("SELECT n FROM t"), db.health) == (2, "ok")
+
+
+CHECKPOINTS = "import sqlite3; sqlite3.connect({path!r}).execute('PRAGMA wal_checkpoint')"
+
+
+# What a look may find --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reason", [errno.EACCES, errno.EIO, errno.ESTALE, errno.ENFILE])
+def test_a_look_that_fails_for_a_moment_means_nothing(path: Path, reason: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: Any, *arguments: Any, **options: Any) -> os.stat_result:
+        if str(path) in str(name):
+            raise OSError(reason, os.strerror(reason), str(name))
+        return original(name, *arguments, **options)
+
+    original = os.stat
+    with DbWriter(path) as db:
+        db.run("CREATE TABLE t (n)")
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "stat", fail)
+            db.run(INSERT, (1,))
+            assert db.read("SELECT n FROM t") == [(1,)]
+        assert db.run(INSERT, (2,)).rowcount == 1
+        assert db.health == "ok"
+    assert not Path(f"{path}-wal").exists()
+
+
+# Mounted alone ---------------------------------------------------------------------------------------------------
+
+MOUNTS_AND_OPENS = """
+import logging, os, subprocess, sys
+real, path = sys.argv[1:]
+for folder in (real, path):
+    os.makedirs(folder)
+open(f"{real}/app.db", "w").close(); open(f"{path}/app.db", "w").close()
+if subprocess.run(["mount", "--bind", f"{real}/app.db", f"{path}/app.db"]).returncode:
+    sys.exit(77)
+logging.basicConfig(level=logging.CRITICAL)
+from onewriter import DbWriter, check
+with DbWriter(f"{path}/app.db") as db:
+    db.run("CREATE TABLE t (n)")
+    print(db.health)
+print(check.check(f"{path}/app.db").problems)
+print(check.check(f"{real}/app.db").problems)
+"""
+
+
+@pytest.fixture
+def mountinfo(path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    listed = path.parent / "mountinfo"
+    monkeypatch.setattr(mounts, "MOUNTS", listed)
+    return listed
+
+
+def test_a_file_that_is_mounted_alone_is_told_at_once(
+    path: Path, mountinfo: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = os.path.realpath(path).replace(" ", r"\040")
+    mountinfo.write_text(f"22 1 8:1 / / rw - ext4 /dev/a rw\n23 22 8:1 /a {place} rw - ext4 /dev/a rw\n")
+    path.touch()
+    with caplog.at_level(logging.CRITICAL), DbWriter(path) as db:
+        assert db.health.startswith("degraded: ")
+        assert "Mount the folder" in db.health
+        db.run("CREATE TABLE t (n)")
+    assert [record.levelname for record in caplog.records] == ["CRITICAL"]
+    mountinfo.write_text(f"22 1 8:1 / / rw - ext4 /dev/a rw\n23 22 8:1 /a {path.parent} rw - ext4 /dev/a rw\n")
+    with DbWriter(path) as db:
+        assert db.health == "ok"
+
+
+def test_a_real_mount_of_the_one_file_is_seen(tmp_path: Path) -> None:
+    arguments = [str(tmp_path / "real one"), str(tmp_path / "seen")]
+    unshare = shutil.which("unshare")
+    if unshare is None:
+        return
+    command = [unshare, "--mount", "--", sys.executable, "-c", MOUNTS_AND_OPENS, *arguments]
+    child = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE)
+    if child.returncode == 77 or "unshare:" in child.stderr:  # no right to mount anything here
+        return
+    assert child.returncode == 0, child.stderr
+    health, there, here = child.stdout.splitlines()
+    assert health.startswith("degraded: ")
+    assert "mounted alone" in there
+    assert "mounted alone" in child.stderr
+    assert here == "[]"

@@ -53,11 +53,11 @@ def use(tx):
         refused(lambda: tx.on_commit(print))
     if lent is not None:
         refused(lambda: lent.execute("SELECT 1"))
-        lent.loan.end()  # as leaving the block would
+        lent._loan.end()  # as leaving the block would
         for borrowing in db._readers._lent:
             db._readers.end(borrowing)
-        assert lent.loan.reader.connection.in_transaction
-        assert len(sqlite3.Cursor.fetchmany(live[0], 2)) == 2  # nothing was closed
+        assert lent._loan.reader.connection.in_transaction
+        assert len(sqlite3.Cursor.fetchmany(live[0]._LentCursor__raw, 2)) == 2  # nothing was closed
     if pending is not None and not pending.done():
         refused(pending.result)
     assert db.closed and not db.in_writer() and db.stats().failed == 0 and db.health.startswith("broken: ")
@@ -222,3 +222,176 @@ def test_children_that_open_after_the_parent_has_closed_write_as_any_process(pat
     assert done.returncode == 0, done.stderr
     with contextlib.closing(sqlite3.connect(path)) as connection:
         assert connection.execute("SELECT n, count(*) FROM t GROUP BY n").fetchall() == [(n, 25) for n in range(4)]
+
+
+ON_THE_STACK = """
+import logging, os, sqlite3, sys, threading, time, warnings
+warnings.simplefilter("ignore", DeprecationWarning)
+from onewriter import AsyncDbWriter, DbWriter, ForkedError
+PATH, PLACE, ENDING = {path!r}, {place!r}, {ending!r}
+ROW, parent, children = "INSERT INTO t VALUES (?)", os.getpid(), []
+
+def fork(*_):
+    if children or not ready:
+        return 0
+    pid = os.fork()
+    if pid:
+        children.append(pid)
+        _, status = os.waitpid(pid, 0)  # it ends by itself
+        os.write(1, b"child %d\\n" % os.waitstatus_to_exitcode(status))
+        return 0
+    children.append(0)
+    for call in (lambda: db.run(ROW, (-1,)), lambda: db.enqueue(ROW, (-1,)), lambda: db.read("SELECT 1")):
+        try:
+            call()
+        except ForkedError:
+            pass
+        else:
+            os.write(1, b"used in the child\\n")
+    if ENDING == "sys.exit":
+        sys.exit(0)
+    if ENDING == "raise":
+        raise LookupError
+    return 0
+
+def told(*_):
+    os.write(1, b"" if os.getpid() == parent else b"told in the child\\n")
+
+def write(n):
+    def job(tx):
+        tx.execute(ROW, (n,))
+        tx.on_commit(told)
+        if os.getpid() != parent:
+            os.write(1, b"ran in the child\\n")
+    return job
+
+class Handler(logging.Handler):
+    def emit(self, record):
+        if PLACE == "a handler":
+            fork()
+
+def on_connect(connection, readonly):
+    if PLACE in ("on_connect", "on_connect of a reader") and readonly == (PLACE != "on_connect"):
+        fork()
+
+def on_event(event):
+    if PLACE == "on_event" and type(event).__name__ == "BatchEnded":
+        fork()
+
+logging.getLogger("onewriter").addHandler(Handler())
+logging.getLogger("onewriter").propagate = False
+ready = PLACE == "on_connect"
+try:
+    db = DbWriter(PATH, on_connect=on_connect, on_event=on_event, on_error=fork if PLACE == "on_error" else None,
+                  inline={inline!r})
+except NameError:
+    sys.exit(0)  # the child of the constructor has no gateway
+db.run("CREATE TABLE t (n)")
+ready = True
+
+def job(tx):
+    if PLACE == "on_commit":
+        tx.on_commit(fork)
+    if PLACE == "on_rollback":
+        tx.on_rollback(fork)
+        raise LookupError
+
+def go():
+    go_on = threading.Event()
+    if not {inline!r}:
+        db.enqueue(lambda tx: go_on.wait(20) and None)
+    first = db.enqueue(job)
+    if PLACE != "on_error":
+        first.add_done_callback(fork if PLACE == "a done callback" else told)
+    if PLACE in ("a handler", "on_error"):
+        db.enqueue("INSERT INTO nowhere VALUES (1)")
+    for n in range(50):
+        db.enqueue(write(n) if n % 2 else ROW, *([] if n % 2 else [(n,)]))
+    go_on.set()
+    db.flush()
+    if PLACE == "on_commit of a block":
+        with db.transaction() as tx:
+            tx.on_commit(fork)
+            tx.on_commit(told)
+    if PLACE.startswith("progress"):
+        target = PATH + ".copy" if PLACE == "progress" else sqlite3.connect(":memory:")
+        db.backup(target, pages=1, progress=fork)
+    if PLACE == "on_connect of a reader":
+        assert db.read("SELECT count(*) FROM t") == [(50,)]
+
+try:
+    go()
+except ForkedError:
+    assert os.getpid() != parent
+except (LookupError, RuntimeError):  # RuntimeError: logging cannot go on in a child that a handler has forked
+    assert os.getpid() != parent
+if os.getpid() != parent:
+    sys.exit(0)
+db.run(ROW, (50,))
+assert db.read_value("SELECT count(*) FROM t") == 51, db.read_value("SELECT count(*) FROM t")
+db.close()
+os.write(1, b"parent ended\\n")
+"""
+STACKS = [
+    *("a done callback", "on_commit", "on_rollback", "on_error", "on_event", "a handler", "on_connect"),
+    *("on_connect of a reader", "on_commit of a block", "progress", "progress to a connection"),
+]  # not a function that SQL calls: in CPython a child cannot return from it
+
+
+@pytest.mark.parametrize("inline", [False, True])
+@pytest.mark.parametrize("ending", ["return", "sys.exit", "raise"])
+@pytest.mark.parametrize("place", STACKS)
+def test_whatever_forks_on_our_stack_nothing_of_ours_goes_on_in_the_child(
+    path: Path, place: str, ending: str, inline: bool
+) -> None:
+    program = ON_THE_STACK.format(path=str(path), place=place, ending=ending, inline=inline)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["child 0", "parent ended"], done.stderr
+    left = {name.name for name in path.parent.iterdir()}
+    assert left == ({"app.db", "app.db.copy"} if place == "progress" else {"app.db"})
+    for name in left:
+        with contextlib.closing(sqlite3.connect(path.parent / name)) as connection:
+            assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+            assert connection.execute("SELECT count(DISTINCT n), count(*) FROM t").fetchone() == (
+                (50, 50) if name != "app.db" else (51, 51)
+            )
+
+
+IN_TASKS = """
+import asyncio, os, sys, warnings
+warnings.simplefilter("ignore", DeprecationWarning)
+from onewriter import AsyncDbWriter, ForkedError
+parent, children = os.getpid(), []
+
+def fork(*_):
+    if not children:
+        children.append(os.fork())
+        if children[0]:
+            _, status = os.waitpid(children[0], 0)
+            os.write(1, b"child %d\\n" % os.waitstatus_to_exitcode(status))
+    return 0
+
+async def main():
+    async with AsyncDbWriter({path!r}) as db:
+        await db.run("CREATE TABLE t (n)")
+        if {place!r} == "a block":
+            async with db.transaction() as tx:
+                await tx.execute("INSERT INTO t VALUES (1)")
+                await db.read(fork)
+        else:
+            await db.read(fork)
+            await db.run("INSERT INTO t VALUES (1)")
+        assert await db.read("SELECT n FROM t") == [(1,)]
+
+asyncio.run(main())
+os.write(1, b"ended\\n")
+"""
+
+
+@pytest.mark.parametrize("place", ["a block", "a read"])
+def test_a_child_forked_on_a_thread_that_works_for_tasks_ends(path: Path, place: str) -> None:
+    program = IN_TASKS.format(path=str(path), place=place)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["child 0", "ended"], done.stderr

@@ -46,7 +46,7 @@ GUARDS = [
             "loop.py": [],
             "holder.py": [],
             "stats.py": [],
-            "gateway.py": ["backup"],
+            "gateway.py": ["_back_up"],
             "exit.py": ["_drain"],
         }.items()
     ),
@@ -61,7 +61,7 @@ GUARDS = [
     Guard(
         "readers.py",
         "_lock",
-        {"_closed", "_count", "_extras", "_idle", "_on_all_back", "_snapshots", "_waiting", "has_place", "is_over"},
+        {"_closed", "_count", "_extras", "_idle", "_on_all_back", "_waiting", "has_place", "is_over"},
         held=frozenset(("_all_back_if_closed", "_grant")),
         free=frozenset(("__init__", "become_inherited")),
     ),
@@ -75,9 +75,10 @@ GUARDS = [
     Guard("clock.py", "lock", {"rings_at", "_thread"}, free=frozenset(("__init__", "turn_off"))),
     Guard("readers.py", "_lock", {"_ended"}, also_read=True, free=frozenset(("__init__",))),
     Guard("aio.py", "_lock", {"_openers", "_pool"}, free=frozenset(("_prepare",))),
-    Guard("taskblock.py", "_lock", {"taken"}, free=frozenset(("__init__",))),
-    Guard("taskblock.py", "_lock", {"_accepts"}, also_read=True, free=frozenset(("__init__", "until_innermost"))),
-    Guard("exit.py", "_lock", {"_open"}, also_read=True, free=frozenset(("_forget_in_child",))),
+    Guard(
+        "taskblock.py", "_lock", {"_accepts"}, also_read=True, free=frozenset(("__init__", "needs", "until_innermost"))
+    ),
+    Guard("taskblock.py", "_lock", {"_changes"}, also_read=True, free=frozenset(("__init__",))),
 ]
 
 

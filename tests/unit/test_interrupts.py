@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import signal
 import sqlite3
 import subprocess
@@ -13,8 +14,10 @@ from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, parked
-from onewriter import DbWriter, driver, gateway
+from helpers import DEADLINE, parked, run_child
+from onewriter import DbWriter, ReentrantWriteError, driver, gateway, job
+from onewriter.guard import Guard, ReadGuard
+from onewriter.readers import ReaderPool
 from onewriter.watch import Watch
 
 ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
@@ -203,18 +206,50 @@ def test_a_connection_is_given_back_although_giving_it_back_was_interrupted(
 
 
 def test_a_statement_that_was_refused_only_because_of_an_interrupt_is_an_interrupt(db: DbWriter) -> None:
-    """The handler raised inside the authorizer, and sqlite3 made "not authorized" of it."""
-    error = sqlite3.DatabaseError("not authorized")
-    error.sqlite_errorcode, error.sqlite_errorname = sqlite3.SQLITE_AUTH, "SQLITE_AUTH"
+    """The handler raised before the first line of the authorizer, and sqlite3 made "not authorized" of it."""
 
-    def refuse(connection: sqlite3.Connection) -> None:
-        raise error
+    def interrupted(*_: object) -> int:
+        raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt), db.reader() as connection:
-        connection.loan.call(refuse, connection)  # type: ignore[attr-defined]
+    for sql in ("SELECT 1", "SELECT * FROM pragma_table_info('sqlite_schema')"):
+        with pytest.raises(KeyboardInterrupt), db.reader() as connection:
+            reader = connection._loan.reader  # type: ignore[attr-defined]
+            reader.guard.authorizer, reader.guard._answers = functools.lru_cache(maxsize=0)(interrupted), 0
+            reader.connection.set_authorizer(reader.guard.authorizer)
+            connection.execute(sql)
     with pytest.raises(sqlite3.DatabaseError, match="not authorized") as caught:
         db.read("ATTACH 'other.db' AS other")
     assert caught.value.__notes__ == ["onewriter: a reader cannot ATTACH, DETACH or VACUUM"]
+
+
+class _HandlerError(Exception):
+    """What a signal handler of the application raises."""
+
+
+def test_what_a_handler_raises_while_sqlite_asks_comes_out_also_of_a_table_valued_pragma(
+    any_db: DbWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SQLite keeps the text of the refusal alone, without its code, before version 3.41."""
+
+    def decide(self: object, action: int, first: str | None, second: str | None, third: str | None) -> int:
+        if action == sqlite3.SQLITE_PRAGMA:
+            raise _HandlerError
+        return original(self, action, first, second, third)  # type: ignore[arg-type]
+
+    sql = "SELECT name FROM pragma_table_info('t')"
+    any_db.run("CREATE TABLE t (n)")
+    for guard, call in ((Guard, lambda: any_db.run(sql)), (ReadGuard, lambda: any_db.read(sql))):
+        original = guard.decide
+        with monkeypatch.context() as patch, pytest.raises(_HandlerError):
+            patch.setattr(guard, "decide", decide)
+            call()
+        assert any_db.read(sql) == [("n",)]
+
+
+def test_an_error_that_only_sounds_like_a_refusal_stays_what_it_is(any_db: DbWriter) -> None:
+    for call in (any_db.run, any_db.read):
+        with pytest.raises(sqlite3.OperationalError, match="not authorized"):
+            call("SELECT load_extension('nothing')")
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
@@ -263,3 +298,168 @@ def test_a_handler_may_enqueue_while_its_thread_waits_for_room(path: Path) -> No
                 signal.signal(signal.SIGALRM, before)
         db.flush(DEADLINE)
         assert sorted(db.read("SELECT n FROM t")) == [(1,), (2,), (3,)]
+
+
+# Calls in a signal handler or finalizer that came inside a lock of ours ----------------------------------------------
+
+WAITS: dict[str, Callable[[DbWriter], object]] = {
+    "close": lambda db: db.close(),
+    "close without drain": lambda db: db.close(5.0, drain=False),
+    "flush": lambda db: db.flush(),
+    "run": lambda db: db.run("SELECT 1", timeout=None),
+    "run_many": lambda db: db.run_many(INSERT, [(1,)], timeout=None),
+    "run_script": lambda db: db.run_script("SELECT 1", timeout=None),
+    "run_without_transaction": lambda db: db.run_without_transaction("VACUUM", timeout=None),
+    "transaction": lambda db: db.transaction(timeout=None).__enter__(),
+    "result": lambda db: db.enqueue("SELECT 1").result(),
+    "exception": lambda db: db.enqueue("SELECT 1").exception(),
+    "read after": lambda db: db.read("SELECT 1", after=db.enqueue("SELECT 1"), timeout=None),
+    "checkpoint": lambda db: db.checkpoint(timeout=None),
+    "backup": lambda db: db.backup(db.path + ".copy"),
+}
+INSERT = "INSERT INTO t VALUES (?)"
+
+
+def lock_of(db: DbWriter, name: str) -> Any:
+    return {"tickets": db._holder.lock, "queue": db._loop.queue.mutex, "pool": db._readers._lock}[name]
+
+
+@pytest.mark.parametrize("lock", ["tickets", "queue", "pool"])
+@pytest.mark.parametrize("call", WAITS)
+def test_a_wait_in_a_handler_that_came_inside_a_lock_is_refused(path: Path, call: str, lock: str) -> None:
+    with DbWriter(path) as db:
+        db.run("CREATE TABLE t (n)")
+        mine = lock_of(db, lock)
+        with parked(db), mine, pytest.raises(ReentrantWriteError, match="signal handler"):
+            WAITS[call](db)
+        assert not db.closed
+        db.run(INSERT, (1,))
+    assert not path.with_name("app.db.copy").exists()
+
+
+@pytest.mark.parametrize("lock", ["tickets", "queue", "pool"])
+def test_what_does_not_wait_is_done_there(path: Path, lock: str) -> None:
+    with DbWriter(path, maxsize=1, readers=1) as db:
+        db.run("CREATE TABLE t (n)")
+        db.read("SELECT 1")
+        mine = lock_of(db, lock)
+        with parked(db), mine:
+            assert db.read("SELECT 1") == [(1,)]
+            assert db.enqueue(INSERT, (1,)).cancel()
+            for n in range(3):
+                db.enqueue(INSERT, (n,))  # over maxsize
+            assert db.stats().queue_depth >= 3
+            assert db.health
+        db.flush()
+        assert db.read_value("SELECT count(*) FROM t") == 3
+
+
+def test_a_read_there_does_not_wait_for_a_connection_that_cannot_come_back(path: Path) -> None:
+    entered, release = threading.Event(), threading.Event()
+
+    def hold(connection: object) -> None:
+        entered.set()
+        release.wait(DEADLINE)
+
+    with DbWriter(path, readers=1) as db:
+        thread = threading.Thread(target=db.read, args=[hold])
+        thread.start()
+        assert entered.wait(DEADLINE)
+        with db._readers._lock, pytest.raises(ReentrantWriteError, match="signal handler"):
+            db.read("SELECT 1", timeout=None)
+        release.set()
+        thread.join(DEADLINE)
+        assert db.stats().readers_waiting == 0
+        assert db.read("SELECT 1") == [(1,)]
+
+
+@pytest.mark.parametrize("call", WAITS)
+def test_a_wait_in_a_handler_that_came_as_its_thread_waits_for_the_turn_of_a_block_is_refused(
+    path: Path, call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The writer would lend the connection to a thread that waits for the writer."""
+    refused: list[BaseException] = []
+
+    def interrupted(wakeup: Any, until: float, holder: Any) -> bool:
+        monkeypatch.undo()
+        try:
+            WAITS[call](db)
+        except ReentrantWriteError as error:
+            refused.append(error)
+        release.set()
+        return job.wait_in_slices(wakeup, until, holder)
+
+    with DbWriter(path) as db:
+        db.run("CREATE TABLE t (n)")
+        with parked(db) as release:
+            monkeypatch.setattr(driver, "wait_in_slices", interrupted)
+            with db.transaction() as tx:
+                tx.execute(INSERT, (1,))
+        assert len(refused) == 1
+        db.flush()
+        assert db.read("SELECT n FROM t") == [(1,)]
+
+
+def test_close_in_a_handler_that_came_as_a_connection_is_opened_or_closed_is_refused(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused: list[str] = []
+
+    def close(*_: object) -> None:
+        if handles:
+            try:
+                db.close()
+            except ReentrantWriteError:
+                refused.append("close")
+
+    handles = False
+    with DbWriter(path, readers=1, on_connect=close) as db:
+        handles = True
+        assert db.read("SELECT 1") == [(1,)]  # which opens one
+        db.backup(path.with_name("copy.db"))
+        end_place = ReaderPool._end_place
+
+        def closed_in(self: Any, *args: Any) -> None:
+            close()
+            end_place(self, *args)
+
+        monkeypatch.setattr(ReaderPool, "_end_place", closed_in)
+        with db.reader() as connection:
+            connection.execute("PRAGMA cache_size=7")  # so it is not lent again
+        handles = False
+        assert len(refused) == 3
+        db.run("CREATE TABLE t (n)")
+
+
+TERMINATED = """
+import os, signal, sys, threading, time
+from onewriter import DbWriter
+db = DbWriter({path!r})
+db.run("CREATE TABLE t (n)")
+
+def close(*_):
+    db.close()
+    os._exit(0)
+
+signal.signal(signal.SIGTERM, close)
+threading.Timer({after}, os.kill, [os.getpid(), signal.SIGTERM]).start()
+while True:
+    {call}
+"""
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        'db.enqueue("INSERT INTO t VALUES (1)")',
+        'db.run("INSERT INTO t VALUES (1)")',
+        'db.read("SELECT 1")',
+        'db.enqueue("INSERT INTO t VALUES (1)").cancel()',
+        'with db.transaction() as tx: tx.execute("INSERT INTO t VALUES (1)")',
+    ],
+)
+def test_a_process_whose_handler_of_sigterm_closes_ends(path: Path, call: str) -> None:
+    for after in (0.05, 0.07, 0.11):
+        path.unlink(missing_ok=True)
+        done = run_child(TERMINATED.format(path=str(path), after=after, call=call))
+        assert done.returncode == 0 or "ReentrantWriteError" in done.stderr, done.stderr

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import sqlite3
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from onewriter import DbWriter, Transaction, TransactionClosedError
+from onewriter import DbWriter, ReentrantWriteError, Transaction, TransactionClosedError
 
 INSERT = "INSERT INTO t VALUES (?)"
 Use = Callable[[sqlite3.Connection], object]
@@ -364,9 +366,9 @@ def test_what_a_borrower_sets_on_a_reader_is_gone_for_the_next(path: Path) -> No
             assert (row, db.read_value("PRAGMA cache_size"), heard) == (("a", 0, 1), before, [])
         with db.reader() as connection:
             connection.execute("PRAGMA table_info(t)")  # which sets nothing
-            kept = connection.loan.connection  # type: ignore[attr-defined]
+            kept = connection._loan.connection  # type: ignore[attr-defined]
         with db.reader() as connection:
-            assert connection.loan.connection is kept  # type: ignore[attr-defined]
+            assert connection._loan.connection is kept  # type: ignore[attr-defined]
 
 
 def test_whoever_follows_the_sql_of_a_job_does_not_follow_that_of_others(any_db: DbWriter) -> None:
@@ -381,3 +383,292 @@ def test_whoever_follows_the_sql_of_a_job_does_not_follow_that_of_others(any_db:
     any_db.run("SELECT 2")
     any_db.flush()
     assert "SELECT 2" not in heard
+
+
+# Every way in goes through the loan --------------------------------------------------------------------------------
+
+
+def back_up_into(connection: sqlite3.Connection) -> None:
+    with contextlib.closing(sqlite3.connect(":memory:")) as own:
+        own.backup(connection)
+
+
+PAST_THE_CLASS: dict[str, Callable[[Any, Any, Any], object]] = {
+    "Connection.execute": lambda con, cur, blob: sqlite3.Connection.execute(con, "INSERT INTO t VALUES (1)"),
+    "Connection.commit": lambda con, cur, blob: sqlite3.Connection.commit(con),
+    "Connection.cursor": lambda con, cur, blob: sqlite3.Connection.cursor(con),
+    "Connection.blobopen": lambda con, cur, blob: sqlite3.Connection.blobopen(con, "b", "data", 1),
+    "Connection.interrupt": lambda con, cur, blob: sqlite3.Connection.interrupt(con),
+    "Connection.in_transaction": lambda con, cur, blob: sqlite3.Connection.total_changes.__get__(con),
+    "a new Cursor": lambda con, cur, blob: sqlite3.Cursor(con).execute("SELECT 1"),
+    "Cursor.execute": lambda con, cur, blob: sqlite3.Cursor.execute(cur, "INSERT INTO t VALUES (1)"),
+    "Cursor.executescript": lambda con, cur, blob: sqlite3.Cursor.executescript(cur, "COMMIT"),
+    "Cursor.fetchone": lambda con, cur, blob: sqlite3.Cursor.fetchone(cur),
+    "Blob.write": lambda con, cur, blob: sqlite3.Blob.write(blob, b"x"),
+    "a target of backup": lambda con, cur, blob: back_up_into(con),
+}
+
+
+@contextlib.contextmanager
+def lent_by(db: DbWriter, way: str) -> Iterator[sqlite3.Connection]:
+    if way == "reader":
+        with db.reader() as connection:
+            yield connection
+    elif way == "nested":
+        with db.transaction(), db.transaction() as inner:
+            yield inner.connection
+    else:
+        with db.transaction() as tx:
+            yield tx.connection
+
+
+LENDERS = ["block", "nested", "reader"]
+
+
+@pytest.fixture
+def blobs(any_db: DbWriter) -> DbWriter:
+    any_db.run_script("CREATE TABLE t (n); CREATE TABLE b (data); INSERT INTO b VALUES (zeroblob(10))")
+    return any_db
+
+
+@pytest.mark.parametrize("lender", LENDERS)
+@pytest.mark.parametrize("use", PAST_THE_CLASS.values(), ids=PAST_THE_CLASS)
+def test_what_is_called_past_its_class_reaches_nothing(
+    blobs: DbWriter, use: Callable[[Any, Any, Any], object], lender: str
+) -> None:
+    with lent_by(blobs, lender) as connection:
+        cursor = connection.execute("SELECT 1 UNION SELECT 2")
+        blob = connection.blobopen("b", "data", 1, readonly=True)
+        assert isinstance(cursor, sqlite3.Cursor)
+        assert isinstance(blob, sqlite3.Blob)
+        with pytest.raises((sqlite3.ProgrammingError, TypeError)):
+            use(connection, cursor, blob)
+        assert cursor.fetchall() == [(1,), (2,)]
+        cursor = connection.execute("SELECT 1")
+    with pytest.raises((sqlite3.ProgrammingError, TypeError)):
+        use(connection, cursor, blob)
+    assert blobs.read("SELECT n FROM t") == []
+
+
+class KeepingCursor(sqlite3.Cursor):
+    """A library's own, which keeps the connection it was made with, and calls its base in the old way."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        sqlite3.Cursor.__init__(self, connection)
+        self.kept = connection
+
+
+def test_a_cursor_class_is_made_with_the_lent_connection(blobs: DbWriter) -> None:
+    with pytest.raises(LookupError), blobs.transaction() as tx:
+        cursor = tx.connection.cursor(KeepingCursor)
+        cursor.execute("INSERT INTO t VALUES (1)")
+        assert cursor.kept is tx.connection
+        cursor.kept.commit()
+        raise LookupError
+    assert blobs.read("SELECT n FROM t") == []
+
+
+class NamingRow(sqlite3.Row):
+    def __new__(cls, cursor: Any, row: Any) -> Any:
+        seen.append(cursor)
+        return super().__new__(cls, cursor, row)
+
+
+seen: list[Any] = []
+
+
+def by_hand(cursor: Any, row: Any) -> Any:
+    seen.append(cursor)
+    return sqlite3.Row(cursor, row)
+
+
+@pytest.mark.parametrize("lender", LENDERS)
+@pytest.mark.parametrize("factory", [by_hand, NamingRow, sqlite3.Row])
+def test_a_row_factory_sees_the_lent_cursor_and_its_columns(blobs: DbWriter, factory: Any, lender: str) -> None:
+    seen.clear()
+    with lent_by(blobs, lender) as connection:
+        connection.row_factory = factory
+        for sql in ('SELECT 1 AS a, 2 AS "b""c"', "SELECT 1 AS d, 2 AS d"):
+            cursor = connection.execute(sql)
+            names = [name for name, *_ in cursor.description]
+            rows = [connection.execute(sql).fetchone(), *connection.execute(sql).fetchmany(), *connection.execute(sql)]
+            assert [row.keys() for row in [*rows, *cursor.fetchall()]] == [names] * 4
+        assert all(each.connection is connection for each in seen)
+        cursor = connection.cursor()
+        cursor.row_factory = None
+        assert cursor.execute("SELECT 1").fetchone() == (1,)
+
+
+@pytest.mark.parametrize("lender", ["block", "nested"])
+def test_one_cursor_may_feed_another(blobs: DbWriter, lender: str) -> None:
+    blobs.run_many("INSERT INTO t VALUES (?)", [(1,), (2,), (3,)])
+    one: dict[str, int] = {}
+
+    def changed() -> Any:
+        for n, *_ in connection.execute("SELECT n FROM t WHERE n < 100 ORDER BY n"):
+            one["n"] = 200 + n
+            yield one
+
+    with lent_by(blobs, lender) as connection:
+        sql = "INSERT INTO t VALUES (? + 100)"
+        assert connection.executemany(sql, connection.execute("SELECT n FROM t WHERE n < 100")).rowcount == 3
+        assert connection.cursor().executemany("INSERT INTO t VALUES (:n)", changed()).rowcount == 3
+        cursor = connection.execute("SELECT n FROM t WHERE n < 100")
+        assert cursor.executemany("INSERT INTO t VALUES (? + 300)", cursor).rowcount == 3
+        with pytest.raises(sqlite3.ProgrammingError):
+            connection.executemany("SELECT ?", iter([(1,)]))
+    hundreds = [(100 * k + n,) for k in range(4) for n in (1, 2, 3)]
+    assert blobs.read("SELECT n FROM t ORDER BY n") == hundreds
+    with blobs.transaction() as tx:
+        assert tx.executemany("INSERT INTO t VALUES (?)", tx.connection.execute("SELECT n FROM t")).rowcount == 12
+
+
+def test_a_function_that_reads_through_its_own_connection_is_refused_in_a_block_and_works_in_a_reader(
+    blobs: DbWriter,
+) -> None:
+    def count() -> int:
+        return int(connection.execute("SELECT count(*) FROM b").fetchone()[0])
+
+    with blobs.reader() as connection:
+        connection.create_function("b_count", 0, count)
+        assert connection.execute("SELECT b_count()").fetchone() == (1,)
+    with blobs.transaction() as tx:
+        connection = tx.connection
+        connection.create_function("b_count", 0, count)
+        with pytest.raises(sqlite3.OperationalError, match="user-defined function raised"):
+            connection.execute("SELECT b_count()").fetchone()
+        assert connection.execute("SELECT 1").fetchone() == (1,)
+
+
+# Every ending is the loan's ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lender", LENDERS)
+def test_cursors_and_blobs_end_with_the_loan(blobs: DbWriter, lender: str) -> None:
+    with lent_by(blobs, lender) as connection:
+        cursor = connection.execute("SELECT 1 UNION SELECT 2")
+        blob: Any = connection.blobopen("b", "data", 1, readonly=lender == "reader")
+    uses: list[Callable[[], object]] = [cursor.fetchone, blob.read, lambda: blob[0], lambda: len(blob)]
+    uses += [connection.interrupt, lambda: connection.in_transaction]
+    for use in uses:
+        with pytest.raises((sqlite3.ProgrammingError, TransactionClosedError)):
+            use()
+    cursor.close()  # as a finally block does
+    blob.close()
+    assert not blobs.checkpoint().busy
+
+
+def test_a_cursor_of_a_nested_block_ends_with_the_outer_one(path: Path) -> None:
+    taken, told = threading.Event(), threading.Event()
+    kept: list[Any] = []
+
+    def block(db: DbWriter) -> None:
+        with pytest.raises(TransactionClosedError), db.transaction(max_hold=0.05), db.transaction() as inner:
+            inner.connection.set_trace_callback(heard.append)
+            kept.append(inner.connection.execute("INSERT INTO t VALUES (8), (9) RETURNING n"))
+            taken.set()
+            told.wait(30)
+
+    heard: list[str] = []
+    with DbWriter(path) as db:
+        db.run("CREATE TABLE t (n)")
+        thread = threading.Thread(target=block, args=(db,))
+        thread.start()
+        taken.wait(30)
+        db.run("INSERT INTO t VALUES (1)")  # when it was taken back
+        heard.clear()
+        assert not db.checkpoint().busy
+        db.run("INSERT INTO t VALUES (2)")
+        assert heard == []
+        told.set()
+        thread.join(30)
+        db.run("INSERT INTO t VALUES (3)")
+        assert db.read("SELECT n FROM t") == [(1,), (2,), (3,)]
+
+
+def test_a_dropped_cursor_is_ended_at_once(blobs: DbWriter) -> None:
+    with blobs.transaction() as tx:
+        tx.connection.execute("INSERT INTO t VALUES (1), (2)")
+        tx.connection.execute("SELECT n FROM t").fetchone()
+        gc.collect()
+        tx.execute("DROP TABLE t")  # an unread cursor would lock it
+
+
+def test_an_interrupt_from_another_thread_does_not_wait_for_what_it_ends(path: Path) -> None:
+    with DbWriter(path) as db, contextlib.ExitStack() as stack:
+        connections = [stack.enter_context(db.reader()), stack.enter_context(db.transaction()).connection]
+        for connection in connections:
+            inside = threading.Event()
+            connection.create_function("entered", 1, lambda n, inside=inside: inside.set())
+            thread = threading.Thread(target=lambda c=connection, i=inside: i.wait(30) and c.interrupt())
+            thread.start()
+            with pytest.raises(sqlite3.OperationalError, match="interrupted"):
+                connection.execute(
+                    "WITH RECURSIVE c(n) AS (SELECT entered(1) UNION ALL SELECT 1 FROM c) SELECT count(*) FROM c"
+                ).fetchone()
+            thread.join(30)
+            assert connection.execute("SELECT 1").fetchone() == (1,)
+
+
+def test_a_reader_that_is_left_by_a_function_of_its_own_statement_comes_back_when_that_ends(path: Path) -> None:
+    with DbWriter(path, readers=1) as db:
+        for _ in range(3):
+            block = db.reader()
+            connection = block.__enter__()
+            connection.create_function("leave", 0, lambda block=block: block.__exit__(None, None, None))
+            cursor = connection.execute("SELECT leave()")
+            for use in (cursor.fetchall, connection.cursor):
+                with pytest.raises(sqlite3.ProgrammingError, match="ended"):
+                    use()
+            assert db.read("SELECT 1", timeout=30) == [(1,)]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_block_that_is_left_by_a_function_of_its_own_statement_says_so_and_does_not_hang(
+    path: Path, nested: bool
+) -> None:
+    with DbWriter(path) as db, contextlib.ExitStack() as outer:
+        db.run("CREATE TABLE t (n)")
+        if nested:
+            outer.enter_context(db.transaction())
+        block = db.transaction()
+        connection = block.__enter__().connection
+        connection.execute("INSERT INTO t VALUES (1)")
+        refused: list[BaseException] = []
+
+        def leave() -> None:
+            try:
+                block.__exit__(None, None, None)
+            except ReentrantWriteError as error:
+                refused.append(error)
+
+        connection.create_function("leave", 0, leave)
+        with contextlib.suppress(sqlite3.OperationalError, TransactionClosedError):
+            connection.execute("SELECT leave()").fetchall()
+        assert len(refused) == 1
+        outer.close()
+        assert db.run("SELECT 1").rows == [(1,)]
+        assert nested or db.read("SELECT n FROM t") == []
+
+
+def test_a_connection_that_somebody_keeps_is_never_that_of_a_later_loan(any_db: DbWriter) -> None:
+    kept = any_db.read(lambda connection: [connection])[0]
+    sqlite3.Connection.__init__(kept, ":memory:")  # which empties it
+    for _ in range(3):
+        assert any_db.read(lambda connection: connection is kept) is False
+        with any_db.reader() as connection:
+            assert connection is not kept
+    with pytest.raises(sqlite3.ProgrammingError, match="not lent"):
+        kept.execute("SELECT 1")
+    sqlite3.Connection.close(kept)
+
+
+def test_a_connection_opened_anew_past_its_class_harms_nothing(blobs: DbWriter) -> None:
+    with blobs.transaction() as tx:
+        connection = tx.connection
+        cursor = connection.execute("INSERT INTO t VALUES (1), (2) RETURNING n")
+        blob = connection.blobopen("b", "data", 1)
+        sqlite3.Connection.__init__(connection, ":memory:")
+        sqlite3.Connection.close(connection)
+    del cursor, blob
+    assert blobs.read("SELECT n FROM t") == [(1,), (2,)]

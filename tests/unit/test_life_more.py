@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import queue
 import signal
 import sqlite3
 import subprocess
@@ -13,7 +12,6 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +21,6 @@ from onewriter import AsyncDbWriter, DbWriter, ReentrantWriteError, Ticket, Tran
 from onewriter.checkpoint import Checkpointer
 from onewriter.connection import open_to_look
 from onewriter.driver import InlineDriver
-from onewriter.taskblock import TaskBlock
 
 INSERT = "INSERT INTO t VALUES (?)"
 FILL = "f = open({path!r}, 'r+b'); f.seek({page}); f.write(b'\\xff' * 4096)"
@@ -278,13 +275,12 @@ def test_inside_a_tasks_block_that_max_hold_has_ended_the_gateways_calls_raise_t
             assert db._db is not None
             with pytest.raises(TransactionClosedError, match="max_hold"):
                 async with db.transaction(max_hold=0.01):
-                    while not db._db._holder.taken:
+                    while db.in_writer():
                         await asyncio.sleep(0.001)
                     with pytest.raises(TransactionClosedError, match="max_hold"):
                         await calls[call]()
                     ticket = db.enqueue(INSERT, (3,))  # no part of the block
                     await asyncio.create_task(other())  # nor is another task
-            assert not db._db._holder.taken
             await db.run(INSERT, (5,))
             assert ticket.done()
             return await db.read("SELECT n FROM t")
@@ -298,7 +294,7 @@ def test_a_block_given_back_in_the_moment_in_which_it_is_taken_leaves_its_thread
             with contextlib.suppress(TransactionClosedError), db.transaction(max_hold=0.0):
                 pass
             db.run("SELECT 1")
-        assert db._holder.taken == {}
+            assert not db.in_writer()
 
 
 LEFT_OPEN = """
@@ -340,25 +336,3 @@ def test_a_task_waits_while_another_task_of_its_loop_holds_a_block_of_its_thread
         await db.run(INSERT, (2,))
 
     assert asyncio.run(main()) == [(1,), (2,)]
-
-
-def test_a_tasks_block_that_ends_in_the_moment_in_which_it_is_taken_leaves_its_task_free(path: Path) -> None:
-    async def main() -> None:
-        with DbWriter(path) as db:
-            block = TaskBlock(db._holder, None, 0.0, sys._getframe())
-
-            class EndsMeanwhile:
-                def get(self, timeout: float) -> None:
-                    block.end(failed=False)
-                    raise queue.Empty
-
-                def put(self, request: object) -> None:
-                    pass
-
-            block._requests = EndsMeanwhile()  # type: ignore[assignment]
-            closed = SimpleNamespace(close=lambda why: None, closed_error=lambda: TransactionClosedError())
-            with pytest.raises(TransactionClosedError):
-                block._serve(closed, 0.0)  # type: ignore[arg-type]
-            assert db._holder.taken == {}
-
-    asyncio.run(main())

@@ -10,12 +10,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
 from helpers import DEADLINE, holding_lock
-from onewriter import DbWriter, WriteTimeoutError, locks
+from onewriter import DbWriter, WriteTimeoutError, locks, mounts
+from onewriter.check import check
 
 HOLDER = """
 import sqlite3, sys
@@ -146,10 +147,81 @@ def test_the_process_itself_is_named_as_such() -> None:
 def test_who_reads_the_log_is_named_once(path: Path) -> None:
     with DbWriter(path) as db:
         db.run("CREATE TABLE t (n)")
-        assert locks.describe_wal_readers(str(path), []) == "somebody who cannot be told here"
+        assert locks.describe_wal_readers([str(path)], []) == "somebody who cannot be told here"
         with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
             other.execute("BEGIN")
             other.execute("SELECT * FROM t").fetchall()
             mine = locks.describe_process(os.getpid())
-            assert locks.describe_wal_readers(str(path), []) == mine
-            assert locks.describe_wal_readers(str(path), ["'a label'"]) == "'a label'"
+            assert locks.describe_wal_readers([str(path)], []) == mine
+            assert locks.describe_wal_readers([str(path)], ["'a label'"]) == "'a label'"
+
+
+READS = """
+import sqlite3, sys
+connection = sqlite3.connect(sys.argv[1], isolation_level=None)
+cursor = connection.execute("SELECT n FROM t")
+cursor.fetchone()
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("mode", ["DELETE", "TRUNCATE", "PERSIST"])
+@linux
+def test_a_commit_that_readers_hold_up_names_them_and_never_the_writer(
+    path: Path, mode: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with DbWriter(path, journal_mode=mode, lock_timeout=0.2) as db:
+        db.run("CREATE TABLE t (n)")
+        db.run_many("INSERT INTO t VALUES (?)", [(n,) for n in range(3)])
+        monkeypatch.setattr(sys.modules[__name__], "HOLDER", READS)
+        with held_by_a_process(path) as process:
+            for ticket in (db.enqueue("INSERT INTO t VALUES (1)"), db.enqueue(lambda tx: tx.execute("DELETE FROM t"))):
+                with pytest.raises(sqlite3.OperationalError) as caught:
+                    ticket.result(DEADLINE)
+                assert f"COMMIT waits for those who read: process {process.pid} (" in notes_of(caught.value)
+                assert str(os.getpid()) not in notes_of(caught.value)
+            assert f"COMMIT waits for those who read: process {process.pid} (" in caplog.text
+            assert "this process" not in caplog.text
+            assert [reader.pid for reader in check(str(path)).wal_readers or []] == [process.pid]
+            db._loop._policy.lock_timeout = DEADLINE
+            with pytest.raises(WriteTimeoutError, match=f"those who read: process {process.pid} "):
+                db.run("INSERT INTO t VALUES (1)", timeout=0.2)
+        db._loop._policy.lock_timeout = 0.2
+        with db.reader(label="monthly report") as connection:
+            connection.execute("SELECT n FROM t").fetchone()
+            with pytest.raises(sqlite3.OperationalError) as caught:
+                db.run("INSERT INTO t VALUES (1)")
+        assert notes_of(caught.value).endswith("COMMIT waits for those who read: 'monthly report'")
+        with contextlib.closing(sqlite3.connect(path)) as other:
+            cursor = other.execute("SELECT n FROM t")
+            cursor.fetchone()
+            with pytest.raises(sqlite3.OperationalError) as caught:
+                db.run("INSERT INTO t VALUES (1)")
+            cursor.close()
+        assert notes_of(caught.value).endswith(locks.UNKNOWN_READER)
+
+
+def test_a_file_system_whose_parts_have_devices_of_their_own_is_known_by_its_mount(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On btrfs stat tells the device of the subvolume, and the list of locks that of the file system."""
+    path.touch()
+    listed, mounted = path.parent / "locks", path.parent / "mountinfo"
+    inode = path.stat().st_ino
+    lines = [f"{n}: POSIX  ADVISORY  WRITE {n} {{}}:{inode} 1073741825 1073741825\n" for n in (11, 12, 13)]
+    devices = ("00:2a", "00:30", "08:2a")
+    listed.write_text("".join(line.format(device) for line, device in zip(lines, devices, strict=True)))
+    mounted.write_text(f"22 1 8:42 / / rw - ext4 /dev/a rw\n23 22 0:42 / {path.parent} rw - btrfs /dev/b rw\n")
+    monkeypatch.setattr(locks, "LOCKS", listed)
+    monkeypatch.setattr(mounts, "MOUNTS", mounted)
+    for device, found in ((os.makedev(0, 0x31), [11]), (os.makedev(0, 0x30), [11, 12]), (os.makedev(8, 0x2A), [13])):
+        fake = FakeStat(device, inode)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "stat", lambda name, fake=fake: fake)
+            assert locks.lock_holders(str(path)) == found
+
+
+class FakeStat(NamedTuple):
+    st_dev: int
+    st_ino: int

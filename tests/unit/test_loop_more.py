@@ -173,7 +173,7 @@ def test_a_job_that_failed_on_what_another_wrote_runs_again_when_that_is_undone(
     assert db.read("SELECT k FROM t") == [(0,), (2,), (1,)]
 
 
-@pytest.mark.parametrize("value", [object(), 1 << 70, "\ud800"])
+@pytest.mark.parametrize("value", [1 << 70, "\ud800"])  # others are refused at the call
 def test_a_parameter_that_cannot_be_bound_has_its_own_error_behind_a_failed_job(db: DbWriter, value: Any) -> None:
     db.run_script("CREATE TABLE t (a UNIQUE); CREATE TABLE u (b); INSERT INTO t VALUES (1)")
     db.run("INSERT INTO u VALUES (1)")
@@ -246,7 +246,7 @@ def test_inside_a_block_that_max_hold_has_ended_the_gateways_calls_raise_too(db:
     }
     with pytest.raises(TransactionClosedError), db.transaction(max_hold=0.01):
         threading.Thread(target=db.run, args=(INSERT, (1,))).start()
-        while not db._holder.taken:
+        while db.in_writer():
             assert not threading.Event().wait(0.001)
         with pytest.raises(TransactionClosedError, match="max_hold"):
             calls[call]()
@@ -494,7 +494,7 @@ def test_a_nested_block_that_ends_after_its_outer_one_was_taken_changes_nothing_
             tx.connection.text_factory = bytes
             with db.transaction() as inner:
                 assert inner.connection.execute("SELECT 'x'").fetchone() == (b"x",)
-                while not db._holder.taken:
+                while db.in_writer():
                     assert not threading.Event().wait(0.001)
                 other = threading.Thread(target=db.run, args=("SELECT 1",))
                 other.start()

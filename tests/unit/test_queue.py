@@ -264,8 +264,11 @@ def test_who_gives_up_its_place_in_a_line_is_not_looked_for(path: Path, monkeypa
 
     async def main(db: DbWriter, readers: ReaderPool) -> None:
         gateway = AsyncDbWriter.wrap(db)
-        with parked(db), db.reader():
+        with parked(db):
             db.enqueue(INSERT, (0,))
+            taken = Borrowing("the only one")
+            taken.wakeup = asyncio.get_running_loop().create_future()
+            assert readers.take_or_line_up(taken)
             tasks = [asyncio.create_task(gateway.enqueue_wait(INSERT, (n,), timeout=None)) for n in range(1, 50)]
             reads = [asyncio.create_task(gateway.read("SELECT 1", timeout=None)) for _ in range(50)]
             while len(db._loop.queue._room) < 49 or readers.waiting < 50:
@@ -275,6 +278,7 @@ def test_who_gives_up_its_place_in_a_line_is_not_looked_for(path: Path, monkeypa
             await asyncio.wait([*tasks, *reads])
             assert all(task.cancelled() for task in (*tasks, *reads))
             assert len(db._loop.queue._room) == readers.waiting == 0
+            readers.end(taken)
         await gateway.close()
 
     with DbWriter(path, maxsize=1, readers=1) as db:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from helpers import parked
 from onewriter import DbWriter, Result
-from onewriter.statement import split_script
+from onewriter.statement import describe_sql, script_parts, split_script
 
 CREATE = """
 CREATE TABLE t (id INTEGER PRIMARY KEY, name TEXT UNIQUE);
@@ -224,9 +225,56 @@ SCRIPTS: list[tuple[str, list[str]]] = [
         ["CREATE TRIGGER a AFTER INSERT ON t BEGIN SELECT 1; SELECT CASE WHEN 1 THEN 2 END; END;", " SELECT 3"],
     ),
     ("SELECT 'it''s; fine'; SELECT 'open", ["SELECT 'it''s; fine';", " SELECT 'open"]),
+    (
+        "/* ; */ create temporary/**/trigger a BEGIN x; ; -- END;\nEND/**/; y;",
+        ["/* ; */ create temporary/**/trigger a BEGIN x; ; -- END;\nEND/**/;", " y;"],
+    ),
+    (
+        "EXPLAIN QUERY PLAN CREATE TRIGGER a BEGIN x; END; y",
+        ["EXPLAIN QUERY PLAN CREATE TRIGGER a BEGIN x; END;", " y"],
+    ),
+    ("SELECT 1; CREATE TRIGGER a BEGIN x; y;", ["SELECT 1;", " CREATE TRIGGER a BEGIN x; y;"]),
 ]
 
 
 @pytest.mark.parametrize(("script", "statements"), SCRIPTS)
 def test_a_script_is_split_at_the_ends_of_its_statements(script: str, statements: list[str]) -> None:
     assert list(split_script(script)) == statements
+    assert "".join(script_parts(script)) == "".join(statements)
+
+
+def test_a_long_script_is_run_in_parts_of_whole_statements() -> None:
+    trigger = "CREATE TRIGGER a AFTER INSERT ON t BEGIN\n" + "UPDATE t SET n = ';';\n" * 5000 + "END;\n"
+    insert = "INSERT INTO t VALUES (1);\n"
+    parts = list(script_parts(insert * 499 + trigger + insert * 100_000))
+    assert "".join(parts) == (insert * 499 + trigger + insert * 100_000).rstrip()
+    assert [part for part in parts if "TRIGGER" in part] == ["\n" + trigger.rstrip()]
+    assert all(part.rstrip().endswith(";") for part in parts)
+
+
+def test_a_long_script_is_one_transaction(any_db: DbWriter) -> None:
+    any_db.run("CREATE TABLE t (n)")
+    inserts = "".join(f"INSERT INTO t VALUES ({n});\n" for n in range(2000))
+    any_db.run_script(inserts)
+    for bad in ("INSERT INTO nothing VALUES (1)", "COMMIT", "BEGIN", "ROLLBACK", "SAVEPOINT s"):
+        with pytest.raises(sqlite3.DatabaseError):
+            any_db.run_script(f"DELETE FROM t;\n{inserts}\n{bad};")
+        with pytest.raises(sqlite3.DatabaseError):
+            any_db.run_script(f"{bad}; DELETE FROM t")
+    assert any_db.read("SELECT count(*), sum(n) FROM t") == [(2000, sum(range(2000)))]
+
+
+def test_a_long_text_is_described_as_a_short_one() -> None:
+    values = ", ".join(["(1, 'RETURNING ) FAIL', x'ab') /* ROLLBACK */"] * 100_000)
+    for head, tail in (
+        ('INSERT INTO main."t""t" VALUES ', ""),
+        ("INSERT INTO t VALUES ", " RETURNING n"),
+        ("REPLACE INTO [t] VALUES ", " -- RETURNING"),
+        ("INSERT INTO 😀 VALUES ", " ON CONFLICT DO UPDATE SET n = 1"),
+        ("WITH v AS (VALUES ", ") INSERT INTO 't' SELECT * FROM v RETURNING (n)"),
+        ("UPDATE t SET n = 1 WHERE n IN (SELECT * FROM (VALUES ", ") ORDER BY :RETURNING)"),
+        ("INSERT OR FAIL INTO t VALUES ", ""),
+    ):
+        assert describe_sql(head + values + tail) == describe_sql(head + "(1)" + tail)
+    assert describe_sql("INSERT INTO 😀 VALUES (1)").table == "😀"
+    assert describe_sql("SELECT " + "(" * 500_000).verb == "SELECT"

@@ -314,6 +314,7 @@ def test_a_log_handler_that_enqueues_neither_loops_nor_hangs(path: Path) -> None
             db.flush()
         finally:
             logger.removeHandler(handler)
+        db.flush()  # behind it the handler has been called for the last time
         db.flush()
         assert db.read_value("SELECT count(*) FROM t") == 50
         assert db.read_value("SELECT count(*) FROM log") == len(lines)
@@ -333,6 +334,7 @@ def test_a_log_that_readers_keep_from_shrinking_is_told_with_their_names(
             assert db.health.startswith("degraded")
             assert "the WAL has grown to" in db.health
             assert "read by 'the long reader'" in db.health
+            db.flush()  # behind it, the log is out
             told = warnings_of(caplog, "checkpoint starved: ")
             assert len(told) == 1
             while len(told) < 2:  # again when it has doubled
@@ -472,6 +474,48 @@ def test_each_slow_job_is_named_whatever_it_is(path: Path, caplog: pytest.LogCap
         db.run(lambda tx: tx.execute(slow).rowcount, label="four")
     named = [message.split("'")[1] for message in caplog.messages if message.startswith("slow: the writer")]
     assert named == ["one", "two", "three", "four"]
+
+
+@pytest.mark.parametrize("kind", ["on_commit", "a done callback", "on_error", "on_event"])
+def test_callbacks_that_keep_the_writer_are_named_like_a_slow_job(
+    path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    entered, release = threading.Event(), threading.Event()
+
+    def block(*_: object) -> None:
+        if is_ready:
+            entered.set()
+            release.wait(DEADLINE)
+
+    is_ready = False
+    hooks: dict[str, Any] = {kind: block} if kind in ("on_error", "on_event") else {}
+    with DbWriter(path, slow_after=0.01, **hooks) as db:
+        db.run("SELECT 1")
+        is_ready = True
+        if kind == "on_commit":
+            db.enqueue(lambda tx: tx.on_commit(block), label="slow")
+        elif kind == "a done callback":
+            with parked(db):
+                db.enqueue("SELECT 1", label="slow").add_done_callback(block)
+        elif kind == "on_error":
+            db.enqueue("INSERT INTO nowhere VALUES (1)", label="slow")
+        else:
+            db.enqueue("SELECT 1")
+        assert entered.wait(DEADLINE)
+        while db.health == "ok":
+            pass
+        named = "the writer calls on_event" if kind == "on_event" else "the writer calls the callbacks of 'slow'"
+        assert db.health.startswith(f"degraded: {named}")
+        release.set()
+    assert any(message.startswith(f"slow: {named}") for message in caplog.messages)
+
+
+@pytest.mark.parametrize("inline", [False, True])
+def test_the_health_of_a_closed_gateway_is_that_it_is_closed(path: Path, inline: bool) -> None:
+    db = DbWriter(path, inline=inline)
+    assert db.health == "ok"
+    db.close()
+    assert db.health == "closed"
 
 
 def test_slow_after_may_be_for_ever(path: Path) -> None:

@@ -388,6 +388,17 @@ def test_the_default_label_is_the_functions_name_or_the_beginning_of_the_sql(db:
     assert db.enqueue(count_rows, label="mine").label == "mine"
 
 
+def test_many_call_sites_of_one_long_function_are_named_without_reading_it_anew_for_each(path: Path) -> None:
+    calls = 5000
+    source = "\n".join(["tickets = []", *["tickets.append(db.enqueue('SELECT 1'))"] * calls])
+    with DbWriter(path, maxsize=calls, slow_after=60) as db, parked(db) as release:
+        names: dict[str, Any] = {"db": db}
+        exec(compile(source, "long.py", "exec"), names)
+        places = [ticket.called_from for ticket in names["tickets"]]
+        assert places == [f"long.py:{line} in <module>" for line in range(2, calls + 2)]
+        release.set()
+
+
 def test_called_from_names_the_line_of_the_call(db: DbWriter) -> None:
     ticket = db.enqueue(count_rows)
     line = test_called_from_names_the_line_of_the_call.__code__.co_firstlineno + 1

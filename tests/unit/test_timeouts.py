@@ -64,13 +64,17 @@ def test_who_holds_the_writer_is_named_to_tasks(path: Path, call: str) -> None:
 
 
 def test_who_holds_the_connections_is_named(path: Path) -> None:
-    with DbWriter(path, readers=1) as db, db.reader(label="the long one"):
+    with DbWriter(path, readers=1) as db:
         outcome: list[str] = []
 
-        async def wait() -> None:  # a task is not inside the thread's reader
+        async def wait() -> None:
             with pytest.raises(ReadTimeoutError) as caught:
                 await AsyncDbWriter.wrap(db).read("SELECT 1", timeout=SOON)
             outcome.append(str(caught.value))
 
-        asyncio.run(wait())
+        async def hold() -> None:
+            with db.reader(label="the long one"):  # another task is not inside it
+                await asyncio.create_task(wait())
+
+        asyncio.run(hold())
         assert outcome == ["no connection for SELECT 1 in time: all 1 are lent, to 'the long one'"]

@@ -1,0 +1,387 @@
+"""Parameters are taken at the call: adapted, and every buffer copied, in the caller's thread."""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import collections
+import ctypes
+import datetime
+import enum
+import gc
+import inspect
+import json
+import mmap
+import sqlite3
+import sys
+import threading
+import types
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers import DEADLINE, parked
+from onewriter import AsyncDbWriter, DbWriter
+from onewriter.parameters import capture
+
+PROTOCOL = sqlite3.PrepareProtocol
+
+
+@pytest.fixture(autouse=True)
+def adapters() -> Iterator[None]:
+    """Those of a test end with it."""
+    before = dict(sqlite3.adapters)
+    yield
+    sqlite3.adapters.clear()
+    sqlite3.adapters.update(before)
+
+
+class Event:
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __conform__(self, protocol: object) -> str | None:
+        return self.text if protocol is PROTOCOL else None
+
+
+class Colour(enum.IntEnum):
+    RED = 7
+
+
+class Name(str):
+    pass
+
+
+class Wild:
+    """Has no adapter, and no buffer."""
+
+
+def plainly(sql: str, values: Any) -> list[Any]:
+    """What sqlite3 alone makes of it."""
+    connection = sqlite3.connect(":memory:")
+    try:
+        return connection.execute(sql, values).fetchall()
+    finally:
+        connection.close()
+
+
+def change_text(event: Event) -> None:
+    event.text = "later"
+
+
+def change_buffer(buffer: Any) -> None:
+    buffer[0:1] = b"9"
+
+
+def ctypes_array() -> Any:
+    return (ctypes.c_char * 1)(b"1")
+
+
+def mapped() -> Any:
+    area = mmap.mmap(-1, 1)
+    area[0:1] = b"1"
+    return area
+
+
+CHANGEABLE: list[tuple[Callable[[], Any], Callable[[Any], object], Any]] = [
+    (lambda: Event("now"), change_text, "now"),
+    (lambda: {"n": 1}, lambda value: value.update(n=2), '{"n": 1}'),
+    (lambda: [1], lambda value: value.append(2), "[1]"),
+    (lambda: bytearray(b"1"), change_buffer, b"1"),
+    (lambda: memoryview(bytearray(b"1")), change_buffer, b"1"),
+    (lambda: array.array("b", [1]), lambda value: value.append(2), b"\x01"),
+    (ctypes_array, change_buffer, b"1"),
+    (mapped, change_buffer, b"1"),
+]
+
+
+@pytest.fixture(
+    params=CHANGEABLE, ids=["conform", "dict", "list", "bytearray", "memoryview", "array", "ctypes", "mmap"]
+)
+def changeable(request: pytest.FixtureRequest) -> Any:
+    sqlite3.register_adapter(dict, json.dumps)
+    sqlite3.register_adapter(list, json.dumps)
+    make, change, expected = request.param
+    return make(), change, expected
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_what_happens_to_a_queued_value_changes_nothing(db: DbWriter, changeable: Any, named: bool) -> None:
+    value, change, expected = changeable
+    with parked(db):
+        ticket = db.enqueue("SELECT :a", {"a": value}) if named else db.enqueue("SELECT ?", [value])
+        change(value)
+    assert ticket.result(DEADLINE).rows == [(expected,)]
+
+
+def test_one_object_may_be_used_for_all_rows(db: DbWriter, changeable: Any) -> None:
+    value, change, expected = changeable
+    row = [value]
+
+    def rows() -> Iterator[list[Any]]:
+        yield row
+        change(value)
+        yield [None]
+
+    db.run("CREATE TABLE t (a)")
+    db.run_many("INSERT INTO t VALUES (?)", rows())
+    with db.transaction() as tx:
+        assert tx.execute("SELECT a FROM t WHERE a NOT NULL").rows == [(expected,)]
+
+
+def test_a_task_has_its_values_taken_at_the_call_too(path: Path, changeable: Any) -> None:
+    value, change, expected = changeable
+
+    async def main() -> list[Any]:
+        async with AsyncDbWriter(path) as db, db.reader() as reader:
+            calls: list[Any] = [db.read("SELECT ?", (value,)), reader.execute("SELECT ?", (value,))]
+            calls.append(db.run("SELECT ?", (value,)))
+            change(value)
+            read, in_block, written = [await call for call in calls]
+            return [read, in_block.rows, written.rows]
+
+    assert asyncio.run(main()) == [[(expected,)]] * 3
+
+
+def test_an_adapter_runs_once_in_the_callers_thread(db: DbWriter) -> None:
+    threads: list[threading.Thread] = []
+
+    def adapt(wild: Wild) -> str:
+        threads.append(threading.current_thread())
+        return "text"
+
+    sqlite3.register_adapter(Wild, adapt)
+    assert db.run("SELECT ?", (Wild(),)).rows == [("text",)]
+    assert db.run(lambda tx: tx.execute("SELECT ?", (Wild(),)).rows) == [("text",)]
+    assert len(threads) == 2
+    assert threads[0] is threading.current_thread()
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "stored"),
+    [
+        (str, "a", "<a>"),
+        (int, 1, "<1>"),
+        (float, 1.5, "<1.5>"),
+        (bytes, b"b", "<b'b'>"),
+        (bool, True, "<True>"),
+        (type(None), None, "<None>"),
+        (bytearray, bytearray(b"c"), "<bytearray(b'c')>"),
+    ],
+)
+def test_an_adapter_of_a_plain_type_is_asked_once(db: DbWriter, kind: type, value: Any, stored: str) -> None:
+    [before] = plainly("SELECT typeof(?)", (value,))
+    sqlite3.register_adapter(kind, lambda found: f"<{found}>")
+    assert plainly("SELECT ?", (value,)) == [(stored,)]
+    assert db.run("SELECT ?", (value,)).rows == [(stored,)]
+    assert db.run("SELECT :a", {"a": value}).rows == [(stored,)]
+    assert db.read_value("SELECT ?", (value,)) == stored
+    del sqlite3.adapters[kind, PROTOCOL]
+    assert db.read_one("SELECT typeof(?)", (value,)) == before
+
+
+def test_what_an_adapter_gave_is_not_adapted_again(db: DbWriter) -> None:
+    sqlite3.register_adapter(dict, json.dumps)
+    sqlite3.register_adapter(str, str.upper)
+    sqlite3.register_adapter(bytes, lambda value: b"adapted")
+    row = ({"a": 1}, "b", bytearray(b"c"), Name("d"))
+    expected = plainly("SELECT ?, ?, ?, ?", row)
+    assert expected == [('{"a": 1}', "B", b"c", "d")]
+    assert db.run("SELECT ?, ?, ?, ?", row).rows == expected
+    assert db.read("SELECT ?, ?, ?, ?", row) == expected
+
+
+def test_an_error_of_an_adapter_comes_at_the_call(db: DbWriter) -> None:
+    def fail(wild: Wild) -> str:
+        raise LookupError("no text")
+
+    sqlite3.register_adapter(Wild, fail)
+    for values in ((Wild(),), {"a": Wild()}):
+        with pytest.raises(LookupError, match="no text"):
+            db.enqueue("SELECT :a", values)
+
+
+@pytest.mark.parametrize("value", [Wild(), memoryview(bytearray(4))[::2], 1j])
+def test_what_cannot_be_bound_is_refused_at_the_call_as_sqlite3_does(db: DbWriter, value: Any) -> None:
+    with pytest.raises((sqlite3.ProgrammingError, BufferError)) as expected:
+        plainly("SELECT ?, ?", (1, value))
+    for refused in (
+        lambda: db.enqueue("SELECT ?, ?", (1, value)),
+        lambda: db.enqueue("SELECT :a, :b", {"b": value, "a": 1}),
+        lambda: db.read("SELECT ?, ?", (1, value)),
+    ):
+        with pytest.raises(expected.type) as found:
+            refused()
+        assert str(found.value) == str(expected.value)
+
+
+@pytest.mark.parametrize(
+    "value", [Colour.RED, Name("n"), True, type("Bytes", (bytes,), {})(b"b"), type("Real", (float,), {})(2.5)]
+)
+def test_subclasses_of_plain_types_are_what_sqlite3_makes_of_them(db: DbWriter, value: Any) -> None:
+    expected = plainly("SELECT a, typeof(a) FROM (SELECT ? AS a)", (value,))
+    assert db.run("SELECT a, typeof(a) FROM (SELECT ? AS a)", (value,)).rows == expected
+
+
+class Computed(dict[str, Any]):
+    def __getitem__(self, name: str) -> Any:
+        return bytearray(name.encode())
+
+
+class Answering(Mapping[str, Any]):
+    def __getitem__(self, name: str) -> Any:
+        return name.upper()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(())
+
+    def __len__(self) -> int:
+        return 0
+
+
+def zero() -> Any:
+    return 0
+
+
+def buffer() -> Any:
+    return bytearray(b"0")
+
+
+MAPPINGS: list[tuple[Mapping[str, Any], tuple[Any, Any]]] = [
+    (collections.defaultdict(zero, a=1), (1, 0)),
+    (collections.defaultdict(zero, a=bytearray(b"1")), (b"1", 0)),
+    (collections.defaultdict(buffer, a=1), (1, b"0")),
+    (collections.ChainMap[str, Any]({"a": 1}, {"a": 2, "b": bytearray(b"3")}), (1, b"3")),
+    (types.MappingProxyType({"a": 1, "b": Colour.RED}), (1, 7)),
+    (Computed(), (b"a", b"b")),
+    (Answering(), ("A", "B")),
+    ({"a": 1, "b": bytearray(b"2"), "unasked": Wild()}, (1, b"2")),
+]
+
+
+@pytest.mark.parametrize(("values", "expected"), MAPPINGS, ids=lambda value: type(value).__name__)
+def test_a_mapping_gives_what_the_statement_asks_for(db: DbWriter, values: Any, expected: tuple[Any, Any]) -> None:
+    sql = "SELECT :a, $b -- :unasked\n, ':unasked'"
+    assert db.run(sql, values).rows[0][:2] == expected
+    assert db.read_one(sql, values)[:2] == expected
+    db.run("CREATE TABLE t (a, b)")
+    db.run_many("INSERT INTO t VALUES (:a, @b)", [values])
+    assert db.read("SELECT a, b FROM t") == [expected]
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "SELECT :a, @b, $c",
+        "SELECT :a::b, $c(xy), $c::d(x)",
+        "SELECT ?1, ?2",
+        "SELECT 1 AS a$b, :a$b",
+        "SELECT ':no', [:no], \":no\", `:no`, :yes /* :no */ FROM (SELECT 1 AS `:no`) -- :no",
+        "SELECT :été, :a1, 'it''s :no' || :b",
+    ],
+)
+def test_names_are_those_that_sqlite_finds(sql: str) -> None:
+    asked: list[str] = []
+
+    class Asked(dict[str, Any]):
+        def __getitem__(self, name: str) -> None:
+            asked.append(name)
+
+    plainly(sql, Asked())
+    expected, asked = asked, []
+    capture(sql, Asked())
+    assert asked == expected
+    assert asked
+
+
+def test_a_name_that_a_mapping_lacks_is_sqlite3s_own_error(db: DbWriter) -> None:
+    lacking: list[Mapping[str, Any]] = [{}, {"b": bytearray(b"1")}, collections.ChainMap({})]
+    for values in lacking:
+        with pytest.raises(sqlite3.ProgrammingError, match="binding parameter"):
+            db.run("SELECT :a", values)
+
+
+def warn(wild: Wild) -> str:
+    warnings.warn("old", DeprecationWarning, stacklevel=2)
+    return "text"
+
+
+def here() -> int:
+    frame = inspect.currentframe()
+    assert frame is not None
+    assert frame.f_back is not None
+    return frame.f_back.f_lineno
+
+
+def test_a_warning_of_an_adapter_is_about_the_callers_line(db: DbWriter) -> None:
+    sqlite3.register_adapter(Wild, warn)
+    db.run("CREATE TABLE t (a)")
+    insert, row = "INSERT INTO t VALUES (?)", (Wild(),)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        lines = [here() + 1]
+        db.run(insert, row)
+        lines.append(here() + 1)
+        db.run_many(insert, (row for _ in range(1)))
+        lines.append(here() + 1)
+        db.enqueue(insert, row)
+        lines.append(here() + 1)
+        db.read("SELECT ?", row)
+        with db.transaction() as tx:
+            lines.append(here() + 1)
+            tx.execute(insert, row)
+            lines.append(here() + 1)
+            tx.executemany(insert, [row])
+    assert [(warning.filename, warning.lineno) for warning in caught] == [(__file__, line) for line in lines]
+
+
+def test_a_warning_of_an_adapter_that_is_an_error_is_raised_at_the_call(db: DbWriter) -> None:
+    sqlite3.register_adapter(Wild, warn)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", category=DeprecationWarning, module=__name__)
+        with pytest.raises(DeprecationWarning, match="old"):
+            db.enqueue("SELECT ?", (Wild(),))
+    assert db.enqueue("SELECT 1").result(DEADLINE).rows == [(1,)]
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="deprecated since Python 3.12")
+def test_the_default_adapters_of_dates_warn_of_the_callers_line(db: DbWriter) -> None:
+    line = here() + 2
+    with pytest.warns(DeprecationWarning, match="date adapter") as caught:
+        ticket = db.enqueue("SELECT ?", (datetime.date(2020, 1, 2),))
+    assert [(warning.filename, warning.lineno) for warning in caught] == [(__file__, line)]
+    assert ticket.result(DEADLINE).rows == [("2020-01-02",)]
+
+
+def test_plain_parameters_are_handed_on_as_they_are() -> None:
+    row = (1, "a", 2.5, b"b", None, True)
+    assert capture("SELECT ?", row) is row
+
+
+def test_a_queued_job_keeps_no_more_of_its_caller_than_the_parameters(db: DbWriter) -> None:
+    def call() -> None:
+        event = Event("text")
+        events.append(id(event))
+        db.enqueue("SELECT ?", (event,))
+
+    events: list[int] = []
+    with parked(db):
+        call()
+        gc.collect()
+        assert not [found for found in gc.get_objects() if type(found) is Event and id(found) in events]
+
+
+def test_numbers_and_arrays_of_numpy_are_what_sqlite3_makes_of_them(db: DbWriter) -> None:
+    numpy = pytest.importorskip("numpy")
+    column = numpy.arange(3)
+    row = (numpy.float64(1.5), numpy.int64(3), column, numpy.str_("s"))
+    expected = plainly("SELECT ?, ?, ?, ?", row)
+    with parked(db):
+        ticket = db.enqueue("SELECT ?, ?, ?, ?", row)
+        column[0] = 9
+    assert ticket.result(DEADLINE).rows == expected
+    with pytest.raises(ValueError, match="contiguous"):
+        db.enqueue("SELECT ?", (numpy.arange(4)[::2],))
