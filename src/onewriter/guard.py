@@ -144,10 +144,9 @@ class ReadGuard(_Refusals):
 
 def explain_readonly(error: BaseException) -> None:
     """Say what is to be called instead, if a statement of a read would have written."""
-    if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_READONLY and NO_WRITES not in getattr(
-        error, "__notes__", ()
-    ):
-        error.add_note(NO_WRITES)
+    is_readonly = getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_READONLY
+    if is_readonly and NO_WRITES not in getattr(error, "__notes__", ()):
+        BaseException.add_note(error, NO_WRITES)
 
 
 class Guard(_Refusals):

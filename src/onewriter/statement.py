@@ -252,7 +252,7 @@ class Executor:
             # To the end, since an unread row would make COMMIT say BUSY for ever.
             rows = cursor.fetchall() if cursor.description is not None else None
         except BaseException as error:
-            if isinstance(error, sqlite3.Error) and describe_sql(sql).verb == "VACUUM":
+            if isinstance(error, sqlite3.Error) and text.verb == "VACUUM":
                 self._explain_vacuum(error)
             self._last_rowid = None
             try:
@@ -293,7 +293,7 @@ class Executor:
     def _explain_vacuum(self, error: sqlite3.Error) -> None:
         if self._connection.in_transaction:
             text = "VACUUM cannot run inside a transaction, and a job is one: use run_without_transaction"
-            error.add_note(f"onewriter: {text}")
+            BaseException.add_note(error, f"onewriter: {text}")
 
     def forget_rowid(self) -> None:
         """Others use the connection too."""
@@ -306,6 +306,10 @@ class Executor:
         guard.hidden_commit = True
         try:
             sqlite3.Connection.executescript(self._connection, sql).close()
+        except sqlite3.OperationalError as error:
+            if "VACUUM" in str(error) and "VACUUM" in words_of(sql):  # which of them it was is not told otherwise
+                self._explain_vacuum(error)
+            raise
         finally:
             guard.hidden_commit = False
 

@@ -572,8 +572,6 @@ class Transaction:
     def _explain(self, error: sqlite3.Error) -> None:
         self._session.guard.explain(error)
         root = self._root
-        if root._read_until is not None:
-            explain_readonly(error)
         if not is_interrupted(error):
             return
         if root._watch is not None:
@@ -611,6 +609,7 @@ class Reading(Transaction):
 
     def _explain(self, error: sqlite3.Error) -> None:
         super()._explain(error)
+        explain_readonly(error)
         if is_interrupted(error) and monotonic() > self.until:
             raise ReadTimeoutError(f"a read in job {self.job.describe()} did not end in time") from error
 
