@@ -22,9 +22,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from time import monotonic
 from typing import Any, Literal, Self, TypeVar, overload
 
+from onewriter.backup import check_backup
 from onewriter.block import BlockFailedError
 from onewriter.checkpoint import Checkpoint
 from onewriter.driver import not_entered
+from onewriter.elsewhere import Strict
 from onewriter.errors import ReadTimeoutError, ReentrantWriteError, WriterClosedError
 from onewriter.events import announce
 from onewriter.gateway import (
@@ -92,9 +94,12 @@ class AsyncReader:
             if self._snapshot.is_left:  # the connection may be somebody else's
                 raise ended_error()
             # Not in the thread, where it could come after a cancellation has hurried the statement.
-            self._snapshot.reader.deadline = deadline
+            self._snapshot.reader.limit(deadline)
             call = functools.partial(function, self._snapshot, *args)
-            return await self._owner._in_pool(call, self._borrowing)
+            try:
+                return await self._owner._in_pool(call, self._borrowing)
+            finally:
+                self._snapshot.reader.limit(math.inf)
         finally:
             self._turn.release()
 
@@ -123,7 +128,7 @@ class AsyncReader:
             raise cancelled
 
 
-class AsyncDbWriter:
+class AsyncDbWriter(Strict):
     """A ``DbWriter`` for asyncio: the same names and arguments, awaitable.
 
     Opens at ``async with`` or ``await db.open()``. One object may be used by several loops and their tasks. Arguments
@@ -177,7 +182,7 @@ class AsyncDbWriter:
                 await self._open_with(opening)
             else:  # another task opens it; if it fails, this one tries
                 await future
-        self._gateway()
+        self._gateway()._loop.queue.check_open()
         return self
 
     async def _open_with(self, opening: Callable[[], DbWriter]) -> None:
@@ -606,6 +611,7 @@ class AsyncDbWriter:
         until = monotonic() + HELD_BACK
         while readers.holds_back and monotonic() < until:
             await asyncio.sleep(HELD_BACK / 50)
+            borrowing.since = monotonic()
         borrowing.wakeup = asyncio.get_running_loop().create_future()
         try:
             if not readers.take_or_line_up(borrowing):
@@ -627,7 +633,7 @@ class AsyncDbWriter:
             with self._lock:  # or else the close of another loop may shut it down just before
                 if self._pool is None:  # or no longer: a block may still be open when the gateway is closed
                     self._pool = ThreadPoolExecutor(db._readers.size, f"{db._loop.label}-reader")
-                future = self._pool.submit(_call_in_pool, call, self._pool, db._holder)
+                future = self._pool.submit(_call_in_pool, call, borrowing, self._pool, db._holder)
         except BaseException:
             if borrowing is not None and returns:
                 db._readers.end(borrowing)
@@ -658,7 +664,17 @@ class AsyncDbWriter:
         """As ``DbWriter.backup``, in a thread, where ``progress`` is called too. Cancelled, it goes on to its end."""
         db = self._gateway()
         db._holder.refuse_endless_wait("backup", awaits=True)
-        await _in_thread(lambda: db.backup(target, progress=progress, pages=pages))
+        place = called_from(sys._getframe(1))
+        is_open = isinstance(target, sqlite3.Connection)
+        if is_open:  # sqlite3 lets the thread that made it ask it, and any thread write the copy into it
+            check_backup(target, progress, pages)
+
+        def back_up() -> None:
+            if not is_open:
+                check_backup(target, progress, pages)
+            db._back_up(target, progress, pages, place)
+
+        await _in_thread(back_up)
 
     @property
     def path(self) -> str:
@@ -785,10 +801,14 @@ async def _and_the_log(flushed: Coroutine[Any, Any, None], holder: Holder, timeo
         await _in_thread(lambda: reporter.wait(until))
 
 
-def _call_in_pool(call: Callable[[], T], pool: ThreadPoolExecutor, holder: Holder) -> T:
+def _call_in_pool(call: Callable[[], T], borrowing: Borrowing | None, pool: ThreadPoolExecutor, holder: Holder) -> T:
+    if borrowing is not None:
+        borrowing.runs_in = threading.get_ident()
     try:
         return call()
     finally:
+        if borrowing is not None:
+            borrowing.runs_in = 0
         if holder.forked:  # by the call: in the child nobody else would end this thread
             pool.shutdown(wait=False)
 

@@ -14,6 +14,7 @@ from typing import Any
 from onewriter import exit as at_exit
 from onewriter.connection import check_path, database_files, open_new
 from onewriter.fork import forked_error
+from onewriter.job import check_callback
 from onewriter.lent import LentConnection
 
 Progress = Callable[[int, int, int], object]
@@ -27,8 +28,8 @@ def check_backup(target: Any, progress: Any, pages: Any) -> None:
         raise TypeError(f"pages must be an int, not {type(pages).__name__}")
     if pages == 0:
         raise ValueError("pages must be a number of pages for each step, or -1 for all at once, not 0")
-    if progress is not None and not callable(progress):
-        raise TypeError(f"progress must be callable, not {type(progress).__name__}")
+    if progress is not None:
+        check_callback("progress", progress)
     if isinstance(target, sqlite3.Connection):
         if isinstance(target, LentConnection):
             raise ValueError("the target is a connection that a gateway has lent: nothing can be restored into it")

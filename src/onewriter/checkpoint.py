@@ -14,7 +14,7 @@ from onewriter.file import DatabaseFile
 from onewriter.holder import Holder
 from onewriter.locks import describe_wal_readers
 from onewriter.log import report
-from onewriter.readers import ReaderPool
+from onewriter.readers import Borrowing, ReaderPool
 from onewriter.retry import is_busy
 from onewriter.transaction import WriteSession
 
@@ -22,6 +22,8 @@ OFTEN = 256  # commits, or some changed rows each, after which the first checkpo
 ROWS = 8  # changed rows that count as much as a commit
 PAGES = 1000  # that the log is to have at a checkpoint, as in SQLite itself
 HOLD_BACK = 0.05  # seconds that new reads wait, at most, so that the log can begin anew
+FAR = 2  # times wal_limit, from which on the log's size is worth a word at once
+RARELY = 1.0  # seconds between two tries that are in vain, at most
 
 
 class Checkpoint(NamedTuple):
@@ -56,9 +58,12 @@ class Checkpointer:
         self._readers = readers
         self._holder = holder
         self._on_event = on_event
-        self._over_since = math.inf  # when the log could not be emptied for the first time
-        self._told_at = 0  # bytes of the log at the last warning
-        self.starved = ""  # why the log is over its limit
+        self._kept_size = 0  # of the log, when it could not be emptied although it is over its limit
+        self._kept_by: list[Borrowing] = []  # readers that were out for long then, and
+        self._kept_since = math.inf  # when that was for the first time
+        self._again_at = self._hold_back_at = 0.0  # when to try again, and to hold back reads again
+        self._pause = 0.0  # seconds between two hold-backs, since the last was in vain
+        self._told_at = 0  # bytes of the log from which on there is something to warn of
         self._growth = self._changes = 0
         self._often = OFTEN
         self._size = 0  # of the logs' files after the last checkpoint
@@ -81,35 +86,76 @@ class Checkpointer:
         most = max(self._settings.wal_limit, PAGES * session.page_size)
         if self._growth < self._often and self._file.wal_bytes() <= self._size + most:
             return
+        if not self._can_fare_better():
+            self._warn()
+            return
         pages = max(1, self.run(session, "FULL").log)
         wanted = min(PAGES, self._settings.wal_limit // session.page_size // 2)
         self._often = max(OFTEN, min(4 * self._growth, self._growth * wanted // pages))
         self._growth = 1
         if self._largest > self._settings.wal_limit:
-            with self._readers.held_back(HOLD_BACK):
+            began = monotonic()
+            with self._readers.held_back(HOLD_BACK if began >= self._hold_back_at else 0.0):
                 self.empty(session)
+            self._count_hold_back(monotonic() - began)
         self._size = self._file.wal_bytes()
+
+    def _count_hold_back(self, seconds: float) -> None:
+        """One in vain makes the next come later, and the more so the more there were: reads wait meanwhile."""
+        if not self._kept_size:
+            self._pause = 0.0
+        elif seconds >= HOLD_BACK:
+            self._pause = min(RARELY, 2 * self._pause or HOLD_BACK)
+            self._hold_back_at = monotonic() + self._pause
+
+    def _can_fare_better(self) -> bool:
+        """Whether something has changed since the log could not be emptied: each try costs more, the longer it is."""
+        if not self._kept_size or self._largest_file() >= 2 * self._kept_size:
+            return True
+        if self._kept_by:
+            return not all(self._readers.is_out(borrowing) for borrowing in self._kept_by)
+        return monotonic() >= self._again_at  # who it was cannot be told: a reader of another process, perhaps
 
     def empty(self, session: WriteSession) -> None:
         """Cut the log off, unless somebody reads from it."""
         found = self.run(session, "TRUNCATE")
         if not found.busy:
             self._growth = 0
-        self._note_size(found, self._largest)
+        self._note(found)
+        self._warn()
 
-    def _note_size(self, found: Checkpoint, size: int) -> None:
-        """Say who keeps the log over its limit for longer than ``slow_after``; again when it has doubled."""
-        if not found.busy or size <= self._settings.wal_limit:
-            self.starved, self._told_at, self._over_since = "", 0, math.inf
+    def _note(self, found: Checkpoint) -> None:
+        if not found.busy or self._largest <= self._settings.wal_limit:
+            self._kept_size, self._kept_by, self._kept_since, self._told_at = 0, [], math.inf, 0
             return
-        self._over_since = min(self._over_since, monotonic())
-        if monotonic() - self._over_since < self._holder.slow_after:
-            return
+        now = monotonic()
+        self._kept_size, self._kept_by = self._largest_file(), self._readers.out_for(HOLD_BACK)
+        self._kept_since, self._again_at = min(self._kept_since, now), now + RARELY
+
+    def _largest_file(self) -> int:
+        return max(self._file.log_sizes(), default=0)
+
+    @property
+    def starved(self) -> str:
+        """Why the log is over its limit now, by far or for longer than ``slow_after``; empty if it is not."""
+        size, limit = self._largest_file(), self._settings.wal_limit
+        is_kept = monotonic() - self._kept_since >= self._holder.slow_after
+        if (
+            not self.has_work
+            or size <= limit
+            or not (is_kept or (size > FAR * limit and self._readers.out_for(HOLD_BACK)))
+        ):
+            return ""
         who = describe_wal_readers(self._file.logged, self._readers.borrowers)
-        self.starved = f"the WAL has grown to {size:,} bytes (wal_limit: {self._settings.wal_limit:,}), read by {who}"
-        if size >= self._told_at:
-            self._told_at = 2 * size
-            report(self._holder, logging.WARNING, "checkpoint starved: %s", self.starved)
+        return f"the WAL has grown to {size:,} bytes (wal_limit: {limit:,}), read by {who}"
+
+    def _warn(self) -> None:
+        """Say who keeps the log over its limit for longer than ``slow_after``; again when it has doubled."""
+        if monotonic() - self._kept_since >= self._holder.slow_after and self._largest_file() >= self._told_at:
+            text = self.starved
+            if text:
+                self._told_at = 2 * self._largest_file()
+                report(self._holder, logging.WARNING, "checkpoint starved: %s", text)
 
     def ask_for(self, session: WriteSession, mode: str) -> Checkpoint:
         """What a user has asked for."""
@@ -117,6 +163,7 @@ class Checkpointer:
             found = self.run(session, mode)
         if mode == "TRUNCATE" and not found.busy:
             self._growth = 0
+            self._note(found)
         return found
 
     def run(self, session: WriteSession, mode: str) -> Checkpoint:

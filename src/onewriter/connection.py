@@ -69,6 +69,17 @@ class Settings:
         # https://www.sqlite.org/pragma.html#pragma_synchronous
         return "EXTRA" if self.synchronous == "FULL" and not is_wal else self.synchronous
 
+    def puts_back(self, name: str, value: str) -> bool:
+        """Whether ``configure`` would undo that setting."""
+        kept: dict[str, str | int] = {known.lower(): wanted for known, wanted in self.pragmas.items()}
+        kept |= {
+            "synchronous": self.durable_synchronous(self.journal_mode == "WAL"),
+            "foreign_keys": int(self.foreign_keys),
+        }
+        if sys.platform == "darwin":
+            kept |= {"fullfsync": 1, "checkpoint_fullfsync": 1}
+        return name in kept and _normal(name, kept[name]) != _normal(name, value)
+
 
 def refuse_old_sqlite(version: tuple[int, ...] = sqlite3.sqlite_version_info) -> None:
     if version < MINIMUM_VERSION:

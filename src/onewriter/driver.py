@@ -133,6 +133,7 @@ class InlineDriver:
         self._turn = threading.Lock()
         self._inside: set[int] = set()  # the threads that use it, or are about to have it
         self._ended = False
+        loop.readers.clock.turn_off()
 
     def start(self) -> None:
         try:

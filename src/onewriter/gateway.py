@@ -32,6 +32,7 @@ from onewriter.connection import (
     refuse_unsafe_sqlite,
 )
 from onewriter.driver import Driver, InlineDriver, ThreadDriver
+from onewriter.elsewhere import Strict
 from onewriter.errors import (
     ReadTimeoutError,
     ReentrantWriteError,
@@ -51,6 +52,7 @@ from onewriter.job import (
     StatementJob,
     Ticket,
     called_from,
+    check_callback,
     check_function,
     check_seconds,
     check_timeout,
@@ -81,7 +83,7 @@ JOURNAL_MODES = ("WAL", "DELETE", "TRUNCATE", "PERSIST")
 CHECKPOINTS = ("PASSIVE", "FULL", "RESTART", "TRUNCATE")
 
 
-class DbWriter:
+class DbWriter(Strict):
     """The single writer of a SQLite database, and a pool of read-only connections to it.
 
     Returns once the write connection is open and configured. All methods may be called from any thread.
@@ -150,8 +152,8 @@ class DbWriter:
         _check_choice("journal_mode", journal_mode, JOURNAL_MODES)
         hooks = {"on_connect": on_connect, "on_error": on_error, "on_event": on_event, "row_factory": row_factory}
         for name, hook in hooks.items():
-            if hook is not None and not callable(hook):
-                raise TypeError(f"{name} must be callable, not {type(hook).__name__}")
+            if hook is not None:
+                check_callback(name, hook)
         if label is not None and not isinstance(label, str):
             raise TypeError(f"label must be a str, not {type(label).__name__}")
         if not isinstance(detect_types, int):
@@ -211,6 +213,7 @@ class DbWriter:
         return f"<DbWriter {self._path!r} {state} queue_depth={stats.queue_depth} committed={stats.committed}>"
 
     def __enter__(self) -> Self:
+        self._loop.queue.check_open()
         return self
 
     def __exit__(
@@ -617,8 +620,11 @@ class DbWriter:
         self._holder.refuse_endless_wait("backup")
         check_backup(target, progress, pages)
         warn_of_blocking()
+        self._back_up(target, progress, pages, called_from(sys._getframe(1)))
+
+    def _back_up(self, target: Any, progress: Callable[[int, int, int], object] | None, pages: int, place: str) -> None:
         began = monotonic()
-        with self._readers.extra(f"backup() in {called_from(sys._getframe(1))}") as source:
+        with self._readers.extra(f"backup() in {place}") as source:
             self._loop.queue.poke()  # an idle writer watches for slow readers
             copy(source, target, progress, pages)
         self._holder.tally.last_backup = monotonic()

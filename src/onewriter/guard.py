@@ -8,6 +8,7 @@ import functools
 import secrets
 import sqlite3
 import threading
+from collections.abc import Callable
 
 SCHEMA_CHANGES = frozenset((*range(1, 9), *range(10, 18), 26, 29, 30))  # CREATE, DROP, ALTER
 USES = frozenset((sqlite3.SQLITE_READ, sqlite3.SQLITE_SELECT, sqlite3.SQLITE_UPDATE, sqlite3.SQLITE_DELETE))
@@ -88,8 +89,15 @@ class _Refusals:
                 BaseException.add_note(error, f"onewriter: {reason}")
 
 
+NO_WRITES = "onewriter: a read cannot write: use run, or a transaction() block"
+
+
 class ReadGuard(_Refusals):
     """The authorizer of a reader: what mode=ro and query_only let through."""
+
+    def explain(self, error: BaseException) -> None:
+        super().explain(error)
+        explain_readonly(error)
 
     def __init__(self) -> None:
         super().__init__()
@@ -134,15 +142,23 @@ class ReadGuard(_Refusals):
         return sqlite3.SQLITE_OK
 
 
+def explain_readonly(error: BaseException) -> None:
+    """Say what is to be called instead, if a statement of a read would have written."""
+    is_readonly = getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_READONLY
+    if is_readonly and NO_WRITES not in getattr(error, "__notes__", ()):
+        BaseException.add_note(error, NO_WRITES)
+
+
 class Guard(_Refusals):
     """The authorizer of the write connection. Set once, since setting it makes SQLite prepare every statement anew.
 
     Threads: used by the thread that holds the write connection.
     """
 
-    def __init__(self, journal_mode: str) -> None:
+    def __init__(self, journal_mode: str, puts_back: Callable[[str, str], bool] = lambda name, value: False) -> None:
         super().__init__()
         self._journal_mode = journal_mode
+        self._puts_back = puts_back
         # The texts of the gateway's own statements are unknown to jobs: SQLite does not ask again for a cached text.
         self._secret = secrets.token_hex(8)
         self.mark = f"onewriter_{self._secret}"  # begins the names of the gateway's savepoints
@@ -204,5 +220,10 @@ class Guard(_Refusals):
             return self.deny("PRAGMA count_changes would leave a row of each write unread: use Result.rowcount")
         if name in NEVER or (name == "journal_mode" and value.upper() != self._journal_mode):
             return self.deny(f"PRAGMA {name} is the gateway's: use the argument of DbWriter")
+        if self.mode is Mode.BARE and self._puts_back(name, value):
+            return self.deny(
+                f"PRAGMA {name} would be put back at once, since the gateway has set it: use the argument of DbWriter, "
+                "or foreign_keys=False on a job that rebuilds a table"
+            )
         self.settings_touched = True
         return sqlite3.SQLITE_OK

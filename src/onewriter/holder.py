@@ -48,6 +48,7 @@ class Holder:
         self.lock = threading.RLock()
         self.locks: tuple[Any, ...] = (self.lock,)  # of the gateway, those that a finalizer or signal handler may find
         self.tally = Tally()  # guarded by lock
+        self.forget: Callable[[Any], object] = id  # the queue's: what is withdrawn makes room there
         self.health = "ok"
         self.broken: BaseException | None = None  # why the gateway is out of service
         self.forked = False  # this is a child of the process that it belongs to

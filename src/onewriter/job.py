@@ -81,6 +81,7 @@ class Ticket(Generic[T]):
         "_waiters",
         "created_at",
         "ended_at",
+        "is_queued",
         "started_at",
         "work",
     )
@@ -101,6 +102,7 @@ class Ticket(Generic[T]):
         # These are set when there is something to say.
         self._batch: Batch
         self._sequence: int
+        self.is_queued: bool
         self.started_at: float
         self.ended_at: float
 
@@ -133,8 +135,13 @@ class Ticket(Generic[T]):
         """The job's place in the order of commits, rising; None until it is committed."""
         return getattr(self, "_sequence", None)
 
+    def _is_cut(self) -> bool:
+        """Whether the label is the beginning of a longer text."""
+        return False
+
     def describe(self) -> str:
-        return f"{self.label!r} (called from {self.called_from})"
+        label = f"{self.label}…" if self._is_cut() else self.label
+        return f"{label!r} (called from {self.called_from})"
 
     def belongs_to(self, holder: Holder) -> bool:
         return self._holder is holder
@@ -176,6 +183,7 @@ class Ticket(Generic[T]):
                 self._holder.tally.count_cancelled(self.label)
             woken, self._waiters = self._waiters, None
             _work, self.work = self.work, None  # which goes at the end, not under the lock: it may have finalizers
+        self._holder.forget(self)
         wake(woken or ())
         return True
 
@@ -203,8 +211,7 @@ class Ticket(Generic[T]):
 
     def add_done_callback(self, fn: Callable[[Ticket[T]], object]) -> None:
         """Call ``fn(ticket)`` once the outcome is there: on the writer thread, or now if it is there already."""
-        if not callable(fn):
-            raise TypeError(f"the callback must be callable, not {type(fn).__name__}")
+        check_callback("the callback", fn)
         with self._holder.lock:
             if self._state < CANCELLED or self._callbacks:
                 self._callbacks = [*(self._callbacks or ()), fn]
@@ -465,6 +472,9 @@ class StatementJob(Job[Result]):
     def label(self) -> str:
         return self._label or self.sql[:LABEL_LENGTH]
 
+    def _is_cut(self) -> bool:
+        return not self._label and len(self.sql) > LABEL_LENGTH
+
     def must_be_alone(self) -> bool:
         # A text that can roll the whole transaction back would make the jobs before it run again.
         return describe_sql(self.sql).isolated
@@ -495,7 +505,7 @@ class BareStatementJob(StatementJob):
 class FunctionJob(Job[T]):
     """A function of the Transaction, which is its ``work``."""
 
-    __slots__ = ("alone", "bounded", "foreign_keys")
+    __slots__ = ("alone", "bounded", "cut", "foreign_keys")
     needs_savepoint = True
 
     def __init__(
@@ -514,6 +524,10 @@ class FunctionJob(Job[T]):
         self.alone = foreign_keys is not None or (sql != "" and describe_sql(sql).isolated)
         self.bounded = bounded
         self.foreign_keys = foreign_keys
+        self.cut = not label and len(sql) > LABEL_LENGTH
+
+    def _is_cut(self) -> bool:
+        return self.cut
 
     def perform(self, tx: Transaction) -> T:
         result: T = self.work(tx)
@@ -574,14 +588,27 @@ def refuse_live(result: T) -> T:
 
 def check_function(function: Callable[..., object]) -> None:
     """Refuse, at the call, functions whose call only makes a coroutine or a generator."""
-    if isinstance(function, types.FunctionType):
-        makes_one = function.__code__.co_flags & NOT_PLAIN
-    else:
-        kinds = (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
-        targets = (function, getattr(function, "__call__", None))  # noqa: B004 - an object's own __call__ counts
-        makes_one = any(is_kind(target) for is_kind in kinds for target in targets)
-    if makes_one:
+    if not is_plain(function):
         raise TypeError(f"{name_of(function)!r} is an async or generator function: jobs are plain functions")
+
+
+def check_callback(name: str, function: object) -> None:
+    """The same for what is called when something has happened: nobody would await, or go through, what it makes."""
+    if not callable(function):
+        raise TypeError(f"{name} must be callable, not {type(function).__name__}")
+    if not is_plain(function):
+        what = name_of(function)
+        raise TypeError(f"{name} {what!r} is an async or generator function, which nobody would run: give a plain one")
+
+
+def is_plain(function: Callable[..., object]) -> bool:
+    if isinstance(function, types.FunctionType):
+        return not function.__code__.co_flags & NOT_PLAIN
+    if isinstance(function, type):
+        return True  # to call it makes an instance, whatever that can do
+    kinds = (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
+    targets = (function, getattr(function, "__call__", None))  # noqa: B004 - an object's own __call__ counts
+    return not any(is_kind(target) for is_kind in kinds for target in targets)
 
 
 def name_of(function: Callable[..., object]) -> str:

@@ -86,7 +86,7 @@ class WriterLoop:
         self._on_end = on_end
         self._stop = threading.Event()  # ends the wait for SQLite's lock; what has not started does not start
         self._policy = LockPolicy(settings.lock_timeout, self._stop)
-        self._guard = Guard(settings.journal_mode)
+        self._guard = Guard(settings.journal_mode, settings.puts_back)
         self._checkpointer = Checkpointer(settings, self.file, self.readers, self.holder, on_event)
         self._held = self._free = 0.0  # seconds with and without SQLite's lock since it was last left free for others
         self._begun_at = self._released_at = 0.0
@@ -148,11 +148,8 @@ class WriterLoop:
         for job in itertools.islice(self._pending.copy(), self._next, None):
             if not job.done():
                 return max(0.0, now - job.created_at)
-        try:
-            first: Job[Any] = self.queue.queue[0]
-        except IndexError:
-            return 0.0
-        return max(0.0, now - first.created_at)
+        first = self.queue.oldest()
+        return 0.0 if first is None else max(0.0, now - first.created_at)
 
     def is_on(self, file: os.stat_result) -> bool:
         """Whether ``file`` is this writer's database."""
@@ -160,7 +157,7 @@ class WriterLoop:
 
     def unfinished(self) -> list[str]:
         """The labels of the jobs that have no outcome yet."""
-        return [job.label for job in (*self._pending.copy(), *self.queue.queue.copy()) if not job.done()]
+        return [job.label for job in (*self._pending.copy(), *self.queue.jobs()) if not job.done()]
 
     # From here on, only the thread that is the writer calls ----------------------------------------------------------
 
@@ -747,7 +744,9 @@ class WriterLoop:
     def _annotate(self, job: Job[Any], error: BaseException) -> None:
         BaseException.with_traceback(error, without_own_frames(traceback_of(error)))
         self.holder.note_corruption(error)
-        note = f"onewriter: job {job.describe()}, attempts to get SQLite's lock: {max(1, self._policy.attempts)}"
+        note, attempts = f"onewriter: job {job.describe()}", max(1, self._policy.attempts)
+        if attempts > 1 or is_busy(error):  # one, and it was had, is nothing to tell
+            note += f", attempts to get SQLite's lock: {attempts}"
         if is_busy(error):
             note += f" in {self._policy.waited:.2f} s; {self._in_the_way()}"
         note_descriptors(error)

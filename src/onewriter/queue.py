@@ -7,7 +7,7 @@ import contextlib
 import logging
 import queue
 import threading
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from time import monotonic
 from typing import Any
@@ -18,6 +18,7 @@ from onewriter.job import Job, wake
 from onewriter.log import report
 
 QUIET = 10.0  # seconds between two warnings that it is nearly full
+FEW = 64  # withdrawn jobs whose places are never worth a walk through the queue
 
 
 class JobQueue(queue.Queue[Job[Any]]):
@@ -45,7 +46,10 @@ class JobQueue(queue.Queue[Job[Any]]):
         self.is_nearly_full = False  # until it is half empty
         self._told_at = -QUIET
         self._refusal: OneWriterError | None = None
-        self._room: deque[_Waiter] = deque()  # who waits for room, in order
+        self._room: OrderedDict[_Waiter, None] = OrderedDict()  # who waits for room, in order; any may leave
+        self._withdrawn: set[Job[Any]] = set()  # those of the queue that are nothing but a place in it
+        self._is_taking = False
+        holder.forget = self.forget
         self._waiting_threads: set[int] = set()
 
     def put(self, item: Job[Any], timeout: float | None = None) -> None:  # type: ignore[override]
@@ -60,6 +64,7 @@ class JobQueue(queue.Queue[Job[Any]]):
             if self._refusal is None and (not bounded or (self._bounded < self._limit and not self._room)):
                 if bounded:
                     self._bounded += 1
+                item.is_queued = True
                 self.queue.append(item)
                 if self._asleep:
                     self._wake()
@@ -75,11 +80,10 @@ class JobQueue(queue.Queue[Job[Any]]):
         with self.mutex:  # the writer is not asleep: there are jobs that fill the queue
             self._refuse_if_closed()
             if reentrant or (self._bounded < self.maxsize and not self._room):
-                self._bounded += 1
-                self.queue.append(job)
+                self._append(job)
             else:
                 waiter = _Waiter(job)
-                self._room.append(waiter)
+                self._room[waiter] = None
             tell = not reentrant and self._has_become_nearly_full()
         if tell:
             self._tell()
@@ -90,8 +94,12 @@ class JobQueue(queue.Queue[Job[Any]]):
         """Add a bounded job although there may be no room, from inside a block: the writer is not asleep."""
         with self.mutex:
             self._refuse_if_closed()
-            self._bounded += 1
-            self.queue.append(job)
+            self._append(job)
+
+    def _append(self, job: Job[Any]) -> None:
+        self._bounded += 1
+        job.is_queued = True
+        self.queue.append(job)
 
     def line_up(self, job: Job[Any], future: asyncio.Future[None]) -> _Waiter | None:
         """Add a bounded job; None, or, if there is no room, its place in the line, whose turn resolves ``future``."""
@@ -100,10 +108,9 @@ class JobQueue(queue.Queue[Job[Any]]):
             waiter = None
             if self._bounded >= self.maxsize or self._room:
                 waiter = _Waiter(job, future)
-                self._room.append(waiter)
+                self._room[waiter] = None
             else:
-                self._bounded += 1
-                self.queue.append(job)
+                self._append(job)
             if self._asleep:
                 self._wake()
             tell = self._has_become_nearly_full()
@@ -113,8 +120,29 @@ class JobQueue(queue.Queue[Job[Any]]):
 
     def leave_line(self, waiter: _Waiter) -> None:
         with self.mutex:
-            if waiter in self._room:
-                self._room.remove(waiter)
+            self._room.pop(waiter, None)
+
+    def forget(self, job: Job[Any]) -> None:
+        """A job was withdrawn: if it is in the queue, it makes room now, although its place goes later.
+
+        To look for the place would cost a walk through the queue, for each of perhaps thousands that give up at once.
+        """
+        with self.mutex:
+            if getattr(job, "is_queued", False):
+                job.is_queued = False
+                self._bounded -= job.bounded
+                self._withdrawn.add(job)
+                self._made_room()
+                if self._asleep and self.queue:
+                    self._wake()
+                if 2 * len(self._withdrawn) > len(self.queue) + FEW and not self._is_taking:
+                    self._tidy()
+
+    def _tidy(self) -> None:
+        """Take the places of withdrawn jobs out. What a finalizer puts meanwhile comes behind the rest."""
+        old, self.queue = self.queue, deque()
+        gone, self._withdrawn = self._withdrawn, set()
+        self.queue.extendleft(reversed([job for job in old if job not in gone]))
 
     def get(self, block: bool = True, timeout: float | None = None) -> Job[Any]:
         raise NotImplementedError("the writer takes what waits in one go: use take")
@@ -131,7 +159,9 @@ class JobQueue(queue.Queue[Job[Any]]):
             self._token.acquire(timeout=-1 if timeout is None else min(timeout, threading.TIMEOUT_MAX))
         with self.mutex:
             self._asleep = False
-            return self.take_now(limit) if self.queue or self._refusal is not None else None
+            jobs = self.take_now(limit)
+            # None, too, if there was a job that a finalizer has withdrawn meanwhile.
+            return jobs if jobs or (self._refusal is not None and not self.queue) else None
 
     def poke(self) -> None:
         """End a ``take`` that waits, so that its caller looks at the time limit again."""
@@ -141,13 +171,26 @@ class JobQueue(queue.Queue[Job[Any]]):
     def take_now(self, limit: int) -> list[Job[Any]]:
         """Take up to ``limit`` jobs, without waiting."""
         with self.mutex:
-            # popleft one by one: copying and clearing would lose what a finalizer puts in between.
-            jobs = self.taken = [self.queue.popleft() for _ in range(min(limit, len(self.queue)))]
-            self._bounded -= sum([job.bounded for job in jobs])
-            self._grant_room()
-            if self.is_nearly_full and self._bounded <= self.maxsize // 2:
-                self.is_nearly_full, self._limit = False, self._mark
+            jobs = self.taken = self._pop(limit)
+            self._made_room()
             return jobs
+
+    def _pop(self, limit: int) -> list[Job[Any]]:
+        self._is_taking = True
+        try:
+            # popleft one by one: copying and clearing would lose what a finalizer puts in between.
+            jobs = [self.queue.popleft() for _ in range(min(limit, len(self.queue)))]
+            bounded = 0
+            for job in jobs:
+                if job.is_queued:
+                    job.is_queued = False
+                    bounded += job.bounded
+                else:
+                    self._withdrawn.discard(job)
+            self._bounded -= bounded
+            return jobs
+        finally:
+            self._is_taking = False
 
     def refuse(self, error: OneWriterError) -> bool:
         """Accept nothing from now on: every later put raises a copy of ``error``. False if it was so already."""
@@ -165,11 +208,26 @@ class JobQueue(queue.Queue[Job[Any]]):
         self._refusal = error
         self._room.clear()
 
+    def jobs(self) -> list[Job[Any]]:
+        with self.mutex:
+            return list(self.queue)
+
+    @property
+    def depth(self) -> int:
+        """How many jobs wait; not qsize(), whose lock inside another one could meet a finalizer's."""
+        return max(0, len(self.queue) - len(self._withdrawn))
+
+    def oldest(self) -> Job[Any] | None:
+        try:
+            first: Job[Any] = self.queue[0]
+        except IndexError:
+            return None
+        return next((job for job in self.queue.copy() if not job.done()), None) if first.done() else first
+
     def empty_out(self) -> list[Job[Any]]:
         """Take everything that waits, without waiting."""
         with self.mutex:
-            self._bounded = 0
-            return [self.queue.popleft() for _ in range(len(self.queue))]
+            return self._pop(len(self.queue))
 
     def check_open(self) -> None:
         with self.mutex:
@@ -229,13 +287,15 @@ class JobQueue(queue.Queue[Job[Any]]):
             f"no room for job {job.describe()} within {timeout} s: {self.fill}; {self._holder.describe()}"
         )
 
-    def _grant_room(self) -> None:
+    def _made_room(self) -> None:
         while self._room and self._bounded < self.maxsize:
-            waiter = self._room.popleft()
-            self._bounded += 1
-            self.queue.append(waiter.job)
+            waiter = next(iter(self._room))
+            self._append(waiter.job)
             waiter.accepted = True
+            del self._room[waiter]
             wake([waiter.wakeup])
+        if self.is_nearly_full and self._bounded <= self.maxsize // 2:
+            self.is_nearly_full, self._limit = False, self._mark
 
     def _refuse_if_closed(self) -> None:
         if self._refusal is not None:

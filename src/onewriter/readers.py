@@ -9,12 +9,13 @@ import math
 import sqlite3
 import threading
 from asyncio import AbstractEventLoop, _get_running_loop
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from threading import get_ident
 from time import monotonic
 from typing import Any, TypeVar
 
+from onewriter.clock import ReadClock
 from onewriter.connection import Settings, database_names, open_reader
 from onewriter.errors import ReadTimeoutError, ReentrantWriteError
 from onewriter.file import DatabaseFile
@@ -39,9 +40,10 @@ STEPS = 250_000  # of SQLite's virtual machine between two looks at the clock
 class Reader:
     """One connection of the pool. Belongs to the thread it is lent to."""
 
-    def __init__(self, connection: sqlite3.Connection, guard: ReadGuard, policy: LockPolicy) -> None:
+    def __init__(self, connection: sqlite3.Connection, guard: ReadGuard, policy: LockPolicy, clock: ReadClock) -> None:
         self.connection = connection
         self.deadline = math.inf
+        self._clock = clock
         self.is_inherited = False  # this is a child of the process that it belongs to
         self.guard = guard
         self.is_pinned = False
@@ -53,6 +55,13 @@ class Reader:
         self._row_factory, self._text_factory = connection.row_factory, connection.text_factory
         self.watch = Watch(self._is_late)
         self.watch.set_on(connection, STEPS)
+
+    def limit(self, deadline: float) -> None:
+        """Have its statements end then, and not because of an earlier deadline any more."""
+        with self._clock.lock:
+            self.deadline = deadline
+        if deadline < self._clock.rings_at:
+            self._clock.set(deadline)
 
     def fetch(self, sql: str, parameters: Parameters, fetch: Fetch[T]) -> T:
         cursor = sqlite3.Connection.execute(self.connection, sql, parameters)
@@ -226,11 +235,12 @@ class Snapshot:
         if not self._lock.acquire(timeout=left):
             raise ReadTimeoutError(f"{label} did not begin in time: another thread uses the reader() that it is in")
         reader = self.reader
-        before, reader.deadline = reader.deadline, min(deadline, reader.deadline)
+        before = reader.deadline
+        reader.limit(min(deadline, before))
         try:
             yield reader
         finally:
-            reader.deadline = before
+            reader.limit(before)
             self._lock.release()
 
     def refuse_later(self, write: Ticket[Any]) -> None:
@@ -283,6 +293,7 @@ class Borrowing:
         self.label = label
         self.since = monotonic()
         self.thread = get_ident()  # which gives it back; 0: any may
+        self.runs_in = 0  # the thread of a task's call
 
 
 class ReaderPool:
@@ -302,9 +313,9 @@ class ReaderPool:
         self._lock = threading.RLock()  # a finalizer or signal handler may read while its thread is inside
         holder.locks = (*holder.locks, self._lock)
         self._idle: list[Reader] = []
-        self._count = 0  # idle or lent
+        self._count = 0  # idle or lent; above ``size`` while threads that have one need another
         self._extras = 0  # lent beside them
-        self._waiting: deque[Borrowing] = deque()
+        self._waiting: OrderedDict[Borrowing, None] = OrderedDict()  # in order; any may leave
         self._lent: set[Borrowing] = set()
         self._closed = False
         self._all_back = threading.Event()
@@ -312,6 +323,8 @@ class ReaderPool:
         self.holds_back = False  # new loans wait for the event
         self._open_again = threading.Event()
         self._returned = threading.Event()
+        lent = self._lent
+        self.clock = ReadClock(self._lock, lambda: [one.reader for one in lent.copy() if one.reader is not None])
 
     @contextlib.contextmanager
     def snapshot(self, label: str, deadline: float) -> Iterator[Snapshot]:
@@ -325,7 +338,7 @@ class ReaderPool:
         try:
             reader = self._borrow(borrowing, deadline)
             self.pin(reader, label)
-            reader.deadline = math.inf
+            reader.limit(math.inf)
             snapshot = Snapshot(reader)
             try:
                 with self.inside(snapshot):
@@ -436,8 +449,21 @@ class ReaderPool:
     def has_mine(self) -> bool:
         """Whether one cannot come back while the calling thread waits."""
         me, loop = get_ident(), _get_running_loop()
-        borrowings = (*self._lent.copy(), *self._waiting.copy())
+        if self._has_one(me):
+            return True
+        borrowings = (*self._lent.copy(), *list(self._waiting))
         return any(one.thread == me or (loop is not None and one.loop is loop) for one in borrowings)
+
+    def _has_one(self, thread: int) -> bool:
+        return any(thread in (borrowing.thread, borrowing.runs_in) for borrowing in self._lent.copy())
+
+    def out_for(self, seconds: float) -> list[Borrowing]:
+        """Those that have a connection for longer than that."""
+        now = monotonic()
+        return [borrowing for borrowing in self._lent.copy() if now - borrowing.since > seconds]
+
+    def is_out(self, borrowing: Borrowing) -> bool:
+        return borrowing in self._lent
 
     def seconds_until_slow(self) -> float | None:
         """When ``warn_if_slow`` has somebody to name; None: nobody is there."""
@@ -446,7 +472,13 @@ class ReaderPool:
 
     @contextlib.contextmanager
     def held_back(self, seconds: float) -> Iterator[None]:
-        """For the ``with`` block, and no longer than that, new loans wait; those out come back meanwhile."""
+        """For the ``with`` block, and no longer than that, new loans wait; those out come back meanwhile.
+
+        Unless one is out for that long already, and would be in the way all the same.
+        """
+        if self.out_for(seconds):  # as long again would hardly be enough
+            yield
+            return
         self._open_again.clear()
         self.holds_back = True
         until = monotonic() + seconds
@@ -477,12 +509,13 @@ class ReaderPool:
             self._closed = True
             idle, self._idle = self._idle, []
             self._count -= len(idle)
-            waiting, self._waiting = list(self._waiting), deque()
+            waiting, self._waiting = list(self._waiting), OrderedDict()
             self._all_back_if_closed()
         wake(borrowing.wakeup for borrowing in waiting)
         for reader in idle:
             reader.connection.close()
         self._all_back.wait(patience)
+        self.clock.stop()
 
     def when_all_back(self, function: Callable[[], object]) -> None:
         """Call it when the last connection has come back and is closed; now, if that is so."""
@@ -503,7 +536,7 @@ class ReaderPool:
 
     def become_inherited(self) -> list[object]:
         """In a forked child: lend nothing, take nothing back; returns what must never be closed there."""
-        self._lock = threading.RLock()
+        self._lock = self.clock.lock = threading.RLock()
         self._closed = True
         self._on_all_back = _return
         self.holds_back = False
@@ -515,6 +548,7 @@ class ReaderPool:
     def _borrow(self, borrowing: Borrowing, deadline: float) -> Reader:
         if self.holds_back:
             self._open_again.wait(HELD_BACK)
+            borrowing.since = monotonic()
         if not self.take_or_line_up(borrowing):
             if self._holder.is_inside():
                 self._holder.refuse_endless_wait(f"waiting for a connection for {borrowing.label}")
@@ -525,6 +559,8 @@ class ReaderPool:
         if reader is None:
             return self.reader_of(borrowing, deadline)
         reader.deadline = deadline
+        if deadline < self.clock.rings_at:
+            self.clock.set(deadline)
         return reader
 
     def take_or_line_up(self, borrowing: Borrowing) -> bool:
@@ -536,13 +572,15 @@ class ReaderPool:
             if self._idle:
                 borrowing.reader = self._idle[-1]  # the last one back: its page cache is warm
                 del self._idle[-1]
-            elif self._count < self.size:
+            elif self._count < self.size or (borrowing.wakeup is None and self._has_one(borrowing.thread)):
+                # A read in a row factory, say, would wait for its own thread: it has one beside the others. No task
+                # waits in a thread.
                 self._count += 1
             else:
                 if borrowing.wakeup is None:
                     borrowing.wakeup = threading.Lock()
                     borrowing.wakeup.acquire()
-                self._waiting.append(borrowing)
+                self._waiting[borrowing] = None
                 return False
             borrowing.has_place = True
             self._lent.add(borrowing)
@@ -560,13 +598,13 @@ class ReaderPool:
         """Its connection, which may have to be opened, and whose time is limited from now on."""
         if borrowing.reader is None:
             borrowing.reader = self._new()
-        borrowing.reader.deadline = deadline
+        borrowing.reader.limit(deadline)
         return borrowing.reader
 
     def _new(self) -> Reader:
         policy, guard = LockPolicy(self._settings.lock_timeout, self._stop), ReadGuard()
         self._file.check()  # or else it could be the connection of another database
-        reader = Reader(open_reader(self._settings, guard, policy), guard, policy)
+        reader = Reader(open_reader(self._settings, guard, policy), guard, policy, self.clock)
         try:
             self._file.check()
         except BaseException:
@@ -600,8 +638,10 @@ class ReaderPool:
     def hurry(self, borrowing: Borrowing) -> None:
         """End the statement that runs there, unless the connection is somebody else's by now."""
         with self._lock:
-            if not borrowing.is_over and borrowing.reader is not None:
-                borrowing.reader.deadline = 0.0
+            if borrowing.is_over or borrowing.reader is None:
+                return
+            borrowing.reader.deadline = 0.0
+        self.clock.set(0.0)
 
     def end(self, borrowing: Borrowing) -> None:
         """Leave the line, or give back what it has: clean, to the next in line. May be called again."""
@@ -616,11 +656,11 @@ class ReaderPool:
         is_good = reader is not None and reader.clean()
         with self._lock:
             if not borrowing.has_place:
-                if borrowing in self._waiting:
-                    self._waiting.remove(borrowing)
+                self._waiting.pop(borrowing, None)
                 borrowing.is_over = True
                 return
             reader = borrowing.reader  # which may have come in this moment
+            is_good = is_good and self._count <= self.size
             if is_good and reader is not None and not self._closed and not borrowing.is_over:
                 borrowing.is_over = True
                 self._lent.discard(borrowing)
@@ -641,7 +681,7 @@ class ReaderPool:
             if not borrowing.is_over:
                 borrowing.is_over = True
                 self._lent.discard(borrowing)
-                if self._waiting and not self._closed:
+                if self._waiting and not self._closed and self._count <= self.size:
                     self._grant(None)
                 else:
                     self._count -= 1
@@ -649,9 +689,9 @@ class ReaderPool:
         self._call_if_all_back()
 
     def _grant(self, reader: Reader | None) -> None:
-        first = self._waiting[0]
+        first = next(iter(self._waiting))
         first.reader, first.has_place = reader, True
-        del self._waiting[0]
+        del self._waiting[first]
         first.since = monotonic()
         self._lent.add(first)
         wake([first.wakeup])

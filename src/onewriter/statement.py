@@ -251,7 +251,9 @@ class Executor:
             cursor.execute(guard.own(sql) if guard.is_asking else sql, parameters)
             # To the end, since an unread row would make COMMIT say BUSY for ever.
             rows = cursor.fetchall() if cursor.description is not None else None
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, sqlite3.Error) and text.verb == "VACUUM":
+                self._explain_vacuum(error)
             self._last_rowid = None
             try:
                 cursor.close()  # it may have rows left
@@ -288,6 +290,11 @@ class Executor:
         rowcount = cursor.rowcount if cursor.rowcount >= 0 else self._ask("SELECT changes()")
         return Result([], rowcount, self._inserted(self._table, rowcount, rowid), None)
 
+    def _explain_vacuum(self, error: sqlite3.Error) -> None:
+        if self._connection.in_transaction:
+            text = "VACUUM cannot run inside a transaction, and a job is one: use run_without_transaction"
+            BaseException.add_note(error, f"onewriter: {text}")
+
     def forget_rowid(self) -> None:
         """Others use the connection too."""
         self._last_rowid = None
@@ -299,6 +306,10 @@ class Executor:
         guard.hidden_commit = True
         try:
             sqlite3.Connection.executescript(self._connection, sql).close()
+        except sqlite3.OperationalError as error:
+            if "VACUUM" in str(error) and "VACUUM" in words_of(sql):  # which of them it was is not told otherwise
+                self._explain_vacuum(error)
+            raise
         finally:
             guard.hidden_commit = False
 

@@ -200,7 +200,7 @@ def stats_of(loop: WriterLoop) -> Stats:
         now = monotonic()
         waiting, checkpoint = holder.waiting, loop.last_checkpoint
         return Stats(
-            queue_depth=len(loop.queue.queue),  # not qsize(): one lock inside the other could meet a finalizer's
+            queue_depth=loop.queue.depth,
             oldest_age=loop.oldest_age(now),
             running=_running(holder.job, now, getattr(holder.job, "started_at", now)),
             waiting_for_lock=None if waiting is None else _running(waiting[0], now, waiting[1]),

@@ -13,10 +13,11 @@ from time import monotonic
 from typing import Any, TypeVar
 
 from onewriter.block import BlockFailedError
+from onewriter.elsewhere import Strict
 from onewriter.errors import ReadTimeoutError, TransactionClosedError
 from onewriter.fork import forked_error
 from onewriter.holder import Holder
-from onewriter.job import Job, resolve, seconds_until, wake
+from onewriter.job import Job, check_callback, resolve, seconds_until, wake
 from onewriter.parameters import capture, capture_many
 from onewriter.statement import Result, check_many
 from onewriter.transaction import ENDED, TOO_LONG, Transaction, check_sql
@@ -244,7 +245,7 @@ def open_one(savepoint: TaskSavepoint | None) -> TaskSavepoint | None:
     return savepoint
 
 
-class AsyncTransaction:
+class AsyncTransaction(Strict):
     """What ``async with db.transaction()`` gives: a ``Transaction`` whose statements run on the writer thread.
 
     Tasks that share one are served one after the other.
@@ -337,6 +338,5 @@ def _leave(savepoint: contextlib.AbstractContextManager[None], error: BaseExcept
 
 
 def _callable(fn: Callable[[], object]) -> Callable[[], object]:
-    if not callable(fn):
-        raise TypeError(f"the callback must be callable, not {type(fn).__name__}")
+    check_callback("the callback", fn)
     return fn

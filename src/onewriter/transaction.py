@@ -12,6 +12,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from onewriter.connection import database_files, decode
+from onewriter.elsewhere import CONNECTIONS_OWN, Elsewhere
 from onewriter.errors import (
     ForkedError,
     OneWriterError,
@@ -21,9 +22,9 @@ from onewriter.errors import (
     TransactionClosedError,
 )
 from onewriter.fork import Inherited, forked_error
-from onewriter.guard import Guard, Mode
+from onewriter.guard import Guard, Mode, explain_readonly
 from onewriter.holder import IN_STATEMENT, INHERITED
-from onewriter.job import refuse_live
+from onewriter.job import check_callback, refuse_live
 from onewriter.lent import Lending, lend, retire
 from onewriter.parameters import capture, capture_many
 from onewriter.retry import is_interrupted
@@ -40,6 +41,8 @@ STEPS = 1000  # of SQLite's virtual machine between two looks at the clock, wher
 ENDED = "has ended"
 TOO_LONG = "has held the writer longer than max_hold"
 NUDGE = 0.005  # seconds between two interrupts of a statement whose loan is over
+NONE: list[Any] = []
+NO_FACTORIES = (None, None)
 
 
 class WriteSession:
@@ -165,28 +168,52 @@ class Transaction:
              the loan never enters SQLite beside one. It guards _inside, _marks and the lists of callbacks.
     """
 
-    # Most jobs use none of these, and there is a Transaction for each job. What nested blocks share, the root has.
-    _closed: str | None = None
-    lent: Lending | None = None
-    _lending: list[Transaction] = []  # noqa: RUF012 - this and the nested ones whose connection is lent
-    _factories: tuple[Any, Any] = (None, None)  # when it was lent
-    _inside = 0  # the thread whose call is under way: code that SQLite calls back must not use the connection
-    _until = math.inf
-    _read_until: float | None = None  # while a read is under way
-    _ends_readonly = False
-    _watch: Watch | None = None
-    _marks: tuple[Mark, ...] = ()  # the open savepoints
-    _traced = False
-    _after_commit: list[Callback] = []  # noqa: RUF012 - never changed; a longer list takes its place
-    _after_rollback: list[Callback] = []  # noqa: RUF012
-    _undone: list[Callback] = []  # noqa: RUF012 - on_rollback of savepoints that were rolled back
-    has_callbacks = False
+    # There is a Transaction for each job: no dict, and what is set on one by mistake is not lost without a word.
+    __slots__ = (
+        "__weakref__",
+        "_after_commit",
+        "_after_rollback",
+        "_closed",
+        "_ends_readonly",
+        "_factories",
+        "_inside",
+        "_lending",
+        "_marks",
+        "_read_until",
+        "_root",
+        "_session",
+        "_traced",
+        "_undone",
+        "_until",
+        "_watch",
+        "has_callbacks",
+        "job",
+        "lent",
+        "thread",
+    )
+    row_factory, text_factory, isolation_level, autocommit = map(Elsewhere, CONNECTIONS_OWN)
 
     def __init__(self, session: WriteSession, job: Job[Any], outer: Transaction | None = None) -> None:
         self.job = job
         self.thread = get_ident()  # which alone may use it; 0: any
         self._session = session
         self._root: Transaction = outer._root if outer else self
+        # Most jobs use none of these. What nested blocks share, the root has.
+        self._closed: str | None = None
+        self.lent: Lending | None = None
+        self._factories: tuple[Any, Any] = NO_FACTORIES  # when it was lent
+        self._inside = 0  # the thread whose call is under way: code that SQLite calls back must not use the connection
+        self._until = math.inf
+        self._read_until: float | None = None  # while a read is under way
+        self._watch: Watch | None = None
+        self._marks: tuple[Mark, ...] = ()  # the open savepoints
+        self._traced = self._ends_readonly = self.has_callbacks = False
+        # Never changed; a longer list takes its place. Lent are this and nested ones; undone are on_rollback of
+        # savepoints that were rolled back.
+        self._lending: list[Transaction] = NONE
+        self._after_commit: list[Callback] = NONE
+        self._after_rollback: list[Callback] = NONE
+        self._undone: list[Callback] = NONE
 
     @property
     def label(self) -> str:
@@ -306,8 +333,7 @@ class Transaction:
         self.call(self._root._keep_callback, "_after_rollback", fn)
 
     def _keep_callback(self, which: str, fn: Callback) -> None:
-        if not callable(fn):
-            raise TypeError(f"the callback must be callable, not {type(fn).__name__}")
+        check_callback("the callback", fn)
         if not self.has_callbacks:
             self.has_callbacks, self._after_commit, self._after_rollback = True, [], []
         getattr(self, which).append(fn)
@@ -583,6 +609,7 @@ class Reading(Transaction):
 
     def _explain(self, error: sqlite3.Error) -> None:
         super()._explain(error)
+        explain_readonly(error)
         if is_interrupted(error) and monotonic() > self.until:
             raise ReadTimeoutError(f"a read in job {self.job.describe()} did not end in time") from error
 

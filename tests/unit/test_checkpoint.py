@@ -6,12 +6,14 @@ import os
 import sqlite3
 import threading
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import pytest
 
 from helpers import DEADLINE, in_threads
-from onewriter import DbWriter, loop
+from onewriter import DbWriter, checkpoint, loop
+from onewriter.events import CheckpointEnded
 
 LIMIT = 2**20
 UPDATE = "UPDATE t SET text = ? WHERE id = ?"
@@ -155,6 +157,80 @@ def test_an_idle_writer_empties_the_log_once_after_a_while(path: Path, monkeypat
         assert first is not None
         db._loop.idle()  # there is nothing to do
         assert db._loop.last_checkpoint is first
+
+
+def grown_old(db: DbWriter) -> None:
+    """Have the readers that are out be so for long."""
+    for borrowing in db._readers._lent:
+        borrowing.since -= 0.9
+
+
+def test_an_idle_reader_makes_not_every_commit_try_to_empty_the_log(path: Path) -> None:
+    tries: list[CheckpointEnded] = []
+
+    def note(event: object) -> None:
+        if isinstance(event, CheckpointEnded) and event.mode == "TRUNCATE":
+            tries.append(event)
+
+    with DbWriter(path, synchronous="OFF", wal_limit=LIMIT, slow_after=600.0, on_event=note) as db:
+        fill(db)
+        with db.reader():
+            grown_old(db)
+            for k in range(200):
+                db.run_many(UPDATE, [(f"{k + n:02000}", n % 100) for n in range(300)])
+            assert log_size(path) > 10 * LIMIT
+            assert 1 <= len(tries) <= 10  # each time that the log has doubled
+            assert tries[-1].busy
+        for k in range(10):
+            db.run_many(UPDATE, [(f"{k + n:02000}", n % 100) for n in range(300)])
+        assert not tries[-1].busy  # as soon as the reader is back
+        assert log_size(path) <= LIMIT
+
+
+def test_reads_are_not_held_back_for_a_reader_that_is_out_for_long(path: Path) -> None:
+    with DbWriter(path) as db:
+        fill(db)
+        with db.reader():
+            grown_old(db)
+            with db._readers.held_back(0.5):
+                assert not db._readers.holds_back
+
+
+def test_holding_reads_back_in_vain_makes_the_next_time_come_later_and_later(path: Path) -> None:
+    with DbWriter(path, wal_limit=LIMIT) as db:
+        checkpointer = db._loop._checkpointer
+        checkpointer._kept_size = 2 * LIMIT
+        checkpointer._count_hold_back(0.0)  # nobody was held back
+        assert checkpointer._hold_back_at == 0.0
+        pauses = []
+        for _ in range(8):
+            checkpointer._count_hold_back(checkpoint.HOLD_BACK)
+            pauses.append(checkpointer._pause)
+            assert checkpointer._hold_back_at > monotonic()
+        assert pauses == sorted(pauses)
+        assert pauses[0] == checkpoint.HOLD_BACK
+        assert pauses[-1] == checkpoint.RARELY
+        checkpointer._kept_size = 0  # it was emptied
+        checkpointer._count_hold_back(0.0)
+        assert checkpointer._pause == 0.0
+
+
+def test_health_looks_at_the_log_when_it_is_asked(path: Path) -> None:
+    with DbWriter(path, synchronous="OFF", wal_limit=LIMIT, slow_after=600.0) as db:
+        fill(db)
+        with db.reader(label="the long one"):
+            grown_old(db)
+            db.run(UPDATE, ("y" * 3 * LIMIT, 1))
+            assert db.health.startswith("degraded: the WAL has grown to 3,")
+            assert "the long one" in db.health
+        assert db.health == "ok"
+
+
+def test_a_log_far_over_its_limit_that_nobody_reads_is_no_trouble(path: Path) -> None:
+    with DbWriter(path, synchronous="OFF", wal_limit=LIMIT, slow_after=600.0) as db:
+        fill(db)
+        db.run(UPDATE, ("y" * 3 * LIMIT, 1))
+        assert db.health == "ok"
 
 
 @pytest.mark.parametrize("mode", ["WAL", "DELETE"])

@@ -46,7 +46,7 @@ GUARDS = [
             "loop.py": [],
             "holder.py": [],
             "stats.py": [],
-            "gateway.py": ["backup"],
+            "gateway.py": ["_back_up"],
             "exit.py": ["_drain"],
         }.items()
     ),
@@ -54,8 +54,8 @@ GUARDS = [
     Guard(
         "queue.py",
         "mutex",
-        {"queue", "_asleep", "_bounded", "_limit", "_refusal", "_room", "is_nearly_full"},
-        held=frozenset(("_grant_room", "_has_become_nearly_full", "_wake")),
+        {"queue", "_asleep", "_bounded", "_limit", "_refusal", "_room", "_withdrawn", "is_nearly_full"},
+        held=frozenset(("_append", "_has_become_nearly_full", "_made_room", "_pop", "_tidy", "_wake")),
         free=frozenset(("__init__", "become_inherited")),
     ),
     Guard(
@@ -65,13 +65,14 @@ GUARDS = [
         held=frozenset(("_all_back_if_closed", "_grant")),
         free=frozenset(("__init__", "become_inherited")),
     ),
-    # Whoever has the connection sets its deadline; only a task that hurries it has to see whose it is.
+    # Whoever has the connection sets its deadline; who would interrupt it has to see whose it is.
     Guard(
         "readers.py",
         "_lock",
         {"deadline"},
-        free=frozenset(("__init__", "_borrow", "_until", "clean", "reader_of", "snapshot")),
+        free=frozenset(("__init__", "_borrow", "clean", "limit")),  # limit: by its other name
     ),
+    Guard("clock.py", "lock", {"rings_at", "_thread"}, free=frozenset(("__init__", "turn_off"))),
     Guard("readers.py", "_lock", {"_ended"}, also_read=True, free=frozenset(("__init__",))),
     Guard("aio.py", "_lock", {"_openers", "_pool"}, free=frozenset(("_prepare",))),
     Guard(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import math
 import sqlite3
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -16,6 +18,7 @@ import pytest
 
 from helpers import holding_lock, parked
 from onewriter import (
+    AsyncDbWriter,
     DbWriter,
     QueueFullError,
     ReentrantWriteError,
@@ -26,6 +29,8 @@ from onewriter import (
     WriteTimeoutError,
     loop,
 )
+from onewriter import queue as queue_module
+from onewriter.readers import Borrowing, ReaderPool
 
 DEADLINE = 30.0  # seconds; whatever takes longer hangs
 BRIEFLY = 0.05  # seconds; for waits that cannot succeed
@@ -158,6 +163,129 @@ def test_a_withdrawn_job_gives_its_room_back(db: DbWriter) -> None:
         db.enqueue(INSERT, (n,), timeout=DEADLINE)
     db.flush(timeout=DEADLINE)
     assert rows_of(db) == [10, 11, 12]
+
+
+def test_a_withdrawn_job_gives_its_room_back_at_once(db: DbWriter) -> None:
+    with parked(db):
+        tickets = [db.enqueue(INSERT, (n,)) for n in range(3)]
+        with pytest.raises(QueueFullError):
+            db.enqueue(INSERT, (3,), timeout=0)
+        assert "nearly full" in db.health
+        assert all([ticket.cancel() for ticket in tickets])
+        assert (db.stats().queue_depth, db.health) == (0, "ok")
+        for n in range(10, 13):
+            db.enqueue(INSERT, (n,), timeout=0)
+        with pytest.raises(QueueFullError, match="3 of 3 jobs"):
+            db.enqueue(INSERT, (13,), timeout=0)
+    db.flush(timeout=DEADLINE)
+    assert rows_of(db) == [10, 11, 12]
+
+
+def test_who_waits_for_room_gets_that_of_a_withdrawn_job(db: DbWriter, pool: ThreadPoolExecutor) -> None:
+    with parked(db):
+        tickets = [db.enqueue(INSERT, (n,)) for n in range(3)]
+        waiting = pool.submit(db.enqueue, INSERT, (3,), timeout=DEADLINE)
+        while not db._loop.queue._room:
+            pass
+        assert tickets[1].cancel()
+        waiting.result(timeout=DEADLINE)
+        assert db.stats().queue_depth == 3
+    db.flush(timeout=DEADLINE)
+    assert rows_of(db) == [0, 2, 3]
+
+
+def test_a_job_that_is_withdrawn_after_it_was_taken_gives_room_once(db: DbWriter) -> None:
+    stay = Stay(100)
+    with parked(db):
+        db.enqueue(stay)
+        taken = db.enqueue(INSERT, (1,))  # together with the one before it
+    assert stay.entered.wait(DEADLINE)
+    assert taken.cancel()
+    for n in range(3):
+        db.enqueue(INSERT, (n,), timeout=0)
+    with pytest.raises(QueueFullError):
+        db.enqueue(INSERT, (3,), timeout=0)
+    assert db.stats().queue_depth == 3
+    stay.release.set()
+    db.flush(timeout=DEADLINE)
+    assert rows_of(db) == [0, 1, 2, 100]
+
+
+def test_withdrawn_jobs_do_not_pile_up_behind_one_that_waits(db: DbWriter) -> None:
+    with parked(db):
+        first = db.enqueue(INSERT, (0,))
+        before = first
+        for n in range(1, 1000):
+            ticket = db.enqueue(INSERT, (n,), timeout=0)
+            if before is not first:
+                assert before.cancel()
+            before = ticket
+        assert len(db._loop.queue.queue) < 200
+        assert db.stats().queue_depth == 2
+        assert first.cancel()
+        assert 0.0 <= db.stats().oldest_age < DEADLINE
+    db.flush(timeout=DEADLINE)
+    assert rows_of(db) == [999]
+
+
+def test_a_finalizer_may_withdraw_jobs_while_its_thread_takes_them(db: DbWriter) -> None:
+    """The collector runs wherever something is made, so inside the queue's own lock too."""
+    queue = db._loop.queue
+    with parked(db):
+        tickets = [db.enqueue(INSERT, (n,)) for n in range(3)]
+
+        class Finalizing(deque[Any]):
+            def popleft(self) -> Any:
+                job = super().popleft()
+                assert tickets[0].cancel()
+                assert tickets[2].cancel()
+                return job
+
+        with queue.mutex:
+            queue.queue = Finalizing(queue.queue)
+            jobs = queue.take_now(10)
+            queue.queue = deque()
+        assert [job.cancelled() for job in jobs] == [True, False, True]
+        assert (queue.depth, queue._bounded) == (0, 0)
+        jobs[1].cancel()
+    db.run(INSERT, (7,))
+    assert rows_of(db) == [7]
+
+
+def test_who_gives_up_its_place_in_a_line_is_not_looked_for(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten thousand that give up at once would be ten thousand walks along the line."""
+
+    def compare(one: object, other: object) -> bool:
+        raise AssertionError("the line is walked along")
+
+    for kind in (queue_module._Waiter, Borrowing):
+        monkeypatch.setattr(kind, "__eq__", compare, raising=False)
+        monkeypatch.setattr(kind, "__hash__", object.__hash__)
+
+    async def main(db: DbWriter, readers: ReaderPool) -> None:
+        gateway = AsyncDbWriter.wrap(db)
+        with parked(db):
+            db.enqueue(INSERT, (0,))
+            taken = Borrowing("the only one")
+            taken.wakeup = asyncio.get_running_loop().create_future()
+            assert readers.take_or_line_up(taken)
+            tasks = [asyncio.create_task(gateway.enqueue_wait(INSERT, (n,), timeout=None)) for n in range(1, 50)]
+            reads = [asyncio.create_task(gateway.read("SELECT 1", timeout=None)) for _ in range(50)]
+            while len(db._loop.queue._room) < 49 or readers.waiting < 50:
+                await asyncio.sleep(0)
+            for task in reversed([*tasks, *reads]):
+                task.cancel()
+            await asyncio.wait([*tasks, *reads])
+            assert all(task.cancelled() for task in (*tasks, *reads))
+            assert len(db._loop.queue._room) == readers.waiting == 0
+            readers.end(taken)
+        await gateway.close()
+
+    with DbWriter(path, maxsize=1, readers=1) as db:
+        db.run("CREATE TABLE t (n)")
+        asyncio.run(main(db, db._loop.readers))
+        db.flush(timeout=DEADLINE)
+        assert db.read("SELECT n FROM t") == [(0,)]
 
 
 def test_a_caller_that_waits_for_its_result_needs_no_room(db: DbWriter, pool: ThreadPoolExecutor) -> None:

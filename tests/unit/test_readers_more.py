@@ -543,6 +543,7 @@ def test_a_place_that_comes_in_the_moment_nobody_waits_any_more_is_free(
     one: DbWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     borrowing = Borrowing("a read")
+    borrowing.thread = 0  # of another thread
     with one.reader():
         assert not one._readers.take_or_line_up(borrowing)
         monkeypatch.setattr(Reader, "clean", lambda reader: False)
