@@ -123,9 +123,7 @@ def run(seconds: float, seed: int, folder: Path) -> Outcome:
                 gc.collect()
                 stats = db.stats()
                 descriptors = len(os.listdir("/proc/self/fd"))
-                samples.append(
-                    (stats.committed / 1e6, _resident(), descriptors, _threads(), stats.wal_bytes)
-                )
+                samples.append((stats.committed / 1e6, _resident(), descriptors, _threads(), stats.wal_bytes))
             stop.wait(min(1.0, seconds / 20))
         stop.set()
         for thread in threads:
