@@ -95,7 +95,7 @@ class ReadClock:
         for reader in self._readers():
             if reader.deadline + GRACE <= now:
                 with contextlib.suppress(sqlite3.ProgrammingError):  # it is closed in this moment
-                    sqlite3.Connection.interrupt(reader.connection)
+                    reader.connection.interrupt()
                 deadlines.append(now + AGAIN - GRACE)
             else:
                 deadlines.append(reader.deadline)

@@ -220,7 +220,7 @@ def test_subclasses_have_attributes_of_their_own(path: Path) -> None:
     with Mine(path) as db:
         assert db.name == "mine"
         with pytest.raises(AttributeError, match="argument of DbWriter"):
-            db.row_factory = sqlite3.Row  # type: ignore[attr-defined]
+            db.row_factory = sqlite3.Row
 
 
 def test_a_task_can_back_up_into_a_connection_of_its_thread(path: Path) -> None:
