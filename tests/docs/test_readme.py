@@ -61,6 +61,7 @@ def test_the_reference_has_every_public_name() -> None:
         "describe",
         "withdraw",
         "withdraw_quietly",
+        "is_queued",
         "arrival",
         "wait",
         "run_callbacks",
