@@ -14,7 +14,7 @@ from onewriter.file import DatabaseFile
 from onewriter.holder import Holder
 from onewriter.locks import describe_wal_readers
 from onewriter.log import report
-from onewriter.readers import Borrowing, ReaderPool
+from onewriter.readers import LONG, Borrowing, ReaderPool
 from onewriter.retry import is_busy
 from onewriter.transaction import WriteSession
 
@@ -23,7 +23,7 @@ ROWS = 8  # changed rows that count as much as a commit
 PAGES = 1000  # that the log is to have at a checkpoint, as in SQLite itself
 HOLD_BACK = 0.05  # seconds that new reads wait, at most, so that the log can begin anew
 FAR = 2  # times wal_limit, from which on the log's size is worth a word at once
-RARELY = 1.0  # seconds between two tries that are in vain, at most
+SOON, RARELY = 0.005, 1.0  # seconds between two tries that are in vain, at first and at most
 
 
 class Checkpoint(NamedTuple):
@@ -61,8 +61,7 @@ class Checkpointer:
         self._kept_size = 0  # of the log, when it could not be emptied although it is over its limit
         self._kept_by: list[Borrowing] = []  # readers that were out for long then, and
         self._kept_since = math.inf  # when that was for the first time
-        self._again_at = self._hold_back_at = 0.0  # when to try again, and to hold back reads again
-        self._pause = 0.0  # seconds between two hold-backs, since the last was in vain
+        self._again_at = self._pause = 0.0  # when to hold back reads again, and the seconds from the last time to that
         self._told_at = 0  # bytes of the log from which on there is something to warn of
         self._growth = self._changes = 0
         self._often = OFTEN
@@ -95,7 +94,7 @@ class Checkpointer:
         self._growth = 1
         if self._largest > self._settings.wal_limit:
             began = monotonic()
-            with self._readers.held_back(HOLD_BACK if began >= self._hold_back_at else 0.0):
+            with self._readers.held_back(HOLD_BACK if began >= self._again_at else 0.0):
                 self.empty(session)
             self._count_hold_back(monotonic() - began)
         self._size = self._file.wal_bytes()
@@ -103,10 +102,10 @@ class Checkpointer:
     def _count_hold_back(self, seconds: float) -> None:
         """One in vain makes the next come later, and the more so the more there were: reads wait meanwhile."""
         if not self._kept_size:
-            self._pause = 0.0
-        elif seconds >= HOLD_BACK:
-            self._pause = min(RARELY, 2 * self._pause or HOLD_BACK)
-            self._hold_back_at = monotonic() + self._pause
+            self._pause = self._again_at = 0.0
+        elif seconds >= HOLD_BACK or not self._kept_by:
+            self._pause = min(RARELY, 2 * self._pause or SOON)
+            self._again_at = monotonic() + self._pause
 
     def _can_fare_better(self) -> bool:
         """Whether something has changed since the log could not be emptied: each try costs more, the longer it is."""
@@ -114,7 +113,7 @@ class Checkpointer:
             return True
         if self._kept_by:
             return not all(self._readers.is_out(borrowing) for borrowing in self._kept_by)
-        return monotonic() >= self._again_at  # who it was cannot be told: a reader of another process, perhaps
+        return monotonic() >= self._again_at  # it was one that has gone by now, or a reader of another process
 
     def empty(self, session: WriteSession) -> None:
         """Cut the log off, unless somebody reads from it."""
@@ -128,9 +127,8 @@ class Checkpointer:
         if not found.busy or self._largest <= self._settings.wal_limit:
             self._kept_size, self._kept_by, self._kept_since, self._told_at = 0, [], math.inf, 0
             return
-        now = monotonic()
-        self._kept_size, self._kept_by = self._largest_file(), self._readers.out_for(HOLD_BACK)
-        self._kept_since, self._again_at = min(self._kept_since, now), now + RARELY
+        self._kept_size, self._kept_by = self._largest_file(), self._readers.out_for(LONG)
+        self._kept_since = min(self._kept_since, monotonic())
 
     def _largest_file(self) -> int:
         return max(self._file.log_sizes(), default=0)

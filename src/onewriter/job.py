@@ -74,6 +74,7 @@ class Ticket(Generic[T]):
         "_error",
         "_holder",
         "_instruction",
+        "_is_queued",
         "_label",
         "_result",
         "_sequence",
@@ -81,7 +82,6 @@ class Ticket(Generic[T]):
         "_waiters",
         "created_at",
         "ended_at",
-        "is_queued",
         "started_at",
         "work",
     )
@@ -102,7 +102,7 @@ class Ticket(Generic[T]):
         # These are set when there is something to say.
         self._batch: Batch
         self._sequence: int
-        self.is_queued: bool
+        self._is_queued: bool
         self.started_at: float
         self.ended_at: float
 

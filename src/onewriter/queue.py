@@ -64,7 +64,7 @@ class JobQueue(queue.Queue[Job[Any]]):
             if self._refusal is None and (not bounded or (self._bounded < self._limit and not self._room)):
                 if bounded:
                     self._bounded += 1
-                item.is_queued = True
+                item._is_queued = True
                 self.queue.append(item)
                 if self._asleep:
                     self._wake()
@@ -98,7 +98,7 @@ class JobQueue(queue.Queue[Job[Any]]):
 
     def _append(self, job: Job[Any]) -> None:
         self._bounded += 1
-        job.is_queued = True
+        job._is_queued = True
         self.queue.append(job)
 
     def line_up(self, job: Job[Any], future: asyncio.Future[None]) -> _Waiter | None:
@@ -128,8 +128,8 @@ class JobQueue(queue.Queue[Job[Any]]):
         To look for the place would cost a walk through the queue, for each of perhaps thousands that give up at once.
         """
         with self.mutex:
-            if getattr(job, "is_queued", False):
-                job.is_queued = False
+            if getattr(job, "_is_queued", False):
+                job._is_queued = False
                 self._bounded -= job.bounded
                 self._withdrawn.add(job)
                 self._made_room()
@@ -182,8 +182,8 @@ class JobQueue(queue.Queue[Job[Any]]):
             jobs = [self.queue.popleft() for _ in range(min(limit, len(self.queue)))]
             bounded = 0
             for job in jobs:
-                if job.is_queued:
-                    job.is_queued = False
+                if job._is_queued:
+                    job._is_queued = False
                     bounded += job.bounded
                 else:
                     self._withdrawn.discard(job)

@@ -34,6 +34,7 @@ T = TypeVar("T")
 Fetch = Callable[[sqlite3.Cursor], T]
 
 HELD_BACK = 0.05  # seconds that a loan is held back at most
+LONG = 4 * HELD_BACK  # seconds; who has a connection for longer hardly comes back in that time
 STEPS = 250_000  # of SQLite's virtual machine between two looks at the clock
 
 
@@ -474,9 +475,9 @@ class ReaderPool:
     def held_back(self, seconds: float) -> Iterator[None]:
         """For the ``with`` block, and no longer than that, new loans wait; those out come back meanwhile.
 
-        Unless one is out for that long already, and would be in the way all the same.
+        Unless one is out for long already, and would be in the way all the same.
         """
-        if self.out_for(seconds):  # as long again would hardly be enough
+        if self.out_for(LONG):
             yield
             return
         self._open_again.clear()
