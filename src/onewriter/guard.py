@@ -165,6 +165,7 @@ class Guard(_Refusals):
         self.mode = Mode.GATEWAY
         self.schema_changed = True
         self.settings_touched = False
+        self.in_vain = ""  # a PRAGMA that is put back at once, since the gateway has set it
         self.temp_touched = False  # something was made in the TEMP schema
         self.is_asking = False  # a SELECT that is a job
         self.hidden_commit = False  # sqlite3, in a transaction, is about to end it before a script
@@ -221,9 +222,6 @@ class Guard(_Refusals):
         if name in NEVER or (name == "journal_mode" and value.upper() != self._journal_mode):
             return self.deny(f"PRAGMA {name} is the gateway's: use the argument of DbWriter")
         if self.mode is Mode.BARE and self._puts_back(name, value):
-            return self.deny(
-                f"PRAGMA {name} would be put back at once, since the gateway has set it: use the argument of DbWriter, "
-                "or foreign_keys=False on a job that rebuilds a table"
-            )
+            self.in_vain = name
         self.settings_touched = True
         return sqlite3.SQLITE_OK

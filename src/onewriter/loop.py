@@ -816,6 +816,13 @@ class WriterLoop:
     def _restore_settings(self) -> None:
         """Put back what a job's PRAGMA may have changed."""
         self._guard.settings_touched = False
+        if self._guard.in_vain:
+            text = (
+                "%s: PRAGMA %s of run_without_transaction is put back at once, since the gateway has set it: use the "
+                "argument of DbWriter, or foreign_keys=False on a job that rebuilds a table"
+            )
+            report(self.holder, logging.WARNING, text, self.label, self._guard.in_vain)
+            self._guard.in_vain = ""
         self.file.forget_size()  # VACUUM makes it smaller
         has_temp, self._guard.temp_touched = self._guard.temp_touched, False
         if self._session is not None:

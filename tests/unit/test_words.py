@@ -236,7 +236,7 @@ def test_a_task_can_back_up_into_a_connection_of_its_thread(path: Path) -> None:
     asyncio.run(main())
 
 
-def test_a_setting_that_would_be_put_back_at_once_is_refused(path: Path) -> None:
+def test_a_setting_that_is_put_back_at_once_is_told(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with DbWriter(path, pragmas={"cache_size": -5000}) as db:
         for pragma in (
             "foreign_keys=OFF",
@@ -245,13 +245,17 @@ def test_a_setting_that_would_be_put_back_at_once_is_refused(path: Path) -> None
             "Synchronous=OFF",
             "cache_size=5",
         ):
-            with pytest.raises(sqlite3.DatabaseError) as caught:
-                db.run_without_transaction(f"PRAGMA {pragma}")
-            assert "would be put back at once" in notes_of(caught.value)
+            db.run_without_transaction(f"PRAGMA {pragma}")
+            db.flush()
+            assert "is put back at once" in caplog.text
+            caplog.clear()
+        assert db.run("PRAGMA cache_size").rows == [(-5000,)]
         assert db.run_without_transaction("PRAGMA foreign_keys").rows == [(1,)]
         for pragma in ("foreign_keys=ON", "synchronous=FULL", "cache_size=-5000", "user_version=7"):
             db.run_without_transaction(f"PRAGMA {pragma}")
         assert db.read_value("PRAGMA user_version") == 7
+        db.flush()
+        assert not caplog.records
 
 
 def test_the_message_of_a_timeout_has_the_sign_of_a_cut_label(path: Path) -> None:
