@@ -573,7 +573,9 @@ class ReaderPool:
             if self._idle:
                 borrowing.reader = self._idle[-1]  # the last one back: its page cache is warm
                 del self._idle[-1]
-            elif self._count < self.size or (borrowing.wakeup is None and self._has_one(borrowing.thread)):
+            elif self._count < self.size or (
+                borrowing.wakeup is None and borrowing.thread and self._has_one(borrowing.thread)
+            ):
                 # A read in a row factory, say, would wait for its own thread: it has one beside the others. No task
                 # waits in a thread.
                 self._count += 1
