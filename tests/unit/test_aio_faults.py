@@ -417,6 +417,7 @@ def test_a_loop_that_opens_waits_for_that_of_another_thread(path: Path, closes: 
             await db.close()
         go_on.set()
         await opening
+        await asyncio.wrap_future(opened_first)  # or else it may find the gateway closed already
         await db.close()
 
     with ThreadPoolExecutor(2) as pool:
