@@ -28,7 +28,7 @@ class BlockJob(Job[None]):
            ``given_back`` is released once, by the end of the block.
     """
 
-    __slots__ = ("failed", "given_back", "granted", "loop", "max_hold", "thread", "transaction")
+    __slots__ = ("failed", "given_back", "granted", "loop", "max_hold", "nested", "thread", "transaction")
     alone = True
     lent = True
     loud = False  # its own thread hears
@@ -41,6 +41,7 @@ class BlockJob(Job[None]):
         self.loop = _get_running_loop()  # of that thread
         self.transaction: Transaction | None = None
         self.failed = False
+        self.nested = 0  # writes of others that were told that they are done, as a part of it
         self.granted, self.given_back = threading.Lock(), threading.Lock()
         self.granted.acquire()
         self.given_back.acquire()

@@ -67,6 +67,7 @@ class Checkpointer:
         self._often = OFTEN
         self._size = 0  # of the logs' files after the last checkpoint
         self._largest = 0  # bytes in one of the logs at the last checkpoint
+        self._schema: list[object] = []
         self._version: list[object] = []  # PRAGMA data_version, when the size of the file was remembered
         self.last: tuple[Checkpoint, float] | None = None
 
@@ -80,6 +81,8 @@ class Checkpointer:
         changes = session.connection.total_changes
         self._growth += 1 + abs(changes - self._changes) // ROWS
         self._changes = changes
+        if self._settings.journal_mode != "WAL":  # every commit is in the file
+            self.remember_size(session)
         if not self.has_work:
             return
         most = max(self._settings.wal_limit, PAGES * session.page_size)
@@ -189,6 +192,7 @@ class Checkpointer:
                 self._file.forget_size()  # any commit may make it smaller
                 return
             self._version = session.own("PRAGMA data_version")
+            self._schema = session.own("PRAGMA schema_version")
             self._file.remember_size()
         except sqlite3.Error:  # a lock, or damage, which others will meet too
             self._file.forget_size()
@@ -198,10 +202,15 @@ class Checkpointer:
         if session.connection.in_transaction:
             return
         try:
-            if session.own("PRAGMA data_version") != self._version:
+            if session.own("PRAGMA data_version") != self._version and not self._is_put_back(session):
                 self._file.forget_size()
                 return
         except sqlite3.DatabaseError as error:
             if is_busy(error):
                 return
         self._file.refuse_smaller()
+
+    def _is_put_back(self, session: WriteSession) -> bool:
+        """In the rollback-journal modes, where SQLite takes whatever is in the file for somebody's commit: whether that
+        cannot be VACUUM, which counts up the version of the schema."""
+        return self._settings.journal_mode != "WAL" and session.own("PRAGMA schema_version") <= self._schema

@@ -64,11 +64,15 @@ class ReadClock:
 
     def stop(self) -> None:
         """Have the thread end, or as soon as there is nobody to interrupt."""
-        self._is_stopped = True
         thread = self._thread
+        self.end()
         if thread is not None and thread.ident is not None:
-            self._ring()
             thread.join(1.0)
+
+    def end(self) -> None:
+        """The same, without waiting for it."""
+        self._is_stopped = True
+        self._ring()
 
     def _ring(self) -> None:
         with contextlib.suppress(RuntimeError):  # it was rung already

@@ -48,6 +48,7 @@ class DatabaseFile:
         self.exposed = ""  # why what is written is less safe here than elsewhere
         self.identity: Identity | None = None  # None: not opened yet
         self._logs: dict[str, Identity] = {}  # and their indexes, by name
+        self._attached: dict[str, Identity] = {}
         self._looked_at = 0.0
         self.size = 0  # bytes that the file cannot be smaller than, as far as this gateway knows
         self.is_smaller = False  # at the last look
@@ -69,6 +70,13 @@ class DatabaseFile:
             with contextlib.suppress(OSError):  # SQLite makes them when they are needed
                 logs[name] = _identity(os.stat(name))
         self._logs = logs
+        main = os.path.realpath(self.path)
+        attached = {}
+        for path in self.files:
+            with contextlib.suppress(OSError):
+                attached[path] = _identity(os.stat(path))
+        attached.pop(main, None)
+        self._attached = attached
 
     def remember_size(self) -> None:
         """The file can only grow from now on."""
@@ -114,19 +122,12 @@ class DatabaseFile:
         self.is_smaller = file.st_size < self.size
         if self.is_smaller and file.st_size == 0:
             self.refuse_smaller(0)
+        _refuse_others(self._attached)
         self.check_logs()
 
     def check_logs(self) -> None:
         """Raise FileMovedError if the log is not what the connections have open: nobody else sees what they write."""
-        for name, identity in list(self._logs.items()):
-            try:
-                found = _identity(os.stat(name))
-            except FileNotFoundError:
-                raise _moved(name, "is no longer there") from None
-            except OSError:
-                continue
-            if found != identity:
-                raise _moved(name, "is another file now")
+        _refuse_others(self._logs)
 
     def refuse_smaller(self, size: int | None = None) -> None:
         """The file is smaller than it can be."""
@@ -173,6 +174,18 @@ class DatabaseFile:
             return True
         except OSError:
             return False
+
+
+def _refuse_others(files: dict[str, Identity]) -> None:
+    for name, identity in list(files.items()):
+        try:
+            found = _identity(os.stat(name))
+        except FileNotFoundError:
+            raise _moved(name, "is no longer there") from None
+        except OSError:
+            continue
+        if found != identity:
+            raise _moved(name, "is another file now")
 
 
 def exposure(paths: Iterable[str]) -> str:

@@ -350,6 +350,12 @@ class DbWriter(Strict):
                 holder.entering.discard(me)
             try:
                 yield transaction
+            except GeneratorExit:  # closed, or collected, perhaps long after it was lost
+                self._leave(job, scope, failed=True)
+                if job.nested:
+                    text = "%s: %d writes that were made inside %s are rolled back with it: it was closed or collected"
+                    report(holder, logging.WARNING, text, self._loop.label, job.nested, job.describe())
+                raise
             except BaseException:
                 self._leave(job, scope, failed=True)
                 raise
@@ -754,7 +760,10 @@ class DbWriter(Strict):
             if job.foreign_keys is not None:
                 raise ReentrantWriteError("foreign_keys= needs a transaction of its own: call it outside the job")
             with transaction.savepoint():
-                return job.perform(transaction)
+                result = job.perform(transaction)
+            if isinstance(transaction.job, BlockJob):
+                transaction.job.nested += 1
+            return result
         if holder.waits_endlessly():
             holder.refuse_endless_wait(f"waiting for job {job.describe()}")
         until = math.inf if timeout is None else monotonic() + timeout

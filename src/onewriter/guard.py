@@ -16,7 +16,7 @@ USES = frozenset((sqlite3.SQLITE_READ, sqlite3.SQLITE_SELECT, sqlite3.SQLITE_UPD
 NOT_IN_A_TRANSACTION = frozenset(("foreign_keys", "journal_mode", "synchronous", "locking_mode"))
 # On these the gateway's own waiting, reading and checkpointing rest.
 NEVER = frozenset(("query_only", "busy_timeout", "locking_mode", "wal_autocheckpoint", "journal_size_limit"))
-NOT_ON_A_READER = NEVER | {"journal_mode"}
+NOT_ON_A_READER = NEVER | {"journal_mode", "hard_heap_limit", "soft_heap_limit"}  # the latter are of the process
 # What these tell is of the connection, on which other jobs have run since, or none.
 HISTORY = frozenset(("last_insert_rowid", "changes", "total_changes"))
 OFF = ("0", "off", "no", "false")
@@ -160,7 +160,7 @@ class Guard(_Refusals):
         self._journal_mode = journal_mode
         self._puts_back = puts_back
         # The texts of the gateway's own statements are unknown to jobs: SQLite does not ask again for a cached text.
-        self._secret = secrets.token_hex(8)
+        self._secret, self._other = secrets.token_hex(8), secrets.token_hex(8)
         self.mark = f"onewriter_{self._secret}"  # begins the names of the gateway's savepoints
         self.mode = Mode.GATEWAY
         self.schema_changed = True
@@ -172,6 +172,11 @@ class Guard(_Refusals):
 
     def own(self, sql: str) -> str:
         return f"{sql} /* {self._secret} */"
+
+    def asked_anew(self, sql: str) -> str:
+        """A text of a job that SQLite has not been asked about elsewhere. In front: what is behind a SELECT's last
+        expression becomes the column's name; and not the secret, which nobody is to see."""
+        return f"/* {self._other} */ {sql}"
 
     def install(self, connection: sqlite3.Connection) -> None:
         """Ask from now on, and for every statement prepared earlier too."""

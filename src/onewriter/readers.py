@@ -526,6 +526,7 @@ class ReaderPool:
 
     def _call_if_all_back(self) -> None:
         if self._closed and not self._count and not self._extras:
+            self.clock.end()
             with self._lock:
                 function, self._on_all_back = self._on_all_back, _return
             function()
@@ -665,12 +666,14 @@ class ReaderPool:
             reader = borrowing.reader  # which may have come in this moment
             is_good = is_good and self._count <= self.size
             if is_good and reader is not None and not self._closed and not borrowing.is_over:
-                borrowing.is_over = True
                 self._lent.discard(borrowing)
-                if self._waiting:
-                    self._grant(reader)
+                first = next(iter(self._waiting), None)
+                if first is None:  # from here on no call, behind which Ctrl-C comes: it is given on, or it is not
+                    borrowing.is_over = True
+                    self._idle += [reader]
                 else:
-                    self._idle.append(reader)
+                    borrowing.is_over, first.reader, first.has_place = True, reader, True
+                    self._tell(first)
         if not borrowing.is_over:
             self._end_place(borrowing, reader)
         if self.holds_back:
@@ -682,22 +685,25 @@ class ReaderPool:
             reader.connection.close()
         with self._lock:
             if not borrowing.is_over:
-                borrowing.is_over = True
                 self._lent.discard(borrowing)
-                if self._waiting and not self._closed and self._count <= self.size:
-                    self._grant(None)
-                else:
+                first = next(iter(self._waiting), None)
+                if first is None or self._closed or self._count > self.size:
+                    borrowing.is_over = True  # and no call in between, as above
                     self._count -= 1
                     self._all_back_if_closed()
+                else:
+                    borrowing.is_over, first.has_place = True, True
+                    self._tell(first)
         self._call_if_all_back()
 
-    def _grant(self, reader: Reader | None) -> None:
-        first = next(iter(self._waiting))
-        first.reader, first.has_place = reader, True
-        del self._waiting[first]
-        first.since = monotonic()
-        self._lent.add(first)
-        wake([first.wakeup])
+    def _tell(self, first: Borrowing) -> None:
+        """Wake the first in line, which has a place now."""
+        try:
+            self._waiting.pop(first, None)
+            first.since = monotonic()
+            self._lent.add(first)
+        finally:
+            wake([first.wakeup])
 
     def _all_back_if_closed(self) -> None:
         if self._closed and not self._count and not self._extras:

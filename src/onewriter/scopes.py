@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
+import threading
 import types
 import weakref
 from collections.abc import Iterator
@@ -27,21 +28,23 @@ class Scope(Generic[S]):
     Threads: entered by its owner, who keeps it; left by anybody.
     """
 
-    __slots__ = ("__weakref__", "_call_of_pool", "_scopes", "_task", "_thread", "is_open", "what", "writes")
+    __slots__ = ("__weakref__", "_call_of_pool", "_number", "_scopes", "_task", "_thread", "is_open", "what", "writes")
 
     def __init__(self, scopes: Scopes[S], what: S, writes: bool) -> None:
         self.what = what
         self.writes = writes  # or only reads
         self.is_open = False
         self._scopes = scopes
-        self._thread = 0
+        self._number = 0  # of the thread; the system gives it to another when that has ended
+        self._thread: threading.Thread | None = None
         self._task: asyncio.Task[Any] | None = None
         self._call_of_pool: types.FrameType | None = None
 
     def is_around(self) -> bool:
         """Whether the caller is inside, if its context is."""
         return (
-            self._thread == get_ident()
+            self._number == get_ident()
+            and (self._thread is None or self._thread is threading.current_thread())
             and (self._task is None or self._task is running_task())
             and (self._call_of_pool is None or self._call_of_pool is call_of_pool())
         )
@@ -71,7 +74,8 @@ class Scopes(Generic[S]):
     def enter(self, what: S, *, writes: bool) -> Scope[S]:
         """The scope is open as long as somebody keeps what this returns, and until ``leave``."""
         scope = Scope(self, what, writes)
-        scope._thread, scope._task, scope._call_of_pool = get_ident(), running_task(), call_of_pool()
+        scope._number, scope._thread = get_ident(), threading.current_thread()
+        scope._task, scope._call_of_pool = running_task(), call_of_pool()
         scope.is_open = True
         _innermost.set((weakref.ref(scope), _first_open(_innermost.get())))
         return scope
@@ -96,7 +100,7 @@ class Scopes(Generic[S]):
     def enter_job(self, what: S) -> None:
         """For the writer, which runs one job at a time: once for each function, so it makes no scope."""
         scope = self._job
-        scope.what, scope._thread, scope.is_open = what, get_ident(), True
+        scope.what, scope._number, scope.is_open = what, get_ident(), True
         self._around_job = _innermost.get()
         _innermost.set((self._weak_job, self._around_job))
 

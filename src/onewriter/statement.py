@@ -248,7 +248,7 @@ class Executor:
         guard.is_asking = text.verb in ASKING and guard.mode in OF_ITS_OWN
         try:
             # SQLite does not ask the guard again about a text that was allowed to a job of many statements.
-            cursor.execute(guard.own(sql) if guard.is_asking else sql, parameters)
+            cursor.execute(guard.asked_anew(sql) if guard.is_asking else sql, parameters)
             # To the end, since an unread row would make COMMIT say BUSY for ever.
             rows = cursor.fetchall() if cursor.description is not None else None
         except BaseException as error:

@@ -223,3 +223,13 @@ def test_close_in_a_row_factory_of_a_tasks_read_raises(path: Path) -> None:
         asyncio.run(main())
     with pytest.raises(WriterClosedError):
         db.read("SELECT 1")
+
+
+def test_the_clocks_thread_ends_with_the_last_connection_of_a_closed_gateway(path: Path) -> None:
+    db = DbWriter(path)
+    db.read(lambda connection: db.close(0.0))
+    db.close()
+    clock = db._readers.clock._thread
+    if clock is not None:
+        clock.join(DEADLINE)
+        assert not clock.is_alive()

@@ -65,7 +65,7 @@ def test_a_name_that_only_ends_like_one_of_them_is_a_name(tmp_path: Path) -> Non
 
 AS_ANOTHER_USER = """
 import os, sqlite3, sys
-from onewriter import DbWriter
+from onewriter import DbWriter, WriterBrokenError
 if os.getuid() == 0:
     os.setgroups([]); os.setgid(65534); os.setuid(65534)
 try:
@@ -128,7 +128,7 @@ def test_a_log_beside_a_file_that_was_emptied_is_kept(path: Path, tmp_path: Path
 
 NO_ROOM_FOR_THE_INDEX = """
 import os, resource, sqlite3
-from onewriter import DbWriter
+from onewriter import DbWriter, WriterBrokenError
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 try:
     DbWriter({path!r})
@@ -156,7 +156,7 @@ def test_where_the_index_of_the_log_cannot_be_had_the_file_stays_as_it_was(path:
 
 NO_DESCRIPTORS = """
 import os, resource, sqlite3
-from onewriter import DbWriter
+from onewriter import DbWriter, WriterBrokenError
 def use_up():
     kept = []
     try:
@@ -283,3 +283,53 @@ def test_a_writer_that_fails_while_it_looks_at_what_it_has_opened_is_closed(path
     with pytest.raises(sqlite3.DatabaseError, match="no list"):
         DbWriter(path)
     assert os.listdir(path.parent) == [path.name]  # SQLite's last connection has taken its log with it
+
+
+@pytest.mark.parametrize("mode", ["WAL", "DELETE", "TRUNCATE", "PERSIST"])
+@pytest.mark.parametrize("way", ["copied over", "emptied"])
+def test_a_file_that_is_overwritten_by_a_smaller_one_is_noticed_in_each_mode(path: Path, mode: Any, way: str) -> None:
+    with DbWriter(path, journal_mode=mode) as db:
+        db.run("CREATE TABLE t (a)")
+        db.backup(path.with_name("backup.db"))
+        db.run_many("INSERT INTO t VALUES (zeroblob(1000))", [()] * 200)
+        if mode == "WAL":
+            db.checkpoint()
+        if way == "emptied":
+            os.truncate(path, 0)
+        else:
+            shutil.copyfile(path.with_name("backup.db"), path)
+        db._loop.file._looked_at = 0.0  # the next look is due
+        with pytest.raises(WriterBrokenError, match="overwritten"):
+            db.run("INSERT INTO t VALUES (1)")
+
+
+@pytest.mark.parametrize("mode", ["WAL", "DELETE"])
+def test_a_file_that_another_process_has_made_smaller_is_no_trouble(path: Path, mode: Any) -> None:
+    with DbWriter(path, journal_mode=mode) as db:
+        db.run("CREATE TABLE t (a)")
+        db.run_many("INSERT INTO t VALUES (zeroblob(1000))", [()] * 200)
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+            other.execute("DELETE FROM t")
+            other.execute("VACUUM")
+        db._loop.file._looked_at = 0.0
+        db.run("INSERT INTO t VALUES (1)")
+        assert db.health == "ok"
+
+
+@pytest.mark.parametrize("way", ["deleted", "moved", "replaced"])
+def test_an_attached_file_that_is_not_there_any_more_is_noticed(path: Path, way: str) -> None:
+    other = path.with_name("other.db")
+    with contextlib.closing(sqlite3.connect(other)) as connection:
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("CREATE TABLE t (a)")
+    with DbWriter(path, on_connect=lambda c, readonly: c.execute("ATTACH ? AS o", (str(other),))) as db:
+        db.run("INSERT INTO o.t VALUES (1)")
+        if way == "deleted":
+            other.unlink()
+        else:
+            other.rename(path.with_name("moved.db"))
+        if way == "replaced":
+            shutil.copyfile(path.with_name("moved.db"), other)
+        db._loop.file._looked_at = 0.0
+        with pytest.raises(WriterBrokenError, match=r"other\.db"):
+            db.run("INSERT INTO o.t VALUES (2)")

@@ -259,3 +259,16 @@ def test_no_setting_leaves_a_row_of_a_write_unread(path: Path) -> None:
         db.run_script("PRAGMA count_changes = OFF")
         assert db.run("INSERT INTO t VALUES (1)").rows == []
         assert db.run_many("UPDATE t SET a = ?", [(2,), (3,)]).rowcount == 2
+
+
+@pytest.mark.parametrize(
+    "sql", ["SELECT 1", "SELECT count(*)", "SELECT 'a' LIKE 'A' -- so", "SELECT sqlite_version() AS v"]
+)
+def test_the_columns_of_a_select_have_the_names_that_sqlite_gives_them(path: Path, sql: str) -> None:
+    plain = sqlite3.connect(":memory:")
+    names = plain.execute(sql).description
+    plain.close()
+    with DbWriter(path, row_factory=sqlite3.Row) as db:
+        for result in (db.run(sql), db.enqueue(sql).result(), db.run(lambda tx: tx.execute(sql))):
+            assert result.description == names
+            assert result.rows[0].keys() == [names[0][0]]

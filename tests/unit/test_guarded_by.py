@@ -62,7 +62,7 @@ GUARDS = [
         "readers.py",
         "_lock",
         {"_closed", "_count", "_extras", "_idle", "_on_all_back", "_waiting", "has_place", "is_over"},
-        held=frozenset(("_all_back_if_closed", "_grant")),
+        held=frozenset(("_all_back_if_closed", "_tell")),
         free=frozenset(("__init__", "become_inherited")),
     ),
     # Whoever has the connection sets its deadline; who would interrupt it has to see whose it is.

@@ -675,3 +675,30 @@ def test_a_connection_to_a_file_that_was_moved_meanwhile_is_closed(path: Path) -
         connections[0].execute("SELECT 1")
     path.with_name("elsewhere.db").rename(path)
     db.close()
+
+
+class RaisesBehind(set[Any]):
+    """As Ctrl-C does, which comes behind a call."""
+
+    raises = False
+
+    def discard(self, thing: Any) -> None:
+        super().discard(thing)
+        if self.raises:
+            self.raises = False
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("is_good", [True, False], ids=["to be lent again", "to be closed"])
+def test_an_interrupt_as_a_connection_is_given_back_loses_nothing(
+    one: DbWriter, monkeypatch: pytest.MonkeyPatch, is_good: bool
+) -> None:
+    lent = one._readers._lent = RaisesBehind(one._readers._lent)
+    for _ in range(3):
+        if not is_good:
+            monkeypatch.setattr(Reader, "clean", lambda reader: False)
+        with pytest.raises(KeyboardInterrupt), one.reader():
+            lent.raises = True
+        monkeypatch.undo()
+        assert one.read_value("SELECT 1", timeout=DEADLINE) == 1
+    assert one.stats().readers_in_use == 0

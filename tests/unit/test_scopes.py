@@ -562,3 +562,34 @@ def test_savepoints_of_threads_that_cross_are_told_and_lose_nothing_in_silence(d
         with pytest.raises(TransactionClosedError, match="ended with the one around it"):
             in_threads(lambda: second.__exit__(None, None, None))
     assert db.read("SELECT n FROM t") == [(1,), (2,)]
+
+
+def test_a_thread_with_the_number_of_an_ended_one_is_not_inside_though_it_has_the_context(db: DbWriter) -> None:
+    context, block, numbers = contextvars.copy_context(), db.transaction(), []
+
+    def enter() -> None:
+        numbers.append(threading.get_ident())
+        block.__enter__()
+
+    def write() -> None:
+        numbers.append(threading.get_ident())
+        found.append(outcome(lambda: db.run(INSERT, (1,), timeout=0.0)))
+
+    found: list[str] = []
+    for target in (enter, write):
+        thread = threading.Thread(target=context.run, args=(target,))
+        thread.start()
+        thread.join(DEADLINE)
+    context.run(block.__exit__, None, None, None)
+    assert found == [OUTSIDE]
+    assert len(numbers) == 2  # nearly always the same
+
+
+def test_writes_that_a_collected_block_takes_with_it_are_told(db: DbWriter, caplog: pytest.LogCaptureFixture) -> None:
+    """Whoever leaves a generator in the midst of its block is still inside, until the block is collected."""
+    generator = dependency(db)
+    next(generator)
+    db.run(INSERT, (1,))
+    del generator
+    assert db.read_value(COUNT) == 0
+    assert "1 writes that were made inside 'transaction'" in caplog.text
