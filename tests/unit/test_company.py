@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from helpers import run_child
-from onewriter import DbWriter, check, connection
+from onewriter import DbWriter, WriterBrokenError, check, connection
 
 
 def make(path: Path, mode: str = "WAL") -> None:
@@ -65,7 +65,7 @@ def test_a_name_that_only_ends_like_one_of_them_is_a_name(tmp_path: Path) -> Non
 
 AS_ANOTHER_USER = """
 import os, sqlite3, sys
-from onewriter import DbWriter, WriterBrokenError
+from onewriter import DbWriter
 if os.getuid() == 0:
     os.setgroups([]); os.setgid(65534); os.setuid(65534)
 try:
@@ -128,7 +128,7 @@ def test_a_log_beside_a_file_that_was_emptied_is_kept(path: Path, tmp_path: Path
 
 NO_ROOM_FOR_THE_INDEX = """
 import os, resource, sqlite3
-from onewriter import DbWriter, WriterBrokenError
+from onewriter import DbWriter
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 try:
     DbWriter({path!r})
@@ -156,7 +156,7 @@ def test_where_the_index_of_the_log_cannot_be_had_the_file_stays_as_it_was(path:
 
 NO_DESCRIPTORS = """
 import os, resource, sqlite3
-from onewriter import DbWriter, WriterBrokenError
+from onewriter import DbWriter
 def use_up():
     kept = []
     try:
