@@ -292,8 +292,7 @@ def test_a_file_that_is_overwritten_by_a_smaller_one_is_noticed_in_each_mode(pat
         db.run("CREATE TABLE t (a)")
         db.backup(path.with_name("backup.db"))
         db.run_many("INSERT INTO t VALUES (zeroblob(1000))", [()] * 200)
-        if mode == "WAL":
-            db.checkpoint()
+        db.checkpoint() if mode == "WAL" else db.flush()  # since when the gateway knows how much there is
         if way == "emptied":
             os.truncate(path, 0)
         else:
