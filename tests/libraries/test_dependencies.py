@@ -251,5 +251,8 @@ def test_fixtures_that_hold_a_block_or_a_reader_work(tmp_path: Path, scope: str)
     command = [sys.executable, "-W", "error", "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_app.py"]
     for name in ("fixture", "test"):
         command += ["-o", f"asyncio_default_{name}_loop_scope={scope}"]
-    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=4 * DEADLINE, check=False)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
+    found = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=4 * DEADLINE, check=False
+    )
     assert "4 passed" in found.stdout, found.stdout + found.stderr
