@@ -158,6 +158,8 @@ class DbWriter(Strict):
             raise TypeError(f"label must be a str, not {type(label).__name__}")
         if not isinstance(detect_types, int):
             raise TypeError(f"detect_types must be an int, not {type(detect_types).__name__}")
+        if not 0 <= detect_types < 2**31:
+            raise ValueError(f"detect_types is a sum of sqlite3's PARSE_…, not {detect_types}")
         for name, value in (("foreign_keys", foreign_keys), ("auto_checkpoint", auto_checkpoint), ("inline", inline)):
             if not isinstance(value, bool):
                 raise TypeError(f"{name} must be a bool, not {type(value).__name__}")
@@ -545,7 +547,10 @@ class DbWriter(Strict):
         if isinstance(here, Snapshot):
             yield here.to_lend
             return
-        with self._readers.snapshot(label, deadline) as snapshot:
+        writer = self._holder.scopes.innermost(writes=True)
+        # A job's SQL has its limit, wherever it runs; a block is taken away, and its thread may go on reading.
+        until = writer.held_until if isinstance(writer, Transaction) and writer.is_of_function else math.inf
+        with self._readers.snapshot(label, deadline, until) as snapshot:
             self._loop.queue.poke()  # an idle writer watches for slow readers
             yield snapshot.to_lend
 

@@ -328,8 +328,8 @@ class ReaderPool:
         self.clock = ReadClock(self._lock, lambda: [one.reader for one in lent.copy() if one.reader is not None])
 
     @contextlib.contextmanager
-    def snapshot(self, label: str, deadline: float) -> Iterator[Snapshot]:
-        """Lend a connection that sees one moment; the deadline is for the waiting only.
+    def snapshot(self, label: str, deadline: float, until: float = math.inf) -> Iterator[Snapshot]:
+        """Lend a connection that sees one moment; the deadline is for the waiting only, ``until`` for its statements.
 
         Raises:
             ReadTimeoutError: none was free in time.
@@ -339,7 +339,7 @@ class ReaderPool:
         try:
             reader = self._borrow(borrowing, deadline)
             self.pin(reader, label)
-            reader.limit(math.inf)
+            reader.limit(until)
             snapshot = Snapshot(reader)
             try:
                 with self.inside(snapshot):

@@ -17,7 +17,7 @@ from onewriter.elsewhere import Strict
 from onewriter.errors import ReadTimeoutError, TransactionClosedError
 from onewriter.fork import forked_error
 from onewriter.holder import Holder
-from onewriter.job import Job, check_callback, resolve, seconds_until, wake
+from onewriter.job import Job, resolve, seconds_until, wake
 from onewriter.parameters import capture, capture_many
 from onewriter.statement import Result, check_many
 from onewriter.transaction import ENDED, TOO_LONG, Transaction, check_sql
@@ -183,6 +183,13 @@ class TaskBlock(Job[None]):
                 raise self.closed_error()
             self._requests.put(lambda: function(*args))
 
+    def keep(self, transaction: Transaction, which: str, fn: Callable[[], object]) -> None:
+        """Keep a callback: now, since the block may fail before the writer would come to it."""
+        with self._lock:
+            if not self._accepts:
+                raise self.closed_error()
+            transaction.keep_for_task(which, fn)
+
     def closed_error(self) -> Exception:
         assert self.transaction is not None
         return self.transaction.closed_error()
@@ -303,11 +310,11 @@ class AsyncTransaction(Strict):
 
     def on_commit(self, fn: Callable[[], object], /) -> None:
         """Call ``fn()`` once, on the loop, after COMMIT. Not if the transaction is rolled back."""
-        self._block.send(self._transaction.on_commit, _callable(fn))
+        self._block.keep(self._transaction, "_after_commit", fn)
 
     def on_rollback(self, fn: Callable[[], object], /) -> None:
         """Call ``fn()`` once, on the loop, after the transaction, if this part of it was rolled back."""
-        self._block.send(self._transaction.on_rollback, _callable(fn))
+        self._block.keep(self._transaction, "_after_rollback", fn)
 
 
 async def _leave_well(block: TaskBlock, savepoint: contextlib.AbstractContextManager[None]) -> None:
@@ -335,8 +342,3 @@ def _leave(savepoint: contextlib.AbstractContextManager[None], error: BaseExcept
     """On the writer thread: what the savepoint raises again there is the task's own error."""
     with contextlib.suppress(BaseException):
         savepoint.__exit__(type(error), error, error.__traceback__)
-
-
-def _callable(fn: Callable[[], object]) -> Callable[[], object]:
-    check_callback("the callback", fn)
-    return fn

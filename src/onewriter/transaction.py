@@ -332,6 +332,13 @@ class Transaction:
         """Call ``fn()`` once, after the transaction, if this part of it was rolled back."""
         self.call(self._root._keep_callback, "_after_rollback", fn)
 
+    def keep_for_task(self, which: str, fn: Callback) -> None:
+        """The same for a task, which cannot wait for a statement that another one runs, and may fail at once."""
+        if self.is_closed:
+            raise self.closed_error()
+        with self.job._holder.lock:
+            self._root._keep_callback(which, fn)
+
     def _keep_callback(self, which: str, fn: Callback) -> None:
         check_callback("the callback", fn)
         if not self.has_callbacks:
@@ -381,6 +388,11 @@ class Transaction:
             yield view
         finally:
             view.end()
+
+    @property
+    def held_until(self) -> float:
+        """When ``max_hold`` is over."""
+        return self._root._until
 
     @property
     def is_closed(self) -> bool:

@@ -71,8 +71,8 @@ def test_a05_when_the_writer_thread_dies_every_job_gets_an_error_of_its_own(
     db.close()
 
 
-BAD_VALUES: list[tuple[Any, type[BaseException]]] = [
-    ((object(),), sqlite3.ProgrammingError),
+BAD_VALUES: list[Any] = [
+    pytest.param((object(),), sqlite3.ProgrammingError, id="an object"),
     (({"a": 1},), sqlite3.ProgrammingError),
     ((2**63,), OverflowError),
     ((-(2**63) - 1,), OverflowError),

@@ -733,6 +733,26 @@ def test_a_block_whose_task_has_ended_is_used_and_left_by_another_or_collected(p
     run(main)
 
 
+@pytest.mark.parametrize("statement", [False, True])
+def test_a_callback_of_a_block_that_fails_at_once_is_called(path: Path, statement: bool) -> None:
+    async def main() -> None:
+        async with opened(path) as db:
+            for _ in range(20):
+                called: list[str] = []
+                with pytest.raises(LookupError):
+                    async with db.transaction() as tx:
+                        if statement:
+                            await tx.execute(INSERT, (1,))
+                        tx.on_rollback(lambda called=called: called.append("rollback"))  # type: ignore[misc]
+                        tx.on_commit(lambda called=called: called.append("commit"))  # type: ignore[misc]
+                        raise LookupError
+                assert called == ["rollback"]
+            with pytest.raises(TransactionClosedError):
+                tx.on_rollback(print)
+
+    run(main)
+
+
 def test_a_reader_sees_one_state_and_the_inner_block_decides(path: Path) -> None:
     async def main() -> None:
         async with opened(path) as db:

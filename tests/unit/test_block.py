@@ -460,3 +460,15 @@ def test_a_file_that_was_moved_during_a_block_is_noticed_before_it_is_committed(
         db._loop.file._looked_at = 0.0  # a tenth of a second ago
     report = db.close()
     assert (report.committed, report.failed) == (1, 1)
+
+
+def test_max_hold_ends_a_jobs_statement_on_a_reader_too(path: Path) -> None:
+    with DbWriter(path, max_hold=0.05) as db:
+
+        def job(tx: Transaction) -> None:
+            with db.reader() as connection:
+                connection.execute(ENDLESS + "SELECT count(*) FROM c")
+
+        with pytest.raises(sqlite3.OperationalError, match="interrupted"):
+            db.run(job, timeout=DEADLINE)
+        db.run("SELECT 1", timeout=DEADLINE)

@@ -376,7 +376,7 @@ def test_every_form_of_read_can_wait_for_a_write(one: DbWriter) -> None:
         assert [form() for form in forms] == [1] * 5
 
 
-@pytest.mark.parametrize("wrong", [1, "ticket", object()], ids=repr)
+@pytest.mark.parametrize("wrong", [1, "ticket", object()], ids=["a number", "a text", "an object"])
 def test_after_is_a_ticket_of_this_gateway(one: DbWriter, tmp_path: Path, wrong: Any) -> None:
     with DbWriter(tmp_path / "other.db") as other:
         foreign = other.enqueue("SELECT 1")

@@ -141,7 +141,9 @@ class Row:
         return [6][index]
 
 
-@pytest.mark.parametrize("params", [(6,), [6], range(6, 7), {"1": 6}.values(), Row()], ids=repr)
+@pytest.mark.parametrize(
+    "params", [(6,), [6], range(6, 7), {"1": 6}.values(), Row()], ids=lambda params: type(params).__name__
+)
 def test_parameters_are_any_sequence(db: DbWriter, params: Any) -> None:
     assert db.run("SELECT ?", params).rows == [(6,)]
 
