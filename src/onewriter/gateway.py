@@ -527,7 +527,8 @@ class DbWriter(Strict):
     ) -> contextlib.AbstractContextManager[sqlite3.Connection]:
         """Lend a read-only ``sqlite3.Connection`` that sees one state, that of the entry, for the whole ``with`` block.
 
-        Its ``commit``, ``rollback`` and ``close`` do nothing. The thread's own reads in the block see the same state.
+        Its ``commit``, ``rollback`` and ``close`` do nothing. Reads in the block (in the same
+        context, thread and task) see the same state. Any thread may use the connection, and leave the block.
         A long block keeps the WAL from shrinking; after ``slow_after`` seconds a warning names it.
 
         Args:
