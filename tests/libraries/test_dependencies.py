@@ -12,7 +12,7 @@ import random
 import sqlite3
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from time import monotonic
@@ -59,7 +59,6 @@ def application(db: DbWriter, shared: AsyncDbWriter) -> FastAPI:
 
     function = {"scope": "function"}  # the dependency ends, and commits, before the answer goes out
 
-    @app.post("/block/{n}")
     def in_block(n: int, tx: Annotated[Transaction, Depends(block, **function)], fails: bool = False) -> int:
         tx.execute(INSERT, (n, "block"))
         if fails:
@@ -68,7 +67,6 @@ def application(db: DbWriter, shared: AsyncDbWriter) -> FastAPI:
             tx.connection.execute(INSERT, (n, "block"))
         return n
 
-    @app.post("/tasks/{n}")
     async def in_tasks_block(
         n: int, tx: Annotated[AsyncTransaction, Depends(tasks_block, **function)], fails: bool = False
     ) -> int:
@@ -79,7 +77,6 @@ def application(db: DbWriter, shared: AsyncDbWriter) -> FastAPI:
         await shared.run(INSERT, (n, "task"))  # in the block of its task
         return n
 
-    @app.post("/plain/{n}")
     def plain(n: int, fails: bool = False) -> int:
         def both(tx: Transaction) -> None:
             tx.execute(INSERT, (n, "plain"))
@@ -90,12 +87,10 @@ def application(db: DbWriter, shared: AsyncDbWriter) -> FastAPI:
         db.run(both)
         return n
 
-    @app.post("/awaited/{n}")
     async def awaited(n: int, fails: bool = False) -> int:
         await shared.run_many(INSERT, [(n, "awaited"), (None if fails else n, "awaited")])
         return n
 
-    @app.post("/reader/{n}")
     def in_reader(
         n: int, connection: Annotated[sqlite3.Connection, Depends(reader, **function)], fails: bool = False
     ) -> int:
@@ -106,7 +101,6 @@ def application(db: DbWriter, shared: AsyncDbWriter) -> FastAPI:
             raise RefusedError  # what it has written was a write of its own
         return n
 
-    @app.post("/tasks_reader/{n}")
     async def in_tasks_reader(
         n: int, lent: Annotated[Any, Depends(tasks_reader, **function)], fails: bool = False
     ) -> int:
@@ -117,6 +111,16 @@ def application(db: DbWriter, shared: AsyncDbWriter) -> FastAPI:
             raise RefusedError
         return n
 
+    views: dict[str, Callable[..., Any]] = {
+        "/block/{n}": in_block,
+        "/tasks/{n}": in_tasks_block,
+        "/plain/{n}": plain,
+        "/awaited/{n}": awaited,
+        "/reader/{n}": in_reader,
+        "/tasks_reader/{n}": in_tasks_reader,
+    }
+    for route, view in views.items():
+        app.post(route)(view)  # not as decorators, which have no types where FastAPI is not installed
     return app
 
 
