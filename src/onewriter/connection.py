@@ -40,6 +40,7 @@ OWN_PRAGMAS = {
 }
 BEFORE_WAL = ("page_size", "auto_vacuum", "encoding")  # cannot be changed after it
 NO_WAL = 'as on network file systems: journal_mode="DELETE" is the way out'
+LOOKS = 3  # at a file beside the database that others may make and delete meanwhile
 SMALLEST_FILE = 512  # bytes; SQLite takes anything smaller for empty, and would write over it
 MINIMUM_VERSION = (3, 37, 2)
 NO_INDEX = {  # where the index of the log cannot be had, or its locks
@@ -130,9 +131,9 @@ def check_company(path: str) -> None:
         if owner != path and os.path.basename(owner) and os.path.exists(owner):
             raise _cannot_open(path, f"it is SQLite's own file beside the database {owner}")
         name = f"{path}{suffix}"
-        if os.path.lexists(name) and not os.path.isfile(name):
+        if _stays(name, os.path.isfile):
             raise _cannot_open(path, f"{name}, which SQLite keeps beside the database, is not a regular file")
-        if os.path.exists(name) and not os.access(name, os.R_OK | os.W_OK):
+        if _stays(name, lambda name: os.access(name, os.R_OK | os.W_OK)):
             raise _cannot_open(
                 path,
                 f"{name}, which SQLite keeps beside the database, is not writable: another user has made it. Give this "
@@ -147,6 +148,24 @@ def check_company(path: str) -> None:
             f"the file is empty and {path}{LOG} is not: the file was overwritten, and SQLite would delete the log too. "
             "Put the file back, or move the log away",
         )
+
+
+def _stays(name: str, is_well: Callable[[str], bool]) -> bool:
+    """Whether what has that name, if there is anything, is not well. Others who open and close make and delete these
+    files at any moment: it counts only if it is so, and the same, at every look."""
+    found = _what_is_there(name)
+    for _ in range(LOOKS):
+        if found is None or is_well(name) or _what_is_there(name) != found:
+            return False
+    return True
+
+
+def _what_is_there(name: str) -> tuple[int, int, int] | None:
+    try:
+        found = os.lstat(name)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_ctime_ns
 
 
 def open_writer(

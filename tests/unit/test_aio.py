@@ -528,6 +528,8 @@ def test_a_cancellation_during_commit_comes_after_it_and_says_what_became_of_it(
                         other.execute("SELECT * FROM t").fetchall()  # COMMIT waits for this reader
 
                 task = await beats(20, block())
+                while db.stats().waiting_for_lock is None:  # COMMIT has met the reader
+                    await asyncio.sleep(0)
                 task.cancel()
                 await asyncio.sleep(0.005)
                 assert not task.done()

@@ -332,3 +332,29 @@ def test_an_attached_file_that_is_not_there_any_more_is_noticed(path: Path, way:
         db._loop.file._looked_at = 0.0
         with pytest.raises(WriterBrokenError, match=r"other\.db"):
             db.run("INSERT INTO o.t VALUES (2)")
+
+
+@pytest.mark.parametrize("suffix", ["-wal", "-shm", "-journal"])
+def test_a_log_that_others_delete_and_make_at_the_moment_of_the_look_is_no_trouble(
+    path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As several openers and closers of one file do."""
+    with DbWriter(path):
+        pass
+    log, access, looks = path.with_name(path.name + suffix), os.access, []
+
+    def replaced_meanwhile(name: Any, mode: int, **options: Any) -> bool:
+        if os.fspath(name) == str(log):
+            looks.append(name)
+            log.unlink()
+            found = access(name, mode, **options)
+            log.write_bytes(b"")
+            os.utime(log, ns=(len(looks), len(looks)))
+            return found
+        return access(name, mode, **options)
+
+    log.write_bytes(b"")
+    monkeypatch.setattr(os, "access", replaced_meanwhile)
+    with DbWriter(path) as db:
+        db.run("CREATE TABLE t (a)")
+    assert looks
