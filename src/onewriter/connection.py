@@ -154,10 +154,7 @@ def _stays(name: str, is_well: Callable[[str], bool]) -> bool:
     """Whether what has that name, if there is anything, is not well. Others who open and close make and delete these
     files at any moment: it counts only if it is so, and the same, at every look."""
     found = _what_is_there(name)
-    for _ in range(LOOKS):
-        if found is None or is_well(name) or _what_is_there(name) != found:
-            return False
-    return True
+    return found is not None and all(not is_well(name) and _what_is_there(name) == found for _ in range(LOOKS))
 
 
 def _what_is_there(name: str) -> tuple[int, int, int] | None:
