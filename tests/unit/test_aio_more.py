@@ -88,6 +88,8 @@ def test_a_timeout_in_the_moment_a_block_starts_frees_the_writer(path: Path, hes
 
             entering = asyncio.create_task(enter())
             await until(lambda: bool(blocks) and blocks[0].granted.done())  # its time has run out
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)  # and it has heard of that
             go_on.set()
             with pytest.raises(WriteTimeoutError) as caught:
                 await entering
