@@ -33,7 +33,7 @@ SECONDS: dict[str, float] = {}  # that each test took
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "onewriter"
 EQUAL = ROOT / "tests" / "equal_mutants.txt"
-LEFT_OUT = {"bench.py", "check.py", "__main__.py", "__init__.py", "testing.py"}
+LEFT_OUT = ("tools/", "__main__.py", "testing.py")
 HANG = 20  # seconds that one test may take
 TIMEOUT = 600.0  # seconds for all tests that come by
 INVERSE: dict[type[ast.cmpop], str] = {
@@ -67,6 +67,10 @@ class Mutant:
         return f"{self.file}: {self.what}"
 
 
+def name_of(path: Path) -> str:
+    return path.relative_to(SOURCE).as_posix()
+
+
 def mutants_of(path: Path) -> Iterator[Mutant]:
     source = path.read_text(encoding="utf-8")
     lines = source.splitlines(keepends=True)
@@ -83,7 +87,9 @@ def mutants_of(path: Path) -> Iterator[Mutant]:
         end = place(node.end_lineno or 0, node.end_col_offset or 0)
         old = " ".join(data[begin:end].decode().split())
         text = (data[:begin] + new.encode() + data[end:]).decode()
-        return Mutant(path.name, node.lineno, node.end_lineno or 0, f"{kind} `{old[:90]}`", text)
+        return Mutant(
+            path.relative_to(SOURCE).as_posix(), node.lineno, node.end_lineno or 0, f"{kind} `{old[:90]}`", text
+        )
 
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.If | ast.IfExp | ast.While):
@@ -122,9 +128,10 @@ class Tests:
             data = coverage.CoverageData(part)
             data.read()
             for file in data.measured_files():
+                name = Path(file).resolve().relative_to((tree / "src" / "onewriter").resolve()).as_posix()
                 for line, contexts in data.contexts_by_lineno(file).items():
                     names = {context.split("|")[-1].rsplit(" (", 1)[0] for context in contexts}
-                    self.passing.setdefault((Path(file).name, line), set()).update(names & self.seconds.keys())
+                    self.passing.setdefault((name, line), set()).update(names & self.seconds.keys())
 
     def of(self, mutant: Mutant) -> list[str]:
         lines = range(mutant.line, mutant.last + 1)
@@ -189,8 +196,12 @@ def main() -> int:
     parser.add_argument("--only", default="", help="mutants whose name has this in it")
     parser.add_argument("--list", action="store_true", help="only count them")
     arguments = parser.parse_args()
-    files = arguments.files.split(",") if arguments.files else sorted(path.name for path in SOURCE.glob("*.py"))
-    mutants = [m for name in files if name not in LEFT_OUT for m in mutants_of(SOURCE / name)]
+    files = (
+        arguments.files.split(",")
+        if arguments.files
+        else sorted(path.relative_to(SOURCE).as_posix() for path in SOURCE.rglob("*.py"))
+    )
+    mutants = [m for name in files if not name.startswith(LEFT_OUT) for m in mutants_of(SOURCE / name)]
     equal = {line.split(" # ")[0] for line in EQUAL.read_text().splitlines()} if EQUAL.exists() else set()
     mutants = [mutant for mutant in {m.text: m for m in mutants}.values() if mutant.name not in equal]
     mutants = [mutant for mutant in mutants if arguments.only in mutant.name]

@@ -1,6 +1,7 @@
 """onewriter: the single writer of a SQLite database."""
 
 from onewriter.aio import AsyncDbWriter
+from onewriter.base.tally import CloseReport, Stats
 from onewriter.errors import (
     CommitUnknownError,
     ForkedError,
@@ -15,11 +16,10 @@ from onewriter.errors import (
     WriteTimeoutError,
 )
 from onewriter.gateway import DbWriter
-from onewriter.job import Ticket
-from onewriter.statement import Result
-from onewriter.stats import CloseReport, Stats
-from onewriter.taskblock import AsyncTransaction
-from onewriter.transaction import Transaction
+from onewriter.sqlite.result import Result
+from onewriter.tasks.block import AsyncTransaction
+from onewriter.write.ticket import Ticket
+from onewriter.write.transaction import Transaction
 
 __all__ = [
     "AsyncDbWriter",
@@ -42,3 +42,7 @@ __all__ = [
     "WriterBrokenError",
     "WriterClosedError",
 ]
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from onewriter import bench, check
+from onewriter.tools import bench, check
 
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 

@@ -15,117 +15,41 @@ import os
 import sqlite3
 import sys
 import threading
-import types
 import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from time import monotonic
 from typing import Any, Literal, Self, TypeVar, overload
 
-from onewriter.backup import check_backup
-from onewriter.block import BlockFailedError
-from onewriter.checkpoint import Checkpoint
-from onewriter.driver import not_entered
-from onewriter.elsewhere import Strict
+from onewriter.base.arguments import check_label, check_read, check_sql, check_timeout, name_of
+from onewriter.base.call_site import called_from, frame_around
+from onewriter.base.log import contain_all
+from onewriter.base.scopes import enclosing
+from onewriter.base.strict import Strict
+from onewriter.base.tally import CloseReport, Stats
+from onewriter.base.waiting import seconds_until, wake
+from onewriter.core import give_up
+from onewriter.ends.backup import check_backup
 from onewriter.errors import ReadTimeoutError, ReentrantWriteError, WriterClosedError
 from onewriter.events import announce
-from onewriter.gateway import (
-    OWN_READER,
-    After,
-    DbWriter,
-    Function,
-    Label,
-    Seconds,
-    check_label,
-    check_read,
-    first_value,
-    give_up,
-)
-from onewriter.holder import Holder
-from onewriter.job import (
-    Job,
-    Ticket,
-    called_from,
-    check_timeout,
-    name_of,
-    refuse_live,
-    resolve,
-    seconds_until,
-    user_frame,
-    wake,
-)
-from onewriter.log import contain_all
-from onewriter.parameters import capture
-from onewriter.readers import HELD_BACK, Borrowing, Reader, ReaderPool, Snapshot, ended_error
-from onewriter.scopes import enclosing
-from onewriter.statement import Parameters, Result
-from onewriter.stats import CloseReport, Stats
-from onewriter.taskblock import AsyncTransaction, TaskBlock, TaskSavepoint
-from onewriter.transaction import ENDED, Transaction, check_sql
+from onewriter.gateway import OWN_READER, After, DbWriter, Function, Label, Seconds
+from onewriter.read.pool import HELD_BACK, Borrowing
+from onewriter.read.reader import Reader, Snapshot
+from onewriter.sqlite.parameters import capture
+from onewriter.sqlite.result import Result, first_value
+from onewriter.sqlite.statement import Parameters
+from onewriter.tasks.block import AsyncTransaction, TaskBlock, TaskSavepoint, perform_inside
+from onewriter.tasks.calls import Deadlines, and_the_log, call_in_pool, in_thread, until_done
+from onewriter.tasks.reader import AsyncReader, read_snapshot
+from onewriter.write.block import BlockFailedError
+from onewriter.write.checkpoint import Checkpoint
+from onewriter.write.driver import not_entered
+from onewriter.write.ticket import Job, Ticket
+from onewriter.write.transaction import ENDED, Transaction
 
 T = TypeVar("T")
-
 FETCHALL, FETCHONE = operator.methodcaller("fetchall"), operator.methodcaller("fetchone")  # of a lent cursor, too
-TICK = 0.1  # seconds between two looks at the deadlines of a loop
 NOT_OPEN = "the gateway is not open: use `async with AsyncDbWriter(…)` or `await db.open()`"
-
-
-class AsyncReader:
-    """What ``async with db.reader()`` gives: SELECTs on one state of the database."""
-
-    def __init__(self, owner: AsyncDbWriter, snapshot: Snapshot, borrowing: Borrowing) -> None:
-        self._owner = owner
-        self._snapshot = snapshot
-        self._borrowing = borrowing
-        self._turn = asyncio.Lock()
-
-    def execute(self, sql: str, params: Any = (), /) -> Coroutine[Any, Any, Result]:
-        """Run one SELECT and return all its rows."""
-        return self._call(math.inf, _fetch_result, check_sql(sql), capture(sql, params))
-
-    async def _call(self, deadline: float, function: Callable[..., T], *args: Any) -> T:
-        try:
-            async with asyncio.timeout(seconds_until(deadline)):
-                await self._turn.acquire()
-        except TimeoutError:
-            text = f"{self._borrowing.label} is used by another task: the read did not begin in time"
-            raise ReadTimeoutError(text) from None
-        try:
-            if self._snapshot.is_left:  # the connection may be somebody else's
-                raise ended_error()
-            # Not in the thread, where it could come after a cancellation has hurried the statement.
-            self._snapshot.reader.limit(deadline)
-            call = functools.partial(function, self._snapshot, *args)
-            try:
-                return await self._owner._in_pool(call, self._borrowing)
-            finally:
-                self._snapshot.reader.limit(math.inf)
-        finally:
-            self._turn.release()
-
-    def lends(self) -> Snapshot:
-        """Where the blocking reads of its task go."""
-        return self._snapshot
-
-    def _hurry(self) -> None:
-        db = self._owner._db  # which may be closed by now
-        assert db is not None
-        self._snapshot.is_left = True
-        db._readers.hurry(self._borrowing)
-
-    async def _end(self) -> None:
-        """Wait for what another task still runs here; a cancellation hurries that, and is raised after its end."""
-        cancelled = None
-        while True:
-            try:
-                async with self._turn:
-                    self._snapshot.end()
-                    break
-            except asyncio.CancelledError as error:
-                cancelled = error
-                self._hurry()
-        if cancelled is not None:
-            raise cancelled
 
 
 class AsyncDbWriter(Strict):
@@ -163,8 +87,8 @@ class AsyncDbWriter(Strict):
         self._lock = threading.Lock()
         self._openers: list[asyncio.Future[None]] = []  # of tasks that wait while another one opens
         self._pool: ThreadPoolExecutor | None = None
-        self._deadlines: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Deadlines] = weakref.WeakKeyDictionary()
-        self._last_deadlines: tuple[Any, _Deadlines] = (None, _Deadlines())
+        self._deadlines: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Deadlines] = weakref.WeakKeyDictionary()
+        self._last_deadlines: tuple[Any, Deadlines] = (None, Deadlines())
 
     async def open(self) -> Self:
         """Open the database; raises what ``DbWriter`` raises."""
@@ -188,7 +112,7 @@ class AsyncDbWriter(Strict):
     async def _open_with(self, opening: Callable[[], DbWriter]) -> None:
         db = None
         try:
-            db = await _in_thread(opening, undo=DbWriter.close)
+            db = await in_thread(opening, undo=DbWriter.close)
         finally:
             with self._lock:
                 if db is None:
@@ -198,7 +122,7 @@ class AsyncDbWriter(Strict):
                 openers, self._openers = self._openers, []
             wake(openers)
         if self._db is not db:  # it was closed meanwhile
-            await _in_thread(db.close)
+            await in_thread(db.close)
 
     async def __aenter__(self) -> Self:
         return await self.open()
@@ -229,7 +153,7 @@ class AsyncDbWriter(Strict):
             raise ReentrantWriteError(OWN_READER)
         self._is_closed = True
         try:
-            return db.report() if self._is_wrapped else await _in_thread(lambda: db.close(timeout, drain=drain))
+            return db.report() if self._is_wrapped else await in_thread(lambda: db.close(timeout, drain=drain))
         finally:
             with self._lock:
                 pool, self._pool = self._pool, None
@@ -333,7 +257,7 @@ class AsyncDbWriter(Strict):
         flushed: Coroutine[Any, Any, None] = self._execute(
             db._control("flush", None, sys._getframe(1)), timeout, alone="flush"
         )
-        return _and_the_log(flushed, db._holder, timeout)
+        return and_the_log(flushed, db._holder, timeout)
 
     def checkpoint(
         self, mode: Literal["PASSIVE", "FULL", "RESTART", "TRUNCATE"] = "TRUNCATE", *, timeout: Seconds = 30.0
@@ -350,7 +274,7 @@ class AsyncDbWriter(Strict):
             if isinstance(here, TaskBlock | TaskSavepoint):
                 if alone or job.foreign_keys is not None:
                     db._holder.refuse_endless_wait(alone or "foreign_keys=", awaits=True)
-                return here.block.call(_perform_inside, here.block, job)
+                return here.block.call(perform_inside, here.block, job)
         return self._wait_for(db, job, timeout)
 
     async def _wait_for(self, db: DbWriter, job: Job[T], timeout: Seconds) -> T:
@@ -405,7 +329,7 @@ class AsyncDbWriter(Strict):
                     inner.close(ENDED)
             return
         holder.refuse_endless_wait("transaction()", awaits=True)
-        block = TaskBlock(holder, label, hold, _frame_around())
+        block = TaskBlock(holder, label, hold, frame_around())
         holder.blocks.add(block)
         try:
             transaction = await self._enter(db, block, timeout)
@@ -509,7 +433,7 @@ class AsyncDbWriter(Strict):
         self, *, label: Label = None, timeout: Seconds = 30.0, after: After = None
     ) -> AsyncIterator[AsyncReader]:
         """As ``DbWriter.reader``, in ``async with``."""
-        place = repr(label) if label else f"reader() in {called_from(_frame_around())}"
+        place = repr(label) if label else f"reader() in {called_from(frame_around())}"
         deadline = await self._after(after, timeout, label)
         here = self._here()
         if isinstance(here, AsyncReader):
@@ -573,7 +497,7 @@ class AsyncDbWriter(Strict):
             block = here.block
             return await block.call(block.lends().read_with, function, deadline, until=deadline)
         if isinstance(here, AsyncReader):
-            return await here._call(deadline, _read_snapshot, self._gateway()._readers, function, name)
+            return await here._call(deadline, read_snapshot, self._gateway()._readers, function, name)
         if isinstance(here, Transaction) and here.is_of_function:  # whose thread this is
             return here.read_with(function, deadline)
         if isinstance(here, Transaction):
@@ -633,7 +557,7 @@ class AsyncDbWriter(Strict):
             with self._lock:  # or else the close of another loop may shut it down just before
                 if self._pool is None:  # or no longer: a block may still be open when the gateway is closed
                     self._pool = ThreadPoolExecutor(db._readers.size, f"{db._loop.label}-reader")
-                future = self._pool.submit(_call_in_pool, call, borrowing, self._pool, db._holder)
+                future = self._pool.submit(call_in_pool, call, borrowing, self._pool, db._holder)
         except BaseException:
             if borrowing is not None and returns:
                 db._readers.end(borrowing)
@@ -645,7 +569,7 @@ class AsyncDbWriter(Strict):
                 if borrowing is not None:
                     db._readers.hurry(borrowing)  # a statement that runs ends soon
                 if not returns:
-                    await _until_done(future)
+                    await until_done(future)
             elif borrowing is not None and returns:
                 db._readers.end(borrowing)
             raise
@@ -674,7 +598,7 @@ class AsyncDbWriter(Strict):
                 check_backup(target, progress, pages)
             db._back_up(target, progress, pages, place)
 
-        await _in_thread(back_up)
+        await in_thread(back_up)
 
     @property
     def path(self) -> str:
@@ -711,10 +635,10 @@ class AsyncDbWriter(Strict):
             raise WriterClosedError("the gateway is closed")
         return self._db
 
-    def _deadlines_of(self, loop: asyncio.AbstractEventLoop) -> _Deadlines:
+    def _deadlines_of(self, loop: asyncio.AbstractEventLoop) -> Deadlines:
         known, deadlines = self._last_deadlines
         if known is not loop:
-            deadlines = self._deadlines.setdefault(loop, _Deadlines())
+            deadlines = self._deadlines.setdefault(loop, Deadlines())
             self._last_deadlines = loop, deadlines
         return deadlines
 
@@ -730,122 +654,3 @@ class AsyncDbWriter(Strict):
             yield
         finally:
             deadlines.remove(future)
-
-
-class _Deadlines:
-    """When to wake the waiting tasks of one loop: looked at a few times a second, since a timer each costs too much."""
-
-    def __init__(self) -> None:
-        self._waiting: dict[asyncio.Future[None], float] = {}
-        self._timers: dict[asyncio.Future[None], asyncio.TimerHandle] = {}
-        self._ticks = False
-
-    def add(self, future: asyncio.Future[None], timeout: float) -> None:
-        if timeout < 1.0:  # a tick late would be late
-            self._timers[future] = future.get_loop().call_later(timeout, resolve, [future])
-            return
-        self._waiting[future] = monotonic() + timeout
-        if not self._ticks:
-            self._ticks = True
-            future.get_loop().call_later(TICK, self._tick, future.get_loop())
-
-    def remove(self, future: asyncio.Future[None]) -> None:
-        if self._waiting.pop(future, None) is None:
-            self._timers.pop(future).cancel()
-
-    def _tick(self, loop: asyncio.AbstractEventLoop) -> None:
-        now = monotonic()
-        resolve([future for future, until in self._waiting.items() if until <= now])
-        self._ticks = bool(self._waiting)
-        if self._ticks:
-            loop.call_later(TICK, self._tick, loop)
-
-
-async def _in_thread(function: Callable[[], T], undo: Callable[[T], object] | None = None) -> T:
-    """Call ``function`` in a thread of its own; ``undo`` what it returns if nobody waits for it any more."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[None] = loop.create_future()
-    outcome: list[Any] = []
-
-    def call() -> None:
-        try:
-            outcome[:] = (function(), None)
-        except BaseException as error:
-            outcome[:] = (None, error)
-        if future.cancelled() and undo is not None and outcome[1] is None:
-            undo(outcome[0])
-        wake([future])
-
-    threading.Thread(target=call, name="onewriter-call", daemon=True).start()
-    try:
-        await future
-    except asyncio.CancelledError:
-        if outcome and undo is not None and outcome[1] is None:
-            threading.Thread(target=undo, args=[outcome[0]], daemon=True).start()
-        raise
-    result, error = outcome
-    if error is not None:
-        try:
-            raise error
-        finally:
-            del error, outcome
-    return result  # type: ignore[no-any-return]
-
-
-async def _and_the_log(flushed: Coroutine[Any, Any, None], holder: Holder, timeout: Seconds) -> None:
-    """Wait for ``flushed``, and then until what the writer has reported is out."""
-    until = math.inf if timeout is None else monotonic() + timeout
-    await flushed
-    reporter = holder.reporter
-    if reporter is not None and reporter.is_behind:
-        await _in_thread(lambda: reporter.wait(until))
-
-
-def _call_in_pool(call: Callable[[], T], borrowing: Borrowing | None, pool: ThreadPoolExecutor, holder: Holder) -> T:
-    if borrowing is not None:
-        borrowing.runs_in = threading.get_ident()
-    try:
-        return call()
-    finally:
-        if borrowing is not None:
-            borrowing.runs_in = 0
-        if holder.forked:  # by the call: in the child nobody else would end this thread
-            pool.shutdown(wait=False)
-
-
-async def _until_done(future: Future[Any]) -> None:
-    """Wait for a function that cannot be stopped and whose connection must not be given back before its end."""
-    done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-    future.add_done_callback(lambda _: wake([done]))  # not wrapped: asyncio would log an error that nobody asks for
-    while not done.done():
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.wait([done])
-
-
-def _frame_around() -> types.FrameType:
-    """Of the user's code that enters this block, with ``async with`` or an AsyncExitStack."""
-    frame = user_frame(sys._getframe(1))
-    while frame.f_globals is vars(contextlib) and frame.f_back is not None:
-        frame = frame.f_back
-    return frame
-
-
-def _perform_inside(block: TaskBlock, job: Job[T]) -> T:
-    transaction = block.lends()
-    with transaction.part():
-        return job.perform(transaction)
-
-
-def _read_snapshot(
-    snapshot: Snapshot, readers: ReaderPool, function: Callable[[sqlite3.Connection], T], name: str
-) -> T:
-    with readers.inside(snapshot):
-        return refuse_live(snapshot.reader.attempt(name, function, snapshot.to_lend))
-
-
-def _fetch_result(snapshot: Snapshot, sql: str, parameters: Parameters) -> Result:
-    cursor = snapshot.to_lend.execute(sql, parameters)
-    try:
-        return Result(cursor.fetchall(), cursor.rowcount, None, cursor.description)
-    finally:
-        cursor.close()

@@ -18,10 +18,29 @@ What a job or SQLite raised reaches the caller as it is, with a note that names 
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
-if TYPE_CHECKING:
-    from onewriter.job import Ticket
+
+class Outcome(Protocol):
+    """A ``Ticket``, as an error and an event have it."""
+
+    @property
+    def label(self) -> str: ...
+    @property
+    def called_from(self) -> str: ...
+    @property
+    def timings(self) -> Any: ...
+    @property
+    def sequence(self) -> int | None: ...
+    def done(self) -> bool: ...
+    def running(self) -> bool: ...
+    def cancelled(self) -> bool: ...
+    def cancel(self) -> bool: ...
+    def result(self, timeout: float | None = None) -> Any: ...
+    def exception(self, timeout: float | None = None) -> BaseException | None: ...
+    def add_done_callback(self, fn: Any, /) -> None: ...
+    def future(self) -> Any: ...
+    def __await__(self) -> Any: ...
 
 
 class OneWriterError(Exception):
@@ -53,7 +72,7 @@ class WriteTimeoutError(OneWriterError, TimeoutError):
             ``ticket`` will have its outcome.
     """
 
-    def __init__(self, message: str, *, ticket: Ticket[Any], started: bool) -> None:
+    def __init__(self, message: str, *, ticket: Outcome, started: bool) -> None:
         super().__init__(message)
         self.ticket = ticket
         self.started = started
@@ -81,3 +100,17 @@ class TransactionAbortedError(OneWriterError):
 
 class ForkedError(OneWriterError):
     """A gateway was used in a child process after a fork, or its file was opened there again. Not committed."""
+
+
+ADVICE = "close the gateway before the fork, and open one in the child after it"
+
+
+def forked_error() -> ForkedError:
+    return ForkedError(f"this gateway belongs to the parent of this process: {ADVICE}")
+
+
+CLOSED = "the gateway is closed: open a new DbWriter"
+
+
+def closed_error() -> WriterClosedError:
+    return WriterClosedError(CLOSED)

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
-from onewriter.log import contain
-
-if TYPE_CHECKING:
-    from onewriter.holder import Holder
-    from onewriter.job import Job, Ticket
+from onewriter.base.log import contain
+from onewriter.base.state import Holder
+from onewriter.errors import Outcome
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +24,7 @@ class JobSubmitted:
         waits: whether the caller waits for the outcome; False for ``enqueue``.
     """
 
-    ticket: Ticket[Any]
+    ticket: Outcome
     waits: bool
 
 
@@ -41,7 +39,7 @@ class BatchEnded:
         retried: whether somebody else held that lock.
     """
 
-    tickets: tuple[Ticket[Any], ...]
+    tickets: tuple[Outcome, ...]
     commits: int
     lock_wait: float
     commit: float
@@ -75,7 +73,7 @@ class WriterBroken:
 
 Event: TypeAlias = JobSubmitted | BatchEnded | CheckpointEnded | BackupEnded | WriterBroken
 Hook: TypeAlias = Callable[[Event], object]
-Submit: TypeAlias = Callable[["Job[Any]", float | None], None]
+Submit: TypeAlias = Callable[[Any, float | None], None]
 
 
 def tell(holder: Holder, hook: Hook, event: Event) -> None:
@@ -85,7 +83,7 @@ def tell(holder: Holder, hook: Hook, event: Event) -> None:
     holder.end_telling()
 
 
-def announce(holder: Holder, hook: Hook | None, job: Job[Any], waits: bool) -> None:
+def announce(holder: Holder, hook: Hook | None, job: Any, waits: bool) -> None:
     """Tell that a job is about to be handed in, unless it is none of the user's, such as ``flush``."""
     if hook is not None and job.counted:
         contain(holder, hook, JobSubmitted(job, waits))

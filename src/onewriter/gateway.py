@@ -10,7 +10,6 @@ import os
 import shutil
 import sqlite3
 import sys
-import tempfile
 import types
 import warnings
 from asyncio import _get_running_loop
@@ -19,63 +18,60 @@ from threading import get_ident
 from time import monotonic
 from typing import Any, Literal, Self, TypeAlias, TypeVar, overload
 
-from onewriter import exit as at_exit
-from onewriter.backup import check_backup, copy
-from onewriter.block import BlockJob
-from onewriter.checkpoint import Checkpoint
-from onewriter.connection import (
-    Settings,
-    check_company,
-    check_path,
-    check_pragmas,
-    refuse_old_sqlite,
-    refuse_unsafe_sqlite,
+from onewriter.base.arguments import (
+    NOT_PLAIN,
+    check_callback,
+    check_choice,
+    check_count,
+    check_foreign_keys,
+    check_function,
+    check_label,
+    check_no_params,
+    check_read,
+    check_seconds,
+    check_sql,
+    check_timeout,
+    name_of,
 )
-from onewriter.driver import Driver, InlineDriver, ThreadDriver
-from onewriter.elsewhere import Strict
+from onewriter.base.call_site import called_from
+from onewriter.base.log import contain, contain_all, report, warn_of_blocking
+from onewriter.base.scopes import Scope, enclosing
+from onewriter.base.state import IN_STATEMENT
+from onewriter.base.strict import Strict
+from onewriter.base.tally import CloseReport, Stats
+from onewriter.base.waiting import seconds_until, wait_in_slices
+from onewriter.core import announcing, ended, give_up, resolve_path, say_nothing, stats_of
+from onewriter.ends import exit as at_exit
+from onewriter.ends.backup import check_backup, copy
+from onewriter.ends.fork import refuse_inherited
 from onewriter.errors import (
     ReadTimeoutError,
     ReentrantWriteError,
     WriterBrokenError,
     WriterClosedError,
-    WriteTimeoutError,
+    closed_error,
+    forked_error,
 )
-from onewriter.events import BackupEnded, Hook, Submit, announce
-from onewriter.fork import forked_error, refuse_inherited
-from onewriter.holder import IN_STATEMENT, Holder
-from onewriter.job import (
-    NOT_PLAIN,
-    BareStatementJob,
-    ControlJob,
-    FunctionJob,
-    Job,
-    StatementJob,
-    Ticket,
-    called_from,
-    check_callback,
-    check_function,
-    check_seconds,
-    check_timeout,
-    name_of,
-    seconds_until,
-    wait_in_slices,
-)
-from onewriter.log import contain, contain_all, report, warn_of_blocking
-from onewriter.loop import WriterLoop
-from onewriter.parameters import capture, capture_many
-from onewriter.queue import closed_error
-from onewriter.readers import Snapshot
-from onewriter.scopes import Scope, enclosing
-from onewriter.statement import Parameters, Result, check_many
-from onewriter.stats import CloseReport, Stats, stats_of
-from onewriter.transaction import Transaction, check_sql
+from onewriter.events import BackupEnded, announce
+from onewriter.read.reader import Snapshot
+from onewriter.sqlite.company import check_company, check_path
+from onewriter.sqlite.options import Settings, check_pragmas, refuse_old_sqlite, refuse_unsafe_sqlite
+from onewriter.sqlite.parameters import capture, capture_many
+from onewriter.sqlite.result import Result, first_value
+from onewriter.sqlite.statement import Parameters, check_many
+from onewriter.write.block import BlockJob
+from onewriter.write.checkpoint import Checkpoint
+from onewriter.write.driver import Driver, InlineDriver, ThreadDriver
+from onewriter.write.jobs import BareStatementJob, ControlJob, FunctionJob, StatementJob
+from onewriter.write.ticket import Job, Ticket
+from onewriter.write.transaction import Transaction
+from onewriter.write.writer import WriterLoop
 
 T = TypeVar("T")
 Function: TypeAlias = Callable[[Transaction], T]
 Label: TypeAlias = str | None
 Seconds: TypeAlias = float | None  # None: for ever
 After: TypeAlias = Ticket[Any] | None
-
 OWN_READER = "close waits for all readers, and this thread or task has one: end its read or block first"
 GRACE = 0.25  # seconds that close leaves a writer whose wait for SQLite's lock it has just ended
 SYNCHRONOUS = ("OFF", "NORMAL", "FULL", "EXTRA")
@@ -142,14 +138,14 @@ class DbWriter(Strict):
     ) -> None:
         refuse_old_sqlite()
         refuse_unsafe_sqlite()
-        _check_count("readers", readers)
-        _check_count("maxsize", maxsize)
-        _check_count("wal_limit", wal_limit, least=0)
+        check_count("readers", readers)
+        check_count("maxsize", maxsize)
+        check_count("wal_limit", wal_limit, least=0)
         check_seconds("lock_timeout", lock_timeout)
         check_seconds("slow_after", slow_after)
         check_seconds("max_hold", max_hold)
-        _check_choice("synchronous", synchronous, SYNCHRONOUS)
-        _check_choice("journal_mode", journal_mode, JOURNAL_MODES)
+        check_choice("synchronous", synchronous, SYNCHRONOUS)
+        check_choice("journal_mode", journal_mode, JOURNAL_MODES)
         hooks = {"on_connect": on_connect, "on_error": on_error, "on_event": on_event, "row_factory": row_factory}
         for name, hook in hooks.items():
             if hook is not None:
@@ -164,7 +160,7 @@ class DbWriter(Strict):
             if not isinstance(value, bool):
                 raise TypeError(f"{name} must be a bool, not {type(value).__name__}")
         check_pragmas(pragmas or {})
-        self._path, folder = _resolve(path)
+        self._path, folder = resolve_path(path)
         try:
             check_path(os.path.realpath(self._path))
             check_company(os.path.realpath(self._path))
@@ -182,8 +178,8 @@ class DbWriter(Strict):
                 auto_checkpoint=auto_checkpoint,
             )
             name = label or os.path.basename(self._path)
-            ended = _ended(folder)
-            loop = WriterLoop(settings, name, maxsize, readers, slow_after, max_hold, on_error, on_event, ended)
+            when_ended = ended(folder)
+            loop = WriterLoop(settings, name, maxsize, readers, slow_after, max_hold, on_error, on_event, when_ended)
             driver: Driver = InlineDriver(loop) if inline else ThreadDriver(loop)
             refuse_inherited(self._path)
             at_exit.refuse_lost(self._path)
@@ -196,7 +192,7 @@ class DbWriter(Strict):
             raise
         self._loop, self._driver = loop, driver
         self._max_hold = max_hold
-        self._submit = driver.submit if on_event is None else _announcing(driver.submit, loop.holder, on_event)
+        self._submit = driver.submit if on_event is None else announcing(driver.submit, loop.holder, on_event)
         self._holder = loop.holder
         self._readers = loop.readers
         self._journal_mode = journal_mode
@@ -717,7 +713,7 @@ class DbWriter(Strict):
     def _script(self, sql: str, label: Label, foreign_keys: bool | None, frame: types.FrameType) -> Job[None]:
         check_sql(sql)
         check_label(label)
-        _check_foreign_keys(foreign_keys)
+        check_foreign_keys(foreign_keys)
         name = sql or "script"
         return FunctionJob(self._holder, lambda tx: tx.script(sql), label, frame, foreign_keys=foreign_keys, sql=name)
 
@@ -728,14 +724,14 @@ class DbWriter(Strict):
         return ControlJob(self._holder, label, frame, work)
 
     def _checkpoint_job(self, mode: str, frame: types.FrameType) -> Job[Checkpoint]:
-        _check_choice("mode", mode, CHECKPOINTS)
+        check_choice("mode", mode, CHECKPOINTS)
         return self._control("checkpoint", functools.partial(self._loop.checkpoint, mode), frame)
 
     def _accept(self, job: Job[Any], timeout: Seconds) -> None:
         """Take a job that nobody waits for."""
         holder = self._holder
         if holder.reporting and get_ident() in holder.reporting:
-            job.add_done_callback(_say_nothing)  # a log handler's own job: telling its failure would call it again
+            job.add_done_callback(say_nothing)  # a log handler's own job: telling its failure would call it again
         self._submit(job, timeout)
 
     def _job(
@@ -749,8 +745,8 @@ class DbWriter(Strict):
             return StatementJob(self._holder, what, capture(what, params), label, sys._getframe(2), bounded)
         if not callable(what):
             raise TypeError(f"a job is SQL (str) or a function of the Transaction, not {type(what).__name__}")
-        _check_no_params(params)
-        _check_foreign_keys(foreign_keys)
+        check_no_params(params)
+        check_foreign_keys(foreign_keys)
         check_function(what)
         return FunctionJob(self._holder, what, label, sys._getframe(2), foreign_keys=foreign_keys, bounded=bounded)
 
@@ -840,98 +836,3 @@ class DbWriter(Strict):
                     )
             after.result()
         return here, deadline
-
-
-def give_up(job: Job[Any], timeout: Seconds, holder: Holder) -> None:
-    """Wait for ``job`` no longer: raises WriteTimeoutError, unless its outcome has come in this moment."""
-    held_by = holder.describe()
-    if job.cancel():
-        holder.count_timeout()
-        text = f"job {job.describe()} did not start within {timeout} s and is withdrawn: {held_by}"
-        raise WriteTimeoutError(text, ticket=job, started=False)
-    if job.leave_alone():
-        holder.count_timeout()
-        text = f"job {job.describe()} did not finish within {timeout} s; it goes on: {held_by}"
-        raise WriteTimeoutError(text, ticket=job, started=True)
-
-
-def _announcing(submit: Submit, holder: Holder, hook: Hook) -> Submit:
-    def submit_and_tell(job: Job[Any], timeout: float | None) -> None:
-        announce(holder, hook, job, waits=job._waiters is not None)
-        submit(job, timeout)
-
-    return submit_and_tell
-
-
-def _say_nothing(ticket: Ticket[Any]) -> None:
-    pass
-
-
-def first_value(cursor: sqlite3.Cursor) -> Any:
-    cursor.row_factory = None
-    row = cursor.fetchone()
-    return None if row is None else row[0]
-
-
-def check_read(what: object, params: Any) -> None:
-    if isinstance(what, str):
-        return
-    if not callable(what):
-        raise TypeError(f"a read is SQL (str) or a function of the connection, not {type(what).__name__}")
-    _check_no_params(params)
-    check_function(what)
-
-
-def _ended(folder: str | None) -> Callable[[WriterLoop], None]:
-    """What is left to do when a writer has ended; holds no gateway, so that a dropped one can be collected."""
-
-    def ended(loop: WriterLoop) -> None:
-        at_exit.forget(loop)
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-
-    return ended
-
-
-def _resolve(path: object) -> tuple[str, str | None]:
-    """The absolute path, and the folder to remove at close if the database is a temporary one."""
-    if not isinstance(path, str | bytes | os.PathLike):
-        raise TypeError(f"path must be str, bytes or os.PathLike, not {type(path).__name__}")
-    name = os.fsdecode(path)
-    if name in (":memory:", ""):
-        # A real file, since several connections have to see it; SQLite's own shared memory databases know no WAL.
-        folder = tempfile.mkdtemp(prefix="onewriter-")
-        return os.path.join(folder, "memory.db"), folder
-    if name.startswith("file:"):
-        raise ValueError(f"path {name!r} is a URI: give a plain path, or ':memory:' for a private temporary database")
-    if "\0" in name:
-        raise ValueError(f"path {name!r} has a null character")
-    return os.path.abspath(name), None
-
-
-def _check_count(name: str, value: object, least: int = 1) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int, not {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, not {value}")
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
-
-
-def check_label(label: object) -> Any:
-    if label is not None and not isinstance(label, str):
-        raise TypeError(f"label must be a str, not {type(label).__name__}")
-    return label
-
-
-def _check_foreign_keys(value: object) -> None:
-    if value is not None and not isinstance(value, bool):
-        raise TypeError(f"foreign_keys must be a bool or None, not {type(value).__name__}")
-
-
-def _check_no_params(params: object) -> None:
-    if not (isinstance(params, tuple) and not params):
-        raise TypeError("parameters go with SQL; a function gets its values from its closure or functools.partial")

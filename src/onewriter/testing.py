@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from onewriter.check import check
 from onewriter.gateway import DbWriter
+from onewriter.tools.check import check
 
 CLOSE_TIMEOUT = 10.0  # seconds
 

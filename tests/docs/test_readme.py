@@ -13,7 +13,7 @@ import pytest
 
 import onewriter
 from onewriter import AsyncDbWriter, AsyncTransaction, CloseReport, DbWriter, Result, Stats, Ticket, Transaction, events
-from onewriter.stats import Latency
+from onewriter.base.tally import Latency
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -32,9 +32,9 @@ from onewriter import (
     TransactionClosedError,
     WriterClosedError,
     WriteTimeoutError,
-    aio,
-    taskblock,
 )
+from onewriter.tasks import block as taskblock
+from onewriter.tasks import calls
 
 INSERT = "INSERT INTO t VALUES (?)"
 ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
@@ -1332,7 +1332,7 @@ def test_a_nested_call_that_fails_is_undone_alone(path: Path) -> None:
 def test_a_short_timeout_does_not_wait_for_the_tick_of_the_long_ones(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(aio, "TICK", 10 * DEADLINE)
+    monkeypatch.setattr(calls, "TICK", 10 * DEADLINE)
 
     async def main() -> None:
         with DbWriter(path) as inner, parked(inner):

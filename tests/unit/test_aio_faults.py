@@ -25,8 +25,10 @@ from onewriter import (
     WriterClosedError,
     aio,
 )
-from onewriter.aio import AsyncReader
-from onewriter.readers import Borrowing, Snapshot
+from onewriter.read.pool import Borrowing
+from onewriter.read.reader import Snapshot
+from onewriter.tasks import reader
+from onewriter.tasks.reader import AsyncReader
 
 INSERT = "INSERT INTO t VALUES (?)"
 COUNT = "SELECT count(*) FROM t"
@@ -197,14 +199,14 @@ def test_a_statement_that_is_cancelled_before_it_begins_in_its_thread_ends(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     entered, go_on = threading.Event(), threading.Event()
-    fetch = aio._fetch_result
+    fetch = reader.fetch_result
 
     def hesitate(snapshot: Snapshot, *args: Any) -> Any:
         entered.set()
         go_on.wait(DEADLINE)
         return fetch(snapshot, *args)
 
-    monkeypatch.setattr(aio, "_fetch_result", hesitate)
+    monkeypatch.setattr(reader, "fetch_result", hesitate)
 
     async def main() -> None:
         async with opened(path) as db, db.reader() as reader:

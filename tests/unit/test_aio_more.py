@@ -25,9 +25,9 @@ from onewriter import (
     TransactionClosedError,
     WriterClosedError,
     WriteTimeoutError,
-    taskblock,
 )
-from onewriter.readers import Borrowing
+from onewriter.read.pool import Borrowing
+from onewriter.tasks import block as taskblock
 
 INSERT = "INSERT INTO t VALUES (?)"
 Hesitant = tuple[list[taskblock.TaskBlock], threading.Event]

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from helpers import HEARS_INTERRUPTS
-from onewriter import bench
 from onewriter.__main__ import main
+from onewriter.tools import bench
 
 QUICK = ["bench", "--threads", "2", "--seconds", "0.2"]
 TITLES = ["writes/s", "vs (b)", "p50 ms", "p99 ms", "max ms", "locked errors", "acknowledged", "found again"]

@@ -163,7 +163,7 @@ def test_a_caller_that_gives_up_leaves_nothing_behind(db: DbWriter) -> None:
 
 def test_a_grant_in_the_moment_of_giving_up_is_taken(db: DbWriter, monkeypatch: pytest.MonkeyPatch) -> None:
     """The wait times out; before the job is withdrawn, the writer starts it."""
-    from onewriter import driver
+    from onewriter.write import driver
 
     def times_out(*_: object) -> bool:
         release.set()
@@ -181,7 +181,7 @@ def test_a_grant_in_the_moment_of_giving_up_is_taken(db: DbWriter, monkeypatch: 
 def test_an_interrupt_while_waiting_for_the_turn_leaves_nothing_behind(
     db: DbWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from onewriter import driver
+    from onewriter.write import driver
 
     def interrupted(*_: object) -> bool:
         raise KeyboardInterrupt

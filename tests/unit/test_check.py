@@ -15,8 +15,10 @@ from typing import Any
 import pytest
 
 from helpers import holding_lock
-from onewriter import DbWriter, check, locks
+from onewriter import DbWriter
 from onewriter.__main__ import main
+from onewriter.sqlite import locks
+from onewriter.tools import check
 
 linux = pytest.mark.skipif(not locks.LOCKS.exists(), reason="only Linux tells who holds a lock")
 READER = """

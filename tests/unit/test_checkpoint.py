@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 
 from helpers import DEADLINE, in_threads
-from onewriter import DbWriter, checkpoint, loop
+from onewriter import DbWriter
 from onewriter.events import CheckpointEnded
-from onewriter.readers import Borrowing
+from onewriter.read.pool import Borrowing
+from onewriter.write import checkpoint
+from onewriter.write import writer as loop
 
 LIMIT = 2**20
 UPDATE = "UPDATE t SET text = ? WHERE id = ?"

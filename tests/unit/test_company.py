@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 
 from helpers import run_child
-from onewriter import DbWriter, WriterBrokenError, check, connection
+from onewriter import DbWriter, WriterBrokenError
+from onewriter.sqlite import options, pragmas
+from onewriter.tools import check
 
 
 def make(path: Path, mode: str = "WAL") -> None:
@@ -191,8 +193,8 @@ def test_when_descriptors_are_used_up_the_error_says_so(path: Path, tmp_path: Pa
 
 def test_a_library_without_mutexes_is_refused() -> None:
     with pytest.raises(RuntimeError, match="SQLITE_THREADSAFE=0"):
-        connection.refuse_unsafe_sqlite(0)
-    connection.refuse_unsafe_sqlite(1)
+        options.refuse_unsafe_sqlite(0)
+    options.refuse_unsafe_sqlite(1)
 
 
 def attaching(*others: Path) -> Callable[[sqlite3.Connection, bool], object]:
@@ -264,9 +266,9 @@ def test_names_of_databases_that_are_behind_a_lock_are_waited_for(
             raise error
         return original(connection)
 
-    original = connection.database_names
+    original = pragmas.database_names
     with DbWriter(path) as db:
-        monkeypatch.setattr("onewriter.readers.database_names", names)
+        monkeypatch.setattr("onewriter.read.reader.database_names", names)
         if timeout > 1:
             assert db.read(lambda c: c.execute("SELECT 1").fetchall(), timeout=timeout) == [(1,)]
         else:
@@ -279,7 +281,7 @@ def test_a_writer_that_fails_while_it_looks_at_what_it_has_opened_is_closed(path
     def fail(connection: sqlite3.Connection) -> dict[str, str]:
         raise sqlite3.DatabaseError("no list")
 
-    monkeypatch.setattr("onewriter.transaction.database_files", fail)
+    monkeypatch.setattr("onewriter.write.session.database_files", fail)
     with pytest.raises(sqlite3.DatabaseError, match="no list"):
         DbWriter(path)
     assert os.listdir(path.parent) == [path.name]  # SQLite's last connection has taken its log with it

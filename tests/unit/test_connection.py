@@ -13,8 +13,8 @@ import pytest
 
 from helpers import holding_lock, in_threads, run_child
 from onewriter import DbWriter, Transaction
-from onewriter.check import check
-from onewriter.connection import refuse_old_sqlite
+from onewriter.sqlite.options import refuse_old_sqlite
+from onewriter.tools.check import check
 
 
 def test_impossible_paths_are_refused_and_nothing_is_created(tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from helpers import DEADLINE, run_child
-from onewriter import DbWriter, WriterBrokenError, file, mounts
+from onewriter import DbWriter, WriterBrokenError
+from onewriter.sqlite import file, mounts
 
 INSERT = "INSERT INTO t VALUES (?)"
 
@@ -439,7 +440,8 @@ open(f"{real}/app.db", "w").close(); open(f"{path}/app.db", "w").close()
 if subprocess.run(["mount", "--bind", f"{real}/app.db", f"{path}/app.db"]).returncode:
     sys.exit(77)
 logging.basicConfig(level=logging.CRITICAL)
-from onewriter import DbWriter, check
+from onewriter import DbWriter
+from onewriter.tools import check
 with DbWriter(f"{path}/app.db") as db:
     db.run("CREATE TABLE t (n)")
     print(db.health)

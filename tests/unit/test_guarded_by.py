@@ -32,34 +32,35 @@ GUARDS = [
     *(
         Guard(file, "lock", {"_state", "_waiters", "_callbacks"}, free=frozenset(free))
         for file, free in {
-            "job.py": ["__init__", "expect_outcome"],
-            "loop.py": [],
-            "block.py": ["__init__"],
+            "write/ticket.py": ["__init__", "expect_outcome"],
+            "write/jobs.py": ["__init__"],
+            "write/writer.py": [],
+            "write/block.py": ["__init__"],
             "aio.py": ["_wait_for"],
-            "taskblock.py": ["__init__"],
+            "tasks/block.py": ["__init__"],
         }.items()
     ),
     *(
         Guard(file, "lock", {"tally"}, also_read=True, free=frozenset(free))
         for file, free in {
-            "job.py": [],
-            "loop.py": [],
-            "holder.py": [],
-            "stats.py": [],
+            "write/ticket.py": [],
+            "write/writer.py": [],
+            "base/state.py": [],
+            "core.py": [],
             "gateway.py": ["_back_up"],
-            "exit.py": ["_drain"],
+            "ends/exit.py": ["_drain"],
         }.items()
     ),
-    Guard("holder.py", "lock", {"_warned_of"}, free=frozenset(("__init__",))),
+    Guard("base/state.py", "lock", {"_warned_of"}, free=frozenset(("__init__",))),
     Guard(
-        "queue.py",
+        "write/queue.py",
         "mutex",
         {"queue", "_asleep", "_bounded", "_limit", "_refusal", "_room", "_withdrawn", "is_nearly_full"},
         held=frozenset(("_append", "_has_become_nearly_full", "_made_room", "_pop", "_tidy", "_wake")),
         free=frozenset(("__init__", "become_inherited")),
     ),
     Guard(
-        "readers.py",
+        "read/pool.py",
         "_lock",
         {"_closed", "_count", "_extras", "_idle", "_on_all_back", "_waiting", "has_place", "is_over"},
         held=frozenset(("_all_back_if_closed", "_tell")),
@@ -67,18 +68,22 @@ GUARDS = [
     ),
     # Whoever has the connection sets its deadline; who would interrupt it has to see whose it is.
     Guard(
-        "readers.py",
+        "read/reader.py",
         "_lock",
         {"deadline"},
         free=frozenset(("__init__", "_borrow", "clean", "limit")),  # limit: by its other name
     ),
-    Guard("clock.py", "lock", {"rings_at", "_thread"}, free=frozenset(("__init__", "turn_off"))),
-    Guard("readers.py", "_lock", {"_ended"}, also_read=True, free=frozenset(("__init__",))),
+    Guard("read/clock.py", "lock", {"rings_at", "_thread"}, free=frozenset(("__init__", "turn_off"))),
+    Guard("read/reader.py", "_lock", {"_ended"}, also_read=True, free=frozenset(("__init__",))),
     Guard("aio.py", "_lock", {"_openers", "_pool"}, free=frozenset(("_prepare",))),
     Guard(
-        "taskblock.py", "_lock", {"_accepts"}, also_read=True, free=frozenset(("__init__", "needs", "until_innermost"))
+        "tasks/block.py",
+        "_lock",
+        {"_accepts"},
+        also_read=True,
+        free=frozenset(("__init__", "needs", "until_innermost")),
     ),
-    Guard("taskblock.py", "_lock", {"_changes"}, also_read=True, free=frozenset(("__init__",))),
+    Guard("tasks/block.py", "_lock", {"_changes"}, also_read=True, free=frozenset(("__init__",))),
 ]
 
 

@@ -15,10 +15,12 @@ from typing import Any
 import pytest
 
 from helpers import DEADLINE, parked, run_child
-from onewriter import DbWriter, ReentrantWriteError, driver, gateway, job
-from onewriter.guard import Guard, ReadGuard
-from onewriter.readers import ReaderPool
-from onewriter.watch import Watch
+from onewriter import DbWriter, ReentrantWriteError, gateway
+from onewriter.base import waiting as job
+from onewriter.read.pool import ReaderPool
+from onewriter.sqlite.guard import Guard, ReadGuard
+from onewriter.sqlite.watch import Watch
+from onewriter.write import driver
 
 ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
 

@@ -17,10 +17,11 @@ from typing import Any
 import pytest
 
 from helpers import DEADLINE, parked, run_child
-from onewriter import AsyncDbWriter, DbWriter, ReentrantWriteError, Ticket, Transaction, TransactionClosedError, check
-from onewriter.checkpoint import Checkpointer
-from onewriter.connection import open_to_look
-from onewriter.driver import InlineDriver
+from onewriter import AsyncDbWriter, DbWriter, ReentrantWriteError, Ticket, Transaction, TransactionClosedError
+from onewriter.sqlite.connection import open_to_look
+from onewriter.tools import check
+from onewriter.write.checkpoint import Checkpointer
+from onewriter.write.driver import InlineDriver
 
 INSERT = "INSERT INTO t VALUES (?)"
 FILL = "f = open({path!r}, 'r+b'); f.seek({page}); f.write(b'\\xff' * 4096)"

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import pytest
 
 from helpers import DEADLINE, holding_lock
-from onewriter import DbWriter, WriteTimeoutError, locks, mounts
-from onewriter.check import check
+from onewriter import DbWriter, WriteTimeoutError
+from onewriter.sqlite import locks, mounts
+from onewriter.tools.check import check
 
 HOLDER = """
 import sqlite3, sys

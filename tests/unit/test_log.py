@@ -16,8 +16,8 @@ import pytest
 
 from helpers import DEADLINE, in_threads, parked, run_child
 from onewriter import AsyncDbWriter, DbWriter, Ticket, Transaction, WriterBrokenError
-from onewriter.job import wake
-from onewriter.loop import copy_of
+from onewriter.base.waiting import wake
+from onewriter.write.writer import copy_of
 
 TABLE = "CREATE TABLE t (n)"
 INSERT = "INSERT INTO t VALUES (?)"

@@ -6,7 +6,7 @@ import sqlite3
 
 import pytest
 
-from onewriter.loop import copy_of, leaves_open
+from onewriter.write.writer import copy_of, leaves_open
 
 
 def error_with(code: int | None) -> sqlite3.OperationalError:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-import onewriter.retry
+import onewriter.sqlite.retry
 from helpers import DEADLINE, holding_lock, parked
 from onewriter import DbWriter, Ticket, Transaction, TransactionClosedError, WriterClosedError, WriteTimeoutError
 
@@ -380,8 +380,8 @@ def test_who_holds_the_lock_is_looked_up_once_for_many_who_ask(path: Path, monke
         asked.append(path)
         return "somebody"
 
-    monkeypatch.setattr("onewriter.holder.describe_lock", describe)
-    monkeypatch.setattr("onewriter.holder.FRESH", DEADLINE)
+    monkeypatch.setattr("onewriter.base.state.describe_lock", describe)
+    monkeypatch.setattr("onewriter.base.state.FRESH", DEADLINE)
     with DbWriter(path) as db:
         db._holder._lock_told = (-DEADLINE, "")
         with waiting_for_lock(db, path) as go:
@@ -398,7 +398,7 @@ def test_the_code_of_an_error_that_is_not_sqlites_means_nothing() -> None:
     class Disguised(Exception):
         sqlite_errorcode = sqlite3.SQLITE_BUSY
 
-    assert not onewriter.retry.is_busy(Disguised())
+    assert not onewriter.sqlite.retry.is_busy(Disguised())
 
 
 def test_an_interrupt_that_sqlite_tells_by_its_text_alone_is_one_too(db: DbWriter) -> None:
@@ -421,7 +421,7 @@ def test_an_interrupt_that_sqlite_tells_by_its_text_alone_is_one_too(db: DbWrite
 def test_another_error_of_sqlite_with_its_own_text_is_no_interrupt() -> None:
     error = sqlite3.OperationalError("near is a syntax error")
     error.sqlite_errorcode, error.sqlite_errorname = sqlite3.SQLITE_ERROR, "SQLITE_ERROR"
-    assert not onewriter.retry.is_interrupted(error)
+    assert not onewriter.sqlite.retry.is_interrupted(error)
 
 
 @pytest.mark.parametrize("refusal", ["busy", "deferred key"])

@@ -25,7 +25,7 @@ import pytest
 
 from helpers import DEADLINE, parked
 from onewriter import AsyncDbWriter, DbWriter
-from onewriter.parameters import capture
+from onewriter.sqlite.parameters import capture
 
 PROTOCOL = sqlite3.PrepareProtocol
 

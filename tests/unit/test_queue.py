@@ -27,10 +27,10 @@ from onewriter import (
     Transaction,
     WriterClosedError,
     WriteTimeoutError,
-    loop,
 )
-from onewriter import queue as queue_module
-from onewriter.readers import Borrowing, ReaderPool
+from onewriter.read.pool import Borrowing, ReaderPool
+from onewriter.write import queue as queue_module
+from onewriter.write import writer as loop
 
 DEADLINE = 30.0  # seconds; whatever takes longer hangs
 BRIEFLY = 0.05  # seconds; for waits that cannot succeed

@@ -25,7 +25,8 @@ from onewriter import (
     WriterBrokenError,
     WriterClosedError,
 )
-from onewriter.readers import Borrowing, Reader
+from onewriter.read.pool import Borrowing
+from onewriter.read.reader import Reader
 
 INSERT = "INSERT INTO t VALUES (?)"
 COUNT = "SELECT count(*) FROM t"

@@ -14,7 +14,7 @@ import tenacity
 
 from helpers import holding_lock, released_soon
 from onewriter import DbWriter
-from onewriter.retry import LockPolicy, is_busy
+from onewriter.sqlite.retry import LockPolicy, is_busy
 
 Told = list[tuple[bool, str]]
 

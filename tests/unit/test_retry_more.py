@@ -13,7 +13,7 @@ import pytest
 
 from helpers import DEADLINE, holding_lock, parked
 from onewriter import DbWriter, Transaction
-from onewriter.retry import LockPolicy
+from onewriter.sqlite.retry import LockPolicy
 
 INSERT = "INSERT INTO t VALUES (?)"
 
@@ -215,7 +215,7 @@ def test_what_is_logged_doubles_so_that_a_long_wait_takes_few_lines(monkeypatch:
         nonlocal now
         now += 0.01
 
-    monkeypatch.setattr("onewriter.retry.monotonic", lambda: now)
+    monkeypatch.setattr("onewriter.sqlite.retry.monotonic", lambda: now)
     told: list[tuple[bool, str]] = []
     policy = LockPolicy(3600, threading.Event(), sleep)
     policy.call(Attempts(1000), lambda *line: told.append(line))

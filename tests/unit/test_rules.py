@@ -13,8 +13,8 @@ import onewriter
 from onewriter import DbWriter, Result, Ticket, Transaction
 
 SOURCE = Path(onewriter.__file__).parent
-FILES = {path.name: path.read_text(encoding="utf-8") for path in sorted(SOURCE.glob("*.py"))}
-PROGRAMS = {"bench.py", "check.py"}
+FILES = {path.relative_to(SOURCE).as_posix(): path.read_text(encoding="utf-8") for path in sorted(SOURCE.rglob("*.py"))}
+PROGRAMS = {"tools/bench.py", "tools/check.py"}
 ARCHITECTURE = Path(__file__).parents[2] / "docs" / "concepts.md"
 
 
@@ -60,7 +60,7 @@ RULES = re.findall(r"^- The only `(.+?)`: (.+)$", ARCHITECTURE.read_text(encodin
 
 @pytest.mark.parametrize(("text", "places"), RULES, ids=[text for text, _ in RULES])
 def test_there_is_one_place_for_it(text: str, places: str) -> None:
-    assert files_with(rf"(?<!\w){re.escape(text)}") == set(re.findall(r"`(\w+\.py)`", places))
+    assert files_with(rf"(?<!\w){re.escape(text)}") == set(re.findall(r"`([\w/]+\.py)`", places))
 
 
 def test_the_architecture_page_has_the_rules() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from helpers import parked
 from onewriter import DbWriter, Result
-from onewriter.statement import describe_sql, script_parts, split_script
+from onewriter.sqlite.statement import describe_sql, script_parts, split_script
 
 CREATE = """
 CREATE TABLE t (id INTEGER PRIMARY KEY, name TEXT UNIQUE);

@@ -15,7 +15,7 @@ import pytest
 
 from helpers import DEADLINE, parked
 from onewriter import DbWriter, Result, Transaction
-from onewriter.statement import _describe_long, describe_sql
+from onewriter.sqlite.statement import _describe_long, describe_sql
 
 INSERT = "INSERT INTO t (name) VALUES (?)"
 CREATE = """

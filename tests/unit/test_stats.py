@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 
 from helpers import DEADLINE, holding_lock, in_threads, parked, released_soon
 from onewriter import AsyncDbWriter, DbWriter, QueueFullError, Ticket, Transaction, WriteTimeoutError
+from onewriter.base.tally import BOUNDS, Histogram
 from onewriter.events import JobSubmitted
-from onewriter.stats import BOUNDS, Histogram
 
 INSERT = "INSERT INTO t VALUES (?)"
 TABLE = "CREATE TABLE t (n INTEGER PRIMARY KEY)"

@@ -1,0 +1,235 @@
+"""The log, a warning, and the one way to run code of the user's whose errors nobody waits for."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import math
+import queue
+import sys
+import threading
+import traceback
+import warnings
+from asyncio import _get_running_loop
+from collections.abc import Callable, Iterable
+from threading import get_ident
+from time import monotonic
+from types import TracebackType
+from typing import Any, Protocol
+
+from onewriter.errors import forked_error
+
+logger = logging.getLogger("onewriter")
+INTERRUPTS = (KeyboardInterrupt, SystemExit)
+PATIENCE = 2.0  # seconds without any line coming out, after which nobody waits for the log any more
+MOMENT = 0.1  # seconds that who has an outcome waits for the log of what was before it
+MOST_LINES = 100_000  # that wait: a handler that hangs must not take all the memory
+
+
+class Holder(Protocol):
+    """Whose log it is, and which thread is its writer."""
+
+    writer_thread: int
+    forked: bool
+    reporting: set[int]
+    reporter: Reporter | None
+    interrupt: BaseException | None
+
+
+class Reporter:
+    """Logs what the writer thread reports, in a thread of its own, which lives from the first line to ``close``.
+
+    A handler may block, want a lock whose owner waits for the writer, or enqueue: the writer must not wait for it.
+
+    Threads: ``say`` is called by the writer thread, also by a finalizer inside ``say``; ``wait`` by any.
+    """
+
+    def __init__(self, holder: Holder, name: str) -> None:
+        self._holder = holder
+        self._name = name
+        self._lines: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._said = 0  # lines; by the writer thread
+        self._told = 0  # lines; by the reporter's
+        self._dropped = 0
+        self._stuck_at = -1  # so many were told when a short wait was in vain
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether something has not come out yet."""
+        return self._told < self._said
+
+    def say(self, level: int, message: str, args: tuple[object, ...], error: BaseException | None) -> None:
+        if self._said - self._told >= MOST_LINES and level < logging.CRITICAL:
+            self._dropped += 1
+            return
+        self._said += 1
+        self._lines.put(functools.partial(self._tell, level, message, args, error))
+        if self._thread is None:
+            self._start()
+
+    def wait(self, until: float = math.inf) -> None:
+        """Wait until all that was said is out, or a handler hangs."""
+        if not self.is_behind or get_ident() in self._holder.reporting:  # a handler waits for no handler
+            return
+        out, told = threading.Lock(), -1
+        out.acquire()
+        self._lines.put(out.release)
+        while told != self._told and monotonic() < until:
+            told = self._told
+            if out.acquire(timeout=max(0.0, min(PATIENCE, until - monotonic()))):
+                return
+
+    def catch_up(self) -> None:
+        """Wait for a moment, so that who has a later job's outcome finds the failures of earlier ones in the log."""
+        if self._stuck_at != self._told:
+            self.wait(monotonic() + MOMENT)
+            self._stuck_at = self._told if self.is_behind else -1
+
+    def close(self) -> None:
+        """The writer has nothing more to say."""
+        self.wait()
+        if self._thread is not None:
+            self._lines.put(None)
+            self._thread.join(PATIENCE)
+
+    def _start(self) -> None:
+        self._thread = thread = threading.Thread(target=self._main, name=self._name, daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # no more threads, as when the interpreter ends
+            self._thread = None
+            with contextlib.suppress(queue.Empty):
+                while (line := self._lines.get_nowait()) is not None:
+                    line()
+
+    def _main(self) -> None:
+        for line in iter(self._lines.get, None):
+            line()
+            del line  # its error, and what that holds, need not outlive the telling
+            if self._holder.forked:
+                return  # a handler has forked, and this is the child
+
+    def _tell(self, level: int, message: str, args: tuple[object, ...], error: BaseException | None) -> None:
+        try:
+            _log(self._holder, level, message, args, error)
+        except BaseException as failure:
+            _print(failure)
+        self._told += 1
+        if self._dropped:
+            args, self._dropped = (self._dropped,), 0
+            text = "%d lines were dropped, since the handlers of the log are slower than what there is to say"
+            self._tell(logging.CRITICAL, text, args, None)
+
+
+def report(holder: Holder, level: int, message: str, *args: object, error: BaseException | None = None) -> None:
+    """Log a line. No handler keeps the writer thread waiting, and what one raises goes no further.
+
+    In a thread of the user's, KeyboardInterrupt and SystemExit come out.
+    """
+    if holder.reporter is not None and get_ident() == holder.writer_thread:
+        holder.reporter.say(level, message, args, error)
+    else:
+        _run(holder, _print, _log, holder, level, message, args, error)
+
+
+def contain(holder: Holder, function: Callable[..., object], *args: Any) -> None:
+    """Call ``function``; what it raises is logged and goes no further.
+
+    KeyboardInterrupt and SystemExit come out of a thread of the user's: at once, or, if that is the writer, at the end
+    of its turn. In a child that ``function`` has forked on the writer's stack nothing goes on: ForkedError.
+    """
+    _run(
+        holder,
+        lambda error: report(holder, logging.ERROR, "callback %r failed", function, error=error),
+        function,
+        *args,
+    )
+
+
+def contain_all(holder: Holder, calls: Iterable[tuple[Any, ...]]) -> None:
+    """``contain`` each function with its arguments; an interrupt comes out when all were called."""
+    rest = iter(calls)
+    try:
+        for call in rest:
+            if holder.forked:
+                return  # one of them has forked: the others are the parent's
+            contain(holder, *call)
+    except INTERRUPTS:
+        contain_all(holder, rest)
+        raise
+
+
+def _run(holder: Holder, tell: Callable[[BaseException], object], function: Callable[..., object], *args: Any) -> None:
+    is_writer = get_ident() == holder.writer_thread
+    try:
+        function(*args)
+    except BaseException as error:
+        if is_writer and holder.forked:
+            raise
+        if not issubclass(type(error), INTERRUPTS) or (is_writer and holder.reporter is not None):
+            tell(error)
+        elif is_writer:
+            holder.interrupt = holder.interrupt or error
+        else:
+            raise
+    if is_writer and holder.forked:
+        raise forked_error()
+
+
+def _log(holder: Holder, level: int, message: str, args: tuple[object, ...], error: BaseException | None) -> None:
+    me = get_ident()
+    is_outermost = me not in holder.reporting
+    holder.reporting.add(me)
+    try:
+        if error is None:
+            logger.log(level, message, *args)
+        elif _can_be_shown(error):
+            logger.log(level, message, *args, exc_info=(type(error), error, traceback_of(error)))
+        else:
+            logger.log(level, f"{message}: %s", *args, text_of(error))
+    finally:
+        if is_outermost:
+            holder.reporting.discard(me)
+
+
+def _print(failure: BaseException) -> None:
+    with contextlib.suppress(BaseException):  # no stderr, or one that cannot be written to
+        traceback.print_exception(failure)
+
+
+# An exception is an object of the user's: its attributes, its text and even its ``__class__`` may raise anything.
+
+
+def traceback_of(error: BaseException) -> TracebackType | None:
+    """What Python itself sees, whatever the class has put in its place."""
+    found: TracebackType | None = vars(BaseException)["__traceback__"].__get__(error)
+    return found
+
+
+def text_of(error: BaseException) -> str:
+    try:
+        return str(error)
+    except BaseException:
+        return f"{type(error).__name__}, which has no text"
+
+
+def _can_be_shown(error: BaseException) -> bool:
+    try:
+        str(error)
+        getattr(error, "__notes__", None)
+        return error.__traceback__ is traceback_of(error)
+    except BaseException:
+        return False
+
+
+def warn_of_blocking() -> None:
+    """In debug mode of asyncio, say that a call keeps the event loop from everything else."""
+    loop = _get_running_loop()
+    if loop is not None and loop.get_debug():
+        frame, level = sys._getframe(1), 2
+        while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("onewriter.", "contextlib")):
+            frame, level = frame.f_back, level + 1
+        text = "a DbWriter call blocks the event loop: await the one of AsyncDbWriter.wrap(db)"
+        warnings.warn(text, RuntimeWarning, stacklevel=level)

@@ -1,0 +1,161 @@
+"""Scopes: who is inside which open job, block or reader. One stack for threads and tasks."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+import threading
+import types
+import weakref
+from collections.abc import Iterator
+from contextvars import ContextVar
+from threading import get_ident
+from typing import Any, Generic, TypeAlias, TypeVar
+
+S = TypeVar("S")
+POOL_LOOPS = (("_worker", "concurrent.futures.thread"), ("worker", "multiprocessing.pool"))
+
+
+class Scope(Generic[S]):
+    """One open job, block, savepoint or reader, as those who are inside it see it.
+
+    Inside is who calls in the same context, the same thread and the same task (any, if there was none at the entry).
+    All three, because others run meanwhile in the same thread: the tasks of its loop, and what a thread pool does there
+    next, without a context of its own. A context that was copied has the scope too, so the context alone says little.
+
+    Threads: entered by its owner, who keeps it; left by anybody.
+    """
+
+    __slots__ = ("__weakref__", "_call_of_pool", "_number", "_scopes", "_task", "_thread", "is_open", "what", "writes")
+
+    def __init__(self, scopes: Scopes[S], what: S, writes: bool) -> None:
+        self.what = what
+        self.writes = writes  # or only reads
+        self.is_open = False
+        self._scopes = scopes
+        self._number = 0  # of the thread; the system gives it to another when that has ended
+        self._thread: threading.Thread | None = None
+        self._task: asyncio.Task[Any] | None = None
+        self._call_of_pool: types.FrameType | None = None
+
+    def is_around(self) -> bool:
+        """Whether the caller is inside, if its context is."""
+        return (
+            self._number == get_ident()
+            and (self._thread is None or self._thread is threading.current_thread())
+            and (self._task is None or self._task is running_task())
+            and (self._call_of_pool is None or self._call_of_pool is call_of_pool())
+        )
+
+
+# A scope, and what is around it. Weak: a context may live as long as its thread, and would keep a block from being
+# collected that nobody can leave any more.
+Node: TypeAlias = "tuple[weakref.ref[Scope[Any]], Node] | None"
+_innermost: ContextVar[Node] = ContextVar("onewriter_scope", default=None)  # of all gateways: a variable is for ever
+enclosing = _innermost.get  # None: the caller is certainly inside none
+
+
+class Scopes(Generic[S]):
+    """The open scopes of one gateway.
+
+    The innermost one that the caller is inside decides what a call acts on. One whose loan was taken back stays the
+    innermost until its ``with`` ends, and what it lends says why it is closed. One that was left elsewhere is passed
+    over.
+    """
+
+    def __init__(self) -> None:
+        self._job: Scope[Any] = Scope(self, None, writes=True)
+        self._weak_job = weakref.ref(self._job)
+        self._around_job: Node = None
+
+    def enter(self, what: S, *, writes: bool) -> Scope[S]:
+        """The scope is open as long as somebody keeps what this returns, and until ``leave``."""
+        scope = Scope(self, what, writes)
+        scope._number, scope._thread = get_ident(), threading.current_thread()
+        scope._task, scope._call_of_pool = running_task(), call_of_pool()
+        scope.is_open = True
+        _innermost.set((weakref.ref(scope), _first_open(_innermost.get())))
+        return scope
+
+    def leave(self, scope: Scope[S]) -> None:
+        """End it, for everybody. From any thread, task and context, and again."""
+        scope.is_open = False
+        scope._call_of_pool = None
+        node = _innermost.get()
+        if node is not None and node[0]() is scope:
+            _innermost.set(_first_open(node[1]))
+
+    @contextlib.contextmanager
+    def inside(self, what: S, *, writes: bool) -> Iterator[None]:
+        """For the ``with`` block the caller is inside ``what``."""
+        scope = self.enter(what, writes=writes)
+        try:
+            yield
+        finally:
+            self.leave(scope)
+
+    def enter_job(self, what: S) -> None:
+        """For the writer, which runs one job at a time: once for each function, so it makes no scope."""
+        scope = self._job
+        scope.what, scope._number, scope.is_open = what, get_ident(), True
+        self._around_job = _innermost.get()
+        _innermost.set((self._weak_job, self._around_job))
+
+    def leave_job(self) -> None:
+        self._job.is_open, self._job.what = False, None
+        around, self._around_job = self._around_job, None
+        _innermost.set(around)  # what the job has left open, too, is around nobody any more
+
+    def innermost(self, *, writes: bool = False) -> S | None:
+        """What the innermost scope that the caller is inside is of; ``writes``: of those that write."""
+        node = _innermost.get()
+        while node is not None:
+            scope, node = node[0](), node[1]
+            if (
+                scope is not None
+                and scope._scopes is self
+                and scope.is_open
+                and (scope.writes or not writes)
+                and scope.is_around()
+            ):
+                return scope.what  # type: ignore[no-any-return]
+        return None
+
+    def inherited(self) -> list[S]:
+        """What the caller's context is in, innermost first: its own, and those in which its task was made."""
+        found, node = [], _innermost.get()
+        while node is not None:
+            scope, node = node[0](), node[1]
+            if scope is not None and scope._scopes is self and scope.is_open:
+                found.append(scope.what)
+        return found
+
+
+def _first_open(node: Node) -> Node:
+    """Without those at the front that are over: left in another context, they could not be taken off this one."""
+    while node is not None:
+        scope = node[0]()
+        if scope is not None and scope.is_open:
+            return node
+        node = node[1]
+    return None
+
+
+def running_task() -> asyncio.Task[Any] | None:
+    try:
+        return asyncio.current_task()
+    except RuntimeError:  # no loop runs in this thread
+        return None
+
+
+def call_of_pool() -> types.FrameType | None:
+    """The call by which a thread pool's loop does its present piece of work; None: this thread is not one of a pool."""
+    called: types.FrameType = sys._getframe(1)
+    frame = called.f_back
+    while frame is not None:
+        for name, module in POOL_LOOPS:
+            if frame.f_code.co_name == name and frame.f_globals.get("__name__") == module:
+                return called
+        called, frame = frame, frame.f_back
+    return None

@@ -1,0 +1,245 @@
+"""Holder: who is on the write connection now."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+from asyncio import AbstractEventLoop, _get_running_loop
+from collections.abc import Callable
+from time import monotonic
+from typing import Any, Protocol
+
+from onewriter.base.log import Reporter, report, text_of
+from onewriter.base.scopes import Scopes, enclosing
+from onewriter.base.tally import Tally
+from onewriter.errors import ReentrantWriteError, WriterBrokenError, forked_error
+from onewriter.sqlite.locks import describe_lock
+from onewriter.sqlite.retry import CORRUPT, error_code
+
+IN_STATEMENT = "a function that SQLite calls while it runs a statement cannot use the connection of that statement"
+INHERITED = "belongs to the parent of this process"
+FRESH = 0.05  # seconds for which a look at who holds SQLite's lock is good
+
+
+class Work(Protocol):
+    """A job, as who asks what the writer does sees it."""
+
+    created_at: float
+    started_at: float
+
+    @property
+    def label(self) -> str: ...
+    @property
+    def called_from(self) -> str: ...
+    @property
+    def lent(self) -> bool: ...
+    def describe(self) -> str: ...
+
+
+class Block(Protocol):
+    """A block that a task has, or that was entered on the thread of a loop."""
+
+    created_at: float
+
+    def needs(self, loop: AbstractEventLoop) -> bool: ...
+
+
+class Loan(Protocol):
+    """What the job that runs has of the connection."""
+
+    def close(self, why: str) -> None: ...
+
+
+class Holder:
+    """The one place that says which job holds the writer, in which thread, and since when.
+
+    Locks:   ``lock`` guards the state of every ticket of this gateway. Nothing blocks and no callback runs while it is
+             held; it is re-entrant because finalizers and signal handlers may cancel or enqueue at any moment.
+    Threads: the rest is written by the writer thread and read by any; each attribute is read in one step.
+    """
+
+    def __init__(self, slow_after: float, path: str) -> None:
+        self.slow_after = slow_after
+        self._path = path
+        self._in_the_way: Callable[[], str] | None = None  # says who has the lock; None: the one that writers have
+        self._lock_told = -FRESH, ""  # who holds SQLite's lock, and when that was looked up
+        self._warned_of = 0.0  # the job that a warning has named: when it started
+        self.lock = threading.RLock()
+        self.locks: tuple[Any, ...] = (self.lock,)  # of the gateway, those that a finalizer or signal handler may find
+        self.tally = Tally()  # guarded by lock
+        self.forget: Callable[[Any], object] = id  # the queue's: what is withdrawn makes room there
+        self.health = "ok"
+        self.broken: BaseException | None = None  # why the gateway is out of service
+        self.forked = False  # this is a child of the process that it belongs to
+        self.writer_thread = 0
+        self.reporting: set[int] = set()  # threads inside our log calls: failures of what they enqueue stay unlogged
+        self.reporter: Reporter | None = None  # of the writer thread; without one, the writer is a thread of the user's
+        self.interrupt: BaseException | None = None  # raised in a callback there; it comes out at the end of the turn
+        self.entering: set[int] = set()  # threads that wait for the turn of a block
+        self.job: Work | None = None  # that runs now
+        self.transaction: Loan | None = None
+        self.scopes: Scopes[Any] = Scopes()
+        self.blocks: set[Block] = set()  # that tasks have, or wait for
+        self.waiting: tuple[Work, float] | None = None  # for SQLite's lock, and since when
+        self.telling: tuple[Work | None, float] | None = None  # whose callbacks are called (None: on_event), since
+
+    def become_inherited(self, error: BaseException) -> None:
+        """In a forked child. The numbers of threads survive a fork, and so may a lock that another thread holds."""
+        self.forked, self.broken, self.health = True, error, f"broken: {error}"
+        self.lock = threading.RLock()
+        self.reporter = None
+        if self.transaction is not None:
+            self.transaction.close(INHERITED)
+        self.writer_thread, self.job, self.transaction, self.blocks = 0, None, None, set()
+        self.scopes = Scopes()  # nobody is inside anything of the parent's
+
+    def enter(self, job: Work, transaction: Loan | None) -> None:
+        self.job, self.transaction = job, transaction
+        if transaction is not None and not job.lent:
+            self.scopes.enter_job(transaction)
+
+    def leave(self) -> float:
+        """Returns the time."""
+        now = monotonic()
+        self.warn_if_slow(now)
+        if self.transaction is not None and self.job is not None and not self.job.lent:
+            self.scopes.leave_job()
+        self.job = self.transaction = None
+        return now
+
+    def warn_if_slow(self, now: float) -> None:
+        """Name, once, the job that holds the writer, or whose callbacks do, longer than ``slow_after``."""
+        job, telling = self.job, self.telling
+        if job is not None:
+            since = job.started_at
+        elif telling is not None:
+            since = telling[1]
+        else:
+            return
+        if now - since <= self.slow_after:
+            return
+        with self.lock:
+            first, self._warned_of = self._warned_of != since, since
+        if first:
+            report(self, logging.WARNING, "slow: %s", self.describe())
+
+    def begin_telling(self, job: Work | None) -> None:
+        """The writer calls the callbacks of ``job``, or, None, ``on_event``."""
+        self.end_telling()
+        self.telling = job, monotonic()
+
+    def end_telling(self) -> None:
+        if self.telling is not None:
+            self.warn_if_slow(monotonic())
+            self.telling = None
+
+    def count_timeout(self) -> None:
+        """A call ends with WriteTimeoutError."""
+        with self.lock:
+            self.tally.timed_out += 1
+
+    def is_slow(self, now: float) -> bool:
+        """Whether a job has the writer, waits for SQLite's lock, or is told, for longer than ``slow_after``."""
+        job, other = self.job, self.waiting or self.telling
+        since = getattr(job, "started_at", now) if job is not None else now if other is None else other[1]
+        return now - since > self.slow_after
+
+    def wait_for_lock(self, job: Work, in_the_way: Callable[[], str] | None = None) -> None:
+        self._in_the_way, self._lock_told = in_the_way, (-FRESH, "")
+        self.waiting = (job, monotonic())
+
+    def has_lock(self) -> None:
+        self.waiting = None
+
+    def here(self) -> Any:
+        """The block or job that a call which writes belongs to: a Transaction, or what stands for a task's block."""
+        here = self.scopes.innermost(writes=True)
+        if here is None and self.job is not None and self.writer_thread == threading.get_ident():
+            raise ReentrantWriteError(IN_STATEMENT)
+        return here
+
+    def is_mine(self) -> bool:
+        """Whether the caller is inside a job or block, or is the writer thread."""
+        return threading.get_ident() == self.writer_thread or self.scopes.innermost(writes=True) is not None
+
+    def is_in_writer(self) -> bool:
+        """The same, but not if the block was taken away meanwhile."""
+        here = self.scopes.innermost(writes=True)
+        return threading.get_ident() == self.writer_thread or (here is not None and not here.lends().is_closed)
+
+    def cannot_wait(self) -> bool:
+        """Whether the caller has interrupted the writer, or one of the locks that it needs."""
+        return threading.get_ident() == self.writer_thread or self.is_inside()
+
+    def waits_endlessly(self, since: float = math.inf) -> bool:
+        """Whether the writer could not go on while this thread waits for what was handed in at ``since``, or now."""
+        if self.cannot_wait() or (enclosing() is not None and self.scopes.innermost(writes=True) is not None):
+            return True
+        # A block that a task has, or will have before that, cannot end while the thread of its loop waits.
+        loop = _get_running_loop()
+        return loop is not None and any(block.needs(loop) and block.created_at <= since for block in tuple(self.blocks))
+
+    def is_inside(self) -> bool:
+        """Whether this call is a finalizer's or signal handler's, which came while its thread was inside a lock of ours
+        or waits for the turn of a block: the writer needs what only the thread can give."""
+        for lock in self.locks:  # any() with a generator would cost more than all of it
+            if lock._is_owned():
+                return True
+        return bool(self.entering) and threading.get_ident() in self.entering
+
+    def awaits_endlessly(self) -> bool:
+        """The same for the running task: what others of its loop have ends although it waits."""
+        return self.is_mine()
+
+    def refuse_endless_wait(self, what: str, *, awaits: bool = False, since: float = math.inf) -> None:
+        if self.forked:
+            raise forked_error()
+        if self.is_inside():
+            raise ReentrantWriteError(
+                f"{what} in a finalizer or signal handler that interrupted a call of this gateway waits for that call, "
+                "so it would never end: leave a note there, and call it outside"
+            )
+        if self.awaits_endlessly() if awaits else self.waits_endlessly(since):
+            raise ReentrantWriteError(
+                f"{what} inside a job, block or callback waits for the writer, which waits for the caller, so it would "
+                "never end: call it outside, or use on_commit or enqueue without waiting"
+            )
+
+    def refuse_if_broken(self) -> None:
+        if self.broken is not None:
+            raise forked_error() if self.forked else broken_error(self.broken)
+
+    def note_corruption(self, error: BaseException) -> None:
+        """Say once, loudly, that the file is damaged; every job that it hits fails with SQLite's error."""
+        if error_code(error) & 0xFF in CORRUPT and self.health == "ok":
+            self.health = f"degraded: {text_of(error)}"
+            report(self, logging.CRITICAL, "the database is damaged: %s; restore it from a backup", text_of(error))
+
+    def _describe_lock(self) -> str:
+        told_at, text = self._lock_told
+        if monotonic() - told_at > FRESH:  # a thousand tasks may ask at once, in their loop
+            text = describe_lock(self._path) if self._in_the_way is None else self._in_the_way()
+            self._lock_told = monotonic(), text
+        return text
+
+    def describe(self, has_lock: bool = False) -> str:
+        """Who holds the writer, for messages: label, since when, and where it was called from."""
+        job, waiting, telling = self.job, self.waiting, self.telling
+        if job is not None:
+            return f"the writer is held by {job.describe()} for {monotonic() - job.started_at:.2f} s"
+        if waiting is not None:
+            if has_lock:
+                return f"to run {waiting[0].describe()}"
+            text = f"the writer waits since {monotonic() - waiting[1]:.2f} s for SQLite's lock, held elsewhere, to run"
+            return f"{text} {waiting[0].describe()}; {self._describe_lock()}"
+        if telling is not None:
+            whose = "on_event" if telling[0] is None else f"the callbacks of {telling[0].describe()}"
+            return f"the writer calls {whose} for {monotonic() - telling[1]:.2f} s"
+        return "the writer is between jobs"
+
+
+def broken_error(cause: BaseException) -> WriterBrokenError:
+    error = WriterBrokenError(f"the gateway is out of service: {text_of(cause)}; close it and open a new DbWriter")
+    error.__cause__ = cause
+    return error

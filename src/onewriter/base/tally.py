@@ -1,0 +1,207 @@
+"""What a gateway has done and is doing, in numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from bisect import bisect_left, bisect_right
+from collections import deque
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+
+class Timings(NamedTuple):
+    """Where a job's time went, in seconds."""
+
+    queued: float
+    lock_wait: float
+    run: float
+    commit: float
+
+
+@dataclass(slots=True)
+class Batch:
+    """What the jobs that shared a transaction have in common. Seconds."""
+
+    lock_wait: float = 0.0
+    commit: float = 0.0
+    retried: bool = False  # somebody else held SQLite's lock
+
+
+KEPT_LABELS = 1000
+BOUNDS = tuple(float(f"{digit}e{power}") for power in range(-5, 2) for digit in (1, 2, 5))  # seconds: 10 µs … 50 s
+
+
+@dataclass(frozen=True)
+class Latency:
+    """How long something took, in seconds.
+
+    Attributes:
+        count: how often. sum: of all together. max: the longest.
+        buckets: for each bound, how often it took at most that long, from 10 µs to 50 s; ``count`` has
+            those above the last bound, too.
+    """
+
+    count: int
+    sum: float
+    max: float
+    buckets: tuple[tuple[float, int], ...]
+
+    def percentile(self, percent: float) -> float:
+        """The bound of the bucket that holds that percentile, or ``max`` if that is less; 0.0 of nothing."""
+        if not 0 <= percent <= 100:
+            raise ValueError(f"percent must be from 0 to 100, not {percent}")
+        wanted = max(1.0, self.count * percent / 100)
+        return min(self.max, next((bound for bound, count in self.buckets if count >= wanted), math.inf))
+
+
+@dataclass(frozen=True)
+class Running:
+    """A job that has the writer: its label, where it was called from, and for how many seconds it has been at it."""
+
+    label: str
+    called_from: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class CheckpointResult:
+    """The last checkpoint: ``busy``, ``log`` and ``checkpointed`` as ``checkpoint()`` gives them, and its age."""
+
+    busy: bool
+    log: int
+    checkpointed: int
+    seconds_ago: float
+
+
+@dataclass(frozen=True)
+class Stats:
+    """A gateway's state at one moment; the counts are those of its whole life. All times are seconds.
+
+    Attributes:
+        queue_depth: jobs accepted and not yet taken by the writer.
+        oldest_age: since the oldest job without an outcome was handed in; 0.0: there is none.
+        running: the job that runs now.
+        waiting_for_lock: the job whose transaction waits for SQLite's lock, which somebody else holds.
+        committed, failed, cancelled: jobs by outcome; cancelled ones were withdrawn before they started.
+        timed_out: calls that ended with ``WriteTimeoutError``; those withdrawn are among the cancelled, too.
+        retried: jobs that have run in a transaction that met a lock first, and was tried again.
+        run_twice: jobs that ran a second time, because something undid the transaction they shared.
+        commits: transactions committed. jobs_per_commit: jobs committed / commits.
+        lock_attempts: attempts at BEGIN and COMMIT. lock_wait: spent waiting for SQLite's lock.
+        queue_wait, run: of each job that has started: in the queue, the wait for the lock not counted; and running.
+        commit: of each COMMIT.
+        readers_in_use, readers_waiting: connections lent, and calls that wait for one.
+        wal_bytes: size of the write-ahead logs' files, attached ones counted, which stays when a log begins anew.
+        last_checkpoint: None: there was none.
+        last_backup_ago: since the last ``backup()`` was complete; None: there was none.
+    """
+
+    queue_depth: int
+    oldest_age: float
+    running: Running | None
+    waiting_for_lock: Running | None
+    committed: int
+    failed: int
+    cancelled: int
+    timed_out: int
+    retried: int
+    run_twice: int
+    commits: int
+    jobs_per_commit: float
+    lock_attempts: int
+    lock_wait: float
+    queue_wait: Latency
+    run: Latency
+    commit: Latency
+    readers_in_use: int
+    readers_waiting: int
+    wal_bytes: int
+    last_checkpoint: CheckpointResult | None
+    last_backup_ago: float | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as plain dicts, lists and numbers, for JSON and metrics."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class CloseReport:
+    """What became of every job of the gateway's life.
+
+    Attributes:
+        committed, failed, cancelled, unfinished: counts. Unfinished: still running when ``timeout`` ran out.
+        labels: of jobs that did not commit, the last 1,000.
+    """
+
+    committed: int
+    failed: int
+    cancelled: int
+    unfinished: int
+    labels: tuple[str, ...]
+
+
+class Histogram:
+    """The counts behind a ``Latency``."""
+
+    def __init__(self) -> None:
+        self._count, self._sum, self._max = 0, 0.0, 0.0
+        self._counts = [0] * (len(BOUNDS) + 1)
+
+    def add(self, seconds: list[float]) -> None:
+        """Count a whole batch: for many jobs that is a fraction of counting one by one."""
+        if not seconds:
+            return
+        first, counts = BOUNDS[0], self._counts
+        longer = sorted([value for value in seconds if value > first])  # most statements run for less
+        counts[0] += len(seconds) - len(longer)
+        place = 0
+        while place < len(longer):
+            bucket = bisect_left(BOUNDS, longer[place])
+            end = bisect_right(longer, BOUNDS[bucket]) if bucket < len(BOUNDS) else len(longer)
+            counts[bucket] += end - place
+            place = end
+        self._count += len(seconds)
+        self._sum += sum(seconds)
+        self._max = max(self._max, max(seconds))
+
+    def latency(self) -> Latency:
+        total, buckets = 0, []
+        for bound, count in zip(BOUNDS, self._counts, strict=False):
+            total += count
+            buckets.append((bound, total))
+        return Latency(self._count, self._sum, self._max, tuple(buckets))
+
+
+class Tally:
+    """The counts behind all of them. Guarded by the holder's lock."""
+
+    def __init__(self) -> None:
+        self.committed = self.failed = self.cancelled = self.commits = 0
+        self.timed_out = self.retried = self.run_twice = self.lock_attempts = 0
+        self.lock_wait = 0.0
+        self.queue_wait, self.run, self.commit = Histogram(), Histogram(), Histogram()
+        self.last_backup: float | None = None
+        self.labels: deque[str] = deque(maxlen=KEPT_LABELS)
+
+    def count_batch(self, waits: list[float], runs: list[float], batch: Batch, commits: int) -> None:
+        """``waits`` and ``runs``: seconds of each of its jobs that has started."""
+        self.commits += commits
+        self.queue_wait.add(waits)
+        self.run.add(runs)
+        if batch.retried:
+            self.retried += len(runs)
+        if commits and batch.commit:
+            self.commit.add([batch.commit])
+
+    def count_failed(self, label: str) -> None:
+        self.failed += 1
+        self.labels.append(label)
+
+    def count_cancelled(self, label: str) -> None:
+        self.cancelled += 1
+        self.labels.append(label)
+
+    @property
+    def finished(self) -> int:
+        return self.committed + self.failed + self.cancelled

@@ -1,0 +1,48 @@
+"""How threads and tasks wait, and are woken."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+from collections.abc import Iterable
+from time import monotonic
+from typing import Any
+
+from onewriter.base.state import Holder
+
+SLICE = 0.25  # seconds; a signal that comes just before the thread sleeps is seen at its next wake-up
+
+
+def wake(waiters: Iterable[Any]) -> None:
+    """Wake threads, which wait with a lock, and tasks, which wait with a future: one call for each of their loops."""
+    loops: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
+    for waiter in waiters:
+        if isinstance(waiter, asyncio.Future):
+            loops.setdefault(waiter.get_loop(), []).append(waiter)
+        else:
+            waiter.release()
+    for loop, futures in loops.items():
+        with contextlib.suppress(Exception):  # the loop is closed: nobody waits there any more
+            loop.call_soon_threadsafe(resolve, futures)
+
+
+def resolve(futures: Iterable[asyncio.Future[None]]) -> None:
+    for future in futures:
+        if not future.done():
+            future.set_result(None)
+
+
+def seconds_until(deadline: float) -> float | None:
+    return None if deadline == math.inf else max(0.0, deadline - monotonic())
+
+
+def wait_in_slices(wakeup: Any, until: float, holder: Holder) -> bool:
+    """Acquire ``wakeup``, a lock that somebody else releases; False if ``until`` passed without."""
+    left = until - monotonic()
+    while not wakeup.acquire(timeout=SLICE if left > SLICE else max(0.0, left)):
+        left = until - monotonic()
+        if left <= 0.0:
+            return False
+        holder.warn_if_slow(monotonic())
+    return True

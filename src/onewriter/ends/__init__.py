@@ -1,0 +1,1 @@
+"""What happens around a gateway's life: exit, fork, backup."""

@@ -1,0 +1,146 @@
+"""A consistent copy of the database while it is written to: the target is complete, or untouched."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import operator
+import os
+import secrets
+import sqlite3
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from onewriter.base.arguments import check_callback
+from onewriter.ends import exit as at_exit
+from onewriter.errors import forked_error
+from onewriter.sqlite.company import check_path
+from onewriter.sqlite.connection import open_new
+from onewriter.sqlite.lent import LentConnection
+from onewriter.sqlite.pragmas import database_files
+
+Progress = Callable[[int, int, int], object]
+STEP = 32  # pages
+
+
+def check_backup(target: Any, progress: Any, pages: Any) -> None:
+    """Refuse what cannot be meant, before anything is created."""
+    if not isinstance(pages, int) or isinstance(pages, bool):
+        raise TypeError(f"pages must be an int, not {type(pages).__name__}")
+    if pages == 0 or not -(2**31) <= pages < 2**31:
+        raise ValueError(f"pages must be a number of pages for each step, or -1 for all at once, not {pages}")
+    if progress is not None:
+        check_callback("progress", progress)
+    if isinstance(target, sqlite3.Connection):
+        if isinstance(target, LentConnection):
+            raise ValueError("the target is a connection that a gateway has lent: nothing can be restored into it")
+        cursor = target.cursor()
+        cursor.row_factory = None
+        path = next((row[2] for row in cursor.execute("PRAGMA database_list") if row[1] == "main"), "")
+    elif isinstance(target, str | bytes | os.PathLike):
+        path = os.fsdecode(target)
+        if path in ("", ":memory:") or path.startswith("file:") or "\0" in path:
+            raise ValueError(f"the target {path!r} is not the path of a file: give one, or an open sqlite3.Connection")
+        path = os.path.realpath(path)
+        check_path(path)
+    else:
+        raise TypeError(f"the target is a path or a sqlite3.Connection, not {type(target).__name__}")
+    if path and at_exit.others_on(path):
+        raise ValueError(f"the target {path} is the file of a gateway that is open in this process")
+    for suffix in ("-wal", "-shm", "-journal"):
+        if path.endswith(suffix) and os.path.exists(path.removesuffix(suffix)):
+            raise ValueError(f"the target {path} is SQLite's own beside {path.removesuffix(suffix)}")
+    for name in (f"{path}-wal", f"{path}-journal"):
+        if os.path.exists(name) and not isinstance(target, sqlite3.Connection):
+            raise ValueError(f"the target {path} is in use, or was not closed cleanly: there is {name}")
+
+
+def copy(source: sqlite3.Connection, target: Any, progress: Progress | None, pages: int) -> None:
+    """Copy from a connection whose transaction pins what it sees, so that writes do not make it begin anew."""
+    if isinstance(target, sqlite3.Connection):
+        source.backup(target, pages=pages, progress=progress and _in_this_process(progress))
+        return
+    path = os.path.realpath(os.fsdecode(target))
+    with _appearing_at(path) as unfinished:
+        # It stays open until SQLite has closed the file: closing it earlier would drop SQLite's locks there.
+        descriptor = _create(unfinished, [database_files(source)["main"], path])
+        try:
+            _copy_in_steps(source, unfinished, descriptor, progress, pages)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _create(name: str, models: list[str]) -> int:
+    """Make a file that nobody may read who may not read all of ``models``, as far as they are there."""
+    found = []
+    for model in models:
+        with contextlib.suppress(FileNotFoundError):
+            found.append(os.stat(model))
+    mode = functools.reduce(operator.and_, (file.st_mode for file in found), 0o644)
+    descriptor = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode | 0o600)
+    if hasattr(os, "fchown"):
+        for file in found[:1]:
+            with contextlib.suppress(OSError):  # only a member of the group may give it away
+                os.fchown(descriptor, -1, file.st_gid)
+        new = os.fstat(descriptor)
+        if any(file.st_gid != new.st_gid for file in found):
+            os.fchmod(descriptor, new.st_mode & 0o707)
+    return descriptor
+
+
+def _copy_in_steps(
+    source: sqlite3.Connection, path: str, descriptor: int, progress: Progress | None, pages: int
+) -> None:
+    """Bring each step to the disk: all at once, the file system would keep every COMMIT waiting meanwhile."""
+
+    sync = getattr(os, "fdatasync", os.fsync)  # not everywhere
+
+    @_in_this_process
+    def after_step(status: int, remaining: int, total: int) -> None:
+        sync(descriptor)
+        if progress is not None and (pages > 0 or remaining == 0):
+            progress(status, remaining, total)
+
+    with contextlib.closing(open_new(path)) as connection:
+        # What fails is thrown away, so there is nothing to roll back to; and no page waits in memory.
+        for pragma in ("journal_mode = OFF", "synchronous = OFF", "cache_size = 10"):
+            connection.execute(f"PRAGMA {pragma}").close()
+        source.backup(connection, pages=pages if pages > 0 else STEP, progress=after_step)
+
+
+def _in_this_process(progress: Progress) -> Progress:
+    """``progress``, which raises in a child that it forks: the copy is the parent's."""
+    process = os.getpid()
+
+    def call(status: int, remaining: int, total: int) -> None:
+        progress(status, remaining, total)
+        if os.getpid() != process:
+            raise forked_error()
+
+    return call
+
+
+@contextlib.contextmanager
+def _appearing_at(path: str) -> Iterator[str]:
+    """The name of a new file beside ``path``, which takes its place at the end of the ``with`` block."""
+    unfinished, process = f"{path}.{secrets.token_hex(4)}.unfinished", os.getpid()
+    try:
+        yield unfinished
+        os.replace(unfinished, path)
+    except BaseException:
+        if os.getpid() == process:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(unfinished)
+        raise
+    _sync_folder(os.path.dirname(path))
+
+
+def _sync_folder(folder: str) -> None:
+    """Make a new name survive power loss."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,115 @@
+"""What happens to gateways that are still open when the interpreter ends."""
+
+from __future__ import annotations
+
+import atexit
+import collections
+import contextlib
+import logging
+import os
+import sys
+from time import monotonic
+
+from onewriter.base.log import report
+from onewriter.ends.fork import forget_inherited
+from onewriter.errors import ReentrantWriteError, closed_error
+from onewriter.sqlite.file import FileMovedError, refuse_left_open
+from onewriter.write.driver import Driver
+from onewriter.write.writer import WriterLoop
+
+SLICE = 0.05  # seconds between two looks at whether jobs still finish
+_open: dict[WriterLoop, Driver] = {}  # used in single steps: a lock could meet a signal handler that closes
+_hooked = 0  # the process that has our hook in multiprocessing
+
+
+def drain_at_exit(loop: WriterLoop, driver: Driver) -> None:
+    _open[loop] = driver
+    _hook_into_multiprocessing()
+
+
+def _hook_into_multiprocessing() -> None:
+    """Its children end by os._exit, without atexit, and have hooks of their own."""
+    global _hooked
+    process = sys.modules.get("multiprocessing.process")
+    if process is not None and process.parent_process() is not None and _hooked != os.getpid():
+        from multiprocessing.util import Finalize
+
+        _hooked = os.getpid()
+        Finalize(None, _drain_all, exitpriority=1)
+
+
+def forget(loop: WriterLoop) -> None:
+    _open.pop(loop, None)
+
+
+def others_on(path: str) -> bool:
+    """Whether another open gateway of this process has the same file."""
+    return bool(_all_on(path))
+
+
+def refuse_lost(path: str) -> None:
+    """Raise FileMovedError if this process has the file still open with a log that is lost, which SQLite would go on
+    to use: it has one index of the log in memory for all connections of a process to a file.
+    """
+    refuse_left_open(path)
+    for loop in _all_on(path):
+        try:
+            loop.file.check_logs()
+        except FileMovedError as error:
+            error.add_note(f"onewriter: it is still open in another DbWriter of this process, {loop.label}: close it")
+            raise
+
+
+def _all_on(path: str) -> list[WriterLoop]:
+    try:
+        here = os.stat(path)
+    except OSError:
+        return []
+    return [loop for loop in _open.copy() if loop.is_on(here)]
+
+
+def _forget_in_child() -> None:
+    inherited = _open.copy()
+    _open.clear()
+    forget_inherited(inherited)
+    for driver in inherited.values():
+        driver.forget()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_in_child)
+
+
+@atexit.register
+def _drain_all() -> None:
+    # The writers are daemon threads, because others are joined before any hook of ours runs: they would never be told
+    # to end. They run on until atexit is through (https://docs.python.org/3/library/atexit.html).
+    drivers = _open.copy()
+    for loop in drivers:
+        loop.leaving = True
+        loop.queue.refuse(closed_error())
+    for loop, driver in drivers.items():
+        _drain(loop, driver)
+
+
+def _drain(loop: WriterLoop, driver: Driver) -> None:
+    """Wait while jobs finish; give up when none has finished for ``lock_timeout`` seconds."""
+    with contextlib.suppress(ReentrantWriteError):  # this thread has left a block open
+        driver.join(0.0)  # without a thread, nobody else writes what is queued
+    finished, since = -1, monotonic()
+    while not loop.drained.wait(SLICE):
+        loop.end_block_at_exit()
+        now = loop.holder.tally.finished
+        if now != finished:
+            finished, since = now, monotonic()
+        elif monotonic() - since > loop.lock_timeout:
+            break
+    labels = loop.withdrawn + loop.unfinished()
+    if labels:
+        counts = ", ".join(f"{count} × {label!r}" for label, count in collections.Counter(labels).most_common(20))
+        text = "%s: %d jobs are not written at exit, since nothing could be for %s s: %s; %s"
+        arguments = (loop.label, len(labels), loop.lock_timeout, counts, loop.holder.describe())
+        report(loop.holder, logging.CRITICAL, text, *arguments)
+    if loop.drained.is_set():
+        loop.readers.stop_waiting()
+        driver.join(loop.lock_timeout)

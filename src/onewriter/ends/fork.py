@@ -1,0 +1,37 @@
+"""What becomes of open gateways in a forked child: nothing of them is used, closed, or opened again there.
+
+SQLite keeps its table of locks in the memory of the process. A child inherits it, and believes that it holds locks
+that it does not (https://www.sqlite.org/howtocorrupt.html#_carrying_an_open_database_across_a_fork_).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable
+from typing import Any
+
+from onewriter.errors import ADVICE, ForkedError
+from onewriter.sqlite.inherited import keep_open
+
+_inherited: list[tuple[int, int]] = []  # device and inode of the files that an inherited gateway has open
+
+
+def forget_inherited(loops: Iterable[Any]) -> None:
+    """Called in the child, at once after the fork."""
+    for loop in loops:
+        for thing in loop.become_inherited():
+            keep_open(thing)
+        if loop.file.identity is None:  # it is about to be opened
+            with contextlib.suppress(OSError):
+                loop.file.remember(loop.file.files, ())
+        if loop.file.identity is not None:
+            _inherited.append(loop.file.identity)
+
+
+def refuse_inherited(path: str) -> None:
+    """Raise ForkedError if an inherited gateway has this file open."""
+    if _inherited and os.path.exists(path):
+        file = os.stat(path)
+        if (file.st_dev, file.st_ino) in _inherited:
+            raise ForkedError(f"{path} is still open in a gateway that this process has inherited: {ADVICE}")

@@ -1,0 +1,278 @@
+"""Reader: one connection of the pool. Snapshot: the loan of one that is pinned."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator
+from time import monotonic
+from typing import Any, TypeVar
+
+from onewriter.base.state import IN_STATEMENT
+from onewriter.errors import ReadTimeoutError, ReentrantWriteError, forked_error
+from onewriter.read.clock import ReadClock
+from onewriter.sqlite.guard import ReadGuard
+from onewriter.sqlite.lent import Lending, LentConnection, lend, retire
+from onewriter.sqlite.pragmas import database_names
+from onewriter.sqlite.result import refuse_live
+from onewriter.sqlite.retry import LockPolicy, is_busy, is_interrupted
+from onewriter.sqlite.statement import Parameters
+from onewriter.sqlite.watch import Watch
+from onewriter.write.ticket import Ticket
+
+T = TypeVar("T")
+
+
+Fetch = Callable[[sqlite3.Cursor], T]
+STEPS = 250_000  # of SQLite's virtual machine between two looks at the clock
+
+
+class Reader:
+    """One connection of the pool. Belongs to the thread it is lent to."""
+
+    def __init__(self, connection: sqlite3.Connection, guard: ReadGuard, policy: LockPolicy, clock: ReadClock) -> None:
+        self.connection = connection
+        self.deadline = math.inf
+        self._clock = clock
+        self.is_inherited = False  # this is a child of the process that it belongs to
+        self.guard = guard
+        self.is_pinned = False
+        self.inside = 0  # calls of a borrower that are under way, one in the other
+        self.when_out: list[Callable[[], None]] = []  # ends of the loan that came from inside one
+        self.seen = 0  # how many jobs were committed before its transaction began
+        self._pins: list[str] | None = None
+        self._policy = policy
+        self._row_factory, self._text_factory = connection.row_factory, connection.text_factory
+        self.watch = Watch(self._is_late)
+        self.watch.set_on(connection, STEPS)
+
+    def limit(self, deadline: float) -> None:
+        """Have its statements end then, and not because of an earlier deadline any more."""
+        with self._clock.lock:
+            self.deadline = deadline
+        if deadline < self._clock.rings_at:
+            self._clock.set(deadline)
+
+    def fetch(self, sql: str, parameters: Parameters, fetch: Fetch[T]) -> T:
+        cursor = sqlite3.Connection.execute(self.connection, sql, parameters)
+        try:
+            return fetch(cursor)
+        finally:
+            cursor.close()
+
+    def attempt(self, label: str, function: Callable[..., T], *args: Any) -> T:
+        """Read; wait while a lock is in the way (a recovery, or a COMMIT in the rollback-journal modes)."""
+        try:
+            return function(*args)
+        except sqlite3.DatabaseError as error:
+            return self.recover(error, label, function, *args)
+
+    def in_time(self, label: str, function: Callable[..., T], *args: Any) -> T:
+        """Call a function of the user's; say so if a statement in it was ended because the time is over."""
+        try:
+            return function(*args)
+        except sqlite3.OperationalError as error:
+            if is_interrupted(error):
+                return self.recover(error, label, function)
+            raise
+
+    def recover(self, error: sqlite3.DatabaseError, label: str, function: Callable[..., T], *args: Any) -> T:
+        """Try again if it was a lock; raise ``error``, or that there is no time left."""
+        late: BaseException = error
+        try:
+            self.watch.raise_caught()
+            self.guard.explain(error)
+            if is_busy(error):
+                try:
+                    left = max(0.0, self.deadline - monotonic())
+                    return self._policy.call(lambda: function(*args), say_nothing, left)
+                except sqlite3.OperationalError as again:
+                    late = again
+            if self._is_late() and (is_busy(late) or is_interrupted(late)):
+                raise ReadTimeoutError(f"{label} did not end in time") from late
+            raise late
+        finally:
+            del error, late  # the traceback holds this frame
+
+    def pin(self) -> None:
+        """Begin a transaction that sees this moment until ``clean``."""
+        if not self.connection.in_transaction:  # tried again after it met a lock, it has begun already
+            self._own("BEGIN")
+        if self._pins is None:  # not before there is somebody who waits: the names may be behind a lock
+            names = database_names(self.connection)
+            self._pins = [self.guard.own(f'PRAGMA "{name}".schema_version') for name in names]
+        for read in self._pins:  # BEGIN alone pins no snapshot: the first read of each database does
+            self.fetch(read, (), drain)
+        self.is_pinned = self.guard.is_lent = True
+
+    def _own(self, sql: str) -> None:
+        self.guard.is_own = True
+        try:
+            self.fetch(self.guard.own(sql), (), drain)
+        finally:
+            self.guard.is_own = False
+
+    def end_late(self) -> None:
+        functions, self.when_out = self.when_out, []
+        for function in functions:
+            function()
+
+    def clean(self) -> bool:
+        """Be as new for the next borrower, whatever the last one did; False: that cannot be."""
+        self.deadline = math.inf
+        if self.is_pinned:
+            self.is_pinned = self.guard.is_lent = False
+            if self.guard.must_ask_again:
+                self.guard.install(self.connection)
+            self.connection.row_factory, self.connection.text_factory = self._row_factory, self._text_factory
+        if self.connection.in_transaction:
+            try:
+                self._own("ROLLBACK")
+            except sqlite3.Error:
+                return False
+        return not self.guard.is_spoilt
+
+    def _is_late(self) -> bool:
+        return monotonic() > self.deadline
+
+
+class Snapshot:
+    """The loan of a reader whose transaction is pinned; what ``LentConnection`` asks.
+
+    Locks: _lock is held around every call, so that any thread may use the connection, one call at a time, and its end
+           waits for the one under way. Re-entrant, since a SQL function may read too.
+           _interrupting is held around interrupt(), which does not wait for that.
+    """
+
+    def __init__(self, reader: Reader) -> None:
+        self.reader = reader
+        self.connection = reader.connection
+        self._lock = threading.RLock()
+        self._interrupting = threading.RLock()  # a signal handler may, too
+        self._ended = False
+        self.is_left = False  # by a task: no further call begins. Not under the lock, which one under way holds
+        self.lent: Lending | None = lend(self)
+
+    @property
+    def to_lend(self) -> LentConnection:
+        lent = self.lent
+        connection = None if lent is None else lent.connection
+        if connection is None:
+            raise ended_error()
+        return connection
+
+    @property
+    def is_over(self) -> bool:
+        return self.is_left or self.reader.is_inherited
+
+    def call(self, function: Callable[..., T], /, *args: Any, **options: Any) -> T:
+        reader = self.reader
+        if reader.is_inherited:
+            raise forked_error()
+        with self._lock:
+            if self._ended or self.is_left:
+                raise ended_error()
+            reader.inside += 1
+            try:
+                return function(*args, **options)
+            except sqlite3.DatabaseError as error:
+                reader.watch.raise_caught()
+                reader.guard.explain(error)
+                raise
+            finally:
+                reader.inside -= 1
+                if reader.when_out and not reader.inside:
+                    reader.end_late()
+
+    def call_outside(self, function: Callable[..., T], /, *args: Any, **options: Any) -> T:
+        with self._lock:
+            if self.reader.inside:
+                raise ReentrantWriteError(IN_STATEMENT)
+            return self.call(function, *args, **options)
+
+    def if_free(self, function: Callable[[], None]) -> None:
+        if not self.is_over and self._lock.acquire(blocking=False):
+            try:
+                function()
+            finally:
+                self._lock.release()
+
+    def interrupt(self) -> None:
+        if self.reader.is_inherited:
+            raise forked_error()
+        with self._interrupting:
+            if self.is_over:
+                raise ended_error()
+            self.connection.interrupt()
+
+    def lends(self) -> Snapshot:
+        """Where reads inside it go."""
+        return self
+
+    def read(self, sql: str, parameters: Parameters, fetch: Fetch[T], label: str, deadline: float) -> T:
+        """A read inside the block, which has a time of its own, within that of the block."""
+        with self._until(deadline, label) as reader:
+            rows: T = self.call(reader.attempt, label, reader.fetch, sql, parameters, fetch)
+            return rows
+
+    def call_with(self, function: Callable[[sqlite3.Connection], T], label: str, deadline: float) -> T:
+        with self._until(deadline, label) as reader:
+            return refuse_live(reader.in_time(label, function, self.to_lend))
+
+    @contextlib.contextmanager
+    def _until(self, deadline: float, label: str) -> Iterator[Reader]:
+        left = max(0.0, min(deadline - monotonic(), threading.TIMEOUT_MAX))
+        if not self._lock.acquire(timeout=left):
+            raise ReadTimeoutError(f"{label} did not begin in time: another thread uses the reader() that it is in")
+        reader = self.reader
+        before = reader.deadline
+        reader.limit(min(deadline, before))
+        try:
+            yield reader
+        finally:
+            reader.limit(before)
+            self._lock.release()
+
+    def refuse_later(self, write: Ticket[Any]) -> None:
+        """Raise at once if nobody who reads here will ever see ``write``."""
+        if not write.done() or (write.sequence or 0) > self.reader.seen:
+            raise ReentrantWriteError(
+                f"after={write!r} would never be seen here: a reader() block, and a read() of a function, see the "
+                "state of their entry"
+            )
+
+    def savepoint(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def undo(self, end_cursors: Callable[[], None]) -> None:
+        pass
+
+    def outlasts(self, name: str) -> None:
+        self.reader.guard.is_spoilt = True
+
+    def end(self) -> None:
+        """End the loan: once the call that is under way in another thread is over."""
+        if self.reader.is_inherited:
+            return
+        self.is_left = True  # first, so that whoever comes behind this finds it inside the lock
+        with self._lock, self._interrupting:
+            self._ended = True
+            if self.reader.inside:  # code that SQLite calls ends the loan in which it is called
+                self.reader.when_out.append(self.end)
+            else:
+                retire(self)
+
+
+def ended_error() -> sqlite3.ProgrammingError:
+    return sqlite3.ProgrammingError("the reader() block or read() of this connection has ended")
+
+
+def drain(cursor: sqlite3.Cursor) -> None:
+    cursor.row_factory = None
+    cursor.fetchall()
+
+
+def say_nothing(has_it: bool, text: str) -> None:
+    pass

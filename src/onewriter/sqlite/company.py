@@ -1,0 +1,102 @@
+"""What is wrong with a path, and with the files beside the database, before SQLite is asked."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import stat
+from collections.abc import Callable
+
+from onewriter.sqlite.file import INDEX, JOURNAL, LOG
+
+LOOKS = 3  # at a file beside the database that others may make and delete meanwhile
+SMALLEST_FILE = 512  # bytes; SQLite takes anything smaller for empty, and would write over it
+
+
+def check_path(path: str) -> None:
+    """Say what is wrong with ``path`` before SQLite creates anything there. Looks by stat only: closing another
+    descriptor of the file would drop this process's locks on it (https://www.sqlite.org/howtocorrupt.html#_posix_advisory_locks).
+    """
+    folder = os.path.dirname(path)
+    if not os.path.isdir(folder):
+        raise cannot_open(path, f"there is no folder {folder}")
+    if os.path.exists(path):
+        if os.path.isdir(path):
+            raise cannot_open(path, "it is a folder")
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise cannot_open(path, "it is not a regular file")
+        if 0 < os.stat(path).st_size < SMALLEST_FILE:
+            raise cannot_open(
+                path, "file is not a database", sqlite3.SQLITE_NOTADB, "SQLITE_NOTADB", sqlite3.DatabaseError
+            )
+        if not os.access(path, os.W_OK):
+            # SQLite would open it read-only without a word.
+            raise cannot_open(path, "the file is not writable", sqlite3.SQLITE_READONLY, "SQLITE_READONLY")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise cannot_open(path, f"the folder {folder} is not writable, and SQLite keeps its log beside the database")
+
+
+def check_company(path: str) -> None:
+    """Say what is wrong with the names of the file, and with the files that SQLite keeps beside it."""
+    if os.path.exists(path) and os.stat(path).st_nlink > 1:
+        raise cannot_open(
+            path,
+            "the file has a second name (a hard link), and SQLite keeps a log beside each name: what is written "
+            "under one would be lost under the other. Remove all names but one; a symbolic link may stand for it",
+        )
+    for suffix in (LOG, INDEX, JOURNAL):
+        owner = path.removesuffix(suffix)
+        if owner != path and os.path.basename(owner) and os.path.exists(owner):
+            raise cannot_open(path, f"it is SQLite's own file beside the database {owner}")
+        name = f"{path}{suffix}"
+        if _stays(name, os.path.isfile):
+            raise cannot_open(path, f"{name}, which SQLite keeps beside the database, is not a regular file")
+        if _stays(name, lambda name: os.access(name, os.R_OK | os.W_OK)):
+            raise cannot_open(
+                path,
+                f"{name}, which SQLite keeps beside the database, is not writable: another user has made it. Give this "
+                "one the right to write it, or let one who may write the file and it open and close the database",
+                sqlite3.SQLITE_READONLY,
+                "SQLITE_READONLY",
+            )
+    # In this order: a file that is being made is not empty any more when it has a log.
+    if size_of(f"{path}{LOG}") > 0 and os.path.exists(path) and size_of(path) == 0:
+        raise cannot_open(
+            path,
+            f"the file is empty and {path}{LOG} is not: the file was overwritten, and SQLite would delete the log too. "
+            "Put the file back, or move the log away",
+        )
+
+
+def _stays(name: str, is_well: Callable[[str], bool]) -> bool:
+    """Whether what has that name, if there is anything, is not well. Others who open and close make and delete these
+    files at any moment: it counts only if it is so, and the same, at every look."""
+    found = _what_is_there(name)
+    return found is not None and all(not is_well(name) and _what_is_there(name) == found for _ in range(LOOKS))
+
+
+def _what_is_there(name: str) -> tuple[int, int, int] | None:
+    try:
+        found = os.lstat(name)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_ctime_ns
+
+
+def cannot_open(
+    path: str,
+    reason: str,
+    code: int = sqlite3.SQLITE_CANTOPEN,
+    name: str = "SQLITE_CANTOPEN",
+    kind: type[sqlite3.DatabaseError] = sqlite3.OperationalError,
+) -> sqlite3.DatabaseError:
+    error = kind(f"cannot open {path}: {reason}")
+    error.sqlite_errorcode, error.sqlite_errorname = code, name
+    return error
+
+
+def size_of(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return 0

@@ -1,0 +1,241 @@
+"""DatabaseFile: whether the file under a gateway, and its log, are still those that it has opened. Looks by stat only.
+
+Closing another descriptor of the file would drop this process's locks on it
+(https://www.sqlite.org/howtocorrupt.html#_posix_advisory_locks).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+
+from onewriter.errors import WriterBrokenError
+from onewriter.sqlite.mounts import is_mounted_alone
+
+LOOK = 0.1  # seconds between two looks
+LOG, INDEX, JOURNAL = "-wal", "-shm", "-journal"  # https://www.sqlite.org/tempfiles.html
+# SQLite's last connection to a file writes its log into it, and deletes the log by its name. It is not the last one
+# while another process has the lock that every connection has: https://www.sqlite.org/lockingv3.html
+KEEP_OPEN = """
+import fcntl, sys
+files = [open(name, "rb") for name in sys.argv[1:]]
+for file in files:
+    fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB, 1, 0x40000002)
+print("kept", flush=True)
+sys.stdin.read()
+"""
+Identity = tuple[int, int]  # device and inode
+_left_open: list[Identity] = []  # by this process, for ever
+
+
+class FileMovedError(WriterBrokenError):
+    """The file or its log was moved, deleted, replaced or overwritten."""
+
+
+class DatabaseFile:
+    """Threads: written by the writer thread, read by any."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        # The databases that have a log. SQLite follows links, and keeps it beside the file itself.
+        self.logged = self.files = [os.path.realpath(path)]
+        self.exposed = ""  # why what is written is less safe here than elsewhere
+        self.identity: Identity | None = None  # None: not opened yet
+        self._logs: dict[str, Identity] = {}  # and their indexes, by name
+        self._attached: dict[str, Identity] = {}
+        self._looked_at = 0.0
+        self.size = 0  # bytes that the file cannot be smaller than, as far as this gateway knows
+        self.is_smaller = False  # at the last look
+        self.overwritten = ""
+
+    @property
+    def unlogged(self) -> list[str]:
+        """The databases in a rollback-journal mode."""
+        return [path for path in self.files if path not in self.logged]
+
+    def remember(self, files: Iterable[str], logged: Iterable[str]) -> None:
+        """The writer has opened the files of the main database and of attached ones, and the logs of ``logged``."""
+        if self.identity is None:
+            self.identity = _identity(os.stat(self.path))
+        self.files = list(dict.fromkeys(map(os.path.realpath, filter(None, files))))
+        self.logged = list(dict.fromkeys(map(os.path.realpath, logged)))
+        logs = {}
+        for name in (f"{path}{suffix}" for path in self.logged for suffix in (LOG, INDEX)):
+            with contextlib.suppress(OSError):  # SQLite makes them when they are needed
+                logs[name] = _identity(os.stat(name))
+        self._logs = logs
+        main = os.path.realpath(self.path)
+        attached = {}
+        for path in self.files:
+            with contextlib.suppress(OSError):
+                attached[path] = _identity(os.stat(path))
+        attached.pop(main, None)
+        self._attached = attached
+
+    def remember_size(self) -> None:
+        """The file can only grow from now on."""
+        with contextlib.suppress(OSError):
+            self.size = os.stat(self.path).st_size
+        self.is_smaller = False
+
+    def forget_size(self) -> None:
+        """Somebody may have made the file smaller; never empty, though."""
+        self.size, self.is_smaller = min(self.size, 1), False
+
+    def log_sizes(self) -> list[int]:
+        """Of the write-ahead logs' files, in the order of ``logged``; 0: there is none."""
+        return [_size(f"{path}{LOG}") for path in self.logged]
+
+    def wal_bytes(self) -> int:
+        """The size of all write-ahead logs' files."""
+        return sum(self.log_sizes())
+
+    def check_at_times(self, now: float) -> None:
+        """Check, unless that was done a moment ago."""
+        if now - self._looked_at >= LOOK:
+            self._looked_at = now
+            self.check()
+
+    def check(self) -> None:
+        """Raise FileMovedError if another file has the name of the file or of a log now, or none.
+
+        Whatever else keeps it from being looked at says nothing of the file: a right that is missing for a moment.
+        """
+        if self.overwritten:
+            raise FileMovedError(self.overwritten)
+        if self.identity is None:
+            return
+        try:
+            file = os.stat(self.path)
+        except FileNotFoundError:
+            raise _moved(self.path, "is no longer there") from None
+        except OSError:
+            return
+        if _identity(file) != self.identity:
+            raise _moved(self.path, "is another file now")
+        self.is_smaller = file.st_size < self.size
+        if self.is_smaller and file.st_size == 0:
+            self.refuse_smaller(0)
+        _refuse_others(self._attached)
+        self.check_logs()
+
+    def check_logs(self) -> None:
+        """Raise FileMovedError if the log is not what the connections have open: nobody else sees what they write."""
+        _refuse_others(self._logs)
+
+    def refuse_smaller(self, size: int | None = None) -> None:
+        """The file is smaller than it can be."""
+        found = _size(self.path) if size is None else size
+        self.overwritten = (
+            f"{self.path} has {found:,} bytes, less than the {self.size:,} that were in it: it was overwritten while "
+            f"it was open, as by a copy of a backup, so the last writes may be lost. {self.path}{LOG} may belong to "
+            "what was there before. Close all that has the file open; to restore a backup, remove the log, then copy it"
+        )
+        raise FileMovedError(self.overwritten)
+
+    def close(self, connection: sqlite3.Connection) -> None:
+        """Close the write connection; nothing is written over what others have put in the place of a lost log."""
+        endangered = self._endangered()
+        if not endangered:
+            self._logs = {}  # SQLite deletes them, unless a reader has begun to use them
+            connection.close()
+            return
+        with _kept_open(endangered) as is_kept:
+            if is_kept:
+                connection.close()
+                return
+        # It stays open to the end of the process, and with it what SQLite has in memory about the file.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
+        if self.identity is not None:
+            _left_open.append(self.identity)
+
+    def _endangered(self) -> list[str]:
+        """The databases that closing the connection would write to, although they are no longer what it knows."""
+        lost = {name.removesuffix(LOG).removesuffix(INDEX) for name in self._logs if self._is_lost(name)}
+        main = os.path.realpath(self.path)
+        if self.overwritten and main in self.logged:
+            lost.add(main)
+        with contextlib.suppress(OSError):
+            if main in lost and _identity(os.stat(main)) != self.identity:
+                lost.discard(main)  # SQLite notices that itself
+        return sorted(path for path in lost if os.path.exists(path))
+
+    def _is_lost(self, name: str) -> bool:
+        """Whether a log or index is another one by now, or none."""
+        try:
+            return _identity(os.stat(name)) != self._logs[name]
+        except FileNotFoundError:
+            return True
+        except OSError:
+            return False
+
+
+def _refuse_others(files: dict[str, Identity]) -> None:
+    for name, identity in list(files.items()):
+        try:
+            found = _identity(os.stat(name))
+        except FileNotFoundError:
+            raise _moved(name, "is no longer there") from None
+        except OSError:
+            continue
+        if found != identity:
+            raise _moved(name, "is another file now")
+
+
+def exposure(paths: Iterable[str]) -> str:
+    """What is less safe about these files than it seems; empty: nothing."""
+    return "; ".join(
+        f"{path} is mounted alone, without its folder: SQLite keeps the log beside it, where it goes with the "
+        "container, and what is still in it is lost. Mount the folder"
+        for path in paths
+        if is_mounted_alone(path)
+    )
+
+
+def refuse_left_open(path: str) -> None:
+    """Raise if this process cannot open the file anew: SQLite would go on with what it has in memory about it."""
+    if _left_open and os.path.exists(path) and _identity(os.stat(path)) in _left_open:
+        raise FileMovedError(
+            f"the log of {path} was lost while this process had it open, and a connection to it could not be closed: "
+            "open it in another process"
+        )
+
+
+@contextlib.contextmanager
+def _kept_open(paths: list[str]) -> Iterator[bool]:
+    """For the ``with`` block, another process has the files open too; False: that cannot be had."""
+    try:
+        keeper = subprocess.Popen(
+            [sys.executable or "", "-I", "-S", "-c", KEEP_OPEN, *paths],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+    except (OSError, RuntimeError, ValueError):  # no such program, no descriptor left, or the interpreter ends
+        yield False
+        return
+    with keeper:
+        assert keeper.stdout is not None
+        yield keeper.stdout.readline() == b"kept\n"
+
+
+def _moved(name: str, found: str) -> FileMovedError:
+    return FileMovedError(
+        f"{name} {found}: it was moved, deleted or replaced while it was open, so the last writes may be lost"
+    )
+
+
+def _identity(file: os.stat_result) -> Identity:
+    return file.st_dev, file.st_ino
+
+
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return 0

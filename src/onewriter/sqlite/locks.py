@@ -1,0 +1,114 @@
+"""Who holds SQLite's write lock: on Linux /proc/locks says it, by inode. The file is never opened for it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from onewriter.sqlite.mounts import mount_of
+
+LOCKS = Path("/proc/locks")
+READ_BYTES = (123, 127)  # of the -shm file
+WRITE_BYTE = 120  # of the -shm file: https://www.sqlite.org/walformat.html#wal_locks
+# Of the database: https://www.sqlite.org/lockingv3.html
+PENDING, LAST = 0x40000000, 0x40000000 + 511
+SHARED = 0x40000002
+COMMAND_LENGTH = 100
+LOOKS = 3  # at the list, of which the system leaves lines out when others change it in the middle of a look
+UNKNOWN_READER = "somebody who cannot be told here, another connection of this process, say"
+
+
+def lock_holders(path: str) -> list[int] | None:
+    """The processes that hold the write lock of the database; None if that cannot be told here."""
+    lines, path = _all_locks(), os.path.realpath(path)
+    if lines is None:
+        return None
+    return sorted({*_holders(lines, f"{path}-shm", WRITE_BYTE, WRITE_BYTE), *_holders(lines, path, PENDING, LAST)})
+
+
+def readers_in_the_way(path: str) -> list[int] | None:
+    """The other processes that read where there is no log, so that a COMMIT waits; None: it cannot be told here.
+
+    Its own locks are those of the writer and of all readers of this process: SQLite keeps one for all.
+    """
+    lines = _all_locks()
+    if lines is None:
+        return None
+    return sorted({*_holders(lines, os.path.realpath(path), SHARED, LAST, kinds=("READ", "WRITE"))} - {os.getpid()})
+
+
+def wal_readers(path: str) -> list[int] | None:
+    """The processes that read from the write-ahead log now; None if that cannot be told here."""
+    lines, path = _all_locks(), os.path.realpath(path)
+    if lines is None:
+        return None
+    return sorted(set(_holders(lines, f"{path}-shm", *READ_BYTES, kinds=("READ", "WRITE"))))
+
+
+def describe_wal_readers(paths: Iterable[str], borrowers: list[str]) -> str:
+    """For messages: who keeps the logs from beginning anew; ``borrowers`` are readers of the calling gateway."""
+    found = dict.fromkeys(process for path in paths for process in wal_readers(path) or [])
+    others = [process for process in found if not (borrowers and process == os.getpid())]
+    return ", ".join([*borrowers, *map(describe_process, others)]) or "somebody who cannot be told here"
+
+
+def describe_readers(paths: Iterable[str], borrowers: list[str]) -> str:
+    """For messages: whom a COMMIT waits for; ``borrowers`` are readers of the calling gateway."""
+    found = dict.fromkeys(process for path in paths for process in readers_in_the_way(path) or [])
+    who = ", ".join([*borrowers, *map(describe_process, found)])
+    return f"COMMIT waits for those who read: {who or UNKNOWN_READER}"
+
+
+def describe_lock(path: str) -> str:
+    """For messages: who holds the lock."""
+    for _ in range(LOOKS):
+        if holders := lock_holders(path):
+            break
+    if holders is None:
+        return "who holds SQLite's lock cannot be told here"
+    if not holders:
+        return "nobody holds SQLite's lock at this moment, or it cannot be told here"
+    return f"SQLite's lock is held by {', '.join(map(describe_process, holders))}"
+
+
+def _all_locks() -> list[str] | None:
+    try:
+        return LOCKS.read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return None
+
+
+def _holders(lines: list[str], path: str, first: int, last: int, kinds: tuple[str, ...] = ("WRITE",)) -> Iterator[int]:
+    """The processes with a lock of these ``kinds`` on some byte from ``first`` to ``last`` of the file."""
+    try:
+        file = os.stat(path)
+    except OSError:
+        return
+    major, minor = os.major(file.st_dev), os.minor(file.st_dev)
+    names = {f"{major:02x}:{minor:02x}:{file.st_ino}"}
+    if major == 0 and (mount := mount_of(path)) is not None:  # no device of its own: a part of a btrfs, say
+        names.add("{:02x}:{:02x}:{}".format(*mount.device, file.st_ino))
+    for line in lines:
+        # "1: POSIX  ADVISORY  WRITE 4711 08:01:131 120 120"; with "->" behind the number it only waits
+        parts = line.split()
+        if len(parts) == 8 and parts[3] in kinds and parts[5] in names:
+            end = last if parts[7] == "EOF" else int(parts[7])
+            if int(parts[6]) <= last and end >= first:
+                yield int(parts[4])
+
+
+def describe_process(number: int) -> str:
+    if number == os.getpid():
+        return f"this process ({number}), through another connection"
+    command = command_of(number)
+    return f"process {number}" + (f" ({command})" if command else "")
+
+
+def command_of(number: int) -> str:
+    """The beginning of its command line; empty if it has ended, or is somebody else's."""
+    try:
+        command = Path(f"/proc/{number}/cmdline").read_bytes()
+    except OSError:
+        return ""
+    return command.replace(b"\0", b" ").decode(errors="replace").strip()[:COMMAND_LENGTH]

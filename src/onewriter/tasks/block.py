@@ -1,0 +1,350 @@
+"""TaskBlock and AsyncTransaction: a task's ``transaction()`` block, whose statements the writer thread runs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import queue
+import threading
+import types
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from time import monotonic
+from typing import Any, TypeVar
+
+from onewriter.base.arguments import check_sql
+from onewriter.base.state import Holder
+from onewriter.base.strict import Strict
+from onewriter.base.waiting import resolve, seconds_until, wake
+from onewriter.errors import ReadTimeoutError, TransactionClosedError, forked_error
+from onewriter.sqlite.parameters import capture, capture_many
+from onewriter.sqlite.result import Result
+from onewriter.sqlite.statement import check_many
+from onewriter.write.block import BlockFailedError
+from onewriter.write.ticket import Job
+from onewriter.write.transaction import ENDED, TOO_LONG, Transaction
+
+T = TypeVar("T")
+LOOK = 0.05  # seconds between two looks at whether the loop is closed
+LOOP_CLOSED = "was open when its loop was closed"
+LEFT = "was left by an error or a cancellation"
+
+
+class TaskBlock(Job[None]):
+    """A task's ``transaction()`` block: the writer thread begins, runs what tasks send, and commits or rolls back.
+
+    Any task may use it and leave it. That the one which entered it has ended means nothing: fixtures run their parts in
+    different tasks. One that nobody can reach any more is left when its generator is collected, unless its loop is
+    closed by then.
+
+    Locks:   _lock guards _accepts, _changes and the putting of requests, so that none is left behind unanswered.
+    Threads: made on a loop's thread, performed on the writer's, used and ended on that of any loop.
+    """
+
+    __slots__ = (
+        "_accepts",
+        "_changes",
+        "_lock",
+        "_requests",
+        "failed",
+        "granted",
+        "innermost",
+        "loop",
+        "max_hold",
+        "transaction",
+    )
+    alone = lent = needs_savepoint = True
+    loud = False  # its own task hears
+
+    def __init__(self, holder: Holder, label: str | None, max_hold: float, frame: types.FrameType) -> None:
+        super().__init__(holder, label or "transaction", frame, None)
+        self.max_hold = max_hold
+        self.loop = asyncio.get_running_loop()
+        self.transaction: Transaction | None = None
+        self.failed = False
+        self.granted: asyncio.Future[None] = self.loop.create_future()
+        self._waiters = [self.granted]
+        self._lock = threading.Lock()
+        self._accepts = True
+        self.innermost: TaskSavepoint | None = None  # of the open ones
+        self._changes: list[asyncio.Future[None]] = []
+        self._requests: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+
+    @property
+    def block(self) -> TaskBlock:
+        return self
+
+    def lends(self) -> Transaction:
+        """Where the blocking reads of its task go."""
+        assert self.transaction is not None
+        return self.transaction
+
+    def needs(self, loop: asyncio.AbstractEventLoop) -> bool:
+        """Whether it cannot end while the thread of ``loop`` waits."""
+        return self.loop is loop and self._accepts
+
+    def end_at_exit(self) -> None:
+        """Nobody ends it any more, if its loop does not run when the interpreter ends."""
+        if not self.loop.is_running():
+            self.end(failed=True)
+
+    def perform(self, tx: Transaction) -> None:
+        tx.limit(self.max_hold)
+        tx.watch()  # so that the end of the block ends a statement too
+        tx.lend()
+        with self._holder.lock:
+            others = [waiter for waiter in self._waiters or () if waiter is not self.granted]
+            self.transaction, self._waiters = tx, others or None
+        wake([self.granted])
+        scopes = self._holder.scopes
+        scopes.enter_job(tx)  # what a function that a task sends calls is inside
+        try:
+            self._serve(tx, self.started_at + self.max_hold)
+        finally:
+            with self._lock:
+                self._accepts = False
+            tx.close(ENDED)
+            tx.end_call()
+            while not (self._holder.forked or self._requests.empty()):  # they meet the closed transaction
+                request = self._requests.get()
+                if request is not None:
+                    with contextlib.suppress(TransactionClosedError):
+                        request()
+            scopes.leave_job()
+        if self.failed:
+            raise BlockFailedError
+
+    def _serve(self, tx: Transaction, until: float) -> None:
+        while True:
+            try:
+                request = self._requests.get(timeout=max(0.0, min(until - monotonic(), LOOK)))
+            except queue.Empty:
+                self._holder.warn_if_slow(monotonic())
+                if monotonic() < until and not self.loop.is_closed():
+                    continue
+                tx.close(TOO_LONG if monotonic() >= until else LOOP_CLOSED)
+                raise tx.closed_error() from None
+            if request is None:
+                return
+            request()
+            if self._holder.forked:
+                raise forked_error()  # a function of the user's has forked, and this is the child
+
+    def end(self, failed: bool) -> None:
+        """The block has ended; a statement that still runs is interrupted if it has failed."""
+        self.failed = failed
+        if failed and self.transaction is not None:
+            self.transaction.close(LEFT)
+        with self._lock:
+            self._accepts = False
+            self._requests.put(None)
+        self._look_again()
+
+    def enter(self, savepoint: TaskSavepoint) -> None:
+        self.innermost = savepoint
+
+    def leave(self, savepoint: TaskSavepoint) -> None:
+        """It has ended: whoever waits for that looks again."""
+        savepoint.is_open = False
+        with self._lock:
+            self.innermost = open_one(self.innermost)
+        self._look_again()
+
+    def _look_again(self) -> None:
+        with self._lock:
+            changes, self._changes = self._changes, []
+        wake(changes)
+
+    async def until_innermost(self, savepoint: TaskSavepoint | None) -> None:
+        """Wait until no task has a savepoint open inside ``savepoint``: they end in the order of a stack."""
+        while self.innermost is not open_one(savepoint) and self._accepts:
+            change: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            with self._lock:
+                if self.innermost is open_one(savepoint) or not self._accepts:
+                    return
+                self._changes.append(change)
+            await change
+
+    async def ended(self) -> asyncio.CancelledError | None:
+        """Wait until it is committed or rolled back, even if the task is cancelled; returns that cancellation."""
+        cancelled = None
+        while not self.done():
+            try:
+                with self.arrival() as future:
+                    await future
+            except asyncio.CancelledError as error:
+                cancelled = error
+        return cancelled
+
+    def send(self, function: Callable[..., object], *args: Any) -> None:
+        """Have the writer thread call ``function``, after what was sent earlier."""
+        with self._lock:
+            if not self._accepts:
+                raise self.closed_error()
+            self._requests.put(lambda: function(*args))
+
+    def keep(self, transaction: Transaction, which: str, fn: Callable[[], object]) -> None:
+        """Keep a callback: now, since the block may fail before the writer would come to it."""
+        with self._lock:
+            if not self._accepts:
+                raise self.closed_error()
+            transaction.keep_for_task(which, fn)
+
+    def closed_error(self) -> Exception:
+        assert self.transaction is not None
+        return self.transaction.closed_error()
+
+    async def call(self, function: Callable[..., T], *args: Any, until: float = math.inf) -> T:
+        """The same, and wait for what it returns; if it has not begun ``until`` then, it never does."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[None] = loop.create_future()
+        outcome: list[Any] = []
+        claim = threading.Lock()  # taken once, by who begins it or who gives up
+
+        def request() -> None:
+            if future.cancelled() or not claim.acquire(blocking=False):
+                return
+            try:
+                outcome[:] = (function(*args), None)
+            except BaseException as error:
+                outcome[:] = (None, error)
+            wake([future])
+
+        def give_up() -> None:
+            if claim.acquire(blocking=False):
+                text = f"{self.describe()} is used by another task: the read did not begin in time"
+                outcome[:] = (None, ReadTimeoutError(text))
+                resolve([future])
+
+        self.send(request)
+        left = seconds_until(until)
+        timer = None if left is None else loop.call_later(left, give_up)
+        try:
+            await future
+        finally:
+            if timer is not None:
+                timer.cancel()
+        result, error = outcome
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error, outcome
+        return result  # type: ignore[no-any-return]
+
+
+class TaskSavepoint:
+    """A savepoint of a task, as the tasks of its block see it."""
+
+    def __init__(self, block: TaskBlock, outer: TaskSavepoint | None) -> None:
+        self.block = block
+        self.outer = outer
+        self.is_open = True
+
+    def lends(self) -> Transaction:
+        return self.block.lends()
+
+
+def open_one(savepoint: TaskSavepoint | None) -> TaskSavepoint | None:
+    """``savepoint``, or the innermost around it that is still open."""
+    while savepoint is not None and not savepoint.is_open:
+        savepoint = savepoint.outer
+    return savepoint
+
+
+class AsyncTransaction(Strict):
+    """What ``async with db.transaction()`` gives: a ``Transaction`` whose statements run on the writer thread.
+
+    Tasks that share one are served one after the other.
+    """
+
+    def __init__(self, block: TaskBlock, transaction: Transaction) -> None:
+        self._block = block
+        self._transaction = transaction
+
+    @property
+    def label(self) -> str:
+        """The block's label."""
+        return self._block.label
+
+    def execute(self, sql: str, params: Any = (), /) -> Coroutine[Any, Any, Result]:
+        """As ``Transaction.execute``."""
+        return self._block.call(self._transaction.statement, check_sql(sql), capture(sql, params))
+
+    def executemany(self, sql: str, seq_of_params: Iterable[Any], /) -> Coroutine[Any, Any, Result]:
+        """As ``Transaction.executemany``."""
+        check_many(check_sql(sql))
+        return self._block.call(self._transaction.statement_many, sql, capture_many(sql, seq_of_params))
+
+    def executescript(self, sql: str, /) -> Coroutine[Any, Any, None]:
+        """As ``Transaction.executescript``."""
+        return self._block.call(self._transaction.executescript, check_sql(sql))
+
+    @contextlib.asynccontextmanager
+    async def savepoint(self) -> AsyncIterator[None]:
+        """A part of the transaction that is undone alone if the ``async with`` block raises.
+
+        Tasks that share the transaction have their savepoints one after the other; those of a task that was made inside
+        a savepoint are inside it.
+        """
+        block, scopes = self._block, self._block._holder.scopes
+        around = (one for one in scopes.inherited() if isinstance(one, TaskSavepoint) and one.block is block)
+        outer = next(around, None)
+        await block.until_innermost(outer)
+        mine, part = TaskSavepoint(block, open_one(outer)), self._transaction.part()
+        block.enter(mine)
+        scope = scopes.enter(mine, writes=True)
+        try:
+            try:
+                await block.call(part.__enter__)
+                yield
+                await block.until_innermost(mine)
+            except BaseException as error:
+                with contextlib.suppress(TransactionClosedError):  # whose end has undone all
+                    block.send(_leave, part, error)
+                raise
+            await _leave_well(block, part)
+        finally:
+            scopes.leave(scope)
+            block.leave(mine)
+
+    def on_commit(self, fn: Callable[[], object], /) -> None:
+        """Call ``fn()`` once, on the loop, after COMMIT. Not if the transaction is rolled back."""
+        self._block.keep(self._transaction, "_after_commit", fn)
+
+    def on_rollback(self, fn: Callable[[], object], /) -> None:
+        """Call ``fn()`` once, on the loop, after the transaction, if this part of it was rolled back."""
+        self._block.keep(self._transaction, "_after_rollback", fn)
+
+
+async def _leave_well(block: TaskBlock, savepoint: contextlib.AbstractContextManager[None]) -> None:
+    """Keep what the savepoint has done; if the task is cancelled before that is begun, undo it instead."""
+    outcome: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    failures: list[BaseException] = []
+
+    def leave() -> None:
+        if outcome.cancelled():
+            _leave(savepoint, asyncio.CancelledError())
+            return
+        try:
+            savepoint.__exit__(None, None, None)
+        except BaseException as error:
+            failures.append(error)
+        wake([outcome])
+
+    block.send(leave)
+    await outcome
+    if failures:
+        raise failures.pop()
+
+
+def _leave(savepoint: contextlib.AbstractContextManager[None], error: BaseException) -> None:
+    """On the writer thread: what the savepoint raises again there is the task's own error."""
+    with contextlib.suppress(BaseException):
+        savepoint.__exit__(type(error), error, error.__traceback__)
+
+
+def perform_inside(block: TaskBlock, job: Job[T]) -> T:
+    transaction = block.lends()
+    with transaction.part():
+        return job.perform(transaction)

@@ -1,0 +1,112 @@
+"""How tasks wait: with time limits, and for what a thread does for them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import threading
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future, ThreadPoolExecutor
+from time import monotonic
+from typing import Any, TypeVar
+
+from onewriter.base.state import Holder
+from onewriter.base.waiting import resolve, wake
+from onewriter.gateway import Seconds
+from onewriter.read.pool import Borrowing
+
+T = TypeVar("T")
+
+
+TICK = 0.1  # seconds between two looks at the deadlines of a loop
+
+
+class Deadlines:
+    """When to wake the waiting tasks of one loop: looked at a few times a second, since a timer each costs too much."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[asyncio.Future[None], float] = {}
+        self._timers: dict[asyncio.Future[None], asyncio.TimerHandle] = {}
+        self._ticks = False
+
+    def add(self, future: asyncio.Future[None], timeout: float) -> None:
+        if timeout < 1.0:  # a tick late would be late
+            self._timers[future] = future.get_loop().call_later(timeout, resolve, [future])
+            return
+        self._waiting[future] = monotonic() + timeout
+        if not self._ticks:
+            self._ticks = True
+            future.get_loop().call_later(TICK, self._tick, future.get_loop())
+
+    def remove(self, future: asyncio.Future[None]) -> None:
+        if self._waiting.pop(future, None) is None:
+            self._timers.pop(future).cancel()
+
+    def _tick(self, loop: asyncio.AbstractEventLoop) -> None:
+        now = monotonic()
+        resolve([future for future, until in self._waiting.items() if until <= now])
+        self._ticks = bool(self._waiting)
+        if self._ticks:
+            loop.call_later(TICK, self._tick, loop)
+
+
+async def in_thread(function: Callable[[], T], undo: Callable[[T], object] | None = None) -> T:
+    """Call ``function`` in a thread of its own; ``undo`` what it returns if nobody waits for it any more."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[None] = loop.create_future()
+    outcome: list[Any] = []
+
+    def call() -> None:
+        try:
+            outcome[:] = (function(), None)
+        except BaseException as error:
+            outcome[:] = (None, error)
+        if future.cancelled() and undo is not None and outcome[1] is None:
+            undo(outcome[0])
+        wake([future])
+
+    threading.Thread(target=call, name="onewriter-call", daemon=True).start()
+    try:
+        await future
+    except asyncio.CancelledError:
+        if outcome and undo is not None and outcome[1] is None:
+            threading.Thread(target=undo, args=[outcome[0]], daemon=True).start()
+        raise
+    result, error = outcome
+    if error is not None:
+        try:
+            raise error
+        finally:
+            del error, outcome
+    return result  # type: ignore[no-any-return]
+
+
+async def and_the_log(flushed: Coroutine[Any, Any, None], holder: Holder, timeout: Seconds) -> None:
+    """Wait for ``flushed``, and then until what the writer has reported is out."""
+    until = math.inf if timeout is None else monotonic() + timeout
+    await flushed
+    reporter = holder.reporter
+    if reporter is not None and reporter.is_behind:
+        await in_thread(lambda: reporter.wait(until))
+
+
+def call_in_pool(call: Callable[[], T], borrowing: Borrowing | None, pool: ThreadPoolExecutor, holder: Holder) -> T:
+    if borrowing is not None:
+        borrowing.runs_in = threading.get_ident()
+    try:
+        return call()
+    finally:
+        if borrowing is not None:
+            borrowing.runs_in = 0
+        if holder.forked:  # by the call: in the child nobody else would end this thread
+            pool.shutdown(wait=False)
+
+
+async def until_done(future: Future[Any]) -> None:
+    """Wait for a function that cannot be stopped and whose connection must not be given back before its end."""
+    done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    future.add_done_callback(lambda _: wake([done]))  # not wrapped: asyncio would log an error that nobody asks for
+    while not done.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait([done])

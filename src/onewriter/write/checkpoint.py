@@ -1,0 +1,232 @@
+"""Checkpointer: keeps the write-ahead log small, between batches, after the waiters were told."""
+
+from __future__ import annotations
+
+import logging
+import math
+import sqlite3
+from collections.abc import Collection
+from contextlib import AbstractContextManager
+from time import monotonic
+from typing import Any, NamedTuple, Protocol
+
+from onewriter.base.log import report
+from onewriter.base.state import Holder
+from onewriter.events import CheckpointEnded, Hook, tell
+from onewriter.sqlite.file import DatabaseFile
+from onewriter.sqlite.locks import describe_wal_readers
+from onewriter.sqlite.options import Settings
+from onewriter.sqlite.retry import is_busy
+from onewriter.write.session import WriteSession
+
+OFTEN = 256  # commits, or some changed rows each, after which the first checkpoint comes
+ROWS = 8  # changed rows that count as much as a commit
+PAGES = 1000  # that the log is to have at a checkpoint, as in SQLite itself
+HOLD_BACK = 0.05  # seconds that new reads wait, at most, so that the log can begin anew
+FAR = 2  # times wal_limit, from which on the log's size is worth a word at once
+SOON, RARELY = 0.005, 1.0  # seconds between two tries that are in vain, at first and at most
+
+
+LONG = 0.2  # seconds; who has a connection for longer hardly comes back in the time that new reads wait
+
+
+class Readers(Protocol):
+    """The pool of readers, as the writer sees it: who is in the way of the log, and how to hold new ones back."""
+
+    @property
+    def in_use(self) -> int: ...
+    @property
+    def borrowers(self) -> list[str]: ...
+    def out_for(self, seconds: float) -> Collection[Any]: ...
+    def is_out(self, borrowing: Any) -> bool: ...
+    def held_back(self, seconds: float) -> AbstractContextManager[None]: ...
+
+
+class Checkpoint(NamedTuple):
+    """What a checkpoint did; https://www.sqlite.org/pragma.html#pragma_wal_checkpoint
+
+    Attributes:
+        busy: somebody was in the way, so that it is not complete.
+        log: pages in the logs of the database and of attached ones; -1 in the rollback-journal modes, which have none.
+        checkpointed: pages of them that are in the database files.
+    """
+
+    busy: bool
+    log: int
+    checkpointed: int
+
+
+class Checkpointer:
+    """When, and how thoroughly. Belongs to the thread that is the writer.
+
+    By growth, since the size of the file stays although the log begins anew after a complete checkpoint. How many pages
+    the growth came to is known at each checkpoint only; it says how far off the next one may be. And at once when the
+    file has grown by as much as the log may have: a few large values do that.
+    FULL and TRUNCATE, not PASSIVE: they take the write lock where it can be had, without which another process can
+    commit meanwhile, which SQLite before 3.51.3 may answer with a damaged log (https://www.sqlite.org/wal.html).
+    """
+
+    def __init__(
+        self, settings: Settings, file: DatabaseFile, readers: Readers, holder: Holder, on_event: Hook | None
+    ) -> None:
+        self._settings = settings
+        self._file = file
+        self._readers = readers
+        self._holder = holder
+        self._on_event = on_event
+        self._kept_size = 0  # of the log, when it could not be emptied although it is over its limit
+        self._kept_by: Collection[Any] = []  # readers that were out for long then, and
+        self._kept_since = math.inf  # when that was for the first time
+        self._again_at = self._pause = 0.0  # when to hold back reads again, and the seconds from the last time to that
+        self._told_at = 0  # bytes of the log from which on there is something to warn of
+        self._growth = self._changes = 0
+        self._often = OFTEN
+        self._size = 0  # of the logs' files after the last checkpoint
+        self._largest = 0  # bytes in one of the logs at the last checkpoint
+        self._schema: list[object] = []
+        self._version: list[object] = []  # PRAGMA data_version, when the size of the file was remembered
+        self.last: tuple[Checkpoint, float] | None = None
+
+    @property
+    def has_work(self) -> bool:
+        """Whether something was written since the log was last emptied."""
+        return self._growth > 0 and self._settings.auto_checkpoint and bool(self._file.logged)
+
+    def after_batch(self, session: WriteSession) -> None:
+        """Count what a batch wrote, and checkpoint if it is time."""
+        changes = session.connection.total_changes
+        self._growth += 1 + abs(changes - self._changes) // ROWS
+        self._changes = changes
+        if self._settings.journal_mode != "WAL":  # every commit is in the file
+            self.remember_size(session)
+        if not self.has_work:
+            return
+        most = max(self._settings.wal_limit, PAGES * session.page_size)
+        if self._growth < self._often and self._file.wal_bytes() <= self._size + most:
+            return
+        if not self._can_fare_better():
+            self._warn()
+            return
+        pages = max(1, self.run(session, "FULL").log)
+        wanted = min(PAGES, self._settings.wal_limit // session.page_size // 2)
+        self._often = max(OFTEN, min(4 * self._growth, self._growth * wanted // pages))
+        self._growth = 1
+        if self._largest > self._settings.wal_limit:
+            began = monotonic()
+            with self._readers.held_back(HOLD_BACK if began >= self._again_at else 0.0):
+                self.empty(session)
+            self._count_hold_back(monotonic() - began)
+        self._size = self._file.wal_bytes()
+
+    def _count_hold_back(self, seconds: float) -> None:
+        """One in vain makes the next come later, and the more so the more there were: reads wait meanwhile."""
+        if not self._kept_size:
+            self._pause = self._again_at = 0.0
+        elif seconds >= HOLD_BACK or not self._kept_by:
+            self._pause = min(RARELY, 2 * self._pause or SOON)
+            self._again_at = monotonic() + self._pause
+
+    def _can_fare_better(self) -> bool:
+        """Whether something has changed since the log could not be emptied: each try costs more, the longer it is."""
+        if not self._kept_size or self._largest_file() >= 2 * self._kept_size:
+            return True
+        if self._kept_by:
+            return not all(self._readers.is_out(borrowing) for borrowing in self._kept_by)
+        return monotonic() >= self._again_at  # it was one that has gone by now, or a reader of another process
+
+    def empty(self, session: WriteSession) -> None:
+        """Cut the log off, unless somebody reads from it."""
+        found = self.run(session, "TRUNCATE")
+        if not found.busy:
+            self._growth = 0
+        self._note(found)
+        self._warn()
+
+    def _note(self, found: Checkpoint) -> None:
+        if not found.busy or self._largest <= self._settings.wal_limit:
+            self._kept_size, self._kept_by, self._kept_since, self._told_at = 0, [], math.inf, 0
+            return
+        self._kept_size, self._kept_by = self._largest_file(), self._readers.out_for(LONG)
+        self._kept_since = min(self._kept_since, monotonic())
+
+    def _largest_file(self) -> int:
+        return max(self._file.log_sizes(), default=0)
+
+    @property
+    def starved(self) -> str:
+        """Why the log is over its limit now, by far or for longer than ``slow_after``; empty if it is not."""
+        size, limit = self._largest_file(), self._settings.wal_limit
+        is_kept = monotonic() - self._kept_since >= self._holder.slow_after
+        if (
+            not self.has_work
+            or size <= limit
+            or not (is_kept or (size > FAR * limit and self._readers.out_for(HOLD_BACK)))
+        ):
+            return ""
+        who = describe_wal_readers(self._file.logged, self._readers.borrowers)
+        return f"the WAL has grown to {size:,} bytes (wal_limit: {limit:,}), read by {who}"
+
+    def _warn(self) -> None:
+        """Say who keeps the log over its limit for longer than ``slow_after``; again when it has doubled."""
+        if monotonic() - self._kept_since >= self._holder.slow_after and self._largest_file() >= self._told_at:
+            text = self.starved
+            if text:
+                self._told_at = 2 * self._largest_file()
+                report(self._holder, logging.WARNING, "checkpoint starved: %s", text)
+
+    def ask_for(self, session: WriteSession, mode: str) -> Checkpoint:
+        """What a user has asked for."""
+        with self._readers.held_back(HOLD_BACK if mode in ("RESTART", "TRUNCATE") else 0.0):
+            found = self.run(session, mode)
+        if mode == "TRUNCATE" and not found.busy:
+            self._growth = 0
+            self._note(found)
+        return found
+
+    def run(self, session: WriteSession, mode: str) -> Checkpoint:
+        """Each database by itself: of all in one, SQLite tells only about the first."""
+        began = monotonic()
+        busy, log, checkpointed, self._largest = False, -1, -1, 0
+        for name in session.logs or ["main"]:
+            rows = session.own(f'PRAGMA "{name}".wal_checkpoint({mode})')
+            was_busy, pages, done = rows[0]
+            busy |= bool(was_busy)
+            if pages >= 0:
+                log, checkpointed = max(0, log) + pages, max(0, checkpointed) + done
+                self._largest = max(self._largest, pages * session.page_sizes[name])
+        found = Checkpoint(busy, log, checkpointed)
+        self.last = found, monotonic()
+        self.remember_size(session)
+        if self._on_event is not None:
+            tell(self._holder, self._on_event, CheckpointEnded(mode, *found, monotonic() - began))
+        return found
+
+    def remember_size(self, session: WriteSession) -> None:
+        """From now on only another process makes the file smaller, and SQLite tells of its commits."""
+        try:
+            if session.own("PRAGMA auto_vacuum")[0][0]:
+                self._file.forget_size()  # any commit may make it smaller
+                return
+            self._version = session.own("PRAGMA data_version")
+            self._schema = session.own("PRAGMA schema_version")
+            self._file.remember_size()
+        except sqlite3.Error:  # a lock, or damage, which others will meet too
+            self._file.forget_size()
+
+    def judge_size(self, session: WriteSession) -> None:
+        """The file is smaller than it was: raise FileMovedError if no connection of SQLite has made it so."""
+        if session.connection.in_transaction:
+            return
+        try:
+            if session.own("PRAGMA data_version") != self._version and not self._is_put_back(session):
+                self._file.forget_size()
+                return
+        except sqlite3.DatabaseError as error:
+            if is_busy(error):
+                return
+        self._file.refuse_smaller()
+
+    def _is_put_back(self, session: WriteSession) -> bool:
+        """In the rollback-journal modes, where SQLite takes whatever is in the file for somebody's commit: whether that
+        cannot be VACUUM, which counts up the version of the schema."""
+        return self._settings.journal_mode != "WAL" and session.own("PRAGMA schema_version") <= self._schema

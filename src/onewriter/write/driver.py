@@ -1,0 +1,267 @@
+"""Who runs the WriterLoop: a thread of its own, or, for tests, the calling thread."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+from collections.abc import Callable, Iterator
+from time import monotonic
+from typing import Any, Protocol
+
+from onewriter.base.log import Reporter
+from onewriter.base.waiting import wait_in_slices
+from onewriter.errors import QueueFullError, ReentrantWriteError, WriteTimeoutError, closed_error, forked_error
+from onewriter.write.block import BlockJob
+from onewriter.write.ticket import Job
+from onewriter.write.transaction import Transaction
+from onewriter.write.writer import MOST_TAKEN, WriterLoop
+
+
+class Driver(Protocol):
+    def start(self) -> None:
+        """Open the write connection, or raise what opening it raised."""
+
+    @property
+    def submit(self) -> Callable[[Job[Any], float | None], None]:
+        """Accepts a job, given with the seconds to wait for room, if it is bounded."""
+
+    def enter(self, job: BlockJob, timeout: float | None) -> Transaction:
+        """Wait for the block's turn and return its transaction."""
+
+    def leave(self, job: BlockJob) -> None:
+        """See a block that was given back to its end: committed or rolled back."""
+
+    def dropped(self) -> None:
+        """The gateway was collected without close."""
+
+    def forget(self) -> None:
+        """This is a forked child of the process that the writer belongs to."""
+
+    def join(self, timeout: float | None) -> bool:
+        """Wait until all is written and closed; the queue must refuse already. False: not within ``timeout``."""
+
+
+class ThreadDriver:
+    """One daemon thread is the writer, from the opening of its connection to its closing."""
+
+    def __init__(self, loop: WriterLoop) -> None:
+        self._loop = loop
+        self.submit = loop.queue.put
+        self._ready = threading.Event()
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._main, name=f"{loop.label}-writer", daemon=True)
+        loop.holder.reporter = Reporter(loop.holder, f"{loop.label}-log")
+
+    def start(self) -> None:
+        self._thread.start()
+        try:
+            self._ready.wait()
+        except BaseException:  # Ctrl-C while it opens
+            self._loop.queue.refuse(closed_error())
+            self._loop.abandon()
+            raise
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            self._thread.join()
+            try:
+                raise failure
+            finally:
+                del failure
+
+    def enter(self, job: BlockJob, timeout: float | None) -> Transaction:
+        self._loop.queue.put(job)
+        until = math.inf if timeout is None else monotonic() + timeout
+        with self._loop.queue.waiting():
+            in_time = wait_in_slices(job.granted, until, self._loop.holder)
+        if not in_time and job.cancel():
+            raise not_entered(job, timeout, self._loop)
+        if not in_time:  # granted, or refused, in the same moment
+            job.granted.acquire()
+        return entered(job)
+
+    def leave(self, job: BlockJob) -> None:
+        job.wait(None)
+
+    def dropped(self) -> None:
+        pass  # the thread drains the queue, and ends
+
+    def forget(self) -> None:
+        pass  # the thread is not there
+
+    def join(self, timeout: float | None) -> bool:
+        self._thread.join(None if timeout is None else min(timeout, threading.TIMEOUT_MAX))
+        return not self._thread.is_alive()
+
+    def _main(self) -> None:
+        loop = self._loop
+        loop.holder.writer_thread = threading.get_ident()
+        try:
+            loop.open()
+        except BaseException as error:
+            self._failure = error
+            loop.end()
+            return
+        finally:
+            self._ready.set()
+        try:
+            while self._work():
+                pass
+        except BaseException as error:
+            loop.broke(error)
+        finally:
+            loop.end()
+            loop.holder.writer_thread = 0  # the system gives the number to other threads
+
+    def _work(self) -> bool:
+        """Write what waits, or wait for it; False at the end. Keeps nothing of the last jobs alive while it waits."""
+        jobs = self._loop.queue.take(MOST_TAKEN, self._loop.idle_after)
+        self._loop.idle() if jobs is None else self._loop.write(jobs)
+        return jobs != []
+
+
+class InlineDriver:
+    """The calling thread is the writer, while it calls.
+
+    Locks: _turn is held by who is the writer now; through a block, from its begin to its end, which may be in another
+           thread.
+    """
+
+    def __init__(self, loop: WriterLoop) -> None:
+        self._loop = loop
+        self._turn = threading.Lock()
+        self._inside: set[int] = set()  # the threads that use it, or are about to have it
+        self._ended = False
+        loop.readers.clock.turn_off()
+
+    def start(self) -> None:
+        try:
+            self._loop.open()
+        except BaseException:
+            self._loop.end()
+            raise
+
+    def submit(self, job: Job[Any], timeout: float | None) -> None:
+        if self._loop.holder.is_mine():  # whoever is the writer runs it next
+            self._loop.queue.put(job)
+            return
+        if job.bounded and threading.get_ident() in self._inside:  # a signal handler's or finalizer's
+            self._loop.queue.put_unbounded(job)
+            return
+        if not self._take_turn(timeout):
+            if job.bounded:
+                raise QueueFullError(f"no turn for job {job.describe()}: {self._loop.holder.describe()}")
+            return  # whoever waits for it finds it not started
+        try:
+            self._loop.queue.put(job)
+            self._drive()
+        finally:
+            self._give_turn()
+
+    def enter(self, job: BlockJob, timeout: float | None) -> Transaction:
+        if not self._take_turn(timeout):
+            job.cancel()
+            raise not_entered(job, timeout, self._loop)
+        try:
+            self._loop.queue.check_open()
+            with self._as_writer():
+                self._loop.begin_block(job)
+            transaction = entered(job)
+            self._inside.discard(threading.get_ident())
+            return transaction
+        except BaseException:
+            try:
+                self._drive()  # what came meanwhile
+            finally:
+                self._give_turn()
+            raise
+
+    def leave(self, job: BlockJob) -> None:
+        self._inside.add(threading.get_ident())
+        try:
+            with self._as_writer():
+                self._loop.end_block(job)
+            self._drive()
+        finally:
+            self._give_turn()
+
+    def dropped(self) -> None:
+        with contextlib.suppress(ReentrantWriteError):  # this thread has left a block open
+            self.join(0.0)
+
+    def forget(self) -> None:
+        self._turn = threading.Lock()  # another thread of the parent may have had it
+
+    def join(self, timeout: float | None) -> bool:
+        if not self._take_turn(timeout):
+            return False
+        try:
+            self._drive()
+            if not self._ended:
+                self._ended = True
+                with self._as_writer():
+                    self._loop.end(timeout)
+            return True
+        finally:
+            self._give_turn()
+
+    def _take_turn(self, timeout: float | None) -> bool:
+        if self._loop.holder.forked:
+            raise forked_error()
+        me = threading.get_ident()
+        if me in self._inside:
+            raise ReentrantWriteError("a callback or signal handler cannot wait for the write that it interrupts")
+        has_it = False
+        self._inside.add(me)
+        try:
+            has_it = self._turn.acquire(timeout=-1 if timeout is None else min(timeout, threading.TIMEOUT_MAX))
+        finally:
+            if not has_it:
+                self._inside.discard(me)
+        return has_it
+
+    def _give_turn(self) -> None:
+        if not self._loop.holder.forked:
+            holder = self._loop.holder
+            interrupt, holder.interrupt = holder.interrupt, None
+            self._turn.release()
+            self._inside.discard(threading.get_ident())
+            if self._loop.queue.queue and self._take_turn(0.0):  # what a signal handler has put in this moment
+                try:
+                    self._drive()
+                finally:
+                    self._give_turn()
+            if interrupt is not None:
+                raise interrupt
+
+    def _drive(self) -> None:
+        """Write what is queued, and what that queues."""
+        loop = self._loop
+        with self._as_writer():
+            try:
+                while jobs := loop.queue.take_now(MOST_TAKEN):
+                    loop.write(jobs)
+            except BaseException as error:
+                loop.broke(error)
+                raise
+
+    @contextlib.contextmanager
+    def _as_writer(self) -> Iterator[None]:
+        self._loop.holder.writer_thread = threading.get_ident()
+        try:
+            yield
+        finally:
+            self._loop.holder.writer_thread = 0
+
+
+def entered(job: BlockJob) -> Transaction:
+    if job.transaction is None:
+        job.result()  # raises why
+    assert job.transaction is not None
+    return job.transaction
+
+
+def not_entered(job: Job[Any], timeout: float | None, loop: WriterLoop) -> WriteTimeoutError:
+    loop.holder.count_timeout()
+    message = f"{job.describe()} did not get its turn within {timeout} s and is withdrawn: {loop.holder.describe()}"
+    return WriteTimeoutError(message, ticket=job, started=False)

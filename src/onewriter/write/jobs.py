@@ -1,0 +1,117 @@
+"""The kinds of jobs: a statement, a function, a statement outside any transaction, and what is no write."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from time import monotonic
+from typing import TypeVar, cast
+
+from onewriter.base.arguments import name_of
+from onewriter.base.state import Holder
+from onewriter.sqlite.guard import Mode
+from onewriter.sqlite.result import LIVE_RESULTS, Result, refuse_live
+from onewriter.sqlite.statement import Parameters, describe_sql
+from onewriter.write.ticket import LABEL_LENGTH, PENDING, Job
+from onewriter.write.transaction import Transaction
+
+T = TypeVar("T")
+
+
+class StatementJob(Job[Result]):
+    """One SQL statement; ``work`` is its parameters."""
+
+    __slots__ = ("bounded", "sql")
+    mode = Mode.ALONE
+
+    def __init__(
+        self, holder: Holder, sql: str, parameters: Parameters, label: str | None, frame: types.FrameType, bounded: bool
+    ) -> None:
+        # Not super().__init__, and nothing that can wait: this is most of what enqueue does.
+        self._holder = holder
+        self._label = label
+        self._code, self._instruction = frame.f_code, frame.f_lasti
+        self._state = PENDING
+        self._result = self._error = self._waiters = self._callbacks = None
+        self.bounded = bounded
+        self.created_at = monotonic()
+        self.sql = sql
+        self.work = parameters
+
+    @property
+    def label(self) -> str:
+        return self._label or self.sql[:LABEL_LENGTH]
+
+    def _is_cut(self) -> bool:
+        return not self._label and len(self.sql) > LABEL_LENGTH
+
+    def must_be_alone(self) -> bool:
+        # A text that can roll the whole transaction back would make the jobs before it run again.
+        return describe_sql(self.sql).isolated
+
+    def perform(self, tx: Transaction) -> Result:
+        return tx.statement(self.sql, self.work)
+
+    def _value(self) -> Result:
+        # Of a plain INSERT of one row the writer leaves the rowid: perhaps nobody asks for more.
+        if type(self._result) is int:
+            self._result = Result([], 1, self._result, None)
+        return cast(Result, self._result)
+
+
+class BareStatementJob(StatementJob):
+    """One SQL statement outside any transaction, for VACUUM and PRAGMA."""
+
+    __slots__ = ()
+    in_transaction = False
+
+    def must_be_alone(self) -> bool:
+        return True
+
+    def perform(self, tx: Transaction) -> Result:
+        return tx.bare_statement(self.sql, self.work)
+
+
+class FunctionJob(Job[T]):
+    """A function of the Transaction, which is its ``work``."""
+
+    __slots__ = ("alone", "bounded", "cut", "foreign_keys")
+    needs_savepoint = True
+
+    def __init__(
+        self,
+        holder: Holder,
+        function: Callable[[Transaction], T],
+        label: str | None,
+        frame: types.FrameType,
+        *,
+        foreign_keys: bool | None = None,
+        sql: str = "",
+        bounded: bool = False,
+    ) -> None:
+        """``sql``: the text that the function is there for, if it is."""
+        super().__init__(holder, label or sql[:LABEL_LENGTH] or name_of(function), frame, function)
+        self.alone = foreign_keys is not None or (sql != "" and describe_sql(sql).isolated)
+        self.bounded = bounded
+        self.foreign_keys = foreign_keys
+        self.cut = not label and len(sql) > LABEL_LENGTH
+
+    def _is_cut(self) -> bool:
+        return self.cut
+
+    def perform(self, tx: Transaction) -> T:
+        result: T = self.work(tx)
+        if isinstance(result, LIVE_RESULTS):
+            refuse_live(result)
+        return result
+
+
+class ControlJob(Job[T]):
+    """No write: a function that the writer calls between two transactions, or, for flush, only a place in the queue."""
+
+    __slots__ = ()
+    alone = True
+    counted = loud = False
+
+    def call(self) -> T | None:
+        return None if self.work is None else cast(T, self.work())

@@ -1,0 +1,315 @@
+"""JobQueue: bounded, closable, hands out what waits in one go."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import queue
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Iterator
+from time import monotonic
+from typing import Any
+
+from onewriter.base.log import report
+from onewriter.base.state import Holder
+from onewriter.base.waiting import wake
+from onewriter.errors import OneWriterError, QueueFullError
+from onewriter.write.ticket import Job
+
+QUIET = 10.0  # seconds between two warnings that it is nearly full
+FEW = 64  # withdrawn jobs whose places are never worth a walk through the queue
+
+
+class JobQueue(queue.Queue[Job[Any]]):
+    """Many producers, one consumer. ``maxsize`` bounds the jobs whose ``bounded`` is set.
+
+    Locks:   ``mutex`` guards the items and all attributes below. It is re-entrant, because a finalizer or a signal
+             handler may put while its thread is inside; such a call never waits. There is no Condition on it: between
+             "is it empty?" and wait() a finalizer's put would be lost, and wait() would give up the outer hold too.
+    Wake-up: ``_token`` is a lock used as a one-token semaphore. The consumer announces its sleep (_asleep) *before* it
+             looks; whoever puts, even a finalizer between the look and the sleep, sees that and leaves the token.
+    """
+
+    def __init__(self, maxsize: int, holder: Holder) -> None:
+        super().__init__(maxsize)
+        self.mutex = threading.RLock()  # type: ignore[assignment]
+        holder.locks = (*holder.locks, self.mutex)
+        self._holder = holder
+        self._token = threading.Lock()
+        self._token.acquire()
+        self._asleep = False
+        self._bounded = 0
+        self.taken: list[Job[Any]] = []  # what the consumer has not noted yet, in case that it never does
+        self._mark = maxsize - maxsize // 10  # nearly full
+        self._limit = self._mark  # up to where put need not look further
+        self.is_nearly_full = False  # until it is half empty
+        self._told_at = -QUIET
+        self._refusal: OneWriterError | None = None
+        self._room: OrderedDict[_Waiter, None] = OrderedDict()  # who waits for room, in order; any may leave
+        self._withdrawn: set[Job[Any]] = set()  # those of the queue that are nothing but a place in it
+        self._is_taking = False
+        holder.forget = self.forget
+        self._waiting_threads: set[int] = set()
+
+    def put(self, item: Job[Any], timeout: float | None = None) -> None:  # type: ignore[override]
+        """Add a job; a bounded one waits for room at most ``timeout`` seconds.
+
+        Raises:
+            QueueFullError: no room in time. Not committed.
+            WriterClosedError, WriterBrokenError: refused. Not committed.
+        """
+        bounded = item.bounded
+        with self.mutex:
+            if self._refusal is None and (not bounded or (self._bounded < self._limit and not self._room)):
+                if bounded:
+                    self._bounded += 1
+                item._is_queued = True
+                self.queue.append(item)
+                if self._asleep:
+                    self._wake()
+                return
+        self._put_with_patience(item, timeout)
+
+    def _put_with_patience(self, job: Job[Any], timeout: float | None) -> None:
+        me = threading.get_ident()
+        # Inside a lock of ours further out, the call is a finalizer's or signal handler's: the writer would need that
+        # lock to make room, so the job goes over maxsize.
+        reentrant = me in self._waiting_threads or self._holder.is_inside()
+        waiter = None
+        with self.mutex:  # the writer is not asleep: there are jobs that fill the queue
+            self._refuse_if_closed()
+            if reentrant or (self._bounded < self.maxsize and not self._room):
+                self._append(job)
+            else:
+                waiter = _Waiter(job)
+                self._room[waiter] = None
+            tell = not reentrant and self._has_become_nearly_full()
+        if tell:
+            self._tell()
+        if waiter is not None:
+            self._wait_for_room(waiter, timeout)
+
+    def put_unbounded(self, job: Job[Any]) -> None:
+        """Add a bounded job although there may be no room, from inside a block: the writer is not asleep."""
+        with self.mutex:
+            self._refuse_if_closed()
+            self._append(job)
+
+    def _append(self, job: Job[Any]) -> None:
+        self._bounded += 1
+        job._is_queued = True
+        self.queue.append(job)
+
+    def line_up(self, job: Job[Any], future: asyncio.Future[None]) -> _Waiter | None:
+        """Add a bounded job; None, or, if there is no room, its place in the line, whose turn resolves ``future``."""
+        with self.mutex:
+            self._refuse_if_closed()
+            waiter = None
+            if self._bounded >= self.maxsize or self._room:
+                waiter = _Waiter(job, future)
+                self._room[waiter] = None
+            else:
+                self._append(job)
+            if self._asleep:
+                self._wake()
+            tell = self._has_become_nearly_full()
+        if tell:
+            self._tell()
+        return waiter
+
+    def leave_line(self, waiter: _Waiter) -> None:
+        with self.mutex:
+            self._room.pop(waiter, None)
+
+    def forget(self, job: Job[Any]) -> None:
+        """A job was withdrawn: if it is in the queue, it makes room now, although its place goes later.
+
+        To look for the place would cost a walk through the queue, for each of perhaps thousands that give up at once.
+        """
+        with self.mutex:
+            if getattr(job, "_is_queued", False):
+                job._is_queued = False
+                self._bounded -= job.bounded
+                self._withdrawn.add(job)
+                self._made_room()
+                if self._asleep and self.queue:
+                    self._wake()
+                if 2 * len(self._withdrawn) > len(self.queue) + FEW and not self._is_taking:
+                    self._tidy()
+
+    def _tidy(self) -> None:
+        """Take the places of withdrawn jobs out. What a finalizer puts meanwhile comes behind the rest."""
+        old, self.queue = self.queue, deque()
+        gone, self._withdrawn = self._withdrawn, set()
+        self.queue.extendleft(reversed([job for job in old if job not in gone]))
+
+    def get(self, block: bool = True, timeout: float | None = None) -> Job[Any]:
+        raise NotImplementedError("the writer takes what waits in one go: use take")
+
+    def take(self, limit: int, timeout: float | None = None) -> list[Job[Any]] | None:
+        """Wait for jobs and take up to ``limit`` of them, in order.
+
+        An empty list: closed, and nothing is left. None: none within ``timeout`` seconds, or before ``poke``.
+        """
+        with self.mutex:
+            self._asleep = True
+            is_empty = not self.queue and self._refusal is None
+        if is_empty:
+            self._token.acquire(timeout=-1 if timeout is None else min(timeout, threading.TIMEOUT_MAX))
+        with self.mutex:
+            self._asleep = False
+            jobs = self.take_now(limit)
+            # None, too, if there was a job that a finalizer has withdrawn meanwhile.
+            return jobs if jobs or (self._refusal is not None and not self.queue) else None
+
+    def poke(self) -> None:
+        """End a ``take`` that waits, so that its caller looks at the time limit again."""
+        with self.mutex:
+            self._wake()
+
+    def take_now(self, limit: int) -> list[Job[Any]]:
+        """Take up to ``limit`` jobs, without waiting."""
+        with self.mutex:
+            jobs = self.taken = self._pop(limit)
+            self._made_room()
+            return jobs
+
+    def _pop(self, limit: int) -> list[Job[Any]]:
+        self._is_taking = True
+        try:
+            # popleft one by one: copying and clearing would lose what a finalizer puts in between.
+            jobs = [self.queue.popleft() for _ in range(min(limit, len(self.queue)))]
+            bounded = 0
+            for job in jobs:
+                if job._is_queued:
+                    job._is_queued = False
+                    bounded += job.bounded
+                else:
+                    self._withdrawn.discard(job)
+            self._bounded -= bounded
+            return jobs
+        finally:
+            self._is_taking = False
+
+    def refuse(self, error: OneWriterError) -> bool:
+        """Accept nothing from now on: every later put raises a copy of ``error``. False if it was so already."""
+        with self.mutex:
+            first, self._refusal = self._refusal is None, error
+            wake(waiter.wakeup for waiter in self._room)
+            self._room.clear()
+            if self._asleep:
+                self._wake()
+        return first
+
+    def become_inherited(self, error: OneWriterError) -> None:
+        """In a forked child: refuse everything; another thread of the parent may have held the lock."""
+        self.mutex = threading.RLock()  # type: ignore[assignment]
+        self._refusal = error
+        self._room.clear()
+
+    def jobs(self) -> list[Job[Any]]:
+        with self.mutex:
+            return list(self.queue)
+
+    @property
+    def depth(self) -> int:
+        """How many jobs wait; not qsize(), whose lock inside another one could meet a finalizer's."""
+        return max(0, len(self.queue) - len(self._withdrawn))
+
+    def oldest(self) -> Job[Any] | None:
+        try:
+            first: Job[Any] = self.queue[0]
+        except IndexError:
+            return None
+        return next((job for job in self.queue.copy() if not job.done()), None) if first.done() else first
+
+    def empty_out(self) -> list[Job[Any]]:
+        """Take everything that waits, without waiting."""
+        with self.mutex:
+            return self._pop(len(self.queue))
+
+    def check_open(self) -> None:
+        with self.mutex:
+            self._refuse_if_closed()
+
+    @property
+    def refusing(self) -> bool:
+        return self._refusal is not None
+
+    def _has_become_nearly_full(self) -> bool:
+        if self.is_nearly_full or self._bounded < self._mark:
+            return False
+        self.is_nearly_full, self._limit = True, self.maxsize
+        return monotonic() - self._told_at >= QUIET
+
+    def _tell(self) -> None:
+        self._told_at = monotonic()
+        report(self._holder, logging.WARNING, "queue nearly full: %s; %s", self.fill, self._holder.describe())
+
+    @property
+    def fill(self) -> str:
+        return f"{self._bounded:,} of {self.maxsize:,} jobs are queued"
+
+    def _wake(self) -> None:
+        # In this order: Ctrl-C in between leaves a token, and whoever puts next finds it.
+        try:
+            self._token.release()
+        except RuntimeError:
+            pass  # the token of a sleep that never came about is still there; one is enough
+        self._asleep = False
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """For the ``with`` block this thread waits, for room or for the writer itself: a signal handler or finalizer in
+        it does not wait behind that."""
+        me = threading.get_ident()
+        outer = me in self._waiting_threads
+        self._waiting_threads.add(me)
+        try:
+            yield
+        finally:
+            if not outer:
+                self._waiting_threads.discard(me)
+
+    def _wait_for_room(self, waiter: _Waiter, timeout: float | None) -> None:
+        try:
+            with self.waiting():
+                waiter.wakeup.acquire(timeout=-1 if timeout is None else min(timeout, threading.TIMEOUT_MAX))
+        finally:
+            self.leave_line(waiter)
+        if not waiter.accepted:
+            raise self.full_error(waiter.job, timeout)
+
+    def full_error(self, job: Job[Any], timeout: float | None) -> QueueFullError:
+        self._refuse_if_closed()
+        return QueueFullError(
+            f"no room for job {job.describe()} within {timeout} s: {self.fill}; {self._holder.describe()}"
+        )
+
+    def _made_room(self) -> None:
+        while self._room and self._bounded < self.maxsize:
+            waiter = next(iter(self._room))
+            self._append(waiter.job)
+            waiter.accepted = True
+            del self._room[waiter]
+            wake([waiter.wakeup])
+        if self.is_nearly_full and self._bounded <= self.maxsize // 2:
+            self.is_nearly_full, self._limit = False, self._mark
+
+    def _refuse_if_closed(self) -> None:
+        if self._refusal is not None:
+            raise type(self._refusal)(*self._refusal.args) from self._refusal.__cause__
+
+
+class _Waiter:
+    """A producer that waits for room; whoever makes room moves its job and says so in ``accepted``."""
+
+    def __init__(self, job: Job[Any], future: asyncio.Future[None] | None = None) -> None:
+        self.job = job
+        self.accepted = False
+        self.wakeup: Any = future
+        if future is None:
+            self.wakeup = threading.Lock()
+            self.wakeup.acquire()

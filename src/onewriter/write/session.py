@@ -1,0 +1,125 @@
+"""WriteSession: the open write connection, and the gateway's own statements on it."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from typing import Any
+
+from onewriter.sqlite.execute import Executor
+from onewriter.sqlite.guard import Guard, Mode
+from onewriter.sqlite.inherited import Inherited
+from onewriter.sqlite.pragmas import database_files, decode
+from onewriter.sqlite.statement import words_of
+
+
+class WriteSession:
+    """The open write connection with its guard and executor; reopened, it is a new session.
+
+    Threads: belongs to the thread that holds the writer.
+    """
+
+    def __init__(self, connection: sqlite3.Connection, guard: Guard) -> None:
+        self.connection = connection
+        self.guard = guard
+        self.executor = Executor(connection, guard)
+        self._cursor = sqlite3.Connection.cursor(connection)
+        self._cursor.row_factory = None
+        self._texts: dict[str, str] = {}  # of the gateway's own statements
+        self.row_factory, self.text_factory = connection.row_factory, connection.text_factory
+        self.lock = threading.Lock()  # held around every call into SQLite of a Transaction
+        # Held around interrupt(), which does not wait for the other one. A signal handler may interrupt, too.
+        self.interrupting = threading.RLock()
+        self._mark, self._release, self._undo = (  # around a job
+            guard.own(f"{verb} {guard.mark}_0") for verb in ("SAVEPOINT", "RELEASE", "ROLLBACK TO")
+        )
+        self.files = files = database_files(connection)
+        self.databases = list(files)
+        modes = {name: self.own(f'PRAGMA "{name}".journal_mode')[0][0] for name in files}
+        self.logs = {name: file for name, file in files.items() if file and modes[name] == "wal"}
+        self.page_sizes = {name: self.own(f'PRAGMA "{name}".page_size')[0][0] for name in files}
+        self.page_size: int = self.page_sizes["main"]
+        # Those of on_connect. Looking into an empty TEMP schema would open it, and temp_store be settled by that.
+        has_temp = any(row[1] == "temp" for row in self.own("PRAGMA database_list"))
+        self._kept = self._temp_objects() if has_temp else []
+
+    def become_inherited(self) -> list[object]:
+        """In a forked child: nothing reaches SQLite any more; returns what must never be closed there."""
+        kept = [self.connection, self._cursor, self.executor]
+        self.connection = self._cursor = self.executor = Inherited()  # type: ignore[assignment]
+        return kept
+
+    def own(self, sql: str, parameters: tuple[Any, ...] = ()) -> list[Any]:
+        """Run a statement of the gateway's own, which no job's text can stand for."""
+        text = self._texts.get(sql)
+        if text is None:
+            text = self._texts[sql] = self.guard.own(sql)
+        guard, cursor, connection = self.guard, self._cursor, self.connection
+        mode, guard.mode = guard.mode, Mode.GATEWAY
+        factory, connection.text_factory = connection.text_factory, decode  # not the user's
+        try:
+            cursor.execute(text, parameters)
+            return cursor.fetchall()
+        finally:
+            guard.mode, connection.text_factory = mode, factory
+
+    def forget_error(self) -> None:
+        """Of a failed statement: sqlite3 would raise it again for the next one whose parameters cannot be bound."""
+        self.own("SELECT 1")
+
+    def history(self) -> tuple[int, int]:
+        """What SQLite does not undo: last_insert_rowid() and changes()."""
+        return self.own("SELECT last_insert_rowid(), changes()")[0]  # type: ignore[no-any-return]
+
+    def set_history(self, rowid: int, changes: int) -> None:
+        """Have them say this; there is a transaction of none but this around it."""
+        table = f"temp.{self.guard.mark}"
+        self.executor.forget_rowid()
+        self.own("BEGIN")
+        try:
+            self.own(f"CREATE TABLE {table} (a)")
+            self.own(f"INSERT INTO {table} (rowid) VALUES (?)", (rowid,))
+            rows = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT ? FROM n LIMIT ?"
+            self.own(f"REPLACE INTO {table} (rowid) {rows}", (rowid, changes))
+        finally:
+            self.own("ROLLBACK")
+
+    def _temp_objects(self) -> list[tuple[str, str]]:
+        """Kind and name of what is in the TEMP schema, each before what it needs, virtual tables before others."""
+        return self.own(
+            "SELECT type, name FROM temp.sqlite_schema WHERE sql IS NOT NULL ORDER BY "
+            "type <> 'trigger', type <> 'view', type <> 'table', rootpage"
+        )
+
+    def drop_temp_objects(self) -> None:
+        """Those that jobs have made; outside any transaction, and with foreign keys that nobody enforces."""
+        for kind, name in self._temp_objects():
+            if (kind, name) not in self._kept:
+                quoted = name.replace('"', '""')
+                # Some have gone with their table by now.
+                self.own(f'DROP {kind} IF EXISTS temp."{quoted}"')
+
+    def words_in_schema(self, *words: str) -> set[str]:
+        """The words, not in names, strings or comments, of what has one of these in the schemas of all databases."""
+        found: set[str] = set()
+        for name in (*self.databases, "temp"):
+            # Not by LIKE, which on_connect may have replaced.
+            for (text,) in self.own(f'SELECT sql FROM "{name}".sqlite_schema WHERE sql IS NOT NULL'):
+                upper = text.upper()
+                if any(word in upper for word in words):
+                    found |= words_of(text)
+        return found
+
+    # These three are the gateway's own too; between two calls of a job the guard's mode is the gateway's.
+
+    def set_mark(self) -> None:
+        self._cursor.execute(self._mark)
+
+    def release_mark(self) -> None:
+        self._cursor.execute(self._release)
+
+    def undo_to_mark(self) -> None:
+        self._cursor.execute(self._undo)
+
+    def restore_factories(self) -> None:
+        self.connection.row_factory, self.connection.text_factory = self.row_factory, self.text_factory

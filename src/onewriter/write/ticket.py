@@ -1,0 +1,402 @@
+"""Job and Ticket: what crosses the thread boundary, and the handle of its outcome."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import math
+import threading
+import types
+from collections.abc import Callable, Generator, Iterable, Iterator
+from time import monotonic
+from typing import Any, Generic, TypeVar, cast
+
+from onewriter.base.arguments import check_callback, check_timeout
+from onewriter.base.call_site import place_of
+from onewriter.base.log import contain, contain_all, warn_of_blocking
+from onewriter.base.state import Holder
+from onewriter.base.tally import Batch, Timings
+from onewriter.base.waiting import wait_in_slices, wake
+from onewriter.errors import forked_error
+from onewriter.sqlite.guard import Mode
+
+T = TypeVar("T")
+
+
+PENDING, RUNNING, CANCELLED, DONE = range(4)
+LABEL_LENGTH = 60
+
+
+class Ticket(Generic[T]):
+    """The handle of a write's outcome, as a ``concurrent.futures.Future`` is; it resolves only after COMMIT.
+
+    States:  PENDING → RUNNING → DONE; PENDING → CANCELLED or DONE. Never backwards.
+    Locks:   the gateway's one ``holder.lock`` guards _state, _waiters and _callbacks. Whoever waits looks at the state
+             and leaves its wake-up lock in one hold of it, and the outcome is set and the wake-ups are taken in one
+             hold: with or without a GIL, a wait either sees the outcome or is woken.
+    Threads: every method may be called from any thread; the outcome is written by the writer thread before DONE.
+    """
+
+    # No locks, no lists, no times as objects before somebody asks: a backlog is what the collector walks.
+    __slots__ = (
+        "__weakref__",
+        "_batch",
+        "_callbacks",
+        "_code",
+        "_error",
+        "_holder",
+        "_instruction",
+        "_is_queued",
+        "_label",
+        "_result",
+        "_sequence",
+        "_state",
+        "_waiters",
+        "created_at",
+        "ended_at",
+        "started_at",
+        "work",
+    )
+    counted = True  # in the statistics
+    loud = True  # a failure that nobody waits for is logged and given to on_error
+
+    def __init__(self, holder: Holder, label: str | None, frame: types.FrameType, work: Any) -> None:
+        self._holder = holder
+        self._label = label
+        self._code, self._instruction = frame.f_code, frame.f_lasti
+        self._state = PENDING
+        self._result: Any = None
+        self._error: BaseException | None = None
+        self._waiters: list[Any] | None = None
+        self._callbacks: list[Callable[[Ticket[T]], object]] | None = None
+        self.work = work  # what the job needs; dropped when it is over
+        self.created_at = monotonic()
+        # These are set when there is something to say.
+        self._batch: Batch
+        self._sequence: int
+        self._is_queued: bool
+        self.started_at: float
+        self.ended_at: float
+
+    def __repr__(self) -> str:
+        state = ("pending", "running", "cancelled", "done")[self._state]
+        return f"<{type(self).__name__} {self.label!r} {state}>"
+
+    @property
+    def label(self) -> str:
+        """The job's name in logs and messages; default: the function's qualified name or the SQL's beginning."""
+        return self._label or ""
+
+    @property
+    def called_from(self) -> str:
+        """Where the job was handed in: ``"file.py:123 in name"``."""
+        return place_of(self._code, self._instruction)
+
+    @property
+    def timings(self) -> Timings | None:
+        """Seconds queued, waiting for SQLite's lock, running, and in COMMIT; None until the job is over."""
+        batch = getattr(self, "_batch", None)
+        if batch is None:
+            return None
+        started = getattr(self, "started_at", self.created_at + batch.lock_wait)
+        queued, run = started - self.created_at - batch.lock_wait, getattr(self, "ended_at", started) - started
+        return Timings(max(0.0, queued), batch.lock_wait, run, batch.commit)
+
+    @property
+    def sequence(self) -> int | None:
+        """The job's place in the order of commits, rising; None until it is committed."""
+        return getattr(self, "_sequence", None)
+
+    def _is_cut(self) -> bool:
+        """Whether the label is the beginning of a longer text."""
+        return False
+
+    def describe(self) -> str:
+        label = f"{self.label}…" if self._is_cut() else self.label
+        return f"{label!r} (called from {self.called_from})"
+
+    def belongs_to(self, holder: Holder) -> bool:
+        return self._holder is holder
+
+    def done(self) -> bool:
+        """Whether the outcome is there: committed, failed or cancelled."""
+        return self._state >= CANCELLED
+
+    def running(self) -> bool:
+        """Whether the job has started and has no outcome yet."""
+        return self._state == RUNNING
+
+    def cancelled(self) -> bool:
+        """Whether the job was withdrawn before it started."""
+        return self._state == CANCELLED
+
+    def cancel(self) -> bool:
+        """Withdraw the job if it has not started. Returns True if it never runs, False if it runs or ran.
+
+        Raises ForkedError in a child process: the job is the parent's.
+        """
+        if self._holder.forked and self._state < CANCELLED:
+            raise forked_error()
+        return self.withdraw(None)
+
+    def withdraw(self, error: BaseException | None) -> bool:
+        """Cancel; ``error`` is what ``result`` raises then, in place of CancelledError."""
+        if self.withdraw_quietly(error):
+            self.run_callbacks()
+        return self._state == CANCELLED
+
+    def withdraw_quietly(self, error: BaseException | None) -> bool:
+        """The same, but its callbacks are still to be run; False if there was nothing to withdraw."""
+        with self._holder.lock:
+            if self._state != PENDING:
+                return False
+            self._state, self._error = CANCELLED, error
+            if self.counted:
+                self._holder.tally.count_cancelled(self.label)
+            woken, self._waiters = self._waiters, None
+            _work, self.work = self.work, None  # which goes at the end, not under the lock: it may have finalizers
+        self._holder.forget(self)
+        wake(woken or ())
+        return True
+
+    def result(self, timeout: float | None = None) -> T:
+        """Wait for the outcome and return it, at most ``timeout`` seconds (None: for ever).
+
+        Raises:
+            TimeoutError: no outcome yet; the job is not withdrawn.
+            concurrent.futures.CancelledError: withdrawn. Not committed.
+            ReentrantWriteError: called inside a job, before the outcome is there.
+            What the job raised: Rolled back.
+        """
+        self._outcome_within(timeout)
+        if self._error is not None:
+            try:
+                raise self._error
+            finally:
+                del self  # the traceback would hold the ticket, and the ticket the traceback
+        return self._value()
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Wait as ``result`` does and return the job's error, or None if it was committed."""
+        self._outcome_within(timeout)
+        return self._error
+
+    def add_done_callback(self, fn: Callable[[Ticket[T]], object]) -> None:
+        """Call ``fn(ticket)`` once the outcome is there: on the writer thread, or now if it is there already."""
+        check_callback("the callback", fn)
+        with self._holder.lock:
+            if self._state < CANCELLED or self._callbacks:
+                self._callbacks = [*(self._callbacks or ()), fn]
+                return
+        contain(self._holder, fn, self)
+
+    def future(self) -> concurrent.futures.Future[T]:
+        """A real ``concurrent.futures.Future`` of the same outcome; cancelling it withdraws the job."""
+        future = _TicketFuture(self)
+        self.add_done_callback(future.resolve)
+        return future
+
+    def __await__(self) -> Generator[Any, None, T]:
+        return self._await().__await__()
+
+    async def _await(self) -> T:
+        if self._state < CANCELLED:
+            self._holder.refuse_endless_wait("awaiting a ticket", awaits=True)
+            with self.arrival() as future:
+                try:
+                    await future
+                except asyncio.CancelledError:
+                    self.cancel()
+                    raise
+        try:
+            return self.result()
+        finally:
+            del self
+
+    @contextlib.contextmanager
+    def arrival(self) -> Iterator[asyncio.Future[None]]:
+        """A future of the running loop that is done when the outcome is there."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        with self._holder.lock:
+            if self._state < CANCELLED:
+                self._waiters = [*(self._waiters or ()), future]
+            else:
+                future.set_result(None)
+        try:
+            yield future
+        finally:
+            with self._holder.lock:  # who waits no more does not hear of a failure
+                if self._waiters and future in self._waiters:
+                    self._waiters.remove(future)
+
+    def wait(self, timeout: float | None) -> bool:
+        """Wait for the outcome; False if ``timeout`` seconds went by without one."""
+        until = math.inf if timeout is None else monotonic() + timeout
+        wakeup = threading.Lock()
+        wakeup.acquire()
+        with self._holder.lock:
+            if self._state >= CANCELLED:
+                return True
+            self._waiters = [*(self._waiters or ()), wakeup]
+        try:
+            return wait_in_slices(wakeup, until, self._holder)
+        finally:
+            with self._holder.lock:
+                if self._waiters and wakeup in self._waiters:
+                    self._waiters.remove(wakeup)
+
+    def _refuse_endless_wait(self) -> None:
+        if self._state < CANCELLED:
+            self._holder.refuse_endless_wait("waiting for a ticket", since=self.created_at)
+
+    def _outcome_within(self, timeout: float | None) -> None:
+        check_timeout(timeout)
+        if self._state < CANCELLED:
+            self._refuse_endless_wait()
+            warn_of_blocking()
+            if not self.wait(timeout) and self._state < CANCELLED:
+                raise TimeoutError(
+                    f"no outcome of job {self.describe()} within {timeout} s; it was not withdrawn: "
+                    f"{self._holder.describe()}"
+                )
+            if self._holder.reporter is not None and self._holder.reporter.is_behind:
+                self._holder.reporter.catch_up()
+        if self._state == CANCELLED:
+            if self._error is not None:
+                raise self._error
+            raise concurrent.futures.CancelledError(f"job {self.describe()} was withdrawn before it started")
+
+    def _value(self) -> T:
+        return cast(T, self._result)
+
+    def run_callbacks(self) -> None:
+        """Call the callbacks in order, once each; see ``contain``."""
+        while True:
+            with self._holder.lock:
+                callbacks, self._callbacks = self._callbacks, None
+            if not callbacks:
+                return
+            contain_all(self._holder, [(fn, self) for fn in callbacks])
+
+
+class _TicketFuture(concurrent.futures.Future[T]):
+    def __init__(self, ticket: Ticket[T]) -> None:
+        super().__init__()
+        self._ticket = ticket
+
+    def cancel(self) -> bool:
+        return self._ticket.cancel()
+
+    def running(self) -> bool:
+        return self._ticket.running()
+
+    def result(self, timeout: float | None = None) -> T:
+        self._ticket._refuse_endless_wait()
+        return super().result(timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        self._ticket._refuse_endless_wait()
+        return super().exception(timeout)
+
+    def resolve(self, ticket: Ticket[T]) -> None:
+        if ticket.cancelled():
+            super().cancel()
+        if not self.set_running_or_notify_cancel():
+            return
+        error = ticket.exception()
+        if error is not None:
+            self.set_exception(error)
+        else:
+            self.set_result(ticket.result())
+
+
+class Job(Ticket[T]):
+    """A write: what to do on the write connection, and the ticket of its outcome."""
+
+    __slots__ = ()
+    bounded = False  # whether it counts against the queue's maxsize
+    alone = False  # whether it never shares a transaction
+    lent = False  # whether another thread runs its statements, and its callbacks
+    needs_savepoint = False  # its ``tx.connection`` may be asked to roll back
+    in_transaction = True
+    mode = Mode.JOB  # of its statements
+    foreign_keys: bool | None = None
+
+    def must_be_alone(self) -> bool:
+        return self.alone
+
+    def perform(self, tx: Any) -> T:
+        raise NotImplementedError
+
+    def start(self, now: float) -> bool:
+        """Claim the job for its run; False if it was withdrawn or has its outcome already."""
+        # Between the look and the store CPython runs neither a finalizer nor a signal handler (no call, no loop), so
+        # the re-entrant lock suffices against this thread's own finalizers too.
+        with self._holder.lock:
+            if self._state == PENDING:
+                self._state = RUNNING
+            elif self._state != RUNNING:  # running: it runs again
+                return False
+        self.started_at = now
+        return True
+
+    def expect_outcome(self) -> Any:
+        """A lock that the outcome releases; to be asked for before anybody else knows the job."""
+        wakeup = threading.Lock()
+        wakeup.acquire()
+        self._waiters = [wakeup]
+        return wakeup
+
+    def leave_alone(self) -> bool:
+        """Wait no more, so that a failure is told loudly; False if the outcome is there already."""
+        with self._holder.lock:
+            self._waiters = None
+            return self._state < CANCELLED
+
+    def set_outcome(self, result: Any, error: BaseException | None) -> None:
+        """Keep the outcome; nobody sees it before ``settle``."""
+        self._result, self._error = result, error
+
+    @property
+    def failed_with(self) -> BaseException | None:
+        return self._error
+
+
+def settle(jobs: Iterable[Job[Any]], holder: Holder, batch: Batch, commits: int) -> tuple[list[Job[Any]], ...]:
+    """Make the outcomes of ``jobs`` visible and wake their waiters, one wake-up each.
+
+    Returns the jobs that have callbacks, and the failed ones that nobody waits for: those have to be told loudly.
+    """
+    called, unheard, wakeups, works = [], [], [], []
+    waits, runs, lock_wait = [], [], batch.lock_wait
+    tally = holder.tally
+    with holder.lock:
+        committed = tally.committed
+        for job in jobs:
+            if job._state > RUNNING:
+                continue
+            if job._state == RUNNING and job.counted:
+                waits.append(job.started_at - job.created_at - lock_wait)
+                runs.append(job.ended_at - job.started_at)
+            job._state = DONE
+            job._batch = batch
+            works.append(job.work)
+            job.work = None
+            if job._callbacks is not None:
+                called.append(job)
+            if job._error is not None:
+                if job.counted:
+                    tally.count_failed(job.label)
+                if job.loud and not job._waiters and not job._callbacks:
+                    unheard.append(job)
+            elif job.counted:
+                committed += 1
+                job._sequence = committed
+            if job._waiters is not None:
+                wakeups += job._waiters
+                job._waiters = None
+        tally.committed = committed
+        tally.count_batch(waits, runs, batch, commits)
+    wake(wakeups)
+    return called, unheard  # and only now does what the jobs worked with go: it may have finalizers
