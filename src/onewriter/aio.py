@@ -23,7 +23,7 @@ from typing import Any, Literal, Self, TypeVar, overload
 
 from onewriter.base.arguments import check_label, check_read, check_sql, check_timeout, name_of
 from onewriter.base.call_site import called_from, frame_around
-from onewriter.base.log import contain_all
+from onewriter.base.log import call_all_safely
 from onewriter.base.scopes import enclosing
 from onewriter.base.strict import Strict
 from onewriter.base.tally import CloseReport, Stats
@@ -147,9 +147,9 @@ class AsyncDbWriter(Strict):
                 self._is_closed, self._open = True, None
                 return CloseReport(0, 0, 0, 0, ())
         check_timeout(timeout)
-        if not db._holder.forked:
-            db._holder.refuse_endless_wait("close", awaits=True)
-        if timeout is None and not self._is_wrapped and db._holder.scopes.innermost() is not None:
+        if not db._state.forked:
+            db._state.refuse_endless_wait("close", awaits=True)
+        if timeout is None and not self._is_wrapped and db._state.scopes.innermost() is not None:
             raise ReentrantWriteError(OWN_READER)
         self._is_closed = True
         try:
@@ -209,7 +209,7 @@ class AsyncDbWriter(Strict):
     def enqueue(self, what: str | Function[T], params: Any = (), /, *, label: Label = None) -> Ticket[Any]:
         """As ``DbWriter.enqueue``, but never waits: QueueFullError at once if there is no room. Not a coroutine."""
         db = self._gateway()
-        job = db._job(what, params, label, None, bounded=not db._holder.awaits_endlessly())
+        job = db._job(what, params, label, None, bounded=not db._state.would_deadlock_task())
         db._accept(job, 0.0)
         return job
 
@@ -230,8 +230,8 @@ class AsyncDbWriter(Strict):
 
     async def _enqueue(self, job: Job[T], timeout: Seconds) -> Ticket[T]:
         db = self._gateway()
-        announce(db._holder, db._loop.on_event, job, waits=False)
-        if db._holder.awaits_endlessly():  # its block keeps the writer from making room
+        announce(db._state, db._loop.on_event, job, waits=False)
+        if db._state.would_deadlock_task():  # its block keeps the writer from making room
             db._loop.queue.put_unbounded(job)
             return job
         queue = db._loop.queue
@@ -257,7 +257,7 @@ class AsyncDbWriter(Strict):
         flushed: Coroutine[Any, Any, None] = self._execute(
             db._control("flush", None, sys._getframe(1)), timeout, alone="flush"
         )
-        return and_the_log(flushed, db._holder, timeout)
+        return and_the_log(flushed, db._state, timeout)
 
     def checkpoint(
         self, mode: Literal["PASSIVE", "FULL", "RESTART", "TRUNCATE"] = "TRUNCATE", *, timeout: Seconds = 30.0
@@ -270,17 +270,17 @@ class AsyncDbWriter(Strict):
             check_timeout(timeout)
         db = self._gateway()
         if enclosing() is not None:
-            here = db._holder.here()
+            here = db._state.here()
             if isinstance(here, TaskBlock | TaskSavepoint):
                 if alone or job.foreign_keys is not None:
-                    db._holder.refuse_endless_wait(alone or "foreign_keys=", awaits=True)
+                    db._state.refuse_endless_wait(alone or "foreign_keys=", awaits=True)
                 return here.block.call(perform_inside, here.block, job)
         return self._wait_for(db, job, timeout)
 
     async def _wait_for(self, db: DbWriter, job: Job[T], timeout: Seconds) -> T:
         loop = asyncio.get_running_loop()
-        if db._holder.is_mine():  # a sync block or a job of this thread, whose end waits for this
-            db._holder.refuse_endless_wait(f"waiting for job {job.describe()}", awaits=True)
+        if db._state.is_mine():  # a sync block or a job of this thread, whose end waits for this
+            db._state.refuse_endless_wait(f"waiting for job {job.describe()}", awaits=True)
         future: asyncio.Future[None] = loop.create_future()
         job._waiters = [future]  # before anybody else knows the job
         db._submit(job, None)
@@ -292,13 +292,13 @@ class AsyncDbWriter(Strict):
             await future
         except asyncio.CancelledError:
             if not job.cancel():
-                job.leave_alone()
+                job.stop_waiting_for()
             raise
         finally:
             if deadlines is not None:
                 deadlines.remove(future)
         if not job.done():
-            give_up(job, timeout, db._holder)
+            give_up(job, timeout, db._state)
         try:
             return job.result()
         finally:
@@ -315,8 +315,8 @@ class AsyncDbWriter(Strict):
         """
         db = self._gateway()
         hold = db.check_block(label, timeout, max_hold)
-        holder = db._holder
-        here = holder.scopes.innermost(writes=True)
+        state = db._state
+        here = state.scopes.innermost(writes=True)
         if isinstance(here, TaskBlock | TaskSavepoint):
             outer = here.block
             assert outer.transaction is not None
@@ -328,28 +328,28 @@ class AsyncDbWriter(Strict):
                 finally:
                     inner.close(ENDED)
             return
-        holder.refuse_endless_wait("transaction()", awaits=True)
-        block = TaskBlock(holder, label, hold, frame_around())
-        holder.blocks.add(block)
+        state.refuse_endless_wait("transaction()", awaits=True)
+        block = TaskBlock(state, label, hold, frame_around())
+        state.blocks.add(block)
         try:
             transaction = await self._enter(db, block, timeout)
-            scope = holder.scopes.enter(block, writes=True)
+            scope = state.scopes.enter(block, writes=True)
             try:
                 yield AsyncTransaction(block, transaction)
             except BaseException as error:
-                holder.scopes.leave(scope)
+                state.scopes.leave(scope)
                 block.end(failed=True)
                 cancelled = await block.ended()
                 self._call_back(db, block, transaction)
                 if cancelled is not None:
                     raise cancelled from error
                 raise
-            holder.scopes.leave(scope)
+            state.scopes.leave(scope)
             block.end(failed=False)
             cancelled = await block.ended()
             self._call_back(db, block, transaction)
         finally:
-            holder.blocks.discard(block)
+            state.blocks.discard(block)
         if cancelled is not None:
             outcome = "was committed" if block.failed_with is None else f"ended with {block.failed_with!r}"
             cancelled.add_note(f"onewriter: the transaction of {block.describe()} {outcome}")
@@ -382,7 +382,7 @@ class AsyncDbWriter(Strict):
 
     def _call_back(self, db: DbWriter, block: TaskBlock, transaction: Transaction) -> None:
         callbacks = transaction.callbacks(committed=block.failed_with is None)
-        contain_all(db._holder, [(callback,) for callback in callbacks])
+        call_all_safely(db._state, [(callback,) for callback in callbacks])
 
     # Reads ------------------------------------------------------------------------------------------------------------
 
@@ -444,12 +444,12 @@ class AsyncDbWriter(Strict):
         try:
             await self._in_pool(functools.partial(readers.pin, reader, place), borrowing)
             lent = AsyncReader(self, Snapshot(reader), borrowing)
-            scopes = self._gateway()._holder.scopes
+            scopes = self._gateway()._state.scopes
             scope = scopes.enter(lent, writes=False)
             try:
                 yield lent
             except asyncio.CancelledError:
-                lent._hurry()
+                lent._expire()
                 raise
             finally:
                 scopes.leave(scope)
@@ -459,7 +459,7 @@ class AsyncDbWriter(Strict):
 
     def _here(self) -> Any:
         """The innermost block, job or reader that the caller is inside: its reads belong to it."""
-        return None if enclosing() is None else self._gateway()._holder.scopes.innermost()
+        return None if enclosing() is None else self._gateway()._state.scopes.innermost()
 
     def _read(
         self,
@@ -515,16 +515,16 @@ class AsyncDbWriter(Strict):
         check_timeout(timeout)
         deadline = math.inf if timeout is None else monotonic() + timeout
         if after is not None:
-            holder = self._gateway()._holder
+            state = self._gateway()._state
             self._gateway().check_after(after)
             if not after.done():
-                holder.refuse_endless_wait("read(after=…)", awaits=True)
+                state.refuse_endless_wait("read(after=…)", awaits=True)
                 with after.arrival() as future:
                     async with self._within(future, timeout):
                         await future
                 if not after.done():
                     raise ReadTimeoutError(
-                        f"{after.describe()} was not committed within {timeout} s: {holder.describe()}"
+                        f"{after.describe()} was not committed within {timeout} s: {state.describe()}"
                     )
             after.result()
         return deadline
@@ -557,7 +557,7 @@ class AsyncDbWriter(Strict):
             with self._lock:  # or else the close of another loop may shut it down just before
                 if self._pool is None:  # or no longer: a block may still be open when the gateway is closed
                     self._pool = ThreadPoolExecutor(db._readers.size, f"{db._loop.label}-reader")
-                future = self._pool.submit(call_in_pool, call, borrowing, self._pool, db._holder)
+                future = self._pool.submit(call_in_pool, call, borrowing, self._pool, db._state)
         except BaseException:
             if borrowing is not None and returns:
                 db._readers.end(borrowing)
@@ -567,7 +567,7 @@ class AsyncDbWriter(Strict):
         except asyncio.CancelledError:
             if not future.cancel():
                 if borrowing is not None:
-                    db._readers.hurry(borrowing)  # a statement that runs ends soon
+                    db._readers.expire(borrowing)  # a statement that runs ends soon
                 if not returns:
                     await until_done(future)
             elif borrowing is not None and returns:
@@ -587,7 +587,7 @@ class AsyncDbWriter(Strict):
     ) -> None:
         """As ``DbWriter.backup``, in a thread, where ``progress`` is called too. Cancelled, it goes on to its end."""
         db = self._gateway()
-        db._holder.refuse_endless_wait("backup", awaits=True)
+        db._state.refuse_endless_wait("backup", awaits=True)
         place = called_from(sys._getframe(1))
         is_open = isinstance(target, sqlite3.Connection)
         if is_open:  # sqlite3 lets the thread that made it ask it, and any thread write the copy into it
@@ -622,7 +622,7 @@ class AsyncDbWriter(Strict):
 
     def in_writer(self) -> bool:
         """Whether the running task is inside a ``transaction()`` block."""
-        return self._db is not None and self._db._holder.is_in_writer()
+        return self._db is not None and self._db._state.is_in_writer()
 
     def stats(self) -> Stats:
         """As ``DbWriter.stats``."""

@@ -9,25 +9,25 @@ from collections.abc import Callable
 from time import monotonic
 from typing import Any
 
-from onewriter.base.state import Holder, Work
+from onewriter.base.state import State, Work
 from onewriter.base.tally import CheckpointResult, Running, Stats
 from onewriter.ends import exit as at_exit
 from onewriter.errors import WriteTimeoutError
 from onewriter.events import Hook, Submit, announce
 from onewriter.write.ticket import Job, Ticket
-from onewriter.write.writer import WriterLoop
+from onewriter.write.writer import Writer
 
 
-def stats_of(loop: WriterLoop) -> Stats:
+def stats_of(loop: Writer) -> Stats:
     """Everything at one moment: between two batches, or before or after the outcome of one."""
-    holder, tally, readers = loop.holder, loop.holder.tally, loop.readers
-    with holder.lock:
+    state, tally, readers = loop.state, loop.state.tally, loop.readers
+    with state.lock:
         now = monotonic()
-        waiting, checkpoint = holder.waiting, loop.last_checkpoint
+        waiting, checkpoint = state.waiting, loop.last_checkpoint
         return Stats(
             queue_depth=loop.queue.depth,
             oldest_age=loop.oldest_age(now),
-            running=_running(holder.job, now, getattr(holder.job, "started_at", now)),
+            running=_running(state.job, now, getattr(state.job, "started_at", now)),
             waiting_for_lock=None if waiting is None else _running(waiting[0], now, waiting[1]),
             committed=tally.committed,
             failed=tally.failed,
@@ -54,10 +54,10 @@ def _running(job: Work | None, now: float, since: float) -> Running | None:
     return None if job is None else Running(job.label, job.called_from, max(0.0, now - since))
 
 
-def ended(folder: str | None) -> Callable[[WriterLoop], None]:
+def ended(folder: str | None) -> Callable[[Writer], None]:
     """What is left to do when a writer has ended; holds no gateway, so that a dropped one can be collected."""
 
-    def ended(loop: WriterLoop) -> None:
+    def ended(loop: Writer) -> None:
         at_exit.forget(loop)
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -81,22 +81,22 @@ def resolve_path(path: object) -> tuple[str, str | None]:
     return os.path.abspath(name), None
 
 
-def give_up(job: Job[Any], timeout: float | None, holder: Holder) -> None:
+def give_up(job: Job[Any], timeout: float | None, state: State) -> None:
     """Wait for ``job`` no longer: raises WriteTimeoutError, unless its outcome has come in this moment."""
-    held_by = holder.describe()
+    held_by = state.describe()
     if job.cancel():
-        holder.count_timeout()
+        state.count_timeout()
         text = f"job {job.describe()} did not start within {timeout} s and is withdrawn: {held_by}"
         raise WriteTimeoutError(text, ticket=job, started=False)
-    if job.leave_alone():
-        holder.count_timeout()
+    if job.stop_waiting_for():
+        state.count_timeout()
         text = f"job {job.describe()} did not finish within {timeout} s; it goes on: {held_by}"
         raise WriteTimeoutError(text, ticket=job, started=True)
 
 
-def announcing(submit: Submit, holder: Holder, hook: Hook) -> Submit:
+def announcing(submit: Submit, state: State, hook: Hook) -> Submit:
     def submit_and_tell(job: Job[Any], timeout: float | None) -> None:
-        announce(holder, hook, job, waits=job._waiters is not None)
+        announce(state, hook, job, waits=job._waiters is not None)
         submit(job, timeout)
 
     return submit_and_tell

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from onewriter.base.log import contain
-from onewriter.base.state import Holder
+from onewriter.base.log import call_safely
+from onewriter.base.state import State
 from onewriter.errors import Outcome
 
 
@@ -76,14 +76,14 @@ Hook: TypeAlias = Callable[[Event], object]
 Submit: TypeAlias = Callable[[Any, float | None], None]
 
 
-def tell(holder: Holder, hook: Hook, event: Event) -> None:
+def tell(state: State, hook: Hook, event: Event) -> None:
     """On the writer thread."""
-    holder.begin_telling(None)
-    contain(holder, hook, event)
-    holder.end_telling()
+    state.begin_telling(None)
+    call_safely(state, hook, event)
+    state.end_telling()
 
 
-def announce(holder: Holder, hook: Hook | None, job: Any, waits: bool) -> None:
+def announce(state: State, hook: Hook | None, job: Any, waits: bool) -> None:
     """Tell that a job is about to be handed in, unless it is none of the user's, such as ``flush``."""
-    if hook is not None and job.counted:
-        contain(holder, hook, JobSubmitted(job, waits))
+    if hook is not None and job.in_stats:
+        call_safely(state, hook, JobSubmitted(job, waits))

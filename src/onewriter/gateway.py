@@ -34,9 +34,9 @@ from onewriter.base.arguments import (
     name_of,
 )
 from onewriter.base.call_site import called_from
-from onewriter.base.log import contain, contain_all, report, warn_of_blocking
+from onewriter.base.log import call_all_safely, call_safely, report, warn_of_blocking
 from onewriter.base.scopes import Scope, enclosing
-from onewriter.base.state import IN_STATEMENT
+from onewriter.base.state import IN_STATEMENT, State
 from onewriter.base.strict import Strict
 from onewriter.base.tally import CloseReport, Stats
 from onewriter.base.waiting import seconds_until, wait_in_slices
@@ -53,8 +53,10 @@ from onewriter.errors import (
     forked_error,
 )
 from onewriter.events import BackupEnded, announce
+from onewriter.read.pool import ReaderPool
 from onewriter.read.reader import Snapshot
 from onewriter.sqlite.company import check_company, check_path
+from onewriter.sqlite.file import DatabaseFile
 from onewriter.sqlite.options import Settings, check_pragmas, refuse_old_sqlite, refuse_unsafe_sqlite
 from onewriter.sqlite.parameters import capture, capture_many
 from onewriter.sqlite.result import Result, first_value
@@ -63,9 +65,10 @@ from onewriter.write.block import BlockJob
 from onewriter.write.checkpoint import Checkpoint
 from onewriter.write.driver import Driver, InlineDriver, ThreadDriver
 from onewriter.write.jobs import BareStatementJob, ControlJob, FunctionJob, StatementJob
+from onewriter.write.queue import JobQueue
 from onewriter.write.ticket import Job, Ticket
 from onewriter.write.transaction import Transaction
-from onewriter.write.writer import WriterLoop
+from onewriter.write.writer import Writer
 
 T = TypeVar("T")
 Function: TypeAlias = Callable[[Transaction], T]
@@ -179,8 +182,11 @@ class DbWriter(Strict):
             )
             name = label or os.path.basename(self._path)
             when_ended = ended(folder)
-            loop = WriterLoop(settings, name, maxsize, readers, slow_after, max_hold, on_error, on_event, when_ended)
-            driver: Driver = InlineDriver(loop) if inline else ThreadDriver(loop)
+            state = State(slow_after, settings.path)
+            queue, file = JobQueue(maxsize, state), DatabaseFile(settings.path)
+            pool = ReaderPool(settings, readers, state, file)
+            loop = Writer(settings, name, state, queue, file, pool, max_hold, on_error, on_event, when_ended)
+            driver: Driver = InlineDriver(loop, pool.clock) if inline else ThreadDriver(loop)
             refuse_inherited(self._path)
             at_exit.refuse_lost(self._path)
             twins = at_exit.others_on(self._path)
@@ -192,13 +198,13 @@ class DbWriter(Strict):
             raise
         self._loop, self._driver = loop, driver
         self._max_hold = max_hold
-        self._submit = driver.submit if on_event is None else announcing(driver.submit, loop.holder, on_event)
-        self._holder = loop.holder
-        self._readers = loop.readers
+        self._submit = driver.submit if on_event is None else announcing(driver.submit, loop.state, on_event)
+        self._state = loop.state
+        self._readers = pool
         self._journal_mode = journal_mode
         if twins:
             report(
-                self._holder,
+                self._state,
                 logging.WARNING,
                 "%s: %s is open in another DbWriter of this process: they wait for each other as two processes do",
                 self._loop.label,
@@ -220,9 +226,9 @@ class DbWriter(Strict):
         self.close()
 
     def __del__(self) -> None:
-        loop: WriterLoop | None = getattr(self, "_loop", None)
+        loop: Writer | None = getattr(self, "_loop", None)
         if loop is not None and loop.queue.refuse(closed_error()):
-            loop.readers.stop_waiting()
+            self._readers.stop_waiting()
             self._driver.dropped()
             warnings.warn(f"unclosed {loop.label} ({self._path})", ResourceWarning, source=self, stacklevel=2)
 
@@ -291,7 +297,7 @@ class DbWriter(Strict):
 
         BEGIN, COMMIT, ROLLBACK, SAVEPOINT and ATTACH are refused. Raises as ``run`` does.
         """
-        self._holder.refuse_endless_wait("run_without_transaction")
+        self._state.refuse_endless_wait("run_without_transaction")
         return self._execute(self._bare(sql, params, label, sys._getframe(1)), timeout)
 
     def transaction(
@@ -321,7 +327,7 @@ class DbWriter(Strict):
     @contextlib.contextmanager
     def _block(self, label: Label, timeout: Seconds, max_hold: float, frame: types.FrameType) -> Iterator[Transaction]:
         warn_of_blocking()
-        holder, scopes = self._holder, self._holder.scopes
+        state, scopes = self._state, self._state.scopes
         outer = self._transaction_here()
         if outer is not None:
             with outer.part():
@@ -332,27 +338,27 @@ class DbWriter(Strict):
                 finally:
                     inner.end()
             return
-        holder.refuse_endless_wait("transaction()")
-        job, me = BlockJob(holder, label, max_hold, frame), get_ident()
+        state.refuse_endless_wait("transaction()")
+        job, me = BlockJob(state, label, max_hold, frame), get_ident()
         del frame  # in which the block itself may be: whoever drops that drops it
         scope: Scope[Any] | None = None
-        announce(holder, self._loop.on_event, job, waits=True)
+        announce(state, self._loop.on_event, job, waits=True)
         if job.loop is not None:
-            holder.blocks.add(job)
+            state.blocks.add(job)
         try:
             try:
-                holder.entering.add(me)  # in here: Ctrl-C comes behind a call
+                state.entering.add(me)  # in here: Ctrl-C comes behind a call
                 transaction = self._driver.enter(job, timeout)
                 scope = scopes.enter(transaction, writes=True)
             finally:
-                holder.entering.discard(me)
+                state.entering.discard(me)
             try:
                 yield transaction
             except GeneratorExit:  # closed, or collected, perhaps long after it was lost
                 self._leave(job, scope, failed=True)
                 if job.nested:
                     text = "%s: %d writes that were made inside %s are rolled back with it: it was closed or collected"
-                    report(holder, logging.WARNING, text, self._loop.label, job.nested, job.describe())
+                    report(state, logging.WARNING, text, self._loop.label, job.nested, job.describe())
                 raise
             except BaseException:
                 self._leave(job, scope, failed=True)
@@ -369,21 +375,21 @@ class DbWriter(Strict):
         finally:
             if scope is not None:
                 scopes.leave(scope)
-            holder.blocks.discard(job)
+            state.blocks.discard(job)
         job.result()
 
     def _leave(self, job: BlockJob, scope: Scope[Any], failed: bool) -> None:
-        if self._holder.forked:
+        if self._state.forked:
             if failed:
                 return
             raise forked_error()  # the parent's block goes on; nothing is committed here
         # In a function that SQLite calls: the end waits for the statement, and this cannot.
         is_inside = job.transaction is not None and job.transaction.is_inside
         job.give_back(failed or is_inside)
-        self._holder.scopes.leave(scope)  # not before: a signal handler in between would wait for its own thread
+        self._state.scopes.leave(scope)  # not before: a signal handler in between would wait for its own thread
         if is_inside and not failed:
             raise ReentrantWriteError(f"a block cannot be left here: {IN_STATEMENT}. It is rolled back")
-        if is_inside or self._holder.cannot_wait():
+        if is_inside or self._state.cannot_wait():
             return  # a generator that was collected there, by the writer, or inside one of its locks
         try:
             self._driver.leave(job)
@@ -395,7 +401,7 @@ class DbWriter(Strict):
     def _call_back(self, job: Any) -> None:
         if job.transaction is not None:
             callbacks = job.transaction.callbacks(committed=job.failed_with is None)
-            contain_all(self._holder, [(callback,) for callback in callbacks])
+            call_all_safely(self._state, [(callback,) for callback in callbacks])
 
     @overload
     def enqueue(
@@ -417,18 +423,18 @@ class DbWriter(Strict):
         """
         if timeout != 30.0:
             check_timeout(timeout)
-        holder = self._holder
+        state = self._state
         # Who keeps the writer from making room does not wait for room.
-        bounded = get_ident() != holder.writer_thread and (
-            (enclosing() is None and _get_running_loop() is None) or not holder.waits_endlessly()
+        bounded = get_ident() != state.writer_thread and (
+            (enclosing() is None and _get_running_loop() is None) or not state.would_deadlock()
         )
         job: Job[Any]
         if type(what) is str and label is None:
-            job = StatementJob(holder, what, capture(what, params), None, sys._getframe(1), bounded)
+            job = StatementJob(state, what, capture(what, params), None, sys._getframe(1), bounded)
         elif type(what) is types.FunctionType and type(params) is tuple and not params and label is None:
             if what.__code__.co_flags & NOT_PLAIN:
                 check_function(what)
-            job = FunctionJob(holder, what, what.__qualname__, sys._getframe(1), bounded=bounded)
+            job = FunctionJob(state, what, what.__qualname__, sys._getframe(1), bounded=bounded)
         else:
             job = self._job(what, params, label, None, bounded)
         self._accept(job, timeout)
@@ -441,12 +447,12 @@ class DbWriter(Strict):
             WriteTimeoutError: not yet; the jobs go on.
             ReentrantWriteError: called inside a job.
         """
-        self._holder.refuse_endless_wait("flush")
+        self._state.refuse_endless_wait("flush")
         check_timeout(timeout)
         until = math.inf if timeout is None else monotonic() + timeout
         self._execute(self._control("flush", None, sys._getframe(1)), timeout)
-        if self._holder.reporter is not None:
-            self._holder.reporter.wait(until)
+        if self._state.reporter is not None:
+            self._state.reporter.wait(until)
 
     # Reads ------------------------------------------------------------------------------------------------------------
 
@@ -493,7 +499,7 @@ class DbWriter(Strict):
             params = capture(what, params)
             if _get_running_loop() is not None:
                 warn_of_blocking()
-            outside = enclosing() is None and get_ident() != self._holder.writer_thread
+            outside = enclosing() is None and get_ident() != self._state.writer_thread
             if outside and label is None and timeout == 30.0 and after is None:
                 return self._readers.read(what, params, sqlite3.Cursor.fetchall, what, monotonic() + 30.0)
             return self._read(what, params, label, timeout, after, sqlite3.Cursor.fetchall)
@@ -544,11 +550,11 @@ class DbWriter(Strict):
         if isinstance(here, Snapshot):
             yield here.to_lend
             return
-        writer = self._holder.scopes.innermost(writes=True)
+        writer = self._state.scopes.innermost(writes=True)
         # A job's SQL has its limit, wherever it runs; a block is taken away, and its thread may go on reading.
         until = writer.held_until if isinstance(writer, Transaction) and writer.is_of_function else math.inf
         with self._readers.snapshot(label, deadline, until) as snapshot:
-            self._loop.queue.poke()  # an idle writer watches for slow readers
+            self._loop.queue.wake_consumer()  # an idle writer watches for slow readers
             yield snapshot.to_lend
 
     # Operations -------------------------------------------------------------------------------------------------------
@@ -580,7 +586,7 @@ class DbWriter(Strict):
 
     def in_writer(self) -> bool:
         """Whether the caller is inside a job or block of this gateway, or in the writer's thread."""
-        return self._holder.is_in_writer()
+        return self._state.is_in_writer()
 
     def checkpoint(
         self, mode: Literal["PASSIVE", "FULL", "RESTART", "TRUNCATE"] = "TRUNCATE", *, timeout: Seconds = 30.0
@@ -599,7 +605,7 @@ class DbWriter(Strict):
             ReentrantWriteError: called inside a job.
         """
         job = self._checkpoint_job(mode, sys._getframe(1))
-        self._holder.refuse_endless_wait("checkpoint")
+        self._state.refuse_endless_wait("checkpoint")
         return self._execute(job, timeout)
 
     def backup(
@@ -625,7 +631,7 @@ class DbWriter(Strict):
             ReentrantWriteError: called inside a job.
             What ``progress`` raised: The target is as it was.
         """
-        self._holder.refuse_endless_wait("backup")
+        self._state.refuse_endless_wait("backup")
         check_backup(target, progress, pages)
         warn_of_blocking()
         self._back_up(target, progress, pages, called_from(sys._getframe(1)))
@@ -633,11 +639,11 @@ class DbWriter(Strict):
     def _back_up(self, target: Any, progress: Callable[[int, int, int], object] | None, pages: int, place: str) -> None:
         began = monotonic()
         with self._readers.extra(f"backup() in {place}") as source:
-            self._loop.queue.poke()  # an idle writer watches for slow readers
+            self._loop.queue.wake_consumer()  # an idle writer watches for slow readers
             copy(source, target, progress, pages)
-        self._holder.tally.last_backup = monotonic()
+        self._state.tally.last_backup = monotonic()
         if self._loop.on_event is not None:
-            contain(self._holder, self._loop.on_event, BackupEnded(monotonic() - began))
+            call_safely(self._state, self._loop.on_event, BackupEnded(monotonic() - began))
 
     def stats(self) -> Stats:
         """What the gateway has done and is doing, at one moment. Cheap; never touches the database."""
@@ -660,10 +666,10 @@ class DbWriter(Strict):
         check_timeout(timeout)
         if not isinstance(drain, bool):
             raise TypeError(f"drain must be a bool, not {type(drain).__name__}")
-        if self._holder.forked:
+        if self._state.forked:
             return CloseReport(0, 0, 0, 0, ())
-        self._holder.refuse_endless_wait("close")
-        if timeout is None and (self._holder.scopes.innermost() is not None or self._readers.has_mine):
+        self._state.refuse_endless_wait("close")
+        if timeout is None and (self._state.scopes.innermost() is not None or self._readers.has_mine):
             raise ReentrantWriteError(OWN_READER)
         warn_of_blocking()
         loop = self._loop
@@ -672,7 +678,7 @@ class DbWriter(Strict):
             loop.abandon()
         if not self._driver.join(timeout):
             loop.abandon()
-            loop.readers.stop_waiting()
+            self._readers.stop_waiting()
             self._driver.join(GRACE)
         return self.report()
 
@@ -685,8 +691,8 @@ class DbWriter(Strict):
     def report(self) -> CloseReport:
         """What has become of every job so far."""
         unfinished = self._loop.unfinished()
-        with self._holder.lock:
-            tally = self._holder.tally
+        with self._state.lock:
+            tally = self._state.tally
             return CloseReport(
                 tally.committed, tally.failed, tally.cancelled, len(unfinished), (*tally.labels, *unfinished)
             )
@@ -701,27 +707,27 @@ class DbWriter(Strict):
     def check_after(self, after: Ticket[Any]) -> None:
         if not isinstance(after, Ticket):
             raise TypeError(f"after must be a Ticket, not {type(after).__name__}")
-        if not after.belongs_to(self._holder):
+        if not after.belongs_to(self._state):
             raise ValueError(f"after: {after!r} is of another DbWriter")
 
     def _many(self, sql: str, rows: Iterable[Any], label: Label, frame: types.FrameType) -> Job[Result]:
         check_many(check_sql(sql))
         check_label(label)
         captured = capture_many(sql, rows)
-        return FunctionJob(self._holder, lambda tx: tx.statement_many(sql, captured), label, frame, sql=sql)
+        return FunctionJob(self._state, lambda tx: tx.statement_many(sql, captured), label, frame, sql=sql)
 
     def _script(self, sql: str, label: Label, foreign_keys: bool | None, frame: types.FrameType) -> Job[None]:
         check_sql(sql)
         check_label(label)
         check_foreign_keys(foreign_keys)
         name = sql or "script"
-        return FunctionJob(self._holder, lambda tx: tx.script(sql), label, frame, foreign_keys=foreign_keys, sql=name)
+        return FunctionJob(self._state, lambda tx: tx.script(sql), label, frame, foreign_keys=foreign_keys, sql=name)
 
     def _bare(self, sql: str, params: Any, label: Label, frame: types.FrameType) -> Job[Result]:
-        return BareStatementJob(self._holder, check_sql(sql), capture(sql, params), check_label(label), frame, False)
+        return BareStatementJob(self._state, check_sql(sql), capture(sql, params), check_label(label), frame, False)
 
     def _control(self, label: str, work: Callable[[], T] | None, frame: types.FrameType) -> Job[T]:
-        return ControlJob(self._holder, label, frame, work)
+        return ControlJob(self._state, label, frame, work)
 
     def _checkpoint_job(self, mode: str, frame: types.FrameType) -> Job[Checkpoint]:
         check_choice("mode", mode, CHECKPOINTS)
@@ -729,8 +735,8 @@ class DbWriter(Strict):
 
     def _accept(self, job: Job[Any], timeout: Seconds) -> None:
         """Take a job that nobody waits for."""
-        holder = self._holder
-        if holder.reporting and get_ident() in holder.reporting:
+        state = self._state
+        if state.reporting and get_ident() in state.reporting:
             job.add_done_callback(say_nothing)  # a log handler's own job: telling its failure would call it again
         self._submit(job, timeout)
 
@@ -742,21 +748,21 @@ class DbWriter(Strict):
         if isinstance(what, str):
             if foreign_keys is not None:
                 raise TypeError("foreign_keys goes with a function or run_script, not with one statement")
-            return StatementJob(self._holder, what, capture(what, params), label, sys._getframe(2), bounded)
+            return StatementJob(self._state, what, capture(what, params), label, sys._getframe(2), bounded)
         if not callable(what):
             raise TypeError(f"a job is SQL (str) or a function of the Transaction, not {type(what).__name__}")
         check_no_params(params)
         check_foreign_keys(foreign_keys)
         check_function(what)
-        return FunctionJob(self._holder, what, label, sys._getframe(2), foreign_keys=foreign_keys, bounded=bounded)
+        return FunctionJob(self._state, what, label, sys._getframe(2), foreign_keys=foreign_keys, bounded=bounded)
 
     def _execute(self, job: Job[T], timeout: Seconds) -> T:
         """Have a job done and return its result: by the writer, or here if this thread is inside a transaction."""
         if timeout != 30.0:
             check_timeout(timeout)
-        holder = self._holder
+        state = self._state
         warn_of_blocking()
-        outside = enclosing() is None and get_ident() != holder.writer_thread  # as nearly always
+        outside = enclosing() is None and get_ident() != state.writer_thread  # as nearly always
         transaction = None if outside else self._transaction_here()
         if transaction is not None:
             if job.foreign_keys is not None:
@@ -766,21 +772,21 @@ class DbWriter(Strict):
             if isinstance(transaction.job, BlockJob):
                 transaction.job.nested += 1
             return result
-        if holder.waits_endlessly():
-            holder.refuse_endless_wait(f"waiting for job {job.describe()}")
+        if state.would_deadlock():
+            state.refuse_endless_wait(f"waiting for job {job.describe()}")
         until = math.inf if timeout is None else monotonic() + timeout
         wakeup = job.expect_outcome()
         self._submit(job, timeout)
         try:
-            in_time = wait_in_slices(wakeup, until, holder)
+            in_time = wait_in_slices(wakeup, until, state)
         except BaseException:  # Ctrl-C
             if not job.withdraw(None):
-                job.leave_alone()
+                job.stop_waiting_for()
             raise
         if not in_time and not job.done():
-            give_up(job, timeout, holder)
-        if holder.reporter is not None and holder.reporter.is_behind:
-            holder.reporter.catch_up()
+            give_up(job, timeout, state)
+        if state.reporter is not None and state.reporter.is_behind:
+            state.reporter.catch_up()
         try:
             return job.result()
         finally:
@@ -805,14 +811,14 @@ class DbWriter(Strict):
 
     def _transaction_here(self) -> Transaction | None:
         """The transaction that a blocking write belongs to; none inside a task's block, whose writes are awaited."""
-        here = self._holder.here()
+        here = self._state.here()
         return here if isinstance(here, Transaction) else None
 
     def _reads_from(self) -> Transaction | Snapshot | None:
         """What the innermost job, block or reader around the caller lends to a read; None: the pool does."""
-        here = self._holder.scopes.innermost()
+        here = self._state.scopes.innermost()
         if here is None:
-            self._holder.here()  # inside a statement of the writer nothing can be read
+            self._state.here()  # inside a statement of the writer nothing can be read
         return here.lends() if here is not None else None
 
     def _wait_for(self, after: After, timeout: Seconds, label: Label) -> tuple[Transaction | Snapshot | None, float]:
@@ -829,10 +835,10 @@ class DbWriter(Strict):
             if isinstance(here, Snapshot):
                 here.refuse_later(after)
             if not after.done():
-                self._holder.refuse_endless_wait("read(after=…)", since=after.created_at)
+                self._state.refuse_endless_wait("read(after=…)", since=after.created_at)
                 if not after.wait(seconds_until(deadline)) and not after.done():
                     raise ReadTimeoutError(
-                        f"{after.describe()} was not committed within {timeout} s: {self._holder.describe()}"
+                        f"{after.describe()} was not committed within {timeout} s: {self._state.describe()}"
                     )
             after.result()
         return here, deadline

@@ -186,7 +186,7 @@ def test_a_commit_that_met_a_lock_and_is_rolled_back_is_a_definite_failure(path:
         db.run("CREATE TABLE t (n INTEGER)")
         session, tried = db._loop._session, []
         assert session is not None
-        own = session.own
+        own = session.internal
 
         def busy(sql: str, parameters: tuple[object, ...] = ()) -> list[object]:
             if sql != "COMMIT":
@@ -198,10 +198,10 @@ def test_a_commit_that_met_a_lock_and_is_rolled_back_is_a_definite_failure(path:
             error.sqlite_errorcode, error.sqlite_errorname = sqlite3.SQLITE_BUSY, "SQLITE_BUSY"
             raise error
 
-        session.own = busy  # type: ignore[method-assign]
+        session.internal = busy  # type: ignore[method-assign]
         with pytest.raises(sqlite3.OperationalError, match="database is locked"):
             db.run("INSERT INTO t VALUES (1)")
-        del session.own
+        del session.internal
         assert len(tried) == after
         assert db.health == "ok"
         db.run("INSERT INTO t VALUES (2)")

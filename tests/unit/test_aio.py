@@ -956,9 +956,7 @@ def test_a_cancellation_in_the_moment_of_the_grant_leaves_nothing_behind(
                 task = asyncio.create_task(block())
                 await asyncio.sleep(0)
                 release.set()
-                while (
-                    getattr(db._gateway()._holder.job, "transaction", None) is None
-                ):  # granted: the loop does not know
+                while getattr(db._gateway()._state.job, "transaction", None) is None:  # granted: the loop does not know
                     pass
                 task.cancel()
                 with pytest.raises(asyncio.CancelledError):
@@ -1086,7 +1084,7 @@ def test_what_is_sent_while_the_block_is_taken_back_is_answered(path: Path, monk
             closed_error = Transaction.closed_error
 
             def send_one_more(transaction: Transaction) -> Any:
-                if not answered.is_set() and threading.get_ident() == db._gateway()._holder.writer_thread:
+                if not answered.is_set() and threading.get_ident() == db._gateway()._state.writer_thread:
                     tx._block.send(answered.set)
                 return closed_error(transaction)
 
@@ -1236,7 +1234,7 @@ def test_a_block_whose_task_thinks_for_long_goes_on(path: Path, monkeypatch: pyt
     async def main() -> None:
         async with opened(path) as db:
             looks = asyncio.Semaphore(0)
-            loop, holder = asyncio.get_running_loop(), db._gateway()._holder
+            loop, holder = asyncio.get_running_loop(), db._gateway()._state
             monkeypatch.setattr(holder, "warn_if_slow", lambda now: loop.call_soon_threadsafe(looks.release))
             async with db.transaction() as tx:
                 for _ in range(5):

@@ -376,13 +376,13 @@ def test_a_late_cancellation_does_not_hurry_the_next_borrower(path: Path) -> Non
         pool, first, second = db._readers, Borrowing("first"), Borrowing("second")
         assert pool.take_or_line_up(first)
         pool.reader_of(first, 100.0)
-        pool.hurry(first)
+        pool.expire(first)
         assert first.reader is not None
         assert first.reader.deadline == 0.0
         pool.end(first)
         assert pool.take_or_line_up(second)
         reader = pool.reader_of(second, 100.0)
-        pool.hurry(first)
+        pool.expire(first)
         assert (reader is first.reader, reader.deadline) == (True, 100.0)
         pool.end(second)
 

@@ -30,7 +30,7 @@ class Guard(NamedTuple):
 
 GUARDS = [
     *(
-        Guard(file, "lock", {"_state", "_waiters", "_callbacks"}, free=frozenset(free))
+        Guard(file, "lock", {"_stage", "_waiters", "_callbacks"}, free=frozenset(free))
         for file, free in {
             "write/ticket.py": ["__init__", "expect_outcome"],
             "write/jobs.py": ["__init__"],
@@ -57,21 +57,21 @@ GUARDS = [
         "mutex",
         {"queue", "_asleep", "_bounded", "_limit", "_refusal", "_room", "_withdrawn", "is_nearly_full"},
         held=frozenset(("_append", "_has_become_nearly_full", "_made_room", "_pop", "_tidy", "_wake")),
-        free=frozenset(("__init__", "become_inherited")),
+        free=frozenset(("__init__", "after_fork_in_child")),
     ),
     Guard(
         "read/pool.py",
         "_lock",
         {"_closed", "_count", "_extras", "_idle", "_on_all_back", "_waiting", "has_place", "is_over"},
         held=frozenset(("_all_back_if_closed", "_tell")),
-        free=frozenset(("__init__", "become_inherited")),
+        free=frozenset(("__init__", "after_fork_in_child")),
     ),
     # Whoever has the connection sets its deadline; who would interrupt it has to see whose it is.
     Guard(
         "read/reader.py",
         "_lock",
         {"deadline"},
-        free=frozenset(("__init__", "_borrow", "clean", "limit")),  # limit: by its other name
+        free=frozenset(("__init__", "_borrow", "limit", "reset")),  # limit: by its other name
     ),
     Guard("read/clock.py", "lock", {"rings_at", "_thread"}, free=frozenset(("__init__", "turn_off"))),
     Guard("read/reader.py", "_lock", {"_ended"}, also_read=True, free=frozenset(("__init__",))),

@@ -323,7 +323,7 @@ INSERT = "INSERT INTO t VALUES (?)"
 
 
 def lock_of(db: DbWriter, name: str) -> Any:
-    return {"tickets": db._holder.lock, "queue": db._loop.queue.mutex, "pool": db._readers._lock}[name]
+    return {"tickets": db._state.lock, "queue": db._loop.queue.mutex, "pool": db._readers._lock}[name]
 
 
 @pytest.mark.parametrize("lock", ["tickets", "queue", "pool"])

@@ -201,7 +201,7 @@ def test_a_handler_whose_thread_waits_for_its_turn_goes_over_maxsize(path: Path)
 
     def handler(*_: object) -> None:
         release.set()
-        while db._holder.job is None or db._holder.job.label != "the block":
+        while db._state.job is None or db._state.job.label != "the block":
             assert not threading.Event().wait(0.001)
         got.append(db.enqueue("SELECT 'handler'", timeout=0.0))
 

@@ -6,7 +6,7 @@ import sqlite3
 
 import pytest
 
-from onewriter.write.writer import copy_of, leaves_open
+from onewriter.write.writer import commit_outcome_unknown, copy_of
 
 
 def error_with(code: int | None) -> sqlite3.OperationalError:
@@ -37,7 +37,7 @@ def error_with(code: int | None) -> sqlite3.OperationalError:
 def test_only_a_commit_that_can_have_reached_the_file_is_unknown(
     code: int | None, in_transaction: bool, expected: bool
 ) -> None:
-    assert leaves_open(error_with(code), in_transaction) is expected
+    assert commit_outcome_unknown(error_with(code), in_transaction) is expected
 
 
 def test_each_job_gets_an_error_object_of_its_own_that_says_the_same() -> None:

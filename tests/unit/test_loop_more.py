@@ -43,7 +43,7 @@ def waiting_for_lock(db: DbWriter, path: Path) -> Iterator[threading.Event]:
 
 def until_waiting(db: DbWriter) -> None:
     """Until the writer waits for SQLite's lock."""
-    while "waits since" not in db._holder.describe():
+    while "waits since" not in db._state.describe():
         assert not threading.Event().wait(0.001)
 
 
@@ -343,7 +343,7 @@ def test_while_callbacks_are_called_a_timeout_says_whose(db: DbWriter) -> None:
         db.run("SELECT 2", timeout=0.0)
     release.set()
     db.flush()
-    assert "callbacks" not in db._holder.describe()
+    assert "callbacks" not in db._state.describe()
 
 
 def test_a_job_that_swallows_the_end_of_max_hold_hears_of_it(path: Path) -> None:
@@ -383,13 +383,13 @@ def test_who_holds_the_lock_is_looked_up_once_for_many_who_ask(path: Path, monke
     monkeypatch.setattr("onewriter.base.state.describe_lock", describe)
     monkeypatch.setattr("onewriter.base.state.FRESH", DEADLINE)
     with DbWriter(path) as db:
-        db._holder._lock_told = (-DEADLINE, "")
+        db._state._lock_told = (-DEADLINE, "")
         with waiting_for_lock(db, path) as go:
             ticket = db.enqueue("SELECT 1")
             go.set()
             until_waiting(db)
             asked.clear()
-            assert all("somebody" in db._holder.describe() for _ in range(100))
+            assert all("somebody" in db._state.describe() for _ in range(100))
             assert not asked
         assert ticket.exception(DEADLINE) is None
 

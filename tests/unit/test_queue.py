@@ -283,7 +283,7 @@ def test_who_gives_up_its_place_in_a_line_is_not_looked_for(path: Path, monkeypa
 
     with DbWriter(path, maxsize=1, readers=1) as db:
         db.run("CREATE TABLE t (n)")
-        asyncio.run(main(db, db._loop.readers))
+        asyncio.run(main(db, db._readers))
         db.flush(timeout=DEADLINE)
         assert db.read("SELECT n FROM t") == [(0,)]
 

@@ -547,7 +547,7 @@ def test_a_place_that_comes_in_the_moment_nobody_waits_any_more_is_free(
     borrowing.thread = 0  # of another thread
     with one.reader():
         assert not one._readers.take_or_line_up(borrowing)
-        monkeypatch.setattr(Reader, "clean", lambda reader: False)
+        monkeypatch.setattr(Reader, "reset", lambda reader: False)
     monkeypatch.undo()
     assert (borrowing.has_place, borrowing.reader) == (True, None)  # the right to open another
     one._readers.end(borrowing)
@@ -697,7 +697,7 @@ def test_an_interrupt_as_a_connection_is_given_back_loses_nothing(
     lent = one._readers._lent = RaisesBehind(one._readers._lent)
     for _ in range(3):
         if not is_good:
-            monkeypatch.setattr(Reader, "clean", lambda reader: False)
+            monkeypatch.setattr(Reader, "reset", lambda reader: False)
         with pytest.raises(KeyboardInterrupt), one.reader():
             lent.raises = True
         monkeypatch.undo()

@@ -27,7 +27,7 @@ MOMENT = 0.1  # seconds that who has an outcome waits for the log of what was be
 MOST_LINES = 100_000  # that wait: a handler that hangs must not take all the memory
 
 
-class Holder(Protocol):
+class State(Protocol):
     """Whose log it is, and which thread is its writer."""
 
     writer_thread: int
@@ -45,8 +45,8 @@ class Reporter:
     Threads: ``say`` is called by the writer thread, also by a finalizer inside ``say``; ``wait`` by any.
     """
 
-    def __init__(self, holder: Holder, name: str) -> None:
-        self._holder = holder
+    def __init__(self, state: State, name: str) -> None:
+        self._state = state
         self._name = name
         self._lines: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -71,7 +71,7 @@ class Reporter:
 
     def wait(self, until: float = math.inf) -> None:
         """Wait until all that was said is out, or a handler hangs."""
-        if not self.is_behind or get_ident() in self._holder.reporting:  # a handler waits for no handler
+        if not self.is_behind or get_ident() in self._state.reporting:  # a handler waits for no handler
             return
         out, told = threading.Lock(), -1
         out.acquire()
@@ -108,12 +108,12 @@ class Reporter:
         for line in iter(self._lines.get, None):
             line()
             del line  # its error, and what that holds, need not outlive the telling
-            if self._holder.forked:
+            if self._state.forked:
                 return  # a handler has forked, and this is the child
 
     def _tell(self, level: int, message: str, args: tuple[object, ...], error: BaseException | None) -> None:
         try:
-            _log(self._holder, level, message, args, error)
+            _log(self._state, level, message, args, error)
         except BaseException as failure:
             _print(failure)
         self._told += 1
@@ -123,65 +123,62 @@ class Reporter:
             self._tell(logging.CRITICAL, text, args, None)
 
 
-def report(holder: Holder, level: int, message: str, *args: object, error: BaseException | None = None) -> None:
+def report(state: State, level: int, message: str, *args: object, error: BaseException | None = None) -> None:
     """Log a line. No handler keeps the writer thread waiting, and what one raises goes no further.
 
     In a thread of the user's, KeyboardInterrupt and SystemExit come out.
     """
-    if holder.reporter is not None and get_ident() == holder.writer_thread:
-        holder.reporter.say(level, message, args, error)
+    if state.reporter is not None and get_ident() == state.writer_thread:
+        state.reporter.say(level, message, args, error)
     else:
-        _run(holder, _print, _log, holder, level, message, args, error)
+        _run(state, _print, _log, state, level, message, args, error)
 
 
-def contain(holder: Holder, function: Callable[..., object], *args: Any) -> None:
+def call_safely(state: State, function: Callable[..., object], *args: Any) -> None:
     """Call ``function``; what it raises is logged and goes no further.
 
     KeyboardInterrupt and SystemExit come out of a thread of the user's: at once, or, if that is the writer, at the end
     of its turn. In a child that ``function`` has forked on the writer's stack nothing goes on: ForkedError.
     """
     _run(
-        holder,
-        lambda error: report(holder, logging.ERROR, "callback %r failed", function, error=error),
-        function,
-        *args,
+        state, lambda error: report(state, logging.ERROR, "callback %r failed", function, error=error), function, *args
     )
 
 
-def contain_all(holder: Holder, calls: Iterable[tuple[Any, ...]]) -> None:
-    """``contain`` each function with its arguments; an interrupt comes out when all were called."""
+def call_all_safely(state: State, calls: Iterable[tuple[Any, ...]]) -> None:
+    """``call_safely`` each function with its arguments; an interrupt comes out when all were called."""
     rest = iter(calls)
     try:
         for call in rest:
-            if holder.forked:
+            if state.forked:
                 return  # one of them has forked: the others are the parent's
-            contain(holder, *call)
+            call_safely(state, *call)
     except INTERRUPTS:
-        contain_all(holder, rest)
+        call_all_safely(state, rest)
         raise
 
 
-def _run(holder: Holder, tell: Callable[[BaseException], object], function: Callable[..., object], *args: Any) -> None:
-    is_writer = get_ident() == holder.writer_thread
+def _run(state: State, tell: Callable[[BaseException], object], function: Callable[..., object], *args: Any) -> None:
+    is_writer = get_ident() == state.writer_thread
     try:
         function(*args)
     except BaseException as error:
-        if is_writer and holder.forked:
+        if is_writer and state.forked:
             raise
-        if not issubclass(type(error), INTERRUPTS) or (is_writer and holder.reporter is not None):
+        if not issubclass(type(error), INTERRUPTS) or (is_writer and state.reporter is not None):
             tell(error)
         elif is_writer:
-            holder.interrupt = holder.interrupt or error
+            state.interrupt = state.interrupt or error
         else:
             raise
-    if is_writer and holder.forked:
+    if is_writer and state.forked:
         raise forked_error()
 
 
-def _log(holder: Holder, level: int, message: str, args: tuple[object, ...], error: BaseException | None) -> None:
+def _log(state: State, level: int, message: str, args: tuple[object, ...], error: BaseException | None) -> None:
     me = get_ident()
-    is_outermost = me not in holder.reporting
-    holder.reporting.add(me)
+    is_outermost = me not in state.reporting
+    state.reporting.add(me)
     try:
         if error is None:
             logger.log(level, message, *args)
@@ -191,7 +188,7 @@ def _log(holder: Holder, level: int, message: str, args: tuple[object, ...], err
             logger.log(level, f"{message}: %s", *args, text_of(error))
     finally:
         if is_outermost:
-            holder.reporting.discard(me)
+            state.reporting.discard(me)
 
 
 def _print(failure: BaseException) -> None:

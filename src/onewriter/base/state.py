@@ -1,4 +1,4 @@
-"""Holder: who is on the write connection now."""
+"""State: who is on the write connection now."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ class Work(Protocol):
     @property
     def lent(self) -> bool: ...
     def describe(self) -> str: ...
+    def end_at_exit(self) -> None: ...
 
 
 class Block(Protocol):
@@ -51,7 +52,7 @@ class Loan(Protocol):
     def close(self, why: str) -> None: ...
 
 
-class Holder:
+class State:
     """The one place that says which job holds the writer, in which thread, and since when.
 
     Locks:   ``lock`` guards the state of every ticket of this gateway. Nothing blocks and no callback runs while it is
@@ -84,7 +85,7 @@ class Holder:
         self.waiting: tuple[Work, float] | None = None  # for SQLite's lock, and since when
         self.telling: tuple[Work | None, float] | None = None  # whose callbacks are called (None: on_event), since
 
-    def become_inherited(self, error: BaseException) -> None:
+    def after_fork_in_child(self, error: BaseException) -> None:
         """In a forked child. The numbers of threads survive a fork, and so may a lock that another thread holds."""
         self.forked, self.broken, self.health = True, error, f"broken: {error}"
         self.lock = threading.RLock()
@@ -172,7 +173,7 @@ class Holder:
         """Whether the caller has interrupted the writer, or one of the locks that it needs."""
         return threading.get_ident() == self.writer_thread or self.is_inside()
 
-    def waits_endlessly(self, since: float = math.inf) -> bool:
+    def would_deadlock(self, since: float = math.inf) -> bool:
         """Whether the writer could not go on while this thread waits for what was handed in at ``since``, or now."""
         if self.cannot_wait() or (enclosing() is not None and self.scopes.innermost(writes=True) is not None):
             return True
@@ -188,7 +189,7 @@ class Holder:
                 return True
         return bool(self.entering) and threading.get_ident() in self.entering
 
-    def awaits_endlessly(self) -> bool:
+    def would_deadlock_task(self) -> bool:
         """The same for the running task: what others of its loop have ends although it waits."""
         return self.is_mine()
 
@@ -200,7 +201,7 @@ class Holder:
                 f"{what} in a finalizer or signal handler that interrupted a call of this gateway waits for that call, "
                 "so it would never end: leave a note there, and call it outside"
             )
-        if self.awaits_endlessly() if awaits else self.waits_endlessly(since):
+        if self.would_deadlock_task() if awaits else self.would_deadlock(since):
             raise ReentrantWriteError(
                 f"{what} inside a job, block or callback waits for the writer, which waits for the caller, so it would "
                 "never end: call it outside, or use on_commit or enqueue without waiting"

@@ -174,7 +174,7 @@ class Histogram:
 
 
 class Tally:
-    """The counts behind all of them. Guarded by the holder's lock."""
+    """The counts behind all of them. Guarded by the state's lock."""
 
     def __init__(self) -> None:
         self.committed = self.failed = self.cancelled = self.commits = 0

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from time import monotonic
 from typing import Any
 
-from onewriter.base.state import Holder
+from onewriter.base.state import State
 
 SLICE = 0.25  # seconds; a signal that comes just before the thread sleeps is seen at its next wake-up
 
@@ -37,12 +37,12 @@ def seconds_until(deadline: float) -> float | None:
     return None if deadline == math.inf else max(0.0, deadline - monotonic())
 
 
-def wait_in_slices(wakeup: Any, until: float, holder: Holder) -> bool:
+def wait_in_slices(wakeup: Any, until: float, state: State) -> bool:
     """Acquire ``wakeup``, a lock that somebody else releases; False if ``until`` passed without."""
     left = until - monotonic()
     while not wakeup.acquire(timeout=SLICE if left > SLICE else max(0.0, left)):
         left = until - monotonic()
         if left <= 0.0:
             return False
-        holder.warn_if_slow(monotonic())
+        state.warn_if_slow(monotonic())
     return True

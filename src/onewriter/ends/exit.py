@@ -15,14 +15,14 @@ from onewriter.ends.fork import forget_inherited
 from onewriter.errors import ReentrantWriteError, closed_error
 from onewriter.sqlite.file import FileMovedError, refuse_left_open
 from onewriter.write.driver import Driver
-from onewriter.write.writer import WriterLoop
+from onewriter.write.writer import Writer
 
 SLICE = 0.05  # seconds between two looks at whether jobs still finish
-_open: dict[WriterLoop, Driver] = {}  # used in single steps: a lock could meet a signal handler that closes
+_open: dict[Writer, Driver] = {}  # used in single steps: a lock could meet a signal handler that closes
 _hooked = 0  # the process that has our hook in multiprocessing
 
 
-def drain_at_exit(loop: WriterLoop, driver: Driver) -> None:
+def drain_at_exit(loop: Writer, driver: Driver) -> None:
     _open[loop] = driver
     _hook_into_multiprocessing()
 
@@ -38,7 +38,7 @@ def _hook_into_multiprocessing() -> None:
         Finalize(None, _drain_all, exitpriority=1)
 
 
-def forget(loop: WriterLoop) -> None:
+def forget(loop: Writer) -> None:
     _open.pop(loop, None)
 
 
@@ -60,7 +60,7 @@ def refuse_lost(path: str) -> None:
             raise
 
 
-def _all_on(path: str) -> list[WriterLoop]:
+def _all_on(path: str) -> list[Writer]:
     try:
         here = os.stat(path)
     except OSError:
@@ -92,14 +92,14 @@ def _drain_all() -> None:
         _drain(loop, driver)
 
 
-def _drain(loop: WriterLoop, driver: Driver) -> None:
+def _drain(loop: Writer, driver: Driver) -> None:
     """Wait while jobs finish; give up when none has finished for ``lock_timeout`` seconds."""
     with contextlib.suppress(ReentrantWriteError):  # this thread has left a block open
         driver.join(0.0)  # without a thread, nobody else writes what is queued
     finished, since = -1, monotonic()
     while not loop.drained.wait(SLICE):
         loop.end_block_at_exit()
-        now = loop.holder.tally.finished
+        now = loop.state.tally.finished
         if now != finished:
             finished, since = now, monotonic()
         elif monotonic() - since > loop.lock_timeout:
@@ -108,8 +108,8 @@ def _drain(loop: WriterLoop, driver: Driver) -> None:
     if labels:
         counts = ", ".join(f"{count} × {label!r}" for label, count in collections.Counter(labels).most_common(20))
         text = "%s: %d jobs are not written at exit, since nothing could be for %s s: %s; %s"
-        arguments = (loop.label, len(labels), loop.lock_timeout, counts, loop.holder.describe())
-        report(loop.holder, logging.CRITICAL, text, *arguments)
+        arguments = (loop.label, len(labels), loop.lock_timeout, counts, loop.state.describe())
+        report(loop.state, logging.CRITICAL, text, *arguments)
     if loop.drained.is_set():
         loop.readers.stop_waiting()
         driver.join(loop.lock_timeout)

@@ -20,7 +20,7 @@ _inherited: list[tuple[int, int]] = []  # device and inode of the files that an 
 def forget_inherited(loops: Iterable[Any]) -> None:
     """Called in the child, at once after the fork."""
     for loop in loops:
-        for thing in loop.become_inherited():
+        for thing in loop.after_fork_in_child():
             keep_open(thing)
         if loop.file.identity is None:  # it is about to be opened
             with contextlib.suppress(OSError):

@@ -16,7 +16,7 @@ from time import monotonic
 from typing import Any, TypeVar
 
 from onewriter.base.log import report
-from onewriter.base.state import Holder
+from onewriter.base.state import State
 from onewriter.base.waiting import wake
 from onewriter.errors import ReadTimeoutError, closed_error
 from onewriter.read.clock import ReadClock
@@ -65,14 +65,14 @@ class ReaderPool:
     Threads: any.
     """
 
-    def __init__(self, settings: Settings, size: int, holder: Holder, file: DatabaseFile) -> None:
+    def __init__(self, settings: Settings, size: int, state: State, file: DatabaseFile) -> None:
         self._settings = settings
         self._file = file
         self.size = size
-        self._holder = holder
+        self._state = state
         self._stop = threading.Event()
         self._lock = threading.RLock()  # a finalizer or signal handler may read while its thread is inside
-        holder.locks = (*holder.locks, self._lock)
+        state.locks = (*state.locks, self._lock)
         self._idle: list[Reader] = []
         self._count = 0  # idle or lent; above ``size`` while threads that have one need another
         self._extras = 0  # lent beside them
@@ -112,7 +112,7 @@ class ReaderPool:
             finally:
                 snapshot.end()
         except sqlite3.DatabaseError as error:
-            self._holder.note_corruption(error)
+            self._state.note_corruption(error)
             raise
         finally:
             try:
@@ -123,12 +123,12 @@ class ReaderPool:
 
     def pin(self, reader: Reader, label: str) -> None:
         """Have it see this moment until it is given back."""
-        reader.seen = self._holder.tally.committed
+        reader.seen = self._state.tally.committed
         reader.attempt(label, reader.pin)
 
     def inside(self, snapshot: Snapshot) -> contextlib.AbstractContextManager[None]:
         """For the ``with`` block the caller's reads see it."""
-        return self._holder.scopes.inside(snapshot, writes=False)
+        return self._state.scopes.inside(snapshot, writes=False)
 
     def read(self, sql: str, parameters: Parameters, fetch: Fetch[T], label: str, deadline: float) -> T:
         borrowing = Borrowing(label)
@@ -142,7 +142,7 @@ class ReaderPool:
                 finally:
                     cursor.close()
             except sqlite3.DatabaseError as error:
-                self._holder.note_corruption(error)
+                self._state.note_corruption(error)
                 rows: T = reader.recover(error, label, reader.fetch, sql, parameters, fetch)
                 return rows
         finally:
@@ -183,7 +183,7 @@ class ReaderPool:
             finally:
                 snapshot.end()
         except sqlite3.DatabaseError as error:
-            self._holder.note_corruption(error)
+            self._state.note_corruption(error)
             raise
         finally:
             try:
@@ -229,7 +229,7 @@ class ReaderPool:
     def seconds_until_slow(self) -> float | None:
         """When ``warn_if_slow`` has somebody to name; None: nobody is there."""
         since = [borrowing.since for borrowing in self._lent.copy() if not borrowing.is_named]
-        return max(0.01, min(since) + self._holder.slow_after - monotonic()) if since else None
+        return max(0.01, min(since) + self._state.slow_after - monotonic()) if since else None
 
     @contextlib.contextmanager
     def held_back(self, seconds: float) -> Iterator[None]:
@@ -259,10 +259,10 @@ class ReaderPool:
 
     def _warn(self, borrowing: Borrowing, state: str) -> None:
         seconds = monotonic() - borrowing.since
-        if seconds > self._holder.slow_after and not borrowing.is_named:
+        if seconds > self._state.slow_after and not borrowing.is_named:
             borrowing.is_named = True
             text = "slow: %s %s since %.1f s; while it is, the WAL cannot shrink"
-            report(self._holder, logging.WARNING, text, borrowing.label, state, seconds)
+            report(self._state, logging.WARNING, text, borrowing.label, state, seconds)
 
     def close(self, patience: float | None = None) -> None:
         """Refuse new loans, wait until all connections are back (or ``stop_waiting``), and close them."""
@@ -296,7 +296,7 @@ class ReaderPool:
         self._stop.set()
         self._all_back.set()
 
-    def become_inherited(self) -> list[object]:
+    def after_fork_in_child(self) -> list[object]:
         """In a forked child: lend nothing, take nothing back; returns what must never be closed there."""
         self._lock = self.clock.lock = threading.RLock()
         self._closed = True
@@ -312,8 +312,8 @@ class ReaderPool:
             self._open_again.wait(HELD_BACK)
             borrowing.since = monotonic()
         if not self.take_or_line_up(borrowing):
-            if self._holder.is_inside():
-                self._holder.refuse_endless_wait(f"waiting for a connection for {borrowing.label}")
+            if self._state.is_inside():
+                self._state.refuse_endless_wait(f"waiting for a connection for {borrowing.label}")
             left = deadline - monotonic()
             borrowing.wakeup.acquire(timeout=-1 if left == math.inf else max(0.0, min(left, threading.TIMEOUT_MAX)))
             self.refuse_unless_granted(borrowing)
@@ -328,7 +328,7 @@ class ReaderPool:
     def take_or_line_up(self, borrowing: Borrowing) -> bool:
         """Whether there is a connection, or the right to open one; if not, it is in line, and its turn wakes it."""
         with self._lock:
-            if self._closed or self._holder.broken is not None:
+            if self._closed or self._state.broken is not None:
                 self._refuse_if_closed()
             # Ctrl-C comes behind a call: there is none between what is taken here and who has it.
             if self._idle:
@@ -399,7 +399,7 @@ class ReaderPool:
                 self._returned.set()
             self._call_if_all_back()
 
-    def hurry(self, borrowing: Borrowing) -> None:
+    def expire(self, borrowing: Borrowing) -> None:
         """End the statement that runs there, unless the connection is somebody else's by now."""
         with self._lock:
             if borrowing.is_over or borrowing.reader is None:
@@ -415,9 +415,9 @@ class ReaderPool:
         if reader is not None and reader.inside:
             reader.when_out.append(functools.partial(self.end, borrowing))
             return
-        if monotonic() - borrowing.since > self._holder.slow_after and reader is not None:
+        if monotonic() - borrowing.since > self._state.slow_after and reader is not None:
             self._warn(borrowing, "was open")
-        is_good = reader is not None and reader.clean()
+        is_good = reader is not None and reader.reset()
         with self._lock:
             if not borrowing.has_place:
                 self._waiting.pop(borrowing, None)
@@ -470,7 +470,7 @@ class ReaderPool:
             self._all_back.set()
 
     def _refuse_if_closed(self) -> None:
-        self._holder.refuse_if_broken()
+        self._state.refuse_if_broken()
         if self._closed:
             raise closed_error()
 

@@ -99,27 +99,27 @@ class Reader:
     def pin(self) -> None:
         """Begin a transaction that sees this moment until ``clean``."""
         if not self.connection.in_transaction:  # tried again after it met a lock, it has begun already
-            self._own("BEGIN")
+            self._internal("BEGIN")
         if self._pins is None:  # not before there is somebody who waits: the names may be behind a lock
             names = database_names(self.connection)
-            self._pins = [self.guard.own(f'PRAGMA "{name}".schema_version') for name in names]
+            self._pins = [self.guard.internal(f'PRAGMA "{name}".schema_version') for name in names]
         for read in self._pins:  # BEGIN alone pins no snapshot: the first read of each database does
             self.fetch(read, (), drain)
         self.is_pinned = self.guard.is_lent = True
 
-    def _own(self, sql: str) -> None:
-        self.guard.is_own = True
+    def _internal(self, sql: str) -> None:
+        self.guard.is_internal = True
         try:
-            self.fetch(self.guard.own(sql), (), drain)
+            self.fetch(self.guard.internal(sql), (), drain)
         finally:
-            self.guard.is_own = False
+            self.guard.is_internal = False
 
     def end_late(self) -> None:
         functions, self.when_out = self.when_out, []
         for function in functions:
             function()
 
-    def clean(self) -> bool:
+    def reset(self) -> bool:
         """Be as new for the next borrower, whatever the last one did; False: that cannot be."""
         self.deadline = math.inf
         if self.is_pinned:
@@ -129,7 +129,7 @@ class Reader:
             self.connection.row_factory, self.connection.text_factory = self._row_factory, self._text_factory
         if self.connection.in_transaction:
             try:
-                self._own("ROLLBACK")
+                self._internal("ROLLBACK")
             except sqlite3.Error:
                 return False
         return not self.guard.is_spoilt
@@ -249,7 +249,7 @@ class Snapshot:
     def undo(self, end_cursors: Callable[[], None]) -> None:
         pass
 
-    def outlasts(self, name: str) -> None:
+    def mark_dirty(self, name: str) -> None:
         self.reader.guard.is_spoilt = True
 
     def end(self) -> None:

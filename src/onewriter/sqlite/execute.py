@@ -137,7 +137,7 @@ class Executor:
         finally:
             cursor.close()
 
-    def left_nothing(self, sql: str, error: BaseException, schema_fails: bool) -> bool:
+    def surely_had_no_effect(self, sql: str, error: BaseException, schema_fails: bool) -> bool:
         """Whether it is certain that the statement that raised ``error`` has changed nothing."""
         text = describe_sql(sql)
         if text.returning or not issubclass(type(error), sqlite3.Error):

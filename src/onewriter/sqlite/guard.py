@@ -102,13 +102,13 @@ class ReadGuard(_Refusals):
     def __init__(self) -> None:
         super().__init__()
         self._secret = secrets.token_hex(8)
-        self.is_own = False  # the pool's own statement is prepared
+        self.is_internal = False  # the pool's own statement is prepared
         self.is_lent = False  # to a function or a block, which has one connection for more than one statement
         self.text = ""  # of the read, if it is not
         self.must_ask_again = False  # what was allowed to one that is lent, about texts that are prepared now
         self.is_spoilt = False  # somebody has set what would last beyond the loan
 
-    def own(self, sql: str) -> str:
+    def internal(self, sql: str) -> str:
         return f"{sql} /* {self._secret} */"
 
     def install(self, connection: sqlite3.Connection) -> None:
@@ -129,12 +129,12 @@ class ReadGuard(_Refusals):
                 return self._history("PRAGMA data_version")
         if action == sqlite3.SQLITE_FUNCTION and second in self.history:
             return self._history(f"{second}()")
-        if action == sqlite3.SQLITE_TRANSACTION and not self.is_own:  # a snapshot stands for its whole length
+        if action == sqlite3.SQLITE_TRANSACTION and not self.is_internal:  # a snapshot stands for its whole length
             return self.deny("a reader's transaction is the gateway's: reader() is one")
         return sqlite3.SQLITE_OK
 
     def _history(self, name: str) -> int:
-        if self.is_own:
+        if self.is_internal:
             return sqlite3.SQLITE_OK
         if not self.is_lent:
             return self.deny_history(name)
@@ -170,7 +170,7 @@ class Guard(_Refusals):
         self.is_asking = False  # a SELECT that is a job
         self.hidden_commit = False  # sqlite3, in a transaction, is about to end it before a script
 
-    def own(self, sql: str) -> str:
+    def internal(self, sql: str) -> str:
         return f"{sql} /* {self._secret} */"
 
     def asked_anew(self, sql: str) -> str:

@@ -41,7 +41,7 @@ class Loan(Protocol):
     def interrupt(self) -> None: ...
     def savepoint(self) -> contextlib.AbstractContextManager[None]: ...
     def undo(self, end_cursors: Callable[[], None]) -> None: ...
-    def outlasts(self, name: str) -> None: ...
+    def mark_dirty(self, name: str) -> None: ...
 
 
 class Lender(Protocol):
@@ -397,7 +397,7 @@ def _outlasting(name: str) -> Any:
 
 
 def _note_and_call(loan: Loan, name: str, /, *args: Any, **options: Any) -> Any:
-    loan.outlasts(name)
+    loan.mark_dirty(name)
     return getattr(sqlite3.Connection, name)(loan.connection, *args, **options)
 
 

@@ -13,7 +13,7 @@ from time import monotonic
 from typing import Any, TypeVar
 
 from onewriter.base.arguments import check_sql
-from onewriter.base.state import Holder
+from onewriter.base.state import State
 from onewriter.base.strict import Strict
 from onewriter.base.waiting import resolve, seconds_until, wake
 from onewriter.errors import ReadTimeoutError, TransactionClosedError, forked_error
@@ -53,11 +53,11 @@ class TaskBlock(Job[None]):
         "max_hold",
         "transaction",
     )
-    alone = lent = needs_savepoint = True
-    loud = False  # its own task hears
+    exclusive = lent = needs_savepoint = True
+    logs_failure = False  # its own task hears
 
-    def __init__(self, holder: Holder, label: str | None, max_hold: float, frame: types.FrameType) -> None:
-        super().__init__(holder, label or "transaction", frame, None)
+    def __init__(self, state: State, label: str | None, max_hold: float, frame: types.FrameType) -> None:
+        super().__init__(state, label or "transaction", frame, None)
         self.max_hold = max_hold
         self.loop = asyncio.get_running_loop()
         self.transaction: Transaction | None = None
@@ -92,11 +92,11 @@ class TaskBlock(Job[None]):
         tx.limit(self.max_hold)
         tx.watch()  # so that the end of the block ends a statement too
         tx.lend()
-        with self._holder.lock:
+        with self._state.lock:
             others = [waiter for waiter in self._waiters or () if waiter is not self.granted]
             self.transaction, self._waiters = tx, others or None
         wake([self.granted])
-        scopes = self._holder.scopes
+        scopes = self._state.scopes
         scopes.enter_job(tx)  # what a function that a task sends calls is inside
         try:
             self._serve(tx, self.started_at + self.max_hold)
@@ -105,7 +105,7 @@ class TaskBlock(Job[None]):
                 self._accepts = False
             tx.close(ENDED)
             tx.end_call()
-            while not (self._holder.forked or self._requests.empty()):  # they meet the closed transaction
+            while not (self._state.forked or self._requests.empty()):  # they meet the closed transaction
                 request = self._requests.get()
                 if request is not None:
                     with contextlib.suppress(TransactionClosedError):
@@ -119,7 +119,7 @@ class TaskBlock(Job[None]):
             try:
                 request = self._requests.get(timeout=max(0.0, min(until - monotonic(), LOOK)))
             except queue.Empty:
-                self._holder.warn_if_slow(monotonic())
+                self._state.warn_if_slow(monotonic())
                 if monotonic() < until and not self.loop.is_closed():
                     continue
                 tx.close(TOO_LONG if monotonic() >= until else LOOP_CLOSED)
@@ -127,7 +127,7 @@ class TaskBlock(Job[None]):
             if request is None:
                 return
             request()
-            if self._holder.forked:
+            if self._state.forked:
                 raise forked_error()  # a function of the user's has forked, and this is the child
 
     def end(self, failed: bool) -> None:
@@ -287,7 +287,7 @@ class AsyncTransaction(Strict):
         Tasks that share the transaction have their savepoints one after the other; those of a task that was made inside
         a savepoint are inside it.
         """
-        block, scopes = self._block, self._block._holder.scopes
+        block, scopes = self._block, self._block._state.scopes
         around = (one for one in scopes.inherited() if isinstance(one, TaskSavepoint) and one.block is block)
         outer = next(around, None)
         await block.until_innermost(outer)

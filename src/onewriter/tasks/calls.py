@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from time import monotonic
 from typing import Any, TypeVar
 
-from onewriter.base.state import Holder
+from onewriter.base.state import State
 from onewriter.base.waiting import resolve, wake
 from onewriter.gateway import Seconds
 from onewriter.read.pool import Borrowing
@@ -82,16 +82,16 @@ async def in_thread(function: Callable[[], T], undo: Callable[[T], object] | Non
     return result  # type: ignore[no-any-return]
 
 
-async def and_the_log(flushed: Coroutine[Any, Any, None], holder: Holder, timeout: Seconds) -> None:
+async def and_the_log(flushed: Coroutine[Any, Any, None], state: State, timeout: Seconds) -> None:
     """Wait for ``flushed``, and then until what the writer has reported is out."""
     until = math.inf if timeout is None else monotonic() + timeout
     await flushed
-    reporter = holder.reporter
+    reporter = state.reporter
     if reporter is not None and reporter.is_behind:
         await in_thread(lambda: reporter.wait(until))
 
 
-def call_in_pool(call: Callable[[], T], borrowing: Borrowing | None, pool: ThreadPoolExecutor, holder: Holder) -> T:
+def call_in_pool(call: Callable[[], T], borrowing: Borrowing | None, pool: ThreadPoolExecutor, state: State) -> T:
     if borrowing is not None:
         borrowing.runs_in = threading.get_ident()
     try:
@@ -99,7 +99,7 @@ def call_in_pool(call: Callable[[], T], borrowing: Borrowing | None, pool: Threa
     finally:
         if borrowing is not None:
             borrowing.runs_in = 0
-        if holder.forked:  # by the call: in the child nobody else would end this thread
+        if state.forked:  # by the call: in the child nobody else would end this thread
             pool.shutdown(wait=False)
 
 

@@ -48,7 +48,8 @@ class AsyncReader:
             self._snapshot.reader.limit(deadline)
             call = functools.partial(function, self._snapshot, *args)
             try:
-                return await self._owner._in_pool(call, self._borrowing)
+                outcome: T = await self._owner._in_pool(call, self._borrowing)
+                return outcome
             finally:
                 self._snapshot.reader.limit(math.inf)
         finally:
@@ -58,11 +59,11 @@ class AsyncReader:
         """Where the blocking reads of its task go."""
         return self._snapshot
 
-    def _hurry(self) -> None:
+    def _expire(self) -> None:
         db = self._owner._db  # which may be closed by now
         assert db is not None
         self._snapshot.is_left = True
-        db._readers.hurry(self._borrowing)
+        db._readers.expire(self._borrowing)
 
     async def _end(self) -> None:
         """Wait for what another task still runs here; a cancellation hurries that, and is raised after its end."""
@@ -74,7 +75,7 @@ class AsyncReader:
                     break
             except asyncio.CancelledError as error:
                 cancelled = error
-                self._hurry()
+                self._expire()
         if cancelled is not None:
             raise cancelled
 

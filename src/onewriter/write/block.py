@@ -8,7 +8,7 @@ import types
 from asyncio import AbstractEventLoop, _get_running_loop
 from time import monotonic
 
-from onewriter.base.state import Holder
+from onewriter.base.state import State
 from onewriter.write.ticket import Job
 from onewriter.write.transaction import ENDED, TOO_LONG, Transaction
 
@@ -29,13 +29,13 @@ class BlockJob(Job[None]):
     """
 
     __slots__ = ("failed", "given_back", "granted", "loop", "max_hold", "nested", "thread", "transaction")
-    alone = True
+    exclusive = True
     lent = True
-    loud = False  # its own thread hears
+    logs_failure = False  # its own thread hears
     needs_savepoint = True
 
-    def __init__(self, holder: Holder, label: str | None, max_hold: float, frame: types.FrameType) -> None:
-        super().__init__(holder, label or "transaction", frame, None)
+    def __init__(self, state: State, label: str | None, max_hold: float, frame: types.FrameType) -> None:
+        super().__init__(state, label or "transaction", frame, None)
         self.max_hold = max_hold
         self.thread = threading.current_thread()  # which enters it
         self.loop = _get_running_loop()  # of that thread
@@ -59,7 +59,7 @@ class BlockJob(Job[None]):
     def lend(self, transaction: Transaction) -> None:
         """Let those that wait for it have the transaction."""
         transaction.lend()
-        with self._holder.lock:
+        with self._state.lock:
             self.transaction, self._waiters = transaction, None
         self.granted.release()
 
@@ -77,7 +77,7 @@ class BlockJob(Job[None]):
         self.lend(tx)
         until = self.started_at + self.max_hold
         while not self.given_back.acquire(timeout=self._patience(until)):
-            self._holder.warn_if_slow(monotonic())
+            self._state.warn_if_slow(monotonic())
             if monotonic() >= until:
                 tx.take_back(TOO_LONG)
                 raise tx.closed_error()
@@ -85,7 +85,7 @@ class BlockJob(Job[None]):
 
     def _patience(self, until: float) -> float:
         """Seconds until there is something to do."""
-        now, slow = monotonic(), self.started_at + self._holder.slow_after
+        now, slow = monotonic(), self.started_at + self._state.slow_after
         next_look = until if slow < now else min(until, slow + 0.001)
         return max(0.0, min(next_look - now, threading.TIMEOUT_MAX))
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import math
 import sqlite3
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from time import monotonic
 from typing import Any, NamedTuple, Protocol
 
 from onewriter.base.log import report
-from onewriter.base.state import Holder
+from onewriter.base.state import State
 from onewriter.events import CheckpointEnded, Hook, tell
 from onewriter.sqlite.file import DatabaseFile
 from onewriter.sqlite.locks import describe_wal_readers
@@ -40,6 +40,14 @@ class Readers(Protocol):
     def out_for(self, seconds: float) -> Collection[Any]: ...
     def is_out(self, borrowing: Any) -> bool: ...
     def held_back(self, seconds: float) -> AbstractContextManager[None]: ...
+    @property
+    def waiting(self) -> int: ...
+    def stop_waiting(self) -> None: ...
+    def warn_if_slow(self) -> None: ...
+    def seconds_until_slow(self) -> float | None: ...
+    def close(self, patience: float | None = None) -> None: ...
+    def when_all_back(self, function: Callable[[], object]) -> None: ...
+    def after_fork_in_child(self) -> list[Any]: ...
 
 
 class Checkpoint(NamedTuple):
@@ -67,12 +75,12 @@ class Checkpointer:
     """
 
     def __init__(
-        self, settings: Settings, file: DatabaseFile, readers: Readers, holder: Holder, on_event: Hook | None
+        self, settings: Settings, file: DatabaseFile, readers: Readers, state: State, on_event: Hook | None
     ) -> None:
         self._settings = settings
         self._file = file
         self._readers = readers
-        self._holder = holder
+        self._state = state
         self._on_event = on_event
         self._kept_size = 0  # of the log, when it could not be emptied although it is over its limit
         self._kept_by: Collection[Any] = []  # readers that were out for long then, and
@@ -156,7 +164,7 @@ class Checkpointer:
     def starved(self) -> str:
         """Why the log is over its limit now, by far or for longer than ``slow_after``; empty if it is not."""
         size, limit = self._largest_file(), self._settings.wal_limit
-        is_kept = monotonic() - self._kept_since >= self._holder.slow_after
+        is_kept = monotonic() - self._kept_since >= self._state.slow_after
         if (
             not self.has_work
             or size <= limit
@@ -168,11 +176,11 @@ class Checkpointer:
 
     def _warn(self) -> None:
         """Say who keeps the log over its limit for longer than ``slow_after``; again when it has doubled."""
-        if monotonic() - self._kept_since >= self._holder.slow_after and self._largest_file() >= self._told_at:
+        if monotonic() - self._kept_since >= self._state.slow_after and self._largest_file() >= self._told_at:
             text = self.starved
             if text:
                 self._told_at = 2 * self._largest_file()
-                report(self._holder, logging.WARNING, "checkpoint starved: %s", text)
+                report(self._state, logging.WARNING, "checkpoint starved: %s", text)
 
     def ask_for(self, session: WriteSession, mode: str) -> Checkpoint:
         """What a user has asked for."""
@@ -188,7 +196,7 @@ class Checkpointer:
         began = monotonic()
         busy, log, checkpointed, self._largest = False, -1, -1, 0
         for name in session.logs or ["main"]:
-            rows = session.own(f'PRAGMA "{name}".wal_checkpoint({mode})')
+            rows = session.internal(f'PRAGMA "{name}".wal_checkpoint({mode})')
             was_busy, pages, done = rows[0]
             busy |= bool(was_busy)
             if pages >= 0:
@@ -198,17 +206,17 @@ class Checkpointer:
         self.last = found, monotonic()
         self.remember_size(session)
         if self._on_event is not None:
-            tell(self._holder, self._on_event, CheckpointEnded(mode, *found, monotonic() - began))
+            tell(self._state, self._on_event, CheckpointEnded(mode, *found, monotonic() - began))
         return found
 
     def remember_size(self, session: WriteSession) -> None:
         """From now on only another process makes the file smaller, and SQLite tells of its commits."""
         try:
-            if session.own("PRAGMA auto_vacuum")[0][0]:
+            if session.internal("PRAGMA auto_vacuum")[0][0]:
                 self._file.forget_size()  # any commit may make it smaller
                 return
-            self._version = session.own("PRAGMA data_version")
-            self._schema = session.own("PRAGMA schema_version")
+            self._version = session.internal("PRAGMA data_version")
+            self._schema = session.internal("PRAGMA schema_version")
             self._file.remember_size()
         except sqlite3.Error:  # a lock, or damage, which others will meet too
             self._file.forget_size()
@@ -218,7 +226,7 @@ class Checkpointer:
         if session.connection.in_transaction:
             return
         try:
-            if session.own("PRAGMA data_version") != self._version and not self._is_put_back(session):
+            if session.internal("PRAGMA data_version") != self._version and not self._is_put_back(session):
                 self._file.forget_size()
                 return
         except sqlite3.DatabaseError as error:
@@ -229,4 +237,4 @@ class Checkpointer:
     def _is_put_back(self, session: WriteSession) -> bool:
         """In the rollback-journal modes, where SQLite takes whatever is in the file for somebody's commit: whether that
         cannot be VACUUM, which counts up the version of the schema."""
-        return self._settings.journal_mode != "WAL" and session.own("PRAGMA schema_version") <= self._schema
+        return self._settings.journal_mode != "WAL" and session.internal("PRAGMA schema_version") <= self._schema

@@ -1,4 +1,4 @@
-"""Who runs the WriterLoop: a thread of its own, or, for tests, the calling thread."""
+"""Who runs the Writer: a thread of its own, or, for tests, the calling thread."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from onewriter.errors import QueueFullError, ReentrantWriteError, WriteTimeoutEr
 from onewriter.write.block import BlockJob
 from onewriter.write.ticket import Job
 from onewriter.write.transaction import Transaction
-from onewriter.write.writer import MOST_TAKEN, WriterLoop
+from onewriter.write.writer import MOST_TAKEN, Writer
 
 
 class Driver(Protocol):
@@ -45,13 +45,13 @@ class Driver(Protocol):
 class ThreadDriver:
     """One daemon thread is the writer, from the opening of its connection to its closing."""
 
-    def __init__(self, loop: WriterLoop) -> None:
+    def __init__(self, loop: Writer) -> None:
         self._loop = loop
         self.submit = loop.queue.put
         self._ready = threading.Event()
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._main, name=f"{loop.label}-writer", daemon=True)
-        loop.holder.reporter = Reporter(loop.holder, f"{loop.label}-log")
+        loop.state.reporter = Reporter(loop.state, f"{loop.label}-log")
 
     def start(self) -> None:
         self._thread.start()
@@ -73,7 +73,7 @@ class ThreadDriver:
         self._loop.queue.put(job)
         until = math.inf if timeout is None else monotonic() + timeout
         with self._loop.queue.waiting():
-            in_time = wait_in_slices(job.granted, until, self._loop.holder)
+            in_time = wait_in_slices(job.granted, until, self._loop.state)
         if not in_time and job.cancel():
             raise not_entered(job, timeout, self._loop)
         if not in_time:  # granted, or refused, in the same moment
@@ -95,7 +95,7 @@ class ThreadDriver:
 
     def _main(self) -> None:
         loop = self._loop
-        loop.holder.writer_thread = threading.get_ident()
+        loop.state.writer_thread = threading.get_ident()
         try:
             loop.open()
         except BaseException as error:
@@ -111,7 +111,7 @@ class ThreadDriver:
             loop.broke(error)
         finally:
             loop.end()
-            loop.holder.writer_thread = 0  # the system gives the number to other threads
+            loop.state.writer_thread = 0  # the system gives the number to other threads
 
     def _work(self) -> bool:
         """Write what waits, or wait for it; False at the end. Keeps nothing of the last jobs alive while it waits."""
@@ -127,12 +127,12 @@ class InlineDriver:
            thread.
     """
 
-    def __init__(self, loop: WriterLoop) -> None:
+    def __init__(self, loop: Writer, clock: Any) -> None:
         self._loop = loop
         self._turn = threading.Lock()
         self._inside: set[int] = set()  # the threads that use it, or are about to have it
         self._ended = False
-        loop.readers.clock.turn_off()
+        clock.turn_off()
 
     def start(self) -> None:
         try:
@@ -142,7 +142,7 @@ class InlineDriver:
             raise
 
     def submit(self, job: Job[Any], timeout: float | None) -> None:
-        if self._loop.holder.is_mine():  # whoever is the writer runs it next
+        if self._loop.state.is_mine():  # whoever is the writer runs it next
             self._loop.queue.put(job)
             return
         if job.bounded and threading.get_ident() in self._inside:  # a signal handler's or finalizer's
@@ -150,7 +150,7 @@ class InlineDriver:
             return
         if not self._take_turn(timeout):
             if job.bounded:
-                raise QueueFullError(f"no turn for job {job.describe()}: {self._loop.holder.describe()}")
+                raise QueueFullError(f"no turn for job {job.describe()}: {self._loop.state.describe()}")
             return  # whoever waits for it finds it not started
         try:
             self._loop.queue.put(job)
@@ -206,7 +206,7 @@ class InlineDriver:
             self._give_turn()
 
     def _take_turn(self, timeout: float | None) -> bool:
-        if self._loop.holder.forked:
+        if self._loop.state.forked:
             raise forked_error()
         me = threading.get_ident()
         if me in self._inside:
@@ -221,9 +221,9 @@ class InlineDriver:
         return has_it
 
     def _give_turn(self) -> None:
-        if not self._loop.holder.forked:
-            holder = self._loop.holder
-            interrupt, holder.interrupt = holder.interrupt, None
+        if not self._loop.state.forked:
+            state = self._loop.state
+            interrupt, state.interrupt = state.interrupt, None
             self._turn.release()
             self._inside.discard(threading.get_ident())
             if self._loop.queue.queue and self._take_turn(0.0):  # what a signal handler has put in this moment
@@ -247,11 +247,11 @@ class InlineDriver:
 
     @contextlib.contextmanager
     def _as_writer(self) -> Iterator[None]:
-        self._loop.holder.writer_thread = threading.get_ident()
+        self._loop.state.writer_thread = threading.get_ident()
         try:
             yield
         finally:
-            self._loop.holder.writer_thread = 0
+            self._loop.state.writer_thread = 0
 
 
 def entered(job: BlockJob) -> Transaction:
@@ -261,7 +261,7 @@ def entered(job: BlockJob) -> Transaction:
     return job.transaction
 
 
-def not_entered(job: Job[Any], timeout: float | None, loop: WriterLoop) -> WriteTimeoutError:
-    loop.holder.count_timeout()
-    message = f"{job.describe()} did not get its turn within {timeout} s and is withdrawn: {loop.holder.describe()}"
+def not_entered(job: Job[Any], timeout: float | None, loop: Writer) -> WriteTimeoutError:
+    loop.state.count_timeout()
+    message = f"{job.describe()} did not get its turn within {timeout} s and is withdrawn: {loop.state.describe()}"
     return WriteTimeoutError(message, ticket=job, started=False)

@@ -8,7 +8,7 @@ from time import monotonic
 from typing import TypeVar, cast
 
 from onewriter.base.arguments import name_of
-from onewriter.base.state import Holder
+from onewriter.base.state import State
 from onewriter.sqlite.guard import Mode
 from onewriter.sqlite.result import LIVE_RESULTS, Result, refuse_live
 from onewriter.sqlite.statement import Parameters, describe_sql
@@ -25,13 +25,13 @@ class StatementJob(Job[Result]):
     mode = Mode.ALONE
 
     def __init__(
-        self, holder: Holder, sql: str, parameters: Parameters, label: str | None, frame: types.FrameType, bounded: bool
+        self, state: State, sql: str, parameters: Parameters, label: str | None, frame: types.FrameType, bounded: bool
     ) -> None:
         # Not super().__init__, and nothing that can wait: this is most of what enqueue does.
-        self._holder = holder
+        self._state = state
         self._label = label
         self._code, self._instruction = frame.f_code, frame.f_lasti
-        self._state = PENDING
+        self._stage = PENDING
         self._result = self._error = self._waiters = self._callbacks = None
         self.bounded = bounded
         self.created_at = monotonic()
@@ -75,12 +75,12 @@ class BareStatementJob(StatementJob):
 class FunctionJob(Job[T]):
     """A function of the Transaction, which is its ``work``."""
 
-    __slots__ = ("alone", "bounded", "cut", "foreign_keys")
+    __slots__ = ("bounded", "cut", "exclusive", "foreign_keys")
     needs_savepoint = True
 
     def __init__(
         self,
-        holder: Holder,
+        state: State,
         function: Callable[[Transaction], T],
         label: str | None,
         frame: types.FrameType,
@@ -90,8 +90,8 @@ class FunctionJob(Job[T]):
         bounded: bool = False,
     ) -> None:
         """``sql``: the text that the function is there for, if it is."""
-        super().__init__(holder, label or sql[:LABEL_LENGTH] or name_of(function), frame, function)
-        self.alone = foreign_keys is not None or (sql != "" and describe_sql(sql).isolated)
+        super().__init__(state, label or sql[:LABEL_LENGTH] or name_of(function), frame, function)
+        self.exclusive = foreign_keys is not None or (sql != "" and describe_sql(sql).isolated)
         self.bounded = bounded
         self.foreign_keys = foreign_keys
         self.cut = not label and len(sql) > LABEL_LENGTH
@@ -110,8 +110,8 @@ class ControlJob(Job[T]):
     """No write: a function that the writer calls between two transactions, or, for flush, only a place in the queue."""
 
     __slots__ = ()
-    alone = True
-    counted = loud = False
+    exclusive = True
+    in_stats = logs_failure = False
 
     def call(self) -> T | None:
         return None if self.work is None else cast(T, self.work())

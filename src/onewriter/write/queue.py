@@ -13,7 +13,7 @@ from time import monotonic
 from typing import Any
 
 from onewriter.base.log import report
-from onewriter.base.state import Holder
+from onewriter.base.state import State
 from onewriter.base.waiting import wake
 from onewriter.errors import OneWriterError, QueueFullError
 from onewriter.write.ticket import Job
@@ -32,11 +32,11 @@ class JobQueue(queue.Queue[Job[Any]]):
              looks; whoever puts, even a finalizer between the look and the sleep, sees that and leaves the token.
     """
 
-    def __init__(self, maxsize: int, holder: Holder) -> None:
+    def __init__(self, maxsize: int, state: State) -> None:
         super().__init__(maxsize)
         self.mutex = threading.RLock()  # type: ignore[assignment]
-        holder.locks = (*holder.locks, self.mutex)
-        self._holder = holder
+        state.locks = (*state.locks, self.mutex)
+        self._state = state
         self._token = threading.Lock()
         self._token.acquire()
         self._asleep = False
@@ -50,7 +50,7 @@ class JobQueue(queue.Queue[Job[Any]]):
         self._room: OrderedDict[_Waiter, None] = OrderedDict()  # who waits for room, in order; any may leave
         self._withdrawn: set[Job[Any]] = set()  # those of the queue that are nothing but a place in it
         self._is_taking = False
-        holder.forget = self.forget
+        state.forget = self.forget
         self._waiting_threads: set[int] = set()
 
     def put(self, item: Job[Any], timeout: float | None = None) -> None:  # type: ignore[override]
@@ -76,7 +76,7 @@ class JobQueue(queue.Queue[Job[Any]]):
         me = threading.get_ident()
         # Inside a lock of ours further out, the call is a finalizer's or signal handler's: the writer would need that
         # lock to make room, so the job goes over maxsize.
-        reentrant = me in self._waiting_threads or self._holder.is_inside()
+        reentrant = me in self._waiting_threads or self._state.is_inside()
         waiter = None
         with self.mutex:  # the writer is not asleep: there are jobs that fill the queue
             self._refuse_if_closed()
@@ -151,7 +151,7 @@ class JobQueue(queue.Queue[Job[Any]]):
     def take(self, limit: int, timeout: float | None = None) -> list[Job[Any]] | None:
         """Wait for jobs and take up to ``limit`` of them, in order.
 
-        An empty list: closed, and nothing is left. None: none within ``timeout`` seconds, or before ``poke``.
+        An empty list: closed, and nothing is left. None: none within ``timeout`` seconds, or before ``wake_consumer``.
         """
         with self.mutex:
             self._asleep = True
@@ -164,7 +164,7 @@ class JobQueue(queue.Queue[Job[Any]]):
             # None, too, if there was a job that a finalizer has withdrawn meanwhile.
             return jobs if jobs or (self._refusal is not None and not self.queue) else None
 
-    def poke(self) -> None:
+    def wake_consumer(self) -> None:
         """End a ``take`` that waits, so that its caller looks at the time limit again."""
         with self.mutex:
             self._wake()
@@ -203,7 +203,7 @@ class JobQueue(queue.Queue[Job[Any]]):
                 self._wake()
         return first
 
-    def become_inherited(self, error: OneWriterError) -> None:
+    def after_fork_in_child(self, error: OneWriterError) -> None:
         """In a forked child: refuse everything; another thread of the parent may have held the lock."""
         self.mutex = threading.RLock()  # type: ignore[assignment]
         self._refusal = error
@@ -246,7 +246,7 @@ class JobQueue(queue.Queue[Job[Any]]):
 
     def _tell(self) -> None:
         self._told_at = monotonic()
-        report(self._holder, logging.WARNING, "queue nearly full: %s; %s", self.fill, self._holder.describe())
+        report(self._state, logging.WARNING, "queue nearly full: %s; %s", self.fill, self._state.describe())
 
     @property
     def fill(self) -> str:
@@ -285,7 +285,7 @@ class JobQueue(queue.Queue[Job[Any]]):
     def full_error(self, job: Job[Any], timeout: float | None) -> QueueFullError:
         self._refuse_if_closed()
         return QueueFullError(
-            f"no room for job {job.describe()} within {timeout} s: {self.fill}; {self._holder.describe()}"
+            f"no room for job {job.describe()} within {timeout} s: {self.fill}; {self._state.describe()}"
         )
 
     def _made_room(self) -> None:

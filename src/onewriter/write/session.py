@@ -31,29 +31,29 @@ class WriteSession:
         # Held around interrupt(), which does not wait for the other one. A signal handler may interrupt, too.
         self.interrupting = threading.RLock()
         self._mark, self._release, self._undo = (  # around a job
-            guard.own(f"{verb} {guard.mark}_0") for verb in ("SAVEPOINT", "RELEASE", "ROLLBACK TO")
+            guard.internal(f"{verb} {guard.mark}_0") for verb in ("SAVEPOINT", "RELEASE", "ROLLBACK TO")
         )
         self.files = files = database_files(connection)
         self.databases = list(files)
-        modes = {name: self.own(f'PRAGMA "{name}".journal_mode')[0][0] for name in files}
+        modes = {name: self.internal(f'PRAGMA "{name}".journal_mode')[0][0] for name in files}
         self.logs = {name: file for name, file in files.items() if file and modes[name] == "wal"}
-        self.page_sizes = {name: self.own(f'PRAGMA "{name}".page_size')[0][0] for name in files}
+        self.page_sizes = {name: self.internal(f'PRAGMA "{name}".page_size')[0][0] for name in files}
         self.page_size: int = self.page_sizes["main"]
         # Those of on_connect. Looking into an empty TEMP schema would open it, and temp_store be settled by that.
-        has_temp = any(row[1] == "temp" for row in self.own("PRAGMA database_list"))
+        has_temp = any(row[1] == "temp" for row in self.internal("PRAGMA database_list"))
         self._kept = self._temp_objects() if has_temp else []
 
-    def become_inherited(self) -> list[object]:
+    def after_fork_in_child(self) -> list[object]:
         """In a forked child: nothing reaches SQLite any more; returns what must never be closed there."""
         kept = [self.connection, self._cursor, self.executor]
         self.connection = self._cursor = self.executor = Inherited()  # type: ignore[assignment]
         return kept
 
-    def own(self, sql: str, parameters: tuple[Any, ...] = ()) -> list[Any]:
+    def internal(self, sql: str, parameters: tuple[Any, ...] = ()) -> list[Any]:
         """Run a statement of the gateway's own, which no job's text can stand for."""
         text = self._texts.get(sql)
         if text is None:
-            text = self._texts[sql] = self.guard.own(sql)
+            text = self._texts[sql] = self.guard.internal(sql)
         guard, cursor, connection = self.guard, self._cursor, self.connection
         mode, guard.mode = guard.mode, Mode.GATEWAY
         factory, connection.text_factory = connection.text_factory, decode  # not the user's
@@ -65,28 +65,28 @@ class WriteSession:
 
     def forget_error(self) -> None:
         """Of a failed statement: sqlite3 would raise it again for the next one whose parameters cannot be bound."""
-        self.own("SELECT 1")
+        self.internal("SELECT 1")
 
     def history(self) -> tuple[int, int]:
         """What SQLite does not undo: last_insert_rowid() and changes()."""
-        return self.own("SELECT last_insert_rowid(), changes()")[0]  # type: ignore[no-any-return]
+        return self.internal("SELECT last_insert_rowid(), changes()")[0]  # type: ignore[no-any-return]
 
     def set_history(self, rowid: int, changes: int) -> None:
         """Have them say this; there is a transaction of none but this around it."""
         table = f"temp.{self.guard.mark}"
         self.executor.forget_rowid()
-        self.own("BEGIN")
+        self.internal("BEGIN")
         try:
-            self.own(f"CREATE TABLE {table} (a)")
-            self.own(f"INSERT INTO {table} (rowid) VALUES (?)", (rowid,))
+            self.internal(f"CREATE TABLE {table} (a)")
+            self.internal(f"INSERT INTO {table} (rowid) VALUES (?)", (rowid,))
             rows = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT ? FROM n LIMIT ?"
-            self.own(f"REPLACE INTO {table} (rowid) {rows}", (rowid, changes))
+            self.internal(f"REPLACE INTO {table} (rowid) {rows}", (rowid, changes))
         finally:
-            self.own("ROLLBACK")
+            self.internal("ROLLBACK")
 
     def _temp_objects(self) -> list[tuple[str, str]]:
         """Kind and name of what is in the TEMP schema, each before what it needs, virtual tables before others."""
-        return self.own(
+        return self.internal(
             "SELECT type, name FROM temp.sqlite_schema WHERE sql IS NOT NULL ORDER BY "
             "type <> 'trigger', type <> 'view', type <> 'table', rootpage"
         )
@@ -97,14 +97,14 @@ class WriteSession:
             if (kind, name) not in self._kept:
                 quoted = name.replace('"', '""')
                 # Some have gone with their table by now.
-                self.own(f'DROP {kind} IF EXISTS temp."{quoted}"')
+                self.internal(f'DROP {kind} IF EXISTS temp."{quoted}"')
 
     def words_in_schema(self, *words: str) -> set[str]:
         """The words, not in names, strings or comments, of what has one of these in the schemas of all databases."""
         found: set[str] = set()
         for name in (*self.databases, "temp"):
             # Not by LIKE, which on_connect may have replaced.
-            for (text,) in self.own(f'SELECT sql FROM "{name}".sqlite_schema WHERE sql IS NOT NULL'):
+            for (text,) in self.internal(f'SELECT sql FROM "{name}".sqlite_schema WHERE sql IS NOT NULL'):
                 upper = text.upper()
                 if any(word in upper for word in words):
                     found |= words_of(text)

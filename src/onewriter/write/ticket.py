@@ -14,8 +14,8 @@ from typing import Any, Generic, TypeVar, cast
 
 from onewriter.base.arguments import check_callback, check_timeout
 from onewriter.base.call_site import place_of
-from onewriter.base.log import contain, contain_all, warn_of_blocking
-from onewriter.base.state import Holder
+from onewriter.base.log import call_all_safely, call_safely, warn_of_blocking
+from onewriter.base.state import State
 from onewriter.base.tally import Batch, Timings
 from onewriter.base.waiting import wait_in_slices, wake
 from onewriter.errors import forked_error
@@ -32,7 +32,7 @@ class Ticket(Generic[T]):
     """The handle of a write's outcome, as a ``concurrent.futures.Future`` is; it resolves only after COMMIT.
 
     States:  PENDING → RUNNING → DONE; PENDING → CANCELLED or DONE. Never backwards.
-    Locks:   the gateway's one ``holder.lock`` guards _state, _waiters and _callbacks. Whoever waits looks at the state
+    Locks:   the gateway's one ``state.lock`` guards _stage, _waiters and _callbacks. Whoever waits looks at the state
              and leaves its wake-up lock in one hold of it, and the outcome is set and the wake-ups are taken in one
              hold: with or without a GIL, a wait either sees the outcome or is woken.
     Threads: every method may be called from any thread; the outcome is written by the writer thread before DONE.
@@ -45,12 +45,12 @@ class Ticket(Generic[T]):
         "_callbacks",
         "_code",
         "_error",
-        "_holder",
         "_instruction",
         "_is_queued",
         "_label",
         "_result",
         "_sequence",
+        "_stage",
         "_state",
         "_waiters",
         "created_at",
@@ -58,14 +58,14 @@ class Ticket(Generic[T]):
         "started_at",
         "work",
     )
-    counted = True  # in the statistics
-    loud = True  # a failure that nobody waits for is logged and given to on_error
+    in_stats = True  # in the statistics
+    logs_failure = True  # a failure that nobody waits for is logged and given to on_error
 
-    def __init__(self, holder: Holder, label: str | None, frame: types.FrameType, work: Any) -> None:
-        self._holder = holder
+    def __init__(self, state: State, label: str | None, frame: types.FrameType, work: Any) -> None:
+        self._state = state
         self._label = label
         self._code, self._instruction = frame.f_code, frame.f_lasti
-        self._state = PENDING
+        self._stage = PENDING
         self._result: Any = None
         self._error: BaseException | None = None
         self._waiters: list[Any] | None = None
@@ -80,7 +80,7 @@ class Ticket(Generic[T]):
         self.ended_at: float
 
     def __repr__(self) -> str:
-        state = ("pending", "running", "cancelled", "done")[self._state]
+        state = ("pending", "running", "cancelled", "done")[self._stage]
         return f"<{type(self).__name__} {self.label!r} {state}>"
 
     @property
@@ -116,27 +116,27 @@ class Ticket(Generic[T]):
         label = f"{self.label}…" if self._is_cut() else self.label
         return f"{label!r} (called from {self.called_from})"
 
-    def belongs_to(self, holder: Holder) -> bool:
-        return self._holder is holder
+    def belongs_to(self, state: State) -> bool:
+        return self._state is state
 
     def done(self) -> bool:
         """Whether the outcome is there: committed, failed or cancelled."""
-        return self._state >= CANCELLED
+        return self._stage >= CANCELLED
 
     def running(self) -> bool:
         """Whether the job has started and has no outcome yet."""
-        return self._state == RUNNING
+        return self._stage == RUNNING
 
     def cancelled(self) -> bool:
         """Whether the job was withdrawn before it started."""
-        return self._state == CANCELLED
+        return self._stage == CANCELLED
 
     def cancel(self) -> bool:
         """Withdraw the job if it has not started. Returns True if it never runs, False if it runs or ran.
 
         Raises ForkedError in a child process: the job is the parent's.
         """
-        if self._holder.forked and self._state < CANCELLED:
+        if self._state.forked and self._stage < CANCELLED:
             raise forked_error()
         return self.withdraw(None)
 
@@ -144,19 +144,19 @@ class Ticket(Generic[T]):
         """Cancel; ``error`` is what ``result`` raises then, in place of CancelledError."""
         if self.withdraw_quietly(error):
             self.run_callbacks()
-        return self._state == CANCELLED
+        return self._stage == CANCELLED
 
     def withdraw_quietly(self, error: BaseException | None) -> bool:
         """The same, but its callbacks are still to be run; False if there was nothing to withdraw."""
-        with self._holder.lock:
-            if self._state != PENDING:
+        with self._state.lock:
+            if self._stage != PENDING:
                 return False
-            self._state, self._error = CANCELLED, error
-            if self.counted:
-                self._holder.tally.count_cancelled(self.label)
+            self._stage, self._error = CANCELLED, error
+            if self.in_stats:
+                self._state.tally.count_cancelled(self.label)
             woken, self._waiters = self._waiters, None
             _work, self.work = self.work, None  # which goes at the end, not under the lock: it may have finalizers
-        self._holder.forget(self)
+        self._state.forget(self)
         wake(woken or ())
         return True
 
@@ -185,11 +185,11 @@ class Ticket(Generic[T]):
     def add_done_callback(self, fn: Callable[[Ticket[T]], object]) -> None:
         """Call ``fn(ticket)`` once the outcome is there: on the writer thread, or now if it is there already."""
         check_callback("the callback", fn)
-        with self._holder.lock:
-            if self._state < CANCELLED or self._callbacks:
+        with self._state.lock:
+            if self._stage < CANCELLED or self._callbacks:
                 self._callbacks = [*(self._callbacks or ()), fn]
                 return
-        contain(self._holder, fn, self)
+        call_safely(self._state, fn, self)
 
     def future(self) -> concurrent.futures.Future[T]:
         """A real ``concurrent.futures.Future`` of the same outcome; cancelling it withdraws the job."""
@@ -201,8 +201,8 @@ class Ticket(Generic[T]):
         return self._await().__await__()
 
     async def _await(self) -> T:
-        if self._state < CANCELLED:
-            self._holder.refuse_endless_wait("awaiting a ticket", awaits=True)
+        if self._stage < CANCELLED:
+            self._state.refuse_endless_wait("awaiting a ticket", awaits=True)
             with self.arrival() as future:
                 try:
                     await future
@@ -218,15 +218,15 @@ class Ticket(Generic[T]):
     def arrival(self) -> Iterator[asyncio.Future[None]]:
         """A future of the running loop that is done when the outcome is there."""
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        with self._holder.lock:
-            if self._state < CANCELLED:
+        with self._state.lock:
+            if self._stage < CANCELLED:
                 self._waiters = [*(self._waiters or ()), future]
             else:
                 future.set_result(None)
         try:
             yield future
         finally:
-            with self._holder.lock:  # who waits no more does not hear of a failure
+            with self._state.lock:  # who waits no more does not hear of a failure
                 if self._waiters and future in self._waiters:
                     self._waiters.remove(future)
 
@@ -235,34 +235,34 @@ class Ticket(Generic[T]):
         until = math.inf if timeout is None else monotonic() + timeout
         wakeup = threading.Lock()
         wakeup.acquire()
-        with self._holder.lock:
-            if self._state >= CANCELLED:
+        with self._state.lock:
+            if self._stage >= CANCELLED:
                 return True
             self._waiters = [*(self._waiters or ()), wakeup]
         try:
-            return wait_in_slices(wakeup, until, self._holder)
+            return wait_in_slices(wakeup, until, self._state)
         finally:
-            with self._holder.lock:
+            with self._state.lock:
                 if self._waiters and wakeup in self._waiters:
                     self._waiters.remove(wakeup)
 
     def _refuse_endless_wait(self) -> None:
-        if self._state < CANCELLED:
-            self._holder.refuse_endless_wait("waiting for a ticket", since=self.created_at)
+        if self._stage < CANCELLED:
+            self._state.refuse_endless_wait("waiting for a ticket", since=self.created_at)
 
     def _outcome_within(self, timeout: float | None) -> None:
         check_timeout(timeout)
-        if self._state < CANCELLED:
+        if self._stage < CANCELLED:
             self._refuse_endless_wait()
             warn_of_blocking()
-            if not self.wait(timeout) and self._state < CANCELLED:
+            if not self.wait(timeout) and self._stage < CANCELLED:
                 raise TimeoutError(
                     f"no outcome of job {self.describe()} within {timeout} s; it was not withdrawn: "
-                    f"{self._holder.describe()}"
+                    f"{self._state.describe()}"
                 )
-            if self._holder.reporter is not None and self._holder.reporter.is_behind:
-                self._holder.reporter.catch_up()
-        if self._state == CANCELLED:
+            if self._state.reporter is not None and self._state.reporter.is_behind:
+                self._state.reporter.catch_up()
+        if self._stage == CANCELLED:
             if self._error is not None:
                 raise self._error
             raise concurrent.futures.CancelledError(f"job {self.describe()} was withdrawn before it started")
@@ -271,13 +271,13 @@ class Ticket(Generic[T]):
         return cast(T, self._result)
 
     def run_callbacks(self) -> None:
-        """Call the callbacks in order, once each; see ``contain``."""
+        """Call the callbacks in order, once each; see ``call_safely``."""
         while True:
-            with self._holder.lock:
+            with self._state.lock:
                 callbacks, self._callbacks = self._callbacks, None
             if not callbacks:
                 return
-            contain_all(self._holder, [(fn, self) for fn in callbacks])
+            call_all_safely(self._state, [(fn, self) for fn in callbacks])
 
 
 class _TicketFuture(concurrent.futures.Future[T]):
@@ -316,7 +316,7 @@ class Job(Ticket[T]):
 
     __slots__ = ()
     bounded = False  # whether it counts against the queue's maxsize
-    alone = False  # whether it never shares a transaction
+    exclusive = False  # whether it never shares a transaction
     lent = False  # whether another thread runs its statements, and its callbacks
     needs_savepoint = False  # its ``tx.connection`` may be asked to roll back
     in_transaction = True
@@ -324,7 +324,7 @@ class Job(Ticket[T]):
     foreign_keys: bool | None = None
 
     def must_be_alone(self) -> bool:
-        return self.alone
+        return self.exclusive
 
     def perform(self, tx: Any) -> T:
         raise NotImplementedError
@@ -333,13 +333,16 @@ class Job(Ticket[T]):
         """Claim the job for its run; False if it was withdrawn or has its outcome already."""
         # Between the look and the store CPython runs neither a finalizer nor a signal handler (no call, no loop), so
         # the re-entrant lock suffices against this thread's own finalizers too.
-        with self._holder.lock:
-            if self._state == PENDING:
-                self._state = RUNNING
-            elif self._state != RUNNING:  # running: it runs again
+        with self._state.lock:
+            if self._stage == PENDING:
+                self._stage = RUNNING
+            elif self._stage != RUNNING:  # running: it runs again
                 return False
         self.started_at = now
         return True
+
+    def end_at_exit(self) -> None:
+        """The interpreter ends: what only a thread or task that is over could end, ends now."""
 
     def expect_outcome(self) -> Any:
         """A lock that the outcome releases; to be asked for before anybody else knows the job."""
@@ -348,11 +351,11 @@ class Job(Ticket[T]):
         self._waiters = [wakeup]
         return wakeup
 
-    def leave_alone(self) -> bool:
+    def stop_waiting_for(self) -> bool:
         """Wait no more, so that a failure is told loudly; False if the outcome is there already."""
-        with self._holder.lock:
+        with self._state.lock:
             self._waiters = None
-            return self._state < CANCELLED
+            return self._stage < CANCELLED
 
     def set_outcome(self, result: Any, error: BaseException | None) -> None:
         """Keep the outcome; nobody sees it before ``settle``."""
@@ -363,34 +366,34 @@ class Job(Ticket[T]):
         return self._error
 
 
-def settle(jobs: Iterable[Job[Any]], holder: Holder, batch: Batch, commits: int) -> tuple[list[Job[Any]], ...]:
+def settle(jobs: Iterable[Job[Any]], state: State, batch: Batch, commits: int) -> tuple[list[Job[Any]], ...]:
     """Make the outcomes of ``jobs`` visible and wake their waiters, one wake-up each.
 
     Returns the jobs that have callbacks, and the failed ones that nobody waits for: those have to be told loudly.
     """
     called, unheard, wakeups, works = [], [], [], []
     waits, runs, lock_wait = [], [], batch.lock_wait
-    tally = holder.tally
-    with holder.lock:
+    tally = state.tally
+    with state.lock:
         committed = tally.committed
         for job in jobs:
-            if job._state > RUNNING:
+            if job._stage > RUNNING:
                 continue
-            if job._state == RUNNING and job.counted:
+            if job._stage == RUNNING and job.in_stats:
                 waits.append(job.started_at - job.created_at - lock_wait)
                 runs.append(job.ended_at - job.started_at)
-            job._state = DONE
+            job._stage = DONE
             job._batch = batch
             works.append(job.work)
             job.work = None
             if job._callbacks is not None:
                 called.append(job)
             if job._error is not None:
-                if job.counted:
+                if job.in_stats:
                     tally.count_failed(job.label)
-                if job.loud and not job._waiters and not job._callbacks:
+                if job.logs_failure and not job._waiters and not job._callbacks:
                     unheard.append(job)
-            elif job.counted:
+            elif job.in_stats:
                 committed += 1
                 job._sequence = committed
             if job._waiters is not None:

@@ -158,7 +158,7 @@ class Transaction:
     @contextlib.contextmanager
     def savepoint(self) -> Iterator[None]:
         """A part of the transaction that is undone alone if the ``with`` block raises."""
-        scopes = self.job._holder.scopes
+        scopes = self.job._state.scopes
         here, block = scopes.innermost(), scopes.innermost(writes=True)
         # Inside a reader() inside this transaction: from here on reads see the transaction again.
         is_inside = here is not block and isinstance(block, Transaction) and block._root is self._root
@@ -185,7 +185,7 @@ class Transaction:
     def _begin_part(self) -> Mark:
         root = self._root
         mark = Mark(len(root._marks), len(root._after_commit), len(root._after_rollback))
-        self._session.own(f"SAVEPOINT {self._name_of(mark.depth)}")
+        self._session.internal(f"SAVEPOINT {self._name_of(mark.depth)}")
         root._marks = (*root._marks, mark)
         return mark
 
@@ -193,14 +193,14 @@ class Transaction:
         if not self._is_marked(mark):
             raise TransactionClosedError("this savepoint ended with the one around it")
         self._root._marks = self._root._marks[: mark.depth]
-        self._session.own(f"RELEASE {self._name_of(mark.depth)}")
+        self._session.internal(f"RELEASE {self._name_of(mark.depth)}")
 
     def _undo_part(self, mark: Mark) -> None:
         if self._is_marked(mark):
             self._root._marks = self._root._marks[: mark.depth]
             self._forget_since(mark)
-            self._session.own(f"ROLLBACK TO {self._name_of(mark.depth)}")
-            self._session.own(f"RELEASE {self._name_of(mark.depth)}")
+            self._session.internal(f"ROLLBACK TO {self._name_of(mark.depth)}")
+            self._session.internal(f"RELEASE {self._name_of(mark.depth)}")
 
     def _name_of(self, depth: int) -> str:
         return f"{self._session.guard.mark}_{depth + 1}"
@@ -222,7 +222,7 @@ class Transaction:
         """The same for a task, which cannot wait for a statement that another one runs, and may fail at once."""
         if self.is_closed:
             raise self.closed_error()
-        with self.job._holder.lock:
+        with self.job._state.lock:
             self._root._keep_callback(which, fn)
 
     def _keep_callback(self, which: str, fn: Callback) -> None:
@@ -255,7 +255,7 @@ class Transaction:
 
     def read_with(self, function: Callable[[sqlite3.Connection], T], until: float) -> T:
         """Call a function of the user's that must not write; what it calls is inside too."""
-        with self.reading(until) as view, self.job._holder.scopes.inside(view, writes=True):
+        with self.reading(until) as view, self.job._state.scopes.inside(view, writes=True):
             return refuse_live(function(view.connection))
 
     def _query(self, sql: str, parameters: Parameters, fetch: Callable[[sqlite3.Cursor], T]) -> T:
@@ -369,7 +369,7 @@ class Transaction:
                 while self._lending:
                     self._lending[-1]._put_back()
                 if self._ends_readonly:
-                    session.own("PRAGMA query_only=0")
+                    session.internal("PRAGMA query_only=0")
                 if self._watch is not None:
                     session.connection.set_progress_handler(None, 0)
 
@@ -419,7 +419,7 @@ class Transaction:
         marks = self._root._marks
         if marks:
             self._forget_since(marks[-1])
-            self._session.own(f"ROLLBACK TO {self._name_of(marks[-1].depth)}")
+            self._session.internal(f"ROLLBACK TO {self._name_of(marks[-1].depth)}")
         else:
             self._forget_since(Mark(0, 0, 0))
             self._session.undo_to_mark()
@@ -515,14 +515,14 @@ class Reading(Transaction):
         root, session = self._root, self._session
         if self.until != math.inf:
             root.watch()
-        session.own("PRAGMA query_only=1")
+        session.internal("PRAGMA query_only=1")
         root._ends_readonly, root._read_until = True, self.until
         try:
             return function(*args)
         finally:
             root._read_until = None
             with contextlib.suppress(sqlite3.Error):  # as where its time is over; or else ``end`` does it
-                session.own("PRAGMA query_only=0")
+                session.internal("PRAGMA query_only=0")
                 root._ends_readonly = False
 
 
@@ -571,6 +571,6 @@ class _WriteLoan:
             self.call(end_cursors)
             self._transaction.undo()
 
-    def outlasts(self, name: str) -> None:
+    def mark_dirty(self, name: str) -> None:
         """Functions are the user's, and stay; who follows SQL would see that of other jobs."""
         self._transaction._traced |= name == "set_trace_callback"

@@ -1,4 +1,4 @@
-"""WriterLoop: take jobs → one transaction → settle. The only BEGIN, COMMIT and ROLLBACK."""
+"""Writer: take jobs → one transaction → settle. The only BEGIN, COMMIT and ROLLBACK."""
 
 from __future__ import annotations
 
@@ -16,12 +16,11 @@ from time import monotonic
 from typing import Any
 
 from onewriter.base.call_site import without_own_frames
-from onewriter.base.log import INTERRUPTS, contain, contain_all, report, text_of, traceback_of
-from onewriter.base.state import Holder, broken_error
+from onewriter.base.log import INTERRUPTS, call_all_safely, call_safely, report, text_of, traceback_of
+from onewriter.base.state import State, broken_error
 from onewriter.base.tally import Batch
 from onewriter.errors import CommitUnknownError, TransactionClosedError, WriterClosedError, forked_error
 from onewriter.events import BatchEnded, Hook, WriterBroken, tell
-from onewriter.read.pool import ReaderPool
 from onewriter.sqlite.connection import configure, open_writer
 from onewriter.sqlite.file import DatabaseFile, FileMovedError, exposure
 from onewriter.sqlite.guard import Guard, Mode
@@ -29,9 +28,8 @@ from onewriter.sqlite.locks import describe_lock, describe_readers
 from onewriter.sqlite.options import Settings
 from onewriter.sqlite.pragmas import set_pragma
 from onewriter.sqlite.retry import CORRUPT, LockPolicy, error_code, is_busy, note_descriptors
-from onewriter.tasks.block import TaskBlock
 from onewriter.write.block import BlockFailedError, BlockJob
-from onewriter.write.checkpoint import Checkpoint, Checkpointer
+from onewriter.write.checkpoint import Checkpoint, Checkpointer, Readers
 from onewriter.write.jobs import BareStatementJob, ControlJob, StatementJob
 from onewriter.write.queue import JobQueue
 from onewriter.write.session import WriteSession
@@ -52,10 +50,10 @@ UNWRITTEN = {  # I/O errors that come before anything is written
 UNDOES_ALL = ("ROLLBACK", "DEFERRED")  # in a schema: RAISE, ON CONFLICT, and keys that COMMIT checks for all
 
 
-class WriterLoop:
+class Writer:
     """What the writer does, whichever thread is the writer: a driver calls it.
 
-    States:  open → drained → ended; ``holder.broken`` says if it ended because it is out of service.
+    States:  open → drained → ended; ``state.broken`` says if it ended because it is out of service.
     Locks:   none of its own. ``_pending`` (jobs taken from the queue, in order; those before ``_next`` have their
              outcome) is changed by the writer only, and copied, in one step, by ``abandon``.
     Threads: abandon, is_on and unfinished may be called from any thread; the rest belongs to the writer.
@@ -66,20 +64,21 @@ class WriterLoop:
         self,
         settings: Settings,
         label: str,
-        maxsize: int,
-        readers: int,
-        slow_after: float,
+        state: State,
+        queue: JobQueue,
+        file: DatabaseFile,
+        readers: Readers,
         max_hold: float,
         on_error: Callable[[Ticket[Any]], object] | None,
         on_event: Hook | None,
-        on_end: Callable[[WriterLoop], object],
+        on_end: Callable[[Writer], object],
     ) -> None:
         self.label = label
         self.lock_timeout = settings.lock_timeout
-        self.holder = Holder(slow_after, settings.path)
-        self.queue = JobQueue(maxsize, self.holder)
-        self.file = DatabaseFile(settings.path)
-        self.readers = ReaderPool(settings, readers, self.holder, self.file)
+        self.state = state
+        self.queue = queue
+        self.file = file
+        self.readers = readers
         self.drained = threading.Event()  # every accepted job has its outcome, and no other comes
         self.leaving = False  # set at exit: a lock that is not to be had ends the drain
         self.withdrawn: list[str] = []  # labels of what the writer itself withdrew
@@ -91,7 +90,7 @@ class WriterLoop:
         self._stop = threading.Event()  # ends the wait for SQLite's lock; what has not started does not start
         self._policy = LockPolicy(settings.lock_timeout, self._stop)
         self._guard = Guard(settings.journal_mode, settings.puts_back)
-        self._checkpointer = Checkpointer(settings, self.file, self.readers, self.holder, on_event)
+        self._checkpointer = Checkpointer(settings, self.file, self.readers, self.state, on_event)
         self._held = self._free = 0.0  # seconds with and without SQLite's lock since it was last left free for others
         self._begun_at = self._released_at = 0.0
         self._session: WriteSession | None = None
@@ -115,35 +114,35 @@ class WriterLoop:
         # What moves from the queue to _pending meanwhile is withdrawn by the writer thread, which looks at _stop.
         dropped = [job for job in [*self.queue.empty_out(), *self._pending.copy()] if self._withdraw(job)]
         if dropped:
-            report(self.holder, logging.WARNING, "%s: close withdrew %d queued jobs", self.label, len(dropped))
-        contain_all(self.holder, [(job.run_callbacks,) for job in dropped])
+            report(self.state, logging.WARNING, "%s: close withdrew %d queued jobs", self.label, len(dropped))
+        call_all_safely(self.state, [(job.run_callbacks,) for job in dropped])
 
     def end_block_at_exit(self) -> None:
-        job = self.holder.job
-        if isinstance(job, BlockJob | TaskBlock):
+        job = self.state.job
+        if job is not None:
             job.end_at_exit()
 
-    def become_inherited(self) -> list[object]:
+    def after_fork_in_child(self) -> list[object]:
         """In a forked child: refuse everything; returns what must never be closed there."""
         error = forked_error()
-        self.holder.become_inherited(error)
-        self.queue.become_inherited(error)
-        kept: list[object] = self.readers.become_inherited()
-        return kept if self._session is None else [*self._session.become_inherited(), *kept]
+        self.state.after_fork_in_child(error)
+        self.queue.after_fork_in_child(error)
+        kept: list[object] = self.readers.after_fork_in_child()
+        return kept if self._session is None else [*self._session.after_fork_in_child(), *kept]
 
     @property
     def health(self) -> str:
         """``"ok"``, ``"degraded: why"``, ``"broken: why"`` or ``"closed"``."""
-        holder, now = self.holder, monotonic()
-        if holder.broken is None and self.queue.refusing:
+        state, now = self.state, monotonic()
+        if state.broken is None and self.queue.refusing:
             return "closed"
-        if holder.health != "ok":
-            return holder.health
+        if state.health != "ok":
+            return state.health
         why = [self.file.exposed, self._checkpointer.starved]
         if self.queue.is_nearly_full:
             why.append(f"the queue is nearly full: {self.queue.fill}")
-        if holder.is_slow(now):
-            why.append(holder.describe())
+        if state.is_slow(now):
+            why.append(state.describe())
         text = "; ".join(filter(None, why))
         return f"degraded: {text}" if text else "ok"
 
@@ -187,7 +186,7 @@ class WriterLoop:
             self._roll_back()
             return
         transaction = Transaction(session, job)
-        self.holder.enter(job, transaction)
+        self.state.enter(job, transaction)
         session.set_mark()
         transaction.limit(job.max_hold)
         job.lend(transaction)
@@ -211,10 +210,10 @@ class WriterLoop:
 
     def broke(self, error: BaseException) -> None:
         """The writer met an error of its own making: answer everything that waits."""
-        if self.holder.forked:
+        if self.state.forked:
             return
         self._go_out_of_service(error)  # before anything else that could fail, too
-        report(self.holder, logging.CRITICAL, "%s: the writer thread died", self.label, error=error)
+        report(self.state, logging.CRITICAL, "%s: the writer thread died", self.label, error=error)
         self._break(error)
 
     @property
@@ -232,22 +231,22 @@ class WriterLoop:
 
     def end(self, patience: float | None = None) -> None:
         """Close all connections, after the last job; those lent for longer than ``patience`` seconds when they end."""
-        if self.holder.forked:
+        if self.state.forked:
             return
         self.drained.set()
         # The readers before the writer: the last to close tidies up, if it may write.
-        contain(self.holder, self.readers.close, patience)
-        contain(self.holder, self._end_session)
-        if self.holder.reporter is not None:
-            self.holder.reporter.close()
-        contain(self.holder, self.readers.when_all_back, functools.partial(self._on_end, self))
+        call_safely(self.state, self.readers.close, patience)
+        call_safely(self.state, self._end_session)
+        if self.state.reporter is not None:
+            self.state.reporter.close()
+        call_safely(self.state, self.readers.when_all_back, functools.partial(self._on_end, self))
 
     def _end_session(self) -> None:
         try:
             self._roll_back()
-            if self.holder.broken is None:
+            if self.state.broken is None:
                 self._is_moved()
-            if self._settings.auto_checkpoint and self.file.logged and self.holder.broken is None:
+            if self._settings.auto_checkpoint and self.file.logged and self.state.broken is None:
                 self._checkpoint(self._checkpointer.empty)
         finally:
             self._drop_session()
@@ -264,7 +263,7 @@ class WriterLoop:
                 self._checkpoint_failed = False
             except sqlite3.Error as error:
                 if not self._checkpoint_failed:  # a full disk fails each of them
-                    report(self.holder, logging.WARNING, "%s: a checkpoint failed: %s", self.label, error)
+                    report(self.state, logging.WARNING, "%s: a checkpoint failed: %s", self.label, error)
                 self._checkpoint_failed = True
 
     def checkpoint(self, mode: str) -> Checkpoint:
@@ -290,12 +289,12 @@ class WriterLoop:
         before = self.file.exposed
         self.file.exposed = exposure(self.file.files)
         if self.file.exposed and self.file.exposed != before:
-            report(self.holder, logging.CRITICAL, "%s: %s", self.label, self.file.exposed)
+            report(self.state, logging.CRITICAL, "%s: %s", self.label, self.file.exposed)
 
     def _write_group(self) -> None:
         """Bring the first pending jobs to their outcome: as many as may share one transaction."""
         pending, place = self._pending, self._next
-        while place < len(pending) and pending[place]._state > RUNNING:
+        while place < len(pending) and pending[place]._stage > RUNNING:
             place += 1
         self._next = place
         if place == len(pending):
@@ -304,7 +303,7 @@ class WriterLoop:
         if self._culprit is not None and self._culprit[0] is first:
             (_, runs, self._history), self._culprit = self._culprit, None
             self._settle([first], runs)
-        elif self.holder.broken is None and self._is_moved():
+        elif self.state.broken is None and self._is_moved():
             return
         elif self._stop.is_set() and not first.running():
             if self._withdraw(first):
@@ -363,8 +362,8 @@ class WriterLoop:
         place = self._next
         if place < max(self._savepoints_until, self._one_by_one_until) or self._max_hold != math.inf:
             return place
-        now, guard, holder, known = monotonic(), self._guard, self.holder, ""
-        lock, insert = holder.lock, session.executor.insert
+        now, guard, state, known = monotonic(), self._guard, self.state, ""
+        lock, insert = state.lock, session.executor.insert
         guard.mode, guard.refusal = Mode.ALONE, None
         # What happens here happens for every queued statement: no calls that can be spared.
         try:
@@ -379,16 +378,16 @@ class WriterLoop:
                     known = sql
                 place += 1
                 with lock:
-                    if job._state > RUNNING:
+                    if job._stage > RUNNING:
                         continue
-                    job._state = RUNNING
+                    job._stage = RUNNING
                 job.started_at = now
-                holder.job = job
+                state.job = job
                 jobs.append(job)
                 try:
                     job._result = insert(sql, job.work)
                 except BaseException as error:
-                    if share and not session.executor.left_nothing(job.sql, error, self._failing_schema):
+                    if share and not session.executor.surely_had_no_effect(job.sql, error, self._failing_schema):
                         self._run_with_savepoints(jobs)
                         return None
                     self._fail(job, error)
@@ -398,7 +397,7 @@ class WriterLoop:
                     break
         finally:
             guard.mode = Mode.GATEWAY
-            holder.leave()  # the one that is slow is the last: the batch ends with it
+            state.leave()  # the one that is slow is the last: the batch ends with it
         if jobs and not session.connection.in_transaction:  # what was done last lost it
             self._lost(jobs, [])
             return None
@@ -438,32 +437,32 @@ class WriterLoop:
             if session.history() != history:
                 session.set_history(*history)
         except sqlite3.Error as error:  # no room for a temporary file
-            report(self.holder, logging.WARNING, "%s: last_insert_rowid() is of an undone run: %s", self.label, error)
+            report(self.state, logging.WARNING, "%s: last_insert_rowid() is of an undone run: %s", self.label, error)
 
     def _keep_trying(self, session: WriteSession, sql: str, job: Job[Any]) -> None:
         policy = self._policy
         policy.attempts, policy.waited = 1, 0.0
         self._is_committing = sql == "COMMIT"
         try:
-            session.own(sql)
+            session.internal(sql)
         except sqlite3.OperationalError as error:
             if not is_busy(error) or self._is_undone(session):
                 raise
             self._batch.retried = True
-            self.holder.wait_for_lock(job, self._in_the_way if self._is_committing else None)
+            self.state.wait_for_lock(job, self._in_the_way if self._is_committing else None)
             first = error
 
             def again() -> None:
                 if self._is_undone(session):
                     raise _UndoneError from first
-                session.own(sql)
+                session.internal(sql)
 
             try:
                 policy.keep_trying(again, self._tell_waiting, error)
             except _UndoneError:
                 raise first from None
             finally:
-                self.holder.has_lock()
+                self.state.has_lock()
         finally:
             self._count_attempts()
 
@@ -478,9 +477,9 @@ class WriterLoop:
         return describe_lock(self._settings.path)
 
     def _count_attempts(self) -> None:
-        with self.holder.lock:
-            self.holder.tally.lock_attempts += self._policy.attempts
-            self.holder.tally.lock_wait += self._policy.waited
+        with self.state.lock:
+            self.state.tally.lock_attempts += self._policy.attempts
+            self.state.tally.lock_wait += self._policy.waited
 
     def _refused(self, error: BaseException) -> None:
         """No transaction: all that waits for one fails together, since each has waited long enough by now."""
@@ -504,7 +503,7 @@ class WriterLoop:
         if self._next < self._one_by_one_until or len(pair) < 2 or any(job.must_be_alone() for job in pair):
             return False
         try:
-            versions = [session.own(f'PRAGMA "{name}".schema_version') for name in session.databases]
+            versions = [session.internal(f'PRAGMA "{name}".schema_version') for name in session.databases]
             if self._guard.schema_changed or versions != self._schema_versions:
                 found = session.words_in_schema(*UNDOES_ALL, "FAIL")
                 self._risky_schema, self._failing_schema = not found.isdisjoint(UNDOES_ALL), "FAIL" in found
@@ -520,7 +519,7 @@ class WriterLoop:
         transaction, result, failure = Transaction(session, job), None, None
         savepoint = undo_alone or job.needs_savepoint
         try:
-            self.holder.enter(job, transaction)
+            self.state.enter(job, transaction)
             if savepoint:
                 session.set_mark()
             if self._max_hold != math.inf and not job.lent:
@@ -535,9 +534,9 @@ class WriterLoop:
         self, session: WriteSession, transaction: Transaction, result: Any, error: BaseException | None, savepoint: bool
     ) -> None:
         job = transaction.job
-        if self.holder.forked:
+        if self.state.forked:
             raise error or forked_error()  # the job has forked, and this is the child
-        job.ended_at = self.holder.leave()
+        job.ended_at = self.state.leave()
         try:
             transaction.end()
             if error is None:
@@ -557,7 +556,7 @@ class WriterLoop:
             raise transaction.closed_error()
         if not session.connection.in_transaction:
             raise transaction.aborted_error()
-        if job.foreign_keys is False and (violations := session.own("PRAGMA foreign_key_check")):
+        if job.foreign_keys is False and (violations := session.internal("PRAGMA foreign_key_check")):
             table, rowid, parent, _ = violations[0]
             raise sqlite3.IntegrityError(
                 f"FOREIGN KEY constraint failed: {len(violations)} rows; the first: {table} (rowid {rowid}) → {parent}"
@@ -612,7 +611,7 @@ class WriterLoop:
         kept: list[Job[Any]],
         error: BaseException,
     ) -> None:
-        if leaves_open(error, session.connection.in_transaction):
+        if commit_outcome_unknown(error, session.connection.in_transaction):
             self._commit_unknown(jobs, runs, kept, error)
             return
         self._roll_back()
@@ -635,7 +634,7 @@ class WriterLoop:
             )
             unknown.__cause__ = copy_of(error)
             self._fail(job, unknown)
-        report(self.holder, logging.CRITICAL, "%s: out of service, since COMMIT met %s", self.label, text_of(error))
+        report(self.state, logging.CRITICAL, "%s: out of service, since COMMIT met %s", self.label, text_of(error))
         self._go_out_of_service(error)  # before anybody hears, and asks
         self._settle(jobs, runs)
         self._break(error)
@@ -674,31 +673,31 @@ class WriterLoop:
         for run in runs:
             if run.job in again:
                 self._call_back(run, committed=False)
-        self.holder.end_telling()
+        self.state.end_telling()
         self._history = self._before
         self._count_runs(len(jobs))
 
     def _count_runs(self, again: int) -> None:
-        with self.holder.lock:
-            self.holder.tally.run_twice += again
+        with self.state.lock:
+            self.state.tally.run_twice += again
 
     def _roll_back(self) -> None:
         # SQLite has rolled back by itself after some errors (disk full, RAISE(ROLLBACK)): a second ROLLBACK would fail.
         if self._session is not None and self._session.connection.in_transaction:
             try:
-                self._session.own("ROLLBACK")
+                self._session.internal("ROLLBACK")
             except sqlite3.Error:
                 self._drop_session()
 
     def _control(self, job: ControlJob[Any]) -> None:
         if not job.start(monotonic()):
             return
-        self.holder.enter(job, None)
+        self.state.enter(job, None)
         try:
             job.set_outcome(job.call(), None)
         except BaseException as error:
             self._fail(job, error)
-        job.ended_at = self.holder.leave()
+        job.ended_at = self.state.leave()
         self._settle([job], [])
 
     def _write_bare(self, job: BareStatementJob) -> None:
@@ -711,7 +710,7 @@ class WriterLoop:
             session = self._session or self.open()
             transaction = Transaction(session, job)
             runs = [transaction]
-            self.holder.enter(job, transaction)
+            self.state.enter(job, transaction)
             self._guard.settings_touched = True
             if self._max_hold != math.inf:
                 transaction.limit(self._max_hold)
@@ -719,12 +718,12 @@ class WriterLoop:
                 job.set_outcome(self._policy.call(lambda: job.perform(transaction), self._tell_waiting), None)
             finally:
                 transaction.end()
-                self.holder.leave()
+                self.state.leave()
                 self._batch.retried = self._policy.attempts > 1
                 self._count_attempts()
         except BaseException as error:
             # It commits by itself, if it came so far.
-            if runs and leaves_open(error, in_transaction=True) and error_code(error) not in UNWRITTEN:
+            if runs and commit_outcome_unknown(error, in_transaction=True) and error_code(error) not in UNWRITTEN:
                 job.ended_at = monotonic()
                 self._commit_unknown([job], runs, [job], error)
                 return
@@ -741,13 +740,13 @@ class WriterLoop:
         try:
             self._annotate(job, error)
         except BaseException as failure:  # as from a frozen dataclass, which refuses notes; or Ctrl-C in this moment
-            if self.holder.reporter is None and issubclass(type(failure), INTERRUPTS):
-                self.holder.interrupt = failure
+            if self.state.reporter is None and issubclass(type(failure), INTERRUPTS):
+                self.state.interrupt = failure
         job.set_outcome(None, error)
 
     def _annotate(self, job: Job[Any], error: BaseException) -> None:
         BaseException.with_traceback(error, without_own_frames(traceback_of(error)))
-        self.holder.note_corruption(error)
+        self.state.note_corruption(error)
         note, attempts = f"onewriter: job {job.describe()}", max(1, self._policy.attempts)
         if attempts > 1 or is_busy(error):  # one, and it was had, is nothing to tell
             note += f", attempts to get SQLite's lock: {attempts}"
@@ -759,31 +758,33 @@ class WriterLoop:
 
     def _settle(self, jobs: list[Job[Any]], runs: list[Transaction], commits: int = 0) -> None:
         """Make the outcomes visible, and then, with the lock free, call what waits for them."""
-        if self.holder.forked:
+        if self.state.forked:
             raise forked_error()  # by something further down the stack, and this is the child
-        called, unheard = settle(jobs, self.holder, self._batch, commits)
+        called, unheard = settle(jobs, self.state, self._batch, commits)
         for run in runs:
             if run.has_callbacks:
                 self._call_back(run, committed=run.job._error is None)
         for job in called:
-            self.holder.begin_telling(job)
+            self.state.begin_telling(job)
             job.run_callbacks()
         for job in unheard:
-            self.holder.begin_telling(job)
-            report(self.holder, logging.ERROR, "job %s failed", job.describe(), error=job.failed_with)
+            self.state.begin_telling(job)
+            report(self.state, logging.ERROR, "job %s failed", job.describe(), error=job.failed_with)
             if self._on_error is not None:
-                contain(self.holder, self._on_error, job)
-        self.holder.end_telling()
-        if self.on_event is not None and (tickets := tuple(job for job in jobs if job.counted and not job.cancelled())):
+                call_safely(self.state, self._on_error, job)
+        self.state.end_telling()
+        if self.on_event is not None and (
+            tickets := tuple(job for job in jobs if job.in_stats and not job.cancelled())
+        ):
             batch = self._batch
             event = BatchEnded(tickets, commits, batch.lock_wait, batch.commit, batch.retried)
-            tell(self.holder, self.on_event, event)
+            tell(self.state, self.on_event, event)
 
     def _call_back(self, run: Transaction, committed: bool) -> None:
         if run.job.lent:
             return  # its own thread does
-        self.holder.begin_telling(run.job)
-        contain_all(self.holder, [(callback,) for callback in run.callbacks(committed)])
+        self.state.begin_telling(run.job)
+        call_all_safely(self.state, [(callback,) for callback in run.callbacks(committed)])
 
     def _withdraw(self, job: Job[Any]) -> bool:
         return job.withdraw_quietly(WithdrawnError(f"closed before job {job.describe()} started"))
@@ -795,7 +796,7 @@ class WriterLoop:
             if self.file.is_smaller and self._session is not None:
                 self._checkpointer.judge_size(self._session)
         except FileMovedError as error:
-            report(self.holder, logging.CRITICAL, "%s: %s", self.label, error)
+            report(self.state, logging.CRITICAL, "%s: %s", self.label, error)
             self._break(error)
             return True
         return False
@@ -810,11 +811,11 @@ class WriterLoop:
             job.ended_at = monotonic()
         self._settle(stranded, [])
         if self.on_event is not None:
-            tell(self.holder, self.on_event, WriterBroken(cause))
+            tell(self.state, self.on_event, WriterBroken(cause))
 
     def _go_out_of_service(self, cause: BaseException) -> None:
-        self.holder.health = f"broken: {text_of(cause)}"
-        self.holder.broken = cause
+        self.state.health = f"broken: {text_of(cause)}"
+        self.state.broken = cause
         self.queue.refuse(broken_error(cause))
 
     def _restore_settings(self) -> None:
@@ -825,7 +826,7 @@ class WriterLoop:
                 "%s: PRAGMA %s of run_without_transaction is put back at once, since the gateway has set it: use the "
                 "argument of DbWriter, or foreign_keys=False on a job that rebuilds a table"
             )
-            report(self.holder, logging.WARNING, text, self.label, self._guard.in_vain)
+            report(self.state, logging.WARNING, text, self.label, self._guard.in_vain)
             self._guard.in_vain = ""
         self.file.forget_size()  # VACUUM makes it smaller
         has_temp, self._guard.temp_touched = self._guard.temp_touched, False
@@ -837,7 +838,7 @@ class WriterLoop:
                 try:
                     configure(self._session.connection, self._settings, self._session.databases)
                 except ValueError as error:  # as a limit on a size that is surpassed
-                    report(self.holder, logging.WARNING, "%s: %s", self.label, error)
+                    report(self.state, logging.WARNING, "%s: %s", self.label, error)
                 self._session.restore_factories()
                 # Texts that were allowed for this job are asked again, for the next.
                 self._guard.install(self._session.connection)
@@ -851,8 +852,8 @@ class WriterLoop:
             self.file.close(session.connection)
 
     def _tell_waiting(self, has_it: bool, text: str) -> None:
-        where = f"opening {self._settings.path}" if self._session is None else self.holder.describe(has_it)
-        report(self.holder, logging.WARNING, "%s: %s (%s)", self.label, text, where)
+        where = f"opening {self._settings.path}" if self._session is None else self.state.describe(has_it)
+        report(self.state, logging.WARNING, "%s: %s (%s)", self.label, text, where)
 
 
 class _UndoneError(Exception):
@@ -863,7 +864,7 @@ class WithdrawnError(WriterClosedError, concurrent.futures.CancelledError):
     """What the result of a job is that close withdrew: its ticket says ``cancelled()``. Not committed."""
 
 
-def leaves_open(error: BaseException, in_transaction: bool) -> bool:
+def commit_outcome_unknown(error: BaseException, in_transaction: bool) -> bool:
     """Whether a COMMIT that raised ``error`` may yet be found in the file.
 
     A failed sync may: what was written before it can reach the disk (https://www.sqlite.org/wal.html). A full disk and
