@@ -28,11 +28,12 @@ from onewriter.base.scopes import enclosing
 from onewriter.base.strict import Strict
 from onewriter.base.tally import CloseReport, Stats
 from onewriter.base.waiting import seconds_until, wake
-from onewriter.core import give_up
+from onewriter.core import OWN_READER, After, Core, Function, Label, Seconds, core_of
 from onewriter.ends.backup import check_backup
 from onewriter.errors import ReadTimeoutError, ReentrantWriteError, WriterClosedError
 from onewriter.events import announce
-from onewriter.gateway import OWN_READER, After, DbWriter, Function, Label, Seconds
+from onewriter.gateway import DbWriter
+from onewriter.options import Options
 from onewriter.read.pool import HELD_BACK, Borrowing
 from onewriter.read.reader import Reader, Snapshot
 from onewriter.sqlite.parameters import capture
@@ -65,21 +66,23 @@ class AsyncDbWriter(Strict):
     def __init__(self, path: str | bytes | os.PathLike[Any], **options: Any) -> None:
         if options.get("inline"):
             raise ValueError("inline=True runs jobs in the calling thread, the loop's: use a temporary file")
-        self._open: Callable[[], DbWriter] | None = lambda: DbWriter(path, **options)
-        self._db: DbWriter | None = None
-        self._is_wrapped = self._is_closed = False
+        self._open: Callable[[], Core] | None = lambda: Core(path, Options(**options))
+        self._opened: Core | None = None
+        self._wrapped: DbWriter | None = None
+        self._is_closed = False
         self._prepare()
 
     @classmethod
     def wrap(cls, db: DbWriter) -> Self:
         """Use an open ``DbWriter``, and leave it open."""
-        if not isinstance(db, DbWriter):
+        core = core_of(db)
+        if core is None:
             raise TypeError(f"wrap takes a DbWriter, not {type(db).__name__}")
-        if db.is_inline:
+        if core.options.inline:
             raise ValueError("an inline DbWriter runs jobs in the calling thread, which is the event loop's")
         self = cls.__new__(cls)
-        self._open, self._db = None, db
-        self._is_wrapped, self._is_closed = True, False
+        self._open, self._opened = None, core
+        self._wrapped, self._is_closed = db, False  # kept: it would close when it is collected
         self._prepare()
         return self
 
@@ -97,7 +100,7 @@ class AsyncDbWriter(Strict):
         while True:
             future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             with self._lock:
-                if self._db is not None or self._is_closed:
+                if self._opened is not None or self._is_closed:
                     break
                 opening, self._open = self._open, None
                 if opening is None:
@@ -106,23 +109,23 @@ class AsyncDbWriter(Strict):
                 await self._open_with(opening)
             else:  # another task opens it; if it fails, this one tries
                 await future
-        self._gateway()._loop.queue.check_open()
+        self._core().queue.check_open()
         return self
 
-    async def _open_with(self, opening: Callable[[], DbWriter]) -> None:
-        db = None
+    async def _open_with(self, opening: Callable[[], Core]) -> None:
+        core = None
         try:
-            db = await in_thread(opening, undo=DbWriter.close)
+            core = await in_thread(opening, undo=_close)
         finally:
             with self._lock:
-                if db is None:
+                if core is None:
                     self._open = opening
                 elif not self._is_closed:
-                    self._db = db
+                    self._opened = core
                 openers, self._openers = self._openers, []
             wake(openers)
-        if self._db is not db:  # it was closed meanwhile
-            await in_thread(db.close)
+        if self._opened is not core:  # it was closed meanwhile
+            await in_thread(lambda: _close(core))
 
     async def __aenter__(self) -> Self:
         return await self.open()
@@ -136,24 +139,32 @@ class AsyncDbWriter(Strict):
     def __exit__(self, *_: object) -> None:
         raise TypeError("AsyncDbWriter needs `async with`; `with` goes with DbWriter")
 
+    def __del__(self) -> None:
+        core: Core | None = getattr(self, "_opened", None)
+        if core is not None and self._wrapped is None:
+            core.drop(self)
+
     def __repr__(self) -> str:
-        return f"<AsyncDbWriter {'not open' if self._db is None else repr(self._db)}>"
+        opened = self._opened
+        return f"<AsyncDbWriter {'not open' if opened is None else opened.describe('DbWriter')}>"
 
     async def close(self, timeout: Seconds = None, *, drain: bool = True) -> CloseReport:
         """As ``DbWriter.close``. A wrapped DbWriter stays open."""
         with self._lock:
-            db = self._db
-            if db is None:
+            core = self._opened
+            if core is None:
                 self._is_closed, self._open = True, None
                 return CloseReport(0, 0, 0, 0, ())
         check_timeout(timeout)
-        if not db._state.forked:
-            db._state.refuse_endless_wait("close", awaits=True)
-        if timeout is None and not self._is_wrapped and db._state.scopes.innermost() is not None:
+        if not core.state.forked:
+            core.state.refuse_endless_wait("close", awaits=True)
+        if timeout is None and self._wrapped is None and core.state.scopes.innermost() is not None:
             raise ReentrantWriteError(OWN_READER)
         self._is_closed = True
         try:
-            return db.report() if self._is_wrapped else await in_thread(lambda: db.close(timeout, drain=drain))
+            if self._wrapped is not None:
+                return core.report()
+            return await in_thread(lambda: core.close(timeout, drain))
         finally:
             with self._lock:
                 pool, self._pool = self._pool, None
@@ -181,25 +192,25 @@ class AsyncDbWriter(Strict):
         foreign_keys: bool | None = None,
     ) -> Coroutine[Any, Any, Any]:
         """As ``DbWriter.run``. Cancelled before the job starts, it never runs; after that, it finishes whole."""
-        return self._execute(self._gateway()._job(what, params, label, foreign_keys), timeout)
+        return self._execute(self._core().job(what, params, label, foreign_keys, sys._getframe(1)), timeout)
 
     def run_many(
         self, sql: str, seq_of_params: Iterable[Any], /, *, label: Label = None, timeout: Seconds = 30.0
     ) -> Coroutine[Any, Any, Result]:
         """As ``DbWriter.run_many``."""
-        return self._execute(self._gateway()._many(sql, seq_of_params, label, sys._getframe(1)), timeout)
+        return self._execute(self._core().many(sql, seq_of_params, label, sys._getframe(1)), timeout)
 
     def run_script(
         self, sql: str, /, *, label: Label = None, timeout: Seconds = 30.0, foreign_keys: bool | None = None
     ) -> Coroutine[Any, Any, None]:
         """As ``DbWriter.run_script``."""
-        return self._execute(self._gateway()._script(sql, label, foreign_keys, sys._getframe(1)), timeout)
+        return self._execute(self._core().script(sql, label, foreign_keys, sys._getframe(1)), timeout)
 
     def run_without_transaction(
         self, sql: str, params: Any = (), /, *, label: Label = None, timeout: Seconds = 30.0
     ) -> Coroutine[Any, Any, Result]:
         """As ``DbWriter.run_without_transaction``."""
-        job = self._gateway()._bare(sql, params, label, sys._getframe(1))
+        job = self._core().bare(sql, params, label, sys._getframe(1))
         return self._execute(job, timeout, alone="run_without_transaction")
 
     @overload
@@ -208,9 +219,9 @@ class AsyncDbWriter(Strict):
     def enqueue(self, fn: Function[T], /, *, label: Label = None) -> Ticket[T]: ...
     def enqueue(self, what: str | Function[T], params: Any = (), /, *, label: Label = None) -> Ticket[Any]:
         """As ``DbWriter.enqueue``, but never waits: QueueFullError at once if there is no room. Not a coroutine."""
-        db = self._gateway()
-        job = db._job(what, params, label, None, bounded=not db._state.would_deadlock_task())
-        db._accept(job, 0.0)
+        core = self._core()
+        job = core.job(what, params, label, None, sys._getframe(1), bounded=not core.state.would_deadlock_task())
+        core.accept(job, 0.0)
         return job
 
     @overload
@@ -226,15 +237,15 @@ class AsyncDbWriter(Strict):
     ) -> Coroutine[Any, Any, Ticket[Any]]:
         """As ``enqueue``, but waits for room, at most ``timeout`` seconds."""
         check_timeout(timeout)
-        return self._enqueue(self._gateway()._job(what, params, label, None, bounded=True), timeout)
+        return self._enqueue(self._core().job(what, params, label, None, sys._getframe(1), bounded=True), timeout)
 
     async def _enqueue(self, job: Job[T], timeout: Seconds) -> Ticket[T]:
-        db = self._gateway()
-        announce(db._state, db._loop.on_event, job, waits=False)
-        if db._state.would_deadlock_task():  # its block keeps the writer from making room
-            db._loop.queue.put_unbounded(job)
+        core = self._core()
+        announce(core.state, core.options.on_event, job, waits=False)
+        if core.state.would_deadlock_task():  # its block keeps the writer from making room
+            core.queue.put_unbounded(job)
             return job
-        queue = db._loop.queue
+        queue = core.queue
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         waiter = queue.line_up(job, future)
         if waiter is None:
@@ -253,37 +264,35 @@ class AsyncDbWriter(Strict):
 
     def flush(self, timeout: Seconds = None) -> Coroutine[Any, Any, None]:
         """As ``DbWriter.flush``."""
-        db = self._gateway()
-        flushed: Coroutine[Any, Any, None] = self._execute(
-            db._control("flush", None, sys._getframe(1)), timeout, alone="flush"
-        )
-        return and_the_log(flushed, db._state, timeout)
+        core = self._core()
+        flushed: Coroutine[Any, Any, None] = self._execute(core.flush(sys._getframe(1)), timeout, alone="flush")
+        return and_the_log(flushed, core.state, timeout)
 
     def checkpoint(
         self, mode: Literal["PASSIVE", "FULL", "RESTART", "TRUNCATE"] = "TRUNCATE", *, timeout: Seconds = 30.0
     ) -> Coroutine[Any, Any, Checkpoint]:
         """As ``DbWriter.checkpoint``."""
-        return self._execute(self._gateway()._checkpoint_job(mode, sys._getframe(1)), timeout, alone="checkpoint")
+        return self._execute(self._core().checkpoint(mode, sys._getframe(1)), timeout, alone="checkpoint")
 
     def _execute(self, job: Job[T], timeout: Seconds, alone: str = "") -> Coroutine[Any, Any, T]:
         if timeout != 30.0:
             check_timeout(timeout)
-        db = self._gateway()
+        core = self._core()
         if enclosing() is not None:
-            here = db._state.here()
+            here = core.state.here()
             if isinstance(here, TaskBlock | TaskSavepoint):
                 if alone or job.foreign_keys is not None:
-                    db._state.refuse_endless_wait(alone or "foreign_keys=", awaits=True)
+                    core.state.refuse_endless_wait(alone or "foreign_keys=", awaits=True)
                 return here.block.call(perform_inside, here.block, job)
-        return self._wait_for(db, job, timeout)
+        return self._wait_for(core, job, timeout)
 
-    async def _wait_for(self, db: DbWriter, job: Job[T], timeout: Seconds) -> T:
+    async def _wait_for(self, core: Core, job: Job[T], timeout: Seconds) -> T:
         loop = asyncio.get_running_loop()
-        if db._state.is_mine():  # a sync block or a job of this thread, whose end waits for this
-            db._state.refuse_endless_wait(f"waiting for job {job.describe()}", awaits=True)
+        if core.state.is_mine():  # a sync block or a job of this thread, whose end waits for this
+            core.state.refuse_endless_wait(f"waiting for job {job.describe()}", awaits=True)
         future: asyncio.Future[None] = loop.create_future()
         job._waiters = [future]  # before anybody else knows the job
-        db._submit(job, None)
+        core.submit(job, None)
         deadlines = None
         if timeout is not None:
             deadlines = self._deadlines_of(loop)
@@ -298,7 +307,7 @@ class AsyncDbWriter(Strict):
             if deadlines is not None:
                 deadlines.remove(future)
         if not job.done():
-            give_up(job, timeout, db._state)
+            core.give_up(job, timeout)
         try:
             return job.result()
         finally:
@@ -313,9 +322,9 @@ class AsyncDbWriter(Strict):
         A cancelled block is rolled back, and its statement interrupted. A block whose COMMIT has begun ends with the
         outcome of COMMIT first; a cancellation that came meanwhile is raised after it, with a note that says so.
         """
-        db = self._gateway()
-        hold = db.check_block(label, timeout, max_hold)
-        state = db._state
+        core = self._core()
+        hold = core.check_block(label, timeout, max_hold)
+        state = core.state
         here = state.scopes.innermost(writes=True)
         if isinstance(here, TaskBlock | TaskSavepoint):
             outer = here.block
@@ -332,7 +341,7 @@ class AsyncDbWriter(Strict):
         block = TaskBlock(state, label, hold, frame_around())
         state.blocks.add(block)
         try:
-            transaction = await self._enter(db, block, timeout)
+            transaction = await self._enter(core, block, timeout)
             scope = state.scopes.enter(block, writes=True)
             try:
                 yield AsyncTransaction(block, transaction)
@@ -340,14 +349,14 @@ class AsyncDbWriter(Strict):
                 state.scopes.leave(scope)
                 block.end(failed=True)
                 cancelled = await block.ended()
-                self._call_back(db, block, transaction)
+                self._call_back(core, block, transaction)
                 if cancelled is not None:
                     raise cancelled from error
                 raise
             state.scopes.leave(scope)
             block.end(failed=False)
             cancelled = await block.ended()
-            self._call_back(db, block, transaction)
+            self._call_back(core, block, transaction)
         finally:
             state.blocks.discard(block)
         if cancelled is not None:
@@ -356,8 +365,8 @@ class AsyncDbWriter(Strict):
             raise cancelled
         block.result()
 
-    async def _enter(self, db: DbWriter, block: TaskBlock, timeout: Seconds) -> Transaction:
-        db._submit(block, None)
+    async def _enter(self, core: Core, block: TaskBlock, timeout: Seconds) -> Transaction:
+        core.submit(block, None)
         try:
             async with self._within(block.granted, timeout):
                 await block.granted
@@ -368,21 +377,21 @@ class AsyncDbWriter(Strict):
             raise
         if block.transaction is None and not block.done():
             if block.cancel():
-                raise not_entered(block, timeout, db._loop)
+                raise not_entered(block, timeout, core.writer)
             block.end(failed=True)  # it has started in the same moment, unless it was refused
             cancelled = await block.ended()
             if cancelled is not None:
                 raise cancelled
             if isinstance(block.failed_with, BlockFailedError):
-                raise not_entered(block, timeout, db._loop)
+                raise not_entered(block, timeout, core.writer)
         if block.transaction is None:
             block.result()  # raises why
         assert block.transaction is not None
         return block.transaction
 
-    def _call_back(self, db: DbWriter, block: TaskBlock, transaction: Transaction) -> None:
+    def _call_back(self, core: Core, block: TaskBlock, transaction: Transaction) -> None:
         callbacks = transaction.callbacks(committed=block.failed_with is None)
-        call_all_safely(db._state, [(callback,) for callback in callbacks])
+        call_all_safely(core.state, [(callback,) for callback in callbacks])
 
     # Reads ------------------------------------------------------------------------------------------------------------
 
@@ -439,12 +448,12 @@ class AsyncDbWriter(Strict):
         if isinstance(here, AsyncReader):
             yield here
             return
-        borrowing, readers = Borrowing(place), self._gateway()._readers
+        borrowing, readers = Borrowing(place), self._core().pool
         reader = await self._borrow(borrowing, deadline)
         try:
             await self._in_pool(functools.partial(readers.pin, reader, place), borrowing)
             lent = AsyncReader(self, Snapshot(reader), borrowing)
-            scopes = self._gateway()._state.scopes
+            scopes = self._core().state.scopes
             scope = scopes.enter(lent, writes=False)
             try:
                 yield lent
@@ -459,7 +468,7 @@ class AsyncDbWriter(Strict):
 
     def _here(self) -> Any:
         """The innermost block, job or reader that the caller is inside: its reads belong to it."""
-        return None if enclosing() is None else self._gateway()._state.scopes.innermost()
+        return None if enclosing() is None else self._core().state.scopes.innermost()
 
     def _read(
         self,
@@ -497,14 +506,14 @@ class AsyncDbWriter(Strict):
             block = here.block
             return await block.call(block.lends().read_with, function, deadline, until=deadline)
         if isinstance(here, AsyncReader):
-            return await here._call(deadline, read_snapshot, self._gateway()._readers, function, name)
+            return await here._call(deadline, read_snapshot, self._core().pool, function, name)
         if isinstance(here, Transaction) and here.is_of_function:  # whose thread this is
             return here.read_with(function, deadline)
         if isinstance(here, Transaction):
             return await self._in_pool(functools.partial(here.read_with, function, deadline), None)
         if here is not None:
             return await self._in_pool(functools.partial(here.call_with, function, name, deadline), None)
-        borrowing, readers = Borrowing(name), self._gateway()._readers
+        borrowing, readers = Borrowing(name), self._core().pool
         await self._borrow(borrowing, deadline)
         call = functools.partial(readers.call_and_return, borrowing, function, name, own=own)
         return await self._in_pool(call, borrowing, returns=True)
@@ -515,8 +524,8 @@ class AsyncDbWriter(Strict):
         check_timeout(timeout)
         deadline = math.inf if timeout is None else monotonic() + timeout
         if after is not None:
-            state = self._gateway()._state
-            self._gateway().check_after(after)
+            state = self._core().state
+            self._core().check_after(after)
             if not after.done():
                 state.refuse_endless_wait("read(after=…)", awaits=True)
                 with after.arrival() as future:
@@ -531,7 +540,7 @@ class AsyncDbWriter(Strict):
 
     async def _borrow(self, borrowing: Borrowing, deadline: float) -> Reader:
         """A connection of the pool, whose time is limited."""
-        readers = self._gateway()._readers
+        readers = self._core().pool
         until = monotonic() + HELD_BACK
         while readers.holds_back and monotonic() < until:
             await asyncio.sleep(HELD_BACK / 50)
@@ -551,27 +560,27 @@ class AsyncDbWriter(Strict):
 
     async def _in_pool(self, call: Callable[[], T], borrowing: Borrowing | None, *, returns: bool = False) -> T:
         """Call in one of the threads that read; ``returns``: the call ends ``borrowing``, unless it is never made."""
-        db = self._db
-        assert db is not None
+        core = self._opened
+        assert core is not None
         try:
             with self._lock:  # or else the close of another loop may shut it down just before
                 if self._pool is None:  # or no longer: a block may still be open when the gateway is closed
-                    self._pool = ThreadPoolExecutor(db._readers.size, f"{db._loop.label}-reader")
-                future = self._pool.submit(call_in_pool, call, borrowing, self._pool, db._state)
+                    self._pool = ThreadPoolExecutor(core.pool.size, f"{core.label}-reader")
+                future = self._pool.submit(call_in_pool, call, borrowing, self._pool, core.state)
         except BaseException:
             if borrowing is not None and returns:
-                db._readers.end(borrowing)
+                core.pool.end(borrowing)
             raise
         try:
             return await asyncio.wrap_future(future)
         except asyncio.CancelledError:
             if not future.cancel():
                 if borrowing is not None:
-                    db._readers.expire(borrowing)  # a statement that runs ends soon
+                    core.pool.expire(borrowing)  # a statement that runs ends soon
                 if not returns:
                     await until_done(future)
             elif borrowing is not None and returns:
-                db._readers.end(borrowing)
+                core.pool.end(borrowing)
             raise
         finally:
             del future  # an error's traceback would hold it, and it holds the error
@@ -586,8 +595,8 @@ class AsyncDbWriter(Strict):
         pages: int = -1,
     ) -> None:
         """As ``DbWriter.backup``, in a thread, where ``progress`` is called too. Cancelled, it goes on to its end."""
-        db = self._gateway()
-        db._state.refuse_endless_wait("backup", awaits=True)
+        core = self._core()
+        core.state.refuse_endless_wait("backup", awaits=True)
         place = called_from(sys._getframe(1))
         is_open = isinstance(target, sqlite3.Connection)
         if is_open:  # sqlite3 lets the thread that made it ask it, and any thread write the copy into it
@@ -596,44 +605,43 @@ class AsyncDbWriter(Strict):
         def back_up() -> None:
             if not is_open:
                 check_backup(target, progress, pages)
-            db._back_up(target, progress, pages, place)
+            core.back_up(target, progress, pages, place)
 
         await in_thread(back_up)
 
     @property
     def path(self) -> str:
         """As ``DbWriter.path``."""
-        return self._gateway().path
+        return self._core().path
 
     @property
     def journal_mode(self) -> str:
         """As ``DbWriter.journal_mode``."""
-        return self._gateway().journal_mode
+        return self._core().options.journal_mode
 
     @property
     def health(self) -> str:
         """As ``DbWriter.health``."""
-        return self._gateway().health
+        return self._core().writer.health
 
     @property
     def closed(self) -> bool:
         """Whether new work is refused."""
-        return self._db is None or self._is_closed or self._db.closed
+        return self._opened is None or self._is_closed or self._opened.is_closed
 
     def in_writer(self) -> bool:
         """Whether the running task is inside a ``transaction()`` block."""
-        return self._db is not None and self._db._state.is_in_writer()
+        return self._opened is not None and self._opened.state.is_in_writer()
 
     def stats(self) -> Stats:
         """As ``DbWriter.stats``."""
-        return self._gateway().stats()
+        return self._core().stats()
 
-    def _gateway(self) -> DbWriter:
-        if self._db is None:
+    def _core(self) -> Core:
+        core = self._opened
+        if core is None or (self._is_closed and self._wrapped is not None):
             raise WriterClosedError("the gateway is closed" if self._is_closed else NOT_OPEN)
-        if self._is_closed and self._is_wrapped:
-            raise WriterClosedError("the gateway is closed")
-        return self._db
+        return core
 
     def _deadlines_of(self, loop: asyncio.AbstractEventLoop) -> Deadlines:
         known, deadlines = self._last_deadlines
@@ -654,3 +662,7 @@ class AsyncDbWriter(Strict):
             yield
         finally:
             deadlines.remove(future)
+
+
+def _close(core: Core) -> None:
+    core.close(None, drain=True)

@@ -1,71 +1,310 @@
-"""Core"""
+"""Core: one open database, which both faces share."""
 
 from __future__ import annotations
 
+import functools
+import logging
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+import types
+import warnings
+from collections.abc import Callable, Iterable
+from threading import get_ident
 from time import monotonic
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
+from onewriter.base.arguments import (
+    check_choice,
+    check_foreign_keys,
+    check_function,
+    check_label,
+    check_no_params,
+    check_seconds,
+    check_sql,
+    check_timeout,
+)
+from onewriter.base.log import call_safely, report
 from onewriter.base.state import State, Work
-from onewriter.base.tally import CheckpointResult, Running, Stats
+from onewriter.base.tally import CheckpointResult, CloseReport, Running, Stats
 from onewriter.ends import exit as at_exit
-from onewriter.errors import WriteTimeoutError
-from onewriter.events import Hook, Submit, announce
+from onewriter.ends.backup import copy
+from onewriter.ends.fork import refuse_inherited
+from onewriter.errors import ReentrantWriteError, WriteTimeoutError, closed_error
+from onewriter.events import BackupEnded, Hook, Submit, announce
+from onewriter.options import Options
+from onewriter.read.pool import ReaderPool
+from onewriter.sqlite.company import check_company, check_path
+from onewriter.sqlite.file import DatabaseFile
+from onewriter.sqlite.options import refuse_old_sqlite, refuse_unsafe_sqlite
+from onewriter.sqlite.parameters import capture, capture_many
+from onewriter.sqlite.result import Result
+from onewriter.sqlite.statement import check_many
+from onewriter.write.checkpoint import Checkpoint
+from onewriter.write.driver import Driver, InlineDriver, ThreadDriver
+from onewriter.write.jobs import BareStatementJob, ControlJob, FunctionJob, StatementJob
+from onewriter.write.queue import JobQueue
 from onewriter.write.ticket import Job, Ticket
+from onewriter.write.transaction import Transaction
 from onewriter.write.writer import Writer
 
+T = TypeVar("T")
+Function: TypeAlias = Callable[[Transaction], T]
+Label: TypeAlias = str | None
+Seconds: TypeAlias = float | None  # None: for ever
+After: TypeAlias = Ticket[Any] | None
 
-def stats_of(loop: Writer) -> Stats:
-    """Everything at one moment: between two batches, or before or after the outcome of one."""
-    state, tally, readers = loop.state, loop.state.tally, loop.readers
-    with state.lock:
-        now = monotonic()
-        waiting, checkpoint = state.waiting, loop.last_checkpoint
-        return Stats(
-            queue_depth=loop.queue.depth,
-            oldest_age=loop.oldest_age(now),
-            running=_running(state.job, now, getattr(state.job, "started_at", now)),
-            waiting_for_lock=None if waiting is None else _running(waiting[0], now, waiting[1]),
-            committed=tally.committed,
-            failed=tally.failed,
-            cancelled=tally.cancelled,
-            timed_out=tally.timed_out,
-            retried=tally.retried,
-            run_twice=tally.run_twice,
-            commits=tally.commits,
-            jobs_per_commit=tally.committed / tally.commits if tally.commits else 0.0,
-            lock_attempts=tally.lock_attempts,
-            lock_wait=tally.lock_wait,
-            queue_wait=tally.queue_wait.latency(),
-            run=tally.run.latency(),
-            commit=tally.commit.latency(),
-            readers_in_use=readers.in_use,
-            readers_waiting=readers.waiting,
-            wal_bytes=loop.file.wal_bytes(),
-            last_checkpoint=None if checkpoint is None else CheckpointResult(*checkpoint[0], now - checkpoint[1]),
-            last_backup_ago=None if tally.last_backup is None else now - tally.last_backup,
+OWN_READER = "close waits for all readers, and this thread or task has one: end its read or block first"
+GRACE = 0.25  # seconds that close leaves a writer whose wait for SQLite's lock it has just ended
+CHECKPOINTS = ("PASSIVE", "FULL", "RESTART", "TRUNCATE")
+
+
+class Core:
+    """One open database: its queue, its writer, its readers, and what the writer's thread or turn is.
+
+    Nothing here holds a face, so that a ``DbWriter`` that was dropped can be collected. All of it may be used from any
+    thread; each part has its own locks.
+    """
+
+    def __init__(self, path: object, options: Options) -> None:
+        refuse_old_sqlite()
+        refuse_unsafe_sqlite()
+        self.options = options
+        self.path, folder = _resolve(path)
+        try:
+            check_path(os.path.realpath(self.path))
+            check_company(os.path.realpath(self.path))
+            self._open(folder)
+        except BaseException:
+            _remove(folder)
+            raise
+
+    def _open(self, folder: str | None) -> None:
+        options, settings = self.options, self.options.settings(self.path)
+        self.label = label = options.label or os.path.basename(self.path)
+        self.state = state = State(options.slow_after, self.path)
+        self.queue = JobQueue(options.maxsize, state)
+        self.file = DatabaseFile(self.path)
+        self.pool = ReaderPool(settings, options.readers, state, self.file)
+        self.writer = writer = Writer(
+            settings,
+            label,
+            state,
+            self.queue,
+            self.file,
+            self.pool,
+            options.max_hold,
+            options.on_error,
+            options.on_event,
+            functools.partial(_forget, folder),
         )
+        self.driver: Driver = InlineDriver(writer, self.pool.clock) if options.inline else ThreadDriver(writer)
+        submit, hook = self.driver.submit, options.on_event
+        self.submit: Submit = submit if hook is None else functools.partial(_announce_and_submit, submit, state, hook)
+        refuse_inherited(self.path)
+        at_exit.refuse_lost(self.path)
+        twins = at_exit.others_on(self.path)
+        at_exit.drain_at_exit(writer, self.driver)  # from now on it may be inherited
+        self.driver.start()
+        if twins:
+            text = "%s: %s is open in another DbWriter of this process: they wait for each other as two processes do"
+            report(state, logging.WARNING, text, label, self.path)
+
+    # Jobs, made of checked arguments ----------------------------------------------------------------------------------
+
+    def job(
+        self,
+        what: Any,
+        params: Any,
+        label: Label,
+        foreign_keys: bool | None,
+        frame: types.FrameType,
+        bounded: bool = False,
+    ) -> StatementJob | FunctionJob[Any]:
+        """A statement or a function; ``frame`` is the caller's."""
+        if label is not None:
+            check_label(label)
+        if isinstance(what, str):
+            if foreign_keys is not None:
+                raise TypeError("foreign_keys goes with a function or run_script, not with one statement")
+            return StatementJob(self.state, what, capture(what, params), label, frame, bounded)
+        if not callable(what):
+            raise TypeError(f"a job is SQL (str) or a function of the Transaction, not {type(what).__name__}")
+        check_no_params(params)
+        check_foreign_keys(foreign_keys)
+        check_function(what)
+        return FunctionJob(self.state, what, label, frame, foreign_keys=foreign_keys, bounded=bounded)
+
+    def many(self, sql: str, rows: Iterable[Any], label: Label, frame: types.FrameType) -> Job[Result]:
+        check_many(check_sql(sql))
+        check_label(label)
+        captured = capture_many(sql, rows)
+        return FunctionJob(self.state, lambda tx: tx.statement_many(sql, captured), label, frame, sql=sql)
+
+    def script(self, sql: str, label: Label, foreign_keys: bool | None, frame: types.FrameType) -> Job[None]:
+        check_sql(sql)
+        check_label(label)
+        check_foreign_keys(foreign_keys)
+        name = sql or "script"
+        return FunctionJob(self.state, lambda tx: tx.script(sql), label, frame, foreign_keys=foreign_keys, sql=name)
+
+    def bare(self, sql: str, params: Any, label: Label, frame: types.FrameType) -> Job[Result]:
+        return BareStatementJob(self.state, check_sql(sql), capture(sql, params), check_label(label), frame, False)
+
+    def flush(self, frame: types.FrameType) -> Job[None]:
+        return ControlJob(self.state, "flush", frame, None)
+
+    def checkpoint(self, mode: str, frame: types.FrameType) -> Job[Checkpoint]:
+        check_choice("mode", mode, CHECKPOINTS)
+        return ControlJob(self.state, "checkpoint", frame, functools.partial(self.writer.checkpoint, mode))
+
+    def accept(self, job: Job[Any], timeout: Seconds) -> None:
+        """Take a job that nobody waits for."""
+        state = self.state
+        if state.reporting and get_ident() in state.reporting:
+            job.add_done_callback(_say_nothing)  # a log handler's own job: telling its failure would call it again
+        self.submit(job, timeout)
+
+    # Checks that both faces make --------------------------------------------------------------------------------------
+
+    def check_block(self, label: Label, timeout: Seconds, max_hold: float | None) -> float:
+        """Returns how long the block may hold the writer."""
+        check_label(label)
+        check_timeout(timeout)
+        if max_hold is not None:
+            check_seconds("max_hold", max_hold)
+        return self.options.max_hold if max_hold is None else max_hold
+
+    def check_after(self, after: Ticket[Any]) -> None:
+        if not isinstance(after, Ticket):
+            raise TypeError(f"after must be a Ticket, not {type(after).__name__}")
+        if not after.belongs_to(self.state):
+            raise ValueError(f"after: {after!r} is of another DbWriter")
+
+    def give_up(self, job: Job[Any], timeout: Seconds) -> None:
+        """Wait for ``job`` no longer: raises WriteTimeoutError, unless its outcome has come in this moment."""
+        held_by = self.state.describe()
+        if job.cancel():
+            self.state.count_timeout()
+            text = f"job {job.describe()} did not start within {timeout} s and is withdrawn: {held_by}"
+            raise WriteTimeoutError(text, ticket=job, started=False)
+        if job.stop_waiting_for():
+            self.state.count_timeout()
+            text = f"job {job.describe()} did not finish within {timeout} s; it goes on: {held_by}"
+            raise WriteTimeoutError(text, ticket=job, started=True)
+
+    # Operations -------------------------------------------------------------------------------------------------------
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether new work is refused."""
+        return self.queue.refusing
+
+    def back_up(self, target: Any, progress: Callable[[int, int, int], object] | None, pages: int, place: str) -> None:
+        began, hook = monotonic(), self.options.on_event
+        with self.pool.extra(f"backup() in {place}") as source:
+            self.queue.wake_consumer()  # an idle writer watches for slow readers
+            copy(source, target, progress, pages)
+        self.state.tally.last_backup = monotonic()
+        if hook is not None:
+            call_safely(self.state, hook, BackupEnded(monotonic() - began))
+
+    def close(self, timeout: Seconds, drain: bool) -> CloseReport:
+        """Blocks; see ``DbWriter.close``."""
+        check_timeout(timeout)
+        if not isinstance(drain, bool):
+            raise TypeError(f"drain must be a bool, not {type(drain).__name__}")
+        state = self.state
+        if state.forked:
+            return CloseReport(0, 0, 0, 0, ())
+        state.refuse_endless_wait("close")
+        if timeout is None and (state.scopes.innermost() is not None or self.pool.has_mine):
+            raise ReentrantWriteError(OWN_READER)
+        self.queue.refuse(closed_error())
+        if not drain:
+            self.writer.abandon()
+        if not self.driver.join(timeout):
+            self.writer.abandon()
+            self.pool.stop_waiting()
+            self.driver.join(GRACE)
+        return self.report()
+
+    def drop(self, face: object) -> None:
+        """The face was collected: unless it was closed before, warn, and have the writer drain and end."""
+        if self.queue.refuse(closed_error()):
+            self.pool.stop_waiting()
+            self.driver.dropped()
+            warnings.warn(f"unclosed {self.label} ({self.path})", ResourceWarning, source=face, stacklevel=3)
+
+    def report(self) -> CloseReport:
+        """What has become of every job so far."""
+        unfinished = self.writer.unfinished()
+        with self.state.lock:
+            tally = self.state.tally
+            return CloseReport(
+                tally.committed, tally.failed, tally.cancelled, len(unfinished), (*tally.labels, *unfinished)
+            )
+
+    def stats(self) -> Stats:
+        """Everything at one moment: between two batches, or before or after the outcome of one."""
+        state, tally, pool, writer = self.state, self.state.tally, self.pool, self.writer
+        wal_bytes = self.file.wal_bytes()
+        with state.lock:
+            now = monotonic()
+            waiting, checkpoint, backup = state.waiting, writer.last_checkpoint, tally.last_backup
+            return Stats(
+                queue_depth=self.queue.depth,
+                oldest_age=writer.oldest_age(now),
+                running=_running(state.job, now, getattr(state.job, "started_at", now)),
+                waiting_for_lock=None if waiting is None else _running(waiting[0], now, waiting[1]),
+                committed=tally.committed,
+                failed=tally.failed,
+                cancelled=tally.cancelled,
+                timed_out=tally.timed_out,
+                retried=tally.retried,
+                run_twice=tally.run_twice,
+                commits=tally.commits,
+                jobs_per_commit=tally.committed / tally.commits if tally.commits else 0.0,
+                lock_attempts=tally.lock_attempts,
+                lock_wait=tally.lock_wait,
+                queue_wait=tally.queue_wait.latency(),
+                run=tally.run.latency(),
+                commit=tally.commit.latency(),
+                readers_in_use=pool.in_use,
+                readers_waiting=pool.waiting,
+                wal_bytes=wal_bytes,
+                last_checkpoint=None if checkpoint is None else CheckpointResult(*checkpoint[0], now - checkpoint[1]),
+                last_backup_ago=None if backup is None else now - backup,
+            )
+
+    def describe(self, name: str) -> str:
+        """For the ``repr`` of a face."""
+        stats, state = self.stats(), "closed" if self.is_closed else self.writer.health
+        return f"<{name} {self.path!r} {state} queue_depth={stats.queue_depth} committed={stats.committed}>"
 
 
 def _running(job: Work | None, now: float, since: float) -> Running | None:
     return None if job is None else Running(job.label, job.called_from, max(0.0, now - since))
 
 
-def ended(folder: str | None) -> Callable[[Writer], None]:
-    """What is left to do when a writer has ended; holds no gateway, so that a dropped one can be collected."""
-
-    def ended(loop: Writer) -> None:
-        at_exit.forget(loop)
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-
-    return ended
+def _announce_and_submit(submit: Submit, state: State, hook: Hook, job: Job[Any], timeout: float | None) -> None:
+    announce(state, hook, job, waits=job._waiters is not None)
+    submit(job, timeout)
 
 
-def resolve_path(path: object) -> tuple[str, str | None]:
+def _forget(folder: str | None, writer: Writer) -> None:
+    """The writer has ended, and all connections are closed."""
+    at_exit.forget(writer)
+    _remove(folder)
+
+
+def _remove(folder: str | None) -> None:
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _resolve(path: object) -> tuple[str, str | None]:
     """The absolute path, and the folder to remove at close if the database is a temporary one."""
     if not isinstance(path, str | bytes | os.PathLike):
         raise TypeError(f"path must be str, bytes or os.PathLike, not {type(path).__name__}")
@@ -81,26 +320,16 @@ def resolve_path(path: object) -> tuple[str, str | None]:
     return os.path.abspath(name), None
 
 
-def give_up(job: Job[Any], timeout: float | None, state: State) -> None:
-    """Wait for ``job`` no longer: raises WriteTimeoutError, unless its outcome has come in this moment."""
-    held_by = state.describe()
-    if job.cancel():
-        state.count_timeout()
-        text = f"job {job.describe()} did not start within {timeout} s and is withdrawn: {held_by}"
-        raise WriteTimeoutError(text, ticket=job, started=False)
-    if job.stop_waiting_for():
-        state.count_timeout()
-        text = f"job {job.describe()} did not finish within {timeout} s; it goes on: {held_by}"
-        raise WriteTimeoutError(text, ticket=job, started=True)
-
-
-def announcing(submit: Submit, state: State, hook: Hook) -> Submit:
-    def submit_and_tell(job: Job[Any], timeout: float | None) -> None:
-        announce(state, hook, job, waits=job._waiters is not None)
-        submit(job, timeout)
-
-    return submit_and_tell
-
-
-def say_nothing(ticket: Ticket[Any]) -> None:
+def _say_nothing(ticket: Ticket[Any]) -> None:
     pass
+
+
+def deadline_of(timeout: Seconds) -> float:
+    """When ``timeout`` seconds from now are over."""
+    return math.inf if timeout is None else monotonic() + timeout
+
+
+def core_of(db: object) -> Core | None:
+    """That of a ``DbWriter``; None: it is none."""
+    core = getattr(db, "_core", None)
+    return core if isinstance(core, Core) else None

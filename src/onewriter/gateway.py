@@ -3,83 +3,50 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import math
 import os
-import shutil
 import sqlite3
 import sys
 import types
-import warnings
 from asyncio import _get_running_loop
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from threading import get_ident
 from time import monotonic
-from typing import Any, Literal, Self, TypeAlias, TypeVar, overload
+from typing import Any, Literal, Self, TypeVar, overload
 
 from onewriter.base.arguments import (
     NOT_PLAIN,
-    check_callback,
-    check_choice,
-    check_count,
-    check_foreign_keys,
     check_function,
     check_label,
-    check_no_params,
     check_read,
-    check_seconds,
     check_sql,
     check_timeout,
     name_of,
 )
 from onewriter.base.call_site import called_from
-from onewriter.base.log import call_all_safely, call_safely, report, warn_of_blocking
+from onewriter.base.log import call_all_safely, report, warn_of_blocking
 from onewriter.base.scopes import Scope, enclosing
-from onewriter.base.state import IN_STATEMENT, State
+from onewriter.base.state import IN_STATEMENT
 from onewriter.base.strict import Strict
 from onewriter.base.tally import CloseReport, Stats
 from onewriter.base.waiting import seconds_until, wait_in_slices
-from onewriter.core import announcing, ended, give_up, resolve_path, say_nothing, stats_of
-from onewriter.ends import exit as at_exit
-from onewriter.ends.backup import check_backup, copy
-from onewriter.ends.fork import refuse_inherited
-from onewriter.errors import (
-    ReadTimeoutError,
-    ReentrantWriteError,
-    WriterBrokenError,
-    WriterClosedError,
-    closed_error,
-    forked_error,
-)
-from onewriter.events import BackupEnded, announce
-from onewriter.read.pool import ReaderPool
+from onewriter.core import After, Core, Function, Label, Seconds
+from onewriter.ends.backup import check_backup
+from onewriter.errors import ReadTimeoutError, ReentrantWriteError, WriterBrokenError, WriterClosedError, forked_error
+from onewriter.events import announce
+from onewriter.options import Options
 from onewriter.read.reader import Snapshot
-from onewriter.sqlite.company import check_company, check_path
-from onewriter.sqlite.file import DatabaseFile
-from onewriter.sqlite.options import Settings, check_pragmas, refuse_old_sqlite, refuse_unsafe_sqlite
-from onewriter.sqlite.parameters import capture, capture_many
+from onewriter.sqlite.parameters import capture
 from onewriter.sqlite.result import Result, first_value
-from onewriter.sqlite.statement import Parameters, check_many
+from onewriter.sqlite.statement import Parameters
 from onewriter.write.block import BlockJob
 from onewriter.write.checkpoint import Checkpoint
-from onewriter.write.driver import Driver, InlineDriver, ThreadDriver
-from onewriter.write.jobs import BareStatementJob, ControlJob, FunctionJob, StatementJob
-from onewriter.write.queue import JobQueue
+from onewriter.write.jobs import FunctionJob, StatementJob
 from onewriter.write.ticket import Job, Ticket
 from onewriter.write.transaction import Transaction
-from onewriter.write.writer import Writer
 
 T = TypeVar("T")
-Function: TypeAlias = Callable[[Transaction], T]
-Label: TypeAlias = str | None
-Seconds: TypeAlias = float | None  # None: for ever
-After: TypeAlias = Ticket[Any] | None
-OWN_READER = "close waits for all readers, and this thread or task has one: end its read or block first"
-GRACE = 0.25  # seconds that close leaves a writer whose wait for SQLite's lock it has just ended
-SYNCHRONOUS = ("OFF", "NORMAL", "FULL", "EXTRA")
-JOURNAL_MODES = ("WAL", "DELETE", "TRUNCATE", "PERSIST")
-CHECKPOINTS = ("PASSIVE", "FULL", "RESTART", "TRUNCATE")
 
 
 class DbWriter(Strict):
@@ -139,85 +106,34 @@ class DbWriter(Strict):
         auto_checkpoint: bool = True,
         inline: bool = False,
     ) -> None:
-        refuse_old_sqlite()
-        refuse_unsafe_sqlite()
-        check_count("readers", readers)
-        check_count("maxsize", maxsize)
-        check_count("wal_limit", wal_limit, least=0)
-        check_seconds("lock_timeout", lock_timeout)
-        check_seconds("slow_after", slow_after)
-        check_seconds("max_hold", max_hold)
-        check_choice("synchronous", synchronous, SYNCHRONOUS)
-        check_choice("journal_mode", journal_mode, JOURNAL_MODES)
-        hooks = {"on_connect": on_connect, "on_error": on_error, "on_event": on_event, "row_factory": row_factory}
-        for name, hook in hooks.items():
-            if hook is not None:
-                check_callback(name, hook)
-        if label is not None and not isinstance(label, str):
-            raise TypeError(f"label must be a str, not {type(label).__name__}")
-        if not isinstance(detect_types, int):
-            raise TypeError(f"detect_types must be an int, not {type(detect_types).__name__}")
-        if not 0 <= detect_types < 2**31:
-            raise ValueError(f"detect_types is a sum of sqlite3's PARSE_…, not {detect_types}")
-        for name, value in (("foreign_keys", foreign_keys), ("auto_checkpoint", auto_checkpoint), ("inline", inline)):
-            if not isinstance(value, bool):
-                raise TypeError(f"{name} must be a bool, not {type(value).__name__}")
-        check_pragmas(pragmas or {})
-        self._path, folder = resolve_path(path)
-        try:
-            check_path(os.path.realpath(self._path))
-            check_company(os.path.realpath(self._path))
-            settings = Settings(
-                path=self._path,
-                lock_timeout=lock_timeout,
-                synchronous=synchronous,
-                journal_mode=journal_mode,
-                foreign_keys=foreign_keys,
-                pragmas=dict(pragmas or {}),
-                on_connect=on_connect,
-                row_factory=row_factory,
-                detect_types=detect_types,
-                wal_limit=wal_limit,
-                auto_checkpoint=auto_checkpoint,
-            )
-            name = label or os.path.basename(self._path)
-            when_ended = ended(folder)
-            state = State(slow_after, settings.path)
-            queue, file = JobQueue(maxsize, state), DatabaseFile(settings.path)
-            pool = ReaderPool(settings, readers, state, file)
-            loop = Writer(settings, name, state, queue, file, pool, max_hold, on_error, on_event, when_ended)
-            driver: Driver = InlineDriver(loop, pool.clock) if inline else ThreadDriver(loop)
-            refuse_inherited(self._path)
-            at_exit.refuse_lost(self._path)
-            twins = at_exit.others_on(self._path)
-            at_exit.drain_at_exit(loop, driver)  # from now on it may be inherited
-            driver.start()
-        except BaseException:
-            if folder is not None:
-                shutil.rmtree(folder, ignore_errors=True)
-            raise
-        self._loop, self._driver = loop, driver
-        self._max_hold = max_hold
-        self._submit = driver.submit if on_event is None else announcing(driver.submit, loop.state, on_event)
-        self._state = loop.state
-        self._readers = pool
-        self._journal_mode = journal_mode
-        if twins:
-            report(
-                self._state,
-                logging.WARNING,
-                "%s: %s is open in another DbWriter of this process: they wait for each other as two processes do",
-                self._loop.label,
-                self._path,
-            )
+        options = Options(
+            label=label,
+            readers=readers,
+            maxsize=maxsize,
+            lock_timeout=lock_timeout,
+            synchronous=synchronous,
+            journal_mode=journal_mode,
+            foreign_keys=foreign_keys,
+            pragmas=pragmas,
+            on_connect=on_connect,
+            row_factory=row_factory,
+            detect_types=detect_types,
+            on_error=on_error,
+            on_event=on_event,
+            slow_after=slow_after,
+            max_hold=max_hold,
+            wal_limit=wal_limit,
+            auto_checkpoint=auto_checkpoint,
+            inline=inline,
+        )
+        self._core = core = Core(path, options)
+        self._state, self._submit = core.state, core.submit  # which each write asks for
 
     def __repr__(self) -> str:
-        stats = self.stats()
-        state = "closed" if self.closed else self.health
-        return f"<DbWriter {self._path!r} {state} queue_depth={stats.queue_depth} committed={stats.committed}>"
+        return self._core.describe("DbWriter")
 
     def __enter__(self) -> Self:
-        self._loop.queue.check_open()
+        self._core.queue.check_open()
         return self
 
     def __exit__(
@@ -226,11 +142,9 @@ class DbWriter(Strict):
         self.close()
 
     def __del__(self) -> None:
-        loop: Writer | None = getattr(self, "_loop", None)
-        if loop is not None and loop.queue.refuse(closed_error()):
-            self._readers.stop_waiting()
-            self._driver.dropped()
-            warnings.warn(f"unclosed {loop.label} ({self._path})", ResourceWarning, source=self, stacklevel=2)
+        core: Core | None = getattr(self, "_core", None)
+        if core is not None:
+            core.drop(self)
 
     def __reduce__(self) -> Any:
         raise TypeError("a DbWriter cannot be pickled: open one in each process")
@@ -272,7 +186,7 @@ class DbWriter(Strict):
             WriterClosedError, WriterBrokenError, ReentrantWriteError: Not committed.
             What SQLite or the function raised: Rolled back.
         """
-        return self._execute(self._job(what, params, label, foreign_keys), timeout)
+        return self._execute(self._core.job(what, params, label, foreign_keys, sys._getframe(1)), timeout)
 
     def run_many(
         self, sql: str, seq_of_params: Iterable[Any], /, *, label: Label = None, timeout: Seconds = 30.0
@@ -282,13 +196,13 @@ class DbWriter(Strict):
         A generator is consumed now, once. ``rowcount`` is that of all rows. Raises as ``run`` does, and
         sqlite3.ProgrammingError for RETURNING (Not committed).
         """
-        return self._execute(self._many(sql, seq_of_params, label, sys._getframe(1)), timeout)
+        return self._execute(self._core.many(sql, seq_of_params, label, sys._getframe(1)), timeout)
 
     def run_script(
         self, sql: str, /, *, label: Label = None, timeout: Seconds = 30.0, foreign_keys: bool | None = None
     ) -> None:
         """Run many statements, all or none, without a hidden COMMIT; returns after COMMIT. Raises as ``run`` does."""
-        self._execute(self._script(sql, label, foreign_keys, sys._getframe(1)), timeout)
+        self._execute(self._core.script(sql, label, foreign_keys, sys._getframe(1)), timeout)
 
     def run_without_transaction(
         self, sql: str, params: Any = (), /, *, label: Label = None, timeout: Seconds = 30.0
@@ -298,7 +212,7 @@ class DbWriter(Strict):
         BEGIN, COMMIT, ROLLBACK, SAVEPOINT and ATTACH are refused. Raises as ``run`` does.
         """
         self._state.refuse_endless_wait("run_without_transaction")
-        return self._execute(self._bare(sql, params, label, sys._getframe(1)), timeout)
+        return self._execute(self._core.bare(sql, params, label, sys._getframe(1)), timeout)
 
     def transaction(
         self, *, label: Label = None, timeout: Seconds = 30.0, max_hold: float | None = None
@@ -322,7 +236,7 @@ class DbWriter(Strict):
             CommitUnknownError: COMMIT met an I/O error. Unknown.
             What COMMIT raised: Rolled back.
         """
-        return self._block(label, timeout, self.check_block(label, timeout, max_hold), sys._getframe(1))
+        return self._block(label, timeout, self._core.check_block(label, timeout, max_hold), sys._getframe(1))
 
     @contextlib.contextmanager
     def _block(self, label: Label, timeout: Seconds, max_hold: float, frame: types.FrameType) -> Iterator[Transaction]:
@@ -342,13 +256,13 @@ class DbWriter(Strict):
         job, me = BlockJob(state, label, max_hold, frame), get_ident()
         del frame  # in which the block itself may be: whoever drops that drops it
         scope: Scope[Any] | None = None
-        announce(state, self._loop.on_event, job, waits=True)
+        announce(state, self._core.options.on_event, job, waits=True)
         if job.loop is not None:
             state.blocks.add(job)
         try:
             try:
                 state.entering.add(me)  # in here: Ctrl-C comes behind a call
-                transaction = self._driver.enter(job, timeout)
+                transaction = self._core.driver.enter(job, timeout)
                 scope = scopes.enter(transaction, writes=True)
             finally:
                 state.entering.discard(me)
@@ -358,7 +272,7 @@ class DbWriter(Strict):
                 self._leave(job, scope, failed=True)
                 if job.nested:
                     text = "%s: %d writes that were made inside %s are rolled back with it: it was closed or collected"
-                    report(state, logging.WARNING, text, self._loop.label, job.nested, job.describe())
+                    report(state, logging.WARNING, text, self._core.label, job.nested, job.describe())
                 raise
             except BaseException:
                 self._leave(job, scope, failed=True)
@@ -392,7 +306,7 @@ class DbWriter(Strict):
         if is_inside or self._state.cannot_wait():
             return  # a generator that was collected there, by the writer, or inside one of its locks
         try:
-            self._driver.leave(job)
+            self._core.driver.leave(job)
         except BaseException:  # Ctrl-C: it comes to its end all the same
             job.add_done_callback(self._call_back)
             raise
@@ -436,8 +350,8 @@ class DbWriter(Strict):
                 check_function(what)
             job = FunctionJob(state, what, what.__qualname__, sys._getframe(1), bounded=bounded)
         else:
-            job = self._job(what, params, label, None, bounded)
-        self._accept(job, timeout)
+            job = self._core.job(what, params, label, None, sys._getframe(1), bounded)
+        self._core.accept(job, timeout)
         return job
 
     def flush(self, timeout: Seconds = None) -> None:
@@ -450,7 +364,7 @@ class DbWriter(Strict):
         self._state.refuse_endless_wait("flush")
         check_timeout(timeout)
         until = math.inf if timeout is None else monotonic() + timeout
-        self._execute(self._control("flush", None, sys._getframe(1)), timeout)
+        self._execute(self._core.flush(sys._getframe(1)), timeout)
         if self._state.reporter is not None:
             self._state.reporter.wait(until)
 
@@ -501,7 +415,7 @@ class DbWriter(Strict):
                 warn_of_blocking()
             outside = enclosing() is None and get_ident() != self._state.writer_thread
             if outside and label is None and timeout == 30.0 and after is None:
-                return self._readers.read(what, params, sqlite3.Cursor.fetchall, what, monotonic() + 30.0)
+                return self._core.pool.read(what, params, sqlite3.Cursor.fetchall, what, monotonic() + 30.0)
             return self._read(what, params, label, timeout, after, sqlite3.Cursor.fetchall)
         check_read(what, params)
         here, deadline = self._wait_for(after, timeout, label)
@@ -510,7 +424,7 @@ class DbWriter(Strict):
             return here.read_with(what, deadline)
         if here is not None:
             return here.call_with(what, name, deadline)
-        return self._readers.call(what, name, deadline)
+        return self._core.pool.call(what, name, deadline)
 
     def read_one(
         self, sql: str, params: Any = (), /, *, label: Label = None, timeout: Seconds = 30.0, after: After = None
@@ -553,8 +467,8 @@ class DbWriter(Strict):
         writer = self._state.scopes.innermost(writes=True)
         # A job's SQL has its limit, wherever it runs; a block is taken away, and its thread may go on reading.
         until = writer.held_until if isinstance(writer, Transaction) and writer.is_of_function else math.inf
-        with self._readers.snapshot(label, deadline, until) as snapshot:
-            self._loop.queue.wake_consumer()  # an idle writer watches for slow readers
+        with self._core.pool.snapshot(label, deadline, until) as snapshot:
+            self._core.queue.wake_consumer()  # an idle writer watches for slow readers
             yield snapshot.to_lend
 
     # Operations -------------------------------------------------------------------------------------------------------
@@ -562,12 +476,12 @@ class DbWriter(Strict):
     @property
     def path(self) -> str:
         """The database file, absolute."""
-        return self._path
+        return self._core.path
 
     @property
     def journal_mode(self) -> str:
         """The journal mode in force: ``"WAL"``, ``"DELETE"`` …"""
-        return self._journal_mode
+        return self._core.options.journal_mode
 
     @property
     def health(self) -> str:
@@ -577,12 +491,12 @@ class DbWriter(Strict):
         SQLite's lock, longer than ``slow_after``, the queue is nearly full, or readers keep the WAL over ``wal_limit``.
         Broken: out of service, see WriterBrokenError.
         """
-        return self._loop.health
+        return self._core.writer.health
 
     @property
     def closed(self) -> bool:
         """Whether new work is refused."""
-        return self._loop.queue.refusing
+        return self._core.is_closed
 
     def in_writer(self) -> bool:
         """Whether the caller is inside a job or block of this gateway, or in the writer's thread."""
@@ -604,7 +518,7 @@ class DbWriter(Strict):
             WriteTimeoutError: it was not its turn in time.
             ReentrantWriteError: called inside a job.
         """
-        job = self._checkpoint_job(mode, sys._getframe(1))
+        job = self._core.checkpoint(mode, sys._getframe(1))
         self._state.refuse_endless_wait("checkpoint")
         return self._execute(job, timeout)
 
@@ -634,20 +548,11 @@ class DbWriter(Strict):
         self._state.refuse_endless_wait("backup")
         check_backup(target, progress, pages)
         warn_of_blocking()
-        self._back_up(target, progress, pages, called_from(sys._getframe(1)))
-
-    def _back_up(self, target: Any, progress: Callable[[int, int, int], object] | None, pages: int, place: str) -> None:
-        began = monotonic()
-        with self._readers.extra(f"backup() in {place}") as source:
-            self._loop.queue.wake_consumer()  # an idle writer watches for slow readers
-            copy(source, target, progress, pages)
-        self._state.tally.last_backup = monotonic()
-        if self._loop.on_event is not None:
-            call_safely(self._state, self._loop.on_event, BackupEnded(monotonic() - began))
+        self._core.back_up(target, progress, pages, called_from(sys._getframe(1)))
 
     def stats(self) -> Stats:
         """What the gateway has done and is doing, at one moment. Cheap; never touches the database."""
-        return stats_of(self._loop)
+        return self._core.stats()
 
     def close(self, timeout: Seconds = None, *, drain: bool = True) -> CloseReport:
         """Refuse new work, finish what was accepted, close all connections, and say what became of every job.
@@ -663,98 +568,10 @@ class DbWriter(Strict):
             ReentrantWriteError: called inside a job, or, without a ``timeout``, inside a read or ``reader()`` block
                 of this thread.
         """
-        check_timeout(timeout)
-        if not isinstance(drain, bool):
-            raise TypeError(f"drain must be a bool, not {type(drain).__name__}")
-        if self._state.forked:
-            return CloseReport(0, 0, 0, 0, ())
-        self._state.refuse_endless_wait("close")
-        if timeout is None and (self._state.scopes.innermost() is not None or self._readers.has_mine):
-            raise ReentrantWriteError(OWN_READER)
         warn_of_blocking()
-        loop = self._loop
-        loop.queue.refuse(closed_error())
-        if not drain:
-            loop.abandon()
-        if not self._driver.join(timeout):
-            loop.abandon()
-            self._readers.stop_waiting()
-            self._driver.join(GRACE)
-        return self.report()
+        return self._core.close(timeout, drain)
 
-    # Behind them, and behind AsyncDbWriter ----------------------------------------------------------------------------
-
-    @property
-    def is_inline(self) -> bool:
-        return isinstance(self._driver, InlineDriver)
-
-    def report(self) -> CloseReport:
-        """What has become of every job so far."""
-        unfinished = self._loop.unfinished()
-        with self._state.lock:
-            tally = self._state.tally
-            return CloseReport(
-                tally.committed, tally.failed, tally.cancelled, len(unfinished), (*tally.labels, *unfinished)
-            )
-
-    def check_block(self, label: Label, timeout: Seconds, max_hold: float | None) -> float:
-        check_label(label)
-        check_timeout(timeout)
-        if max_hold is not None:
-            check_seconds("max_hold", max_hold)
-        return self._max_hold if max_hold is None else max_hold
-
-    def check_after(self, after: Ticket[Any]) -> None:
-        if not isinstance(after, Ticket):
-            raise TypeError(f"after must be a Ticket, not {type(after).__name__}")
-        if not after.belongs_to(self._state):
-            raise ValueError(f"after: {after!r} is of another DbWriter")
-
-    def _many(self, sql: str, rows: Iterable[Any], label: Label, frame: types.FrameType) -> Job[Result]:
-        check_many(check_sql(sql))
-        check_label(label)
-        captured = capture_many(sql, rows)
-        return FunctionJob(self._state, lambda tx: tx.statement_many(sql, captured), label, frame, sql=sql)
-
-    def _script(self, sql: str, label: Label, foreign_keys: bool | None, frame: types.FrameType) -> Job[None]:
-        check_sql(sql)
-        check_label(label)
-        check_foreign_keys(foreign_keys)
-        name = sql or "script"
-        return FunctionJob(self._state, lambda tx: tx.script(sql), label, frame, foreign_keys=foreign_keys, sql=name)
-
-    def _bare(self, sql: str, params: Any, label: Label, frame: types.FrameType) -> Job[Result]:
-        return BareStatementJob(self._state, check_sql(sql), capture(sql, params), check_label(label), frame, False)
-
-    def _control(self, label: str, work: Callable[[], T] | None, frame: types.FrameType) -> Job[T]:
-        return ControlJob(self._state, label, frame, work)
-
-    def _checkpoint_job(self, mode: str, frame: types.FrameType) -> Job[Checkpoint]:
-        check_choice("mode", mode, CHECKPOINTS)
-        return self._control("checkpoint", functools.partial(self._loop.checkpoint, mode), frame)
-
-    def _accept(self, job: Job[Any], timeout: Seconds) -> None:
-        """Take a job that nobody waits for."""
-        state = self._state
-        if state.reporting and get_ident() in state.reporting:
-            job.add_done_callback(say_nothing)  # a log handler's own job: telling its failure would call it again
-        self._submit(job, timeout)
-
-    def _job(
-        self, what: Any, params: Any, label: Label, foreign_keys: bool | None, bounded: bool = False
-    ) -> StatementJob | FunctionJob[Any]:
-        if label is not None:
-            check_label(label)
-        if isinstance(what, str):
-            if foreign_keys is not None:
-                raise TypeError("foreign_keys goes with a function or run_script, not with one statement")
-            return StatementJob(self._state, what, capture(what, params), label, sys._getframe(2), bounded)
-        if not callable(what):
-            raise TypeError(f"a job is SQL (str) or a function of the Transaction, not {type(what).__name__}")
-        check_no_params(params)
-        check_foreign_keys(foreign_keys)
-        check_function(what)
-        return FunctionJob(self._state, what, label, sys._getframe(2), foreign_keys=foreign_keys, bounded=bounded)
+    # Behind them ------------------------------------------------------------------------------------------------------
 
     def _execute(self, job: Job[T], timeout: Seconds) -> T:
         """Have a job done and return its result: by the writer, or here if this thread is inside a transaction."""
@@ -784,7 +601,7 @@ class DbWriter(Strict):
                 job.stop_waiting_for()
             raise
         if not in_time and not job.done():
-            give_up(job, timeout, state)
+            self._core.give_up(job, timeout)
         if state.reporter is not None and state.reporter.is_behind:
             state.reporter.catch_up()
         try:
@@ -807,7 +624,7 @@ class DbWriter(Strict):
         name = f"{label!r} ({sql})" if label else sql
         if here is not None:
             return here.read(sql, parameters, fetch, name, deadline)
-        return self._readers.read(sql, parameters, fetch, name, deadline)
+        return self._core.pool.read(sql, parameters, fetch, name, deadline)
 
     def _transaction_here(self) -> Transaction | None:
         """The transaction that a blocking write belongs to; none inside a task's block, whose writes are awaited."""
@@ -831,7 +648,7 @@ class DbWriter(Strict):
         deadline = math.inf if timeout is None else monotonic() + timeout
         here = self._reads_from()
         if after is not None:
-            self.check_after(after)
+            self._core.check_after(after)
             if isinstance(here, Snapshot):
                 here.refuse_later(after)
             if not after.done():

@@ -96,7 +96,7 @@ def submit_and_close(path: Path, chance: random.Random) -> str:
     good = {n for n, ticket in tickets if not ticket.cancelled() and ticket.exception() is None}
     if found != good or (drain and len(good) != len(tickets)):
         return f"accepted {len(tickets)}, resolved {len(good)}, written {len(found)}"
-    report = db.report()
+    report = db.close()
     if (report.committed, report.cancelled) != (1 + len(good), len(tickets) - len(good)) or reports[-1].unfinished:
         return f"the report says {report}"
     return ""

@@ -651,7 +651,10 @@ def test_tasks_that_share_a_transaction_are_served_one_after_the_other(path: Pat
 
 def test_waits_that_a_block_makes_endless_raise_at_once(path: Path) -> None:
     async def main() -> None:
-        async with opened(path) as db:
+        async with opened(path):
+            pass
+        with DbWriter(path) as inner:
+            db = AsyncDbWriter.wrap(inner)
             async with db.transaction() as tx:
                 ticket = db.enqueue(INSERT, (1,))
                 for call in (
@@ -666,7 +669,6 @@ def test_waits_that_a_block_makes_endless_raise_at_once(path: Path) -> None:
                 ):
                     with pytest.raises(ReentrantWriteError):
                         await call()
-                inner = db._gateway()
                 for blocking in (lambda: inner.run(INSERT, (2,)), inner.flush, inner.close, ticket.result):
                     with pytest.raises(ReentrantWriteError):
                         blocking()
@@ -956,7 +958,7 @@ def test_a_cancellation_in_the_moment_of_the_grant_leaves_nothing_behind(
                 task = asyncio.create_task(block())
                 await asyncio.sleep(0)
                 release.set()
-                while getattr(db._gateway()._state.job, "transaction", None) is None:  # granted: the loop does not know
+                while getattr(db._core().state.job, "transaction", None) is None:  # granted: the loop does not know
                     pass
                 task.cancel()
                 with pytest.raises(asyncio.CancelledError):
@@ -1067,7 +1069,7 @@ def test_reads_are_held_back_for_a_moment_so_that_the_log_can_begin_anew(path: P
     async def main() -> None:
         async with opened(path) as db:
             await rows(db)
-            readers = db._gateway()._readers
+            readers = db._core().pool
             readers.holds_back = True
             reading = await beats(3, rows(db))
             readers.holds_back = False
@@ -1084,7 +1086,7 @@ def test_what_is_sent_while_the_block_is_taken_back_is_answered(path: Path, monk
             closed_error = Transaction.closed_error
 
             def send_one_more(transaction: Transaction) -> Any:
-                if not answered.is_set() and threading.get_ident() == db._gateway()._state.writer_thread:
+                if not answered.is_set() and threading.get_ident() == db._core().state.writer_thread:
                     tx._block.send(answered.set)
                 return closed_error(transaction)
 
@@ -1218,9 +1220,9 @@ def test_a_read_is_held_back_only_while_somebody_asks_for_it_and_not_for_long(
     async def main() -> None:
         with DbWriter(path) as inner:
             shared = AsyncDbWriter.wrap(inner)
-            inner._readers.holds_back = True  # and nobody takes that back
+            inner._core.pool.holds_back = True  # and nobody takes that back
             assert await shared.read_value("SELECT 1") == 1
-            inner._readers.holds_back = False
+            inner._core.pool.holds_back = False
             monkeypatch.setattr(asyncio, "sleep", None)
             assert await shared.read_value("SELECT 1") == 1
             monkeypatch.undo()
@@ -1234,7 +1236,7 @@ def test_a_block_whose_task_thinks_for_long_goes_on(path: Path, monkeypatch: pyt
     async def main() -> None:
         async with opened(path) as db:
             looks = asyncio.Semaphore(0)
-            loop, holder = asyncio.get_running_loop(), db._gateway()._state
+            loop, holder = asyncio.get_running_loop(), db._core().state
             monkeypatch.setattr(holder, "warn_if_slow", lambda now: loop.call_soon_threadsafe(looks.release))
             async with db.transaction() as tx:
                 for _ in range(5):
@@ -1303,7 +1305,7 @@ def test_a_read_of_a_function_is_named_by_its_label_or_its_name(path: Path) -> N
 def test_a_job_that_waited_in_line_wakes_a_writer_that_sleeps(path: Path) -> None:
     async def main() -> None:
         async with opened(path, auto_checkpoint=False) as db:  # or else it looks up in half a second
-            while not db._gateway()._loop.queue._asleep:
+            while not db._core().queue._asleep:
                 await asyncio.sleep(0.001)
             ticket = await db.enqueue_wait(INSERT, (1,))
             assert (await ticket).rowcount == 1

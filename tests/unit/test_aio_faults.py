@@ -184,7 +184,7 @@ def test_a_reader_that_is_over_leaves_the_connection_of_the_next_borrower_alone(
         async with opened(path, readers=1) as db:
             async with db.reader() as over:
                 pass
-            pool, borrowing = db._gateway()._readers, Borrowing("next")
+            pool, borrowing = db._core().pool, Borrowing("next")
             assert pool.take_or_line_up(borrowing)
             reader = pool.reader_of(borrowing, 100.0)
             with pytest.raises(sqlite3.ProgrammingError, match="has ended"):
@@ -476,7 +476,7 @@ def test_blocks_entered_with_an_exit_stack_are_named_by_who_enters_them(path: Pa
             assert running is not None
             assert running.called_from.endswith("in main")
             await stack.enter_async_context(db.reader())
-            (reader,) = db._gateway()._readers.borrowers
+            (reader,) = db._core().pool.borrowers
             assert reader.startswith("reader() in test_aio_faults.py:")
             assert reader.endswith("in main")
 

@@ -373,7 +373,7 @@ def test_close_in_the_midst_of_an_own_reader_is_refused_where_it_would_never_end
 
 def test_a_late_cancellation_does_not_hurry_the_next_borrower(path: Path) -> None:
     with DbWriter(path, readers=1) as db:
-        pool, first, second = db._readers, Borrowing("first"), Borrowing("second")
+        pool, first, second = db._core.pool, Borrowing("first"), Borrowing("second")
         assert pool.take_or_line_up(first)
         pool.reader_of(first, 100.0)
         pool.expire(first)

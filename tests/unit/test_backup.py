@@ -298,7 +298,7 @@ def test_all_pages_in_one_step_are_one_call_of_progress(db: DbWriter, path: Path
     calls: list[tuple[int, ...]] = []
     db.backup(path.parent / "copy.db", progress=lambda *call: calls.append(call))
     assert [(remaining, total > 100) for _, remaining, total in calls] == [(0, True)]
-    assert db._readers.in_use == 0
+    assert db._core.pool.in_use == 0
 
 
 def test_the_name_of_a_backup_survives_power_loss(db: DbWriter, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,8 +322,8 @@ def test_a_checkpoint_waits_a_moment_for_those_who_read(db: DbWriter) -> None:
     def read() -> None:
         with db.reader():
             inside.set()
-            while not db._readers.holds_back:
-                for borrowing in db._readers._lent.copy():
+            while not db._core.pool.holds_back:
+                for borrowing in db._core.pool._lent.copy():
                     borrowing.since = monotonic()  # as if it had just come
 
     def checkpoint() -> object:
@@ -331,7 +331,7 @@ def test_a_checkpoint_waits_a_moment_for_those_who_read(db: DbWriter) -> None:
         return db.checkpoint()
 
     assert in_threads(checkpoint, read)[0] == (False, 0, 0)
-    assert not db._loop._checkpointer.has_work
+    assert not db._core.writer._checkpointer.has_work
 
 
 def test_a_target_may_have_a_row_factory_of_its_own(db: DbWriter, tmp_path: Path) -> None:

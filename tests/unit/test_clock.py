@@ -185,7 +185,7 @@ def test_a_read_in_a_row_factory_does_not_wait_for_its_own_thread(path: Path, ho
         db.run("INSERT INTO t VALUES (1, 1), (2, 2), (3, 3)")
         results = in_threads(*[lambda: db.read("SELECT a, b FROM t", timeout=None)] * 6)
         assert results == [[1, 2, 3]] * 6
-        assert (db._readers._count, len(db._readers._idle)) == (1, 1)  # what was beside them is closed
+        assert (db._core.pool._count, len(db._core.pool._idle)) == (1, 1)  # what was beside them is closed
 
 
 def test_a_read_in_a_function_that_a_tasks_read_calls_does_not_wait_for_its_own_thread(path: Path) -> None:
@@ -229,7 +229,7 @@ def test_the_clocks_thread_ends_with_the_last_connection_of_a_closed_gateway(pat
     db = DbWriter(path)
     db.read(lambda connection: db.close(0.0))
     db.close()
-    clock = db._readers.clock._thread
+    clock = db._core.pool.clock._thread
     if clock is not None:
         clock.join(DEADLINE)
         assert not clock.is_alive()

@@ -46,8 +46,7 @@ GUARDS = [
             "write/ticket.py": [],
             "write/writer.py": [],
             "base/state.py": [],
-            "core.py": [],
-            "gateway.py": ["_back_up"],
+            "core.py": ["back_up"],
             "ends/exit.py": ["_drain"],
         }.items()
     ),

@@ -89,7 +89,7 @@ def test_a_cursor_whose_closing_was_interrupted_is_replaced_all_the_same(db: DbW
             super().close()
             raise SignalError
 
-    executor = db._loop._session.executor  # type: ignore[union-attr]
+    executor = db._core.writer._session.executor  # type: ignore[union-attr]
     executor._cursor = Interrupted(executor._connection)
     with pytest.raises(SignalError):
         db.run("SELECT 1")
@@ -161,14 +161,14 @@ def test_callbacks_of_a_block_run_although_the_wait_for_its_end_was_interrupted(
     with DbWriter(path) as db:
         with pytest.raises(SignalError), db.transaction() as tx:
             tx.on_commit(told.set)
-            monkeypatch.setattr(db._driver, "leave", interrupted)
+            monkeypatch.setattr(db._core.driver, "leave", interrupted)
         monkeypatch.undo()
         assert told.wait(DEADLINE)
 
 
 def test_an_interrupt_as_the_writer_is_woken_loses_no_wake_up(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with DbWriter(path) as db:
-        queue = db._loop.queue
+        queue = db._core.queue
         db.run("CREATE TABLE t (n)")
         db.flush()
         while not queue._asleep:
@@ -188,7 +188,7 @@ def test_a_connection_is_given_back_although_giving_it_back_was_interrupted(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with DbWriter(path, readers=1) as db:
-        end, interrupted = db._readers.end, []
+        end, interrupted = db._core.pool.end, []
 
         def interrupted_once(borrowing: Any) -> None:
             if borrowing not in interrupted:
@@ -196,7 +196,7 @@ def test_a_connection_is_given_back_although_giving_it_back_was_interrupted(
                 raise SignalError
             end(borrowing)
 
-        monkeypatch.setattr(db._readers, "end", interrupted_once)
+        monkeypatch.setattr(db._core.pool, "end", interrupted_once)
         with pytest.raises(SignalError):
             db.read("SELECT 1")
         with pytest.raises(SignalError):
@@ -323,7 +323,7 @@ INSERT = "INSERT INTO t VALUES (?)"
 
 
 def lock_of(db: DbWriter, name: str) -> Any:
-    return {"tickets": db._state.lock, "queue": db._loop.queue.mutex, "pool": db._readers._lock}[name]
+    return {"tickets": db._core.state.lock, "queue": db._core.queue.mutex, "pool": db._core.pool._lock}[name]
 
 
 @pytest.mark.parametrize("lock", ["tickets", "queue", "pool"])
@@ -367,7 +367,7 @@ def test_a_read_there_does_not_wait_for_a_connection_that_cannot_come_back(path:
         thread = threading.Thread(target=db.read, args=[hold])
         thread.start()
         assert entered.wait(DEADLINE)
-        with db._readers._lock, pytest.raises(ReentrantWriteError, match="signal handler"):
+        with db._core.pool._lock, pytest.raises(ReentrantWriteError, match="signal handler"):
             db.read("SELECT 1", timeout=None)
         release.set()
         thread.join(DEADLINE)

@@ -201,7 +201,7 @@ def test_a_handler_whose_thread_waits_for_its_turn_goes_over_maxsize(path: Path)
 
     def handler(*_: object) -> None:
         release.set()
-        while db._state.job is None or db._state.job.label != "the block":
+        while db._core.state.job is None or db._core.state.job.label != "the block":
             assert not threading.Event().wait(0.001)
         got.append(db.enqueue("SELECT 'handler'", timeout=0.0))
 
@@ -247,7 +247,7 @@ def test_without_a_thread_a_handler_that_comes_as_the_turn_is_taken_or_given_doe
     with DbWriter(path, inline=True) as db:
         db.run("CREATE TABLE t (n)")
         got: list[Ticket[Any]] = []
-        driver = db._driver
+        driver = db._core.driver
         assert isinstance(driver, InlineDriver)
         driver._turn = Turn(driver._turn, at, lambda: got.append(db.enqueue(INSERT, (1,), timeout=0.0)))  # type: ignore[assignment]
         db.run(INSERT, (2,))
@@ -273,7 +273,7 @@ def test_inside_a_tasks_block_that_max_hold_has_ended_the_gateways_calls_raise_t
                 "read": lambda: db.read("SELECT * FROM t"),
                 "transaction": enter,
             }
-            assert db._db is not None
+            assert db._opened is not None
             with pytest.raises(TransactionClosedError, match="max_hold"):
                 async with db.transaction(max_hold=0.01):
                     while db.in_writer():

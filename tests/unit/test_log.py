@@ -151,7 +151,7 @@ def test_an_error_of_a_hook_that_refuses_copies_still_reaches_every_job(path: Pa
     with DbWriter(path, on_connect=hook) as db:
         db.run(TABLE)
         fails = True
-        db._loop._drop_session()  # as after an error that leaves it in doubt; the writer is idle
+        db._core.writer._drop_session()  # as after an error that leaves it in doubt; the writer is idle
         tickets = [db.enqueue(INSERT, (n,)) for n in range(3)]
         errors = [ticket.exception(DEADLINE) for ticket in tickets]
         assert ["of the hook" in str(error) for error in errors] == [True] * 3
@@ -380,7 +380,7 @@ def test_if_the_writer_ends_all_the_same_everybody_hears(
 
     with handling(emit):
         db = DbWriter(path, inline=inline)
-        monkeypatch.setattr(db._loop, "write", raising_it(Cause))
+        monkeypatch.setattr(db._core.writer, "write", raising_it(Cause))
         if stderr_is_broken:
             monkeypatch.setattr(sys, "stderr", None)
         tickets: list[Ticket[Any]] = []
@@ -410,10 +410,10 @@ def test_a_writer_whose_end_fails_is_at_an_end_and_waits_for_nobody(
 ) -> None:
     db = DbWriter(path)
     db.run(TABLE)
-    session = db._loop._session
+    session = db._core.writer._session
     assert session is not None
     connection = session.connection
-    monkeypatch.setattr(db._loop, "_roll_back", raising(SystemExit))
+    monkeypatch.setattr(db._core.writer, "_roll_back", raising(SystemExit))
     db.close(DEADLINE)
     with pytest.raises(sqlite3.ProgrammingError, match="closed"):
         connection.execute("SELECT 1")

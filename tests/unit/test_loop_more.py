@@ -8,6 +8,7 @@ import dataclasses
 import pickle
 import signal
 import sqlite3
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -43,7 +44,7 @@ def waiting_for_lock(db: DbWriter, path: Path) -> Iterator[threading.Event]:
 
 def until_waiting(db: DbWriter) -> None:
     """Until the writer waits for SQLite's lock."""
-    while "waits since" not in db._state.describe():
+    while "waits since" not in db._core.state.describe():
         assert not threading.Event().wait(0.001)
 
 
@@ -85,8 +86,13 @@ def test_a_job_withdrawn_while_its_batch_waits_for_the_lock_lends_nothing_to_the
     with DbWriter(path) as db:
         db.run_script(KEYS)
         with waiting_for_lock(db, path) as go:
-            job = db._job(lambda tx: None, (), None, False) if first == "off" else db._job("SELECT 1", (), None, None)
-            db._submit(job, None)
+            make, frame = db._core.job, sys._getframe()
+            job = (
+                make(lambda tx: None, (), None, False, frame)
+                if first == "off"
+                else make("SELECT 1", (), None, None, frame)
+            )
+            db._core.submit(job, None)
             thread = threading.Thread(target=call)
             thread.start()
             while db.stats().queue_depth < 2:
@@ -343,7 +349,7 @@ def test_while_callbacks_are_called_a_timeout_says_whose(db: DbWriter) -> None:
         db.run("SELECT 2", timeout=0.0)
     release.set()
     db.flush()
-    assert "callbacks" not in db._state.describe()
+    assert "callbacks" not in db._core.state.describe()
 
 
 def test_a_job_that_swallows_the_end_of_max_hold_hears_of_it(path: Path) -> None:
@@ -383,13 +389,13 @@ def test_who_holds_the_lock_is_looked_up_once_for_many_who_ask(path: Path, monke
     monkeypatch.setattr("onewriter.base.state.describe_lock", describe)
     monkeypatch.setattr("onewriter.base.state.FRESH", DEADLINE)
     with DbWriter(path) as db:
-        db._state._lock_told = (-DEADLINE, "")
+        db._core.state._lock_told = (-DEADLINE, "")
         with waiting_for_lock(db, path) as go:
             ticket = db.enqueue("SELECT 1")
             go.set()
             until_waiting(db)
             asked.clear()
-            assert all("somebody" in db._state.describe() for _ in range(100))
+            assert all("somebody" in db._core.state.describe() for _ in range(100))
             assert not asked
         assert ticket.exception(DEADLINE) is None
 
@@ -455,7 +461,7 @@ def test_many_jobs_behind_a_busy_commit_wait_for_the_lock_once(path: Path) -> No
     with DbWriter(path, journal_mode="DELETE", lock_timeout=0.05) as db:
         db.run("CREATE TABLE t (k UNIQUE)")
         attempts: list[int] = []
-        keep_trying = db._loop._policy.keep_trying
+        keep_trying = db._core.writer._policy.keep_trying
 
         def counted(*args: Any) -> Any:
             attempts.append(1)
@@ -466,7 +472,7 @@ def test_many_jobs_behind_a_busy_commit_wait_for_the_lock_once(path: Path) -> No
                 tickets = [db.enqueue("INSERT INTO t VALUES (1)") for _ in range(30)]
                 reader.execute("BEGIN")
                 reader.execute("SELECT * FROM t").fetchall()
-                db._loop._policy.keep_trying = counted  # type: ignore[method-assign, assignment]
+                db._core.writer._policy.keep_trying = counted  # type: ignore[method-assign, assignment]
             errors = {str(ticket.exception(DEADLINE)) for ticket in tickets}
         assert errors == {"database is locked"}
         assert len(attempts) <= 2  # of the job that parks, and of them all
@@ -512,7 +518,7 @@ def test_a_lone_statement_whose_connection_could_not_be_opened_is_no_unknown_com
             raise error
 
     with DbWriter(path, on_connect=hook) as db:
-        db._loop._drop_session()
+        db._core.writer._drop_session()
         failing.append(True)
         with pytest.raises(sqlite3.OperationalError, match="disk I/O"):
             db.run_without_transaction("VACUUM")
@@ -522,7 +528,7 @@ def test_a_lone_statement_whose_connection_could_not_be_opened_is_no_unknown_com
 
 @pytest.mark.parametrize("name", ["READ", "GETTEMPPATH", "LOCK", "SHMMAP"])
 def test_a_lone_statement_that_failed_before_it_wrote_is_no_unknown_commit(db: DbWriter, name: str) -> None:
-    session = db._loop._session
+    session = db._core.writer._session
     assert session is not None
 
     def fail(*_: object) -> Any:

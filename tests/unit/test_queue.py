@@ -185,7 +185,7 @@ def test_who_waits_for_room_gets_that_of_a_withdrawn_job(db: DbWriter, pool: Thr
     with parked(db):
         tickets = [db.enqueue(INSERT, (n,)) for n in range(3)]
         waiting = pool.submit(db.enqueue, INSERT, (3,), timeout=DEADLINE)
-        while not db._loop.queue._room:
+        while not db._core.queue._room:
             pass
         assert tickets[1].cancel()
         waiting.result(timeout=DEADLINE)
@@ -220,7 +220,7 @@ def test_withdrawn_jobs_do_not_pile_up_behind_one_that_waits(db: DbWriter) -> No
             if before is not first:
                 assert before.cancel()
             before = ticket
-        assert len(db._loop.queue.queue) < 200
+        assert len(db._core.queue.queue) < 200
         assert db.stats().queue_depth == 2
         assert first.cancel()
         assert 0.0 <= db.stats().oldest_age < DEADLINE
@@ -230,7 +230,7 @@ def test_withdrawn_jobs_do_not_pile_up_behind_one_that_waits(db: DbWriter) -> No
 
 def test_a_finalizer_may_withdraw_jobs_while_its_thread_takes_them(db: DbWriter) -> None:
     """The collector runs wherever something is made, so inside the queue's own lock too."""
-    queue = db._loop.queue
+    queue = db._core.queue
     with parked(db):
         tickets = [db.enqueue(INSERT, (n,)) for n in range(3)]
 
@@ -271,19 +271,19 @@ def test_who_gives_up_its_place_in_a_line_is_not_looked_for(path: Path, monkeypa
             assert readers.take_or_line_up(taken)
             tasks = [asyncio.create_task(gateway.enqueue_wait(INSERT, (n,), timeout=None)) for n in range(1, 50)]
             reads = [asyncio.create_task(gateway.read("SELECT 1", timeout=None)) for _ in range(50)]
-            while len(db._loop.queue._room) < 49 or readers.waiting < 50:
+            while len(db._core.queue._room) < 49 or readers.waiting < 50:
                 await asyncio.sleep(0)
             for task in reversed([*tasks, *reads]):
                 task.cancel()
             await asyncio.wait([*tasks, *reads])
             assert all(task.cancelled() for task in (*tasks, *reads))
-            assert len(db._loop.queue._room) == readers.waiting == 0
+            assert len(db._core.queue._room) == readers.waiting == 0
             readers.end(taken)
         await gateway.close()
 
     with DbWriter(path, maxsize=1, readers=1) as db:
         db.run("CREATE TABLE t (n)")
-        asyncio.run(main(db, db._readers))
+        asyncio.run(main(db, db._core.pool))
         db.flush(timeout=DEADLINE)
         assert db.read("SELECT n FROM t") == [(0,)]
 
@@ -671,7 +671,7 @@ def test_an_interrupt_that_nobody_of_ours_has_sent_is_told_as_it_is(path: Path) 
     with DbWriter(path, on_connect=connect, on_error=lambda ticket: None) as db:
         ticket = db.enqueue(endless)
         assert inside.wait(30)
-        session = db._loop._session
+        session = db._core.writer._session
         assert session is not None
         session.connection.interrupt()  # once: the statement is under way, and what comes after it is left alone
         with pytest.raises(sqlite3.OperationalError, match="interrupted"):
@@ -681,7 +681,7 @@ def test_an_interrupt_that_nobody_of_ours_has_sent_is_told_as_it_is(path: Path) 
 def test_the_lock_is_left_free_for_a_moment_after_long_holding(db: DbWriter, monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
     monkeypatch.setattr(loop, "LONGEST_HOLD", 0.0)
-    monkeypatch.setattr(db._loop._stop, "wait", pauses.append)
+    monkeypatch.setattr(db._core.writer._stop, "wait", pauses.append)
     with parked(db):
         for n in range(3):
             db.enqueue(f"PRAGMA user_version = {n}")  # each has a transaction of its own

@@ -147,7 +147,7 @@ def test_waiters_for_a_connection_are_served_in_order_or_told(one: DbWriter) -> 
             waiting = []
             for n in range(4):
                 waiting.append(pool.submit(one.read, lambda connection, n=n: served.append(n)))
-                while len(one._readers._waiting) <= n:
+                while len(one._core.pool._waiting) <= n:
                     pass
             with pytest.raises(ReadTimeoutError, match="the long one"):
                 pool.submit(one.read, "SELECT 1", timeout=0.01).result(DEADLINE)
@@ -185,7 +185,7 @@ def test_waiters_are_told_when_the_gateway_closes(one: DbWriter) -> None:
     with ThreadPoolExecutor() as pool:
         with one.reader():
             waiting = pool.submit(one.read, "SELECT 1")
-            while not one._readers._waiting:
+            while not one._core.pool._waiting:
                 pass
             closing = pool.submit(one.close)
             with pytest.raises(WriterClosedError):

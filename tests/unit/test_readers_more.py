@@ -536,7 +536,7 @@ def test_a_reader_that_is_not_slow_is_not_told_of(path: Path, caplog: pytest.Log
     with DbWriter(path, slow_after=60) as db:
         with db.reader():
             db.run("CREATE TABLE t (n)")
-            db._loop.idle()
+            db._core.writer.idle()
         assert caplog.messages == []
 
 
@@ -546,11 +546,11 @@ def test_a_place_that_comes_in_the_moment_nobody_waits_any_more_is_free(
     borrowing = Borrowing("a read")
     borrowing.thread = 0  # of another thread
     with one.reader():
-        assert not one._readers.take_or_line_up(borrowing)
+        assert not one._core.pool.take_or_line_up(borrowing)
         monkeypatch.setattr(Reader, "reset", lambda reader: False)
     monkeypatch.undo()
     assert (borrowing.has_place, borrowing.reader) == (True, None)  # the right to open another
-    one._readers.end(borrowing)
+    one._core.pool.end(borrowing)
     assert one.read_value(COUNT, timeout=DEADLINE) == 0
 
 
@@ -694,7 +694,7 @@ class RaisesBehind(set[Any]):
 def test_an_interrupt_as_a_connection_is_given_back_loses_nothing(
     one: DbWriter, monkeypatch: pytest.MonkeyPatch, is_good: bool
 ) -> None:
-    lent = one._readers._lent = RaisesBehind(one._readers._lent)
+    lent = one._core.pool._lent = RaisesBehind(one._core.pool._lent)
     for _ in range(3):
         if not is_good:
             monkeypatch.setattr(Reader, "reset", lambda reader: False)

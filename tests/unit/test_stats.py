@@ -367,7 +367,7 @@ def test_all_of_it_is_taken_in_one_hold_of_the_lock(db: DbWriter, monkeypatch: p
     original = Histogram.latency
 
     def latency(self: Histogram) -> Any:
-        held.append(db._state.lock._is_owned())  # type: ignore[attr-defined]
+        held.append(db._core.state.lock._is_owned())  # type: ignore[attr-defined]
         return original(self)
 
     monkeypatch.setattr(Histogram, "latency", latency)

@@ -205,7 +205,7 @@ def test_a_callback_that_raises_is_logged_and_neither_the_next_nor_the_job_is_hu
         tx.on_commit(fail)
         return "done"
 
-    if db.is_inline and kind is not LookupError:  # it is the caller's own thread
+    if db._core.options.inline and kind is not LookupError:  # it is the caller's own thread
         with pytest.raises(kind, match="of the callback"):
             db.run(job)
         assert told == [1]

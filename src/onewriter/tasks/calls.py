@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 
 from onewriter.base.state import State
 from onewriter.base.waiting import resolve, wake
-from onewriter.gateway import Seconds
 from onewriter.read.pool import Borrowing
 
 T = TypeVar("T")
@@ -82,7 +81,7 @@ async def in_thread(function: Callable[[], T], undo: Callable[[T], object] | Non
     return result  # type: ignore[no-any-return]
 
 
-async def and_the_log(flushed: Coroutine[Any, Any, None], state: State, timeout: Seconds) -> None:
+async def and_the_log(flushed: Coroutine[Any, Any, None], state: State, timeout: float | None) -> None:
     """Wait for ``flushed``, and then until what the writer has reported is out."""
     until = math.inf if timeout is None else monotonic() + timeout
     await flushed

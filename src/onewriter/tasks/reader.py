@@ -60,10 +60,9 @@ class AsyncReader:
         return self._snapshot
 
     def _expire(self) -> None:
-        db = self._owner._db  # which may be closed by now
-        assert db is not None
+        core = self._owner._opened  # which may be closed by now
         self._snapshot.is_left = True
-        db._readers.expire(self._borrowing)
+        core.pool.expire(self._borrowing)
 
     async def _end(self) -> None:
         """Wait for what another task still runs here; a cancellation hurries that, and is raised after its end."""
