@@ -23,7 +23,6 @@ from typing import Any, Literal, Self, TypeVar, overload
 
 from onewriter.base.arguments import check_label, check_read, check_sql, check_timeout, name_of
 from onewriter.base.call_site import called_from, frame_around
-from onewriter.base.log import call_all_safely
 from onewriter.base.scopes import enclosing
 from onewriter.base.strict import Strict
 from onewriter.base.tally import CloseReport, Stats
@@ -39,14 +38,12 @@ from onewriter.read.reader import Reader, Snapshot
 from onewriter.sqlite.parameters import capture
 from onewriter.sqlite.result import Result, first_value
 from onewriter.sqlite.statement import Parameters
-from onewriter.tasks.block import AsyncTransaction, TaskBlock, TaskSavepoint, perform_inside
+from onewriter.tasks.block import AsyncTransaction, TaskBlock, TaskSavepoint, nested, outermost, perform_inside
 from onewriter.tasks.calls import Deadlines, and_the_log, call_in_pool, in_thread, until_done
 from onewriter.tasks.reader import AsyncReader, read_snapshot
-from onewriter.write.block import BlockFailedError
 from onewriter.write.checkpoint import Checkpoint
-from onewriter.write.driver import not_entered
 from onewriter.write.ticket import Job, Ticket
-from onewriter.write.transaction import ENDED, Transaction
+from onewriter.write.transaction import Transaction
 
 T = TypeVar("T")
 FETCHALL, FETCHONE = operator.methodcaller("fetchall"), operator.methodcaller("fetchone")  # of a lent cursor, too
@@ -324,74 +321,15 @@ class AsyncDbWriter(Strict):
         """
         core = self._core()
         hold = core.check_block(label, timeout, max_hold)
-        state = core.state
-        here = state.scopes.innermost(writes=True)
+        here = core.state.scopes.innermost(writes=True)
         if isinstance(here, TaskBlock | TaskSavepoint):
-            outer = here.block
-            assert outer.transaction is not None
-            inner = outer.transaction.nested()
-            nested = AsyncTransaction(outer, inner)
-            async with AsyncTransaction(outer, outer.transaction).savepoint():
-                try:
-                    yield nested
-                finally:
-                    inner.close(ENDED)
-            return
-        state.refuse_endless_wait("transaction()", awaits=True)
-        block = TaskBlock(state, label, hold, frame_around())
-        state.blocks.add(block)
-        try:
-            transaction = await self._enter(core, block, timeout)
-            scope = state.scopes.enter(block, writes=True)
-            try:
-                yield AsyncTransaction(block, transaction)
-            except BaseException as error:
-                state.scopes.leave(scope)
-                block.end(failed=True)
-                cancelled = await block.ended()
-                self._call_back(core, block, transaction)
-                if cancelled is not None:
-                    raise cancelled from error
-                raise
-            state.scopes.leave(scope)
-            block.end(failed=False)
-            cancelled = await block.ended()
-            self._call_back(core, block, transaction)
-        finally:
-            state.blocks.discard(block)
-        if cancelled is not None:
-            outcome = "was committed" if block.failed_with is None else f"ended with {block.failed_with!r}"
-            cancelled.add_note(f"onewriter: the transaction of {block.describe()} {outcome}")
-            raise cancelled
-        block.result()
-
-    async def _enter(self, core: Core, block: TaskBlock, timeout: Seconds) -> Transaction:
-        core.submit(block, None)
-        try:
-            async with self._within(block.granted, timeout):
-                await block.granted
-        except asyncio.CancelledError:
-            if not block.cancel():
-                block.end(failed=True)
-                await block.ended()
-            raise
-        if block.transaction is None and not block.done():
-            if block.cancel():
-                raise not_entered(block, timeout, core.writer)
-            block.end(failed=True)  # it has started in the same moment, unless it was refused
-            cancelled = await block.ended()
-            if cancelled is not None:
-                raise cancelled
-            if isinstance(block.failed_with, BlockFailedError):
-                raise not_entered(block, timeout, core.writer)
-        if block.transaction is None:
-            block.result()  # raises why
-        assert block.transaction is not None
-        return block.transaction
-
-    def _call_back(self, core: Core, block: TaskBlock, transaction: Transaction) -> None:
-        callbacks = transaction.callbacks(committed=block.failed_with is None)
-        call_all_safely(core.state, [(callback,) for callback in callbacks])
+            block = nested(here.block)
+        else:
+            core.state.refuse_endless_wait("transaction()", awaits=True)
+            job = TaskBlock(core.state, label, hold, frame_around())
+            block = outermost(job, timeout, core.submit, self._within)
+        async with block as transaction:
+            yield transaction
 
     # Reads ------------------------------------------------------------------------------------------------------------
 

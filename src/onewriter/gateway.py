@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import os
 import sqlite3
@@ -25,22 +24,20 @@ from onewriter.base.arguments import (
     name_of,
 )
 from onewriter.base.call_site import called_from
-from onewriter.base.log import call_all_safely, report, warn_of_blocking
-from onewriter.base.scopes import Scope, enclosing
-from onewriter.base.state import IN_STATEMENT
+from onewriter.base.log import warn_of_blocking
+from onewriter.base.scopes import enclosing
 from onewriter.base.strict import Strict
 from onewriter.base.tally import CloseReport, Stats
 from onewriter.base.waiting import seconds_until, wait_in_slices
 from onewriter.core import After, Core, Function, Label, Seconds
 from onewriter.ends.backup import check_backup
-from onewriter.errors import ReadTimeoutError, ReentrantWriteError, WriterBrokenError, WriterClosedError, forked_error
-from onewriter.events import announce
+from onewriter.errors import ReadTimeoutError, ReentrantWriteError
 from onewriter.options import Options
 from onewriter.read.reader import Snapshot
 from onewriter.sqlite.parameters import capture
 from onewriter.sqlite.result import Result, first_value
 from onewriter.sqlite.statement import Parameters
-from onewriter.write.block import BlockJob
+from onewriter.write.block import ThreadBlock, nested, outermost
 from onewriter.write.checkpoint import Checkpoint
 from onewriter.write.jobs import FunctionJob, StatementJob
 from onewriter.write.ticket import Job, Ticket
@@ -241,81 +238,14 @@ class DbWriter(Strict):
     @contextlib.contextmanager
     def _block(self, label: Label, timeout: Seconds, max_hold: float, frame: types.FrameType) -> Iterator[Transaction]:
         warn_of_blocking()
-        state, scopes = self._state, self._state.scopes
-        outer = self._transaction_here()
+        core, state, outer = self._core, self._state, self._transaction_here()
         if outer is not None:
-            with outer.part():
-                inner = outer.nested()
-                try:
-                    with scopes.inside(inner, writes=True):
-                        yield inner
-                finally:
-                    inner.end()
+            yield from nested(outer)
             return
         state.refuse_endless_wait("transaction()")
-        job, me = BlockJob(state, label, max_hold, frame), get_ident()
+        block = ThreadBlock(state, label, max_hold, frame)
         del frame  # in which the block itself may be: whoever drops that drops it
-        scope: Scope[Any] | None = None
-        announce(state, self._core.options.on_event, job, waits=True)
-        if job.loop is not None:
-            state.blocks.add(job)
-        try:
-            try:
-                state.entering.add(me)  # in here: Ctrl-C comes behind a call
-                transaction = self._core.driver.enter(job, timeout)
-                scope = scopes.enter(transaction, writes=True)
-            finally:
-                state.entering.discard(me)
-            try:
-                yield transaction
-            except GeneratorExit:  # closed, or collected, perhaps long after it was lost
-                self._leave(job, scope, failed=True)
-                if job.nested:
-                    text = "%s: %d writes that were made inside %s are rolled back with it: it was closed or collected"
-                    report(state, logging.WARNING, text, self._core.label, job.nested, job.describe())
-                raise
-            except BaseException:
-                self._leave(job, scope, failed=True)
-                raise
-            self._leave(job, scope, failed=False)
-        except (WriterClosedError, WriterBrokenError):  # never accepted, or told already, or a signal handler's
-            if not job.done():
-                job.give_back(failed=True)  # if it is granted after all, it ends at once
-            raise
-        except BaseException:  # Ctrl-C, or what another signal handler raises, in the midst of entering or leaving
-            if not job.withdraw(None):
-                job.give_back(failed=True)
-            raise
-        finally:
-            if scope is not None:
-                scopes.leave(scope)
-            state.blocks.discard(job)
-        job.result()
-
-    def _leave(self, job: BlockJob, scope: Scope[Any], failed: bool) -> None:
-        if self._state.forked:
-            if failed:
-                return
-            raise forked_error()  # the parent's block goes on; nothing is committed here
-        # In a function that SQLite calls: the end waits for the statement, and this cannot.
-        is_inside = job.transaction is not None and job.transaction.is_inside
-        job.give_back(failed or is_inside)
-        self._state.scopes.leave(scope)  # not before: a signal handler in between would wait for its own thread
-        if is_inside and not failed:
-            raise ReentrantWriteError(f"a block cannot be left here: {IN_STATEMENT}. It is rolled back")
-        if is_inside or self._state.cannot_wait():
-            return  # a generator that was collected there, by the writer, or inside one of its locks
-        try:
-            self._core.driver.leave(job)
-        except BaseException:  # Ctrl-C: it comes to its end all the same
-            job.add_done_callback(self._call_back)
-            raise
-        self._call_back(job)
-
-    def _call_back(self, job: Any) -> None:
-        if job.transaction is not None:
-            callbacks = job.transaction.callbacks(committed=job.failed_with is None)
-            call_all_safely(self._state, [(callback,) for callback in callbacks])
+        yield from outermost(block, timeout, core.driver, core.options.on_event, core.label)
 
     @overload
     def enqueue(
@@ -586,7 +516,7 @@ class DbWriter(Strict):
                 raise ReentrantWriteError("foreign_keys= needs a transaction of its own: call it outside the job")
             with transaction.savepoint():
                 result = job.perform(transaction)
-            if isinstance(transaction.job, BlockJob):
+            if isinstance(transaction.job, ThreadBlock):
                 transaction.job.nested += 1
             return result
         if state.would_deadlock():

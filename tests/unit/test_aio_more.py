@@ -297,7 +297,7 @@ def test_a_callback_for_a_block_that_ends_is_refused_and_does_no_harm(path: Path
             gate = threading.Event()
             async with db.transaction() as tx:
                 tx._block.send(gate.wait, DEADLINE)
-                tx._block.end(failed=False)
+                tx._block.give_back(failed=False)
                 with pytest.raises(TransactionClosedError):
                     tx.on_commit(print)
                 gate.set()

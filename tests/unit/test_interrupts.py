@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 
 from helpers import DEADLINE, parked, run_child
-from onewriter import DbWriter, ReentrantWriteError, gateway
+from onewriter import DbWriter, ReentrantWriteError
 from onewriter.base import waiting as job
 from onewriter.read.pool import ReaderPool
 from onewriter.sqlite.guard import Guard, ReadGuard
 from onewriter.sqlite.watch import Watch
-from onewriter.write import driver
+from onewriter.write import block, driver
 
 ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
 
@@ -142,7 +142,7 @@ def test_an_interrupt_as_a_block_is_left_gives_the_writer_back(
         db.run("CREATE TABLE t (n)")
         with pytest.raises(SignalError), db.transaction() as tx:
             tx.execute("INSERT INTO t VALUES (1)")
-            monkeypatch.setattr(gateway.DbWriter, "_leave", interrupted)
+            monkeypatch.setattr(block, "_leave", interrupted)
             if failed:
                 raise LookupError
         monkeypatch.undo()

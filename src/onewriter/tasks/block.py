@@ -5,70 +5,50 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-import queue
 import threading
 import types
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from time import monotonic
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from onewriter.base.arguments import check_sql
 from onewriter.base.state import State
 from onewriter.base.strict import Strict
 from onewriter.base.waiting import resolve, seconds_until, wake
-from onewriter.errors import ReadTimeoutError, TransactionClosedError, forked_error
+from onewriter.errors import ReadTimeoutError, TransactionClosedError
+from onewriter.events import Submit
 from onewriter.sqlite.parameters import capture, capture_many
 from onewriter.sqlite.result import Result
 from onewriter.sqlite.statement import check_many
-from onewriter.write.block import BlockFailedError
+from onewriter.write.block import Block, BlockFailedError, not_entered
 from onewriter.write.ticket import Job
-from onewriter.write.transaction import ENDED, TOO_LONG, Transaction
+from onewriter.write.transaction import ENDED, Transaction
 
 T = TypeVar("T")
+Within: TypeAlias = "Callable[[asyncio.Future[None], float | None], contextlib.AbstractAsyncContextManager[None]]"
 LOOK = 0.05  # seconds between two looks at whether the loop is closed
 LOOP_CLOSED = "was open when its loop was closed"
 LEFT = "was left by an error or a cancellation"
 
 
-class TaskBlock(Job[None]):
-    """A task's ``transaction()`` block: the writer thread begins, runs what tasks send, and commits or rolls back.
+class TaskBlock(Block):
+    """One whose statements the writer thread runs, as tasks send them.
 
-    Any task may use it and leave it. That the one which entered it has ended means nothing: fixtures run their parts in
-    different tasks. One that nobody can reach any more is left when its generator is collected, unless its loop is
-    closed by then.
+    One that nobody can reach any more is left when its generator is collected, unless its loop is closed by then.
 
     Locks:   _lock guards _accepts, _changes and the putting of requests, so that none is left behind unanswered.
     Threads: made on a loop's thread, performed on the writer's, used and ended on that of any loop.
     """
 
-    __slots__ = (
-        "_accepts",
-        "_changes",
-        "_lock",
-        "_requests",
-        "failed",
-        "granted",
-        "innermost",
-        "loop",
-        "max_hold",
-        "transaction",
-    )
-    exclusive = lent = needs_savepoint = True
-    logs_failure = False  # its own task hears
+    __slots__ = ("_accepts", "_changes", "_lock", "innermost")
 
     def __init__(self, state: State, label: str | None, max_hold: float, frame: types.FrameType) -> None:
-        super().__init__(state, label or "transaction", frame, None)
-        self.max_hold = max_hold
-        self.loop = asyncio.get_running_loop()
-        self.transaction: Transaction | None = None
-        self.failed = False
-        self.granted: asyncio.Future[None] = self.loop.create_future()
-        self._waiters = [self.granted]
+        loop = asyncio.get_running_loop()
+        super().__init__(state, label, max_hold, frame, loop.create_future(), loop)
         self._lock = threading.Lock()
         self._accepts = True
         self.innermost: TaskSavepoint | None = None  # of the open ones
         self._changes: list[asyncio.Future[None]] = []
-        self._requests: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
 
     @property
     def block(self) -> TaskBlock:
@@ -80,15 +60,14 @@ class TaskBlock(Job[None]):
         return self.transaction
 
     def needs(self, loop: asyncio.AbstractEventLoop) -> bool:
-        """Whether it cannot end while the thread of ``loop`` waits."""
         return self.loop is loop and self._accepts
 
     def end_at_exit(self) -> None:
         """Nobody ends it any more, if its loop does not run when the interpreter ends."""
-        if not self.loop.is_running():
-            self.end(failed=True)
+        if self.loop is None or not self.loop.is_running():
+            self.give_back(failed=True)
 
-    def perform(self, tx: Transaction) -> None:
+    def lend(self, tx: Transaction) -> None:
         tx.limit(self.max_hold)
         tx.watch()  # so that the end of the block ends a statement too
         tx.lend()
@@ -96,10 +75,12 @@ class TaskBlock(Job[None]):
             others = [waiter for waiter in self._waiters or () if waiter is not self.granted]
             self.transaction, self._waiters = tx, others or None
         wake([self.granted])
+
+    def perform(self, tx: Transaction) -> None:
         scopes = self._state.scopes
         scopes.enter_job(tx)  # what a function that a task sends calls is inside
         try:
-            self._serve(tx, self.started_at + self.max_hold)
+            super().perform(tx)
         finally:
             with self._lock:
                 self._accepts = False
@@ -111,34 +92,22 @@ class TaskBlock(Job[None]):
                     with contextlib.suppress(TransactionClosedError):
                         request()
             scopes.leave_job()
-        if self.failed:
-            raise BlockFailedError
 
-    def _serve(self, tx: Transaction, until: float) -> None:
-        while True:
-            try:
-                request = self._requests.get(timeout=max(0.0, min(until - monotonic(), LOOK)))
-            except queue.Empty:
-                self._state.warn_if_slow(monotonic())
-                if monotonic() < until and not self.loop.is_closed():
-                    continue
-                tx.close(TOO_LONG if monotonic() >= until else LOOP_CLOSED)
-                raise tx.closed_error() from None
-            if request is None:
-                return
-            request()
-            if self._state.forked:
-                raise forked_error()  # a function of the user's has forked, and this is the child
-
-    def end(self, failed: bool) -> None:
-        """The block has ended; a statement that still runs is interrupted if it has failed."""
-        self.failed = failed
-        if failed and self.transaction is not None:
-            self.transaction.close(LEFT)
+    def give_back(self, failed: bool) -> None:
         with self._lock:
+            super().give_back(failed)
             self._accepts = False
-            self._requests.put(None)
         self._look_again()
+
+    def _revoke(self, failed: bool) -> None:
+        if failed and self.transaction is not None:  # a statement that still runs is interrupted
+            self.transaction.close(LEFT)
+
+    def _patience(self, until: float) -> float:
+        return max(0.0, min(until - monotonic(), LOOK))
+
+    def _is_lost(self) -> str:
+        return LOOP_CLOSED if self.loop is not None and self.loop.is_closed() else ""
 
     def enter(self, savepoint: TaskSavepoint) -> None:
         self.innermost = savepoint
@@ -348,3 +317,72 @@ def perform_inside(block: TaskBlock, job: Job[T]) -> T:
     transaction = block.lends()
     with transaction.part():
         return job.perform(transaction)
+
+
+@contextlib.asynccontextmanager
+async def nested(outer: TaskBlock) -> AsyncIterator[AsyncTransaction]:
+    """An ``async with transaction()`` inside another: a savepoint of that."""
+    transaction = outer.lends()
+    inner = transaction.nested()
+    async with AsyncTransaction(outer, transaction).savepoint():
+        try:
+            yield AsyncTransaction(outer, inner)
+        finally:
+            inner.close(ENDED)
+
+
+@contextlib.asynccontextmanager
+async def outermost(
+    block: TaskBlock, timeout: float | None, submit: Submit, within: Within
+) -> AsyncIterator[AsyncTransaction]:
+    """A task's ``async with transaction()`` that is in no other."""
+    state, scopes = block._state, block._state.scopes
+    state.blocks.add(block)
+    try:
+        transaction = await _enter(block, timeout, submit, within)
+        scope = scopes.enter(block, writes=True)
+        try:
+            yield AsyncTransaction(block, transaction)
+        except BaseException as error:
+            cancelled = await _leave_block(block, scope, failed=True)
+            if cancelled is not None:
+                raise cancelled from error
+            raise
+        cancelled = await _leave_block(block, scope, failed=False)
+    finally:
+        state.blocks.discard(block)
+    if cancelled is not None:
+        outcome = "was committed" if block.failed_with is None else f"ended with {block.failed_with!r}"
+        cancelled.add_note(f"onewriter: the transaction of {block.describe()} {outcome}")
+        raise cancelled
+    block.result()
+
+
+async def _enter(block: TaskBlock, timeout: float | None, submit: Submit, within: Within) -> Transaction:
+    submit(block, None)
+    try:
+        async with within(block.granted, timeout):
+            await block.granted
+    except asyncio.CancelledError:
+        if not block.cancel():
+            block.give_back(failed=True)
+            await block.ended()
+        raise
+    if block.transaction is None and not block.done():
+        if block.cancel():
+            raise not_entered(block, timeout, block._state)
+        block.give_back(failed=True)  # it has started in the same moment, unless it was refused
+        cancelled = await block.ended()
+        if cancelled is not None:
+            raise cancelled
+        if isinstance(block.failed_with, BlockFailedError):
+            raise not_entered(block, timeout, block._state)
+    return block.entered()
+
+
+async def _leave_block(block: TaskBlock, scope: Any, failed: bool) -> asyncio.CancelledError | None:
+    block._state.scopes.leave(scope)
+    block.give_back(failed)
+    cancelled = await block.ended()
+    block.call_back()
+    return cancelled

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 from onewriter.base.log import Reporter
 from onewriter.base.waiting import wait_in_slices
-from onewriter.errors import QueueFullError, ReentrantWriteError, WriteTimeoutError, closed_error, forked_error
-from onewriter.write.block import BlockJob
+from onewriter.errors import QueueFullError, ReentrantWriteError, closed_error, forked_error
+from onewriter.write.block import ThreadBlock, not_entered
 from onewriter.write.ticket import Job
 from onewriter.write.transaction import Transaction
 from onewriter.write.writer import MOST_TAKEN, Writer
@@ -26,10 +26,10 @@ class Driver(Protocol):
     def submit(self) -> Callable[[Job[Any], float | None], None]:
         """Accepts a job, given with the seconds to wait for room, if it is bounded."""
 
-    def enter(self, job: BlockJob, timeout: float | None) -> Transaction:
+    def enter(self, job: ThreadBlock, timeout: float | None) -> Transaction:
         """Wait for the block's turn and return its transaction."""
 
-    def leave(self, job: BlockJob) -> None:
+    def leave(self, job: ThreadBlock) -> None:
         """See a block that was given back to its end: committed or rolled back."""
 
     def dropped(self) -> None:
@@ -69,18 +69,18 @@ class ThreadDriver:
             finally:
                 del failure
 
-    def enter(self, job: BlockJob, timeout: float | None) -> Transaction:
+    def enter(self, job: ThreadBlock, timeout: float | None) -> Transaction:
         self._loop.queue.put(job)
         until = math.inf if timeout is None else monotonic() + timeout
         with self._loop.queue.waiting():
             in_time = wait_in_slices(job.granted, until, self._loop.state)
         if not in_time and job.cancel():
-            raise not_entered(job, timeout, self._loop)
+            raise not_entered(job, timeout, self._loop.state)
         if not in_time:  # granted, or refused, in the same moment
             job.granted.acquire()
-        return entered(job)
+        return job.entered()
 
-    def leave(self, job: BlockJob) -> None:
+    def leave(self, job: ThreadBlock) -> None:
         job.wait(None)
 
     def dropped(self) -> None:
@@ -158,15 +158,15 @@ class InlineDriver:
         finally:
             self._give_turn()
 
-    def enter(self, job: BlockJob, timeout: float | None) -> Transaction:
+    def enter(self, job: ThreadBlock, timeout: float | None) -> Transaction:
         if not self._take_turn(timeout):
             job.cancel()
-            raise not_entered(job, timeout, self._loop)
+            raise not_entered(job, timeout, self._loop.state)
         try:
             self._loop.queue.check_open()
             with self._as_writer():
                 self._loop.begin_block(job)
-            transaction = entered(job)
+            transaction = job.entered()
             self._inside.discard(threading.get_ident())
             return transaction
         except BaseException:
@@ -176,7 +176,7 @@ class InlineDriver:
                 self._give_turn()
             raise
 
-    def leave(self, job: BlockJob) -> None:
+    def leave(self, job: ThreadBlock) -> None:
         self._inside.add(threading.get_ident())
         try:
             with self._as_writer():
@@ -252,16 +252,3 @@ class InlineDriver:
             yield
         finally:
             self._loop.state.writer_thread = 0
-
-
-def entered(job: BlockJob) -> Transaction:
-    if job.transaction is None:
-        job.result()  # raises why
-    assert job.transaction is not None
-    return job.transaction
-
-
-def not_entered(job: Job[Any], timeout: float | None, loop: Writer) -> WriteTimeoutError:
-    loop.state.count_timeout()
-    message = f"{job.describe()} did not get its turn within {timeout} s and is withdrawn: {loop.state.describe()}"
-    return WriteTimeoutError(message, ticket=job, started=False)

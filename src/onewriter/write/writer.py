@@ -28,7 +28,7 @@ from onewriter.sqlite.locks import describe_lock, describe_readers
 from onewriter.sqlite.options import Settings
 from onewriter.sqlite.pragmas import set_pragma
 from onewriter.sqlite.retry import CORRUPT, LockPolicy, error_code, is_busy, note_descriptors
-from onewriter.write.block import BlockFailedError, BlockJob
+from onewriter.write.block import Block, BlockFailedError
 from onewriter.write.checkpoint import Checkpoint, Checkpointer, Readers
 from onewriter.write.jobs import BareStatementJob, ControlJob, StatementJob
 from onewriter.write.queue import JobQueue
@@ -172,7 +172,7 @@ class Writer:
         self._pending, self._culprit = [], None  # an idle writer keeps nothing of its last jobs alive
         self._next = self._savepoints_until = self._one_by_one_until = 0
 
-    def begin_block(self, job: BlockJob) -> None:
+    def begin_block(self, job: Block) -> None:
         """Begin a block that runs in the thread that is the writer; it is lent, or has its outcome."""
         self._pending = [job]
         if self._is_moved():
@@ -191,7 +191,7 @@ class Writer:
         transaction.limit(job.max_hold)
         job.lend(transaction)
 
-    def end_block(self, job: BlockJob) -> None:
+    def end_block(self, job: Block) -> None:
         assert self._session is not None
         assert job.transaction is not None
         error: BaseException | None = None
