@@ -19,9 +19,9 @@ from helpers import DEADLINE, holding_lock, parked, released_soon
 from onewriter import AsyncDbWriter, CommitUnknownError, DbWriter, ReentrantWriteError, Ticket, WriterClosedError
 from onewriter.events import BackupEnded, BatchEnded, CheckpointEnded, Event, JobSubmitted, WriterBroken
 
-E = TypeVar("E")
 INSERT = "INSERT INTO t VALUES (?)"
 TABLE = "CREATE TABLE t (n INTEGER PRIMARY KEY)"
+E = TypeVar("E")
 
 
 class Heard:
