@@ -38,3 +38,17 @@ def any_db(path: Path, request: pytest.FixtureRequest) -> Iterator[DbWriter]:
     """An open gateway, with its writer thread and without: behaviour is the same."""
     with DbWriter(path, inline=request.param) as gateway:
         yield gateway
+
+
+@pytest.fixture
+def table_db(any_db: DbWriter) -> DbWriter:
+    """An open gateway, with its writer thread and without, and a table ``t (n)``."""
+    any_db.run("CREATE TABLE t (n UNIQUE)")
+    return any_db
+
+
+@pytest.fixture
+def new_db(path: Path) -> Iterator[DbWriter]:
+    """An open gateway of a new file, where a file of tests has another ``db``."""
+    with DbWriter(path) as gateway:
+        yield gateway

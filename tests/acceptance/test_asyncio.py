@@ -1,4 +1,4 @@
-"""The cases that speak of cancellation, loops and the end of a program, as asyncio programs meet them."""
+"""Cancellation, loops and the end of a program, as asyncio programs meet them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def rows_in(path: Path) -> list[tuple[int]]:
 
 
 @pytest.mark.parametrize("ending", ["", "raise SystemExit(3)", "raise LookupError('mine')", "await db.close()"])
-def test_a07_a08_a_program_that_forgets_to_close_ends_and_has_written_all_it_enqueued(path: Path, ending: str) -> None:
+def test_a_program_that_forgets_to_close_ends_and_has_written_all_it_enqueued(path: Path, ending: str) -> None:
     child = run_child(
         f"""
 import asyncio
@@ -43,7 +43,7 @@ asyncio.run(main())
     assert rows_in(path) == [(n,) for n in range(500)]
 
 
-def test_a08_an_interrupt_in_a_block_ends_the_program_and_undoes_the_block(path: Path) -> None:
+def test_an_interrupt_in_a_block_ends_the_program_and_undoes_the_block(path: Path) -> None:
     child = run_child(
         f"""
 import asyncio, os, signal
@@ -63,7 +63,7 @@ asyncio.run(main())
     assert rows_in(path) == [(1,)]
 
 
-def test_a12_calls_during_and_after_close_say_so(path: Path) -> None:
+def test_calls_during_and_after_close_say_so(path: Path) -> None:
     async def main() -> None:
         db = await AsyncDbWriter(path).open()
         await db.run("CREATE TABLE t (n)")
@@ -84,7 +84,7 @@ def test_a12_calls_during_and_after_close_say_so(path: Path) -> None:
     asyncio.run(main())
 
 
-def test_a15_cancelled_waits_do_no_harm_to_the_writer(path: Path) -> None:
+def test_cancelled_waits_do_no_harm_to_the_writer(path: Path) -> None:
     async def main() -> None:
         async with AsyncDbWriter(path) as db:
             await db.run("CREATE TABLE t (n)")
@@ -115,7 +115,7 @@ def test_a15_cancelled_waits_do_no_harm_to_the_writer(path: Path) -> None:
     assert rows_in(path) == [(1,), (99,)]
 
 
-def test_a16_a_callback_that_waits_for_the_writer_gets_a_named_error(path: Path) -> None:
+def test_a_callback_that_waits_for_the_writer_gets_a_named_error(path: Path) -> None:
     async def main() -> None:
         async with AsyncDbWriter(path) as db:
             await db.run("CREATE TABLE t (n)")

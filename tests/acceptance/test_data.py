@@ -16,7 +16,7 @@ from onewriter import DbWriter, Transaction
 
 
 @pytest.mark.parametrize("journal_mode", ["WAL", "DELETE"])
-def test_a03_rows_that_nobody_consumes_hold_nothing_up(path: Path, journal_mode: Any) -> None:
+def test_rows_that_nobody_consumes_hold_nothing_up(path: Path, journal_mode: Any) -> None:
     with DbWriter(path, readers=1, journal_mode=journal_mode) as db:
         db.run("CREATE TABLE t (n INTEGER)")
         db.run_many("INSERT INTO t VALUES (?)", [(n,) for n in range(500)])
@@ -26,7 +26,7 @@ def test_a03_rows_that_nobody_consumes_hold_nothing_up(path: Path, journal_mode:
         assert db.read_value("SELECT count(*) FROM t") == 501
 
 
-def test_a03_a_reader_that_is_left_midway_comes_back_clean(path: Path) -> None:
+def test_a_reader_that_is_left_midway_comes_back_clean(path: Path) -> None:
     with DbWriter(path, readers=1) as db:
         db.run("CREATE TABLE t (n INTEGER)")
         db.run_many("INSERT INTO t VALUES (?)", [(n,) for n in range(500)])
@@ -42,7 +42,7 @@ def test_a03_a_reader_that_is_left_midway_comes_back_clean(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [":memory:", ""])
-def test_a10_a_database_in_memory_is_one_for_all_threads(name: str) -> None:
+def test_a_database_in_memory_is_one_for_all_threads(name: str) -> None:
     with DbWriter(name) as db:
         db.run("CREATE TABLE t (n INTEGER)")
         db.run("INSERT INTO t VALUES (1)")
@@ -51,12 +51,12 @@ def test_a10_a_database_in_memory_is_one_for_all_threads(name: str) -> None:
     assert not os.path.exists(os.path.dirname(db.path))
 
 
-def test_a10_a_name_of_shared_memory_is_refused() -> None:
+def test_a_name_of_shared_memory_is_refused() -> None:
     with pytest.raises(ValueError, match="URI"):
         DbWriter("file:x?mode=memory")
 
 
-def test_a10_a_read_as_the_first_call_works(path: Path) -> None:
+def test_a_read_as_the_first_call_works(path: Path) -> None:
     with DbWriter(path) as db:
         assert db.read("SELECT 1") == [(1,)]
 
@@ -72,7 +72,7 @@ INSERT INTO t VALUES ('/* four; */')
 """
 
 
-def test_a13_a_script_is_part_of_its_transaction(any_db: DbWriter) -> None:
+def test_a_script_is_part_of_its_transaction(any_db: DbWriter) -> None:
     any_db.run("CREATE TABLE t (text TEXT)")
     with pytest.raises(LookupError), any_db.transaction() as tx:
         tx.execute("INSERT INTO t VALUES ('a')")
@@ -91,7 +91,7 @@ def test_a13_a_script_is_part_of_its_transaction(any_db: DbWriter) -> None:
     assert any_db.read("SELECT * FROM t") == []
 
 
-def test_a13_a_script_is_split_where_its_statements_end(any_db: DbWriter) -> None:
+def test_a_script_is_split_where_its_statements_end(any_db: DbWriter) -> None:
     any_db.run("CREATE TABLE t (text TEXT)")
     any_db.run_script(SCRIPT)
     assert any_db.read("SELECT text FROM t") == [("one; two",), ("/* four; */",)]
@@ -103,7 +103,7 @@ NAMES = ["a#b", "a?b", "a%41b", "a b", "ünï", "it's", "x&mode=memory", "a?mode
 
 @pytest.mark.parametrize("kind", [str, os.fsencode, Path])
 @pytest.mark.parametrize("name", NAMES)
-def test_a21_any_name_of_a_file_is_that_file(tmp_path: Path, name: str, kind: Any) -> None:
+def test_any_name_of_a_file_is_that_file(tmp_path: Path, name: str, kind: Any) -> None:
     folder = tmp_path / name
     folder.mkdir()
     with DbWriter(kind(folder / f"{name}.db")) as db:
@@ -116,7 +116,7 @@ def test_a21_any_name_of_a_file_is_that_file(tmp_path: Path, name: str, kind: An
     assert os.listdir(folder) == [f"{name}.db"]
 
 
-def test_a25_every_connection_has_the_same_settings(path: Path) -> None:
+def test_every_connection_has_the_same_settings(path: Path) -> None:
     opened: list[bool] = []
 
     def hook(connection: sqlite3.Connection, readonly: bool) -> None:
@@ -147,7 +147,7 @@ def test_a25_every_connection_has_the_same_settings(path: Path) -> None:
     assert opened.count(True) in range(1, 5)
 
 
-def test_a25_an_aware_datetime_is_stored_as_its_text(path: Path) -> None:
+def test_an_aware_datetime_is_stored_as_its_text(path: Path) -> None:
     moment = datetime.datetime(2026, 1, 2, 3, 4, 5, tzinfo=datetime.timezone(datetime.timedelta(hours=2)))
     with DbWriter(path) as db:
         db.run("CREATE TABLE t (at TIMESTAMP)")

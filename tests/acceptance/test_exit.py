@@ -52,18 +52,18 @@ def rows_in(path: Path) -> int:
     ],
     ids=["falls off its end", "sys.exit", "exception", "late thread", "both"],
 )
-def test_a07_what_was_accepted_is_written_at_exit(path: Path, code: str, rows: int, status: int) -> None:
+def test_what_was_accepted_is_written_at_exit(path: Path, code: str, rows: int, status: int) -> None:
     child = run_child(OPEN.format(path=str(path)) + code)
     assert (child.returncode, rows_in(path)) == (status, rows), child.stderr
 
 
-def test_a07_an_open_block_is_rolled_back_at_exit_and_holds_nothing_up(path: Path) -> None:
+def test_an_open_block_is_rolled_back_at_exit_and_holds_nothing_up(path: Path) -> None:
     code = 'block = db.transaction(); tx = block.__enter__(); tx.execute("INSERT INTO t VALUES (1)")'
     child = run_child(OPEN.format(path=str(path)) + code)
     assert (child.returncode, rows_in(path)) == (0, 0), child.stderr
 
 
-def test_a08_a_program_that_forgets_to_close_ends(path: Path) -> None:
+def test_a_program_that_forgets_to_close_ends(path: Path) -> None:
     child = run_child(OPEN.format(path=str(path)) + 'db.run("INSERT INTO t VALUES (1)")')
     assert (child.returncode, rows_in(path)) == (0, 1), child.stderr
 
@@ -82,7 +82,7 @@ db.run(stay, timeout=None)
 
 
 @pytest.mark.parametrize("code", [IDLE, WAITING], ids=["idle", "waiting in run"])
-def test_a08_an_interrupt_ends_the_program(path: Path, code: str) -> None:
+def test_an_interrupt_ends_the_program(path: Path, code: str) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", HEARS_INTERRUPTS + OPEN.format(path=str(path)) + code],
         stdout=subprocess.PIPE,
@@ -98,7 +98,7 @@ def test_a08_an_interrupt_ends_the_program(path: Path, code: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
-def test_a08_a_gateway_that_is_dropped_ends_its_threads(path: Path) -> None:
+def test_a_gateway_that_is_dropped_ends_its_threads(path: Path) -> None:
     before = set(threading.enumerate())
     db = DbWriter(path)
     db.run("CREATE TABLE t (n INTEGER)")

@@ -29,13 +29,13 @@ def writers() -> list[str]:
     return [thread.name for thread in threading.enumerate() if "writer" in thread.name]
 
 
-def test_a05_a_missing_folder_is_told_by_the_constructor(tmp_path: Path) -> None:
+def test_a_missing_folder_is_told_by_the_constructor(tmp_path: Path) -> None:
     with pytest.raises(sqlite3.OperationalError, match="missing"):
         DbWriter(tmp_path / "missing" / "app.db")
     assert not writers()
 
 
-def test_a05_a_hook_that_raises_is_told_by_the_constructor(path: Path) -> None:
+def test_a_hook_that_raises_is_told_by_the_constructor(path: Path) -> None:
     def hook(connection: sqlite3.Connection, readonly: bool) -> None:
         raise LookupError("no such extension")
 
@@ -44,7 +44,7 @@ def test_a05_a_hook_that_raises_is_told_by_the_constructor(path: Path) -> None:
     assert not writers()
 
 
-def test_a05_when_the_writer_thread_dies_every_job_gets_an_error_of_its_own(
+def test_when_the_writer_thread_dies_every_job_gets_an_error_of_its_own(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def die() -> None:
@@ -82,7 +82,7 @@ BAD_VALUES: list[Any] = [
 
 
 @pytest.mark.parametrize(("params", "kind"), BAD_VALUES, ids=repr)
-def test_a06_a_value_that_cannot_be_bound_fails_its_own_job_only(
+def test_a_value_that_cannot_be_bound_fails_its_own_job_only(
     db: DbWriter, params: Any, kind: type[BaseException]
 ) -> None:
     with pytest.raises(kind):
@@ -95,7 +95,7 @@ def test_a06_a_value_that_cannot_be_bound_fails_its_own_job_only(
 
 
 @pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt, GeneratorExit, BaseException])
-def test_a06_whatever_a_job_raises_reaches_its_caller_only(db: DbWriter, kind: type[BaseException]) -> None:
+def test_whatever_a_job_raises_reaches_its_caller_only(db: DbWriter, kind: type[BaseException]) -> None:
     def job(tx: Transaction) -> None:
         tx.execute("INSERT INTO t VALUES (5)")
         raise kind("from the job")
@@ -106,13 +106,13 @@ def test_a06_whatever_a_job_raises_reaches_its_caller_only(db: DbWriter, kind: t
     assert db.read("SELECT n FROM t") == [(1,)]
 
 
-def test_a06_many_rows_with_a_bad_one_leave_none(db: DbWriter) -> None:
+def test_many_rows_with_a_bad_one_leave_none(db: DbWriter) -> None:
     with pytest.raises(OverflowError):
         db.run_many("INSERT INTO t VALUES (?)", [(1,), (2,), (2**63,), (4,)])
     assert db.read("SELECT n FROM t") == []
 
 
-def test_a06_a_failed_enqueue_that_nobody_waits_for_is_logged_once_with_its_label(
+def test_a_failed_enqueue_that_nobody_waits_for_is_logged_once_with_its_label(
     path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     told: list[Ticket[Any]] = []
@@ -131,7 +131,7 @@ def fill(db: DbWriter) -> Callable[[Transaction], object]:
     return lambda tx: tx.executemany("INSERT INTO big VALUES (?)", [("x" * 1000,) for _ in range(2000)])
 
 
-def test_a18_a_full_disk_is_told_as_such_and_the_next_job_works_when_there_is_room(path: Path) -> None:
+def test_a_full_disk_is_told_as_such_and_the_next_job_works_when_there_is_room(path: Path) -> None:
     def limit(connection: sqlite3.Connection, readonly: bool) -> None:
         if not readonly:
             connection.execute("CREATE TABLE IF NOT EXISTS big (text TEXT)")
@@ -150,9 +150,7 @@ def test_a18_a_full_disk_is_told_as_such_and_the_next_job_works_when_there_is_ro
         assert db.read_value("SELECT count(*) FROM big") == 2000
 
 
-def test_a19_corruption_is_told_to_whom_it_hits_and_the_rest_goes_on(
-    path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_corruption_is_told_to_whom_it_hits_and_the_rest_goes_on(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with DbWriter(path) as db:
         db.run("CREATE TABLE sound (n INTEGER)")
         db.run("INSERT INTO sound VALUES (1)")
@@ -173,7 +171,7 @@ def test_a19_corruption_is_told_to_whom_it_hits_and_the_rest_goes_on(
     assert sum("damaged" in record.getMessage() for record in caplog.records) == 1
 
 
-def test_a19_a_file_that_is_no_database_is_refused_and_left_alone(path: Path) -> None:
+def test_a_file_that_is_no_database_is_refused_and_left_alone(path: Path) -> None:
     text = b"this is no database, " * 100
     path.write_bytes(text)
     with pytest.raises(sqlite3.DatabaseError, match="not a database") as caught:
@@ -183,7 +181,7 @@ def test_a19_a_file_that_is_no_database_is_refused_and_left_alone(path: Path) ->
     assert os.listdir(path.parent) == [path.name]
 
 
-def test_a26_returning_is_read_to_its_end_and_committed(db: DbWriter) -> None:
+def test_returning_is_read_to_its_end_and_committed(db: DbWriter) -> None:
     assert db.run("INSERT INTO t VALUES (1) RETURNING n").rows == [(1,)]
     assert db.run(lambda tx: tx.execute("INSERT INTO t VALUES (2), (3) RETURNING n").fetchone()[0]) == 2
 

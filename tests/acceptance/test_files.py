@@ -33,7 +33,7 @@ def db(path: Path) -> Iterator[DbWriter]:
     assert os.listdir(path.parent) == [path.name]
 
 
-def test_a04_the_log_stays_small_beside_readers_that_never_pause(db: DbWriter, path: Path) -> None:
+def test_the_log_stays_small_beside_readers_that_never_pause(db: DbWriter, path: Path) -> None:
     stop = threading.Event()
 
     def read() -> None:
@@ -55,7 +55,7 @@ def test_a04_the_log_stays_small_beside_readers_that_never_pause(db: DbWriter, p
     assert largest < 4 * LIMIT
 
 
-def test_a04_the_log_that_a_long_reader_kept_shrinks_when_it_has_gone(db: DbWriter, path: Path) -> None:
+def test_the_log_that_a_long_reader_kept_shrinks_when_it_has_gone(db: DbWriter, path: Path) -> None:
     with db.reader() as connection:
         for n in range(5_000):
             db.enqueue(UPDATE, (f"{n:02000}", n % 200))
@@ -67,7 +67,7 @@ def test_a04_the_log_that_a_long_reader_kept_shrinks_when_it_has_gone(db: DbWrit
         assert monotonic() < until
 
 
-def test_a20_a_folder_that_cannot_be_written_is_named(open_folder: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_named(open_folder: Path) -> None:
     path = open_folder / "app.db"
     with DbWriter(path) as db:
         db.run("CREATE TABLE t (n)")
@@ -92,7 +92,7 @@ print(threading.active_count())
 
 
 @pytest.mark.parametrize("mode", ["DELETE", "TRUNCATE", "PERSIST"])
-def test_a20_without_a_log_reads_and_writes_are_exact(path: Path, mode: str) -> None:
+def test_without_a_log_reads_and_writes_are_exact(path: Path, mode: str) -> None:
     with DbWriter(path, journal_mode=mode, synchronous="NORMAL") as db:  # type: ignore[arg-type]
         assert db.journal_mode == mode
         db.run("CREATE TABLE t (n)")
@@ -117,7 +117,7 @@ def test_a20_without_a_log_reads_and_writes_are_exact(path: Path, mode: str) -> 
         assert db.read_value("SELECT count(*) FROM t") == 500
 
 
-def test_a22_a_file_that_was_deleted_is_noticed_and_not_made_anew(path: Path) -> None:
+def test_a_file_that_was_deleted_is_noticed_and_not_made_anew(path: Path) -> None:
     db = DbWriter(path)
     db.run("CREATE TABLE t (n)")
     db.run("INSERT INTO t VALUES (1)")
@@ -135,7 +135,7 @@ def test_a22_a_file_that_was_deleted_is_noticed_and_not_made_anew(path: Path) ->
     assert os.listdir(path.parent) == []
 
 
-def test_a24_a_bulk_load_in_chunks_lets_others_in(path: Path) -> None:
+def test_a_bulk_load_in_chunks_lets_others_in(path: Path) -> None:
     with DbWriter(path, synchronous="NORMAL") as db:
         db.run("CREATE TABLE t (n)")
         rows = ((n,) for n in range(200_000))
@@ -160,7 +160,7 @@ def test_a24_a_bulk_load_in_chunks_lets_others_in(path: Path) -> None:
         assert db.read_value("SELECT count(*) FROM t") == 200_020
 
 
-def test_a24_a_small_write_behind_a_huge_one_gives_up_in_time_and_is_not_half_done(db: DbWriter) -> None:
+def test_a_small_write_behind_a_huge_one_gives_up_in_time_and_is_not_half_done(db: DbWriter) -> None:
     with parked(db):
         with pytest.raises(WriteTimeoutError) as caught:
             db.run("DELETE FROM t", timeout=0.05)

@@ -43,7 +43,7 @@ with DbWriter({path!r}) as db:
 
 
 @pytest.mark.parametrize(("leave", "code"), [("sys.exit(0)", 0), ("sys.exit(7)", 7), ("os._exit(0)", 0)])
-def test_a09_a_child_is_told_and_the_parents_pending_writes_happen_once(path: Path, leave: str, code: int) -> None:
+def test_a_child_is_told_and_the_parents_pending_writes_happen_once(path: Path, leave: str, code: int) -> None:
     child = run_child(PROGRAM.format(path=str(path), leave=leave, code=code))
     assert child.returncode == 0, child.stderr
     with contextlib.closing(sqlite3.connect(path)) as connection:

@@ -39,7 +39,7 @@ def read_then_write(tx: Transaction) -> None:
     tx.execute("INSERT INTO t VALUES (?)", (count,))
 
 
-def test_a01_a_job_that_reads_and_then_writes_waits_for_the_lock(db: DbWriter, path: Path) -> None:
+def test_a_job_that_reads_and_then_writes_waits_for_the_lock(db: DbWriter, path: Path) -> None:
     with released_soon(path):
         db.run(read_then_write)
     with released_soon(path), db.transaction() as tx:
@@ -47,7 +47,7 @@ def test_a01_a_job_that_reads_and_then_writes_waits_for_the_lock(db: DbWriter, p
     assert db.read("SELECT n FROM t") == [(0,), (1,)]
 
 
-def test_a01_two_processes_that_read_and_then_write_one_row_lose_no_update(db: DbWriter, path: Path) -> None:
+def test_two_processes_that_read_and_then_write_one_row_lose_no_update(db: DbWriter, path: Path) -> None:
     db.run("CREATE TABLE counter (n INTEGER)")
     db.run("INSERT INTO counter VALUES (0)")
 
@@ -75,7 +75,7 @@ def unfinished_select(path: Path) -> Iterator[sqlite3.Cursor]:
         cursor.close()
 
 
-def test_a02_a_commit_that_a_reader_holds_up_is_repeated_and_the_job_is_not(path: Path) -> None:
+def test_a_commit_that_a_reader_holds_up_is_repeated_and_the_job_is_not(path: Path) -> None:
     with DbWriter(path, journal_mode="DELETE") as db:
         db.run("CREATE TABLE t (n INTEGER)")
         db.run_many("INSERT INTO t VALUES (?)", [(n,) for n in range(3)])
@@ -93,7 +93,7 @@ def test_a02_a_commit_that_a_reader_holds_up_is_repeated_and_the_job_is_not(path
         assert (ran, db.read_value("SELECT count(*) FROM t WHERE n = 9")) == ([1], 1)
 
 
-def test_a02_a_commit_that_stays_refused_is_rolled_back_and_the_next_job_works(path: Path) -> None:
+def test_a_commit_that_stays_refused_is_rolled_back_and_the_next_job_works(path: Path) -> None:
     with DbWriter(path, journal_mode="DELETE", lock_timeout=0.2) as db:
         db.run("CREATE TABLE t (n INTEGER)")
         db.run_many("INSERT INTO t VALUES (?)", [(n,) for n in range(3)])
@@ -105,7 +105,7 @@ def test_a02_a_commit_that_stays_refused_is_rolled_back_and_the_next_job_works(p
         assert db.read("SELECT n FROM t WHERE n > 2") == [(9,)]
 
 
-def test_a23_a_wait_for_the_lock_repeats_no_job_and_loses_no_row(db: DbWriter, path: Path) -> None:
+def test_a_wait_for_the_lock_repeats_no_job_and_loses_no_row(db: DbWriter, path: Path) -> None:
     ran = []
 
     def once(tx: Transaction) -> None:
@@ -123,7 +123,7 @@ def test_a23_a_wait_for_the_lock_repeats_no_job_and_loses_no_row(db: DbWriter, p
     assert db.read("SELECT n FROM t") == [(n,) for n in (0, 1, 2, 3, 4, 100, 200, 201, 202)]
 
 
-def test_a23_rows_may_come_from_any_iterable(db: DbWriter) -> None:
+def test_rows_may_come_from_any_iterable(db: DbWriter) -> None:
     db.run_many("INSERT INTO t VALUES (:n)", ({"n": n} for n in range(3)))
     db.run_many("INSERT INTO t VALUES (?)", map(lambda n: (n,), range(3, 5)))
 
@@ -140,7 +140,7 @@ BAD = ["SELECT * FROM nope", "SELEC 1", "SELECT nope FROM t", "VACUUM"]
 
 
 @pytest.mark.parametrize("sql", BAD)
-def test_a27_an_error_that_never_goes_away_is_not_retried(path: Path, sql: str) -> None:
+def test_an_error_that_never_goes_away_is_not_retried(path: Path, sql: str) -> None:
     """The budget for retries is far longer than the deadline of the call."""
     with DbWriter(path, lock_timeout=3600) as db:
         db.run("CREATE TABLE t (n INTEGER)")
@@ -148,7 +148,7 @@ def test_a27_an_error_that_never_goes_away_is_not_retried(path: Path, sql: str) 
             db.run(sql, timeout=30)
 
 
-def test_a27_a_message_that_speaks_of_a_lock_is_no_lock(path: Path) -> None:
+def test_a_message_that_speaks_of_a_lock_is_no_lock(path: Path) -> None:
     with DbWriter(path, lock_timeout=3600) as db:
         db.run_script("""
             CREATE TABLE t (n INTEGER);
@@ -158,7 +158,7 @@ def test_a27_a_message_that_speaks_of_a_lock_is_no_lock(path: Path) -> None:
             db.run("INSERT INTO t VALUES (1)", timeout=30)
 
 
-def test_a27_a_lock_that_is_never_free_ends_in_sqlites_own_error(path: Path) -> None:
+def test_a_lock_that_is_never_free_ends_in_sqlites_own_error(path: Path) -> None:
     with DbWriter(path, lock_timeout=0.2) as db:
         db.run("CREATE TABLE t (n INTEGER)")
         with holding_lock(path), pytest.raises(sqlite3.OperationalError) as caught:
@@ -168,7 +168,7 @@ def test_a27_a_lock_that_is_never_free_ends_in_sqlites_own_error(path: Path) -> 
     assert any("INSERT INTO t" in note and "attempts" in note for note in caught.value.__notes__)
 
 
-def test_a27_close_ends_the_wait_for_a_lock(path: Path) -> None:
+def test_close_ends_the_wait_for_a_lock(path: Path) -> None:
     db = DbWriter(path, lock_timeout=3600)
     db.run("CREATE TABLE t (n INTEGER)")
     with holding_lock(path):

@@ -40,7 +40,7 @@ def rows(db: DbWriter) -> list[Any]:
     return [n for (n,) in db.read("SELECT n FROM t ORDER BY rowid")]
 
 
-def test_a11_results_are_plain_data(db: DbWriter) -> None:
+def test_results_are_plain_data(db: DbWriter) -> None:
     assert list(db.run("SELECT 1 UNION SELECT 2")) == [(1,), (2,)]
     with pytest.raises(TypeError, match="live"):
         db.run(lambda tx: tx.connection.execute("SELECT 1"))
@@ -50,7 +50,7 @@ def test_a11_results_are_plain_data(db: DbWriter) -> None:
         db.read(lambda connection: connection.execute("SELECT 1"))
 
 
-def test_a11_reads_of_many_threads_do_not_meet(db: DbWriter) -> None:
+def test_reads_of_many_threads_do_not_meet(db: DbWriter) -> None:
     db.run_many(INSERT, [(n,) for n in range(2000)])
 
     def read() -> set[int]:
@@ -59,7 +59,7 @@ def test_a11_reads_of_many_threads_do_not_meet(db: DbWriter) -> None:
     assert in_threads(*[read] * 8) == [{2000}] * 8
 
 
-def test_a11_lastrowid_is_that_of_the_callers_own_row(db: DbWriter) -> None:
+def test_lastrowid_is_that_of_the_callers_own_row(db: DbWriter) -> None:
     def insert(thread: int) -> None:
         for n in range(50):
             rowid = db.run(INSERT, (thread * 1000 + n,)).lastrowid
@@ -68,7 +68,7 @@ def test_a11_lastrowid_is_that_of_the_callers_own_row(db: DbWriter) -> None:
     in_threads(*[lambda thread=thread: insert(thread) for thread in range(8)])
 
 
-def test_a12_close_waits_for_readers_and_answers_everything(db: DbWriter) -> None:
+def test_close_waits_for_readers_and_answers_everything(db: DbWriter) -> None:
     db.run_many(INSERT, [(n,) for n in range(100)])
     reading, go_on = threading.Event(), threading.Event()
     tickets: list[Ticket[Any]] = []
@@ -105,7 +105,7 @@ def test_a12_close_waits_for_readers_and_answers_everything(db: DbWriter) -> Non
         assert again.read_value("SELECT count(*) FROM t WHERE n = 1000") == len(tickets)
 
 
-def test_a14_blocks_of_several_threads_do_not_mix(db: DbWriter) -> None:
+def test_blocks_of_several_threads_do_not_mix(db: DbWriter) -> None:
     db.run("CREATE TABLE groups (thread INTEGER, n INTEGER, part INTEGER)")
 
     def work(thread: int) -> None:
@@ -125,7 +125,7 @@ def test_a14_blocks_of_several_threads_do_not_mix(db: DbWriter) -> None:
     assert {(count, spread) for _, _, count, spread in found} == {(3, 2)}
 
 
-def test_a14_an_inner_block_that_raises_undoes_itself_only(any_db: DbWriter) -> None:
+def test_an_inner_block_that_raises_undoes_itself_only(any_db: DbWriter) -> None:
     any_db.run("CREATE TABLE t (n INTEGER)")
     with any_db.transaction() as tx:
         tx.execute(INSERT, (1,))
@@ -139,7 +139,7 @@ def test_a14_an_inner_block_that_raises_undoes_itself_only(any_db: DbWriter) -> 
 
 
 @pytest.mark.parametrize("sql", ["BEGIN", "COMMIT", "ROLLBACK", "SAVEPOINT mine", "/* so */ end;"])
-def test_a14_the_transaction_is_not_the_jobs_to_end(any_db: DbWriter, sql: str) -> None:
+def test_the_transaction_is_not_the_jobs_to_end(any_db: DbWriter, sql: str) -> None:
     any_db.run("CREATE TABLE t (n INTEGER)")
     with any_db.transaction() as tx:
         tx.execute(INSERT, (1,))
@@ -155,7 +155,7 @@ def test_a14_the_transaction_is_not_the_jobs_to_end(any_db: DbWriter, sql: str) 
     assert rows(any_db) == [1, 2, 4]
 
 
-def test_a15_a_cancelled_job_never_runs_and_a_started_one_is_not_cancelled(db: DbWriter) -> None:
+def test_a_cancelled_job_never_runs_and_a_started_one_is_not_cancelled(db: DbWriter) -> None:
     started, go_on = threading.Event(), threading.Event()
 
     def slow(tx: Transaction) -> None:
@@ -177,7 +177,7 @@ def test_a15_a_cancelled_job_never_runs_and_a_started_one_is_not_cancelled(db: D
     assert rows(db) == [2]
 
 
-def test_a15_an_awaiting_task_that_gives_up_harms_nobody(db: DbWriter) -> None:
+def test_an_awaiting_task_that_gives_up_harms_nobody(db: DbWriter) -> None:
     async def give_up() -> None:
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(asyncio.wrap_future(db.enqueue(INSERT, (1,)).future()), 0.01)
@@ -191,7 +191,7 @@ def test_a15_an_awaiting_task_that_gives_up_harms_nobody(db: DbWriter) -> None:
     assert rows(db) == [2]
 
 
-def test_a15_a_wait_that_times_out_withdraws_the_job_or_lets_it_finish_whole(db: DbWriter) -> None:
+def test_a_wait_that_times_out_withdraws_the_job_or_lets_it_finish_whole(db: DbWriter) -> None:
     with parked(db) as release:
         with pytest.raises(WriteTimeoutError) as caught:
             db.run(INSERT, (1,), timeout=0.01)
@@ -225,7 +225,7 @@ ENDLESS: list[Callable[[DbWriter], object]] = [
 
 
 @pytest.mark.parametrize("call", ENDLESS)
-def test_a16_a_wait_for_oneself_raises(any_db: DbWriter, call: Callable[[DbWriter], object]) -> None:
+def test_a_wait_for_oneself_raises(any_db: DbWriter, call: Callable[[DbWriter], object]) -> None:
     any_db.run("CREATE TABLE t (n INTEGER)")
     with pytest.raises(ReentrantWriteError):
         any_db.run(lambda tx: call(any_db) and None)
@@ -237,7 +237,7 @@ def test_a16_a_wait_for_oneself_raises(any_db: DbWriter, call: Callable[[DbWrite
     assert [n for n in rows(any_db) if n != 7] == [1, 2]
 
 
-def test_a16_calls_inside_a_job_or_block_act_on_its_transaction(any_db: DbWriter) -> None:
+def test_calls_inside_a_job_or_block_act_on_its_transaction(any_db: DbWriter) -> None:
     any_db.run("CREATE TABLE t (n INTEGER)")
     any_db.run(lambda tx: any_db.run(INSERT, (1,)).rows)
     with any_db.transaction():
@@ -250,7 +250,7 @@ def test_a16_calls_inside_a_job_or_block_act_on_its_transaction(any_db: DbWriter
     assert rows(any_db) == [1, 2, 3, 4]
 
 
-def test_a16_enqueue_inside_a_job_does_not_wait_for_room(path: Path) -> None:
+def test_enqueue_inside_a_job_does_not_wait_for_room(path: Path) -> None:
     with DbWriter(path, maxsize=1) as db:
         db.run("CREATE TABLE t (n INTEGER)")
         db.run(lambda tx: [db.enqueue(INSERT, (n,)) for n in range(5)] and None)
@@ -261,7 +261,7 @@ def test_a16_enqueue_inside_a_job_does_not_wait_for_room(path: Path) -> None:
         assert rows(db) == list(range(9))
 
 
-def test_a16_a_log_handler_that_enqueues_neither_hangs_nor_loops(path: Path) -> None:
+def test_a_log_handler_that_enqueues_neither_hangs_nor_loops(path: Path) -> None:
     class Sink(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             gateway.enqueue("INSERT INTO log VALUES (?)", (record.getMessage(),))
@@ -285,7 +285,7 @@ def test_a16_a_log_handler_that_enqueues_neither_hangs_nor_loops(path: Path) -> 
         gateway.run("CREATE TABLE t (n INTEGER)")
 
 
-def test_a16_a_sql_function_that_calls_the_gateway_gets_a_named_error(path: Path) -> None:
+def test_a_sql_function_that_calls_the_gateway_gets_a_named_error(path: Path) -> None:
     errors: list[BaseException] = []
 
     def call_back() -> int:
@@ -308,7 +308,7 @@ def test_a16_a_sql_function_that_calls_the_gateway_gets_a_named_error(path: Path
     assert [type(error) for error in errors] == [ReentrantWriteError] * 6
 
 
-def test_a17_a_full_queue_bounds_the_backlog_and_recovers(path: Path) -> None:
+def test_a_full_queue_bounds_the_backlog_and_recovers(path: Path) -> None:
     with DbWriter(path, maxsize=100) as db:
         db.run("CREATE TABLE t (n INTEGER)")
         depths: list[int] = []
@@ -336,7 +336,7 @@ def test_a17_a_full_queue_bounds_the_backlog_and_recovers(path: Path) -> None:
         db.enqueue(INSERT, (0,)).result(DEADLINE)
 
 
-def test_a17_close_frees_the_producers_that_wait_for_room(path: Path) -> None:
+def test_close_frees_the_producers_that_wait_for_room(path: Path) -> None:
     db = DbWriter(path, maxsize=1)
     with concurrent.futures.ThreadPoolExecutor() as pool:
         with parked(db) as release:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import contextlib
 import gc
 import logging
@@ -12,6 +11,7 @@ import sqlite3
 import threading
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, assert_type
 
@@ -20,7 +20,6 @@ import pytest
 from helpers import DEADLINE, holding_lock, parked
 from onewriter import (
     AsyncDbWriter,
-    AsyncTransaction,
     DbWriter,
     QueueFullError,
     ReadTimeoutError,
@@ -28,18 +27,13 @@ from onewriter import (
     Result,
     Ticket,
     Transaction,
-    TransactionAbortedError,
-    TransactionClosedError,
     WriterClosedError,
     WriteTimeoutError,
 )
-from onewriter.tasks import block as taskblock
-from onewriter.tasks import calls
 
 INSERT = "INSERT INTO t VALUES (?)"
 ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
-LONG = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT 300000) SELECT count(*) FROM n"
-ENDLESS_WRITE = "INSERT INTO t WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT i FROM n"
+COUNT = "SELECT count(*) FROM t"
 
 
 def run(main: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
@@ -81,11 +75,6 @@ async def writer_parked(db: AsyncDbWriter) -> AsyncIterator[threading.Event]:
         await ticket
 
 
-async def called_there(call: Callable[[], Awaitable[Any]]) -> Any:
-    """For a task that is not inside the blocks of the one that makes it: a call belongs to where it is called."""
-    return await call()
-
-
 async def beats(count: int, waiting: Awaitable[Any]) -> asyncio.Future[Any]:
     """Start ``waiting``, and show that the loop goes on beside it."""
     task = asyncio.ensure_future(waiting)
@@ -93,6 +82,27 @@ async def beats(count: int, waiting: Awaitable[Any]) -> asyncio.Future[Any]:
         await asyncio.sleep(0.001)
     assert not task.done()
     return task
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.001)
+
+
+async def cancel_await(db: AsyncDbWriter, ticket: Ticket[Any]) -> None:
+    async def wait() -> None:
+        await ticket
+
+    waiting = asyncio.create_task(wait())
+    await until(lambda: bool(ticket._waiters))
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+
+
+async def read_after(db: AsyncDbWriter, ticket: Ticket[Any]) -> None:
+    with pytest.raises(ReadTimeoutError, match="was not committed"):
+        await db.read("SELECT 1", after=ticket, timeout=0.01)
 
 
 def test_every_call_does_what_its_twin_does(path: Path) -> None:
@@ -264,9 +274,6 @@ def test_a_batch_wakes_a_loop_once(path: Path, monkeypatch: pytest.MonkeyPatch) 
     run(main)
 
 
-# The loop goes on -----------------------------------------------------------------------------------------------------
-
-
 def test_nothing_blocks_the_loop_while_the_lock_is_held_elsewhere(path: Path) -> None:
     async def main() -> None:
         async with opened(path) as db:
@@ -339,18 +346,6 @@ def test_a_slow_statement_in_a_block_or_reader_does_not_block_the_loop(path: Pat
     run(main)
 
 
-def test_a_slow_read_does_not_block_the_loop_and_its_timeout_ends_it(path: Path) -> None:
-    async def main() -> None:
-        async with opened(path, readers=1) as db:
-            reading = await beats(20, db.read(ENDLESS, timeout=0.2, label="count"))
-            with pytest.raises(ReadTimeoutError, match=r"'count' \(WITH RECURSIVE"):
-                await reading
-            for _ in range(100):
-                assert await db.read_value("SELECT 1") == 1
-
-    run(main)
-
-
 def test_a_full_queue_does_not_block_the_loop(path: Path) -> None:
     async def main() -> None:
         async with opened(path, maxsize=1) as db:
@@ -385,9 +380,6 @@ def test_closing_ends_the_wait_for_room(path: Path) -> None:
             await closing
 
     run(main)
-
-
-# Time and cancellation ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("timeout", [0.01, 1.0])
@@ -497,319 +489,6 @@ def test_cancelled_after_it_started_a_write_finishes_and_its_ticket_has_the_outc
     assert "left alone" in caplog.text
 
 
-def test_a_block_that_is_cancelled_is_rolled_back_and_its_statement_ends(path: Path) -> None:
-    async def main() -> None:
-        async with opened(path) as db:
-            undone: list[str] = []
-            for statement in (ENDLESS, ENDLESS_WRITE):
-                with pytest.raises(TimeoutError):
-                    async with asyncio.timeout(0.05), db.transaction() as tx:
-                        tx.on_rollback(lambda: undone.append("undone"))
-                        await tx.execute(INSERT, (1,))
-                        await tx.execute(statement)
-                await db.run(INSERT, (2,))
-            assert await rows(db) == [2, 2]
-            assert undone == ["undone", "undone"]
-            with pytest.raises(TransactionClosedError):
-                await tx.execute("SELECT 1")
-
-    run(main)
-
-
-def test_a_cancellation_during_commit_comes_after_it_and_says_what_became_of_it(path: Path) -> None:
-    async def main() -> None:
-        async with opened(path, journal_mode="DELETE") as db:
-            with contextlib.closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as other:
-
-                async def block() -> None:
-                    async with db.transaction() as tx:
-                        await tx.execute(INSERT, (1,))
-                        other.execute("BEGIN")
-                        other.execute("SELECT * FROM t").fetchall()  # COMMIT waits for this reader
-
-                task = await beats(20, block())
-                while db.stats().waiting_for_lock is None:  # COMMIT has met the reader
-                    await asyncio.sleep(0)
-                task.cancel()
-                await asyncio.sleep(0.005)
-                assert not task.done()
-                other.execute("ROLLBACK")
-                with pytest.raises(asyncio.CancelledError) as caught:
-                    await task
-                assert any("was committed" in note for note in getattr(caught.value, "__notes__", []))
-            assert await rows(db) == [1]
-
-    run(main)
-
-
-def test_a_read_that_is_cancelled_gives_its_connection_back(path: Path) -> None:
-    async def main() -> None:
-        async with opened(path, readers=1) as db:
-            for _ in range(3):
-                with pytest.raises(TimeoutError):
-                    await asyncio.wait_for(db.read(ENDLESS), 0.02)
-                async with asyncio.timeout(DEADLINE):
-                    assert await rows(db) == []
-            async with db.reader() as reader:
-                with pytest.raises(TimeoutError):
-                    await asyncio.wait_for(reader.execute(ENDLESS), 0.02)
-                assert (await reader.execute(LONG)).rows == [(300_000,)]  # with no time limit left over
-                waiting = await beats(5, called_there(lambda: db.read("SELECT 2")))
-                waiting.cancel()
-                with pytest.raises(asyncio.CancelledError):
-                    await waiting
-                second = asyncio.create_task(rows(db))
-                await asyncio.sleep(0.005)
-            assert await second == []
-
-    run(main)
-
-
-# Blocks ---------------------------------------------------------------------------------------------------------------
-
-
-def test_calls_written_in_a_block_belong_to_it_wherever_they_are_awaited(path: Path) -> None:
-    async def main() -> None:
-        async with opened(path) as db:
-
-            async def other() -> list[Any]:
-                return await rows(db)
-
-            with pytest.raises(LookupError):
-                async with db.transaction() as tx:
-                    assert isinstance(tx, AsyncTransaction)
-                    await tx.execute(INSERT, (1,))
-                    await asyncio.gather(db.run(INSERT, (2,)), db.run_many(INSERT, [(3,)]))
-                    await asyncio.wait_for(db.run(INSERT, (4,)), DEADLINE)
-                    await asyncio.create_task(db.run_script("INSERT INTO t VALUES (5)"))
-                    assert await asyncio.wait_for(db.read_value("SELECT count(*) FROM t"), DEADLINE) == 5
-                    assert await rows(db) == [1, 2, 3, 4, 5]
-                    assert await asyncio.create_task(other()) == []  # a child's own calls do not
-                    assert db.in_writer()
-                    later = db.enqueue(INSERT, (6,))
-                    raise LookupError
-            await later
-            assert not db.in_writer()
-            assert await rows(db) == [6]
-
-    run(main)
-
-
-def test_blocks_nest_as_savepoints(path: Path) -> None:
-    async def main() -> None:
-        async with opened(path) as db:
-            called: list[str] = []
-            async with db.transaction() as outer:
-                outer.on_commit(lambda: called.append("outer"))
-                await outer.execute(INSERT, (1,))
-                with pytest.raises(LookupError):
-                    async with db.transaction() as inner:
-                        inner.on_commit(lambda: called.append("inner"))
-                        inner.on_rollback(lambda: called.append("inner undone"))
-                        await inner.execute(INSERT, (2,))
-                        async with inner.savepoint():
-                            await inner.executemany(INSERT, [(3,)])
-                        raise LookupError
-                async with outer.savepoint():
-                    await outer.executescript("INSERT INTO t VALUES (4); INSERT INTO t VALUES (5);")
-                with pytest.raises(sqlite3.OperationalError):
-                    await db.run("INSERT INTO nowhere VALUES (1)")
-                assert outer.label == "transaction"
-                with pytest.raises(TypeError):
-                    outer.on_commit(1)  # type: ignore[arg-type]
-                assert called == []
-            assert called == ["inner undone", "outer"]
-            assert await rows(db) == [1, 4, 5]
-
-    run(main)
-
-
-def test_a_block_whose_transaction_is_lost_says_so_at_its_end(path: Path) -> None:
-    async def main() -> None:
-        async with opened(path) as db:
-            await db.run("CREATE UNIQUE INDEX i ON t (n)")
-            await db.run(INSERT, (1,))
-            with pytest.raises(TransactionAbortedError):
-                async with db.transaction() as tx:
-                    await tx.execute(INSERT, (2,))
-                    with pytest.raises(sqlite3.IntegrityError):
-                        await tx.execute("INSERT OR ROLLBACK INTO t VALUES (1)")
-            assert await rows(db) == [1]
-
-    run(main)
-
-
-def test_tasks_that_share_a_transaction_are_served_one_after_the_other(path: Path) -> None:
-    async def main() -> None:
-        async with opened(path) as db:
-            async with db.transaction() as tx:
-                await asyncio.gather(*[asyncio.create_task(tx.execute(INSERT, (n,))) for n in range(50)])
-            assert await rows(db) == list(range(50))
-
-    run(main)
-
-
-def test_waits_that_a_block_makes_endless_raise_at_once(path: Path) -> None:
-    async def main() -> None:
-        async with opened(path):
-            pass
-        with DbWriter(path) as inner:
-            db = AsyncDbWriter.wrap(inner)
-            async with db.transaction() as tx:
-                ticket = db.enqueue(INSERT, (1,))
-                for call in (
-                    lambda: db.flush(),
-                    lambda: db.close(),
-                    lambda: db.checkpoint(),
-                    lambda: db.backup(path.parent / "copy.db"),
-                    lambda: db.run_without_transaction("VACUUM"),
-                    lambda: db.read("SELECT 1", after=ticket),
-                    lambda: db.run(lambda tx: None, foreign_keys=False),
-                    lambda: ticket,
-                ):
-                    with pytest.raises(ReentrantWriteError):
-                        await call()
-                for blocking in (lambda: inner.run(INSERT, (2,)), inner.flush, inner.close, ticket.result):
-                    with pytest.raises(ReentrantWriteError):
-                        blocking()
-                await tx.execute(INSERT, (3,))
-            await ticket
-            assert await rows(db) == [1, 3]
-
-    run(main)
-
-
-def test_in_a_block_nothing_waits_for_room(path: Path) -> None:
-    async def main() -> None:
-        async with opened(path, maxsize=1) as db:
-            async with db.transaction():
-                tickets = [db.enqueue(INSERT, (n,)) for n in range(3)]
-                tickets += [await db.enqueue_wait(INSERT, (n,)) for n in range(3, 6)]
-            await asyncio.gather(*tickets)
-            assert await rows(db) == [0, 1, 2, 3, 4, 5]
-
-    run(main)
-
-
-def test_a_block_that_holds_too_long_is_taken_back(path: Path) -> None:
-    async def main() -> None:
-        async with opened(path) as db:
-            for statement in (None, ENDLESS, ENDLESS_WRITE):
-                with pytest.raises(TransactionClosedError, match="max_hold"):
-                    async with db.transaction(max_hold=0.05) as tx:
-                        await tx.execute(INSERT, (1,))
-                        if statement:
-                            await tx.execute(statement)
-                        else:
-                            await db.enqueue_wait(INSERT, (2,))
-                            until = asyncio.get_running_loop().time() + DEADLINE
-                            while not tx._block.done() and asyncio.get_running_loop().time() < until:
-                                await asyncio.sleep(0.005)
-            assert await rows(db) == [2]
-
-    run(main)
-
-
-def test_a_block_whose_task_has_ended_is_used_and_left_by_another_or_collected(path: Path) -> None:
-    async def main() -> None:
-        async with opened(path) as db:
-            left: list[Any] = []
-
-            async def leave_open(n: int) -> None:
-                block = db.transaction()
-                left.append((block, await block.__aenter__()))
-                await left[-1][1].execute(INSERT, (n,))
-
-            await asyncio.create_task(leave_open(1))
-            waits = asyncio.create_task(db.run(INSERT, (3,)))
-            block, tx = left.pop()
-            await tx.execute(INSERT, (2,))
-            assert not waits.done()
-            await block.__aexit__(None, None, None)
-            await waits
-            assert await rows(db) == [1, 2, 3]
-
-            await asyncio.create_task(leave_open(4))
-            left.clear()  # nobody can leave it any more
-            await db.run(INSERT, (5,))
-            assert await rows(db) == [1, 2, 3, 5]
-
-    run(main)
-
-
-@pytest.mark.parametrize("statement", [False, True])
-def test_a_callback_of_a_block_that_fails_at_once_is_called(path: Path, statement: bool) -> None:
-    async def main() -> None:
-        async with opened(path) as db:
-            for _ in range(20):
-                called: list[str] = []
-                with pytest.raises(LookupError):
-                    async with db.transaction() as tx:
-                        if statement:
-                            await tx.execute(INSERT, (1,))
-                        tx.on_rollback(lambda called=called: called.append("rollback"))  # type: ignore[misc]
-                        tx.on_commit(lambda called=called: called.append("commit"))  # type: ignore[misc]
-                        raise LookupError
-                assert called == ["rollback"]
-            with pytest.raises(TransactionClosedError):
-                tx.on_rollback(print)
-
-    run(main)
-
-
-def test_a_reader_sees_one_state_and_the_inner_block_decides(path: Path) -> None:
-    async def main() -> None:
-        async with opened(path) as db:
-            await db.run(INSERT, (1,))
-            async with db.reader() as reader:
-                await db.run(INSERT, (2,))
-                assert (await reader.execute("SELECT n FROM t")).rows == [(1,)]
-                assert await rows(db) == [1]
-                assert await asyncio.create_task(rows(db)) == [1, 2]
-                async with db.reader() as same:
-                    assert same is reader
-                async with db.transaction() as tx:
-                    await tx.execute(INSERT, (3,))
-                    assert await rows(db) == [1, 2, 3]
-                    async with db.reader() as inner:
-                        assert (await inner.execute("SELECT n FROM t")).fetchall() == [(1,), (2,)]
-                        assert await rows(db) == [1, 2]
-                    assert await rows(db) == [1, 2, 3]
-                assert await rows(db) == [1]
-                with pytest.raises(sqlite3.OperationalError):
-                    await reader.execute("DELETE FROM t")
-            with pytest.raises(sqlite3.ProgrammingError):
-                await reader.execute("SELECT 1")
-            assert await rows(db) == [1, 2, 3]
-
-    run(main)
-
-
-def test_more_readers_than_connections_wait_in_order_and_say_who_has_them(path: Path) -> None:
-    async def main() -> None:
-        async with opened(path, readers=2) as db:
-            assert await asyncio.gather(*[db.read_value("SELECT ?", (n,)) for n in range(100)]) == list(range(100))
-            async with db.reader(label="first"):
-
-                async def second() -> None:
-                    async with db.reader(label="second"):
-                        await asyncio.create_task(third())
-
-                async def third() -> None:
-                    with pytest.raises(ReadTimeoutError, match=r"'third'.*'(first|second)'.*'(first|second)'"):
-                        await db.read("SELECT 1", label="third", timeout=0.01)
-                    with pytest.raises(ReadTimeoutError):
-                        async with db.reader(timeout=0.01):
-                            pytest.fail("entered")
-
-                await asyncio.create_task(second())
-
-    run(main)
-
-
-# Loops ----------------------------------------------------------------------------------------------------------------
-
-
 def test_several_loops_and_threads_share_one_gateway(path: Path) -> None:
     with DbWriter(path) as inner:
         inner.run("CREATE TABLE t (n)")
@@ -916,192 +595,6 @@ def test_ten_thousand_tasks_leave_nothing_behind(path: Path) -> None:
     run(main)
 
 
-# Forced: what happens in the same moment ------------------------------------------------------------------------------
-
-
-def test_a_statement_that_was_cancelled_before_its_turn_does_not_run(path: Path) -> None:
-    async def main() -> None:
-        async with opened(path) as db:
-            entered, release = threading.Event(), threading.Event()
-
-            def hold(tx: Transaction) -> None:
-                entered.set()
-                release.wait(DEADLINE)
-
-            async with db.transaction() as tx:
-                first = asyncio.create_task(db.run(hold))
-                await asyncio.to_thread(entered.wait, DEADLINE)
-                second = asyncio.create_task(tx.execute(INSERT, (1,)))
-                await asyncio.sleep(0)
-                second.cancel()
-                await asyncio.wait([second])
-                release.set()
-                await first
-            assert await rows(db) == []
-
-    run(main)
-
-
-def test_a_cancellation_in_the_moment_of_the_grant_leaves_nothing_behind(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(taskblock, "LOOK", 3600.0)  # the writer does not notice by itself
-
-    async def main() -> None:
-        async with opened(path) as db:
-
-            async def block() -> None:
-                async with db.transaction():
-                    pytest.fail("entered")
-
-            async with writer_parked(db) as release:
-                task = asyncio.create_task(block())
-                await asyncio.sleep(0)
-                release.set()
-                while getattr(db._core().state.job, "transaction", None) is None:  # granted: the loop does not know
-                    pass
-                task.cancel()
-                with pytest.raises(asyncio.CancelledError):
-                    await task
-            await db.run(INSERT, (1,))
-            assert await rows(db) == [1]
-
-    run(main)
-
-
-def test_a_statement_of_a_reader_ends_before_the_next_one_begins(path: Path) -> None:
-    entered, release = threading.Event(), threading.Event()
-
-    def hold() -> int:
-        entered.set()
-        release.wait(DEADLINE)
-        return 1
-
-    def hook(connection: sqlite3.Connection, readonly: bool) -> None:
-        connection.create_function("hold", 0, hold)
-
-    async def main() -> None:
-        async with opened(path, on_connect=hook) as db, db.reader() as reader:
-            task = asyncio.create_task(reader.execute("SELECT hold()"))
-            await asyncio.to_thread(entered.wait, DEADLINE)
-            task.cancel()
-            await asyncio.sleep(0.01)
-            assert not task.done()
-            release.set()
-            with pytest.raises(asyncio.CancelledError):
-                await task
-            assert (await reader.execute("SELECT 2")).rows == [(2,)]
-
-    run(main)
-
-
-def test_a_read_that_no_thread_has_begun_gives_its_connection_back(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def main() -> None:
-        async with opened(path, readers=1) as db:
-            assert await rows(db) == []
-            assert db._pool is not None
-            with monkeypatch.context() as patch:
-                patch.setattr(db._pool, "submit", lambda *_: concurrent.futures.Future())
-                task = asyncio.create_task(rows(db))
-                await asyncio.sleep(0.001)
-                task.cancel()
-                with pytest.raises(asyncio.CancelledError):
-                    await task
-            assert await rows(db) == []
-
-    run(main)
-
-
-def test_a_connection_whose_opening_was_cancelled_goes_to_the_next(path: Path) -> None:
-    opening, release = threading.Event(), threading.Event()
-
-    def hook(connection: sqlite3.Connection, readonly: bool) -> None:
-        if readonly:
-            opening.set()
-            release.wait(DEADLINE)
-
-    async def main() -> None:
-        async with opened(path, readers=1, on_connect=hook) as db:
-            task = asyncio.create_task(rows(db))
-            await asyncio.to_thread(opening.wait, DEADLINE)
-            task.cancel()
-            next_one = asyncio.create_task(rows(db))
-            await asyncio.sleep(0.001)
-            release.set()
-            with pytest.raises(asyncio.CancelledError):
-                await task
-            assert await next_one == []
-
-    run(main)
-
-
-def test_a_cancellation_while_a_failed_block_is_rolled_back_is_not_lost(path: Path) -> None:
-    async def main() -> None:
-        async with opened(path) as db:
-            entered, release = threading.Event(), threading.Event()
-
-            def hold(tx: Transaction) -> None:
-                entered.set()
-                release.wait(DEADLINE)
-
-            async def block() -> None:
-                async with db.transaction():
-                    holding.append(asyncio.create_task(db.run(hold)))
-                    await asyncio.to_thread(entered.wait, DEADLINE)
-                    raise LookupError
-
-            holding: list[asyncio.Task[None]] = []
-            task = asyncio.create_task(block())
-            await asyncio.to_thread(entered.wait, DEADLINE)
-            await asyncio.sleep(0.01)
-            task.cancel()
-            await asyncio.sleep(0.01)
-            release.set()
-            with pytest.raises(asyncio.CancelledError):
-                await task
-            await asyncio.wait(holding)
-            await db.run(INSERT, (1,))
-
-    run(main)
-
-
-def test_reads_are_held_back_for_a_moment_so_that_the_log_can_begin_anew(path: Path) -> None:
-    async def main() -> None:
-        async with opened(path) as db:
-            await rows(db)
-            readers = db._core().pool
-            readers.holds_back = True
-            reading = await beats(3, rows(db))
-            readers.holds_back = False
-            assert await reading == []
-
-    run(main)
-
-
-def test_what_is_sent_while_the_block_is_taken_back_is_answered(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    answered = threading.Event()
-
-    async def main() -> None:
-        async with opened(path) as db:
-            closed_error = Transaction.closed_error
-
-            def send_one_more(transaction: Transaction) -> Any:
-                if not answered.is_set() and threading.get_ident() == db._core().state.writer_thread:
-                    tx._block.send(answered.set)
-                return closed_error(transaction)
-
-            with pytest.raises(TransactionClosedError):
-                async with db.transaction(max_hold=0.02) as tx:
-                    monkeypatch.setattr(Transaction, "closed_error", send_one_more)
-                    await asyncio.to_thread(answered.wait, DEADLINE)
-            assert answered.is_set()
-
-    run(main)
-
-
-# What is left behind --------------------------------------------------------------------------------------------------
-
-
 def test_an_error_that_was_dealt_with_is_gone_at_once(path: Path) -> None:
     async def main() -> None:
         def fail(*_: object) -> None:
@@ -1158,146 +651,12 @@ def test_an_opening_that_is_cancelled_in_the_moment_it_ends_is_undone(path: Path
         opened_files[0].execute("SELECT 1")
 
 
-def test_a_connection_that_comes_in_the_moment_its_task_is_cancelled_goes_to_the_next(path: Path) -> None:
-    opened_readers: list[sqlite3.Connection] = []
-
-    def count(connection: sqlite3.Connection, readonly: bool) -> None:
-        opened_readers.extend([connection] * readonly)
-
-    async def main() -> None:
-        with DbWriter(path, readers=1, on_connect=count) as inner:
-            shared = AsyncDbWriter.wrap(inner)
-            for is_cancelled in (False, True):
-                with inner.reader():
-                    waiting = asyncio.create_task(called_there(lambda: shared.read_value("SELECT 1")))
-                    while inner.stats().readers_waiting == 0:
-                        await asyncio.sleep(0)
-                if is_cancelled:
-                    waiting.cancel()  # it has the connection, and has not heard of it yet
-                    with pytest.raises(asyncio.CancelledError):
-                        await waiting
-                else:
-                    assert await waiting == 1
-                assert inner.stats().readers_in_use == 0
-            assert await shared.read_value("SELECT 2", timeout=DEADLINE) == 2
-            assert len(opened_readers) == 1
-
-    run(main)
-
-
-def test_a_read_that_is_cancelled_before_its_thread_begins_gives_its_connection_back_once(path: Path) -> None:
-    async def main() -> None:
-        with DbWriter(path, readers=1) as inner:
-            shared = AsyncDbWriter.wrap(inner)
-            await shared.read("SELECT 1")
-            assert shared._pool is not None
-            gate = threading.Event()
-
-            async def enter() -> None:
-                async with shared.reader():
-                    pytest.fail("entered")
-
-            for read in (enter, lambda: shared.read("SELECT 1"), lambda: shared.read(lambda connection: None)):
-                busy = shared._pool.submit(gate.wait, DEADLINE)
-                reading = asyncio.create_task(read())
-                while inner.stats().readers_in_use == 0:
-                    await asyncio.sleep(0)
-                reading.cancel()
-                with pytest.raises(asyncio.CancelledError):
-                    await reading
-                gate.set()
-                busy.result(DEADLINE)
-                gate.clear()
-                with inner.reader(), pytest.raises(ReadTimeoutError):  # so there is still just the one
-                    await asyncio.create_task(called_there(lambda: shared.read("SELECT 1", timeout=0.01)))
-
-    run(main)
-
-
-def test_a_read_is_held_back_only_while_somebody_asks_for_it_and_not_for_long(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def main() -> None:
-        with DbWriter(path) as inner:
-            shared = AsyncDbWriter.wrap(inner)
-            inner._core.pool.holds_back = True  # and nobody takes that back
-            assert await shared.read_value("SELECT 1") == 1
-            inner._core.pool.holds_back = False
-            monkeypatch.setattr(asyncio, "sleep", None)
-            assert await shared.read_value("SELECT 1") == 1
-            monkeypatch.undo()
-
-    run(main)
-
-
-def test_a_block_whose_task_thinks_for_long_goes_on(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(taskblock, "LOOK", 0.001)
-
-    async def main() -> None:
-        async with opened(path) as db:
-            looks = asyncio.Semaphore(0)
-            loop, holder = asyncio.get_running_loop(), db._core().state
-            monkeypatch.setattr(holder, "warn_if_slow", lambda now: loop.call_soon_threadsafe(looks.release))
-            async with db.transaction() as tx:
-                for _ in range(5):
-                    await looks.acquire()
-                await tx.execute(INSERT, (1,))
-            assert await rows(db) == [1]
-
-    run(main)
-
-
-def test_each_loop_has_its_own_timeouts(path: Path) -> None:
-    with DbWriter(path) as inner:
-        shared = AsyncDbWriter.wrap(inner)
-
-        async def leave() -> None:
-            await shared.run("SELECT 1")  # the loop ends before the look at its timeouts
-
-        async def wait() -> None:
-            with parked(inner), pytest.raises(WriteTimeoutError):
-                await shared.run("SELECT 1", timeout=1.0)
-
-        run(leave)
-        run(wait)
-
-
-def test_what_a_block_refuses_is_named(path: Path) -> None:
-    async def main() -> None:
-        async with opened(path) as db, db.transaction():
-            with pytest.raises(ReentrantWriteError, match=r"^foreign_keys="):
-                await db.run(lambda tx: None, foreign_keys=False)
-            with pytest.raises(ReentrantWriteError, match=r"^flush"):
-                await db.flush()
-            with pytest.raises(ReentrantWriteError, match=r"^checkpoint"):
-                await db.checkpoint()
-
-    run(main)
-
-
 def test_opening_twice_is_no_harm(path: Path) -> None:
     async def main() -> None:
         db = AsyncDbWriter(path)
         assert await db.open() is db
         assert await db.open() is db
         await db.close()
-
-    run(main)
-
-
-def test_a_read_of_a_function_is_named_by_its_label_or_its_name(path: Path) -> None:
-    def count_all(connection: sqlite3.Connection) -> None:
-        pass
-
-    async def main() -> None:
-        async with opened(path, readers=1) as db, db.reader():
-
-            async def other(**options: Any) -> None:
-                await db.read(count_all, timeout=0.01, **options)
-
-            for options, name in (({"label": "mine"}, "'mine'"), ({}, "count_all'")):
-                with pytest.raises(ReadTimeoutError, match=name):
-                    await asyncio.create_task(other(**options))
 
     run(main)
 
@@ -1309,36 +668,6 @@ def test_a_job_that_waited_in_line_wakes_a_writer_that_sleeps(path: Path) -> Non
                 await asyncio.sleep(0.001)
             ticket = await db.enqueue_wait(INSERT, (1,))
             assert (await ticket).rowcount == 1
-
-    run(main)
-
-
-def test_a_nested_call_that_fails_is_undone_alone(path: Path) -> None:
-    def write_and_fail(tx: Transaction) -> None:
-        tx.execute(INSERT, (2,))
-        raise LookupError
-
-    async def main() -> None:
-        async with opened(path) as db:
-            async with db.transaction() as tx:
-                await tx.execute(INSERT, (1,))
-                with pytest.raises(LookupError):
-                    await db.run(write_and_fail)
-            assert await rows(db) == [1]
-
-    run(main)
-
-
-def test_a_short_timeout_does_not_wait_for_the_tick_of_the_long_ones(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(calls, "TICK", 10 * DEADLINE)
-
-    async def main() -> None:
-        with DbWriter(path) as inner, parked(inner):
-            async with asyncio.timeout(DEADLINE):
-                with pytest.raises(WriteTimeoutError):
-                    await AsyncDbWriter.wrap(inner).run("SELECT 1", timeout=0.05)
 
     run(main)
 
@@ -1361,17 +690,194 @@ def test_a_gateway_that_was_never_opened_says_so_and_a_closed_one_too(path: Path
     run(main)
 
 
-def test_a_block_that_was_left_by_an_error_says_so_afterwards(path: Path) -> None:
+@pytest.mark.parametrize("give_up", [cancel_await, read_after])
+def test_a_failure_after_the_wait_for_it_was_given_up_is_loud(
+    path: Path, give_up: Callable[[AsyncDbWriter, Ticket[Any]], Coroutine[Any, Any, None]]
+) -> None:
+    heard: list[str] = []
+
+    async def main() -> None:
+        async with opened(path, on_error=lambda ticket: heard.append(ticket.label)) as db:
+            entered, fail = threading.Event(), threading.Event()
+
+            def job(tx: Transaction) -> None:
+                entered.set()
+                fail.wait(DEADLINE)
+                raise LookupError
+
+            ticket = db.enqueue(job, label="unheard")
+            await until(entered.is_set)
+            await give_up(db, ticket)
+            fail.set()
+            await db.flush()
+            assert heard == ["unheard"]
+
+    run(main)
+
+
+async def enter(db: AsyncDbWriter) -> None:
+    async with db.transaction(timeout=0.1):
+        pytest.fail("entered")
+
+
+ENDLESS_WAITS: dict[str, Callable[[AsyncDbWriter], Coroutine[Any, Any, Any]]] = {
+    "run": lambda db: db.run(INSERT, (1,), timeout=0.1),
+    "run_many": lambda db: db.run_many(INSERT, [(1,)], timeout=0.1),
+    "run_script": lambda db: db.run_script("DELETE FROM t", timeout=0.1),
+    "run_without_transaction": lambda db: db.run_without_transaction("VACUUM", timeout=0.1),
+    "flush": lambda db: db.flush(timeout=0.1),
+    "checkpoint": lambda db: db.checkpoint(timeout=0.1),
+    "transaction": enter,
+}
+
+
+@pytest.mark.parametrize("wait", ENDLESS_WAITS.values(), ids=ENDLESS_WAITS)
+def test_a_wait_inside_a_block_or_job_of_the_same_thread_is_refused(
+    db: DbWriter, wait: Callable[[AsyncDbWriter], Coroutine[Any, Any, Any]]
+) -> None:
+    db.run("CREATE TABLE t (n)")
+    shared = AsyncDbWriter.wrap(db)
+
+    def refused(_: Transaction) -> None:
+        with pytest.raises(ReentrantWriteError, match="would never end"):
+            run(lambda: wait(shared))
+
+    with db.transaction() as tx:
+        refused(tx)
+    db.run(refused)
+    assert db.read_value(COUNT) == 0
+    assert db.stats().queue_depth == 0
+
+
+def test_what_does_not_wait_is_welcome_inside_a_block_or_job_of_the_same_thread(path: Path) -> None:
+    with DbWriter(path, maxsize=1) as db:
+        db.run("CREATE TABLE t (n)")
+        shared = AsyncDbWriter.wrap(db)
+
+        async def write_and_count() -> int:
+            await shared.enqueue_wait(INSERT, (1,))
+            shared.enqueue(INSERT, (2,))
+            count: int = await shared.read_value(COUNT)
+            return count
+
+        with db.transaction():
+            assert run(write_and_count) == 0
+        db.flush()
+        assert db.run(lambda tx: run(write_and_count)) == 2
+        db.flush()
+        assert db.read_value(COUNT) == 4
+        run(shared.close)
+
+
+def test_a_call_made_inside_a_job_may_be_awaited_elsewhere(path: Path) -> None:
     async def main() -> None:
         async with opened(path) as db:
-            with pytest.raises(LookupError):
-                async with db.transaction() as tx:
-                    raise LookupError
-            with pytest.raises(TransactionClosedError, match="was left by an error"):
-                await tx.execute("SELECT 1")
-            async with db.transaction() as tx:
-                pass
-            with pytest.raises(TransactionClosedError, match="has ended"):
-                await tx.execute("SELECT 1")
+            made = await db.run(lambda tx: [db.run(INSERT, (1,))])
+            await made[0]
+            assert await db.read_value(COUNT) == 1
+
+    run(main)
+
+
+def test_tasks_that_open_at_once_open_one_gateway(path: Path) -> None:
+    async def main() -> None:
+        db = AsyncDbWriter(path)
+        assert set(await asyncio.gather(db.open(), db.open(), db.open())) == {db}
+        await db.close()
+
+    run(main)
+
+
+def test_tasks_that_open_at_once_see_why_that_fails(path: Path) -> None:
+    async def main() -> None:
+        db = AsyncDbWriter(path / "nowhere" / "app.db")
+        errors = await asyncio.gather(db.open(), db.open(), return_exceptions=True)
+        assert [type(error) for error in errors] == [sqlite3.OperationalError] * 2
+        (path / "nowhere").mkdir(parents=True)
+        async with db:
+            assert not db.closed
+
+    run(main)
+
+
+def test_a_task_that_waits_for_the_opening_by_another_opens_itself_if_that_is_cancelled(path: Path) -> None:
+    async def main() -> None:
+        entered, go_on = threading.Event(), threading.Event()
+
+        def hesitate(connection: sqlite3.Connection, readonly: bool) -> None:
+            entered.set()
+            go_on.wait(DEADLINE)
+
+        db = AsyncDbWriter(path, on_connect=hesitate)
+        first, second, third = (asyncio.create_task(db.open()) for _ in range(3))
+        await until(entered.is_set)
+        second.cancel()
+        first.cancel()
+        go_on.set()
+        outcomes = await asyncio.gather(first, second, third, return_exceptions=True)
+        assert [type(outcome) for outcome in outcomes] == [asyncio.CancelledError] * 2 + [AsyncDbWriter]
+        assert await db.read_value("SELECT 1") == 1
+        await db.close()
+
+    run(main)
+
+
+@pytest.mark.parametrize("closes", [False, True])
+def test_a_loop_that_opens_waits_for_that_of_another_thread(path: Path, closes: bool) -> None:
+    entered, go_on = threading.Event(), threading.Event()
+
+    def hesitate(connection: sqlite3.Connection, readonly: bool) -> None:
+        entered.set()
+        go_on.wait(DEADLINE)
+
+    db = AsyncDbWriter(path, on_connect=hesitate)
+
+    async def second() -> None:
+        opening = asyncio.create_task(db.open())
+        await until(lambda: bool(db._openers))
+        if closes:
+            await db.close()
+        go_on.set()
+        await opening
+        await asyncio.wrap_future(opened_first)  # or else it may find the gateway closed already
+        await db.close()
+
+    with ThreadPoolExecutor(2) as pool:
+        opened_first = pool.submit(run, db.open)
+        assert entered.wait(DEADLINE)
+        opened_second = pool.submit(run, second)
+        errors = [opened.exception(DEADLINE) for opened in (opened_first, opened_second)]
+    assert [type(error) for error in errors] == [WriterClosedError if closes else type(None)] * 2
+    assert db.closed
+
+
+def test_blocks_entered_with_an_exit_stack_are_named_by_who_enters_them(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path) as db, contextlib.AsyncExitStack() as stack:
+            await stack.enter_async_context(db.transaction())
+            running = db.stats().running
+            assert running is not None
+            assert running.called_from.endswith("in main")
+            await stack.enter_async_context(db.reader())
+            (reader,) = db._core().pool.borrowers
+            assert reader.startswith("reader() in test_aio.py:")
+            assert reader.endswith("in main")
+
+    run(main)
+
+
+def test_a_gateway_that_is_closed_while_it_opens_does_not_open(path: Path) -> None:
+    async def main() -> None:
+        threads = set(threading.enumerate())
+        db = AsyncDbWriter(path)
+        opening = asyncio.create_task(db.open())
+        await asyncio.sleep(0)
+        await db.close()
+        with pytest.raises(WriterClosedError, match="closed"):
+            await opening
+        assert db.closed
+        assert {
+            thread.name for thread in set(threading.enumerate()) - threads if thread.name.endswith("-writer")
+        } == set()
 
     run(main)

@@ -20,9 +20,9 @@ from onewriter import AsyncDbWriter, CommitUnknownError, DbWriter, ReentrantWrit
 from onewriter.events import BackupEnded, BatchEnded, CheckpointEnded, Event, JobSubmitted, WriterBroken
 from onewriter.write.jobs import ControlJob
 
-E = TypeVar("E")
 INSERT = "INSERT INTO t VALUES (?)"
 TABLE = "CREATE TABLE t (n INTEGER PRIMARY KEY)"
+E = TypeVar("E")
 
 
 class Heard:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import functools
+import logging
 import signal
 import sqlite3
 import subprocess
@@ -15,7 +18,7 @@ from typing import Any
 import pytest
 
 from helpers import DEADLINE, parked, run_child
-from onewriter import DbWriter, ReentrantWriteError
+from onewriter import AsyncDbWriter, DbWriter, ReentrantWriteError, Ticket, WriterClosedError
 from onewriter.base import waiting as job
 from onewriter.read.pool import ReaderPool
 from onewriter.sqlite.guard import Guard, ReadGuard
@@ -23,6 +26,21 @@ from onewriter.sqlite.watch import Watch
 from onewriter.write import block, driver
 
 ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
+
+PRELUDE = """
+import json, logging, os, signal, sys, threading
+from onewriter import DbWriter
+
+path = {path!r}
+logging.basicConfig(format="%(levelname)s %(message)s")
+INSERT = "INSERT INTO t VALUES (?)"
+"""
+
+OPEN = """
+db = DbWriter(path, label="ledger")
+"""
+
+TABLE = "CREATE TABLE t (n)"
 
 
 class SignalError(Exception):
@@ -65,6 +83,45 @@ WAYS: dict[str, Callable[[DbWriter], object]] = {
     "block": in_a_block,
     "lent": in_a_lent_connection,
 }
+
+
+def child_code(path: Path, code: str) -> str:
+    return PRELUDE.format(path=str(path)) + code
+
+
+@pytest.fixture
+def table(path: Path) -> Path:
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("CREATE TABLE t (n INTEGER)")
+    return path
+
+
+def rows_in(path: Path) -> list[Any]:
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        return [n for (n,) in connection.execute("SELECT n FROM t ORDER BY rowid")]
+
+
+class _Handler(logging.Handler):
+    def __init__(self, emit: Callable[[logging.LogRecord], object]) -> None:
+        super().__init__()
+        self._emit = emit
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._emit(record)
+
+
+@contextlib.contextmanager
+def handling(emit: Callable[[logging.LogRecord], object]) -> Iterator[logging.Handler]:
+    """Only ``emit`` hears the log."""
+    logger, handler = logging.getLogger("onewriter"), _Handler(emit)
+    logger.addHandler(handler)
+    logger.propagate = False
+    try:
+        yield handler
+    finally:
+        logger.propagate = True
+        logger.removeHandler(handler)
 
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
@@ -302,8 +359,6 @@ def test_a_handler_may_enqueue_while_its_thread_waits_for_room(path: Path) -> No
         assert sorted(db.read("SELECT n FROM t")) == [(1,), (2,), (3,)]
 
 
-# Calls in a signal handler or finalizer that came inside a lock of ours ----------------------------------------------
-
 WAITS: dict[str, Callable[[DbWriter], object]] = {
     "close": lambda db: db.close(),
     "close without drain": lambda db: db.close(5.0, drain=False),
@@ -319,6 +374,7 @@ WAITS: dict[str, Callable[[DbWriter], object]] = {
     "checkpoint": lambda db: db.checkpoint(timeout=None),
     "backup": lambda db: db.backup(db.path + ".copy"),
 }
+
 INSERT = "INSERT INTO t VALUES (?)"
 
 
@@ -465,3 +521,233 @@ def test_a_process_whose_handler_of_sigterm_closes_ends(path: Path, call: str) -
         path.unlink(missing_ok=True)
         done = run_child(TERMINATED.format(path=str(path), after=after, call=call))
         assert done.returncode == 0 or "ReentrantWriteError" in done.stderr, done.stderr
+
+
+def test_an_interrupt_frees_the_caller_of_run_and_the_job_that_has_started_is_committed(table: Path) -> None:
+    code = """
+interrupted = threading.Event()
+
+def interrupt(tx):
+    os.kill(os.getpid(), signal.SIGINT)
+    print(interrupted.wait(30), flush=True)
+    tx.execute(INSERT, (1,))
+
+try:
+    db.run(interrupt, timeout=60)
+except KeyboardInterrupt:
+    interrupted.set()
+    raise
+"""
+    child = run_child(child_code(table, OPEN + code))
+    assert child.returncode == -signal.SIGINT, child.stderr
+    assert child.stdout.split() == ["True"]
+    assert rows_in(table) == [1]
+
+
+def test_a_gateway_works_after_an_interrupt_that_was_caught(table: Path) -> None:
+    """The interrupted call may have left nothing behind that keeps the next one waiting."""
+    code = """
+interrupted = threading.Event()
+
+def interrupt(tx):
+    os.kill(os.getpid(), signal.SIGINT)
+    interrupted.wait(30)
+
+for n in range(20):
+    interrupted.clear()
+    try:
+        db.run(interrupt, timeout=60)
+    except KeyboardInterrupt:
+        interrupted.set()
+    db.run(INSERT, (n,), timeout=30)
+db.close(timeout=30)
+"""
+    child = run_child(child_code(table, OPEN + code))
+    assert child.returncode == 0, child.stderr
+    assert rows_in(table) == list(range(20))
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
+def test_an_interrupt_in_a_callback_of_the_callers_thread_comes_out_when_all_were_called(
+    any_db: DbWriter, kind: type[BaseException]
+) -> None:
+    db, told = any_db, []
+
+    def fail(*_: object) -> None:
+        told.append("raised")
+        raise kind("of the callback")
+
+    def tell(*_: object) -> None:
+        told.append("told")
+
+    db.run(TABLE)
+    with pytest.raises(kind, match="of the callback"), db.transaction() as tx:
+        tx.execute(INSERT, (1,))
+        tx.on_commit(fail)
+        tx.on_commit(tell)
+    assert told == ["raised", "told"]
+    told.clear()
+    with pytest.raises(kind, match="of the callback"), db.transaction() as tx:
+        tx.on_rollback(fail)
+        tx.on_rollback(tell)
+        raise LookupError
+    assert told == ["raised", "told"]
+    done = db.enqueue(INSERT, (2,))
+    db.flush()
+    with pytest.raises(kind, match="of the callback"):
+        done.add_done_callback(fail)
+    assert db.read("SELECT n FROM t") == [(1,), (2,)]
+    assert db.health == "ok"
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
+def test_an_interrupt_in_a_callback_of_what_is_withdrawn_comes_out_and_leaves_no_job_without_an_outcome(
+    path: Path, kind: type[BaseException]
+) -> None:
+    told = []
+
+    def fail(ticket: Ticket[Any]) -> None:
+        told.append(ticket)
+        raise kind("of the callback")
+
+    db = DbWriter(path)
+    with parked(db):
+        tickets = [db.enqueue("SELECT 1") for _ in range(6)]
+        for ticket in tickets:
+            ticket.add_done_callback(fail)
+            ticket.add_done_callback(told.append)
+        with pytest.raises(kind, match="of the callback"):
+            tickets[0].cancel()
+        assert told == [tickets[0]] * 2
+        with pytest.raises(kind, match="of the callback"):
+            db.close(drain=False)
+    assert [ticket.cancelled() for ticket in tickets] == [True] * 6
+    assert told == [ticket for ticket in tickets for _ in range(2)]
+    assert db.close(DEADLINE).cancelled == 6
+
+
+def test_an_interrupt_in_a_handler_comes_out_of_the_callers_thread(path: Path) -> None:
+    def fail(record: logging.LogRecord) -> None:
+        if record.threadName == threading.current_thread().name == "MainThread":
+            raise KeyboardInterrupt("of the handler")
+
+    with DbWriter(path, maxsize=10) as db, handling(fail):
+        with parked(db):
+            for _ in range(9):
+                db.enqueue("SELECT 1")
+            with pytest.raises(KeyboardInterrupt, match="of the handler"):
+                db.enqueue("SELECT 1")  # nearly full
+        db.run("SELECT 1")
+        assert db.stats().failed == 0
+
+
+def test_in_tasks_an_interrupt_in_a_callback_of_a_block_comes_out_too(path: Path) -> None:
+    told: list[int] = []
+
+    def fail() -> None:
+        raise KeyboardInterrupt("of the callback")
+
+    async def main() -> None:
+        async with AsyncDbWriter(path) as db:
+            await db.run(TABLE)
+            with pytest.raises(KeyboardInterrupt, match="of the callback"):
+                async with db.transaction() as tx:
+                    await tx.execute(INSERT, (1,))
+                    tx.on_commit(fail)
+                    tx.on_commit(lambda: told.append(1))
+            assert await db.read("SELECT n FROM t") == [(1,)]
+
+    asyncio.run(main())
+    assert told == [1]
+
+
+def test_a_handler_whose_thread_waits_for_its_turn_goes_over_maxsize(path: Path) -> None:
+    got: list[Ticket[Any]] = []
+
+    def handler(*_: object) -> None:
+        release.set()
+        while db._core.state.job is None or db._core.state.job.label != "the block":
+            assert not threading.Event().wait(0.001)
+        got.append(db.enqueue("SELECT 'handler'", timeout=0.0))
+
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        with DbWriter(path, maxsize=1) as db:
+            with parked(db) as release:
+                db.enqueue("SELECT 1")
+                waiting = threading.Thread(target=lambda: db.enqueue("SELECT 2"))
+                signal.setitimer(signal.ITIMER_REAL, 0.1)
+                with db.transaction(label="the block", timeout=None):
+                    waiting.start()
+                    assert got
+            waiting.join(DEADLINE)
+            assert got[0].result(DEADLINE).rows == [("handler",)]
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("where", ["begin", "commit", "close"])
+@pytest.mark.parametrize("inline", [False, True])
+def test_a_signal_handler_that_enqueues_never_waits_for_the_call_it_interrupts(
+    path: Path, where: str, inline: bool
+) -> None:
+    got: list[Any] = []
+    other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+
+    def handler(*_: object) -> None:
+        try:
+            got.append(db.enqueue("INSERT INTO t VALUES ('signal')", timeout=0.0))
+        except Exception as error:
+            got.append(error)
+        threading.Thread(target=let_go.set).start()
+
+    def hold_reader() -> None:
+        with db.reader():
+            there.set()
+            assert let_go.wait(DEADLINE)
+
+    let_go, there = threading.Event(), threading.Event()
+    before = signal.signal(signal.SIGALRM, handler)
+    db = DbWriter(path, inline=inline, journal_mode="DELETE")
+    try:
+        db.run("CREATE TABLE t (a)")
+        if where == "close":
+            thread = threading.Thread(target=hold_reader)
+            thread.start()
+            assert there.wait(DEADLINE)
+        else:
+            other.execute("BEGIN IMMEDIATE" if where == "begin" else "BEGIN")
+            other.execute("SELECT * FROM t").fetchall()
+            thread = threading.Thread(target=lambda: (let_go.wait(DEADLINE), other.execute("ROLLBACK")))
+            thread.start()
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        if where != "close":
+            with db.transaction() as tx:
+                tx.execute(INSERT, (1,))
+        db.close()
+        thread.join(DEADLINE)
+        if where == "close":
+            assert isinstance(got[0], WriterClosedError)
+        else:
+            assert isinstance(got[0], Ticket)
+            assert got[0].exception(DEADLINE) is None
+    finally:
+        signal.signal(signal.SIGALRM, before)
+        other.close()
+        db.close()
+
+
+def test_a_handler_that_raises_closed_while_its_thread_waits_for_a_block_leaves_nothing_lent(path: Path) -> None:
+    def handler(*_: object) -> None:
+        raise WriterClosedError("of another gateway")
+
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        with DbWriter(path) as db:
+            with parked(db):
+                signal.setitimer(signal.ITIMER_REAL, 0.05)
+                with pytest.raises(WriterClosedError, match="of another"), db.transaction(timeout=None):
+                    raise AssertionError
+            assert db.run("SELECT 1").rows == [(1,)]
+    finally:
+        signal.signal(signal.SIGALRM, before)

@@ -17,12 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from helpers import DEADLINE, holding_lock, in_threads, parked, released_soon
 from onewriter import AsyncDbWriter, DbWriter, QueueFullError, Ticket, Transaction, WriteTimeoutError
-from onewriter.base.tally import BOUNDS, Histogram
+from onewriter.base.tally import Histogram
 from onewriter.events import JobSubmitted
 
 INSERT = "INSERT INTO t VALUES (?)"
@@ -224,31 +222,6 @@ def test_as_dict_is_json(db: DbWriter) -> None:
     assert found["run"]["buckets"][-1] == [50.0, 1]
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.lists(st.lists(st.floats(0, 100), max_size=20), max_size=5), st.sampled_from([0, 1, 50, 90, 99, 100]))
-def test_a_histogram_counts_as_one_by_one(batches: list[list[float]], percent: int) -> None:
-    histogram, values = Histogram(), [value for batch in batches for value in batch]
-    for batch in batches:
-        histogram.add(list(batch))
-    latency = histogram.latency()
-    assert latency.count == len(values)
-    assert latency.sum == pytest.approx(sum(values))
-    assert latency.max == max(values, default=0.0)
-    assert latency.buckets == tuple((bound, sum(value <= bound for value in values)) for bound in BOUNDS)
-    if values:
-        wanted = sorted(values)[max(0, -(-len(values) * percent // 100) - 1)]
-        assert wanted <= latency.percentile(percent) <= max(5 * wanted / 2, BOUNDS[0])
-
-
-def test_a_percentile_is_between_0_and_100(db: DbWriter) -> None:
-    for percent in (-1, 101):
-        with pytest.raises(ValueError, match="percent"):
-            db.stats().run.percentile(percent)
-
-
-# Health ---------------------------------------------------------------------------------------------------------------
-
-
 def test_a_slow_job_is_in_the_health_while_it_runs(path: Path) -> None:
     with DbWriter(path, slow_after=0.01) as db:
         assert db.health == "ok"
@@ -375,24 +348,6 @@ def test_all_of_it_is_taken_in_one_hold_of_the_lock(db: DbWriter, monkeypatch: p
     assert held == [True] * 3
 
 
-def test_a_trigger_that_somebody_else_made_keeps_jobs_apart(db: DbWriter, path: Path) -> None:
-    """Since it can undo a whole transaction, functions would run twice if they shared one with what fires it."""
-    db.run(TABLE)
-    with parked(db):
-        tickets = [db.enqueue(inserting(n)) for n in range(3)]
-    db.flush()
-    with contextlib.closing(sqlite3.connect(path)) as other:
-        other.execute(
-            "CREATE TRIGGER undo BEFORE INSERT ON t WHEN NEW.n = 99 BEGIN SELECT RAISE(ROLLBACK, 'undone'); END"
-        )
-    with parked(db):
-        tickets = [db.enqueue(inserting(n)) for n in range(3, 6)]
-        tickets.append(db.enqueue(inserting(99)))
-    db.flush()
-    assert [type(ticket.exception()) for ticket in tickets] == [type(None)] * 3 + [sqlite3.IntegrityError]
-    assert db.stats().run_twice == 0
-
-
 def test_tasks_that_fill_the_queue_are_told_of_too(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     async def fill(db: DbWriter) -> None:
         shared = AsyncDbWriter.wrap(db)
@@ -427,33 +382,6 @@ def test_a_log_handler_that_raises_does_no_harm(
         db.run(INSERT, (1,))
         assert db.health == "ok"
     assert "of the handler" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("schema", "shared"),
-    [
-        ('CREATE TABLE other (rollback_reason, "deferred") -- rolled back, deferred', True),
-        ("CREATE TABLE other (n CHECK (n <> 'rollback')); CREATE VIEW v AS SELECT 'DEFERRED' AS x", True),
-        ("CREATE TABLE other (n UNIQUE ON CONFLICT Rollback)", False),
-        ("CREATE TABLE other (n REFERENCES t (n) DEFERRABLE INITIALLY deferred)", False),
-    ],
-)
-@pytest.mark.parametrize("text_factory", [str, bytes])
-def test_only_a_keyword_in_the_schema_keeps_jobs_apart(
-    path: Path, schema: str, shared: bool, text_factory: Any
-) -> None:
-    def hook(connection: sqlite3.Connection, readonly: bool) -> None:
-        connection.text_factory = text_factory
-
-    with DbWriter(path, on_connect=hook) as db:
-        db.run(TABLE)
-        db.run_script(schema)
-        before = db.stats().commits
-        with parked(db):
-            tickets = [db.enqueue("INSERT INTO t VALUES (?)", (n,)) for n in range(10)]
-        db.flush()
-        assert all(ticket.exception() is None for ticket in tickets)
-        assert db.stats().commits - before == (2 if shared else 11)
 
 
 def test_only_what_was_committed_counts_as_a_commit(db: DbWriter) -> None:
@@ -525,26 +453,3 @@ def test_slow_after_may_be_for_ever(path: Path) -> None:
             pass
         assert db.run("SELECT 1").rows == [(1,)]
         assert db.health == "ok"
-
-
-def test_what_like_and_lower_are_here_is_not_asked_of_the_schema(path: Path) -> None:
-    def replace(connection: sqlite3.Connection, readonly: bool) -> None:
-        connection.create_function("lower", 1, lambda value: value.no_such)
-        connection.create_function("like", 2, lambda pattern, value: False)
-
-    with DbWriter(path, on_connect=replace) as db:
-        db.run("CREATE TABLE t (n UNIQUE ON CONFLICT FAIL)")
-        before = db.stats().commits
-        with parked(db):
-            tickets: list[Ticket[Any]] = [
-                db.enqueue("INSERT INTO t VALUES (1)"),
-                db.enqueue("INSERT INTO t VALUES (7), (1)"),
-                db.enqueue("INSERT INTO t VALUES (3)"),
-            ]
-        assert [type(ticket.exception(DEADLINE)) for ticket in tickets] == [
-            type(None),
-            sqlite3.IntegrityError,
-            type(None),
-        ]
-        assert db.read("SELECT n FROM t ORDER BY n") == [(1,), (3,)]
-        assert db.stats().commits - before == 2

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import pickle
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from helpers import parked
+from helpers import DEADLINE, in_threads, parked
 from onewriter import AsyncDbWriter, DbWriter, QueueFullError, ReadTimeoutError, Ticket, WriteTimeoutError
 
 SOON = 0.01
+HOLDER = r"the writer is held by '.*park' \(called from helpers.py:\d+ in parked\) for \d"
+LONG = "INSERT INTO t VALUES (1) -- a text that is longer than sixty characters are"
+
 CALLS: dict[str, tuple[type[Exception], Callable[[DbWriter, Ticket[Any]], object]]] = {
     "run": (WriteTimeoutError, lambda db, last: db.run("SELECT 1", timeout=SOON)),
     "run of a function": (WriteTimeoutError, lambda db, last: db.run(lambda tx: 1, timeout=SOON)),
@@ -28,6 +34,7 @@ CALLS: dict[str, tuple[type[Exception], Callable[[DbWriter, Ticket[Any]], object
     "a read after it": (ReadTimeoutError, lambda db, last: db.read("SELECT 1", timeout=SOON, after=last)),
     "a reader after it": (ReadTimeoutError, lambda db, last: db.reader(timeout=SOON, after=last).__enter__()),
 }
+
 AWAITED: dict[str, tuple[type[Exception], Callable[[AsyncDbWriter, Ticket[Any]], Any]]] = {
     "run": (WriteTimeoutError, lambda db, last: db.run("SELECT 1", timeout=SOON)),
     "a block": (WriteTimeoutError, lambda db, last: db.transaction(timeout=SOON).__aenter__()),
@@ -36,7 +43,6 @@ AWAITED: dict[str, tuple[type[Exception], Callable[[AsyncDbWriter, Ticket[Any]],
     "checkpoint": (WriteTimeoutError, lambda db, last: db.checkpoint(timeout=SOON)),
     "a read after it": (ReadTimeoutError, lambda db, last: db.read("SELECT 1", timeout=SOON, after=last)),
 }
-HOLDER = r"the writer is held by '.*park' \(called from helpers.py:\d+ in parked\) for \d"
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -78,3 +84,48 @@ def test_who_holds_the_connections_is_named(path: Path) -> None:
 
         asyncio.run(hold())
         assert outcome == ["no connection for SELECT 1 in time: all 1 are lent, to 'the long one'"]
+
+
+def test_the_message_of_a_timeout_has_the_sign_of_a_cut_label(path: Path) -> None:
+    with DbWriter(path) as db:
+        db.run("CREATE TABLE t (n)")
+        with db.transaction(), pytest.raises(WriteTimeoutError, match="…' "):
+            in_threads(lambda: db.run(LONG, timeout=0.01))
+
+
+def test_a_timeout_is_checked_wherever_one_is_given(db: DbWriter) -> None:
+    ticket = db.enqueue("SELECT 1")
+    for call in (ticket.result, ticket.exception, db.flush):
+        for value in (float("nan"), -1.0, 10**400):
+            with pytest.raises(ValueError, match="timeout must be"):
+                call(value)
+        with pytest.raises(TypeError, match="timeout must be"):
+            call("1")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="callable"):
+        ticket.add_done_callback(5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="drain"):
+        db.close(drain="no")  # type: ignore[arg-type]
+
+
+def test_while_callbacks_are_called_a_timeout_says_whose(db: DbWriter) -> None:
+    release, inside = threading.Event(), threading.Event()
+
+    def stay(ticket: Ticket[Any]) -> None:
+        inside.set()
+        release.wait(DEADLINE)
+
+    with parked(db):
+        db.enqueue("SELECT 1", label="the one").add_done_callback(stay)
+    assert inside.wait(DEADLINE)
+    with pytest.raises(WriteTimeoutError, match="callbacks of 'the one'"):
+        db.run("SELECT 2", timeout=0.0)
+    release.set()
+    db.flush()
+    assert "callbacks" not in db._core.state.describe()
+
+
+def test_a_timeout_error_can_be_pickled_and_copied(db: DbWriter) -> None:
+    with parked(db), pytest.raises(WriteTimeoutError) as timeout:
+        db.run("SELECT 1", timeout=0.0)
+    for again in (pickle.loads(pickle.dumps(timeout.value)), copy.copy(timeout.value)):
+        assert (type(again), str(again), again.started) == (WriteTimeoutError, str(timeout.value), False)

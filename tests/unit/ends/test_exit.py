@@ -1,0 +1,188 @@
+"""Leaving the interpreter without close: what was accepted is written, or told, and nothing keeps it from ending."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import signal
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers import holding_lock, run_child
+
+PRELUDE = """
+import json, logging, os, signal, sys, threading
+from onewriter import DbWriter
+
+path = {path!r}
+logging.basicConfig(format="%(levelname)s %(message)s")
+INSERT = "INSERT INTO t VALUES (?)"
+"""
+
+OPEN = """
+db = DbWriter(path, label="ledger")
+"""
+
+FILL = """
+for n in range(3000):
+    db.enqueue(INSERT, (n,))
+"""
+
+
+def child_code(path: Path, code: str) -> str:
+    return PRELUDE.format(path=str(path)) + code
+
+
+@pytest.fixture
+def table(path: Path) -> Path:
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("CREATE TABLE t (n INTEGER)")
+    return path
+
+
+def rows_in(path: Path) -> list[Any]:
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        return [n for (n,) in connection.execute("SELECT n FROM t ORDER BY rowid")]
+
+
+def test_what_was_accepted_is_written_when_the_program_falls_off_its_end(table: Path) -> None:
+    child = run_child(child_code(table, OPEN + FILL))
+    assert child.returncode == 0, child.stderr
+    assert rows_in(table) == list(range(3000))
+
+
+def test_sys_exit_keeps_its_code_and_what_was_accepted_is_written(table: Path) -> None:
+    child = run_child(child_code(table, OPEN + FILL + "sys.exit(3)"))
+    assert child.returncode == 3, child.stderr
+    assert rows_in(table) == list(range(3000))
+
+
+def test_an_uncaught_exception_ends_with_code_1_and_what_was_accepted_is_written(table: Path) -> None:
+    child = run_child(child_code(table, OPEN + FILL + "raise LookupError('the cause')"))
+    assert child.returncode == 1
+    assert "LookupError: the cause" in child.stderr
+    assert rows_in(table) == list(range(3000))
+
+
+def test_an_interrupt_of_an_idle_program_leaves_what_was_accepted_written(table: Path) -> None:
+    child = run_child(child_code(table, OPEN + FILL + "signal.raise_signal(signal.SIGINT)"))
+    assert child.returncode == -signal.SIGINT, child.stderr
+    assert "KeyboardInterrupt" in child.stderr
+    assert rows_in(table) == list(range(3000))
+
+
+def test_a_thread_that_outlives_the_main_thread_can_still_write(table: Path) -> None:
+    code = """
+def work():
+    threading.main_thread().join()
+    for n in range(100):
+        db.enqueue(INSERT, (n,))
+    db.run(INSERT, (100,), timeout=30)
+    for n in range(101, 200):
+        db.enqueue(INSERT, (n,))
+
+threading.Thread(target=work).start()
+"""
+    child = run_child(child_code(table, OPEN + code))
+    assert child.returncode == 0, child.stderr
+    assert rows_in(table) == list(range(200))
+
+
+def critical_lines(stderr: str) -> list[str]:
+    return [line for line in stderr.splitlines() if line.startswith("CRITICAL ")]
+
+
+def test_an_exit_while_somebody_else_has_the_lock_ends_and_tells_what_was_not_written(table: Path) -> None:
+    code = """
+db = DbWriter(path, label="ledger", lock_timeout=1.0)
+for n in range(5):
+    db.enqueue(INSERT, (n,), label="booking")
+print("accepted")
+"""
+    with holding_lock(table):
+        child = run_child(child_code(table, code))
+    assert child.returncode == 0, child.stderr
+    assert child.stdout.split() == ["accepted"]
+    told = "\n".join(critical_lines(child.stderr))
+    assert "booking" in told
+    assert re.search(r"\b5\b", told)
+    assert rows_in(table) == []
+
+
+def test_an_exit_with_a_job_that_never_returns_ends_and_tells_what_was_not_written(table: Path) -> None:
+    code = """
+db = DbWriter(path, label="ledger", lock_timeout=1.0)
+db.run(INSERT, (0,))
+entered = threading.Event()
+
+def stay(tx):
+    entered.set()
+    threading.Event().wait()
+
+db.enqueue(stay, label="endless")
+entered.wait(30)
+for n in range(4):
+    db.enqueue(INSERT, (n,), label="booking")
+sys.exit(7)
+"""
+    child = run_child(child_code(table, code))
+    assert child.returncode == 7, child.stderr
+    told = "\n".join(critical_lines(child.stderr))
+    assert "endless" in told
+    assert "booking" in told
+    assert re.search(r"\b[45]\b", told)
+    assert rows_in(table) == [0]
+
+
+def test_the_drain_at_exit_goes_on_for_longer_than_lock_timeout_while_jobs_finish(table: Path) -> None:
+    code = """
+db = DbWriter(path, lock_timeout=0.5)
+never = threading.Event()
+for n in range(8):
+    db.enqueue(lambda tx, n=n: (never.wait(0.2), tx.execute(INSERT, (n,))) and None)
+"""
+    child = run_child(child_code(table, code))
+    assert child.returncode == 0, child.stderr
+    assert critical_lines(child.stderr) == []
+    assert rows_in(table) == list(range(8))
+
+
+def test_a_private_database_is_removed_at_an_exit_without_close() -> None:
+    code = """
+from onewriter import DbWriter
+
+db = DbWriter(":memory:")
+db.run("CREATE TABLE t (n INTEGER)")
+db.enqueue("INSERT INTO t VALUES (1)")
+print(db.path)
+"""
+    child = run_child(code)
+    assert child.returncode == 0, child.stderr
+    file = Path(child.stdout.strip())
+    assert file.name
+    assert not list(file.parent.glob(file.name + "*"))
+
+
+LEFT_OPEN = """
+import sys
+from onewriter import DbWriter
+inline = DbWriter({path!r} + ".inline", inline=True)
+kept = inline.transaction()
+kept.__enter__()
+db = DbWriter({path!r})
+db.run("CREATE TABLE t (n)")
+for n in range(100):
+    db.enqueue("INSERT INTO t VALUES (?)", (n,))
+sys.exit(7)
+"""
+
+
+def test_an_inline_block_left_open_at_exit_keeps_no_other_gateway_from_writing(path: Path) -> None:
+    child = run_child(LEFT_OPEN.format(path=str(path)))
+    assert child.returncode == 7, child.stderr
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("SELECT count(*) FROM t").fetchone() == (100,)

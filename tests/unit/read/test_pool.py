@@ -1,0 +1,375 @@
+"""The pool of connections that read: who waits for one, and how it comes back."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import pytest
+
+from helpers import DEADLINE
+from onewriter import DbWriter, ReadTimeoutError, ReentrantWriteError, WriterBrokenError, WriterClosedError
+from onewriter.read.pool import Borrowing
+from onewriter.read.reader import Reader
+
+INSERT = "INSERT INTO t VALUES (?)"
+COUNT = "SELECT count(*) FROM t"
+TWO_ROWS = "SELECT 1 UNION SELECT 2"
+
+
+@pytest.fixture
+def one(path: Path) -> Iterator[DbWriter]:
+    """A gateway with a single connection to read, so that each read gets what the last one left."""
+    with DbWriter(path, readers=1) as gateway:
+        gateway.run("CREATE TABLE t (n INTEGER)")
+        yield gateway
+
+
+def is_clean(db: DbWriter) -> bool:
+    """Whether the connection pins no old state: it sees a new row, and a checkpoint gets through."""
+    before = db.run("SELECT count(*) FROM t").rows[0][0]
+    db.run(INSERT, (0,))
+    sees = db.read_value(COUNT) == before + 1
+    return bool(sees and db.run_without_transaction("PRAGMA wal_checkpoint(TRUNCATE)").rows[0][0] == 0)
+
+
+def test_waiters_for_a_connection_are_served_in_order_or_told(one: DbWriter) -> None:
+    served: list[int] = []
+    with ThreadPoolExecutor() as pool:
+        with one.reader(label="the long one"):
+            waiting = []
+            for n in range(4):
+                waiting.append(pool.submit(one.read, lambda connection, n=n: served.append(n)))
+                while len(one._core.pool._waiting) <= n:
+                    pass
+            with pytest.raises(ReadTimeoutError, match="the long one"):
+                pool.submit(one.read, "SELECT 1", timeout=0.01).result(DEADLINE)
+        for reading in waiting:
+            reading.result(DEADLINE)
+    assert served == [0, 1, 2, 3]
+
+
+def test_an_interrupt_while_waiting_for_a_connection_loses_none(one: DbWriter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The connection is handed over in the moment of the interrupt."""
+    from onewriter.read import pool as readers
+
+    class Interrupted(readers.Borrowing):
+        def __init__(self, label: str) -> None:
+            super().__init__(label)
+            self.wakeup = self
+
+        def acquire(self, timeout: float) -> bool:
+            block.__exit__(None, None, None)
+            raise KeyboardInterrupt
+
+        def release(self) -> None:
+            pass
+
+    with ThreadPoolExecutor(1) as pool:
+        block = one.reader()
+        pool.submit(block.__enter__).result(DEADLINE)
+        monkeypatch.setattr(readers, "Borrowing", Interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            one.read("SELECT 1")
+        assert one.read("SELECT 1", timeout=DEADLINE) == [(1,)]
+
+
+def test_waiters_are_told_when_the_gateway_closes(one: DbWriter) -> None:
+    with ThreadPoolExecutor() as pool:
+        with one.reader():
+            waiting = pool.submit(one.read, "SELECT 1")
+            while not one._core.pool._waiting:
+                pass
+            closing = pool.submit(one.close)
+            with pytest.raises(WriterClosedError):
+                waiting.result(DEADLINE)
+        closing.result(DEADLINE)
+
+
+def test_close_with_a_time_limit_does_not_wait_for_a_reader_for_ever(path: Path) -> None:
+    db = DbWriter(path)
+    with db.reader() as connection:
+        assert db.close(timeout=0.05).unfinished == 0
+        assert connection.execute("SELECT 1").fetchone() == (1,)
+    with contextlib.closing(sqlite3.connect(path)) as other:
+        other.execute("PRAGMA journal_mode = DELETE")
+
+
+def test_close_in_the_midst_of_an_own_read_is_refused_where_it_would_never_end(one: DbWriter) -> None:
+    with (
+        one.reader(),
+        pytest.raises(ReentrantWriteError, match="close waits for all readers, and this thread or task has one"),
+    ):
+        one.close()
+    with pytest.raises(ReentrantWriteError):
+        one.read(lambda connection: one.close())
+    assert not one.closed
+    with ThreadPoolExecutor(1) as pool, one.reader():
+        closing = pool.submit(one.close)
+        while not one.closed:
+            pass
+        assert not closing.done()
+    closing.result(DEADLINE)
+
+
+def test_readers_are_opened_when_they_are_needed(path: Path) -> None:
+    opened: list[bool] = []
+    with DbWriter(path, readers=3, on_connect=lambda connection, readonly: opened.append(readonly)) as db:
+        assert opened == [False]
+        for _ in range(5):
+            db.read("SELECT 1")
+        assert opened == [False, True]
+        both_in = threading.Barrier(3, timeout=DEADLINE)
+        with ThreadPoolExecutor() as pool:
+            for _ in range(3):
+                pool.submit(db.read, lambda connection: both_in.wait() and None)
+        assert opened == [False, True, True, True]
+
+
+kept: list[Any] = []
+
+
+def raise_midway(connection: sqlite3.Connection) -> None:
+    kept.append(connection.execute(TWO_ROWS))
+    kept[-1].fetchone()
+    raise LookupError
+
+
+def read_and_begin(connection: sqlite3.Connection) -> None:
+    kept.append(connection)
+    connection.execute("SELECT * FROM t, t AS u").fetchone()
+    connection.execute("BEGIN IMMEDIATE")
+
+
+def keep_generator(connection: sqlite3.Connection) -> None:
+    kept.append(row for row in connection.execute("SELECT 1 UNION SELECT n FROM t"))
+    next(kept[-1])
+
+
+LEAVES: dict[str, Callable[[sqlite3.Connection], object]] = {
+    "a cursor kept alive": lambda c: kept.append(c.execute("SELECT n FROM t UNION SELECT 7")),
+    "a cursor kept midway": lambda c: kept.append(c.execute("SELECT 1 UNION SELECT n FROM t").fetchone()),
+    "many cursors": lambda c: kept.extend(c.execute(TWO_ROWS) for _ in range(50)),
+    "a generator kept": keep_generator,
+    "an exception midway": raise_midway,
+    "BEGIN": read_and_begin,
+    "COMMIT": lambda c: c.execute("COMMIT"),
+    "SAVEPOINT": lambda c: c.execute("SAVEPOINT mine").fetchall(),
+    "SystemExit": lambda c: exit(c.execute(TWO_ROWS).fetchone()),
+    "bytes": lambda c: setattr(c, "text_factory", bytes),
+    "rows": lambda c: setattr(c, "row_factory", sqlite3.Row),
+    "a bad statement": lambda c: c.execute("SELEC"),
+    "a blob": lambda c: kept.append(c.blobopen("blobs", "data", 1, readonly=True)),
+}
+
+
+@pytest.mark.parametrize("leave", LEAVES.values(), ids=LEAVES)
+def test_a_connection_comes_back_clean_whatever_was_done_with_it(
+    one: DbWriter, leave: Callable[[sqlite3.Connection], object]
+) -> None:
+    one.run("CREATE TABLE blobs (data BLOB)")
+    one.run("INSERT INTO blobs VALUES (x'01')")
+    one.run_many(INSERT, [(n,) for n in range(50)])
+
+    def in_a_reader() -> None:
+        with one.reader() as connection:
+            leave(connection)
+
+    def in_a_function() -> None:
+        one.read(lambda connection: leave(connection) and None)
+
+    for way in (in_a_function, in_a_reader) * 2:
+        with contextlib.suppress(LookupError, sqlite3.Error, SystemExit):
+            way()
+        assert is_clean(one)
+        assert one.read("SELECT 'text'") == [("text",)]
+    kept.clear()
+
+
+@contextlib.contextmanager
+def lent_elsewhere(db: DbWriter, label: str = "the long one") -> Iterator[threading.Event]:
+    """Another thread has a connection, until the Event that it yields is set."""
+    entered, release = threading.Event(), threading.Event()
+
+    def stay() -> None:
+        with db.reader(label=label):
+            entered.set()
+            release.wait(DEADLINE)
+
+    with ThreadPoolExecutor(1) as pool:
+        staying = pool.submit(stay)
+        assert entered.wait(DEADLINE)
+        try:
+            yield release
+        finally:
+            release.set()
+            staying.result(DEADLINE)
+
+
+@pytest.mark.parametrize("timeout", [0, 0.02])
+def test_a_read_that_gets_no_connection_in_time_says_who_has_them(path: Path, timeout: float) -> None:
+    with DbWriter(path, readers=2) as db:
+        with lent_elsewhere(db, "first"), lent_elsewhere(db, "second"):
+            calls: list[Callable[[], object]] = [
+                lambda: db.read("SELECT 1", timeout=timeout, label="mine"),
+                lambda: db.read_one("SELECT 1", timeout=timeout, label="mine"),
+                lambda: db.read(lambda connection: 1, timeout=timeout, label="mine"),
+                lambda: db.reader(timeout=timeout, label="mine").__enter__(),
+            ]
+            for call in calls:
+                with pytest.raises(ReadTimeoutError) as caught:
+                    call()
+                assert isinstance(caught.value, TimeoutError)
+                assert all(word in str(caught.value) for word in ("'mine'", "first", "second", "2"))
+        assert db.read("SELECT 1", timeout=DEADLINE) == [(1,)]
+
+
+def test_who_gave_up_waiting_is_passed_over(one: DbWriter) -> None:
+    with ThreadPoolExecutor() as pool:
+        with lent_elsewhere(one):
+            for _ in range(5):
+                with pytest.raises(ReadTimeoutError):
+                    one.read("SELECT 1", timeout=0.01)
+            patient = pool.submit(one.read, "SELECT 2", timeout=DEADLINE)
+            with pytest.raises(ReadTimeoutError):
+                one.read("SELECT 1", timeout=0.01)
+        assert patient.result(DEADLINE) == [(2,)]
+    assert one.read("SELECT 3", timeout=0.5) == [(3,)]
+
+
+def test_a_place_that_a_failed_opening_gives_up_goes_to_the_next_in_line(path: Path) -> None:
+    entered, release = threading.Event(), threading.Event()
+    refusals = [1]
+
+    def hook(connection: sqlite3.Connection, readonly: bool) -> None:
+        if readonly and refusals:
+            refusals.pop()
+            entered.set()
+            release.wait(DEADLINE)
+            raise LookupError("not this one")
+
+    with DbWriter(path, readers=1, on_connect=hook) as db, ThreadPoolExecutor() as pool:
+        first = pool.submit(db.read, "SELECT 1", timeout=DEADLINE)
+        assert entered.wait(DEADLINE)
+        with pytest.raises(ReadTimeoutError):
+            db.read("SELECT 1", timeout=0.01)
+        second = pool.submit(db.read, "SELECT 2", timeout=DEADLINE)
+        release.set()
+        assert isinstance(first.exception(DEADLINE), LookupError)
+        assert second.result(DEADLINE) == [(2,)]
+
+
+def test_the_time_limit_of_a_reader_block_is_for_its_entry_only(one: DbWriter) -> None:
+    with one.reader(timeout=0) as connection:
+        sql = "WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c LIMIT 600000) SELECT max(n) FROM c"
+        assert connection.execute(sql).fetchone() == (600000,)
+        assert one.read_value("SELECT 1") == 1
+
+
+def test_a_read_without_a_limit_waits_until_a_connection_is_there(one: DbWriter) -> None:
+    with ThreadPoolExecutor() as pool:
+        with lent_elsewhere(one):
+            reading = pool.submit(one.read, "SELECT 1", timeout=None)
+        assert reading.result(DEADLINE) == [(1,)]
+
+
+def test_a_closed_gateway_reads_no_more(path: Path) -> None:
+    db = DbWriter(path)
+    ticket = db.enqueue("CREATE TABLE t (n)")
+    ticket.result(DEADLINE)
+    db.close()
+    calls: list[Callable[[], object]] = [
+        lambda: db.read("SELECT 1"),
+        lambda: db.read_one("SELECT 1"),
+        lambda: db.read_value("SELECT 1", after=ticket),
+        lambda: db.read(lambda connection: 1),
+        lambda: db.reader().__enter__(),
+    ]
+    for call in calls:
+        with pytest.raises(WriterClosedError):
+            call()
+
+
+def test_close_waits_for_a_reader_and_refuses_the_next(one: DbWriter) -> None:
+    with ThreadPoolExecutor() as pool:
+        with lent_elsewhere(one) as release:
+            closing = pool.submit(one.close)
+            until = monotonic() + DEADLINE
+            while not one.closed:
+                assert monotonic() < until
+            release.set()
+        assert closing.result(DEADLINE).unfinished == 0
+    with pytest.raises(WriterClosedError):
+        one.read("SELECT 1")
+
+
+def test_a_place_that_comes_in_the_moment_nobody_waits_any_more_is_free(
+    one: DbWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    borrowing = Borrowing("a read")
+    borrowing.thread = 0  # of another thread
+    with one.reader():
+        assert not one._core.pool.take_or_line_up(borrowing)
+        monkeypatch.setattr(Reader, "reset", lambda reader: False)
+    monkeypatch.undo()
+    assert (borrowing.has_place, borrowing.reader) == (True, None)  # the right to open another
+    one._core.pool.end(borrowing)
+    assert one.read_value(COUNT, timeout=DEADLINE) == 0
+
+
+def test_closing_in_an_own_reader_with_a_time_limit_ends_in_time(path: Path) -> None:
+    db = DbWriter(path, inline=True)
+    with db.reader() as connection:
+        assert db.close(timeout=0.05).unfinished == 0
+        assert connection.execute("SELECT 1").fetchone() == (1,)
+
+
+def test_a_connection_to_a_file_that_was_moved_meanwhile_is_closed(path: Path) -> None:
+    connections: list[sqlite3.Connection] = []
+
+    def hook(connection: sqlite3.Connection, readonly: bool) -> None:
+        if readonly:
+            connections.append(connection)
+            path.rename(path.with_name("elsewhere.db"))
+
+    db = DbWriter(path, on_connect=hook)
+    with pytest.raises(WriterBrokenError, match="moved") as caught:
+        db.read("SELECT 1")
+    assert caught.value is not None  # with its traceback, which has the connection
+    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+        connections[0].execute("SELECT 1")
+    path.with_name("elsewhere.db").rename(path)
+    db.close()
+
+
+class RaisesBehind(set[Any]):
+    """As Ctrl-C does, which comes behind a call."""
+
+    raises = False
+
+    def discard(self, thing: Any) -> None:
+        super().discard(thing)
+        if self.raises:
+            self.raises = False
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("is_good", [True, False], ids=["to be lent again", "to be closed"])
+def test_an_interrupt_as_a_connection_is_given_back_loses_nothing(
+    one: DbWriter, monkeypatch: pytest.MonkeyPatch, is_good: bool
+) -> None:
+    lent = one._core.pool._lent = RaisesBehind(one._core.pool._lent)
+    for _ in range(3):
+        if not is_good:
+            monkeypatch.setattr(Reader, "reset", lambda reader: False)
+        with pytest.raises(KeyboardInterrupt), one.reader():
+            lent.raises = True
+        monkeypatch.undo()
+        assert one.read_value("SELECT 1", timeout=DEADLINE) == 1
+    assert one.stats().readers_in_use == 0

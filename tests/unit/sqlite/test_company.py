@@ -1,0 +1,246 @@
+"""A path, what stands beside the file, its other names, and the limits of the system: told at opening, by name."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers import run_child
+from onewriter import DbWriter
+from onewriter.tools import check
+
+
+def make(path: Path, mode: str = "WAL") -> None:
+    with contextlib.closing(sqlite3.connect(path)) as plain:
+        plain.execute(f"PRAGMA journal_mode = {mode}")
+        plain.execute("CREATE TABLE t (n)")
+
+
+@pytest.mark.parametrize("other", ["second.db", "folder/app.db"])
+def test_a_file_with_a_second_name_is_refused_under_each(path: Path, other: str) -> None:
+    make(path)
+    second = path.parent / other
+    second.parent.mkdir(exist_ok=True)
+    os.link(path, second)
+    for name in (path, second):
+        with pytest.raises(sqlite3.OperationalError, match=r"second name \(a hard link\).*a symbolic link may"):
+            DbWriter(name)
+        assert any("hard link" in text for text in check.check(str(name)).problems)
+    second.unlink()
+    second.symlink_to(path)
+    with DbWriter(second) as db:
+        db.run("INSERT INTO t VALUES (1)")
+
+
+@pytest.mark.parametrize("suffix", ["-wal", "-shm", "-journal"])
+@pytest.mark.parametrize("is_there", [True, False])
+def test_what_sqlite_keeps_beside_a_database_is_no_database(path: Path, suffix: str, is_there: bool) -> None:
+    with DbWriter(path) as db:
+        db.run("CREATE TABLE t (n)")
+        name = Path(f"{path}{suffix}")
+        if is_there:
+            name.touch()
+        before = sorted(os.listdir(path.parent))
+        with pytest.raises(sqlite3.OperationalError, match=f"own file beside the database {path}"):
+            DbWriter(name)
+        link = path.parent / "link.db"
+        link.symlink_to(name)
+        with pytest.raises(sqlite3.OperationalError, match="own file beside the database"):
+            DbWriter(link)
+        link.unlink()
+        assert sorted(os.listdir(path.parent)) == before
+        db.run("INSERT INTO t VALUES (1)")
+
+
+def test_a_name_that_only_ends_like_one_of_them_is_a_name(tmp_path: Path) -> None:
+    with DbWriter(tmp_path / "my-wal") as db:
+        db.run("CREATE TABLE t (n)")
+
+
+AS_ANOTHER_USER = """
+import os, sqlite3, sys
+from onewriter import DbWriter
+if os.getuid() == 0:
+    os.setgroups([]); os.setgid(65534); os.setuid(65534)
+try:
+    DbWriter({path!r}, journal_mode={mode!r})
+except sqlite3.OperationalError as error:
+    print(error.sqlite_errorname, error)
+"""
+
+
+@pytest.mark.parametrize(("suffix", "mode"), [("-wal", "WAL"), ("-shm", "WAL"), ("-journal", "DELETE")])
+def test_a_log_or_index_that_cannot_be_written_is_named(open_folder: Path, suffix: str, mode: str) -> None:
+    """Somebody with the right to read only has looked at it, and left them."""
+    path = open_folder / "app.db"
+    make(path, mode)
+    name = Path(f"{path}{suffix}")
+    name.touch()
+    os.chmod(open_folder, 0o777)
+    os.chmod(path, 0o666)
+    os.chmod(name, 0o444)
+    child = run_child(AS_ANOTHER_USER.format(path=str(path), mode=mode))
+    assert child.returncode == 0, child.stderr
+    assert child.stdout.startswith(
+        f"SQLITE_READONLY cannot open {path}: {name}, which SQLite keeps beside the database"
+    )
+
+
+@pytest.mark.skipif(os.name != "posix" or os.getuid() != 0, reason="only root can give a file away")
+def test_a_check_by_root_says_that_the_files_belong_to_different_users(path: Path) -> None:
+    make(path)
+    os.chown(path, 65534, 65534)
+    shm = Path(f"{path}-shm")
+    shm.touch()
+    os.chmod(shm, 0o644)
+    assert any(str(shm) in text and "another user" in text for text in check.check(str(path)).problems)
+    os.chown(shm, 65534, 65534)
+    assert check.check(str(path)).problems == []
+
+
+@pytest.mark.parametrize("suffix", ["-wal", "-shm", "-journal"])
+def test_a_folder_in_the_place_of_a_log_is_named(path: Path, suffix: str) -> None:
+    Path(f"{path}{suffix}").mkdir()
+    with pytest.raises(sqlite3.OperationalError, match=f"{suffix}, which SQLite keeps .* not a regular file"):
+        DbWriter(path)
+    assert not path.exists()
+
+
+def test_a_log_beside_a_file_that_was_emptied_is_kept(path: Path, tmp_path: Path) -> None:
+    """SQLite deletes the log of an empty file, and what is in it with it."""
+    crashed = tmp_path / "crashed.db"
+    with DbWriter(path) as db:
+        db.run("CREATE TABLE t (n)")
+        db.run("INSERT INTO t VALUES (1)")
+        shutil.copyfile(f"{path}-wal", f"{crashed}-wal")
+    crashed.touch()
+    with pytest.raises(sqlite3.OperationalError, match=r"is empty and .*-wal is not"):
+        DbWriter(crashed)
+    assert Path(f"{crashed}-wal").stat().st_size > 0
+    assert any("overwritten" in text for text in check.check(str(crashed)).problems)
+
+
+NO_ROOM_FOR_THE_INDEX = """
+import os, resource, sqlite3
+from onewriter import DbWriter
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+try:
+    DbWriter({path!r})
+except sqlite3.OperationalError as error:
+    print(error.sqlite_errorname, error)
+with DbWriter({path!r}, journal_mode="DELETE") as db:
+    db.run("CREATE TABLE IF NOT EXISTS t (n)")
+    db.run("INSERT INTO t VALUES (1)")
+print(sorted(os.listdir({folder!r})))
+"""
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_where_the_index_of_the_log_cannot_be_had_the_file_stays_as_it_was(path: Path, is_new: bool) -> None:
+    if not is_new:
+        make(path, "DELETE")
+    child = run_child(NO_ROOM_FOR_THE_INDEX.format(path=str(path), folder=str(path.parent)))
+    assert child.returncode == 0, child.stderr
+    said, left = child.stdout.splitlines()
+    assert said.startswith("SQLITE_IOERR_SHM")
+    assert 'journal_mode="DELETE" is the way out' in said
+    assert path.name in left
+    assert "-wal" not in left
+
+
+NO_DESCRIPTORS = """
+import os, resource, sqlite3
+from onewriter import DbWriter
+def use_up():
+    kept = []
+    try:
+        while True:
+            kept.append(os.open(os.devnull, os.O_RDONLY))
+    except OSError:
+        return kept
+db = DbWriter({path!r}, journal_mode="DELETE")
+db.run("CREATE TABLE t (n)")
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+kept = use_up()
+insert = "INSERT INTO t VALUES (1)"
+for call in (lambda: DbWriter({other!r}, inline=True), lambda: db.read("SELECT * FROM t"), lambda: db.run(insert)):
+    try:
+        call()
+    except sqlite3.OperationalError as error:
+        print(error.sqlite_errorname, error.__notes__)
+for descriptor in kept:
+    os.close(descriptor)
+db.run("INSERT INTO t VALUES (1)")
+db.close()
+"""
+
+
+def test_when_descriptors_are_used_up_the_error_says_so(path: Path, tmp_path: Path) -> None:
+    child = run_child(NO_DESCRIPTORS.format(path=str(path), other=str(tmp_path / "other.db")))
+    assert child.returncode == 0, child.stderr
+    lines = child.stdout.splitlines()
+    assert len(lines) == 3
+    assert all(line.startswith("SQLITE_CANTOPEN") and "EMFILE" in line for line in lines)
+
+
+def test_impossible_paths_are_refused_and_nothing_is_created(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    fifo = tmp_path / "pipe"
+    os.mkfifo(fifo)
+    before = sorted(os.listdir(tmp_path))
+    cases: list[tuple[Any, type[Exception], str]] = [
+        (tmp_path / "folder", sqlite3.OperationalError, "it is a folder"),
+        (tmp_path / "none" / "app.db", sqlite3.OperationalError, "there is no folder"),
+        (fifo, sqlite3.OperationalError, "not a regular file"),
+        ("file:app.db", ValueError, "URI"),
+        ("a\0b", ValueError, "null"),
+        (3, TypeError, "path"),
+        (None, TypeError, "path"),
+    ]
+    for path, kind, text in cases:
+        with pytest.raises(kind, match=text):
+            DbWriter(path)
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+READ_ONLY = """
+import os, sqlite3, sys
+from onewriter import DbWriter
+if os.geteuid() == 0:
+    os.setgid(65534); os.setuid(65534)
+for path in sys.argv[1:]:
+    try:
+        DbWriter(path)
+    except sqlite3.OperationalError as error:
+        print(error)
+"""
+
+
+def test_folders_and_files_without_the_right_to_write_are_named(open_folder: Path) -> None:
+    closed, shared = open_folder / "closed", open_folder / "shared"
+    for folder in (closed, shared):
+        folder.mkdir()
+        sqlite3.connect(folder / "app.db").close()
+        (folder / "app.db").write_bytes(b"")
+    (closed / "app.db").chmod(0o666)
+    closed.chmod(0o555)
+    shared.chmod(0o777)
+    (shared / "app.db").chmod(0o444)
+    code = f"import sys; sys.argv[1:] = [{str(closed / 'app.db')!r}, {str(shared / 'app.db')!r}]\n" + READ_ONLY
+    told = run_child(code).stdout.splitlines()
+    assert len(told) == 2
+    assert "folder" in told[0]
+    assert "not writable" in told[0]
+    assert "the file is not writable" in told[1]
+
+
+@pytest.mark.parametrize("path", ["nul\0.db", b"nul\0.db", "file:x.db", "file::memory:?cache=shared", b"file:x.db"])
+def test_a_path_that_sqlite_would_read_otherwise_is_refused(path: Any) -> None:
+    with pytest.raises(ValueError, match="path"):
+        DbWriter(path)

@@ -1,0 +1,659 @@
+"""``tx.connection`` and ``reader()``: a ``sqlite3.Connection`` for libraries, whatever they do with it."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import sqlite3
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from onewriter import DbWriter, ReentrantWriteError, Transaction, TransactionClosedError
+
+INSERT = "INSERT INTO t VALUES (?)"
+ROUNDS = 6  # a few seconds; the program takes more
+Use = Callable[[sqlite3.Connection], object]
+
+
+@pytest.fixture
+def db(any_db: DbWriter) -> DbWriter:
+    any_db.run("CREATE TABLE t (n INTEGER)")
+    return any_db
+
+
+def rows(db: DbWriter) -> list[Any]:
+    return [n for (n,) in db.read("SELECT n FROM t ORDER BY rowid")]
+
+
+def with_statement(connection: sqlite3.Connection) -> None:
+    with connection:
+        connection.execute(INSERT, (2,))
+
+
+def set_attribute(name: str, value: object) -> Use:
+    return lambda connection: setattr(connection, name, value)
+
+
+HARMLESS: dict[str, Use] = {
+    "commit": lambda c: c.commit(),
+    "close": lambda c: c.close(),
+    "with": with_statement,
+    "isolation_level": set_attribute("isolation_level", "EXCLUSIVE"),
+    "isolation_level None": set_attribute("isolation_level", None),
+    "autocommit": set_attribute("autocommit", False),
+    "row_factory": set_attribute("row_factory", sqlite3.Row),
+    "text_factory": set_attribute("text_factory", bytes),
+    "executescript": lambda c: c.executescript("INSERT INTO t VALUES (3); INSERT INTO t VALUES (4);"),
+    "a cursor left open": lambda c: c.execute("SELECT n FROM t UNION SELECT 7").fetchone(),
+    "unread RETURNING": lambda c: c.execute("INSERT INTO t VALUES (5), (6) RETURNING n").fetchone(),
+    "savepoints": lambda c: [c.execute(sql) for sql in ("SAVEPOINT a", "ROLLBACK TO a", "RELEASE A")],
+    "a savepoint left open": lambda c: c.execute("SAVEPOINT b"),
+    "create_function": lambda c: c.create_function("f", 0, lambda: 1),
+    "PRAGMA": lambda c: c.execute("PRAGMA recursive_triggers = 1"),
+}
+
+REFUSED: dict[str, Use] = {
+    "BEGIN": lambda c: c.execute("begin"),
+    "COMMIT": lambda c: c.execute("/* now */ CoMMit -- at last"),
+    "END": lambda c: c.executescript("INSERT INTO t VALUES (8); END TRANSACTION;"),
+    "ROLLBACK": lambda c: c.cursor().execute("rollback"),
+    "ATTACH": lambda c: c.execute("ATTACH ':memory:' AS other"),
+    "VACUUM": lambda c: c.execute("VACUUM"),
+    "PRAGMA foreign_keys": lambda c: c.execute("PRAGMA foreign_keys = 0"),
+    "PRAGMA journal_mode": lambda c: c.execute("PRAGMA journal_mode = DELETE"),
+    "PRAGMA query_only": lambda c: c.execute("PRAGMA query_only = 1"),
+    "set_authorizer": lambda c: c.set_authorizer(None),
+    "set_progress_handler": lambda c: c.set_progress_handler(None, 1),
+    "deserialize": lambda c: c.deserialize(b""),
+    "call": lambda c: c("SELECT 1"),
+}
+
+
+def in_a_block(db: DbWriter, function: Callable[[Transaction], None]) -> None:
+    with db.transaction() as tx:
+        function(tx)
+
+
+def in_a_job(db: DbWriter, function: Callable[[Transaction], None]) -> None:
+    db.run(function)
+
+
+WAYS = [in_a_block, in_a_job]
+PROGRAM = Path(__file__).parents[2] / "experiments" / "lentcalls.py"
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("use", HARMLESS.values(), ids=HARMLESS)
+def test_what_libraries_do_is_harmless(db: DbWriter, use: Use, way: Callable[..., None]) -> None:
+    def job(tx: Transaction) -> None:
+        tx.connection.execute(INSERT, (1,))
+        use(tx.connection)
+        raise LookupError
+
+    with pytest.raises(LookupError):
+        way(db, job)
+    assert rows(db) == []
+    way(db, lambda tx: use(tx.connection) and None)
+    assert db.run("SELECT 'text'").rows == [("text",)]
+    db.run("DELETE FROM t")
+    db.run(INSERT, (9,))
+    assert rows(db) == [9]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("use", REFUSED.values(), ids=REFUSED)
+def test_what_would_reach_beyond_the_loan_is_refused(db: DbWriter, use: Use, way: Callable[..., None]) -> None:
+    def job(tx: Transaction) -> None:
+        tx.connection.execute(INSERT, (1,))
+        for _ in range(2):
+            with pytest.raises(sqlite3.Error):
+                use(tx.connection)
+        tx.execute(INSERT, (2,))
+
+    way(db, job)
+    db.run(INSERT, (3,))
+    assert rows(db) == [1, 2, 3]
+    assert db.run_without_transaction("PRAGMA foreign_keys").rows == [(1,)]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_rollback_undoes_what_the_job_has_done_so_far(db: DbWriter, way: Callable[..., None]) -> None:
+    told: list[str] = []
+
+    def job(tx: Transaction) -> None:
+        tx.execute(INSERT, (1,))
+        tx.on_commit(lambda: told.append("undone"))
+        tx.connection.execute(INSERT, (2,))
+        tx.connection.rollback()
+        tx.on_commit(lambda: told.append("done"))
+        tx.connection.execute(INSERT, (3,))
+        tx.connection.commit()
+
+    way(db, job)
+    assert (rows(db), told) == ([3], ["done"])
+
+
+def test_a_failed_script_leaves_nothing_behind(db: DbWriter) -> None:
+    with db.transaction() as tx:
+        with pytest.raises(sqlite3.OperationalError):
+            tx.connection.executescript("INSERT INTO t VALUES (1); INSERT INTO nowhere VALUES (1);")
+        tx.execute(INSERT, (2,))
+    assert rows(db) == [2]
+
+
+def test_it_is_a_connection_with_cursors(db: DbWriter) -> None:
+    with db.transaction() as tx:
+        connection = tx.connection
+        assert isinstance(connection, sqlite3.Connection)
+        assert tx.connection is connection
+        assert connection.in_transaction
+        cursor = connection.cursor()
+        assert cursor.connection is connection
+        cursor.executemany(INSERT, [(1,), (2,)])
+        assert cursor.rowcount == 2
+        cursor.executescript("INSERT INTO t VALUES (3);")
+        assert [n for (n,) in cursor.execute("SELECT n FROM t")] == [1, 2, 3]
+        connection.row_factory = sqlite3.Row
+        assert connection.execute("SELECT 1 AS x").fetchone()["x"] == 1
+        assert connection.execute("SELECT 1 AS x").fetchmany(2)[0]["x"] == 1
+        assert connection.executemany(INSERT, []).rowcount in (0, -1)
+        assert connection.total_changes >= 3
+        connection.text_factory = bytes
+        assert connection.text_factory is bytes
+        assert connection.execute("SELECT 'a'").fetchone()[0] == b"a"
+        assert connection.getlimit(sqlite3.SQLITE_LIMIT_LENGTH) > 0
+    db.run("CREATE TABLE blobs (data BLOB)")
+    with db.transaction() as tx:
+        rowid = tx.execute("INSERT INTO blobs VALUES (zeroblob(3))").lastrowid
+        blob = tx.connection.blobopen("blobs", "data", rowid or 0)
+        blob.write(b"abc")
+    assert db.read_value("SELECT data FROM blobs") == b"abc"
+    assert db.run("SELECT 'a'").rows == [("a",)]
+
+
+READER_USES: dict[str, Use] = {
+    "BEGIN": lambda c: c.execute("BEGIN"),
+    "COMMIT": lambda c: c.execute("COMMIT"),
+    "ROLLBACK": lambda c: c.execute("ROLLBACK"),
+    "INSERT": lambda c: c.execute("INSERT INTO t VALUES (1)"),
+    "CREATE TEMP": lambda c: c.execute("CREATE TEMP TABLE x (n)"),
+    "ATTACH": lambda c: c.execute("ATTACH ':memory:' AS other"),
+    "VACUUM INTO": lambda c: c.execute("VACUUM INTO '/dev/null'"),
+    "query_only": lambda c: c.execute("PRAGMA query_only = 0"),
+}
+
+
+@pytest.mark.parametrize("use", READER_USES.values(), ids=READER_USES)
+def test_a_reader_can_neither_write_nor_end_its_snapshot(db: DbWriter, use: Use) -> None:
+    with db.reader() as connection:
+        with pytest.raises(sqlite3.Error):
+            use(connection)
+        db.run(INSERT, (1,))
+        assert connection.execute("SELECT count(*) FROM t").fetchone() == (0,)
+    assert rows(db) == [1]
+
+
+@pytest.mark.parametrize("use", HARMLESS.values(), ids=HARMLESS)
+def test_a_reader_comes_back_clean(db: DbWriter, use: Use) -> None:
+    def block() -> None:
+        with db.reader() as connection:
+            connection.rollback()
+            connection.execute("SELECT 1 UNION SELECT 2").fetchone()
+            use(connection)
+
+    for _ in range(3):
+        with contextlib.suppress(sqlite3.OperationalError):  # it cannot write
+            block()
+        db.run(INSERT, (1,))
+        assert rows(db)[-1:] == [1]
+        assert db.read("SELECT 'text'") == [("text",)]
+    checkpoint = db.run_without_transaction("PRAGMA wal_checkpoint(TRUNCATE)").rows[0]
+    assert checkpoint[0] == 0
+
+
+def test_a_connection_of_an_ended_reader_is_dead(db: DbWriter) -> None:
+    with db.reader() as connection:
+        cursor = connection.execute("SELECT 1 UNION SELECT 2")
+    for use in (connection.cursor, cursor.fetchone, lambda: connection.in_transaction):
+        with pytest.raises(sqlite3.ProgrammingError):
+            use()
+
+
+def test_a_reader_of_a_dropped_generator_comes_back(db: DbWriter) -> None:
+    def generate() -> Any:
+        with db.reader() as connection:
+            yield from connection.execute("SELECT 1 UNION SELECT 2")
+
+    for _ in range(10):  # there are four connections
+        generator = generate()
+        assert next(generator) == (1,)
+        del generator
+    db.run(INSERT, (1,))
+    assert rows(db) == [1]
+
+
+class CountingCursor(sqlite3.Cursor):
+    """A library's own cursor."""
+
+    executed = 0
+
+    def execute(self, *args: Any) -> Any:
+        CountingCursor.executed += 1
+        return super().execute(*args)
+
+
+@pytest.mark.parametrize("factory", [sqlite3.Cursor, CountingCursor])
+def test_a_cursor_of_any_class_is_bound_to_the_loan(any_db: DbWriter, factory: type[sqlite3.Cursor]) -> None:
+    any_db.run("CREATE TABLE t (n)")
+    kept: list[Any] = []
+
+    def job(tx: Transaction) -> None:
+        cursor = tx.connection.cursor(factory)
+        kept.append(cursor)
+        cursor.execute("INSERT INTO t VALUES (1)")
+        assert isinstance(cursor, factory)
+        assert cursor.connection is tx.connection
+        with pytest.raises(sqlite3.DatabaseError, match="not authorized"):
+            cursor.execute("COMMIT")
+        cursor.executescript("INSERT INTO t VALUES (2); INSERT INTO t VALUES (3)")
+        raise LookupError
+
+    with pytest.raises(LookupError):
+        any_db.run(job)
+    assert any_db.read("SELECT n FROM t") == []
+    uses: list[Callable[[], object]] = [
+        lambda: kept[0].execute("SELECT 1"),
+        lambda: kept[0].connection.execute("SELECT 1"),
+    ]
+    for use in uses:
+        with pytest.raises(TransactionClosedError):
+            use()
+    assert factory is sqlite3.Cursor or CountingCursor.executed > 0
+
+
+def test_a_cursor_factory_that_is_no_class_of_cursors_is_refused(any_db: DbWriter) -> None:
+    no_class: Any = lambda connection: None  # noqa: E731
+    with any_db.reader() as connection, pytest.raises(TypeError, match=r"sqlite3\.Cursor"):
+        connection.cursor(no_class)
+
+
+def test_rollback_undoes_the_innermost_part_and_leaves_the_rest(any_db: DbWriter) -> None:
+    any_db.run("CREATE TABLE t (n)")
+
+    def nested(tx: Transaction) -> None:
+        tx.execute("INSERT INTO t VALUES (20)")
+        tx.connection.rollback()
+        tx.execute("INSERT INTO t VALUES (21)")
+
+    with any_db.transaction() as tx:
+        told: list[str] = []
+        tx.execute("INSERT INTO t VALUES (1)")
+        with tx.savepoint():
+            tx.on_rollback(lambda: told.append("part"))
+            tx.execute("INSERT INTO t VALUES (2)")
+            tx.connection.rollback()
+            tx.execute("INSERT INTO t VALUES (3)")
+        with any_db.transaction() as inner:
+            inner.execute("INSERT INTO t VALUES (10)")
+            inner.connection.rollback()
+        any_db.run(nested)
+        any_db.read(lambda connection: connection.rollback())  # the end of a read undoes nothing
+        assert tx.execute("SELECT n FROM t ORDER BY n").fetchall() == [(1,), (3,), (21,)]
+    assert told == ["part"]
+    assert any_db.read("SELECT n FROM t ORDER BY n") == [(1,), (3,), (21,)]
+
+
+def test_rollback_of_a_reader_does_nothing(any_db: DbWriter) -> None:
+    with any_db.reader() as connection:
+        cursor = connection.execute("SELECT 1 UNION SELECT 2")
+        connection.rollback()
+        assert cursor.fetchall() == [(1,), (2,)]
+
+
+def test_what_a_borrower_sets_on_a_reader_is_gone_for_the_next(path: Path) -> None:
+    heard: list[str] = []
+    with DbWriter(path, readers=1, pragmas={"cache_size": -1000}) as db:
+        before = db.read_value("PRAGMA cache_size")
+        settings: list[Callable[[sqlite3.Connection], object]] = [
+            lambda connection: connection.create_function("lower", 1, lambda value: "mine"),
+            lambda connection: connection.create_collation("NOCASE", lambda a, b: 0),
+            lambda connection: connection.execute("PRAGMA cache_size = -77"),
+            lambda connection: connection.execute("PRAGMA case_sensitive_like = 1"),
+            lambda connection: connection.set_trace_callback(heard.append),
+        ]
+        for use in settings:
+            with db.reader() as connection:
+                use(connection)
+            heard.clear()
+            row = db.read_one("SELECT lower('A'), 'a' = 'B' COLLATE NOCASE, 'a' LIKE 'A'")
+            assert (row, db.read_value("PRAGMA cache_size"), heard) == (("a", 0, 1), before, [])
+        with db.reader() as connection:
+            connection.execute("PRAGMA table_info(t)")  # which sets nothing
+            kept = connection._loan.connection  # type: ignore[attr-defined]
+        with db.reader() as connection:
+            assert connection._loan.connection is kept  # type: ignore[attr-defined]
+
+
+def test_whoever_follows_the_sql_of_a_job_does_not_follow_that_of_others(any_db: DbWriter) -> None:
+    heard: list[str] = []
+
+    def job(tx: Transaction) -> None:
+        tx.connection.set_trace_callback(heard.append)
+        tx.execute("SELECT 1")
+
+    any_db.run(job)
+    assert "SELECT 1" in heard
+    any_db.run("SELECT 2")
+    any_db.flush()
+    assert "SELECT 2" not in heard
+
+
+def back_up_into(connection: sqlite3.Connection) -> None:
+    with contextlib.closing(sqlite3.connect(":memory:")) as own:
+        own.backup(connection)
+
+
+PAST_THE_CLASS: dict[str, Callable[[Any, Any, Any], object]] = {
+    "Connection.execute": lambda con, cur, blob: sqlite3.Connection.execute(con, "INSERT INTO t VALUES (1)"),
+    "Connection.commit": lambda con, cur, blob: sqlite3.Connection.commit(con),
+    "Connection.cursor": lambda con, cur, blob: sqlite3.Connection.cursor(con),
+    "Connection.blobopen": lambda con, cur, blob: sqlite3.Connection.blobopen(con, "b", "data", 1),
+    "Connection.interrupt": lambda con, cur, blob: sqlite3.Connection.interrupt(con),
+    "Connection.in_transaction": lambda con, cur, blob: sqlite3.Connection.total_changes.__get__(con),
+    "a new Cursor": lambda con, cur, blob: sqlite3.Cursor(con).execute("SELECT 1"),
+    "Cursor.execute": lambda con, cur, blob: sqlite3.Cursor.execute(cur, "INSERT INTO t VALUES (1)"),
+    "Cursor.executescript": lambda con, cur, blob: sqlite3.Cursor.executescript(cur, "COMMIT"),
+    "Cursor.fetchone": lambda con, cur, blob: sqlite3.Cursor.fetchone(cur),
+    "Blob.write": lambda con, cur, blob: sqlite3.Blob.write(blob, b"x"),
+    "a target of backup": lambda con, cur, blob: back_up_into(con),
+}
+
+
+@contextlib.contextmanager
+def lent_by(db: DbWriter, way: str) -> Iterator[sqlite3.Connection]:
+    if way == "reader":
+        with db.reader() as connection:
+            yield connection
+    elif way == "nested":
+        with db.transaction(), db.transaction() as inner:
+            yield inner.connection
+    else:
+        with db.transaction() as tx:
+            yield tx.connection
+
+
+LENDERS = ["block", "nested", "reader"]
+
+
+@pytest.fixture
+def blobs(any_db: DbWriter) -> DbWriter:
+    any_db.run_script("CREATE TABLE t (n); CREATE TABLE b (data); INSERT INTO b VALUES (zeroblob(10))")
+    return any_db
+
+
+@pytest.mark.parametrize("lender", LENDERS)
+@pytest.mark.parametrize("use", PAST_THE_CLASS.values(), ids=PAST_THE_CLASS)
+def test_what_is_called_past_its_class_reaches_nothing(
+    blobs: DbWriter, use: Callable[[Any, Any, Any], object], lender: str
+) -> None:
+    with lent_by(blobs, lender) as connection:
+        cursor = connection.execute("SELECT 1 UNION SELECT 2")
+        blob = connection.blobopen("b", "data", 1, readonly=True)
+        assert isinstance(cursor, sqlite3.Cursor)
+        assert isinstance(blob, sqlite3.Blob)
+        with pytest.raises((sqlite3.ProgrammingError, TypeError)):
+            use(connection, cursor, blob)
+        assert cursor.fetchall() == [(1,), (2,)]
+        cursor = connection.execute("SELECT 1")
+    with pytest.raises((sqlite3.ProgrammingError, TypeError)):
+        use(connection, cursor, blob)
+    assert blobs.read("SELECT n FROM t") == []
+
+
+class KeepingCursor(sqlite3.Cursor):
+    """A library's own, which keeps the connection it was made with, and calls its base in the old way."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        sqlite3.Cursor.__init__(self, connection)
+        self.kept = connection
+
+
+def test_a_cursor_class_is_made_with_the_lent_connection(blobs: DbWriter) -> None:
+    with pytest.raises(LookupError), blobs.transaction() as tx:
+        cursor = tx.connection.cursor(KeepingCursor)
+        cursor.execute("INSERT INTO t VALUES (1)")
+        assert cursor.kept is tx.connection
+        cursor.kept.commit()
+        raise LookupError
+    assert blobs.read("SELECT n FROM t") == []
+
+
+class NamingRow(sqlite3.Row):
+    def __new__(cls, cursor: Any, row: Any) -> Any:
+        seen.append(cursor)
+        return super().__new__(cls, cursor, row)
+
+
+seen: list[Any] = []
+
+
+def by_hand(cursor: Any, row: Any) -> Any:
+    seen.append(cursor)
+    return sqlite3.Row(cursor, row)
+
+
+@pytest.mark.parametrize("lender", LENDERS)
+@pytest.mark.parametrize("factory", [by_hand, NamingRow, sqlite3.Row])
+def test_a_row_factory_sees_the_lent_cursor_and_its_columns(blobs: DbWriter, factory: Any, lender: str) -> None:
+    seen.clear()
+    with lent_by(blobs, lender) as connection:
+        connection.row_factory = factory
+        for sql in ('SELECT 1 AS a, 2 AS "b""c"', "SELECT 1 AS d, 2 AS d"):
+            cursor = connection.execute(sql)
+            names = [name for name, *_ in cursor.description]
+            rows = [connection.execute(sql).fetchone(), *connection.execute(sql).fetchmany(), *connection.execute(sql)]
+            assert [row.keys() for row in [*rows, *cursor.fetchall()]] == [names] * 4
+        assert all(each.connection is connection for each in seen)
+        cursor = connection.cursor()
+        cursor.row_factory = None
+        assert cursor.execute("SELECT 1").fetchone() == (1,)
+
+
+@pytest.mark.parametrize("lender", ["block", "nested"])
+def test_one_cursor_may_feed_another(blobs: DbWriter, lender: str) -> None:
+    blobs.run_many("INSERT INTO t VALUES (?)", [(1,), (2,), (3,)])
+    one: dict[str, int] = {}
+
+    def changed() -> Any:
+        for n, *_ in connection.execute("SELECT n FROM t WHERE n < 100 ORDER BY n"):
+            one["n"] = 200 + n
+            yield one
+
+    with lent_by(blobs, lender) as connection:
+        sql = "INSERT INTO t VALUES (? + 100)"
+        assert connection.executemany(sql, connection.execute("SELECT n FROM t WHERE n < 100")).rowcount == 3
+        assert connection.cursor().executemany("INSERT INTO t VALUES (:n)", changed()).rowcount == 3
+        cursor = connection.execute("SELECT n FROM t WHERE n < 100")
+        assert cursor.executemany("INSERT INTO t VALUES (? + 300)", cursor).rowcount == 3
+        with pytest.raises(sqlite3.ProgrammingError):
+            connection.executemany("SELECT ?", iter([(1,)]))
+    hundreds = [(100 * k + n,) for k in range(4) for n in (1, 2, 3)]
+    assert blobs.read("SELECT n FROM t ORDER BY n") == hundreds
+    with blobs.transaction() as tx:
+        assert tx.executemany("INSERT INTO t VALUES (?)", tx.connection.execute("SELECT n FROM t")).rowcount == 12
+
+
+def test_a_function_that_reads_through_its_own_connection_is_refused_in_a_block_and_works_in_a_reader(
+    blobs: DbWriter,
+) -> None:
+    def count() -> int:
+        return int(connection.execute("SELECT count(*) FROM b").fetchone()[0])
+
+    with blobs.reader() as connection:
+        connection.create_function("b_count", 0, count)
+        assert connection.execute("SELECT b_count()").fetchone() == (1,)
+    with blobs.transaction() as tx:
+        connection = tx.connection
+        connection.create_function("b_count", 0, count)
+        with pytest.raises(sqlite3.OperationalError, match="user-defined function raised"):
+            connection.execute("SELECT b_count()").fetchone()
+        assert connection.execute("SELECT 1").fetchone() == (1,)
+
+
+@pytest.mark.parametrize("lender", LENDERS)
+def test_cursors_and_blobs_end_with_the_loan(blobs: DbWriter, lender: str) -> None:
+    with lent_by(blobs, lender) as connection:
+        cursor = connection.execute("SELECT 1 UNION SELECT 2")
+        blob: Any = connection.blobopen("b", "data", 1, readonly=lender == "reader")
+    uses: list[Callable[[], object]] = [cursor.fetchone, blob.read, lambda: blob[0], lambda: len(blob)]
+    uses += [connection.interrupt, lambda: connection.in_transaction]
+    for use in uses:
+        with pytest.raises((sqlite3.ProgrammingError, TransactionClosedError)):
+            use()
+    cursor.close()  # as a finally block does
+    blob.close()
+    assert not blobs.checkpoint().busy
+
+
+def test_a_cursor_of_a_nested_block_ends_with_the_outer_one(path: Path) -> None:
+    taken, told = threading.Event(), threading.Event()
+    kept: list[Any] = []
+
+    def block(db: DbWriter) -> None:
+        with pytest.raises(TransactionClosedError), db.transaction(max_hold=0.05), db.transaction() as inner:
+            inner.connection.set_trace_callback(heard.append)
+            kept.append(inner.connection.execute("INSERT INTO t VALUES (8), (9) RETURNING n"))
+            taken.set()
+            told.wait(30)
+
+    heard: list[str] = []
+    with DbWriter(path) as db:
+        db.run("CREATE TABLE t (n)")
+        thread = threading.Thread(target=block, args=(db,))
+        thread.start()
+        taken.wait(30)
+        db.run("INSERT INTO t VALUES (1)")  # when it was taken back
+        heard.clear()
+        assert not db.checkpoint().busy
+        db.run("INSERT INTO t VALUES (2)")
+        assert heard == []
+        told.set()
+        thread.join(30)
+        db.run("INSERT INTO t VALUES (3)")
+        assert db.read("SELECT n FROM t") == [(1,), (2,), (3,)]
+
+
+def test_a_dropped_cursor_is_ended_at_once(blobs: DbWriter) -> None:
+    with blobs.transaction() as tx:
+        tx.connection.execute("INSERT INTO t VALUES (1), (2)")
+        tx.connection.execute("SELECT n FROM t").fetchone()
+        gc.collect()
+        tx.execute("DROP TABLE t")  # an unread cursor would lock it
+
+
+def test_an_interrupt_from_another_thread_does_not_wait_for_what_it_ends(path: Path) -> None:
+    with DbWriter(path) as db, contextlib.ExitStack() as stack:
+        connections = [stack.enter_context(db.reader()), stack.enter_context(db.transaction()).connection]
+        for connection in connections:
+            inside = threading.Event()
+            connection.create_function("entered", 1, lambda n, inside=inside: inside.set())
+            thread = threading.Thread(target=lambda c=connection, i=inside: i.wait(30) and c.interrupt())
+            thread.start()
+            with pytest.raises(sqlite3.OperationalError, match="interrupted"):
+                connection.execute(
+                    "WITH RECURSIVE c(n) AS (SELECT entered(1) UNION ALL SELECT 1 FROM c) SELECT count(*) FROM c"
+                ).fetchone()
+            thread.join(30)
+            assert connection.execute("SELECT 1").fetchone() == (1,)
+
+
+def test_a_reader_that_is_left_by_a_function_of_its_own_statement_comes_back_when_that_ends(path: Path) -> None:
+    with DbWriter(path, readers=1) as db:
+        for _ in range(3):
+            block = db.reader()
+            connection = block.__enter__()
+            connection.create_function("leave", 0, lambda block=block: block.__exit__(None, None, None))
+            cursor = connection.execute("SELECT leave()")
+            for use in (cursor.fetchall, connection.cursor):
+                with pytest.raises(sqlite3.ProgrammingError, match="ended"):
+                    use()
+            assert db.read("SELECT 1", timeout=30) == [(1,)]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_block_that_is_left_by_a_function_of_its_own_statement_says_so_and_does_not_hang(
+    path: Path, nested: bool
+) -> None:
+    with DbWriter(path) as db, contextlib.ExitStack() as outer:
+        db.run("CREATE TABLE t (n)")
+        if nested:
+            outer.enter_context(db.transaction())
+        block = db.transaction()
+        connection = block.__enter__().connection
+        connection.execute("INSERT INTO t VALUES (1)")
+        refused: list[BaseException] = []
+
+        def leave() -> None:
+            try:
+                block.__exit__(None, None, None)
+            except ReentrantWriteError as error:
+                refused.append(error)
+
+        connection.create_function("leave", 0, leave)
+        with contextlib.suppress(sqlite3.OperationalError, TransactionClosedError):
+            connection.execute("SELECT leave()").fetchall()
+        assert len(refused) == 1
+        outer.close()
+        assert db.run("SELECT 1").rows == [(1,)]
+        assert nested or db.read("SELECT n FROM t") == []
+
+
+def test_a_connection_that_somebody_keeps_is_never_that_of_a_later_loan(any_db: DbWriter) -> None:
+    kept = any_db.read(lambda connection: [connection])[0]
+    sqlite3.Connection.__init__(kept, ":memory:")  # which empties it
+    for _ in range(3):
+        assert any_db.read(lambda connection: connection is kept) is False
+        with any_db.reader() as connection:
+            assert connection is not kept
+    with pytest.raises(sqlite3.ProgrammingError, match="not lent"):
+        kept.execute("SELECT 1")
+    sqlite3.Connection.close(kept)
+
+
+def test_a_connection_opened_anew_past_its_class_harms_nothing(blobs: DbWriter) -> None:
+    with blobs.transaction() as tx:
+        connection = tx.connection
+        cursor = connection.execute("INSERT INTO t VALUES (1), (2) RETURNING n")
+        blob = connection.blobopen("b", "data", 1)
+        sqlite3.Connection.__init__(connection, ":memory:")
+        sqlite3.Connection.close(connection)
+    del cursor, blob
+    assert blobs.read("SELECT n FROM t") == [(1,), (2,)]
+
+
+@pytest.mark.parametrize("seed", [0, 1000])
+def test_every_attribute_can_be_called_in_every_state_of_the_loan(seed: int) -> None:
+    command = [sys.executable, "-W", "ignore", str(PROGRAM), "--rounds", str(ROUNDS), "--seed", str(seed)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert (done.returncode, done.stdout) == (0, "lived\n"), done.stderr[-4000:]
+
+
+def test_a_dump_can_be_had_through_a_loan(db: DbWriter) -> None:
+    db.run("INSERT INTO t VALUES (1)")
+    with db.transaction() as tx:
+        assert any("INSERT INTO" in line for line in tx.connection.iterdump())
+    with db.reader() as connection:
+        assert any("INSERT INTO" in line for line in connection.iterdump())
+
+
+def test_a_lent_connection_tells_its_configuration_where_python_can(new_db: DbWriter) -> None:
+    option = getattr(sqlite3, "SQLITE_DBCONFIG_ENABLE_FKEY", None)
+    with new_db.transaction() as tx:
+        told = None if option is None else getattr(tx.connection, "getconfig")(option)  # noqa: B009 - from 3.12 on
+    assert told is (None if option is None else True)

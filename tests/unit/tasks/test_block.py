@@ -1,0 +1,827 @@
+"""A task's ``transaction()`` block: granted, cancelled, shared with other tasks, nested, and taken back."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import sqlite3
+import threading
+import weakref
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers import DEADLINE
+from onewriter import (
+    AsyncDbWriter,
+    AsyncTransaction,
+    DbWriter,
+    ReadTimeoutError,
+    ReentrantWriteError,
+    Transaction,
+    TransactionAbortedError,
+    TransactionClosedError,
+    WriteTimeoutError,
+)
+from onewriter.tasks import block as taskblock
+
+INSERT = "INSERT INTO t VALUES (?)"
+ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
+ENDLESS_WRITE = "INSERT INTO t WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT i FROM n"
+Hesitant = tuple[list[taskblock.TaskBlock], threading.Event]
+
+
+def run(main: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
+    """Run on a new loop; what does not end is a hang."""
+
+    async def bounded() -> Any:
+        async with asyncio.timeout(DEADLINE):
+            return await main()
+
+    return asyncio.run(bounded())
+
+
+@contextlib.asynccontextmanager
+async def opened(path: Path, **options: Any) -> AsyncIterator[AsyncDbWriter]:
+    async with AsyncDbWriter(path, **options) as db:
+        await db.run("CREATE TABLE t (n)")
+        yield db
+
+
+async def rows(db: AsyncDbWriter) -> list[Any]:
+    return [n for (n,) in await db.read("SELECT n FROM t ORDER BY n")]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.001)
+
+
+@pytest.fixture
+def hesitant(monkeypatch: pytest.MonkeyPatch) -> Hesitant:
+    """The writer has started a block, and hesitates to grant it: the blocks it has come to, and its leave to go on."""
+    blocks: list[taskblock.TaskBlock] = []
+    go_on = threading.Event()
+    perform = taskblock.TaskBlock.perform
+
+    def hesitate(block: taskblock.TaskBlock, tx: Transaction) -> None:
+        blocks.append(block)
+        go_on.wait(DEADLINE)
+        perform(block, tx)
+
+    monkeypatch.setattr(taskblock.TaskBlock, "perform", hesitate)
+    return blocks, go_on
+
+
+@contextlib.asynccontextmanager
+async def writer_parked(db: AsyncDbWriter) -> AsyncIterator[threading.Event]:
+    """Keep the writer busy for the block."""
+    entered, release = threading.Event(), threading.Event()
+
+    def park(tx: Transaction) -> None:
+        entered.set()
+        release.wait(DEADLINE)
+
+    ticket = db.enqueue(park)
+    await asyncio.to_thread(entered.wait, DEADLINE)
+    try:
+        yield release
+    finally:
+        release.set()
+        await ticket
+
+
+async def beats(count: int, waiting: Awaitable[Any]) -> asyncio.Future[Any]:
+    """Start ``waiting``, and show that the loop goes on beside it."""
+    task = asyncio.ensure_future(waiting)
+    for _ in range(count):
+        await asyncio.sleep(0.001)
+    assert not task.done()
+    return task
+
+
+def test_a_timeout_in_the_moment_a_block_starts_frees_the_writer(path: Path, hesitant: Hesitant) -> None:
+    blocks, go_on = hesitant
+
+    async def main() -> None:
+        async with opened(path) as db:
+
+            async def enter() -> None:
+                async with db.transaction(timeout=0.05):
+                    pytest.fail("entered")
+
+            entering = asyncio.create_task(enter())
+            await until(lambda: bool(blocks) and blocks[0].granted.done())  # its time has run out
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)  # and it has heard of that
+            go_on.set()
+            with pytest.raises(WriteTimeoutError) as caught:
+                await entering
+            assert caught.value.started is False
+            await db.run(INSERT, (1,))
+            assert await rows(db) == [1]
+
+    run(main)
+
+
+def test_a_cancellation_in_the_moment_a_block_starts_frees_the_writer(path: Path, hesitant: Hesitant) -> None:
+    blocks, go_on = hesitant
+
+    async def main() -> None:
+        async with opened(path) as db:
+
+            async def enter() -> None:
+                async with db.transaction():
+                    pytest.fail("entered")
+
+            entering = asyncio.create_task(enter())
+            await until(lambda: bool(blocks))
+            entering.cancel()
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)  # it waits for the end of the block now
+            go_on.set()
+            with pytest.raises(asyncio.CancelledError):
+                await entering
+            await db.run(INSERT, (1,))
+            assert await rows(db) == [1]
+
+    run(main)
+
+
+def test_savepoints_of_tasks_come_one_after_the_other(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path) as db:
+            entered, leave = asyncio.Event(), asyncio.Event()
+
+            async def first(tx: AsyncTransaction) -> None:
+                async with tx.savepoint():
+                    await tx.execute(INSERT, (1,))
+                    entered.set()
+                    await leave.wait()
+
+            async def second(tx: AsyncTransaction) -> None:
+                await entered.wait()
+                asyncio.get_running_loop().call_soon(leave.set)
+                async with tx.savepoint():
+                    await tx.execute(INSERT, (2,))
+                    raise LookupError
+
+            async with db.transaction() as tx:
+                outcomes = await asyncio.gather(first(tx), second(tx), return_exceptions=True)
+            assert [type(outcome) for outcome in outcomes] == [type(None), LookupError]
+            assert await rows(db) == [1]
+
+    run(main)
+
+
+def test_savepoints_of_tasks_made_in_a_savepoint_are_inside_it(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path) as db:
+
+            async def part(tx: AsyncTransaction, n: int) -> None:
+                async with tx.savepoint():
+                    await tx.execute(INSERT, (n,))
+                    async with tx.savepoint():
+                        await tx.execute(INSERT, (10 * n,))
+                    if n == 2:
+                        raise LookupError
+
+            async with db.transaction() as tx:
+                with pytest.raises(ZeroDivisionError):
+                    async with tx.savepoint():
+                        await asyncio.gather(*[part(tx, n) for n in (1, 2, 3)], return_exceptions=True)
+                        raise ZeroDivisionError
+                assert (await tx.execute("SELECT count(*) FROM t")).fetchone() == (0,)
+                await asyncio.gather(*[part(tx, n) for n in (1, 2, 3)], return_exceptions=True)
+            assert await rows(db) == [1, 3, 10, 30]
+
+    run(main)
+
+
+def test_savepoints_of_two_gateways_and_of_tasks_that_outlive_theirs_do_not_meet(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path) as db, opened(path.with_name("other.db")) as other:
+            ended = asyncio.Event()
+
+            async def later(tx: AsyncTransaction) -> None:
+                await ended.wait()
+                async with tx.savepoint():
+                    await tx.execute(INSERT, (3,))
+
+            async def elsewhere() -> None:
+                await ended.wait()
+                async with other.transaction() as tx, tx.savepoint():
+                    await tx.execute(INSERT, (4,))
+
+            async with db.transaction() as tx:
+                async with tx.savepoint():
+                    await tx.execute(INSERT, (1,))
+                    async with other.transaction() as tx2, tx2.savepoint():
+                        await tx2.execute(INSERT, (2,))
+                    tasks = [asyncio.create_task(later(tx)), asyncio.create_task(elsewhere())]
+                ended.set()
+                await asyncio.gather(*tasks)
+            assert await rows(db) == [1, 3]
+            assert await rows(other) == [2, 4]
+
+    run(main)
+
+
+def test_a_savepoint_that_fails_undoes_those_inside_it_that_are_still_open(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path) as db:
+            entered, leave = asyncio.Event(), asyncio.Event()
+
+            async def inside(tx: AsyncTransaction) -> None:
+                async with tx.savepoint():
+                    await tx.execute(INSERT, (2,))
+                    entered.set()
+                    await leave.wait()
+
+            async with db.transaction() as tx:
+                with pytest.raises(LookupError):
+                    async with tx.savepoint():
+                        task = asyncio.create_task(inside(tx))
+                        await entered.wait()
+                        raise LookupError
+                leave.set()
+                with pytest.raises(TransactionClosedError, match="ended with the one around it"):
+                    await task
+                async with tx.savepoint():
+                    await tx.execute(INSERT, (3,))
+            assert await rows(db) == [3]
+
+    run(main)
+
+
+def test_a_task_that_waits_for_its_savepoint_is_told_when_the_block_ends(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path) as db:
+            waiting: list[asyncio.Task[None]] = []
+
+            async def late(tx: AsyncTransaction) -> None:
+                async with tx.savepoint():
+                    pytest.fail("entered")
+
+            with pytest.raises(LookupError):
+                async with db.transaction() as tx:
+                    waiting += [asyncio.create_task(late(tx)) for _ in range(2)]
+                    async with tx.savepoint():
+                        await until(lambda: len(tx._block._changes) == 2)
+                        raise LookupError
+            outcomes = await asyncio.gather(*waiting, return_exceptions=True)
+            assert [type(outcome) for outcome in outcomes] == [TransactionClosedError] * 2
+            await db.run(INSERT, (1,))
+            assert await rows(db) == [1]
+
+    run(main)
+
+
+def test_a_savepoint_whose_task_is_cancelled_at_its_end_is_undone_or_kept_as_a_whole(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path) as db:
+            called: list[str] = []
+            gate = threading.Event()
+
+            async def part(tx: AsyncTransaction) -> None:
+                async with tx.savepoint():
+                    await tx.execute(INSERT, (2,))
+                    tx.on_commit(lambda: called.append("part"))
+                    tx._block.send(gate.wait, DEADLINE)  # so that the end has to wait
+
+            async with db.transaction() as tx:
+                tx.on_commit(lambda: called.append("outer"))
+                await tx.execute(INSERT, (1,))
+                working = asyncio.create_task(part(tx))
+                await until(lambda: tx._block._requests.qsize() > 0)
+                working.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await working
+                gate.set()
+                await tx.execute(INSERT, (3,))
+            assert await rows(db) == [1, 3]
+            assert called == ["outer"]
+
+    run(main)
+
+
+def test_a_callback_for_a_block_that_ends_is_refused_and_does_no_harm(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path) as db:
+            async with db.transaction() as tx:
+                await tx.execute(INSERT, (1,))
+                ending = tx._block
+            with pytest.raises(TransactionClosedError):
+                tx.on_commit(print)
+            assert ending.failed_with is None
+
+            gate = threading.Event()
+            async with db.transaction() as tx:
+                tx._block.send(gate.wait, DEADLINE)
+                tx._block.give_back(failed=False)
+                with pytest.raises(TransactionClosedError):
+                    tx.on_commit(print)
+                gate.set()
+            assert await rows(db) == [1]
+
+    run(main)
+
+
+def test_a_nested_block_that_is_over_is_dead_though_the_outer_one_lives(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path) as db, db.transaction() as outer:
+            async with db.transaction() as inner:
+                await inner.execute(INSERT, (1,))
+            with pytest.raises(TransactionClosedError, match="has ended"):
+                await inner.execute(INSERT, (2,))
+            await outer.execute(INSERT, (3,))
+
+    run(main)
+
+
+def test_an_error_in_a_block_that_was_dealt_with_is_gone_at_once(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path) as db, db.transaction() as tx:
+            try:
+                await tx.execute("SELECT * FROM nowhere")
+            except sqlite3.OperationalError as error:
+                gone = weakref.ref(error)
+            await tx.execute("SELECT 1")  # the writer has let it go
+            assert gone() is None
+
+    gc.collect()
+    gc.disable()
+    try:
+        run(main)
+    finally:
+        gc.enable()
+
+
+def test_a_block_that_is_cancelled_is_rolled_back_and_its_statement_ends(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path) as db:
+            undone: list[str] = []
+            for statement in (ENDLESS, ENDLESS_WRITE):
+                with pytest.raises(TimeoutError):
+                    async with asyncio.timeout(0.05), db.transaction() as tx:
+                        tx.on_rollback(lambda: undone.append("undone"))
+                        await tx.execute(INSERT, (1,))
+                        await tx.execute(statement)
+                await db.run(INSERT, (2,))
+            assert await rows(db) == [2, 2]
+            assert undone == ["undone", "undone"]
+            with pytest.raises(TransactionClosedError):
+                await tx.execute("SELECT 1")
+
+    run(main)
+
+
+def test_a_cancellation_during_commit_comes_after_it_and_says_what_became_of_it(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path, journal_mode="DELETE") as db:
+            with contextlib.closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as other:
+
+                async def block() -> None:
+                    async with db.transaction() as tx:
+                        await tx.execute(INSERT, (1,))
+                        other.execute("BEGIN")
+                        other.execute("SELECT * FROM t").fetchall()  # COMMIT waits for this reader
+
+                task = await beats(20, block())
+                while db.stats().waiting_for_lock is None:  # COMMIT has met the reader
+                    await asyncio.sleep(0)
+                task.cancel()
+                await asyncio.sleep(0.005)
+                assert not task.done()
+                other.execute("ROLLBACK")
+                with pytest.raises(asyncio.CancelledError) as caught:
+                    await task
+                assert any("was committed" in note for note in getattr(caught.value, "__notes__", []))
+            assert await rows(db) == [1]
+
+    run(main)
+
+
+def test_calls_written_in_a_block_belong_to_it_wherever_they_are_awaited(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path) as db:
+
+            async def other() -> list[Any]:
+                return await rows(db)
+
+            with pytest.raises(LookupError):
+                async with db.transaction() as tx:
+                    assert isinstance(tx, AsyncTransaction)
+                    await tx.execute(INSERT, (1,))
+                    await asyncio.gather(db.run(INSERT, (2,)), db.run_many(INSERT, [(3,)]))
+                    await asyncio.wait_for(db.run(INSERT, (4,)), DEADLINE)
+                    await asyncio.create_task(db.run_script("INSERT INTO t VALUES (5)"))
+                    assert await asyncio.wait_for(db.read_value("SELECT count(*) FROM t"), DEADLINE) == 5
+                    assert await rows(db) == [1, 2, 3, 4, 5]
+                    assert await asyncio.create_task(other()) == []  # a child's own calls do not
+                    assert db.in_writer()
+                    later = db.enqueue(INSERT, (6,))
+                    raise LookupError
+            await later
+            assert not db.in_writer()
+            assert await rows(db) == [6]
+
+    run(main)
+
+
+def test_blocks_nest_as_savepoints(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path) as db:
+            called: list[str] = []
+            async with db.transaction() as outer:
+                outer.on_commit(lambda: called.append("outer"))
+                await outer.execute(INSERT, (1,))
+                with pytest.raises(LookupError):
+                    async with db.transaction() as inner:
+                        inner.on_commit(lambda: called.append("inner"))
+                        inner.on_rollback(lambda: called.append("inner undone"))
+                        await inner.execute(INSERT, (2,))
+                        async with inner.savepoint():
+                            await inner.executemany(INSERT, [(3,)])
+                        raise LookupError
+                async with outer.savepoint():
+                    await outer.executescript("INSERT INTO t VALUES (4); INSERT INTO t VALUES (5);")
+                with pytest.raises(sqlite3.OperationalError):
+                    await db.run("INSERT INTO nowhere VALUES (1)")
+                assert outer.label == "transaction"
+                with pytest.raises(TypeError):
+                    outer.on_commit(1)  # type: ignore[arg-type]
+                assert called == []
+            assert called == ["inner undone", "outer"]
+            assert await rows(db) == [1, 4, 5]
+
+    run(main)
+
+
+def test_a_block_whose_transaction_is_lost_says_so_at_its_end(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path) as db:
+            await db.run("CREATE UNIQUE INDEX i ON t (n)")
+            await db.run(INSERT, (1,))
+            with pytest.raises(TransactionAbortedError):
+                async with db.transaction() as tx:
+                    await tx.execute(INSERT, (2,))
+                    with pytest.raises(sqlite3.IntegrityError):
+                        await tx.execute("INSERT OR ROLLBACK INTO t VALUES (1)")
+            assert await rows(db) == [1]
+
+    run(main)
+
+
+def test_tasks_that_share_a_transaction_are_served_one_after_the_other(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path) as db:
+            async with db.transaction() as tx:
+                await asyncio.gather(*[asyncio.create_task(tx.execute(INSERT, (n,))) for n in range(50)])
+            assert await rows(db) == list(range(50))
+
+    run(main)
+
+
+def test_waits_that_a_block_makes_endless_raise_at_once(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path):
+            pass
+        with DbWriter(path) as inner:
+            db = AsyncDbWriter.wrap(inner)
+            async with db.transaction() as tx:
+                ticket = db.enqueue(INSERT, (1,))
+                for call in (
+                    lambda: db.flush(),
+                    lambda: db.close(),
+                    lambda: db.checkpoint(),
+                    lambda: db.backup(path.parent / "copy.db"),
+                    lambda: db.run_without_transaction("VACUUM"),
+                    lambda: db.read("SELECT 1", after=ticket),
+                    lambda: db.run(lambda tx: None, foreign_keys=False),
+                    lambda: ticket,
+                ):
+                    with pytest.raises(ReentrantWriteError):
+                        await call()
+                for blocking in (lambda: inner.run(INSERT, (2,)), inner.flush, inner.close, ticket.result):
+                    with pytest.raises(ReentrantWriteError):
+                        blocking()
+                await tx.execute(INSERT, (3,))
+            await ticket
+            assert await rows(db) == [1, 3]
+
+    run(main)
+
+
+def test_in_a_block_nothing_waits_for_room(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path, maxsize=1) as db:
+            async with db.transaction():
+                tickets = [db.enqueue(INSERT, (n,)) for n in range(3)]
+                tickets += [await db.enqueue_wait(INSERT, (n,)) for n in range(3, 6)]
+            await asyncio.gather(*tickets)
+            assert await rows(db) == [0, 1, 2, 3, 4, 5]
+
+    run(main)
+
+
+def test_a_block_that_holds_too_long_is_taken_back(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path) as db:
+            for statement in (None, ENDLESS, ENDLESS_WRITE):
+                with pytest.raises(TransactionClosedError, match="max_hold"):
+                    async with db.transaction(max_hold=0.05) as tx:
+                        await tx.execute(INSERT, (1,))
+                        if statement:
+                            await tx.execute(statement)
+                        else:
+                            await db.enqueue_wait(INSERT, (2,))
+                            until = asyncio.get_running_loop().time() + DEADLINE
+                            while not tx._block.done() and asyncio.get_running_loop().time() < until:
+                                await asyncio.sleep(0.005)
+            assert await rows(db) == [2]
+
+    run(main)
+
+
+def test_a_block_whose_task_has_ended_is_used_and_left_by_another_or_collected(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path) as db:
+            left: list[Any] = []
+
+            async def leave_open(n: int) -> None:
+                block = db.transaction()
+                left.append((block, await block.__aenter__()))
+                await left[-1][1].execute(INSERT, (n,))
+
+            await asyncio.create_task(leave_open(1))
+            waits = asyncio.create_task(db.run(INSERT, (3,)))
+            block, tx = left.pop()
+            await tx.execute(INSERT, (2,))
+            assert not waits.done()
+            await block.__aexit__(None, None, None)
+            await waits
+            assert await rows(db) == [1, 2, 3]
+
+            await asyncio.create_task(leave_open(4))
+            left.clear()  # nobody can leave it any more
+            await db.run(INSERT, (5,))
+            assert await rows(db) == [1, 2, 3, 5]
+
+    run(main)
+
+
+@pytest.mark.parametrize("statement", [False, True])
+def test_a_callback_of_a_block_that_fails_at_once_is_called(path: Path, statement: bool) -> None:
+    async def main() -> None:
+        async with opened(path) as db:
+            for _ in range(20):
+                called: list[str] = []
+                with pytest.raises(LookupError):
+                    async with db.transaction() as tx:
+                        if statement:
+                            await tx.execute(INSERT, (1,))
+                        tx.on_rollback(lambda called=called: called.append("rollback"))  # type: ignore[misc]
+                        tx.on_commit(lambda called=called: called.append("commit"))  # type: ignore[misc]
+                        raise LookupError
+                assert called == ["rollback"]
+            with pytest.raises(TransactionClosedError):
+                tx.on_rollback(print)
+
+    run(main)
+
+
+def test_a_statement_that_was_cancelled_before_its_turn_does_not_run(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path) as db:
+            entered, release = threading.Event(), threading.Event()
+
+            def hold(tx: Transaction) -> None:
+                entered.set()
+                release.wait(DEADLINE)
+
+            async with db.transaction() as tx:
+                first = asyncio.create_task(db.run(hold))
+                await asyncio.to_thread(entered.wait, DEADLINE)
+                second = asyncio.create_task(tx.execute(INSERT, (1,)))
+                await asyncio.sleep(0)
+                second.cancel()
+                await asyncio.wait([second])
+                release.set()
+                await first
+            assert await rows(db) == []
+
+    run(main)
+
+
+def test_a_cancellation_in_the_moment_of_the_grant_leaves_nothing_behind(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(taskblock, "LOOK", 3600.0)  # the writer does not notice by itself
+
+    async def main() -> None:
+        async with opened(path) as db:
+
+            async def block() -> None:
+                async with db.transaction():
+                    pytest.fail("entered")
+
+            async with writer_parked(db) as release:
+                task = asyncio.create_task(block())
+                await asyncio.sleep(0)
+                release.set()
+                while getattr(db._core().state.job, "transaction", None) is None:  # granted: the loop does not know
+                    pass
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+            await db.run(INSERT, (1,))
+            assert await rows(db) == [1]
+
+    run(main)
+
+
+def test_a_cancellation_while_a_failed_block_is_rolled_back_is_not_lost(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path) as db:
+            entered, release = threading.Event(), threading.Event()
+
+            def hold(tx: Transaction) -> None:
+                entered.set()
+                release.wait(DEADLINE)
+
+            async def block() -> None:
+                async with db.transaction():
+                    holding.append(asyncio.create_task(db.run(hold)))
+                    await asyncio.to_thread(entered.wait, DEADLINE)
+                    raise LookupError
+
+            holding: list[asyncio.Task[None]] = []
+            task = asyncio.create_task(block())
+            await asyncio.to_thread(entered.wait, DEADLINE)
+            await asyncio.sleep(0.01)
+            task.cancel()
+            await asyncio.sleep(0.01)
+            release.set()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            await asyncio.wait(holding)
+            await db.run(INSERT, (1,))
+
+    run(main)
+
+
+def test_what_is_sent_while_the_block_is_taken_back_is_answered(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answered = threading.Event()
+
+    async def main() -> None:
+        async with opened(path) as db:
+            closed_error = Transaction.closed_error
+
+            def send_one_more(transaction: Transaction) -> Any:
+                if not answered.is_set() and threading.get_ident() == db._core().state.writer_thread:
+                    tx._block.send(answered.set)
+                return closed_error(transaction)
+
+            with pytest.raises(TransactionClosedError):
+                async with db.transaction(max_hold=0.02) as tx:
+                    monkeypatch.setattr(Transaction, "closed_error", send_one_more)
+                    await asyncio.to_thread(answered.wait, DEADLINE)
+            assert answered.is_set()
+
+    run(main)
+
+
+def test_a_block_whose_task_thinks_for_long_goes_on(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(taskblock, "LOOK", 0.001)
+
+    async def main() -> None:
+        async with opened(path) as db:
+            looks = asyncio.Semaphore(0)
+            loop, holder = asyncio.get_running_loop(), db._core().state
+            monkeypatch.setattr(holder, "warn_if_slow", lambda now: loop.call_soon_threadsafe(looks.release))
+            async with db.transaction() as tx:
+                for _ in range(5):
+                    await looks.acquire()
+                await tx.execute(INSERT, (1,))
+            assert await rows(db) == [1]
+
+    run(main)
+
+
+def test_what_a_block_refuses_is_named(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path) as db, db.transaction():
+            with pytest.raises(ReentrantWriteError, match=r"^foreign_keys="):
+                await db.run(lambda tx: None, foreign_keys=False)
+            with pytest.raises(ReentrantWriteError, match=r"^flush"):
+                await db.flush()
+            with pytest.raises(ReentrantWriteError, match=r"^checkpoint"):
+                await db.checkpoint()
+
+    run(main)
+
+
+def test_a_nested_call_that_fails_is_undone_alone(path: Path) -> None:
+    def write_and_fail(tx: Transaction) -> None:
+        tx.execute(INSERT, (2,))
+        raise LookupError
+
+    async def main() -> None:
+        async with opened(path) as db:
+            async with db.transaction() as tx:
+                await tx.execute(INSERT, (1,))
+                with pytest.raises(LookupError):
+                    await db.run(write_and_fail)
+            assert await rows(db) == [1]
+
+    run(main)
+
+
+def test_a_block_that_was_left_by_an_error_says_so_afterwards(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path) as db:
+            with pytest.raises(LookupError):
+                async with db.transaction() as tx:
+                    raise LookupError
+            with pytest.raises(TransactionClosedError, match="was left by an error"):
+                await tx.execute("SELECT 1")
+            async with db.transaction() as tx:
+                pass
+            with pytest.raises(TransactionClosedError, match="has ended"):
+                await tx.execute("SELECT 1")
+
+    run(main)
+
+
+class Gate:
+    """A SQL function that waits: ``SELECT gate()`` is under way, and its connection busy, until it is opened."""
+
+    def __init__(self) -> None:
+        self.entered, self.open = threading.Event(), threading.Event()
+
+    def on_connect(self, connection: sqlite3.Connection, readonly: bool) -> None:
+        connection.create_function("gate", 0, self._wait)
+
+    def _wait(self) -> int:
+        self.entered.set()
+        return self.open.wait(5.0)  # a loop that stands still cannot open it
+
+
+@pytest.mark.parametrize("block", [AsyncDbWriter.reader, AsyncDbWriter.transaction])
+def test_a_read_in_a_block_that_another_task_uses_is_given_up_in_time_and_never_runs(
+    path: Path, block: Callable[[AsyncDbWriter], Any]
+) -> None:
+    gate = Gate()
+    called: list[str] = []
+
+    async def main() -> None:
+        async with opened(path, on_connect=gate.on_connect) as db, block(db) as shared:
+            other = asyncio.create_task(shared.execute("SELECT gate()"))
+            await until(gate.entered.is_set)
+            with pytest.raises(ReadTimeoutError, match="used by another task"):
+                await db.read(lambda connection: called.append("late"), timeout=0.01)
+            gate.open.set()
+            assert (await other).fetchall() == [(1,)]
+            await db.read(lambda connection: called.append("in time"), timeout=DEADLINE)
+            await db.read(lambda connection: called.append("whenever"), timeout=None)
+            assert called == ["in time", "whenever"]
+
+    run(main)
+
+
+@pytest.mark.parametrize("call", ["run", "read", "transaction"])
+def test_inside_a_tasks_block_that_max_hold_has_ended_the_gateways_calls_raise_too(path: Path, call: str) -> None:
+    async def main() -> list[Any]:
+        async with AsyncDbWriter(path) as db:
+            await db.run("CREATE TABLE t (n)")
+
+            async def other() -> None:
+                await db.run(INSERT, (4,))
+
+            async def enter() -> None:
+                async with db.transaction() as tx:
+                    await tx.execute(INSERT, (2,))
+
+            calls: dict[str, Callable[[], Any]] = {
+                "run": lambda: db.run(INSERT, (2,)),
+                "read": lambda: db.read("SELECT * FROM t"),
+                "transaction": enter,
+            }
+            assert db._opened is not None
+            with pytest.raises(TransactionClosedError, match="max_hold"):
+                async with db.transaction(max_hold=0.01):
+                    while db.in_writer():
+                        await asyncio.sleep(0.001)
+                    with pytest.raises(TransactionClosedError, match="max_hold"):
+                        await calls[call]()
+                    ticket = db.enqueue(INSERT, (3,))  # no part of the block
+                    await asyncio.create_task(other())  # nor is another task
+            await db.run(INSERT, (5,))
+            assert ticket.done()
+            return await db.read("SELECT n FROM t")
+
+    assert asyncio.run(main()) == [(3,), (4,), (5,)]

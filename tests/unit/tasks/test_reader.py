@@ -1,0 +1,610 @@
+"""Reads and ``reader()`` blocks of tasks: what they see, how they wait, and what a cancellation leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import gc
+import sqlite3
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers import DEADLINE
+from onewriter import AsyncDbWriter, DbWriter, ReadTimeoutError, ReentrantWriteError, WriterClosedError, aio
+from onewriter.read.pool import Borrowing
+from onewriter.read.reader import Snapshot
+from onewriter.tasks import reader
+from onewriter.tasks.reader import AsyncReader
+
+INSERT = "INSERT INTO t VALUES (?)"
+ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
+LONG = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT 300000) SELECT count(*) FROM n"
+COUNT = "SELECT count(*) FROM t"
+
+
+def run(main: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
+    """Run on a new loop; what does not end is a hang."""
+
+    async def bounded() -> Any:
+        async with asyncio.timeout(DEADLINE):
+            return await main()
+
+    return asyncio.run(bounded())
+
+
+@contextlib.asynccontextmanager
+async def opened(path: Path, **options: Any) -> AsyncIterator[AsyncDbWriter]:
+    async with AsyncDbWriter(path, **options) as db:
+        await db.run("CREATE TABLE t (n)")
+        yield db
+
+
+async def rows(db: AsyncDbWriter) -> list[Any]:
+    return [n for (n,) in await db.read("SELECT n FROM t ORDER BY n")]
+
+
+async def called_there(call: Callable[[], Awaitable[Any]]) -> Any:
+    """For a task that is not inside the blocks of the one that makes it: a call belongs to where it is called."""
+    return await call()
+
+
+async def beats(count: int, waiting: Awaitable[Any]) -> asyncio.Future[Any]:
+    """Start ``waiting``, and show that the loop goes on beside it."""
+    task = asyncio.ensure_future(waiting)
+    for _ in range(count):
+        await asyncio.sleep(0.001)
+    assert not task.done()
+    return task
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.001)
+
+
+def test_a_slow_read_does_not_block_the_loop_and_its_timeout_ends_it(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path, readers=1) as db:
+            reading = await beats(20, db.read(ENDLESS, timeout=0.2, label="count"))
+            with pytest.raises(ReadTimeoutError, match=r"'count' \(WITH RECURSIVE"):
+                await reading
+            for _ in range(100):
+                assert await db.read_value("SELECT 1") == 1
+
+    run(main)
+
+
+def test_a_read_that_is_cancelled_gives_its_connection_back(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path, readers=1) as db:
+            for _ in range(3):
+                with pytest.raises(TimeoutError):
+                    await asyncio.wait_for(db.read(ENDLESS), 0.02)
+                async with asyncio.timeout(DEADLINE):
+                    assert await rows(db) == []
+            async with db.reader() as reader:
+                with pytest.raises(TimeoutError):
+                    await asyncio.wait_for(reader.execute(ENDLESS), 0.02)
+                assert (await reader.execute(LONG)).rows == [(300_000,)]  # with no time limit left over
+                waiting = await beats(5, called_there(lambda: db.read("SELECT 2")))
+                waiting.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await waiting
+                second = asyncio.create_task(rows(db))
+                await asyncio.sleep(0.005)
+            assert await second == []
+
+    run(main)
+
+
+def test_a_reader_sees_one_state_and_the_inner_block_decides(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path) as db:
+            await db.run(INSERT, (1,))
+            async with db.reader() as reader:
+                await db.run(INSERT, (2,))
+                assert (await reader.execute("SELECT n FROM t")).rows == [(1,)]
+                assert await rows(db) == [1]
+                assert await asyncio.create_task(rows(db)) == [1, 2]
+                async with db.reader() as same:
+                    assert same is reader
+                async with db.transaction() as tx:
+                    await tx.execute(INSERT, (3,))
+                    assert await rows(db) == [1, 2, 3]
+                    async with db.reader() as inner:
+                        assert (await inner.execute("SELECT n FROM t")).fetchall() == [(1,), (2,)]
+                        assert await rows(db) == [1, 2]
+                    assert await rows(db) == [1, 2, 3]
+                assert await rows(db) == [1]
+                with pytest.raises(sqlite3.OperationalError):
+                    await reader.execute("DELETE FROM t")
+            with pytest.raises(sqlite3.ProgrammingError):
+                await reader.execute("SELECT 1")
+            assert await rows(db) == [1, 2, 3]
+
+    run(main)
+
+
+def test_more_readers_than_connections_wait_in_order_and_say_who_has_them(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path, readers=2) as db:
+            assert await asyncio.gather(*[db.read_value("SELECT ?", (n,)) for n in range(100)]) == list(range(100))
+            async with db.reader(label="first"):
+
+                async def second() -> None:
+                    async with db.reader(label="second"):
+                        await asyncio.create_task(third())
+
+                async def third() -> None:
+                    with pytest.raises(ReadTimeoutError, match=r"'third'.*'(first|second)'.*'(first|second)'"):
+                        await db.read("SELECT 1", label="third", timeout=0.01)
+                    with pytest.raises(ReadTimeoutError):
+                        async with db.reader(timeout=0.01):
+                            pytest.fail("entered")
+
+                await asyncio.create_task(second())
+
+    run(main)
+
+
+def test_a_statement_of_a_reader_ends_before_the_next_one_begins(path: Path) -> None:
+    entered, release = threading.Event(), threading.Event()
+
+    def hold() -> int:
+        entered.set()
+        release.wait(DEADLINE)
+        return 1
+
+    def hook(connection: sqlite3.Connection, readonly: bool) -> None:
+        connection.create_function("hold", 0, hold)
+
+    async def main() -> None:
+        async with opened(path, on_connect=hook) as db, db.reader() as reader:
+            task = asyncio.create_task(reader.execute("SELECT hold()"))
+            await asyncio.to_thread(entered.wait, DEADLINE)
+            task.cancel()
+            await asyncio.sleep(0.01)
+            assert not task.done()
+            release.set()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert (await reader.execute("SELECT 2")).rows == [(2,)]
+
+    run(main)
+
+
+def test_a_read_that_no_thread_has_begun_gives_its_connection_back(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        async with opened(path, readers=1) as db:
+            assert await rows(db) == []
+            assert db._pool is not None
+            with monkeypatch.context() as patch:
+                patch.setattr(db._pool, "submit", lambda *_: concurrent.futures.Future())
+                task = asyncio.create_task(rows(db))
+                await asyncio.sleep(0.001)
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+            assert await rows(db) == []
+
+    run(main)
+
+
+def test_a_connection_whose_opening_was_cancelled_goes_to_the_next(path: Path) -> None:
+    opening, release = threading.Event(), threading.Event()
+
+    def hook(connection: sqlite3.Connection, readonly: bool) -> None:
+        if readonly:
+            opening.set()
+            release.wait(DEADLINE)
+
+    async def main() -> None:
+        async with opened(path, readers=1, on_connect=hook) as db:
+            task = asyncio.create_task(rows(db))
+            await asyncio.to_thread(opening.wait, DEADLINE)
+            task.cancel()
+            next_one = asyncio.create_task(rows(db))
+            await asyncio.sleep(0.001)
+            release.set()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert await next_one == []
+
+    run(main)
+
+
+def test_reads_are_held_back_for_a_moment_so_that_the_log_can_begin_anew(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path) as db:
+            await rows(db)
+            readers = db._core().pool
+            readers.holds_back = True
+            reading = await beats(3, rows(db))
+            readers.holds_back = False
+            assert await reading == []
+
+    run(main)
+
+
+def test_a_connection_that_comes_in_the_moment_its_task_is_cancelled_goes_to_the_next(path: Path) -> None:
+    opened_readers: list[sqlite3.Connection] = []
+
+    def count(connection: sqlite3.Connection, readonly: bool) -> None:
+        opened_readers.extend([connection] * readonly)
+
+    async def main() -> None:
+        with DbWriter(path, readers=1, on_connect=count) as inner:
+            shared = AsyncDbWriter.wrap(inner)
+            for is_cancelled in (False, True):
+                with inner.reader():
+                    waiting = asyncio.create_task(called_there(lambda: shared.read_value("SELECT 1")))
+                    while inner.stats().readers_waiting == 0:
+                        await asyncio.sleep(0)
+                if is_cancelled:
+                    waiting.cancel()  # it has the connection, and has not heard of it yet
+                    with pytest.raises(asyncio.CancelledError):
+                        await waiting
+                else:
+                    assert await waiting == 1
+                assert inner.stats().readers_in_use == 0
+            assert await shared.read_value("SELECT 2", timeout=DEADLINE) == 2
+            assert len(opened_readers) == 1
+
+    run(main)
+
+
+def test_a_read_that_is_cancelled_before_its_thread_begins_gives_its_connection_back_once(path: Path) -> None:
+    async def main() -> None:
+        with DbWriter(path, readers=1) as inner:
+            shared = AsyncDbWriter.wrap(inner)
+            await shared.read("SELECT 1")
+            assert shared._pool is not None
+            gate = threading.Event()
+
+            async def enter() -> None:
+                async with shared.reader():
+                    pytest.fail("entered")
+
+            for read in (enter, lambda: shared.read("SELECT 1"), lambda: shared.read(lambda connection: None)):
+                busy = shared._pool.submit(gate.wait, DEADLINE)
+                reading = asyncio.create_task(read())
+                while inner.stats().readers_in_use == 0:
+                    await asyncio.sleep(0)
+                reading.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await reading
+                gate.set()
+                busy.result(DEADLINE)
+                gate.clear()
+                with inner.reader(), pytest.raises(ReadTimeoutError):  # so there is still just the one
+                    await asyncio.create_task(called_there(lambda: shared.read("SELECT 1", timeout=0.01)))
+
+    run(main)
+
+
+def test_a_read_is_held_back_only_while_somebody_asks_for_it_and_not_for_long(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        with DbWriter(path) as inner:
+            shared = AsyncDbWriter.wrap(inner)
+            inner._core.pool.holds_back = True  # and nobody takes that back
+            assert await shared.read_value("SELECT 1") == 1
+            inner._core.pool.holds_back = False
+            monkeypatch.setattr(asyncio, "sleep", None)
+            assert await shared.read_value("SELECT 1") == 1
+            monkeypatch.undo()
+
+    run(main)
+
+
+def test_a_read_of_a_function_is_named_by_its_label_or_its_name(path: Path) -> None:
+    def count_all(connection: sqlite3.Connection) -> None:
+        pass
+
+    async def main() -> None:
+        async with opened(path, readers=1) as db, db.reader():
+
+            async def other(**options: Any) -> None:
+                await db.read(count_all, timeout=0.01, **options)
+
+            for options, name in (({"label": "mine"}, "'mine'"), ({}, "count_all'")):
+                with pytest.raises(ReadTimeoutError, match=name):
+                    await asyncio.create_task(other(**options))
+
+    run(main)
+
+
+class Gate:
+    """A SQL function that waits: ``SELECT gate()`` is under way, and its connection busy, until it is opened."""
+
+    def __init__(self) -> None:
+        self.entered, self.open = threading.Event(), threading.Event()
+
+    def on_connect(self, connection: sqlite3.Connection, readonly: bool) -> None:
+        connection.create_function("gate", 0, self._wait)
+
+    def _wait(self) -> int:
+        self.entered.set()
+        return self.open.wait(5.0)  # a loop that stands still cannot open it
+
+
+def test_a_task_that_is_cancelled_while_it_leaves_a_reader_waits_for_what_runs_there(path: Path) -> None:
+    gate = Gate()
+
+    async def main() -> None:
+        async with opened(path, readers=1, on_connect=gate.on_connect) as db:
+            kept: list[AsyncReader] = []
+            running: list[asyncio.Task[Any]] = []
+
+            async def parent() -> None:
+                async with db.reader() as reader:
+                    kept.append(reader)
+                    running.append(asyncio.create_task(reader.execute("SELECT gate()")))
+                    await until(gate.entered.is_set)
+
+            leaving = asyncio.create_task(parent())
+            await until(lambda: bool(kept) and bool(kept[0]._turn._waiters))
+            for _ in range(2):
+                leaving.cancel()
+                await asyncio.sleep(0)
+                await asyncio.sleep(0)
+            assert not leaving.done()
+            assert db.stats().readers_in_use == 1
+            gate.open.set()
+            with pytest.raises(sqlite3.ProgrammingError, match="has ended"):
+                await kept[0].execute(COUNT)
+            with pytest.raises(asyncio.CancelledError):
+                await leaving
+            with pytest.raises(sqlite3.ProgrammingError, match="has ended"):
+                await running[0]
+            assert db.stats().readers_in_use == 0
+
+    run(main)
+
+
+@pytest.mark.parametrize("where", ["in the block", "leaving it"])
+def test_a_cancelled_reader_ends_the_statement_of_another_task(path: Path, where: str) -> None:
+    async def main() -> None:
+        async with opened(path, readers=1) as db:
+            readers: list[AsyncReader] = []
+            running: list[asyncio.Task[Any]] = []
+
+            async def parent() -> None:
+                async with db.reader() as reader:
+                    readers.append(reader)
+                    running.append(asyncio.create_task(reader.execute(ENDLESS)))
+                    await until(reader._turn.locked)
+                    if where == "in the block":
+                        await asyncio.Event().wait()
+
+            task = asyncio.create_task(parent())
+            await until(lambda: bool(running) and readers[0]._turn.locked())
+            if where == "leaving it":
+                await until(lambda: bool(readers[0]._turn._waiters))
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            with pytest.raises(sqlite3.Error):
+                await running[0]
+            assert await db.read_value(COUNT) == 0
+
+    run(main)
+
+
+def test_a_reader_that_is_over_leaves_the_connection_of_the_next_borrower_alone(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path, readers=1) as db:
+            async with db.reader() as over:
+                pass
+            pool, borrowing = db._core().pool, Borrowing("next")
+            assert pool.take_or_line_up(borrowing)
+            reader = pool.reader_of(borrowing, 100.0)
+            with pytest.raises(sqlite3.ProgrammingError, match="has ended"):
+                await over.execute(COUNT)
+            assert reader.deadline == 100.0
+            pool.end(borrowing)
+
+    run(main)
+
+
+def test_a_statement_that_is_cancelled_before_it_begins_in_its_thread_ends(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered, go_on = threading.Event(), threading.Event()
+    fetch = reader.fetch_result
+
+    def hesitate(snapshot: Snapshot, *args: Any) -> Any:
+        entered.set()
+        go_on.wait(DEADLINE)
+        return fetch(snapshot, *args)
+
+    monkeypatch.setattr(reader, "fetch_result", hesitate)
+
+    async def main() -> None:
+        async with opened(path) as db, db.reader() as reader:
+            task = asyncio.create_task(reader.execute(ENDLESS))
+            await until(entered.is_set)
+            task.cancel()
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            go_on.set()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert await db.read_value(COUNT) == 0
+
+    run(main)
+
+
+def test_an_interrupted_statement_that_nobody_waits_for_is_not_logged(path: Path) -> None:
+    logged: list[dict[str, Any]] = []
+
+    async def main() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: logged.append(context))
+        async with opened(path) as db, db.reader() as reader:
+            task = asyncio.create_task(reader.execute(ENDLESS))
+            await until(lambda: db._pool is not None and reader._turn.locked() and not db._pool._work_queue.qsize())
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            gc.collect()
+        assert logged == []
+
+    run(main)
+
+
+def test_a_nested_transaction_or_savepoint_in_a_reader_decides_what_reads_see(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path) as db:
+
+            async def count() -> Any:
+                return await db.read_value(COUNT)
+
+            async with db.transaction() as tx:
+                await db.run(INSERT, (1,))
+                async with db.reader() as reader:
+                    assert await count() == 0
+                    for part in (db.transaction, tx.savepoint):
+                        async with part():
+                            assert await count() == 1
+                            async with db.reader() as inner:
+                                assert inner is not reader
+                                assert await count() == 0
+                            assert await count() == 1
+                        assert await count() == 0
+                assert await count() == 1
+                async with tx.savepoint(), db.reader() as reader, db.reader() as same:
+                    assert same is reader
+                    assert await count() == 0
+
+    run(main)
+
+
+def test_a_read_while_another_loop_closes_the_gateway_is_served(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    came = threading.Event()  # the close: to the lock, which the read has, or to the shutdown of the pool
+
+    class Lock:
+        def __init__(self) -> None:
+            self._lock = threading.Lock()
+
+        def __enter__(self) -> None:
+            if not self._lock.acquire(blocking=False):
+                came.set()
+                self._lock.acquire()
+
+        def __exit__(self, *_: object) -> None:
+            self._lock.release()
+
+    with DbWriter(path) as inner, ThreadPoolExecutor(1) as other:
+        shared = AsyncDbWriter.wrap(inner)
+        closing: list[Future[Any]] = []
+        submit = other.submit
+
+        class Pool(ThreadPoolExecutor):
+            def shutdown(self, *args: Any, **options: Any) -> None:
+                super().shutdown(*args, **options)
+                came.set()
+
+            def submit(self, call: Callable[..., Any], /, *args: Any, **options: Any) -> Future[Any]:
+                if not closing:
+                    closing.append(submit(run, shared.close))
+                    assert came.wait(DEADLINE)
+                return super().submit(call, *args, **options)
+
+        monkeypatch.setattr(aio, "ThreadPoolExecutor", Pool)
+        monkeypatch.setattr(shared, "_lock", Lock())
+        assert run(lambda: shared.read_value("SELECT 1")) == 1
+        closing[0].result(DEADLINE)
+
+
+def test_a_read_that_begins_while_the_gateway_closes_is_served_and_the_close_ends(path: Path) -> None:
+    async def main() -> None:
+        db = AsyncDbWriter(path, readers=2)
+        await db.open()
+        gate = threading.Event()
+        slow = asyncio.create_task(db.read(lambda connection: gate.wait(DEADLINE)))
+        await until(lambda: db.stats().readers_in_use == 1)
+        parking = threading.Event()
+        job = db.enqueue(lambda tx: parking.wait(DEADLINE))
+        closing = asyncio.create_task(db.close())
+        await until(lambda: db.closed)
+        assert await db.read_value("SELECT 1") == 1
+        gate.set()
+        parking.set()
+        assert await slow is True
+        assert await job is True
+        assert (await closing).committed == 1
+        with pytest.raises(WriterClosedError):
+            await db.read("SELECT 1")
+
+    run(main)
+
+
+def test_a_reader_that_is_open_while_a_wrapper_closes_goes_on_and_comes_back(path: Path) -> None:
+    async def main() -> None:
+        with DbWriter(path, readers=1) as inner:
+            shared = AsyncDbWriter.wrap(inner)
+            async with shared.reader() as reader:
+                await shared.close()
+                assert (await reader.execute("SELECT 1")).fetchall() == [(1,)]
+            assert inner.stats().readers_in_use == 0
+            assert await AsyncDbWriter.wrap(inner).read_value("SELECT 2") == 2
+            assert shared._pool is not None
+            shared._pool.shutdown()
+
+    run(main)
+
+
+def test_close_in_the_midst_of_an_own_reader_is_refused_where_it_would_never_end(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path) as db:
+            async with db.reader() as reader:
+                with pytest.raises(ReentrantWriteError, match="close waits for all readers"):
+                    await db.close()
+                assert (await reader.execute("SELECT 1")).fetchall() == [(1,)]
+            await db.run(INSERT, (1,))
+
+    run(main)
+
+
+def test_a_late_cancellation_does_not_hurry_the_next_borrower(path: Path) -> None:
+    with DbWriter(path, readers=1) as db:
+        pool, first, second = db._core.pool, Borrowing("first"), Borrowing("second")
+        assert pool.take_or_line_up(first)
+        pool.reader_of(first, 100.0)
+        pool.expire(first)
+        assert first.reader is not None
+        assert first.reader.deadline == 0.0
+        pool.end(first)
+        assert pool.take_or_line_up(second)
+        reader = pool.reader_of(second, 100.0)
+        pool.expire(first)
+        assert (reader is first.reader, reader.deadline) == (True, 100.0)
+        pool.end(second)
+
+
+def test_a_read_that_is_cancelled_before_its_connection_is_opened_gives_its_place_back(path: Path) -> None:
+    async def main() -> None:
+        with DbWriter(path, readers=1) as inner:
+            shared = AsyncDbWriter.wrap(inner)
+            shared._pool = ThreadPoolExecutor(1)
+            gate = threading.Event()
+            busy = shared._pool.submit(gate.wait, DEADLINE)
+            reading = asyncio.create_task(shared.read("SELECT 1"))
+            await until(lambda: inner.stats().readers_in_use == 1)
+            reading.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await reading
+            gate.set()
+            busy.result(DEADLINE)
+            assert inner.stats().readers_in_use == 0
+            assert await shared.read_value("SELECT 1", timeout=DEADLINE) == 1
+            await shared.close()
+
+    run(main)

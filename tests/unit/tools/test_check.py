@@ -1,0 +1,419 @@
+"""python -m onewriter check FILE: what it finds, what it says, and that it changes nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers import holding_lock
+from onewriter import DbWriter
+from onewriter.__main__ import main
+from onewriter.sqlite import locks
+from onewriter.sqlite.connection import open_to_look
+from onewriter.tools import check
+
+READER = """
+import sqlite3, sys
+connection = sqlite3.connect(sys.argv[1], isolation_level=None)
+connection.execute("BEGIN")
+connection.execute("SELECT count(*) FROM t").fetchone()
+print("reads", flush=True)
+sys.stdin.read()
+"""
+
+INSERT = "INSERT INTO t VALUES (?)"
+FILL = "f = open({path!r}, 'r+b'); f.seek({page}); f.write(b'\\xff' * 4096)"
+linux = pytest.mark.skipif(not locks.LOCKS.exists(), reason="only Linux tells who holds a lock")
+
+
+def plain(path: Path, mode: str = "WAL") -> sqlite3.Connection:
+    connection = sqlite3.connect(path, isolation_level=None)
+    connection.execute(f"PRAGMA journal_mode = {mode}")
+    connection.execute("CREATE TABLE t (n INTEGER PRIMARY KEY, text TEXT)")
+    connection.execute("CREATE INDEX i ON t (text)")
+    connection.execute("BEGIN")
+    connection.executemany("INSERT INTO t VALUES (?, ?)", [(n, "x" * 200) for n in range(2000)])
+    connection.execute("COMMIT")
+    return connection
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if not path.name.endswith("-shm")}
+
+
+def asked(path: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, Any]]:
+    code = main(["check", str(path), "--json"])
+    return code, json.loads(capsys.readouterr().out)
+
+
+@contextlib.contextmanager
+def read_by_a_process(path: Path) -> Iterator[int]:
+    command = [sys.executable, "-c", READER, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "reads\n"
+        try:
+            yield process.pid
+        finally:
+            process.kill()
+
+
+@pytest.fixture
+def damaged(path: Path) -> Path:
+    """A file with a table that is damaged, and one, ``t``, that is not."""
+    with DbWriter(path) as db:
+        db.run_script("CREATE TABLE bad (id INTEGER PRIMARY KEY, text); CREATE TABLE t (n)")
+        db.run_many("INSERT INTO bad VALUES (NULL, ?)", [("x" * 400,)] * 500)
+    subprocess.run([sys.executable, "-c", FILL.format(path=str(path), page=4096 * 20)], check=True)
+    return path
+
+
+@pytest.mark.parametrize("mode", ["WAL", "DELETE"])
+def test_a_healthy_file(path: Path, mode: str, capsys: pytest.CaptureFixture[str]) -> None:
+    plain(path, mode).close()
+    before = contents(path.parent)
+    assert main(["check", str(path)]) == 0
+    text = capsys.readouterr().out
+    assert f"journal mode  {mode}" in text
+    assert text.endswith("\nok\n")
+    assert "no violation" in text
+    code, report = asked(path, capsys)
+    assert code == 0
+    assert (report["journal_mode"], report["quick_check"], report["problems"]) == (mode, [], [])
+    assert (report["page_size"], report["wal_bytes"], report["can_be_checkpointed"]) == (4096, 0, True)
+    assert report["pages"] * 4096 == report["bytes"] == path.stat().st_size
+    assert any("wait for each other" in line for line in report["advice"]) is (mode == "DELETE")
+    assert os.listdir(path.parent) == [path.name]  # no -wal, no -shm
+    assert contents(path.parent) == before
+
+
+def test_the_fault_of_older_versions_is_told(
+    path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain(path).close()
+    for version, told in (((3, 51, 2), True), ((3, 51, 3), False)):
+        monkeypatch.setattr(sqlite3, "sqlite_version_info", version)
+        assert any("3.51.3" in line for line in asked(path, capsys)[1]["advice"]) is told
+
+
+def test_an_open_gateway_is_no_problem_and_is_not_disturbed(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with DbWriter(path) as db:
+        db.run("CREATE TABLE t (n)")
+        db.run("INSERT INTO t VALUES (1)")
+        code, report = asked(path, capsys)
+        assert (code, report["journal_mode"], report["problems"]) == (0, "WAL", [])
+        assert report["wal_bytes"] == os.path.getsize(f"{path}-wal")
+        db.run("INSERT INTO t VALUES (2)")
+        db.checkpoint()
+        assert os.path.getsize(f"{path}-wal") == 0
+        assert asked(path, capsys)[0] == 0
+        db.run("INSERT INTO t VALUES (3)")
+    assert asked(path, capsys)[1]["pages"] == 2
+
+
+@linux
+def test_a_large_log_that_another_process_reads_from_is_named(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with contextlib.closing(plain(path)) as connection, read_by_a_process(path) as pid:
+        connection.execute("PRAGMA wal_autocheckpoint = 0")
+        connection.execute("INSERT INTO t VALUES (-1, hex(zeroblob(?)))", (check.LARGE_WAL,))
+        assert main(["check", str(path)]) == 1
+        text = capsys.readouterr().out
+        assert f"read by       process {pid} ({sys.executable} -c" in text
+        assert f"PROBLEM: the log is large and cannot begin anew while it is read, by process {pid}" in text
+        assert text.endswith("\nneeds attention\n")
+        code, report = asked(path, capsys)
+        assert code == 1
+        assert not report["can_be_checkpointed"]
+        assert [reader["pid"] for reader in report["wal_readers"]] == [pid]
+        assert report["wal_readers"][0]["command"].startswith(f"{sys.executable} -c")
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA wal_autocheckpoint = 0")
+        with connection:
+            connection.execute("INSERT INTO t VALUES (-2, hex(zeroblob(?)))", (check.LARGE_WAL,))
+        code, report = asked(path, capsys)
+        assert (code, report["can_be_checkpointed"]) == (0, True)
+        assert any("the next checkpoint makes it small" in line for line in report["advice"])
+
+
+@linux
+@pytest.mark.parametrize("mode", ["WAL", "DELETE"])
+def test_who_holds_the_write_lock_is_named(path: Path, mode: str, capsys: pytest.CaptureFixture[str]) -> None:
+    plain(path, mode).close()
+    with holding_lock(path):
+        code, report = asked(path, capsys)
+        assert (code, [holder["pid"] for holder in report["write_lock"]]) == (0, [os.getpid()])
+        main(["check", str(path)])
+        assert "advice: SQLite's write lock is held at this moment by this process" in capsys.readouterr().out
+
+
+def test_where_the_system_does_not_tell_it_says_so(
+    path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain(path).close()
+    monkeypatch.setattr(locks, "LOCKS", path.parent / "missing")
+    assert main(["check", str(path)]) == 0
+    assert capsys.readouterr().out.count("cannot be told here") == 2
+    assert asked(path, capsys)[1]["write_lock"] is None
+
+
+def test_a_file_that_is_locked_altogether(
+    path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check, "PATIENCE", 0.05)
+    with contextlib.closing(plain(path, "DELETE")) as connection:
+        connection.execute("BEGIN EXCLUSIVE")
+        code, report = asked(path, capsys)
+    assert code == 1
+    assert report["problems"] == ["not checked any further: database is locked"]
+
+
+def test_a_damaged_page(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain(path).close()
+    with open(path, "r+b") as file:
+        file.seek(4096 * 20)
+        file.write(b"\xff" * 4096)
+    before = contents(path.parent)
+    code, report = asked(path, capsys)
+    assert code == 1
+    assert report["quick_check"]
+    assert any("damaged" in line for line in report["problems"])
+    assert main(["check", str(path)]) == 1
+    assert "PROBLEM: the file is damaged" in capsys.readouterr().out
+    assert contents(path.parent) == before
+
+
+def test_a_damaged_schema(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain(path).close()
+    with open(path, "r+b") as file:
+        file.seek(100)
+        file.write(b"\xff" * 3000)
+    code, report = asked(path, capsys)
+    assert (code, report["quick_check"]) == (1, ["database disk image is malformed"])
+
+
+def test_rows_without_their_parent(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with contextlib.closing(plain(path)) as connection:
+        connection.execute("CREATE TABLE child (n REFERENCES t (n), m REFERENCES t (n))")
+        connection.execute("INSERT INTO child VALUES (1, 99999)")
+    code, report = asked(path, capsys)
+    assert (code, report["foreign_keys"]) == (1, 2)
+    assert report["foreign_key_violations"] == ["child, rowid 1, has no parent in t"]
+    assert main(["check", str(path)]) == 1
+    assert "2 declared, 1 violation\n" in capsys.readouterr().out
+
+
+def test_many_free_pages(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with contextlib.closing(plain(path)) as connection:
+        connection.execute("DELETE FROM t")
+    code, report = asked(path, capsys)
+    assert code == 0
+    assert any("VACUUM" in line for line in report["advice"])
+
+
+def test_an_empty_file_is_an_empty_database(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path.touch()
+    assert asked(path, capsys)[0] == 0
+    assert contents(path.parent) == {path.name: b""}
+
+
+def test_a_log_that_a_crash_left_behind_is_read(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = tmp_path / "copy" / "app.db"
+    copy.parent.mkdir()
+    with contextlib.closing(plain(path)) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        connection.execute("INSERT INTO t VALUES (-1, 'in the log')")
+        for suffix in ("", "-wal"):
+            Path(f"{copy}{suffix}").write_bytes(Path(f"{path}{suffix}").read_bytes())
+    before = contents(copy.parent)
+    code, report = asked(copy, capsys)
+    assert (code, report["journal_mode"]) == (0, "WAL")
+    assert report["wal_bytes"] > 0
+    assert contents(copy.parent) == before
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (lambda path: None, "No such file or directory"),
+        (lambda path: path.mkdir(), "it is a folder"),
+        (lambda path: path.write_text("not a database, " * 100), "file is not a database, or it is encrypted"),
+        (lambda path: path.write_text("short"), "file is not a database"),
+        (lambda path: os.mkfifo(path), "it is not a regular file"),
+    ],
+)
+def test_what_cannot_be_checked_is_said_in_a_line(
+    path: Path, make: Any, why: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(path)
+    before = os.listdir(path.parent)
+    for arguments in ([], ["--json"]):
+        assert main(["check", str(path), *arguments]) == 2
+        output = capsys.readouterr()
+        assert output.out == ""
+        assert output.err == f"cannot check {path}: {why}\n"
+    assert os.listdir(path.parent) == before
+
+
+def test_no_right_to_read(path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    plain(path).close()
+    monkeypatch.setattr(os, "access", lambda name, mode: False)  # the tests may be run by a user who may do anything
+    assert main(["check", str(path)]) == 2
+    assert capsys.readouterr().err == f"cannot check {path}: no right to read it\n"
+
+
+def test_an_impossible_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "a\0b"]) == 2
+    assert "null" in capsys.readouterr().err
+
+
+def test_a_file_that_is_opened_meanwhile_is_looked_at_again(
+    path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who reads a file as if nobody could change it must look whether somebody did."""
+    plain(path).close()
+    looks: list[bool] = []
+    with contextlib.ExitStack() as stack:
+
+        def look(report: check.Report, *, immutable: bool) -> None:
+            if not looks:
+                db = stack.enter_context(DbWriter(path))
+                db.run("INSERT INTO t VALUES (-1, '')")
+            looks.append(immutable)
+            original(report, immutable=immutable)
+
+        original = check._look
+        monkeypatch.setattr(check, "_look", look)
+        assert asked(path, capsys)[1]["wal_bytes"] > 0
+    assert looks == [True, False]
+
+
+def test_as_a_command(path: Path) -> None:
+    plain(path).close()
+    command = [sys.executable, "-m", "onewriter", "check"]
+    found = subprocess.run([*command, str(path)], capture_output=True, text=True, timeout=60)
+    assert (found.returncode, found.stderr) == (0, "")
+    assert found.stdout.startswith(f"{path}\n")
+    assert subprocess.run(command, capture_output=True, timeout=60).returncode == 2
+
+
+def test_what_only_the_application_has_is_said_to_be_missing(path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.create_collation("mine", lambda a, b: (a > b) - (a < b))
+        connection.execute("CREATE TABLE t (name TEXT COLLATE mine)")
+        connection.execute("CREATE INDEX i ON t (name)")
+        connection.execute("CREATE TABLE c (name REFERENCES t (name))")  # which is not unique
+        connection.execute("INSERT INTO t VALUES ('a'), ('b')")
+        connection.execute("INSERT INTO c VALUES ('a')")
+        connection.commit()
+    report = check.check(str(path))
+    assert report.not_checked == ["quick_check", "foreign_key_check"]
+    assert report.problems == []
+    assert "could not be done here: no such collation sequence: mine" in report.advice[0]
+    assert "quick_check   not done" in check.describe(report)
+
+
+CUT_OFF = """
+import os, signal, sqlite3, sys
+connection = sqlite3.connect(sys.argv[1], isolation_level=None)
+connection.execute("PRAGMA cache_size = 5")
+connection.execute("BEGIN")
+connection.execute("UPDATE t SET text = 'other' || text")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_transaction_that_a_crash_has_cut_off_is_told_and_left_alone(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain(path, "DELETE").close()
+    subprocess.run([sys.executable, "-c", CUT_OFF, str(path)], timeout=60, check=False)
+    before = contents(path.parent)
+    assert sorted(before) == [path.name, f"{path.name}-journal"]
+    assert main(["check", str(path)]) == 1
+    told = capsys.readouterr().out
+    assert f"PROBLEM: not checked any further: a crash has cut a transaction off, and {path}-journal" in told
+    assert "The next connection that may write puts that back" in told
+    assert "quick_check   not done" in told
+    assert sorted(os.listdir(path.parent)) == sorted(before)
+    assert contents(path.parent) == before
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("SELECT count(*) FROM t WHERE text LIKE 'other%'").fetchone() == (0,)
+    assert main(["check", str(path)]) == 0
+
+
+def test_an_empty_file_is_said_to_be_empty(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path.touch()
+    assert main(["check", str(path)]) == 0
+    told = capsys.readouterr().out
+    assert "journal mode  none yet" in told
+    assert "advice: the file is empty" in told
+    assert "DELETE" not in told
+
+
+def test_a_log_beside_an_empty_file_survives_a_check(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path.touch()
+    log = Path(f"{path}-wal")
+    log.write_bytes(b"what there was")
+    code, report = asked(path, capsys)
+    assert (code, report["wal_bytes"]) == (1, 14)
+    assert log.read_bytes() == b"what there was"
+
+
+@pytest.mark.parametrize(("count", "said"), [(1, "1 violation"), (2, "2 violations"), (30, "20 violations or more")])
+def test_violations_are_counted_in_words(path: Path, count: int, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with contextlib.closing(plain(path)) as connection:
+        connection.execute("CREATE TABLE c (n REFERENCES t (n))")
+        connection.executemany("INSERT INTO c VALUES (?)", [(-n,) for n in range(1, count + 1)])
+    assert main(["check", str(path)]) == 1
+    assert f"1 declared, {said}\n" in capsys.readouterr().out
+
+
+def test_check_reads_an_open_file_whose_log_is_empty_as_an_open_one(
+    db: DbWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    db.run("CREATE TABLE t (n)")
+    db.checkpoint()
+    asked: list[bool] = []
+
+    def watched(path: str, patience: float, *, immutable: bool) -> sqlite3.Connection:
+        asked.append(immutable)
+        return open_to_look(path, patience, immutable=immutable)
+
+    monkeypatch.setattr(check, "open_to_look", watched)
+    assert check.check(db.path).problems == []
+    assert asked == [False]
+
+
+def test_check_looks_again_at_a_file_that_was_written_and_closed_meanwhile(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with DbWriter(path) as db:
+        db.run("CREATE TABLE t (n)")
+    looks: list[bool] = []
+    look = check._look
+
+    def watched(report: check.Report, *, immutable: bool) -> None:
+        look(report, immutable=immutable)
+        looks.append(immutable)
+        if immutable:
+            with DbWriter(path) as other:
+                other.run_many(INSERT, [(n,) for n in range(5000)])
+
+    monkeypatch.setattr(check, "_look", watched)
+    check.check(str(path))
+    assert looks == [True, True, False]
+
+
+def test_check_of_a_closed_damaged_file_in_wal_mode_says_wal(damaged: Path) -> None:
+    report = check.check(str(damaged))
+    assert report.quick_check
+    assert report.journal_mode == "WAL"

@@ -1,0 +1,484 @@
+"""Jobs that share a transaction: one that fails undoes only itself, whatever undid the others or refused the COMMIT."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sqlite3
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers import DEADLINE, holding_lock, parked
+from onewriter import DbWriter, Ticket, Transaction
+from onewriter.write.writer import commit_outcome_unknown, copy_of
+
+KEYS = "CREATE TABLE p (id INTEGER PRIMARY KEY); CREATE TABLE c (pid REFERENCES p (id))"
+INSERT = "INSERT INTO t VALUES (?)"
+TABLE = "CREATE TABLE t (n)"
+
+
+def error_with(code: int | None) -> sqlite3.OperationalError:
+    error = sqlite3.OperationalError("disk I/O error")
+    if code is not None:
+        error.sqlite_errorcode, error.sqlite_errorname = code, "SQLITE_…"
+    return error
+
+
+@contextlib.contextmanager
+def waiting_for_lock(db: DbWriter, path: Path) -> Iterator[threading.Event]:
+    """What is handed in before the yielded Event is set is taken together, and waits for SQLite's lock."""
+    go, there = threading.Event(), threading.Event()
+    with parked(db) as release:
+        stop = db.enqueue("SELECT 1", label="last before the lock is taken")
+
+        def stay(ticket: Ticket[Any]) -> None:
+            there.set()
+            go.wait(DEADLINE)
+
+        stop.add_done_callback(stay)
+        release.set()
+        assert there.wait(DEADLINE)
+        with holding_lock(path):
+            yield go
+
+
+def until_waiting(db: DbWriter) -> None:
+    """Until the writer waits for SQLite's lock."""
+    while "waits since" not in db._core.state.describe():
+        assert not threading.Event().wait(0.001)
+
+
+def rows(db: DbWriter) -> list[Any]:
+    return [n for (n,) in db.read("SELECT n FROM t ORDER BY n")]
+
+
+@pytest.mark.parametrize(
+    ("code", "in_transaction", "expected"),
+    [
+        (sqlite3.SQLITE_IOERR_FSYNC, True, True),
+        (sqlite3.SQLITE_IOERR_FSYNC, False, True),
+        (sqlite3.SQLITE_IOERR_TRUNCATE, True, True),
+        (sqlite3.SQLITE_IOERR_WRITE, True, False),
+        (sqlite3.SQLITE_IOERR_WRITE, False, False),
+        (sqlite3.SQLITE_FULL, True, False),
+        (sqlite3.SQLITE_FULL, False, False),
+        (sqlite3.SQLITE_BUSY, True, False),
+        (sqlite3.SQLITE_CONSTRAINT_FOREIGNKEY, True, False),
+        (sqlite3.SQLITE_CORRUPT, False, False),
+        (sqlite3.SQLITE_NOTADB, False, False),
+        (None, True, False),
+        (None, False, True),
+    ],
+)
+def test_only_a_commit_that_can_have_reached_the_file_is_unknown(
+    code: int | None, in_transaction: bool, expected: bool
+) -> None:
+    assert commit_outcome_unknown(error_with(code), in_transaction) is expected
+
+
+def test_each_job_gets_an_error_object_of_its_own_that_says_the_same() -> None:
+    error = error_with(sqlite3.SQLITE_IOERR_FSYNC)
+    copy = copy_of(error)
+    assert copy is not error
+    assert isinstance(copy, sqlite3.OperationalError)
+    assert (str(copy), copy.sqlite_errorcode, copy.sqlite_errorname) == (str(error), error.sqlite_errorcode, "SQLITE_…")
+
+
+def test_an_error_that_cannot_be_made_again_is_told_as_sqlites() -> None:
+    class Demanding(Exception):
+        def __init__(self, one: int, two: int) -> None:
+            super().__init__(f"{one} and {two}")
+
+    copy = copy_of(Demanding(1, 2))
+    assert isinstance(copy, sqlite3.OperationalError)
+    assert str(copy) == "1 and 2"
+    assert not hasattr(copy, "sqlite_errorcode")
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "outcome"),
+    [
+        ("off", "orphan", sqlite3.IntegrityError),
+        ("on", "flush", None),
+        ("on", "checkpoint", None),
+        ("on", "VACUUM", None),
+        ("on", "rebuild", None),
+        ("on", "block", None),
+    ],
+)
+def test_a_job_withdrawn_while_its_batch_waits_for_the_lock_lends_nothing_to_the_next(
+    path: Path, first: str, second: str, outcome: type[BaseException] | None
+) -> None:
+    def enter_block() -> None:
+        with db.transaction() as tx:
+            tx.execute("INSERT INTO p VALUES (7)")
+
+    calls: dict[str, Callable[[], object]] = {
+        "orphan": lambda: db.run("INSERT INTO c VALUES (999)"),
+        "flush": lambda: db.flush(),
+        "checkpoint": lambda: db.checkpoint(),
+        "VACUUM": lambda: db.run_without_transaction("VACUUM"),
+        "rebuild": lambda: db.run_script("INSERT INTO c VALUES (5); INSERT INTO p VALUES (5)", foreign_keys=False),
+        "block": enter_block,
+    }
+    outcomes: list[BaseException | None] = []
+
+    def call() -> None:
+        try:
+            calls[second]()
+            outcomes.append(None)
+        except BaseException as error:
+            outcomes.append(error)
+
+    with DbWriter(path) as db:
+        db.run_script(KEYS)
+        with waiting_for_lock(db, path) as go:
+            make, frame = db._core.job, sys._getframe()
+            job = (
+                make(lambda tx: None, (), None, False, frame)
+                if first == "off"
+                else make("SELECT 1", (), None, None, frame)
+            )
+            db._core.submit(job, None)
+            thread = threading.Thread(target=call)
+            thread.start()
+            while db.stats().queue_depth < 2:
+                assert not threading.Event().wait(0.001)
+            go.set()
+            until_waiting(db)
+            assert job.cancel()
+        thread.join(DEADLINE)
+        assert [type(error) for error in outcomes] == [type(None) if outcome is None else outcome]
+        assert db.read("PRAGMA foreign_key_check") == []
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenError(Exception):
+    item: str = "x"
+
+
+class NoCodeError(sqlite3.OperationalError):
+    sqlite_errorcode = None  # type: ignore[assignment]
+
+
+class SpeechlessError(Exception):
+    def __str__(self) -> str:
+        raise LookupError
+
+
+class FullOfNotesError(Exception):
+    __notes__ = ("a", "b")  # type: ignore[assignment]
+
+
+class UnreadableError(Exception):
+    def __getattr__(self, name: str) -> Any:
+        raise LookupError(name)
+
+
+@pytest.mark.parametrize("kind", [FrozenError, NoCodeError, SpeechlessError, FullOfNotesError, UnreadableError])
+def test_an_exception_that_refuses_notes_or_has_no_text_reaches_its_caller_and_the_next_job_runs(
+    any_db: DbWriter, kind: type[Exception]
+) -> None:
+    def job(tx: Transaction) -> None:
+        raise kind
+
+    with pytest.raises(kind):
+        any_db.run(job)
+    assert isinstance(any_db.enqueue(job).exception(DEADLINE), kind)
+    assert any_db.run("SELECT 1").fetchone() == (1,)
+
+
+def test_an_error_about_rows_that_a_busy_commit_undid_is_not_told(path: Path) -> None:
+    with DbWriter(path, journal_mode="DELETE", lock_timeout=0.05) as db:
+        db.run("CREATE TABLE t (k UNIQUE)")
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as reader:
+            with parked(db):
+                tickets = [db.enqueue("INSERT INTO t VALUES (1)"), db.enqueue("INSERT OR ABORT INTO t VALUES (1)")]
+                reader.execute("BEGIN")
+                reader.execute("SELECT * FROM t").fetchall()
+            errors = [ticket.exception(DEADLINE) for ticket in tickets]
+        assert [type(error) for error in errors] == [sqlite3.OperationalError] * 2
+        assert "locked" in str(errors[1])
+
+
+def test_a_job_that_failed_on_what_another_wrote_runs_again_when_that_is_undone(db: DbWriter) -> None:
+    db.run("CREATE TABLE t (k UNIQUE)")
+    db.run(INSERT, (0,))
+    numbers = iter((1, 2))
+
+    def insert_next(tx: Transaction) -> None:
+        tx.execute(INSERT, (next(numbers),))
+
+    with parked(db):
+        first = db.enqueue(insert_next)
+        second = db.enqueue(INSERT, (1,))
+        third = db.enqueue(lambda tx: tx.execute("INSERT OR ROLLBACK INTO t VALUES (0)") and None)
+    assert (first.exception(DEADLINE), second.exception(DEADLINE)) == (None, None)
+    assert isinstance(third.exception(DEADLINE), sqlite3.IntegrityError)
+    assert db.read("SELECT k FROM t") == [(0,), (2,), (1,)]
+
+
+@pytest.mark.parametrize("value", [1 << 70, "\ud800"])  # others are refused at the call
+def test_a_parameter_that_cannot_be_bound_has_its_own_error_behind_a_failed_job(db: DbWriter, value: Any) -> None:
+    db.run_script("CREATE TABLE t (a UNIQUE); CREATE TABLE u (b); INSERT INTO t VALUES (1)")
+    db.run("INSERT INTO u VALUES (1)")
+    db.run("INSERT INTO u VALUES (?)", (1,))
+    with parked(db):
+        db.enqueue("INSERT INTO t VALUES (1)", label="fails")
+        ticket = db.enqueue("INSERT INTO u VALUES (?)", (value,))
+    in_company = ticket.exception(DEADLINE)
+    alone = db.enqueue("INSERT INTO u VALUES (?)", (value,)).exception(DEADLINE)
+    assert (type(in_company), str(in_company)) == (type(alone), str(alone))
+    assert not isinstance(in_company, sqlite3.IntegrityError)
+
+
+@pytest.mark.parametrize("refusal", ["busy", "deferred key"])
+def test_callbacks_of_a_job_that_failed_before_a_refused_commit_are_called_once(path: Path, refusal: str) -> None:
+    told: list[str] = []
+
+    def fail(tx: Transaction) -> None:
+        tx.on_rollback(lambda: told.append("undone"))
+        raise LookupError
+
+    def violate(tx: Transaction) -> None:
+        tx.execute("PRAGMA defer_foreign_keys = ON")
+        tx.execute("INSERT INTO c VALUES (9)")
+
+    with DbWriter(path, journal_mode="DELETE", lock_timeout=0.05) as db:
+        db.run_script(KEYS)
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as reader:
+            with parked(db):
+                first = db.enqueue(fail)
+                second = db.enqueue(violate if refusal == "deferred key" else lambda tx: tx.execute("DELETE FROM c"))
+                if refusal == "busy":
+                    reader.execute("BEGIN")
+                    reader.execute("SELECT * FROM c").fetchall()
+            assert isinstance(first.exception(DEADLINE), LookupError)
+            assert second.exception(DEADLINE) is not None
+            db.flush()
+    assert told == ["undone"]
+
+
+def test_a_lone_statement_whose_connection_could_not_be_opened_is_no_unknown_commit(path: Path) -> None:
+    failing: list[bool] = []
+
+    def hook(connection: sqlite3.Connection, readonly: bool) -> None:
+        if failing:
+            error = sqlite3.OperationalError("disk I/O error")
+            error.sqlite_errorcode = sqlite3.SQLITE_IOERR_FSYNC
+            raise error
+
+    with DbWriter(path, on_connect=hook) as db:
+        db._core.writer._drop_session()
+        failing.append(True)
+        with pytest.raises(sqlite3.OperationalError, match="disk I/O"):
+            db.run_without_transaction("VACUUM")
+        failing.clear()
+        assert db.run("SELECT 1").rows == [(1,)]
+
+
+@pytest.mark.parametrize("name", ["READ", "GETTEMPPATH", "LOCK", "SHMMAP"])
+def test_a_lone_statement_that_failed_before_it_wrote_is_no_unknown_commit(db: DbWriter, name: str) -> None:
+    session = db._core.writer._session
+    assert session is not None
+
+    def fail(*_: object) -> Any:
+        error = sqlite3.OperationalError("disk I/O error")
+        error.sqlite_errorcode = getattr(sqlite3, f"SQLITE_IOERR_{name}")
+        raise error
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session.executor, "execute", fail)
+        with pytest.raises(sqlite3.OperationalError, match="disk I/O"):
+            db.run_without_transaction("VACUUM")
+    assert db.run("SELECT 1").rows == [(1,)]
+
+
+def test_an_error_of_a_hook_that_refuses_copies_still_reaches_every_job(path: Path) -> None:
+    class HookError(sqlite3.OperationalError):
+        def __init__(self, text: str, is_original: bool = False) -> None:
+            if not is_original:
+                raise SystemExit("there is one only")
+            super().__init__(text)
+
+    fails = False
+
+    def hook(connection: sqlite3.Connection, readonly: bool) -> None:
+        if fails and not readonly:
+            raise HookError("of the hook", is_original=True)
+
+    with DbWriter(path, on_connect=hook) as db:
+        db.run(TABLE)
+        fails = True
+        db._core.writer._drop_session()  # as after an error that leaves it in doubt; the writer is idle
+        tickets = [db.enqueue(INSERT, (n,)) for n in range(3)]
+        errors = [ticket.exception(DEADLINE) for ticket in tickets]
+        assert ["of the hook" in str(error) for error in errors] == [True] * 3
+        assert len(set(map(id, errors))) == 3
+        fails = False
+        db.run(INSERT, (7,))
+
+
+def test_a_copy_of_an_error_is_always_an_exception() -> None:
+    class Odd(Exception):
+        def __new__(cls, *args: object) -> Any:
+            return super().__new__(cls) if args else "no exception"
+
+    assert isinstance(copy_of(Odd(1)), BaseException)
+    plain = sqlite3.IntegrityError("text")
+    plain.sqlite_errorcode = 2067
+    copy = copy_of(plain)
+    assert (type(copy), str(copy), getattr(copy, "sqlite_errorcode", 0)) == (sqlite3.IntegrityError, "text", 2067)
+
+
+def test_bad_sql_in_a_batch_does_not_make_the_others_run_again(path: Path) -> None:
+    with DbWriter(path, on_error=lambda ticket: None) as db:
+        db.run("CREATE TABLE batch (n UNIQUE)")
+        with parked(db):
+            good = [db.enqueue("INSERT INTO batch VALUES (?)", (n,)) for n in range(3)]
+            bad: list[Ticket[Any]] = [
+                db.enqueue("INSERT INTO nowhere VALUES (1)"),
+                db.enqueue("INSERT INTO batch VALUES (?)", (0,)),
+            ]
+            good += [db.enqueue("INSERT INTO batch VALUES (?)", (n,)) for n in range(3, 6)]
+        assert all(isinstance(ticket.exception(30), sqlite3.Error) for ticket in bad)
+        assert [ticket.result(30).rowcount for ticket in good] == [1] * 6
+        assert db.stats().run_twice == 0
+
+
+def test_a_function_runs_once_even_beside_failing_statements(path: Any) -> None:
+    runs = 0
+
+    def count(tx: Transaction) -> None:
+        nonlocal runs
+        runs += 1
+        tx.execute("INSERT INTO t VALUES (?)", (100 + runs,))
+
+    with DbWriter(path) as db:
+        db.run("CREATE TABLE t (n UNIQUE)")
+        with parked(db):
+            first = db.enqueue(INSERT, (1,))
+            db.enqueue(count)
+            failing = db.enqueue("INSERT INTO t SELECT abs(?)", (-(2**63),))
+            db.enqueue(count)
+            last = db.enqueue(INSERT, (2,))
+        assert isinstance(failing.exception(DEADLINE), sqlite3.OperationalError)
+        assert (first.exception(DEADLINE), last.exception(DEADLINE)) == (None, None)
+        assert (runs, rows(db)) == (2, [1, 2, 101, 102])
+
+
+def test_what_undid_a_shared_transaction_makes_the_others_run_again(path: Any) -> None:
+    runs: list[int] = []
+    told: list[str] = []
+
+    def job(n: int) -> Callable[[Transaction], int]:
+        def insert(tx: Transaction) -> int:
+            runs.append(n)
+            tx.on_commit(lambda: told.append(f"{n} committed"))
+            tx.on_rollback(lambda: told.append(f"{n} undone"))
+            tx.execute(INSERT, (n,))
+            return n
+
+        return insert
+
+    def undo_all(tx: Transaction) -> None:
+        tx.execute("INSERT OR ROLLBACK INTO t VALUES (1)")
+
+    with DbWriter(path) as db:
+        db.run("CREATE TABLE t (n UNIQUE)")
+        with parked(db):
+            tickets = [db.enqueue(job(n)) for n in (1, 2)]
+            failing = db.enqueue(undo_all)
+            failing_alone = db.enqueue("INSERT INTO t VALUES (1)")
+            tickets.append(db.enqueue(job(3)))
+        assert [ticket.result(DEADLINE) for ticket in tickets] == [1, 2, 3]
+        assert isinstance(failing.exception(DEADLINE), sqlite3.IntegrityError)
+        assert isinstance(failing_alone.exception(DEADLINE), sqlite3.IntegrityError)
+        db.flush()
+    assert runs == [1, 2, 1, 2, 3]
+    assert told == ["1 undone", "2 undone", "1 committed", "2 committed", "3 committed"]
+
+
+def test_what_undid_all_keeps_its_error_when_the_others_cannot_run_again(path: Any) -> None:
+    """Something undoes the shared transaction, and somebody else takes the lock before its jobs run again."""
+    import contextlib
+
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as other:
+
+        def good(tx: Transaction) -> None:
+            tx.on_rollback(lambda: other.execute("BEGIN IMMEDIATE"))
+            tx.execute(INSERT, (2,))
+
+        def bad(tx: Transaction) -> None:
+            raise LookupError("its own")
+
+        with DbWriter(path, lock_timeout=0.05) as db:
+            db.run("CREATE TABLE t (n UNIQUE)")
+            db.run(INSERT, (1,))
+            with parked(db):
+                tickets: list[Ticket[Any]] = [
+                    db.enqueue(good),
+                    db.enqueue(bad),
+                    db.enqueue(lambda tx: tx.execute("INSERT OR ROLLBACK INTO t VALUES (1)") and None),
+                ]
+            errors = [ticket.exception(DEADLINE) for ticket in tickets]
+            other.execute("ROLLBACK")
+            assert [type(error) for error in errors] == [
+                sqlite3.OperationalError,
+                sqlite3.OperationalError,  # it is run again too, and cannot be
+                sqlite3.IntegrityError,
+            ]
+            db.run(INSERT, (3,))
+            assert rows(db) == [1, 3]
+
+
+def test_each_job_of_a_batch_has_its_own_callbacks(path: Path) -> None:
+    told: list[str] = []
+
+    def job(n: int) -> Callable[[Transaction], None]:
+        def function(tx: Transaction) -> None:
+            tx.on_commit(lambda: told.append(f"{n} committed"))
+            tx.on_rollback(lambda: told.append(f"{n} rolled back"))
+            tx.execute(INSERT, (n % 3,))
+
+        return function
+
+    with DbWriter(path, on_error=lambda ticket: None) as db:
+        db.run("CREATE TABLE t (n UNIQUE)")
+        with parked(db):
+            for n in range(5):
+                db.enqueue(job(n))
+        db.flush(DEADLINE)
+        db.run("SELECT 1")
+    assert told == ["0 committed", "1 committed", "2 committed", "3 rolled back", "4 rolled back"]
+
+
+def test_a_job_that_had_failed_before_its_batch_was_undone_is_told_once(path: Path) -> None:
+    told: list[str] = []
+
+    def fail(tx: Transaction) -> None:
+        tx.on_rollback(lambda: told.append("failed"))
+        raise ZeroDivisionError
+
+    def undo_all(tx: Transaction) -> None:
+        tx.execute("INSERT OR ROLLBACK INTO t VALUES (1)")
+
+    with DbWriter(path, on_error=lambda ticket: None) as db:
+        db.run("CREATE TABLE t (n UNIQUE)")
+        db.run(INSERT, (1,))
+        with parked(db):
+            tickets: list[Ticket[Any]] = [
+                db.enqueue(fail),
+                db.enqueue(INSERT, (1,)),
+                db.enqueue(INSERT, (2,)),
+                db.enqueue(undo_all),
+            ]
+        errors = [type(ticket.exception(DEADLINE)) for ticket in tickets]
+        assert errors == [ZeroDivisionError, sqlite3.IntegrityError, type(None), sqlite3.IntegrityError]
+        assert told == ["failed"]
+        assert db.read("SELECT n FROM t ORDER BY n") == [(1,), (2,)]

@@ -1,0 +1,370 @@
+"""The write-ahead log stays small, nobody's COMMIT pays for it, and checkpoint() empties it at once."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sqlite3
+import threading
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import pytest
+
+from helpers import DEADLINE, in_threads, parked
+from onewriter import DbWriter, WriteTimeoutError
+from onewriter.events import CheckpointEnded
+from onewriter.read.pool import Borrowing
+from onewriter.write import checkpoint
+from onewriter.write import writer as loop
+from onewriter.write.checkpoint import Checkpointer
+
+UPDATE = "UPDATE t SET text = ? WHERE id = ?"
+INSERT = "INSERT INTO t VALUES (?, ?)"
+LIMIT = 2**20
+
+
+def log_size(path: Path) -> int:
+    return os.path.getsize(f"{path}-wal")
+
+
+def fill(db: DbWriter) -> None:
+    db.run("CREATE TABLE t (id INTEGER PRIMARY KEY, text TEXT)")
+    db.run_many("INSERT INTO t VALUES (?, ?)", [(n, "x" * 2000) for n in range(100)])
+
+
+def update(db: DbWriter, count: int) -> int:
+    largest = 0
+    for n in range(count):
+        db.run(UPDATE, (f"{n:02000}", n % 100))
+        largest = max(largest, log_size(Path(db.path)))
+    return largest
+
+
+def fill_table(db: DbWriter, rows: int = 200) -> None:
+    db.run("CREATE TABLE t (n INTEGER PRIMARY KEY, text TEXT)")
+    db.run_many(INSERT, [(n, "x" * 1000) for n in range(rows)])
+
+
+@pytest.mark.parametrize("inline", [False, True])
+def test_the_log_stays_near_its_limit_while_readers_come_and_go(path: Path, inline: bool) -> None:
+    with DbWriter(path, synchronous="NORMAL", wal_limit=LIMIT, inline=inline) as db:
+        fill(db)
+        stop = threading.Event()
+
+        def read() -> None:
+            while not stop.is_set():
+                assert len(db.read("SELECT text FROM t")) == 100
+
+        def write() -> int:
+            try:
+                return update(db, 1500)
+            finally:
+                stop.set()
+
+        sizes = in_threads(write, read, read, read)
+        assert sizes[0] < 4 * LIMIT  # type: ignore[operator]
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_a_log_that_a_long_reader_let_grow_shrinks_when_the_reader_has_gone(path: Path) -> None:
+    with DbWriter(path, synchronous="NORMAL", wal_limit=LIMIT) as db:
+        fill(db)
+        with db.reader():
+            assert update(db, 2000) > LIMIT
+        update(db, 600)
+        assert log_size(path) <= LIMIT
+
+
+def test_an_idle_writer_empties_the_log(path: Path) -> None:
+    with DbWriter(path) as db:
+        fill(db)
+        emptied = threading.Event()
+        empty = db._core.writer._checkpointer.empty
+
+        def tell(*arguments: object) -> None:
+            empty(*arguments)  # type: ignore[arg-type]
+            emptied.set()
+
+        db._core.writer._checkpointer.empty = tell  # type: ignore[method-assign, assignment]
+        assert emptied.wait(DEADLINE)
+        assert log_size(path) == 0
+        assert db._core.writer.idle_after is None
+
+
+def test_without_checkpoints_of_ours_the_log_is_somebody_elses(path: Path) -> None:
+    with DbWriter(path, auto_checkpoint=False, synchronous="NORMAL", wal_limit=LIMIT) as db:
+        fill(db)
+        assert update(db, 1500) > 2 * LIMIT
+        assert db.run_without_transaction("PRAGMA wal_autocheckpoint").rows == [(0,)]
+        assert db._core.writer.idle_after is None
+
+
+def test_a_reader_that_is_held_back_comes_in_when_the_log_has_begun_anew(path: Path) -> None:
+    with DbWriter(path) as db:
+        fill(db)
+        pool = db._core.pool
+        with pool.held_back(0.01):
+            (rows,) = in_threads(lambda: db.read_value("SELECT count(*) FROM t"))
+        assert rows == 100
+        with db.reader(), pool.held_back(0.01):  # one that stays is not waited for
+            pass
+
+
+@pytest.mark.parametrize(
+    ("mode", "waits"), [("PASSIVE", False), ("FULL", False), ("RESTART", True), ("TRUNCATE", True)]
+)
+def test_readers_are_held_back_only_for_the_modes_that_need_a_log_without_readers(
+    path: Path, mode: Any, waits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with DbWriter(path) as db:
+        seconds: list[float] = []
+        held_back = db._core.pool.held_back
+
+        def record(least: float) -> Any:
+            seconds.append(least)
+            return held_back(least)
+
+        monkeypatch.setattr(db._core.pool, "held_back", record)
+        assert not db.checkpoint(mode).busy
+    assert [second > 0 for second in seconds[:1]] == [waits]
+
+
+def test_the_log_is_emptied_later_unless_it_was_just_now(path: Path) -> None:
+    with DbWriter(path) as db:
+        checkpointer = db._core.writer._checkpointer
+        db.run("CREATE TABLE t (n)")
+        db.checkpoint("PASSIVE")
+        assert checkpointer.has_work
+        with db.reader():
+            db.run("INSERT INTO t VALUES (1)")
+            assert db.checkpoint("TRUNCATE").busy
+        assert checkpointer.has_work
+        assert not db.checkpoint("TRUNCATE").busy
+        assert not checkpointer.has_work
+
+
+def test_a_few_large_values_do_not_make_the_log_large(path: Path) -> None:
+    with DbWriter(path, wal_limit=2**20, synchronous="OFF") as db:
+        db.run("CREATE TABLE t (data)")
+        sizes = []
+        for _ in range(40):
+            db.run("INSERT INTO t VALUES (zeroblob(1000000))")
+            db.flush()
+            sizes.append(db.stats().wal_bytes)
+    assert max(sizes) < 8 * 2**20
+
+
+def test_an_idle_writer_empties_the_log_once_after_a_while(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with DbWriter(path, inline=True) as db:
+        db.run("CREATE TABLE t (n)")
+        monkeypatch.setattr(loop, "IDLE", 3600.0)
+        db._core.writer.idle()
+        assert db.stats().last_checkpoint is None
+        monkeypatch.setattr(loop, "IDLE", 0.0)
+        db._core.writer.idle()
+        first = db._core.writer.last_checkpoint
+        assert first is not None
+        db._core.writer.idle()  # there is nothing to do
+        assert db._core.writer.last_checkpoint is first
+
+
+def grown_old(db: DbWriter) -> None:
+    """Have the readers that are out be so for long."""
+    for borrowing in db._core.pool._lent:
+        borrowing.since -= 0.9
+
+
+def test_an_idle_reader_makes_not_every_commit_try_to_empty_the_log(path: Path) -> None:
+    tries: list[CheckpointEnded] = []
+
+    def note(event: object) -> None:
+        if isinstance(event, CheckpointEnded) and event.mode == "TRUNCATE":
+            tries.append(event)
+
+    with DbWriter(path, synchronous="OFF", wal_limit=LIMIT, slow_after=600.0, on_event=note) as db:
+        fill(db)
+        with db.reader():
+            grown_old(db)
+            for k in range(200):
+                db.run_many(UPDATE, [(f"{k + n:02000}", n % 100) for n in range(300)])
+            assert log_size(path) > 10 * LIMIT
+            assert 1 <= len(tries) <= 10  # each time that the log has doubled
+            assert tries[-1].busy
+        for k in range(10):
+            db.run_many(UPDATE, [(f"{k + n:02000}", n % 100) for n in range(300)])
+        assert not tries[-1].busy  # as soon as the reader is back
+        assert log_size(path) <= LIMIT
+
+
+def test_reads_are_not_held_back_for_a_reader_that_is_out_for_long(path: Path) -> None:
+    with DbWriter(path) as db:
+        fill(db)
+        with db.reader():
+            grown_old(db)
+            with db._core.pool.held_back(0.5):
+                assert not db._core.pool.holds_back
+
+
+def test_holding_reads_back_in_vain_makes_the_next_time_come_later_and_later(path: Path) -> None:
+    with DbWriter(path, wal_limit=LIMIT) as db:
+        checkpointer = db._core.writer._checkpointer
+        checkpointer._kept_size = 2 * LIMIT
+        checkpointer._kept_by = [Borrowing("one for long")]
+        checkpointer._count_hold_back(0.0)  # nobody was held back
+        assert checkpointer._again_at == 0.0
+        pauses = []
+        for _ in range(10):
+            checkpointer._count_hold_back(checkpoint.HOLD_BACK)
+            pauses.append(checkpointer._pause)
+            assert checkpointer._again_at > monotonic()
+        assert pauses == sorted(pauses)
+        assert pauses[0] == checkpoint.SOON
+        assert pauses[-1] == checkpoint.RARELY
+        checkpointer._kept_size = 0  # it was emptied
+        checkpointer._count_hold_back(0.0)
+        assert checkpointer._pause == 0.0
+
+
+def test_health_looks_at_the_log_when_it_is_asked(path: Path) -> None:
+    with DbWriter(path, synchronous="OFF", wal_limit=LIMIT, slow_after=600.0) as db:
+        fill(db)
+        with db.reader(label="the long one"):
+            grown_old(db)
+            db.run(UPDATE, ("y" * 3 * LIMIT, 1))
+            assert db.health.startswith("degraded: the WAL has grown to 3,")
+            assert "the long one" in db.health
+        assert db.health == "ok"
+
+
+def test_a_log_far_over_its_limit_that_nobody_reads_is_no_trouble(path: Path) -> None:
+    with DbWriter(path, synchronous="OFF", wal_limit=LIMIT, slow_after=600.0) as db:
+        fill(db)
+        db.run(UPDATE, ("y" * 3 * LIMIT, 1))
+        assert db.health == "ok"
+
+
+@pytest.mark.parametrize("mode", ["WAL", "DELETE"])
+@pytest.mark.parametrize("inline", [False, True])
+def test_the_log_of_an_attached_file_counts(path: Path, tmp_path: Path, mode: Any, inline: bool) -> None:
+    other = tmp_path / "other.db"
+    with DbWriter(other) as db:
+        db.run("CREATE TABLE other (text)")
+
+    def attach(connection: sqlite3.Connection, readonly: bool) -> None:
+        connection.execute("ATTACH ? AS [the other]", (str(other),))
+
+    with DbWriter(path, journal_mode=mode, inline=inline, wal_limit=LIMIT, on_connect=attach) as db:
+        db.run("CREATE TABLE t (n)")
+        largest = 0
+        for _ in range(30):
+            db.run("INSERT INTO other VALUES (?)", ("x" * 500_000,))
+            largest = max(largest, log_size(other))
+        assert largest < 8 * LIMIT
+        assert db.stats().wal_bytes == log_size(other) + (log_size(path) if mode == "WAL" else 0)
+        found = db.checkpoint()
+        assert (found.busy, found.log) == (False, found.checkpointed)
+        assert db.stats().wal_bytes == 0
+
+
+def test_a_reader_that_keeps_the_log_of_an_attached_file_is_named(
+    path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = tmp_path / "other.db"
+    with DbWriter(other) as db:
+        db.run("CREATE TABLE other (text)")
+
+    def attach(connection: sqlite3.Connection, readonly: bool) -> None:
+        connection.execute("ATTACH ? AS other", (str(other),))
+
+    with DbWriter(path, wal_limit=LIMIT, slow_after=0.0, on_connect=attach) as db:
+        with db.reader(label="monthly report"):
+            for _ in range(12):
+                in_threads(lambda: db.run("INSERT INTO other VALUES (?)", ("x" * 500_000,)))
+            assert "monthly report" in db.health
+            assert "the WAL has grown to" in db.health
+        assert "checkpoint starved" in caplog.text
+        db.checkpoint()
+        db.run("INSERT INTO other VALUES ('')")
+
+
+def test_a_checkpoint_empties_the_log_and_says_so(any_db: DbWriter, path: Path) -> None:
+    fill_table(any_db)
+    assert os.path.getsize(f"{path}-wal") > 0
+    full = any_db.checkpoint("FULL")
+    assert (full.busy, full.log) == (False, full.checkpointed)
+    assert full.log > 0
+    assert any_db.checkpoint() == (False, 0, 0)
+    assert os.path.getsize(f"{path}-wal") == 0
+
+
+@pytest.mark.parametrize("mode", ["PASSIVE", "FULL", "RESTART", "TRUNCATE"])
+def test_a_checkpoint_that_a_reader_stops_says_so(db: DbWriter, mode: Any) -> None:
+    fill_table(db)
+    with db.reader():
+        db.run(INSERT, (1000, "new"))
+        found = db.checkpoint(mode)
+        assert found.busy == (mode != "PASSIVE")
+        assert found.log > found.checkpointed
+    assert db.checkpoint(mode)[0] is False
+
+
+def test_checkpoints_are_refused_or_empty_where_there_is_no_log(path: Path) -> None:
+    with DbWriter(path, journal_mode="DELETE") as db:
+        fill_table(db)
+        assert db.checkpoint() == (False, -1, -1)
+        for mode in ("full", "", None, 1):
+            with pytest.raises(ValueError, match="mode"):
+                db.checkpoint(mode)  # type: ignore[arg-type]
+
+
+def test_a_checkpoint_waits_its_turn_and_no_longer_than_its_timeout(db: DbWriter) -> None:
+    fill_table(db)
+    with parked(db), pytest.raises(WriteTimeoutError) as caught:
+        db.checkpoint(timeout=0)
+    assert not caught.value.started
+    assert db.checkpoint() == (False, 0, 0)
+
+
+def test_a_checkpoint_runs_although_none_of_the_gateways_own_do(path: Path) -> None:
+    with DbWriter(path, auto_checkpoint=False) as db:
+        fill_table(db)
+        assert db.checkpoint("TRUNCATE") == (False, 0, 0)
+
+
+def test_a_checkpoint_waits_a_moment_for_those_who_read(db: DbWriter) -> None:
+    fill_table(db)
+    inside = threading.Event()
+
+    def read() -> None:
+        with db.reader():
+            inside.set()
+            while not db._core.pool.holds_back:
+                for borrowing in db._core.pool._lent.copy():
+                    borrowing.since = monotonic()  # as if it had just come
+
+    def checkpoint() -> object:
+        inside.wait(DEADLINE)
+        return db.checkpoint()
+
+    assert in_threads(checkpoint, read)[0] == (False, 0, 0)
+    assert not db._core.writer._checkpointer.has_work
+
+
+def test_checkpoints_that_fail_are_told_once_until_one_works(
+    db: DbWriter, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(self: Checkpointer, session: object) -> None:
+        raise sqlite3.OperationalError("disk full")
+
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            with monkeypatch.context() as failing:
+                failing.setattr(Checkpointer, "after_batch", fail)
+                for _ in range(5):
+                    db.run("CREATE TEMP TABLE IF NOT EXISTS x (n)")
+                db.flush()
+            db.run("CREATE TEMP TABLE IF NOT EXISTS x (n)")
+            db.flush()
+    assert sum("a checkpoint failed" in record.message for record in caplog.records) == 2

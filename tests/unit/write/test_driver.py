@@ -1,0 +1,70 @@
+"""A gateway without a thread: the calling threads take turns as the writer."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers import DEADLINE
+from onewriter import DbWriter, Ticket, WriteTimeoutError
+from onewriter.write.driver import InlineDriver
+
+INSERT = "INSERT INTO t VALUES (?)"
+
+
+def rows(db: DbWriter) -> list[Any]:
+    return [n for (n,) in db.read("SELECT n FROM t ORDER BY n")]
+
+
+def test_inline_a_block_of_another_thread_is_waited_for(path: Path) -> None:
+    with DbWriter(path, inline=True) as db, ThreadPoolExecutor() as pool:
+        db.run("CREATE TABLE t (n UNIQUE)")
+        with db.transaction() as tx:
+            tx.execute(INSERT, (1,))
+            with pytest.raises(WriteTimeoutError):
+                pool.submit(db.run, INSERT, (8,), timeout=0.05).result(DEADLINE)
+            with pytest.raises(WriteTimeoutError):
+                pool.submit(lambda: db.transaction(timeout=0.05).__enter__()).result(DEADLINE)
+            waiting = pool.submit(db.run, INSERT, (2,), timeout=DEADLINE)
+        waiting.result(DEADLINE)
+        assert rows(db) == [1, 2]
+        assert not [thread for thread in threading.enumerate() if "writer" in thread.name]
+
+
+class Turn:
+    """A lock in whose taking and giving something else happens, as a signal does."""
+
+    def __init__(self, lock: Any, at: str, happens: Callable[[], None]) -> None:
+        self.lock, self.at, self.happens = lock, at, happens
+
+    def acquire(self, **options: Any) -> bool:
+        taken: bool = self.lock.acquire(**options)
+        self._happens("acquire")
+        return taken
+
+    def release(self) -> None:
+        self.lock.release()
+        self._happens("release")
+
+    def _happens(self, at: str) -> None:
+        if at == self.at:
+            self.at = ""
+            self.happens()
+
+
+@pytest.mark.parametrize("at", ["acquire", "release"])
+def test_without_a_thread_a_handler_that_comes_as_the_turn_is_taken_or_given_does_not_wait(path: Path, at: str) -> None:
+    with DbWriter(path, inline=True) as db:
+        db.run("CREATE TABLE t (n)")
+        got: list[Ticket[Any]] = []
+        driver = db._core.driver
+        assert isinstance(driver, InlineDriver)
+        driver._turn = Turn(driver._turn, at, lambda: got.append(db.enqueue(INSERT, (1,), timeout=0.0)))  # type: ignore[assignment]
+        db.run(INSERT, (2,))
+        assert got[0].done()
+        assert sorted(db.read("SELECT n FROM t")) == [(1,), (2,)]

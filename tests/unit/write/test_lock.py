@@ -1,0 +1,180 @@
+"""Waiting for SQLite's lock through the gateway: what is told, what is repeated, who fails, and who is let in."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers import DEADLINE, holding_lock, parked
+from onewriter import DbWriter, Transaction
+from onewriter.write import writer as loop
+
+INSERT = "INSERT INTO t VALUES (?)"
+
+
+@contextlib.contextmanager
+def at_first_warning(action: Callable[[], object]) -> Iterator[list[str]]:
+    """Do ``action`` once, when the gateway first warns, in the thread that warns, which waits for it meanwhile."""
+    told: list[str] = []
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            told.append(record.getMessage())
+            if len(told) == 1:
+                action()
+
+    handler, logger = Handler(logging.WARNING), logging.getLogger("onewriter")
+    logger.addHandler(handler)
+    try:
+        yield told
+    finally:
+        logger.removeHandler(handler)
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[Callable[[], None]]:
+    """Somebody else in the middle of a SELECT; yields what ends it."""
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as connection:
+        connection.execute("BEGIN")
+        connection.execute("SELECT count(*) FROM t").fetchall()
+        yield lambda: connection.execute("ROLLBACK").close()
+
+
+def writes(runs: list[int], n: int) -> Callable[[Transaction], int]:
+    def job(tx: Transaction) -> int:
+        runs.append(n)
+        tx.execute(INSERT, (n,))
+        return n
+
+    return job
+
+
+def rows(db: DbWriter) -> list[int]:
+    return [n for (n,) in db.read("SELECT n FROM t ORDER BY rowid")]
+
+
+@pytest.fixture
+def db(path: Path) -> Iterator[DbWriter]:
+    """A gateway with room for three, and a table."""
+    with DbWriter(path, maxsize=3) as db:
+        db.run("CREATE TABLE t (n INTEGER PRIMARY KEY)")
+        yield db
+
+
+def test_the_warning_that_frees_the_lock_is_followed_by_one_that_it_was_had(path: Path) -> None:
+    with DbWriter(path, label="ledger", lock_timeout=3600) as db:
+        db.run("CREATE TABLE t (n)")
+        with holding_lock(path) as holder, at_first_warning(lambda: holder.execute("COMMIT")) as told:
+            db.run(INSERT, (1,), label="the patient one", timeout=DEADLINE)
+        assert [text.split(": ")[1] for text in told] == ["waits for SQLite's lock", "got SQLite's lock"]
+        for text in told:
+            assert text.startswith("ledger: ")
+            assert "'the patient one' (called from test_lock.py:" in text
+        assert rows(db) == [1]
+
+
+@pytest.mark.parametrize("journal_mode", ["DELETE", "TRUNCATE", "PERSIST"])
+def test_a_commit_that_a_reader_holds_up_is_repeated_and_no_body_of_its_batch_is(path: Path, journal_mode: str) -> None:
+    runs: list[int] = []
+    with DbWriter(path, journal_mode=journal_mode, lock_timeout=3600) as db:  # type: ignore[arg-type]
+        db.run("CREATE TABLE t (n UNIQUE)")
+        with reading(path) as leave, at_first_warning(leave) as told:
+            with parked(db):
+                tickets = [db.enqueue(writes(runs, n)) for n in range(3)]
+                statement = db.enqueue(INSERT, (3,))
+            assert [ticket.result(DEADLINE) for ticket in tickets] == [0, 1, 2]
+            assert statement.result(DEADLINE).rowcount == 1
+        assert "waits for SQLite's lock" in told[0]
+        assert runs == [0, 1, 2]
+        assert rows(db) == [0, 1, 2, 3]
+
+
+def test_a_block_whose_commit_is_held_up_by_a_reader_is_committed_when_the_reader_has_gone(path: Path) -> None:
+    with DbWriter(path, journal_mode="DELETE", lock_timeout=3600) as db:
+        db.run("CREATE TABLE t (n UNIQUE)")
+        with reading(path) as leave, at_first_warning(leave), db.transaction(label="held up") as tx:
+            tx.execute(INSERT, (1,))
+        assert rows(db) == [1]
+
+
+def test_jobs_whose_begin_was_refused_fail_together_each_with_an_error_of_its_own(path: Path) -> None:
+    runs: list[int] = []
+    with DbWriter(path, lock_timeout=0.05) as db:
+        db.run("CREATE TABLE t (n)")
+        with parked_before_lock(db) as release, holding_lock(path):
+            tickets = [db.enqueue(writes(runs, n), label=f"job {n}") for n in range(5)]
+            release.set()
+            errors = [ticket.exception(DEADLINE) for ticket in tickets]
+        assert len({id(error) for error in errors}) == 5
+        for n, error in enumerate(errors):
+            assert type(error) is sqlite3.OperationalError
+            assert error.sqlite_errorcode == sqlite3.SQLITE_BUSY
+            assert [f"'job {n}'" in note for note in error.__notes__ if "attempts" in note] == [True]
+        assert runs == []
+        db.run(INSERT, (9,))
+        assert rows(db) == [9]
+
+
+@contextlib.contextmanager
+def parked_before_lock(db: DbWriter) -> Iterator[threading.Event]:
+    """Keep the writer busy without a transaction, in a callback, until the Event that it yields is set."""
+    entered, release = threading.Event(), threading.Event()
+
+    def stay(ticket: object) -> None:
+        entered.set()
+        release.wait(DEADLINE)
+
+    with parked(db):
+        db.enqueue("SELECT 1").add_done_callback(stay)
+    assert entered.wait(DEADLINE)
+    yield release
+    release.set()
+
+
+def test_a_lone_statement_is_repeated_while_somebody_else_writes(path: Path) -> None:
+    with DbWriter(path, lock_timeout=3600) as db:
+        db.run("CREATE TABLE t (n)")
+        with holding_lock(path) as holder, at_first_warning(lambda: holder.execute("COMMIT")) as told:
+            assert db.run_without_transaction(INSERT, (1,), label="alone", timeout=DEADLINE).rowcount == 1
+        assert all("'alone'" in text for text in told)
+        assert rows(db) == [1]
+
+
+def test_the_lock_is_left_free_for_a_moment_after_long_holding(db: DbWriter, monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(loop, "LONGEST_HOLD", 0.0)
+    monkeypatch.setattr(db._core.writer._stop, "wait", pauses.append)
+    with parked(db):
+        for n in range(3):
+            db.enqueue(f"PRAGMA user_version = {n}")  # each has a transaction of its own
+    db.flush()
+    assert pauses
+    assert all(0 < pause <= loop.GAP for pause in pauses)
+
+
+def test_many_jobs_behind_a_busy_commit_wait_for_the_lock_once(path: Path) -> None:
+    with DbWriter(path, journal_mode="DELETE", lock_timeout=0.05) as db:
+        db.run("CREATE TABLE t (k UNIQUE)")
+        attempts: list[int] = []
+        keep_trying = db._core.writer._policy.keep_trying
+
+        def counted(*args: Any) -> Any:
+            attempts.append(1)
+            return keep_trying(*args)
+
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as reader:
+            with parked(db):
+                tickets = [db.enqueue("INSERT INTO t VALUES (1)") for _ in range(30)]
+                reader.execute("BEGIN")
+                reader.execute("SELECT * FROM t").fetchall()
+                db._core.writer._policy.keep_trying = counted  # type: ignore[method-assign, assignment]
+            errors = {str(ticket.exception(DEADLINE)) for ticket in tickets}
+        assert errors == {"database is locked"}
+        assert len(attempts) <= 2  # of the job that parks, and of them all

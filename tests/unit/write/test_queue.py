@@ -1,0 +1,605 @@
+"""What waits for the writer: order, room, time limits, and what close makes of it."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import math
+import sqlite3
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers import holding_lock, parked
+from onewriter import (
+    AsyncDbWriter,
+    DbWriter,
+    QueueFullError,
+    ReentrantWriteError,
+    Result,
+    Ticket,
+    Transaction,
+    WriterClosedError,
+    WriteTimeoutError,
+)
+from onewriter.read.pool import Borrowing, ReaderPool
+from onewriter.write import queue as queue_module
+
+DEADLINE = 30.0  # seconds; whatever takes longer hangs
+BRIEFLY = 0.05  # seconds; for waits that cannot succeed
+INSERT = "INSERT INTO t VALUES (?)"
+
+
+@pytest.fixture
+def db(path: Path) -> Iterator[DbWriter]:
+    """A gateway with room for three, and a table."""
+    with DbWriter(path, maxsize=3) as db:
+        db.run("CREATE TABLE t (n INTEGER PRIMARY KEY)")
+        yield db
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor() as pool:
+        yield pool
+
+
+def rows_of(db: DbWriter) -> list[int]:
+    return [n for (n,) in db.read("SELECT n FROM t ORDER BY n")]
+
+
+def insert(n: int) -> Callable[[Transaction], Result]:
+    return lambda tx: tx.execute(INSERT, (n,))
+
+
+class Stay:
+    """A job that holds the writer from ``entered`` until ``release``, and then writes a row."""
+
+    def __init__(self, n: int) -> None:
+        self.entered = threading.Event()
+        self.release = threading.Event()
+        self._n = n
+
+    def __call__(self, tx: Transaction) -> int:
+        self.entered.set()
+        assert self.release.wait(DEADLINE)
+        tx.execute(INSERT, (self._n,))
+        return self._n
+
+
+def test_jobs_run_in_the_order_in_which_they_were_accepted(path: Path) -> None:
+    ran: list[int] = []
+
+    def note(n: int) -> Callable[[Transaction], None]:
+        return lambda tx: ran.append(n)
+
+    with DbWriter(path) as db:
+        with parked(db):
+            for n in range(200):
+                db.enqueue(note(n))
+        db.flush(timeout=DEADLINE)
+    assert ran == list(range(200))
+
+
+def test_run_returns_after_everything_that_was_accepted_before_it(db: DbWriter) -> None:
+    with parked(db):
+        tickets = [db.enqueue(INSERT, (n,)) for n in range(3)]
+    assert db.run("SELECT count(*) FROM t", timeout=DEADLINE).rows == [(3,)]
+    assert all(ticket.done() for ticket in tickets)
+
+
+def test_flush_waits_for_what_was_accepted_and_raises_nothing_of_its_errors(path: Path) -> None:
+    with DbWriter(path, on_error=lambda ticket: None) as db:
+        with parked(db):
+            ticket = db.enqueue("INSERT INTO nowhere VALUES (1)")
+        db.flush(timeout=DEADLINE)
+        assert ticket.done()
+
+
+def test_flush_that_cannot_end_in_time_names_who_holds_the_writer(db: DbWriter) -> None:
+    stay = Stay(1)
+    ticket = db.enqueue(stay, label="the long one")
+    assert stay.entered.wait(DEADLINE)
+    with pytest.raises(WriteTimeoutError, match="the long one"):
+        db.flush(timeout=BRIEFLY)
+    stay.release.set()
+    assert ticket.result(timeout=DEADLINE) == 1
+    db.flush(timeout=DEADLINE)
+
+
+@pytest.mark.parametrize("timeout", [0, BRIEFLY])
+def test_a_full_queue_refuses_after_the_timeout_and_recovers_by_itself(db: DbWriter, timeout: float) -> None:
+    with parked(db):
+        for n in range(3):
+            db.enqueue(INSERT, (n,))
+        with pytest.raises(QueueFullError, match="'late'"):
+            db.enqueue(INSERT, (100,), label="late", timeout=timeout)
+    db.enqueue(INSERT, (3,), timeout=DEADLINE)
+    db.flush(timeout=DEADLINE)
+    assert rows_of(db) == [0, 1, 2, 3]
+
+
+def test_a_refusal_for_lack_of_room_names_who_holds_the_writer(db: DbWriter) -> None:
+    stay = Stay(100)
+    db.enqueue(stay, label="the long one")
+    assert stay.entered.wait(DEADLINE)
+    for n in range(3):
+        db.enqueue(INSERT, (n,))
+    with pytest.raises(QueueFullError, match="the long one"):
+        db.enqueue(INSERT, (3,), timeout=0)
+    stay.release.set()
+    db.flush(timeout=DEADLINE)
+    assert rows_of(db) == [0, 1, 2, 100]
+
+
+def test_producers_that_wait_for_room_all_get_in(db: DbWriter, pool: ThreadPoolExecutor) -> None:
+    with parked(db):
+        calls = [pool.submit(db.enqueue, INSERT, (n,), timeout=DEADLINE) for n in range(20)]
+    tickets: list[Ticket[Any]] = [call.result(timeout=DEADLINE) for call in calls]
+    for ticket in tickets:
+        ticket.result(timeout=DEADLINE)
+    assert rows_of(db) == list(range(20))
+
+
+def test_a_withdrawn_job_gives_its_room_back(db: DbWriter) -> None:
+    with parked(db):
+        tickets = [db.enqueue(INSERT, (n,)) for n in range(3)]
+        for ticket in tickets:
+            assert ticket.cancel()
+    for n in range(10, 13):
+        db.enqueue(INSERT, (n,), timeout=DEADLINE)
+    db.flush(timeout=DEADLINE)
+    assert rows_of(db) == [10, 11, 12]
+
+
+def test_a_withdrawn_job_gives_its_room_back_at_once(db: DbWriter) -> None:
+    with parked(db):
+        tickets = [db.enqueue(INSERT, (n,)) for n in range(3)]
+        with pytest.raises(QueueFullError):
+            db.enqueue(INSERT, (3,), timeout=0)
+        assert "nearly full" in db.health
+        assert all([ticket.cancel() for ticket in tickets])
+        assert (db.stats().queue_depth, db.health) == (0, "ok")
+        for n in range(10, 13):
+            db.enqueue(INSERT, (n,), timeout=0)
+        with pytest.raises(QueueFullError, match="3 of 3 jobs"):
+            db.enqueue(INSERT, (13,), timeout=0)
+    db.flush(timeout=DEADLINE)
+    assert rows_of(db) == [10, 11, 12]
+
+
+def test_who_waits_for_room_gets_that_of_a_withdrawn_job(db: DbWriter, pool: ThreadPoolExecutor) -> None:
+    with parked(db):
+        tickets = [db.enqueue(INSERT, (n,)) for n in range(3)]
+        waiting = pool.submit(db.enqueue, INSERT, (3,), timeout=DEADLINE)
+        while not db._core.queue._room:
+            pass
+        assert tickets[1].cancel()
+        waiting.result(timeout=DEADLINE)
+        assert db.stats().queue_depth == 3
+    db.flush(timeout=DEADLINE)
+    assert rows_of(db) == [0, 2, 3]
+
+
+def test_a_job_that_is_withdrawn_after_it_was_taken_gives_room_once(db: DbWriter) -> None:
+    stay = Stay(100)
+    with parked(db):
+        db.enqueue(stay)
+        taken = db.enqueue(INSERT, (1,))  # together with the one before it
+    assert stay.entered.wait(DEADLINE)
+    assert taken.cancel()
+    for n in range(3):
+        db.enqueue(INSERT, (n,), timeout=0)
+    with pytest.raises(QueueFullError):
+        db.enqueue(INSERT, (3,), timeout=0)
+    assert db.stats().queue_depth == 3
+    stay.release.set()
+    db.flush(timeout=DEADLINE)
+    assert rows_of(db) == [0, 1, 2, 100]
+
+
+def test_withdrawn_jobs_do_not_pile_up_behind_one_that_waits(db: DbWriter) -> None:
+    with parked(db):
+        first = db.enqueue(INSERT, (0,))
+        before = first
+        for n in range(1, 1000):
+            ticket = db.enqueue(INSERT, (n,), timeout=0)
+            if before is not first:
+                assert before.cancel()
+            before = ticket
+        assert len(db._core.queue.queue) < 200
+        assert db.stats().queue_depth == 2
+        assert first.cancel()
+        assert 0.0 <= db.stats().oldest_age < DEADLINE
+    db.flush(timeout=DEADLINE)
+    assert rows_of(db) == [999]
+
+
+def test_a_finalizer_may_withdraw_jobs_while_its_thread_takes_them(db: DbWriter) -> None:
+    """The collector runs wherever something is made, so inside the queue's own lock too."""
+    queue = db._core.queue
+    with parked(db):
+        tickets = [db.enqueue(INSERT, (n,)) for n in range(3)]
+
+        class Finalizing(deque[Any]):
+            def popleft(self) -> Any:
+                job = super().popleft()
+                assert tickets[0].cancel()
+                assert tickets[2].cancel()
+                return job
+
+        with queue.mutex:
+            queue.queue = Finalizing(queue.queue)
+            jobs = queue.take_now(10)
+            queue.queue = deque()
+        assert [job.cancelled() for job in jobs] == [True, False, True]
+        assert (queue.depth, queue._bounded) == (0, 0)
+        jobs[1].cancel()
+    db.run(INSERT, (7,))
+    assert rows_of(db) == [7]
+
+
+def test_who_gives_up_its_place_in_a_line_is_not_looked_for(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten thousand that give up at once would be ten thousand walks along the line."""
+
+    def compare(one: object, other: object) -> bool:
+        raise AssertionError("the line is walked along")
+
+    for kind in (queue_module._Waiter, Borrowing):
+        monkeypatch.setattr(kind, "__eq__", compare, raising=False)
+        monkeypatch.setattr(kind, "__hash__", object.__hash__)
+
+    async def main(db: DbWriter, readers: ReaderPool) -> None:
+        gateway = AsyncDbWriter.wrap(db)
+        with parked(db):
+            db.enqueue(INSERT, (0,))
+            taken = Borrowing("the only one")
+            taken.wakeup = asyncio.get_running_loop().create_future()
+            assert readers.take_or_line_up(taken)
+            tasks = [asyncio.create_task(gateway.enqueue_wait(INSERT, (n,), timeout=None)) for n in range(1, 50)]
+            reads = [asyncio.create_task(gateway.read("SELECT 1", timeout=None)) for _ in range(50)]
+            while len(db._core.queue._room) < 49 or readers.waiting < 50:
+                await asyncio.sleep(0)
+            for task in reversed([*tasks, *reads]):
+                task.cancel()
+            await asyncio.wait([*tasks, *reads])
+            assert all(task.cancelled() for task in (*tasks, *reads))
+            assert len(db._core.queue._room) == readers.waiting == 0
+            readers.end(taken)
+        await gateway.close()
+
+    with DbWriter(path, maxsize=1, readers=1) as db:
+        db.run("CREATE TABLE t (n)")
+        asyncio.run(main(db, db._core.pool))
+        db.flush(timeout=DEADLINE)
+        assert db.read("SELECT n FROM t") == [(0,)]
+
+
+def test_a_caller_that_waits_for_its_result_needs_no_room(db: DbWriter, pool: ThreadPoolExecutor) -> None:
+    with parked(db):
+        for n in range(3):
+            db.enqueue(INSERT, (n,))
+        runs = [pool.submit(db.run, INSERT, (n,), timeout=DEADLINE) for n in range(3, 8)]
+    for run in runs:
+        run.result(timeout=DEADLINE)
+    assert rows_of(db) == list(range(8))
+
+
+def test_a_job_that_enqueues_never_waits_for_room(db: DbWriter) -> None:
+    def fan_out(tx: Transaction) -> None:
+        for n in range(20):
+            db.enqueue(INSERT, (n,), timeout=0)
+
+    db.run(fan_out, timeout=DEADLINE)
+    db.flush(timeout=DEADLINE)
+    assert rows_of(db) == list(range(20))
+
+
+def test_what_a_job_enqueues_runs_even_if_the_job_is_rolled_back(db: DbWriter) -> None:
+    def write_and_fail(tx: Transaction) -> None:
+        tx.execute(INSERT, (1,))
+        db.enqueue(INSERT, (2,))
+        raise LookupError
+
+    with pytest.raises(LookupError):
+        db.run(write_and_fail, timeout=DEADLINE)
+    db.flush(timeout=DEADLINE)
+    assert rows_of(db) == [2]
+
+
+class EnqueuesAtItsEnd:
+    """Lets the writer go and enqueues, in its finalizer."""
+
+    def __init__(self, db: DbWriter, release: threading.Event, outcomes: list[str]) -> None:
+        self._db, self._release, self._outcomes = db, release, outcomes
+
+    def __del__(self) -> None:
+        self._release.set()
+        try:
+            self._db.enqueue(INSERT, (50,), timeout=5)
+        except QueueFullError:
+            self._outcomes.append("refused")
+        else:
+            self._outcomes.append("accepted")
+
+
+def do_nothing_with(held: object, tx: Transaction) -> None:
+    pass
+
+
+def test_a_finalizer_that_runs_inside_cancel_can_enqueue_on_a_full_queue(db: DbWriter) -> None:
+    """cancel() drops the function, and with it what only the function held: nothing the writer needs is kept then."""
+    outcomes: list[str] = []
+    stay = Stay(100)
+    db.enqueue(stay)
+    assert stay.entered.wait(DEADLINE)
+    db.enqueue(INSERT, (0,))
+    db.enqueue(INSERT, (1,))
+
+    def enqueue_a_function_that_holds_one() -> Ticket[None]:
+        held = EnqueuesAtItsEnd(db, stay.release, outcomes)
+        return db.enqueue(partial(do_nothing_with, held))
+
+    assert enqueue_a_function_that_holds_one().cancel()
+    assert outcomes == ["accepted"]
+    db.flush(timeout=DEADLINE)
+    assert rows_of(db) == [0, 1, 50, 100]
+
+
+def calls_that_wait(db: DbWriter) -> dict[str, Callable[[], object]]:
+    return {
+        "run, a statement": lambda: db.run(INSERT, (50,), label="mine", timeout=BRIEFLY),
+        "run, a function": lambda: db.run(insert(50), label="mine", timeout=BRIEFLY),
+        "run_many": lambda: db.run_many(INSERT, [(50,), (51,)], label="mine", timeout=BRIEFLY),
+        "run_script": lambda: db.run_script("INSERT INTO t VALUES (50)", label="mine", timeout=BRIEFLY),
+        "run_without_transaction": lambda: db.run_without_transaction("VACUUM", label="mine", timeout=BRIEFLY),
+    }
+
+
+CALLS = ["run, a statement", "run, a function", "run_many", "run_script", "run_without_transaction"]
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_job_that_has_not_started_in_time_is_withdrawn_and_never_runs(db: DbWriter, call: str) -> None:
+    stay = Stay(1)
+    staying = db.enqueue(stay, label="the long one")
+    assert stay.entered.wait(DEADLINE)
+    with pytest.raises(WriteTimeoutError, match="the long one") as caught:
+        calls_that_wait(db)[call]()
+    error = caught.value
+    assert isinstance(error, TimeoutError)
+    assert error.started is False
+    assert error.ticket.label == "mine"
+    assert error.ticket.cancelled()
+    assert "mine" in str(error)
+    stay.release.set()
+    staying.result(timeout=DEADLINE)
+    db.flush(timeout=DEADLINE)
+    assert rows_of(db) == [1]
+
+
+def test_a_timeout_names_where_the_holder_was_called_from(db: DbWriter) -> None:
+    stay = Stay(1)
+    staying = db.enqueue(stay)
+    assert stay.entered.wait(DEADLINE)
+    with pytest.raises(WriteTimeoutError) as caught:
+        db.run(INSERT, (2,), timeout=BRIEFLY)
+    assert staying.called_from in str(caught.value)
+    stay.release.set()
+
+
+def test_a_job_that_has_started_goes_on_and_its_ticket_has_the_outcome(db: DbWriter) -> None:
+    stay = Stay(1)
+    with pytest.raises(WriteTimeoutError, match="mine") as caught:
+        # Long enough that the job has surely entered; it does not end before it is let go.
+        db.run(stay, label="mine", timeout=2)
+    error = caught.value
+    assert error.started is True
+    assert error.ticket.running()
+    assert not error.ticket.cancel()
+    stay.release.set()
+    assert error.ticket.result(timeout=DEADLINE) == 1
+    assert rows_of(db) == [1]
+
+
+def test_a_job_whose_batch_waits_for_the_lock_has_not_started(db: DbWriter, path: Path) -> None:
+    with holding_lock(path), pytest.raises(WriteTimeoutError) as caught:
+        db.run(INSERT, (1,), timeout=BRIEFLY)
+    assert caught.value.started is False
+    db.flush(timeout=DEADLINE)
+    assert rows_of(db) == []
+
+
+@pytest.mark.parametrize("timeout", [math.nan, -1])
+def test_a_timeout_that_is_no_length_of_time_is_refused_and_nothing_is_accepted(db: DbWriter, timeout: float) -> None:
+    with pytest.raises(ValueError, match="timeout"):
+        db.run(INSERT, (1,), timeout=timeout)
+    with pytest.raises(ValueError, match="timeout"):
+        db.enqueue(INSERT, (2,), timeout=timeout)
+    db.flush(timeout=DEADLINE)
+    assert rows_of(db) == []
+
+
+def test_without_a_timeout_a_call_waits_until_the_writer_is_free(db: DbWriter, pool: ThreadPoolExecutor) -> None:
+    with parked(db):
+        run = pool.submit(db.run, INSERT, (1,), timeout=None)
+        flush = pool.submit(db.flush)
+    run.result(timeout=DEADLINE)
+    flush.result(timeout=DEADLINE)
+    assert rows_of(db) == [1]
+
+
+def table_rows(path: Path) -> list[int]:
+    connection = sqlite3.connect(path)
+    try:
+        return [n for (n,) in connection.execute("SELECT n FROM t ORDER BY n")]
+    finally:
+        connection.close()
+
+
+def test_close_finishes_what_is_queued_and_counts_it(path: Path) -> None:
+    db = DbWriter(path, on_error=lambda ticket: None)
+    db.run("CREATE TABLE t (n INTEGER PRIMARY KEY)")
+    before = 1
+    with parked(db):
+        for n in (1, 2, 1):
+            db.enqueue(INSERT, (n,), label=f"row {n}")
+        assert db.enqueue(INSERT, (9,), label="row 9").cancel()
+    report = db.close(timeout=DEADLINE)
+    assert db.closed
+    assert report.committed in (before + 2, before + 3)  # the parked job may be one
+    assert (report.failed, report.cancelled, report.unfinished) == (1, 1, 0)
+    assert "row 1" in repr(report)
+    assert "row 9" in repr(report)
+    assert "row 2" not in repr(report)
+    assert table_rows(path) == [1, 2]
+
+
+def test_close_without_drain_withdraws_what_is_queued(path: Path) -> None:
+    db = DbWriter(path)
+    db.run("CREATE TABLE t (n INTEGER PRIMARY KEY)")
+    stay = Stay(100)
+    staying = db.enqueue(stay, label="the long one")
+    assert stay.entered.wait(DEADLINE)
+    tickets = [db.enqueue(INSERT, (n,)) for n in range(5)]
+    report = db.close(timeout=BRIEFLY, drain=False)
+    assert (report.cancelled, report.unfinished) == (5, 1)
+    assert "the long one" in repr(report)
+    for ticket in tickets:
+        assert ticket.cancelled()
+        with pytest.raises(concurrent.futures.CancelledError):
+            ticket.result(timeout=DEADLINE)
+    stay.release.set()
+    assert staying.result(timeout=DEADLINE) == 100
+    report = db.close(timeout=DEADLINE)
+    assert (report.committed, report.cancelled, report.unfinished) == (2, 5, 0)
+    assert table_rows(path) == [100]
+
+
+def test_close_ends_in_time_and_says_what_is_unfinished(path: Path) -> None:
+    db = DbWriter(path)
+    db.run("CREATE TABLE t (n INTEGER PRIMARY KEY)")
+    stay = Stay(100)
+    staying = db.enqueue(stay)
+    assert stay.entered.wait(DEADLINE)
+    tickets = [db.enqueue(INSERT, (n,)) for n in range(5)]
+    report = db.close(timeout=BRIEFLY)
+    assert report.committed == 1
+    assert report.unfinished >= 1
+    assert report.cancelled + report.unfinished == 6
+    stay.release.set()
+    assert staying.result(timeout=DEADLINE) == 100
+    report = db.close(timeout=DEADLINE)
+    assert (report.failed, report.unfinished) == (0, 0)
+    assert report.committed + report.cancelled == 7
+    committed = [n for n, ticket in enumerate(tickets) if not ticket.cancelled()]
+    assert [tickets[n].result(timeout=DEADLINE).rowcount for n in committed] == [1] * len(committed)
+    assert table_rows(path) == [*committed, 100]
+
+
+def test_a_closing_gateway_accepts_nothing(path: Path) -> None:
+    db = DbWriter(path)
+    db.run("CREATE TABLE t (n INTEGER PRIMARY KEY)")
+    with parked(db):
+        db.close(timeout=0)
+        calls: list[Callable[[], object]] = [
+            lambda: db.run(INSERT, (1,)),
+            lambda: db.run(insert(1)),
+            lambda: db.run_many(INSERT, [(1,)]),
+            lambda: db.run_script("INSERT INTO t VALUES (1)"),
+            lambda: db.run_without_transaction("VACUUM"),
+            lambda: db.enqueue(INSERT, (1,)),
+            lambda: db.enqueue(insert(1)),
+        ]
+        for call in calls:
+            with pytest.raises(WriterClosedError):
+                call()
+    db.close(timeout=DEADLINE)
+    for call in calls:
+        with pytest.raises(WriterClosedError):
+            call()
+    assert table_rows(path) == []
+
+
+def test_a_producer_that_waits_for_room_is_told_that_the_gateway_closes(path: Path, pool: ThreadPoolExecutor) -> None:
+    db = DbWriter(path, maxsize=1)
+    db.run("CREATE TABLE t (n INTEGER PRIMARY KEY)")
+    with parked(db):
+        db.enqueue(INSERT, (0,))
+        producers = [pool.submit(db.enqueue, INSERT, (n,), timeout=DEADLINE) for n in range(1, 4)]
+        db.close(timeout=0)
+        for producer in producers:
+            assert isinstance(producer.exception(timeout=DEADLINE), WriterClosedError)
+    db.close(timeout=DEADLINE)
+    assert table_rows(path) in ([], [0])
+
+
+def test_close_may_be_called_twice_and_from_several_threads(path: Path, pool: ThreadPoolExecutor) -> None:
+    db = DbWriter(path)
+    db.run("CREATE TABLE t (n INTEGER PRIMARY KEY)")
+    with parked(db):
+        ticket = db.enqueue(INSERT, (1,))
+        closes = [pool.submit(db.close, DEADLINE) for _ in range(4)]
+    reports = [close.result(timeout=DEADLINE) for close in closes]
+    assert {report.unfinished for report in reports} == {0}
+    assert ticket.exception(timeout=DEADLINE) is None
+    assert table_rows(path) == [1]
+    assert db.close(timeout=DEADLINE).unfinished == 0
+
+
+ENDLESS: dict[str, Callable[[DbWriter, Ticket[Any]], object]] = {
+    "flush": lambda db, behind: db.flush(),
+    "flush with a timeout": lambda db, behind: db.flush(timeout=DEADLINE),
+    "close": lambda db, behind: db.close(),
+    "result": lambda db, behind: behind.result(),
+    "exception": lambda db, behind: behind.exception(timeout=DEADLINE),
+    "run_without_transaction": lambda db, behind: db.run_without_transaction("VACUUM"),
+    "read after": lambda db, behind: db.read("SELECT n FROM t", after=behind),
+}
+
+
+@pytest.mark.parametrize("wait", ENDLESS)
+def test_a_wait_for_the_writer_inside_a_job_raises_at_once_and_the_job_may_go_on(db: DbWriter, wait: str) -> None:
+    def wait_for_itself(tx: Transaction) -> str:
+        behind = db.enqueue(INSERT, (2,))
+        tx.execute(INSERT, (1,))
+        with pytest.raises(ReentrantWriteError):
+            ENDLESS[wait](db, behind)
+        return "went on"
+
+    assert db.run(wait_for_itself, timeout=DEADLINE) == "went on"
+    db.flush(timeout=DEADLINE)
+    assert rows_of(db) == [1, 2]
+
+
+@pytest.mark.parametrize("wait", ENDLESS)
+def test_a_wait_for_the_writer_inside_a_callback_of_the_writer_raises_at_once(db: DbWriter, wait: str) -> None:
+    caught: list[BaseException] = []
+    behind: list[Ticket[Any]] = []
+
+    def wait_for_itself(ticket: Ticket[Any]) -> None:
+        behind.append(db.enqueue(INSERT, (2,)))
+        try:
+            ENDLESS[wait](db, behind[0])
+        except ReentrantWriteError as error:
+            caught.append(error)
+
+    with parked(db):
+        db.enqueue(INSERT, (1,)).add_done_callback(wait_for_itself)
+    db.flush(timeout=DEADLINE)
+    db.run("SELECT 1", timeout=DEADLINE)
+    assert len(caught) == 1
+    assert behind[0].exception(timeout=DEADLINE) is None
+    assert rows_of(db) == [1, 2]
+
+
+def test_the_outcome_that_is_already_there_may_be_asked_for_inside_a_job(db: DbWriter) -> None:
+    done = db.enqueue(INSERT, (1,))
+    done.result(timeout=DEADLINE)
+    assert db.run(lambda tx: done.result().rowcount, timeout=DEADLINE) == 1

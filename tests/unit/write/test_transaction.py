@@ -1,0 +1,663 @@
+"""What a job's function gets, and what it may do with it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sqlite3
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers import DEADLINE, holding_lock
+from onewriter import (
+    DbWriter,
+    ReadTimeoutError,
+    ReentrantWriteError,
+    Ticket,
+    Transaction,
+    TransactionAbortedError,
+    TransactionClosedError,
+)
+
+INSERT = "INSERT INTO t VALUES (?)"
+ENDLESS = "WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c) SELECT max(n) FROM c"
+
+
+@pytest.fixture
+def db(any_db: DbWriter) -> DbWriter:
+    any_db.run("CREATE TABLE t (n UNIQUE)")
+    return any_db
+
+
+def rows(db: DbWriter) -> list[Any]:
+    return [n for (n,) in db.read("SELECT n FROM t ORDER BY n")]
+
+
+def test_savepoints_nest_and_an_inner_failure_that_is_caught_undoes_the_inner_part(db: DbWriter) -> None:
+    def job(tx: Transaction) -> None:
+        tx.execute(INSERT, (1,))
+        with tx.savepoint():
+            tx.execute(INSERT, (2,))
+            with pytest.raises(LookupError), tx.savepoint():
+                tx.execute(INSERT, (3,))
+                with tx.savepoint():
+                    tx.execute(INSERT, (4,))
+                raise LookupError
+            with tx.savepoint():
+                db.run(INSERT, (5,))
+            with pytest.raises(sqlite3.IntegrityError):
+                db.run(INSERT, (1,))
+        tx.execute(INSERT, (6,))
+
+    db.run(job)
+    assert rows(db) == [1, 2, 5, 6]
+
+
+def test_an_inner_failure_that_is_not_caught_undoes_all(db: DbWriter) -> None:
+    def job(tx: Transaction) -> None:
+        tx.execute(INSERT, (1,))
+        with tx.savepoint(), tx.savepoint():
+            raise LookupError
+
+    with pytest.raises(LookupError):
+        db.run(job)
+    assert rows(db) == []
+
+
+@pytest.mark.parametrize("kind", ["run", "run_many", "run_script", "function", "block"])
+def test_calls_inside_a_job_are_savepoints_of_it(db: DbWriter, kind: str) -> None:
+    def inner(n: int) -> None:
+        match kind:
+            case "run":
+                db.run(INSERT, (n,))
+            case "run_many":
+                db.run_many(INSERT, [(n,)])
+            case "run_script":
+                db.run_script(f"INSERT INTO t VALUES ({n});")
+            case "function":
+                db.run(lambda tx: tx.execute(INSERT, (n,)) and None)
+            case "block":
+                with db.transaction() as tx:
+                    tx.execute(INSERT, (n,))
+
+    def job(tx: Transaction) -> list[Any]:
+        inner(1)
+        with pytest.raises(sqlite3.IntegrityError):
+            inner(1)
+        inner(2)
+        return rows(db)
+
+    assert db.run(job) == [1, 2]
+    with pytest.raises(LookupError), db.transaction():
+        inner(3)
+        assert rows(db) == [1, 2, 3]
+        raise LookupError
+    assert rows(db) == [1, 2]
+
+
+def test_callbacks_run_once_in_order_after_the_end(db: DbWriter) -> None:
+    told: list[object] = []
+
+    def job(tx: Transaction) -> str:
+        tx.on_rollback(lambda: told.append("never"))
+        tx.on_commit(lambda: told.append(rows(db)))
+        with pytest.raises(LookupError), tx.savepoint():
+            tx.on_commit(lambda: told.append("never"))
+            tx.on_rollback(lambda: told.append("undone"))
+            raise LookupError
+        tx.execute(INSERT, (1,))
+        tx.on_commit(lambda: told.append(2))
+        return "result"
+
+    assert db.run(job) == "result"
+    db.flush()
+    assert told == ["undone", [1], 2]
+
+
+def test_callbacks_of_a_failed_job_are_those_of_rollback(db: DbWriter) -> None:
+    told: list[str] = []
+
+    def job(tx: Transaction) -> None:
+        tx.on_commit(lambda: told.append("never"))
+        tx.on_rollback(lambda: told.append("rolled back"))
+        raise LookupError
+
+    with pytest.raises(LookupError):
+        db.run(job)
+    db.flush()
+    assert told == ["rolled back"]
+
+
+def test_a_wait_in_a_callback_of_the_writer_raises(db: DbWriter) -> None:
+    errors: list[BaseException] = []
+
+    def wait() -> None:
+        for call in (lambda: db.run("SELECT 1"), db.flush, db.close, lambda: db.enqueue("SELECT 1").result()):
+            try:
+                call()
+            except ReentrantWriteError as error:
+                errors.append(error)
+
+    db.run(lambda tx: tx.on_commit(wait))
+    db.flush()
+    assert len(errors) == 4
+
+
+def test_a_transaction_ends_with_its_job(db: DbWriter) -> None:
+    kept: list[Transaction] = []
+    db.run(lambda tx: kept.append(tx), label="the first")
+    with pytest.raises(TransactionClosedError, match="the first"):
+        kept[0].execute("SELECT 1")
+    with pytest.raises(TransactionClosedError):
+        db.run(lambda tx: kept[0].execute("SELECT 1") and None)
+
+    def elsewhere(tx: Transaction) -> None:
+        with ThreadPoolExecutor() as pool, pytest.raises(TransactionClosedError, match="another thread"):
+            pool.submit(tx.execute, "SELECT 1").result(DEADLINE)
+
+    db.run(elsewhere)
+
+
+def test_after_a_rollback_by_sqlite_every_use_raises(db: DbWriter) -> None:
+    db.run(INSERT, (1,))
+    uses: list[Callable[[Transaction], object]] = [
+        lambda tx: tx.execute(INSERT, (2,)),
+        lambda tx: tx.executemany(INSERT, [(3,)]),
+        lambda tx: tx.executescript("SELECT 1"),
+        lambda tx: tx.connection.execute("SELECT 1"),
+        lambda tx: tx.connection.rollback(),
+        lambda tx: db.run(INSERT, (4,)),
+        lambda tx: db.read("SELECT 1"),
+    ]
+
+    def job(tx: Transaction) -> None:
+        with pytest.raises(sqlite3.IntegrityError):
+            tx.execute("INSERT OR ROLLBACK INTO t VALUES (1)")
+        for use in uses:
+            with pytest.raises(TransactionAbortedError):
+                use(tx)
+
+    with pytest.raises(TransactionAbortedError):
+        db.run(job)
+    assert rows(db) == [1]
+
+
+def test_a_statement_that_calls_back_cannot_use_its_own_connection(db: DbWriter) -> None:
+    errors: list[type[BaseException]] = []
+
+    def job(tx: Transaction) -> None:
+        def call_back() -> None:
+            uses: list[Callable[[], object]] = [
+                lambda: tx.execute("SELECT 1"),
+                lambda: tx.connection.execute("SELECT 1"),
+                lambda: rows(db),
+            ]
+            for use in uses:
+                try:
+                    use()
+                except ReentrantWriteError as error:
+                    errors.append(type(error))
+
+        tx.connection.create_function("call_back", 0, call_back)
+        tx.execute("SELECT call_back()")
+        tx.execute(INSERT, (1,))
+
+    db.run(job)
+    assert errors == [ReentrantWriteError] * 3
+    assert rows(db) == [1]
+
+
+@pytest.mark.parametrize(
+    ("caught_at", "kept"), [(0, []), (1, [1]), (2, [1, 2]), (3, [1, 2, 3])], ids=["nowhere", "first", "second", "third"]
+)
+def test_a_failure_three_savepoints_deep_undoes_as_far_as_it_gets(
+    db: DbWriter, caught_at: int, kept: list[int]
+) -> None:
+    def level(tx: Transaction, depth: int) -> None:
+        tx.execute(INSERT, (depth,))
+        if depth == 4:
+            raise LookupError
+        caught = contextlib.suppress(LookupError) if depth == caught_at else contextlib.nullcontext()
+        with caught, tx.savepoint():
+            level(tx, depth + 1)
+
+    expected = contextlib.nullcontext() if caught_at else pytest.raises(LookupError)
+    with expected:
+        db.run(lambda tx: level(tx, 1))
+    assert rows(db) == kept
+    db.run(INSERT, (9,))
+    assert rows(db) == [*kept, 9]
+
+
+def test_what_a_job_undid_itself_can_be_done_again_in_it(db: DbWriter) -> None:
+    def job(tx: Transaction) -> None:
+        for n in range(100):
+            with contextlib.suppress(LookupError), tx.savepoint():
+                tx.execute(INSERT, (n,))
+                if n % 2:
+                    raise LookupError
+        for n in range(1, 100, 2):
+            tx.execute(INSERT, (n,))
+
+    db.run(job)
+    assert rows(db) == list(range(100))
+
+
+def test_a_savepoint_that_is_left_open_ends_with_its_job(db: DbWriter) -> None:
+    kept: list[Any] = []
+
+    def job(tx: Transaction) -> None:
+        kept.append(tx.savepoint())
+        kept[0].__enter__()
+        tx.execute(INSERT, (1,))
+
+    db.run(job)
+    with pytest.raises(TransactionClosedError):
+        kept[0].__exit__(None, None, None)
+    db.run(INSERT, (2,))
+    assert rows(db) == [1, 2]
+
+
+def test_a_system_exit_inside_a_nested_call_undoes_the_nested_part_only_if_it_is_caught(db: DbWriter) -> None:
+    def exits(tx: Transaction) -> None:
+        tx.execute(INSERT, (2,))
+        raise SystemExit(1)
+
+    def job(tx: Transaction) -> None:
+        tx.execute(INSERT, (1,))
+        with pytest.raises(SystemExit):
+            db.run(exits)
+        with pytest.raises(SystemExit), db.transaction() as inner:
+            exits(inner)
+
+    db.run(job)
+    assert rows(db) == [1]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda db, tx: db.run_many(INSERT, [(5,), (6,), (5,)]),
+        lambda db, tx: db.run_script("INSERT INTO t VALUES (5); INSERT INTO t VALUES (5);"),
+        lambda db, tx: tx.executescript("INSERT INTO t VALUES (5); INSERT INTO t VALUES (5);"),
+        lambda db, tx: db.run("INSERT INTO t VALUES (5), (5)"),
+        lambda db, tx: db.run("INSERT OR FAIL INTO t VALUES (5), (5)"),
+    ],
+    ids=["run_many", "run_script", "executescript", "run", "run OR FAIL"],
+)
+def test_a_part_that_fails_midway_and_is_caught_leaves_nothing_of_itself(db: DbWriter, call: Any) -> None:
+    def job(tx: Transaction) -> None:
+        tx.execute(INSERT, (1,))
+        with pytest.raises(sqlite3.IntegrityError):
+            call(db, tx)
+        tx.execute(INSERT, (2,))
+
+    db.run(job)
+    with pytest.raises(LookupError), db.transaction() as tx:
+        tx.execute("DELETE FROM t")
+        job(tx)
+        raise LookupError
+    assert rows(db) == [1, 2]
+
+
+def test_callbacks_of_nested_calls_run_in_their_order_after_the_whole(db: DbWriter) -> None:
+    told: list[int] = []
+
+    def note(n: int) -> Callable[[], object]:
+        return lambda: told.append(n)
+
+    def job(tx: Transaction) -> None:
+        tx.on_commit(note(1))
+        db.run(lambda inner: inner.on_commit(note(2)))
+        with db.transaction() as inner:
+            inner.on_commit(note(3))
+        with pytest.raises(LookupError), db.transaction() as inner:
+            inner.on_commit(note(-1))
+            with inner.savepoint():
+                inner.on_commit(note(-2))
+            raise LookupError
+        tx.on_commit(note(4))
+        assert told == []
+
+    db.run(job)
+    db.flush()
+    assert told == [1, 2, 3, 4]
+
+
+def test_the_lock_is_free_when_callbacks_run(db: DbWriter, path: Path) -> None:
+    told: list[str] = []
+
+    def tell(what: str) -> None:
+        with holding_lock(path):
+            told.append(what)
+
+    def job(tx: Transaction) -> None:
+        tx.execute(INSERT, (1,))
+        tx.on_commit(lambda: tell("committed"))
+        tx.on_rollback(lambda: tell("rolled back"))
+
+    def failing(tx: Transaction) -> None:
+        job(tx)
+
+    db.run(job)
+    db.flush()
+    with pytest.raises(sqlite3.IntegrityError):
+        db.run(failing)
+    db.flush()
+    assert told == ["committed"]  # the second had not come to its callbacks
+
+    def failing_later(tx: Transaction) -> None:
+        tx.on_rollback(lambda: tell("rolled back"))
+        job(tx)
+
+    with pytest.raises(sqlite3.IntegrityError):
+        db.run(failing_later)
+    db.flush()
+    assert told == ["committed", "rolled back"]
+
+
+@pytest.mark.parametrize("kind", [LookupError, SystemExit, KeyboardInterrupt])
+def test_a_callback_that_raises_is_logged_and_neither_the_next_nor_the_job_is_hurt(
+    db: DbWriter, caplog: pytest.LogCaptureFixture, kind: type[BaseException]
+) -> None:
+    told: list[int] = []
+
+    def fail() -> None:
+        raise kind("of the callback")
+
+    def job(tx: Transaction) -> str:
+        tx.on_commit(fail)
+        tx.on_commit(lambda: told.append(1))
+        tx.on_commit(fail)
+        return "done"
+
+    if db._core.options.inline and kind is not LookupError:  # it is the caller's own thread
+        with pytest.raises(kind, match="of the callback"):
+            db.run(job)
+        assert told == [1]
+        db.run(INSERT, (1,))
+        return
+    assert db.run(job) == "done"
+    db.flush()
+    assert told == [1]
+    logged = [record for record in caplog.records if record.exc_info and record.exc_info[0] is kind]
+    assert [record.levelno for record in logged] == [logging.ERROR] * 2
+    db.run(INSERT, (1,))
+
+
+def test_a_callback_may_enqueue_and_read(db: DbWriter) -> None:
+    tickets: list[Ticket[Any]] = []
+    seen: list[Any] = []
+
+    def after() -> None:
+        seen.extend(rows(db))
+        tickets.append(db.enqueue(INSERT, (2,)))
+
+    def job(tx: Transaction) -> None:
+        tx.execute(INSERT, (1,))
+        tx.on_commit(after)
+
+    db.run(job)
+    db.flush(DEADLINE)
+    assert tickets[0].result(DEADLINE).rowcount == 1
+    assert (seen, rows(db)) == ([1], [1, 2])
+
+
+def undone_in_a_savepoint(tx: Transaction) -> None:
+    with tx.savepoint():
+        tx.execute("INSERT OR ROLLBACK INTO t VALUES (1)")
+
+
+UNDOES: dict[str, Callable[[Transaction], object]] = {
+    "OR ROLLBACK": lambda tx: tx.execute("INSERT OR ROLLBACK INTO t VALUES (1)"),
+    "RAISE(ROLLBACK)": lambda tx: tx.execute("DELETE FROM t WHERE n = 1"),
+    "in a savepoint": undone_in_a_savepoint,
+    "in a script": lambda tx: tx.executescript("INSERT INTO t VALUES (7); INSERT OR ROLLBACK INTO t VALUES (1);"),
+    "many": lambda tx: tx.executemany("INSERT OR ROLLBACK INTO t VALUES (?)", [(8,), (1,)]),
+    "lent": lambda tx: tx.connection.execute("INSERT OR ROLLBACK INTO t VALUES (1)"),
+}
+
+
+@pytest.mark.parametrize("undo", UNDOES.values(), ids=UNDOES)
+def test_a_job_that_swallows_a_rollback_of_sqlites_own_fails_and_later_statements_are_not_done_alone(
+    db: DbWriter, undo: Callable[[Transaction], object]
+) -> None:
+    db.run(INSERT, (1,))
+    db.run("CREATE TRIGGER keep BEFORE DELETE ON t BEGIN SELECT RAISE(ROLLBACK, 'kept'); END")
+    told: list[str] = []
+
+    def job(tx: Transaction) -> None:
+        tx.on_commit(lambda: told.append("committed"))
+        tx.on_rollback(lambda: told.append("rolled back"))
+        tx.execute(INSERT, (2,))
+        with pytest.raises(sqlite3.IntegrityError):
+            undo(tx)
+        for use in (tx.execute, tx.executescript, db.run, db.read, tx.connection.execute):
+            with pytest.raises(TransactionAbortedError):
+                use("INSERT INTO t VALUES (3)")
+
+    with pytest.raises(TransactionAbortedError):
+        db.run(job)
+    db.flush()
+    with pytest.raises(TransactionAbortedError), db.transaction() as tx:
+        job(tx)
+    assert told == ["rolled back"] * 2
+    assert rows(db) == [1]
+    db.run(INSERT, (4,))
+    assert rows(db) == [1, 4]
+
+
+def test_an_error_of_the_job_itself_after_such_a_rollback_is_the_one_that_is_told(db: DbWriter) -> None:
+    db.run(INSERT, (1,))
+
+    def job(tx: Transaction) -> None:
+        with pytest.raises(sqlite3.IntegrityError):
+            tx.execute("INSERT OR ROLLBACK INTO t VALUES (1)")
+        raise LookupError("its own")
+
+    with pytest.raises(LookupError, match="its own"):
+        db.run(job)
+    with pytest.raises(LookupError, match="its own"), db.transaction() as tx:
+        job(tx)
+    assert rows(db) == [1]
+
+
+def test_a_sql_function_that_writes_gets_a_named_error_on_the_writer_and_on_readers(path: Path) -> None:
+    errors: list[BaseException] = []
+    current: list[Transaction] = []
+
+    def hook(connection: sqlite3.Connection, readonly: bool) -> None:
+        connection.create_function("writes", 0, writes)
+
+    def writes() -> int:
+        calls: list[Callable[[], object]] = [
+            lambda: db.run(INSERT, (-1,)),
+            lambda: db.run(lambda tx: tx.execute(INSERT, (-2,)) and None),
+            lambda: db.run_many(INSERT, [(-3,)]),
+            lambda: db.run_script("INSERT INTO t VALUES (-4)"),
+            lambda: db.transaction().__enter__(),
+            lambda: db.run_without_transaction("VACUUM"),
+            *[(lambda tx=tx: tx.execute(INSERT, (-5,))) for tx in current],
+            *[(lambda tx=tx: tx.savepoint().__enter__()) for tx in current],
+        ]
+        for call in calls:
+            try:
+                call()
+            except ReentrantWriteError as error:
+                errors.append(error)
+        return len(calls)
+
+    def job(tx: Transaction) -> int:
+        current[:] = [tx]
+        count: int = tx.execute("SELECT writes()").rows[0][0]
+        current.clear()
+        return count
+
+    with DbWriter(path, on_connect=hook) as db:
+        db.run("CREATE TABLE t (n)")
+        for call in (
+            lambda: db.run("SELECT writes()").rows[0][0],
+            lambda: db.run("INSERT INTO t SELECT writes() RETURNING n").rows[0][0],
+            lambda: db.enqueue("SELECT writes()").result(DEADLINE).rows[0][0],
+            lambda: db.run_without_transaction("SELECT writes()").rows[0][0],
+            lambda: db.run(job),
+        ):
+            count = call()
+            assert len(errors) == count > 5
+            errors.clear()
+        assert db.run("DELETE FROM t RETURNING n").rows == [(6,)]
+
+
+def test_a_transaction_of_another_job_is_dead_even_in_the_writer_thread(db: DbWriter) -> None:
+    kept: list[Transaction] = []
+    db.run(kept.append)
+
+    def job(tx: Transaction) -> None:
+        tx.execute(INSERT, (1,))
+        uses: list[Callable[[], object]] = [
+            lambda: kept[0].execute(INSERT, (2,)),
+            lambda: kept[0].executemany(INSERT, [(2,)]),
+            lambda: kept[0].executescript("INSERT INTO t VALUES (2)"),
+            lambda: kept[0].savepoint().__enter__(),
+            lambda: kept[0].on_commit(print),
+            lambda: kept[0].on_rollback(print),
+            lambda: kept[0].connection,
+        ]
+        for use in uses:
+            with pytest.raises(TransactionClosedError):
+                use()
+
+    db.run(job)
+    assert rows(db) == [1]
+
+
+def test_every_use_in_another_thread_raises_and_changes_nothing(db: DbWriter) -> None:
+    def job(tx: Transaction) -> None:
+        lent = tx.connection
+        uses: list[Callable[[], object]] = [
+            lambda: tx.execute(INSERT, (2,)),
+            lambda: tx.executemany(INSERT, [(2,)]),
+            lambda: tx.executescript("INSERT INTO t VALUES (2)"),
+            lambda: tx.savepoint().__enter__(),
+            lambda: tx.on_commit(print),
+            lambda: lent.execute(INSERT, (2,)),
+            lambda: lent.rollback(),
+            lambda: lent.cursor(),
+        ]
+        tx.execute(INSERT, (1,))
+        with ThreadPoolExecutor(1) as pool:
+            for use in uses:
+                with pytest.raises(TransactionClosedError):
+                    pool.submit(use).result(DEADLINE)
+
+    db.run(job)
+    assert rows(db) == [1]
+
+
+def test_a_part_that_was_rolled_back_is_told_once_whatever_becomes_of_the_whole(db: DbWriter) -> None:
+    told: list[str] = []
+
+    def job(tx: Transaction) -> None:
+        with contextlib.suppress(ZeroDivisionError), tx.savepoint():
+            tx.on_rollback(lambda: told.append("part"))
+            raise ZeroDivisionError
+        tx.on_rollback(lambda: told.append("rest"))
+        raise LookupError
+
+    with pytest.raises(LookupError):
+        db.run(job)
+    assert told == ["part", "rest"]
+
+
+def test_savepoints_that_end_in_the_wrong_order_end_with_the_one_around_them(db: DbWriter) -> None:
+    for kind, expected in ((None, [1, 2, 3]), (LookupError, [3])):
+        db.run("DELETE FROM t")
+
+        def job(tx: Transaction, kind: Any = kind) -> None:
+            outer, inner = tx.savepoint(), tx.savepoint()
+            outer.__enter__()
+            tx.execute(INSERT, (1,))
+            inner.__enter__()
+            tx.execute(INSERT, (2,))
+            outer.__exit__(kind, kind and kind(), None)
+            with pytest.raises(TransactionClosedError, match="ended with the one around it"):
+                inner.__exit__(None, None, None)
+            with tx.savepoint():
+                tx.execute(INSERT, (3,))
+                with contextlib.suppress(LookupError), tx.savepoint():
+                    tx.execute(INSERT, (4,))
+                    raise LookupError
+
+        db.run(job)
+        assert db.read("SELECT n FROM t ORDER BY n") == [(n,) for n in expected]
+
+
+def test_a_transaction_is_made_without_a_dict(db: DbWriter) -> None:
+    def look(tx: Transaction) -> bool:
+        return hasattr(tx, "__dict__")
+
+    assert not db.run(look)
+
+
+def test_a_read_in_a_block_that_is_taken_back_leaves_the_writer_writable(db: DbWriter) -> None:
+    for n in range(5):
+        with pytest.raises(TransactionClosedError), db.transaction(max_hold=0.03):
+            db.read(ENDLESS)
+        with pytest.raises(TransactionClosedError), db.transaction(max_hold=0.03):
+            db.read(lambda connection: threading.Event().wait(0.1))
+            db.read("SELECT 1")
+        db.run("INSERT INTO t VALUES (?)", (n,))
+
+
+def test_a_read_inside_a_job_or_block_ends_at_its_timeout_too(db: DbWriter) -> None:
+    def job(tx: Any) -> None:
+        tx.execute("INSERT INTO t VALUES (1)")
+        for read in (ENDLESS, lambda connection: connection.execute(ENDLESS).fetchall()):
+            with pytest.raises(ReadTimeoutError):
+                db.read(read, timeout=0.03)
+        tx.execute("INSERT INTO t VALUES (2)")
+
+    db.run(job)
+    db.run("DELETE FROM t")
+    with db.transaction() as tx:
+        job(tx)
+    assert db.read("SELECT n FROM t") == [(1,), (2,)]
+
+
+def test_every_use_after_sqlites_own_rollback_raises(db: DbWriter) -> None:
+    db.run("INSERT INTO t VALUES (1)")
+    with pytest.raises(TransactionAbortedError), db.transaction() as tx:
+        with pytest.raises(sqlite3.IntegrityError):
+            tx.execute("INSERT OR ROLLBACK INTO t VALUES (1)")
+        for use in (lambda: tx.connection, lambda: tx.on_commit(print), lambda: tx.on_rollback(print)):
+            with pytest.raises(TransactionAbortedError):
+                use()
+
+
+def test_a_nested_block_leaves_the_factories_of_the_outer_one(new_db: DbWriter) -> None:
+    with new_db.transaction() as tx:
+        tx.connection.text_factory = bytes
+        with new_db.transaction() as inner:
+            assert inner.connection.execute("SELECT 'x'").fetchone() == (b"x",)
+            inner.connection.text_factory = str
+        assert tx.connection.execute("SELECT 'x'").fetchone() == (b"x",)
+    assert new_db.run("SELECT 'x'").rows == [("x",)]
+
+
+def test_a_nested_block_that_ends_after_its_outer_one_was_taken_changes_nothing_of_the_connection(path: Path) -> None:
+    with DbWriter(path) as new_db:
+        with pytest.raises(TransactionClosedError), new_db.transaction(max_hold=0.05) as tx:
+            tx.connection.text_factory = bytes
+            with new_db.transaction() as inner:
+                assert inner.connection.execute("SELECT 'x'").fetchone() == (b"x",)
+                while new_db.in_writer():
+                    assert not threading.Event().wait(0.001)
+                other = threading.Thread(target=new_db.run, args=("SELECT 1",))
+                other.start()
+                other.join(DEADLINE)
+        assert new_db.run("SELECT 'x'").rows == [("x",)]

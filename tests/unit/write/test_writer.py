@@ -1,0 +1,297 @@
+"""The writer thread: it outlives damage and odd errors, keeps nothing alive, and its end is told to everybody."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import gc
+import logging
+import sqlite3
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+
+from helpers import DEADLINE, parked
+from onewriter import DbWriter, Ticket, Transaction, TransactionClosedError, WriterBrokenError
+from onewriter.base.waiting import wake
+
+ENDLESS = "WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c) "
+TABLE = "CREATE TABLE t (n)"
+INSERT = "INSERT INTO t VALUES (?)"
+FILL = "f = open({path!r}, 'r+b'); f.seek({page}); f.write(b'\\xff' * 4096)"
+
+
+class _Handler(logging.Handler):
+    def __init__(self, emit: Callable[[logging.LogRecord], object]) -> None:
+        super().__init__()
+        self._emit = emit
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._emit(record)
+
+
+@contextlib.contextmanager
+def handling(emit: Callable[[logging.LogRecord], object]) -> Iterator[logging.Handler]:
+    """Only ``emit`` hears the log."""
+    logger, handler = logging.getLogger("onewriter"), _Handler(emit)
+    logger.addHandler(handler)
+    logger.propagate = False
+    try:
+        yield handler
+    finally:
+        logger.propagate = True
+        logger.removeHandler(handler)
+
+
+def raising(error: type[BaseException]) -> Callable[..., NoReturn]:
+    def fail(*_: object) -> NoReturn:
+        raise error("of an exception's own making")
+
+    return fail
+
+
+@pytest.fixture
+def db(any_db: DbWriter) -> DbWriter:
+    any_db.run("CREATE TABLE t (n UNIQUE)")
+    return any_db
+
+
+@pytest.fixture
+def damaged(path: Path) -> Path:
+    """A file with a table that is damaged, and one, ``t``, that is not."""
+    with DbWriter(path) as db:
+        db.run_script("CREATE TABLE bad (id INTEGER PRIMARY KEY, text); CREATE TABLE t (n)")
+        db.run_many("INSERT INTO bad VALUES (NULL, ?)", [("x" * 400,)] * 500)
+    subprocess.run([sys.executable, "-c", FILL.format(path=str(path), page=4096 * 20)], check=True)
+    return path
+
+
+def swallow(tx: Transaction) -> None:
+    with contextlib.suppress(sqlite3.DatabaseError):
+        tx.execute("UPDATE bad SET text = 'y'")
+
+
+def test_max_hold_is_for_every_job(path: Path) -> None:
+    endless = ENDLESS + "SELECT count(*) FROM c"
+
+    def swallow(tx: Transaction) -> None:
+        tx.execute("INSERT INTO t VALUES (1)")
+        with contextlib.suppress(TransactionClosedError):
+            tx.execute(endless)
+
+    with DbWriter(path, max_hold=0.05) as db:
+        db.run("CREATE TABLE t (n)")
+        ways: list[Callable[[], object]] = [
+            lambda: db.run(endless),
+            lambda: db.run(swallow),
+            lambda: db.run_without_transaction(endless),
+            lambda: db.run_script(endless),
+        ]
+        for way in ways:
+            with pytest.raises(TransactionClosedError, match="longer than max_hold"):
+                way()
+        assert db.read("SELECT * FROM t") == []
+        assert db.run("INSERT INTO t VALUES (2)").rowcount == 1
+
+
+def test_max_hold_ends_a_jobs_statement_on_a_reader_too(path: Path) -> None:
+    with DbWriter(path, max_hold=0.05) as db:
+
+        def job(tx: Transaction) -> None:
+            with db.reader() as connection:
+                connection.execute(ENDLESS + "SELECT count(*) FROM c")
+
+        with pytest.raises(sqlite3.OperationalError, match="interrupted"):
+            db.run(job, timeout=DEADLINE)
+        db.run("SELECT 1", timeout=DEADLINE)
+
+
+def test_an_error_that_was_dealt_with_is_gone_at_once(path: Path) -> None:
+    """Its traceback holds the frames it went through; one of them that holds it too would keep all of that alive."""
+
+    class OwnError(Exception):
+        pass
+
+    def fail(*_: object) -> None:
+        raise OwnError
+
+    gc.collect()
+    gc.disable()
+    try:
+        with DbWriter(path, on_error=lambda ticket: None) as db:
+            ways: list[Callable[[], object]] = [
+                lambda: DbWriter(path, on_connect=fail),
+                lambda: db.run("SELECT * FROM nowhere"),
+                lambda: db.enqueue("SELECT * FROM nowhere").result(DEADLINE),
+                lambda: db.read("SELECT * FROM nowhere"),
+                lambda: db.read(fail),
+            ]
+            for number, way in enumerate(ways):
+                try:
+                    way()
+                except (OwnError, sqlite3.Error) as error:
+                    gone = weakref.ref(error)
+                db.flush()  # the writer has let go of its last jobs
+                assert gone() is None, number
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("inline", [False, True])
+@pytest.mark.parametrize("stderr_is_broken", [False, True])
+def test_if_the_writer_ends_all_the_same_everybody_hears(
+    path: Path, inline: bool, stderr_is_broken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[logging.LogRecord] = []
+
+    class Cause(BaseException):
+        __str__ = raising(SystemExit)
+
+    def emit(record: logging.LogRecord) -> None:
+        told.append(record)
+        if stderr_is_broken:
+            raise RuntimeError
+
+    with handling(emit):
+        db = DbWriter(path, inline=inline)
+        monkeypatch.setattr(db._core.writer, "write", raising_it(Cause))
+        if stderr_is_broken:
+            monkeypatch.setattr(sys, "stderr", None)
+        tickets: list[Ticket[Any]] = []
+        with contextlib.suppress(Cause):
+            tickets = [db.enqueue("SELECT 1")]
+        errors = [ticket.exception(DEADLINE) for ticket in tickets]
+        for call in (db.run, db.enqueue):
+            with pytest.raises(WriterBrokenError) as later:
+                call("SELECT 1", timeout=DEADLINE)
+            errors.append(later.value)
+        assert [type(error) for error in errors] == [WriterBrokenError] * len(errors)
+        assert len(set(map(id, errors))) == len(errors)
+        assert db.health.startswith("broken: ")
+        db.close(DEADLINE)
+    assert [record.levelno for record in told if record.levelno == logging.CRITICAL] == [logging.CRITICAL]
+
+
+def raising_it(kind: type[BaseException]) -> Callable[..., NoReturn]:
+    def fail(*_: object) -> NoReturn:
+        raise kind
+
+    return fail
+
+
+def test_a_writer_whose_end_fails_is_at_an_end_and_waits_for_nobody(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    db = DbWriter(path)
+    db.run(TABLE)
+    session = db._core.writer._session
+    assert session is not None
+    connection = session.connection
+    monkeypatch.setattr(db._core.writer, "_roll_back", raising(SystemExit))
+    db.close(DEADLINE)
+    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+        connection.execute("SELECT 1")
+    with DbWriter(path) as again:  # and the file is free
+        again.run(INSERT, (1,))
+
+
+def test_a_loop_that_cannot_be_woken_keeps_no_other_waiter_asleep() -> None:
+    class Loop(asyncio.SelectorEventLoop):
+        def call_soon_threadsafe(self, *_: object, **__: object) -> NoReturn:
+            raise ValueError("of the loop")
+
+    loop, lock = Loop(), threading.Lock()
+    lock.acquire()
+    wake([loop.create_future(), lock])
+    assert not lock.locked()
+    loop.close()
+
+
+def test_an_interrupt_that_nobody_of_ours_has_sent_is_told_as_it_is(path: Path) -> None:
+    inside = threading.Event()
+
+    def tell() -> int:
+        inside.set()
+        return 1
+
+    def connect(connection: sqlite3.Connection, readonly: bool) -> None:
+        connection.create_function("inside", 0, tell)
+
+    def endless(tx: Transaction) -> None:
+        tx.execute("WITH RECURSIVE n(i) AS (SELECT inside() UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n")
+
+    with DbWriter(path, on_connect=connect, on_error=lambda ticket: None) as db:
+        ticket = db.enqueue(endless)
+        assert inside.wait(30)
+        session = db._core.writer._session
+        assert session is not None
+        session.connection.interrupt()  # once: the statement is under way, and what comes after it is left alone
+        with pytest.raises(sqlite3.OperationalError, match="interrupted"):
+            ticket.result(30)
+
+
+def test_the_error_of_a_job_has_a_note_and_none_of_the_gateways_frames(db: DbWriter) -> None:
+    def job(tx: Transaction) -> None:
+        raise LookupError("mine")
+
+    ticket = db.enqueue(job, label="the failing one")
+    error = ticket.exception(DEADLINE)
+    assert error is not None
+    (note,) = error.__notes__
+    assert "the failing one" in note
+    assert "attempts" not in note  # one was enough
+    assert error.__traceback__ is not None
+    assert error.__traceback__.tb_frame.f_code.co_name == "job"
+
+
+def test_an_idle_writer_keeps_nothing_of_its_last_job_alive(path: Any) -> None:
+    import gc
+    import weakref
+
+    class Thing:
+        pass
+
+    gone = threading.Event()
+    with DbWriter(path) as db:
+        thing: Thing | None = Thing()
+        weakref.finalize(thing, gone.set)
+        db.run(functools.partial(lambda thing, tx: None, thing))
+        thing = None
+        db.run("SELECT 1")
+        gc.collect()
+        assert gone.wait(DEADLINE)
+
+
+@pytest.mark.parametrize("job", ["UPDATE bad SET text = 'y'", swallow])
+@pytest.mark.parametrize("mode", ["WAL", "DELETE"])
+def test_damage_fails_the_job_that_meets_it_and_no_other(damaged: Path, job: Any, mode: Any) -> None:
+    with DbWriter(damaged, journal_mode=mode) as db:
+        with parked(db):
+            first, hit, last = db.enqueue(INSERT, (1,)), db.enqueue(job), db.enqueue(INSERT, (2,))
+        assert (first.exception(DEADLINE), last.exception(DEADLINE)) == (None, None)
+        error = hit.exception(DEADLINE)
+        assert type(error) is sqlite3.DatabaseError
+        assert "malformed" in str(error)
+        db.run(INSERT, (3,))
+        assert db.read("SELECT n FROM t") == [(1,), (2,), (3,)]
+        assert db.health.startswith("degraded")
+
+
+def test_a_job_that_swallows_the_end_of_max_hold_hears_of_it(path: Path) -> None:
+    endless = "INSERT INTO t WITH RECURSIVE c (x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) SELECT count(*) FROM c"
+
+    def job(tx: Transaction) -> None:
+        with contextlib.suppress(Exception):
+            tx.execute(endless)
+
+    with DbWriter(path) as db:
+        db.run("CREATE TABLE t (n)")
+    with DbWriter(path, max_hold=0.02) as db, pytest.raises(TransactionClosedError, match="max_hold"):
+        db.run(job)
