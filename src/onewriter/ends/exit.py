@@ -22,8 +22,8 @@ _open: dict[Writer, Driver] = {}  # used in single steps: a lock could meet a si
 _hooked = 0  # the process that has our hook in multiprocessing
 
 
-def drain_at_exit(loop: Writer, driver: Driver) -> None:
-    _open[loop] = driver
+def drain_at_exit(writer: Writer, driver: Driver) -> None:
+    _open[writer] = driver
     _hook_into_multiprocessing()
 
 
@@ -38,8 +38,8 @@ def _hook_into_multiprocessing() -> None:
         Finalize(None, _drain_all, exitpriority=1)
 
 
-def forget(loop: Writer) -> None:
-    _open.pop(loop, None)
+def forget(writer: Writer) -> None:
+    _open.pop(writer, None)
 
 
 def others_on(path: str) -> bool:
@@ -52,11 +52,11 @@ def refuse_lost(path: str) -> None:
     to use: it has one index of the log in memory for all connections of a process to a file.
     """
     refuse_left_open(path)
-    for loop in _all_on(path):
+    for writer in _all_on(path):
         try:
-            loop.file.check_logs()
+            writer.file.check_logs()
         except FileMovedError as error:
-            error.add_note(f"onewriter: it is still open in another DbWriter of this process, {loop.label}: close it")
+            error.add_note(f"onewriter: it is still open in another DbWriter of this process, {writer.label}: close it")
             raise
 
 
@@ -65,7 +65,7 @@ def _all_on(path: str) -> list[Writer]:
         here = os.stat(path)
     except OSError:
         return []
-    return [loop for loop in _open.copy() if loop.is_on(here)]
+    return [writer for writer in _open.copy() if writer.is_on(here)]
 
 
 def _forget_in_child() -> None:
@@ -85,31 +85,31 @@ def _drain_all() -> None:
     # The writers are daemon threads, because others are joined before any hook of ours runs: they would never be told
     # to end. They run on until atexit is through (https://docs.python.org/3/library/atexit.html).
     drivers = _open.copy()
-    for loop in drivers:
-        loop.leaving = True
-        loop.queue.refuse(closed_error())
-    for loop, driver in drivers.items():
-        _drain(loop, driver)
+    for writer in drivers:
+        writer.leaving = True
+        writer.queue.refuse(closed_error())
+    for writer, driver in drivers.items():
+        _drain(writer, driver)
 
 
-def _drain(loop: Writer, driver: Driver) -> None:
+def _drain(writer: Writer, driver: Driver) -> None:
     """Wait while jobs finish; give up when none has finished for ``lock_timeout`` seconds."""
     with contextlib.suppress(ReentrantWriteError):  # this thread has left a block open
         driver.join(0.0)  # without a thread, nobody else writes what is queued
     finished, since = -1, monotonic()
-    while not loop.drained.wait(SLICE):
-        loop.end_block_at_exit()
-        now = loop.state.tally.finished
+    while not writer.drained.wait(SLICE):
+        writer.end_block_at_exit()
+        now = writer.state.tally.finished
         if now != finished:
             finished, since = now, monotonic()
-        elif monotonic() - since > loop.lock_timeout:
+        elif monotonic() - since > writer.lock_timeout:
             break
-    labels = loop.withdrawn + loop.unfinished()
+    labels = writer.withdrawn + writer.unfinished()
     if labels:
         counts = ", ".join(f"{count} × {label!r}" for label, count in collections.Counter(labels).most_common(20))
         text = "%s: %d jobs are not written at exit, since nothing could be for %s s: %s; %s"
-        arguments = (loop.label, len(labels), loop.lock_timeout, counts, loop.state.describe())
-        report(loop.state, logging.CRITICAL, text, *arguments)
-    if loop.drained.is_set():
-        loop.readers.stop_waiting()
-        driver.join(loop.lock_timeout)
+        arguments = (writer.label, len(labels), writer.lock_timeout, counts, writer.state.describe())
+        report(writer.state, logging.CRITICAL, text, *arguments)
+    if writer.drained.is_set():
+        writer.readers.stop_waiting()
+        driver.join(writer.lock_timeout)

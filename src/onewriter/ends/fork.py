@@ -9,24 +9,24 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterable
-from typing import Any
 
 from onewriter.errors import ADVICE, ForkedError
 from onewriter.sqlite.inherited import keep_open
+from onewriter.write.writer import Writer
 
 _inherited: list[tuple[int, int]] = []  # device and inode of the files that an inherited gateway has open
 
 
-def forget_inherited(loops: Iterable[Any]) -> None:
+def forget_inherited(writers: Iterable[Writer]) -> None:
     """Called in the child, at once after the fork."""
-    for loop in loops:
-        for thing in loop.after_fork_in_child():
+    for writer in writers:
+        for thing in writer.after_fork_in_child():
             keep_open(thing)
-        if loop.file.identity is None:  # it is about to be opened
+        if writer.file.identity is None:  # it is about to be opened
             with contextlib.suppress(OSError):
-                loop.file.remember(loop.file.files, ())
-        if loop.file.identity is not None:
-            _inherited.append(loop.file.identity)
+                writer.file.remember(writer.file.files, ())
+        if writer.file.identity is not None:
+            _inherited.append(writer.file.identity)
 
 
 def refuse_inherited(path: str) -> None:

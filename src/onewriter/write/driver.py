@@ -45,21 +45,21 @@ class Driver(Protocol):
 class ThreadDriver:
     """One daemon thread is the writer, from the opening of its connection to its closing."""
 
-    def __init__(self, loop: Writer) -> None:
-        self._loop = loop
-        self.submit = loop.queue.put
+    def __init__(self, writer: Writer) -> None:
+        self._writer = writer
+        self.submit = writer.queue.put
         self._ready = threading.Event()
         self._failure: BaseException | None = None
-        self._thread = threading.Thread(target=self._main, name=f"{loop.label}-writer", daemon=True)
-        loop.state.reporter = Reporter(loop.state, f"{loop.label}-log")
+        self._thread = threading.Thread(target=self._main, name=f"{writer.label}-writer", daemon=True)
+        writer.state.reporter = Reporter(writer.state, f"{writer.label}-log")
 
     def start(self) -> None:
         self._thread.start()
         try:
             self._ready.wait()
         except BaseException:  # Ctrl-C while it opens
-            self._loop.queue.refuse(closed_error())
-            self._loop.abandon()
+            self._writer.queue.refuse(closed_error())
+            self._writer.abandon()
             raise
         failure, self._failure = self._failure, None
         if failure is not None:
@@ -70,12 +70,12 @@ class ThreadDriver:
                 del failure
 
     def enter(self, job: ThreadBlock, timeout: float | None) -> Transaction:
-        self._loop.queue.put(job)
+        self._writer.queue.put(job)
         until = math.inf if timeout is None else monotonic() + timeout
-        with self._loop.queue.waiting():
-            in_time = wait_in_slices(job.granted, until, self._loop.state)
+        with self._writer.queue.waiting():
+            in_time = wait_in_slices(job.granted, until, self._writer.state)
         if not in_time and job.cancel():
-            raise not_entered(job, timeout, self._loop.state)
+            raise not_entered(job, timeout, self._writer.state)
         if not in_time:  # granted, or refused, in the same moment
             job.granted.acquire()
         return job.entered()
@@ -94,13 +94,13 @@ class ThreadDriver:
         return not self._thread.is_alive()
 
     def _main(self) -> None:
-        loop = self._loop
-        loop.state.writer_thread = threading.get_ident()
+        writer = self._writer
+        writer.state.writer_thread = threading.get_ident()
         try:
-            loop.open()
+            writer.open()
         except BaseException as error:
             self._failure = error
-            loop.end()
+            writer.end()
             return
         finally:
             self._ready.set()
@@ -108,15 +108,15 @@ class ThreadDriver:
             while self._work():
                 pass
         except BaseException as error:
-            loop.broke(error)
+            writer.broke(error)
         finally:
-            loop.end()
-            loop.state.writer_thread = 0  # the system gives the number to other threads
+            writer.end()
+            writer.state.writer_thread = 0  # the system gives the number to other threads
 
     def _work(self) -> bool:
         """Write what waits, or wait for it; False at the end. Keeps nothing of the last jobs alive while it waits."""
-        jobs = self._loop.queue.take(MOST_TAKEN, self._loop.idle_after)
-        self._loop.idle() if jobs is None else self._loop.write(jobs)
+        jobs = self._writer.queue.take(MOST_TAKEN, self._writer.idle_after)
+        self._writer.idle() if jobs is None else self._writer.write(jobs)
         return jobs != []
 
 
@@ -127,8 +127,8 @@ class InlineDriver:
            thread.
     """
 
-    def __init__(self, loop: Writer, clock: Any) -> None:
-        self._loop = loop
+    def __init__(self, writer: Writer, clock: Any) -> None:
+        self._writer = writer
         self._turn = threading.Lock()
         self._inside: set[int] = set()  # the threads that use it, or are about to have it
         self._ended = False
@@ -136,24 +136,24 @@ class InlineDriver:
 
     def start(self) -> None:
         try:
-            self._loop.open()
+            self._writer.open()
         except BaseException:
-            self._loop.end()
+            self._writer.end()
             raise
 
     def submit(self, job: Job[Any], timeout: float | None) -> None:
-        if self._loop.state.is_mine():  # whoever is the writer runs it next
-            self._loop.queue.put(job)
+        if self._writer.state.is_mine():  # whoever is the writer runs it next
+            self._writer.queue.put(job)
             return
         if job.bounded and threading.get_ident() in self._inside:  # a signal handler's or finalizer's
-            self._loop.queue.put_unbounded(job)
+            self._writer.queue.put_unbounded(job)
             return
         if not self._take_turn(timeout):
             if job.bounded:
-                raise QueueFullError(f"no turn for job {job.describe()}: {self._loop.state.describe()}")
+                raise QueueFullError(f"no turn for job {job.describe()}: {self._writer.state.describe()}")
             return  # whoever waits for it finds it not started
         try:
-            self._loop.queue.put(job)
+            self._writer.queue.put(job)
             self._drive()
         finally:
             self._give_turn()
@@ -161,11 +161,11 @@ class InlineDriver:
     def enter(self, job: ThreadBlock, timeout: float | None) -> Transaction:
         if not self._take_turn(timeout):
             job.cancel()
-            raise not_entered(job, timeout, self._loop.state)
+            raise not_entered(job, timeout, self._writer.state)
         try:
-            self._loop.queue.check_open()
+            self._writer.queue.check_open()
             with self._as_writer():
-                self._loop.begin_block(job)
+                self._writer.begin_block(job)
             transaction = job.entered()
             self._inside.discard(threading.get_ident())
             return transaction
@@ -180,7 +180,7 @@ class InlineDriver:
         self._inside.add(threading.get_ident())
         try:
             with self._as_writer():
-                self._loop.end_block(job)
+                self._writer.end_block(job)
             self._drive()
         finally:
             self._give_turn()
@@ -200,13 +200,13 @@ class InlineDriver:
             if not self._ended:
                 self._ended = True
                 with self._as_writer():
-                    self._loop.end(timeout)
+                    self._writer.end(timeout)
             return True
         finally:
             self._give_turn()
 
     def _take_turn(self, timeout: float | None) -> bool:
-        if self._loop.state.forked:
+        if self._writer.state.forked:
             raise forked_error()
         me = threading.get_ident()
         if me in self._inside:
@@ -221,12 +221,12 @@ class InlineDriver:
         return has_it
 
     def _give_turn(self) -> None:
-        if not self._loop.state.forked:
-            state = self._loop.state
+        if not self._writer.state.forked:
+            state = self._writer.state
             interrupt, state.interrupt = state.interrupt, None
             self._turn.release()
             self._inside.discard(threading.get_ident())
-            if self._loop.queue.queue and self._take_turn(0.0):  # what a signal handler has put in this moment
+            if self._writer.queue.queue and self._take_turn(0.0):  # what a signal handler has put in this moment
                 try:
                     self._drive()
                 finally:
@@ -236,19 +236,19 @@ class InlineDriver:
 
     def _drive(self) -> None:
         """Write what is queued, and what that queues."""
-        loop = self._loop
+        writer = self._writer
         with self._as_writer():
             try:
-                while jobs := loop.queue.take_now(MOST_TAKEN):
-                    loop.write(jobs)
+                while jobs := writer.queue.take_now(MOST_TAKEN):
+                    writer.write(jobs)
             except BaseException as error:
-                loop.broke(error)
+                writer.broke(error)
                 raise
 
     @contextlib.contextmanager
     def _as_writer(self) -> Iterator[None]:
-        self._loop.state.writer_thread = threading.get_ident()
+        self._writer.state.writer_thread = threading.get_ident()
         try:
             yield
         finally:
-            self._loop.state.writer_thread = 0
+            self._writer.state.writer_thread = 0
