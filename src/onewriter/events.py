@@ -17,10 +17,10 @@ from onewriter.errors import Outcome
 
 @dataclass(frozen=True, slots=True)
 class JobSubmitted:
-    """A job is about to be handed in; told in the thread, and in the context, of the call.
+    """A job is about to be handed in; published in the thread, and in the context, of the call.
 
     Attributes:
-        ticket: its label, place of the call, and later its outcome and timings.
+        ticket: its label, call site, and later its outcome and timings.
         waits: whether the caller waits for the outcome; False for ``enqueue``.
     """
 
@@ -30,7 +30,7 @@ class JobSubmitted:
 
 @dataclass(frozen=True, slots=True)
 class BatchEnded:
-    """Jobs that shared a transaction have their outcome, and their waiters were told; on the writer thread.
+    """Jobs that shared a transaction have their outcome, and their waiters were notified; on the writer thread.
 
     Attributes:
         tickets: the jobs, in order; each has its ``timings``, and its ``exception()`` if it failed.
@@ -59,7 +59,7 @@ class CheckpointEnded:
 
 @dataclass(frozen=True, slots=True)
 class BackupEnded:
-    """A backup is complete; told in the thread of the call."""
+    """A backup is complete; published in the thread of the call."""
 
     seconds: float
 
@@ -76,14 +76,14 @@ Hook: TypeAlias = Callable[[Event], object]
 Submit: TypeAlias = Callable[[Any, float | None], None]
 
 
-def tell(state: State, hook: Hook, event: Event) -> None:
+def publish(state: State, hook: Hook, event: Event) -> None:
     """On the writer thread."""
-    state.begin_telling(None)
+    state.begin_callbacks(None)
     call_safely(state, hook, event)
-    state.end_telling()
+    state.end_callbacks()
 
 
 def announce(state: State, hook: Hook | None, job: Any, waits: bool) -> None:
-    """Tell that a job is about to be handed in, unless it is none of the user's, such as ``flush``."""
+    """Publish that a job is about to be handed in, unless it is one of the gateway's, such as ``flush``."""
     if hook is not None and job.in_stats:
         call_safely(state, hook, JobSubmitted(job, waits))

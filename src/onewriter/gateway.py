@@ -76,7 +76,7 @@ class DbWriter(Strict):
     Raises:
         sqlite3.Error: the file cannot be opened, with the path and the reason. Where that is plain before SQLite is
             asked, nothing was created.
-        TypeError, ValueError: an argument that cannot be meant; a PRAGMA that is not in force.
+        TypeError, ValueError: an invalid argument; a PRAGMA that has no effect.
         RuntimeError: SQLite is older than 3.37.2.
     """
 
@@ -178,7 +178,8 @@ class DbWriter(Strict):
 
         Raises:
             WriteTimeoutError: no result in time. ``started`` False: Not committed. True: it goes on, see ``ticket``.
-            sqlite3.OperationalError: SQLite's lock was not to be had in ``lock_timeout`` (SQLITE_BUSY). Not committed.
+            sqlite3.OperationalError: SQLite's lock could not be acquired within ``lock_timeout`` (SQLITE_BUSY). Not
+                committed.
             CommitUnknownError: COMMIT met an I/O error. Unknown.
             WriterClosedError, WriterBrokenError, ReentrantWriteError: Not committed.
             What SQLite or the function raised: Rolled back.
@@ -229,7 +230,7 @@ class DbWriter(Strict):
         Raises:
             WriteTimeoutError: at entry: it was not its turn in time. Not committed.
             TransactionClosedError: it held the writer longer than ``max_hold``. Rolled back.
-            sqlite3.OperationalError: SQLite's lock was not to be had in ``lock_timeout``. Not committed.
+            sqlite3.OperationalError: SQLite's lock could not be acquired within ``lock_timeout``. Not committed.
             CommitUnknownError: COMMIT met an I/O error. Unknown.
             What COMMIT raised: Rolled back.
         """
@@ -438,7 +439,7 @@ class DbWriter(Strict):
         """Copy the write-ahead log into the database file, now, and say what came of it.
 
         The gateway does so by itself, unless ``auto_checkpoint`` is False. New reads wait for at most 50 ms, so that
-        the log can begin anew; ``busy`` in the answer says that somebody was in the way all the same.
+        the log can be reset; ``busy`` in the answer says that a reader or another writer prevented it all the same.
 
         Args:
             mode: https://www.sqlite.org/pragma.html#pragma_wal_checkpoint
@@ -462,7 +463,7 @@ class DbWriter(Strict):
         """Copy the database as it is now, while it is read and written.
 
         Blocks the calling thread only, through a connection of its own. In the rollback-journal modes a COMMIT waits
-        for it, as for every reader. A path appears when the copy is complete, taking the place of what was there.
+        for it, as for every reader. A path appears when the copy is complete, replacing what was there.
 
         Args:
             target: a path, or an open ``sqlite3.Connection``.
@@ -470,7 +471,7 @@ class DbWriter(Strict):
             pages: pages for each step; -1: all in one.
 
         Raises:
-            ValueError, TypeError: a target that cannot be meant: the database itself, or one that is in use.
+            ValueError, TypeError: an invalid target: the database itself, or one that is in use.
             sqlite3.Error, OSError: what SQLite or the file system raised. The target is as it was.
             ReentrantWriteError: called inside a job.
             What ``progress`` raised: The target is as it was.

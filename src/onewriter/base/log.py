@@ -1,4 +1,4 @@
-"""The log, a warning, and the one way to run code of the user's whose errors nobody waits for."""
+"""The log, a warning, and the one way to call the user's code where nobody waits for its errors."""
 
 from __future__ import annotations
 
@@ -50,21 +50,21 @@ class Reporter:
         self._name = name
         self._lines: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        self._said = 0  # lines; by the writer thread
-        self._told = 0  # lines; by the reporter's
+        self._reported = 0  # lines; by the writer thread
+        self._logged = 0  # lines; by the reporter's
         self._dropped = 0
-        self._stuck_at = -1  # so many were told when a short wait was in vain
+        self._stuck_at = -1  # so many were logged when a short wait was not enough
 
     @property
     def is_behind(self) -> bool:
         """Whether something has not come out yet."""
-        return self._told < self._said
+        return self._logged < self._reported
 
     def say(self, level: int, message: str, args: tuple[object, ...], error: BaseException | None) -> None:
-        if self._said - self._told >= MOST_LINES and level < logging.CRITICAL:
+        if self._reported - self._logged >= MOST_LINES and level < logging.CRITICAL:
             self._dropped += 1
             return
-        self._said += 1
+        self._reported += 1
         self._lines.put(functools.partial(self._tell, level, message, args, error))
         if self._thread is None:
             self._start()
@@ -73,19 +73,19 @@ class Reporter:
         """Wait until all that was said is out, or a handler hangs."""
         if not self.is_behind or get_ident() in self._state.reporting:  # a handler waits for no handler
             return
-        out, told = threading.Lock(), -1
+        out, logged = threading.Lock(), -1
         out.acquire()
         self._lines.put(out.release)
-        while told != self._told and monotonic() < until:
-            told = self._told
+        while logged != self._logged and monotonic() < until:
+            logged = self._logged
             if out.acquire(timeout=max(0.0, min(PATIENCE, until - monotonic()))):
                 return
 
     def catch_up(self) -> None:
         """Wait for a moment, so that who has a later job's outcome finds the failures of earlier ones in the log."""
-        if self._stuck_at != self._told:
+        if self._stuck_at != self._logged:
             self.wait(monotonic() + MOMENT)
-            self._stuck_at = self._told if self.is_behind else -1
+            self._stuck_at = self._logged if self.is_behind else -1
 
     def close(self) -> None:
         """The writer has nothing more to say."""
@@ -116,7 +116,7 @@ class Reporter:
             _log(self._state, level, message, args, error)
         except BaseException as failure:
             _print(failure)
-        self._told += 1
+        self._logged += 1
         if self._dropped:
             args, self._dropped = (self._dropped,), 0
             text = "%d lines were dropped, since the handlers of the log are slower than what there is to say"

@@ -64,7 +64,7 @@ class State:
         self.slow_after = slow_after
         self._path = path
         self._in_the_way: Callable[[], str] | None = None  # says who has the lock; None: the one that writers have
-        self._lock_told = -FRESH, ""  # who holds SQLite's lock, and when that was looked up
+        self._lock_described = -FRESH, ""  # who holds SQLite's lock, and when that was looked up
         self._warned_of = 0.0  # the job that a warning has named: when it started
         self.lock = threading.RLock()
         self.locks: tuple[Any, ...] = (self.lock,)  # of the gateway, those that a finalizer or signal handler may find
@@ -83,7 +83,7 @@ class State:
         self.scopes: Scopes[Any] = Scopes()
         self.blocks: set[Block] = set()  # that tasks have, or wait for
         self.waiting: tuple[Work, float] | None = None  # for SQLite's lock, and since when
-        self.telling: tuple[Work | None, float] | None = None  # whose callbacks are called (None: on_event), since
+        self.calling_back: tuple[Work | None, float] | None = None  # whose callbacks are called (None: on_event), since
 
     def after_fork_in_child(self, error: BaseException) -> None:
         """In a forked child. The numbers of threads survive a fork, and so may a lock that another thread holds."""
@@ -111,11 +111,11 @@ class State:
 
     def warn_if_slow(self, now: float) -> None:
         """Name, once, the job that holds the writer, or whose callbacks do, longer than ``slow_after``."""
-        job, telling = self.job, self.telling
+        job, calling_back = self.job, self.calling_back
         if job is not None:
             since = job.started_at
-        elif telling is not None:
-            since = telling[1]
+        elif calling_back is not None:
+            since = calling_back[1]
         else:
             return
         if now - since <= self.slow_after:
@@ -125,15 +125,15 @@ class State:
         if first:
             report(self, logging.WARNING, "slow: %s", self.describe())
 
-    def begin_telling(self, job: Work | None) -> None:
+    def begin_callbacks(self, job: Work | None) -> None:
         """The writer calls the callbacks of ``job``, or, None, ``on_event``."""
-        self.end_telling()
-        self.telling = job, monotonic()
+        self.end_callbacks()
+        self.calling_back = job, monotonic()
 
-    def end_telling(self) -> None:
-        if self.telling is not None:
+    def end_callbacks(self) -> None:
+        if self.calling_back is not None:
             self.warn_if_slow(monotonic())
-            self.telling = None
+            self.calling_back = None
 
     def count_timeout(self) -> None:
         """A call ends with WriteTimeoutError."""
@@ -141,13 +141,13 @@ class State:
             self.tally.timed_out += 1
 
     def is_slow(self, now: float) -> bool:
-        """Whether a job has the writer, waits for SQLite's lock, or is told, for longer than ``slow_after``."""
-        job, other = self.job, self.waiting or self.telling
+        """Whether a job runs, waits for SQLite's lock, or has its callbacks called, for longer than ``slow_after``."""
+        job, other = self.job, self.waiting or self.calling_back
         since = getattr(job, "started_at", now) if job is not None else now if other is None else other[1]
         return now - since > self.slow_after
 
     def wait_for_lock(self, job: Work, in_the_way: Callable[[], str] | None = None) -> None:
-        self._in_the_way, self._lock_told = in_the_way, (-FRESH, "")
+        self._in_the_way, self._lock_described = in_the_way, (-FRESH, "")
         self.waiting = (job, monotonic())
 
     def has_lock(self) -> None:
@@ -212,21 +212,21 @@ class State:
             raise forked_error() if self.forked else broken_error(self.broken)
 
     def note_corruption(self, error: BaseException) -> None:
-        """Say once, loudly, that the file is damaged; every job that it hits fails with SQLite's error."""
+        """Log once, at CRITICAL, that the file is damaged; every job that it hits fails with SQLite's error."""
         if error_code(error) & 0xFF in CORRUPT and self.health == "ok":
             self.health = f"degraded: {text_of(error)}"
             report(self, logging.CRITICAL, "the database is damaged: %s; restore it from a backup", text_of(error))
 
     def _describe_lock(self) -> str:
-        told_at, text = self._lock_told
-        if monotonic() - told_at > FRESH:  # a thousand tasks may ask at once, in their loop
+        described_at, text = self._lock_described
+        if monotonic() - described_at > FRESH:  # a thousand tasks may ask at once, in their loop
             text = describe_lock(self._path) if self._in_the_way is None else self._in_the_way()
-            self._lock_told = monotonic(), text
+            self._lock_described = monotonic(), text
         return text
 
     def describe(self, has_lock: bool = False) -> str:
         """Who holds the writer, for messages: label, since when, and where it was called from."""
-        job, waiting, telling = self.job, self.waiting, self.telling
+        job, waiting, calling_back = self.job, self.waiting, self.calling_back
         if job is not None:
             return f"the writer is held by {job.describe()} for {monotonic() - job.started_at:.2f} s"
         if waiting is not None:
@@ -234,9 +234,9 @@ class State:
                 return f"to run {waiting[0].describe()}"
             text = f"the writer waits since {monotonic() - waiting[1]:.2f} s for SQLite's lock, held elsewhere, to run"
             return f"{text} {waiting[0].describe()}; {self._describe_lock()}"
-        if telling is not None:
-            whose = "on_event" if telling[0] is None else f"the callbacks of {telling[0].describe()}"
-            return f"the writer calls {whose} for {monotonic() - telling[1]:.2f} s"
+        if calling_back is not None:
+            whose = "on_event" if calling_back[0] is None else f"the callbacks of {calling_back[0].describe()}"
+            return f"the writer calls {whose} for {monotonic() - calling_back[1]:.2f} s"
         return "the writer is between jobs"
 
 

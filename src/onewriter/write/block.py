@@ -37,7 +37,7 @@ class Block(Job[None]):
 
     __slots__ = ("_requests", "failed", "granted", "is_given_back", "loop", "max_hold", "nested", "transaction")
     exclusive = lent = needs_savepoint = True
-    logs_failure = False  # its own thread or task hears
+    logs_failure = False  # its own thread or task gets the error
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class Block(Job[None]):
         self.loop = loop  # in whose thread it is entered
         self.transaction: Transaction | None = None
         self.failed = self.is_given_back = False
-        self.nested = 0  # writes of others that were told that they are done, as a part of it
+        self.nested = 0  # writes that were acknowledged as a part of it
         self.granted = granted
         self._waiters = [granted]
         self._requests: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()  # None: it is given back
@@ -212,7 +212,7 @@ def outermost(
                 report(state, logging.WARNING, text, gateway, block.nested, block.describe())
             raise
         _leave(block, scope, turns, failed=False)
-    except (WriterClosedError, WriterBrokenError):  # never accepted, or told already, or a signal handler's
+    except (WriterClosedError, WriterBrokenError):  # never accepted, or answered already, or a signal handler's
         if not block.done():
             block.give_back(failed=True)  # if it is granted after all, it ends at once
         raise

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 from onewriter.base.log import report
 from onewriter.base.state import State
-from onewriter.events import CheckpointEnded, Hook, tell
+from onewriter.events import CheckpointEnded, Hook, publish
 from onewriter.sqlite.file import DatabaseFile
 from onewriter.sqlite.locks import describe_wal_readers
 from onewriter.sqlite.options import Settings
@@ -206,7 +206,7 @@ class Checkpointer:
         self.last = found, monotonic()
         self.remember_size(session)
         if self._on_event is not None:
-            tell(self._state, self._on_event, CheckpointEnded(mode, *found, monotonic() - began))
+            publish(self._state, self._on_event, CheckpointEnded(mode, *found, monotonic() - began))
         return found
 
     def remember_size(self, session: WriteSession) -> None:

@@ -48,7 +48,7 @@ class JobQueue(queue.Queue[Job[Any]]):
         self._told_at = -QUIET
         self._refusal: OneWriterError | None = None
         self._room: OrderedDict[_Waiter, None] = OrderedDict()  # who waits for room, in order; any may leave
-        self._withdrawn: set[Job[Any]] = set()  # those of the queue that are nothing but a place in it
+        self._withdrawn: set[Job[Any]] = set()  # withdrawn jobs whose slot in the queue is not removed yet
         self._is_taking = False
         state.forget = self.forget
         self._waiting_threads: set[int] = set()
@@ -103,7 +103,7 @@ class JobQueue(queue.Queue[Job[Any]]):
         self.queue.append(job)
 
     def line_up(self, job: Job[Any], future: asyncio.Future[None]) -> _Waiter | None:
-        """Add a bounded job; None, or, if there is no room, its place in the line, whose turn resolves ``future``."""
+        """Add a bounded job; returns None, or, if there is no room, who waits in line, whose turn resolves ``future``."""
         with self.mutex:
             self._refuse_if_closed()
             waiter = None
@@ -124,9 +124,9 @@ class JobQueue(queue.Queue[Job[Any]]):
             self._room.pop(waiter, None)
 
     def forget(self, job: Job[Any]) -> None:
-        """A job was withdrawn: if it is in the queue, it makes room now, although its place goes later.
+        """A job was withdrawn: if it is in the queue, it makes room now, although its slot is removed later.
 
-        To look for the place would cost a walk through the queue, for each of perhaps thousands that give up at once.
+        Finding the slot would cost a walk through the queue, for each of perhaps thousands that give up at once.
         """
         with self.mutex:
             if getattr(job, "_is_queued", False):

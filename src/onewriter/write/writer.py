@@ -20,7 +20,7 @@ from onewriter.base.log import INTERRUPTS, call_all_safely, call_safely, report,
 from onewriter.base.state import State, broken_error
 from onewriter.base.tally import Batch
 from onewriter.errors import CommitUnknownError, TransactionClosedError, WriterClosedError, forked_error
-from onewriter.events import BatchEnded, Hook, WriterBroken, tell
+from onewriter.events import BatchEnded, Hook, WriterBroken, publish
 from onewriter.sqlite.connection import configure, open_writer
 from onewriter.sqlite.file import DatabaseFile, FileMovedError, exposure
 from onewriter.sqlite.guard import Guard, Mode
@@ -673,7 +673,7 @@ class Writer:
         for run in runs:
             if run.job in again:
                 self._call_back(run, committed=False)
-        self.state.end_telling()
+        self.state.end_callbacks()
         self._history = self._before
         self._count_runs(len(jobs))
 
@@ -765,25 +765,25 @@ class Writer:
             if run.has_callbacks:
                 self._call_back(run, committed=run.job._error is None)
         for job in called:
-            self.state.begin_telling(job)
+            self.state.begin_callbacks(job)
             job.run_callbacks()
         for job in unheard:
-            self.state.begin_telling(job)
+            self.state.begin_callbacks(job)
             report(self.state, logging.ERROR, "job %s failed", job.describe(), error=job.failed_with)
             if self._on_error is not None:
                 call_safely(self.state, self._on_error, job)
-        self.state.end_telling()
+        self.state.end_callbacks()
         if self.on_event is not None and (
             tickets := tuple(job for job in jobs if job.in_stats and not job.cancelled())
         ):
             batch = self._batch
             event = BatchEnded(tickets, commits, batch.lock_wait, batch.commit, batch.retried)
-            tell(self.state, self.on_event, event)
+            publish(self.state, self.on_event, event)
 
     def _call_back(self, run: Transaction, committed: bool) -> None:
         if run.job.lent:
             return  # its own thread does
-        self.state.begin_telling(run.job)
+        self.state.begin_callbacks(run.job)
         call_all_safely(self.state, [(callback,) for callback in run.callbacks(committed)])
 
     def _withdraw(self, job: Job[Any]) -> bool:
@@ -811,7 +811,7 @@ class Writer:
             job.ended_at = monotonic()
         self._settle(stranded, [])
         if self.on_event is not None:
-            tell(self.state, self.on_event, WriterBroken(cause))
+            publish(self.state, self.on_event, WriterBroken(cause))
 
     def _go_out_of_service(self, cause: BaseException) -> None:
         self.state.health = f"broken: {text_of(cause)}"

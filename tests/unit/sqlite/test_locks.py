@@ -264,7 +264,7 @@ def test_who_holds_the_lock_is_looked_up_once_for_many_who_ask(path: Path, monke
     monkeypatch.setattr("onewriter.base.state.describe_lock", describe)
     monkeypatch.setattr("onewriter.base.state.FRESH", DEADLINE)
     with DbWriter(path) as db:
-        db._core.state._lock_told = (-DEADLINE, "")
+        db._core.state._lock_described = (-DEADLINE, "")
         with waiting_for_lock(db, path) as go:
             ticket = db.enqueue("SELECT 1")
             go.set()
