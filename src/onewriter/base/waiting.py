@@ -5,13 +5,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import threading
 from collections.abc import Iterable
 from time import monotonic
-from typing import Any
+from typing import Any, TypeAlias
 
 from onewriter.base.state import State
 
 SLICE = 0.25  # seconds; a signal that comes just before the thread sleeps is seen at its next wake-up
+
+
+Signal: TypeAlias = Any  # what one thread or task waits for: a lock that another releases, or a future of its loop
+
+
+def thread_signal() -> Any:
+    """For one wait of a thread: acquired, so that it waits until ``wake`` releases it."""
+    signal = threading.Lock()
+    signal.acquire()
+    return signal
 
 
 def wake(waiters: Iterable[Any]) -> None:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from onewriter.base.log import call_all_safely, report
 from onewriter.base.state import IN_STATEMENT, State
+from onewriter.base.waiting import thread_signal
 from onewriter.errors import ReentrantWriteError, WriterBrokenError, WriterClosedError, WriteTimeoutError, forked_error
 from onewriter.events import Hook, announce
 from onewriter.write.ticket import Job
@@ -144,9 +145,7 @@ class ThreadBlock(Block):
     __slots__ = ("thread",)
 
     def __init__(self, state: State, label: str | None, max_hold: float, frame: types.FrameType) -> None:
-        granted = threading.Lock()
-        granted.acquire()
-        super().__init__(state, label, max_hold, frame, granted, _get_running_loop())
+        super().__init__(state, label, max_hold, frame, thread_signal(), _get_running_loop())
         self.thread = threading.current_thread()  # which enters it
 
     def end_at_exit(self) -> None:

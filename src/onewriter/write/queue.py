@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import queue
@@ -14,7 +13,7 @@ from typing import Any
 
 from onewriter.base.log import report
 from onewriter.base.state import State
-from onewriter.base.waiting import wake
+from onewriter.base.waiting import Signal, thread_signal, wake
 from onewriter.errors import OneWriterError, QueueFullError
 from onewriter.write.ticket import Job
 
@@ -73,21 +72,12 @@ class JobQueue(queue.Queue[Job[Any]]):
         self._put_with_patience(item, timeout)
 
     def _put_with_patience(self, job: Job[Any], timeout: float | None) -> None:
-        me = threading.get_ident()
-        # Inside a lock of ours further out, the call is a finalizer's or signal handler's: the writer would need that
-        # lock to make room, so the job goes over maxsize.
-        reentrant = me in self._waiting_threads or self._state.is_inside()
-        waiter = None
-        with self.mutex:  # the writer is not asleep: there are jobs that fill the queue
-            self._refuse_if_closed()
-            if reentrant or (self._bounded < self.maxsize and not self._room):
-                self._append(job)
-            else:
-                waiter = _Waiter(job)
-                self._room[waiter] = None
-            tell = not reentrant and self._has_become_nearly_full()
-        if tell:
-            self._tell()
+        if threading.get_ident() in self._waiting_threads or self._state.is_inside():
+            # The call is a finalizer's or signal handler's, inside a lock of ours further out: the writer would need
+            # that lock to make room, so the job goes over maxsize.
+            self.put_unbounded(job)
+            return
+        waiter = self.line_up(job, thread_signal())
         if waiter is not None:
             self._wait_for_room(waiter, timeout)
 
@@ -102,13 +92,13 @@ class JobQueue(queue.Queue[Job[Any]]):
         job._is_queued = True
         self.queue.append(job)
 
-    def line_up(self, job: Job[Any], future: asyncio.Future[None]) -> _Waiter | None:
-        """Add a bounded job; returns None, or, if there is no room, who waits in line, whose turn resolves ``future``."""
+    def line_up(self, job: Job[Any], signal: Signal) -> _Waiter | None:
+        """Add a bounded job; returns None, or, if there is no room, who waits in line: its turn wakes ``signal``."""
         with self.mutex:
             self._refuse_if_closed()
             waiter = None
             if self._bounded >= self.maxsize or self._room:
-                waiter = _Waiter(job, future)
+                waiter = _Waiter(job, signal)
                 self._room[waiter] = None
             else:
                 self._append(job)
@@ -197,7 +187,7 @@ class JobQueue(queue.Queue[Job[Any]]):
         """Accept nothing from now on: every later put raises a copy of ``error``. False if it was so already."""
         with self.mutex:
             first, self._refusal = self._refusal is None, error
-            wake(waiter.wakeup for waiter in self._room)
+            wake(waiter.signal for waiter in self._room)
             self._room.clear()
             if self._asleep:
                 self._wake()
@@ -276,7 +266,7 @@ class JobQueue(queue.Queue[Job[Any]]):
     def _wait_for_room(self, waiter: _Waiter, timeout: float | None) -> None:
         try:
             with self.waiting():
-                waiter.wakeup.acquire(timeout=-1 if timeout is None else min(timeout, threading.TIMEOUT_MAX))
+                waiter.signal.acquire(timeout=-1 if timeout is None else min(timeout, threading.TIMEOUT_MAX))
         finally:
             self.leave_line(waiter)
         if not waiter.accepted:
@@ -294,7 +284,7 @@ class JobQueue(queue.Queue[Job[Any]]):
             self._append(waiter.job)
             waiter.accepted = True
             del self._room[waiter]
-            wake([waiter.wakeup])
+            wake([waiter.signal])
         if self.is_nearly_full and self._bounded <= self.maxsize // 2:
             self.is_nearly_full, self._limit = False, self._mark
 
@@ -306,10 +296,7 @@ class JobQueue(queue.Queue[Job[Any]]):
 class _Waiter:
     """A producer that waits for room; whoever makes room moves its job and says so in ``accepted``."""
 
-    def __init__(self, job: Job[Any], future: asyncio.Future[None] | None = None) -> None:
+    def __init__(self, job: Job[Any], signal: Signal) -> None:
         self.job = job
         self.accepted = False
-        self.wakeup: Any = future
-        if future is None:
-            self.wakeup = threading.Lock()
-            self.wakeup.acquire()
+        self.signal = signal
