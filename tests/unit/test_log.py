@@ -17,7 +17,7 @@ import pytest
 from helpers import DEADLINE, in_threads, parked, run_child
 from onewriter import AsyncDbWriter, DbWriter, Ticket, Transaction, WriterBrokenError
 from onewriter.base.waiting import wake
-from onewriter.write.writer import copy_of
+from onewriter.write.outcomes import copy_of
 
 TABLE = "CREATE TABLE t (n)"
 INSERT = "INSERT INTO t VALUES (?)"
@@ -151,7 +151,7 @@ def test_an_error_of_a_hook_that_refuses_copies_still_reaches_every_job(path: Pa
     with DbWriter(path, on_connect=hook) as db:
         db.run(TABLE)
         fails = True
-        db._loop._drop_session()  # as after an error that leaves it in doubt; the writer is idle
+        db._loop._connection.drop()  # as after an error that leaves it in doubt; the writer is idle
         tickets = [db.enqueue(INSERT, (n,)) for n in range(3)]
         errors = [ticket.exception(DEADLINE) for ticket in tickets]
         assert ["of the hook" in str(error) for error in errors] == [True] * 3
@@ -410,10 +410,10 @@ def test_a_writer_whose_end_fails_is_at_an_end_and_waits_for_nobody(
 ) -> None:
     db = DbWriter(path)
     db.run(TABLE)
-    session = db._loop._session
+    session = db._loop._connection.session
     assert session is not None
     connection = session.connection
-    monkeypatch.setattr(db._loop, "_roll_back", raising(SystemExit))
+    monkeypatch.setattr(db._loop._connection, "roll_back", raising(SystemExit))
     db.close(DEADLINE)
     with pytest.raises(sqlite3.ProgrammingError, match="closed"):
         connection.execute("SELECT 1")

@@ -6,7 +6,8 @@ import sqlite3
 
 import pytest
 
-from onewriter.write.writer import commit_outcome_unknown, copy_of
+from onewriter.write.batch import commit_outcome_unknown
+from onewriter.write.outcomes import copy_of
 
 
 def error_with(code: int | None) -> sqlite3.OperationalError:

@@ -455,7 +455,7 @@ def test_many_jobs_behind_a_busy_commit_wait_for_the_lock_once(path: Path) -> No
     with DbWriter(path, journal_mode="DELETE", lock_timeout=0.05) as db:
         db.run("CREATE TABLE t (k UNIQUE)")
         attempts: list[int] = []
-        keep_trying = db._loop._policy.keep_trying
+        keep_trying = db._loop._lock.policy.keep_trying
 
         def counted(*args: Any) -> Any:
             attempts.append(1)
@@ -466,7 +466,7 @@ def test_many_jobs_behind_a_busy_commit_wait_for_the_lock_once(path: Path) -> No
                 tickets = [db.enqueue("INSERT INTO t VALUES (1)") for _ in range(30)]
                 reader.execute("BEGIN")
                 reader.execute("SELECT * FROM t").fetchall()
-                db._loop._policy.keep_trying = counted  # type: ignore[method-assign, assignment]
+                db._loop._lock.policy.keep_trying = counted  # type: ignore[method-assign, assignment]
             errors = {str(ticket.exception(DEADLINE)) for ticket in tickets}
         assert errors == {"database is locked"}
         assert len(attempts) <= 2  # of the job that parks, and of them all
@@ -512,7 +512,7 @@ def test_a_lone_statement_whose_connection_could_not_be_opened_is_no_unknown_com
             raise error
 
     with DbWriter(path, on_connect=hook) as db:
-        db._loop._drop_session()
+        db._loop._connection.drop()
         failing.append(True)
         with pytest.raises(sqlite3.OperationalError, match="disk I/O"):
             db.run_without_transaction("VACUUM")
@@ -522,7 +522,7 @@ def test_a_lone_statement_whose_connection_could_not_be_opened_is_no_unknown_com
 
 @pytest.mark.parametrize("name", ["READ", "GETTEMPPATH", "LOCK", "SHMMAP"])
 def test_a_lone_statement_that_failed_before_it_wrote_is_no_unknown_commit(db: DbWriter, name: str) -> None:
-    session = db._loop._session
+    session = db._loop._connection.session
     assert session is not None
 
     def fail(*_: object) -> Any:

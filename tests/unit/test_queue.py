@@ -29,8 +29,8 @@ from onewriter import (
     WriteTimeoutError,
 )
 from onewriter.read.pool import Borrowing, ReaderPool
+from onewriter.write import lock
 from onewriter.write import queue as queue_module
-from onewriter.write import writer as loop
 
 DEADLINE = 30.0  # seconds; whatever takes longer hangs
 BRIEFLY = 0.05  # seconds; for waits that cannot succeed
@@ -671,7 +671,7 @@ def test_an_interrupt_that_nobody_of_ours_has_sent_is_told_as_it_is(path: Path) 
     with DbWriter(path, on_connect=connect, on_error=lambda ticket: None) as db:
         ticket = db.enqueue(endless)
         assert inside.wait(30)
-        session = db._loop._session
+        session = db._loop._connection.session
         assert session is not None
         session.connection.interrupt()  # once: the statement is under way, and what comes after it is left alone
         with pytest.raises(sqlite3.OperationalError, match="interrupted"):
@@ -680,11 +680,11 @@ def test_an_interrupt_that_nobody_of_ours_has_sent_is_told_as_it_is(path: Path) 
 
 def test_the_lock_is_left_free_for_a_moment_after_long_holding(db: DbWriter, monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
-    monkeypatch.setattr(loop, "LONGEST_HOLD", 0.0)
+    monkeypatch.setattr(lock, "LONGEST_HOLD", 0.0)
     monkeypatch.setattr(db._loop._stop, "wait", pauses.append)
     with parked(db):
         for n in range(3):
             db.enqueue(f"PRAGMA user_version = {n}")  # each has a transaction of its own
     db.flush()
     assert pauses
-    assert all(0 < pause <= loop.GAP for pause in pauses)
+    assert all(0 < pause <= lock.GAP for pause in pauses)
