@@ -184,7 +184,7 @@ def test_a_commit_that_met_a_lock_and_is_rolled_back_is_a_definite_failure(path:
     """An attempt at COMMIT without a transaction would raise another error, and leave the outcome open."""
     with DbWriter(path, journal_mode="DELETE") as db:
         db.run("CREATE TABLE t (n INTEGER)")
-        session, tried = db._core.writer._session, []
+        session, tried = db._core.writer._connection.session, []
         assert session is not None
         own = session.internal
 

@@ -34,7 +34,7 @@ GUARDS = [
         for file, free in {
             "write/ticket.py": ["__init__", "expect_outcome"],
             "write/jobs.py": ["__init__"],
-            "write/writer.py": [],
+            "write/batch.py": [],
             "write/block.py": ["__init__"],
             "aio.py": ["_wait_for"],
             "tasks/block.py": ["__init__"],
@@ -45,6 +45,7 @@ GUARDS = [
         for file, free in {
             "write/ticket.py": [],
             "write/writer.py": [],
+            "write/lock.py": [],
             "base/state.py": [],
             "core.py": ["back_up"],
             "ends/exit.py": ["_drain"],

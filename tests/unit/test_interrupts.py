@@ -146,7 +146,7 @@ def test_a_cursor_whose_closing_was_interrupted_is_replaced_all_the_same(db: DbW
             super().close()
             raise SignalError
 
-    executor = db._core.writer._session.executor  # type: ignore[union-attr]
+    executor = db._core.writer._connection.session.executor  # type: ignore[union-attr]
     executor._cursor = Interrupted(executor._connection)
     with pytest.raises(SignalError):
         db.run("SELECT 1")

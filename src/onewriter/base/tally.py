@@ -20,7 +20,7 @@ class Timings(NamedTuple):
 
 
 @dataclass(slots=True)
-class Batch:
+class Times:
     """What the jobs that shared a transaction have in common. Seconds."""
 
     lock_wait: float = 0.0
@@ -184,15 +184,15 @@ class Tally:
         self.last_backup: float | None = None
         self.labels: deque[str] = deque(maxlen=KEPT_LABELS)
 
-    def count_batch(self, waits: list[float], runs: list[float], batch: Batch, commits: int) -> None:
+    def count_batch(self, waits: list[float], runs: list[float], times: Times, commits: int) -> None:
         """``waits`` and ``runs``: seconds of each of its jobs that has started."""
         self.commits += commits
         self.queue_wait.add(waits)
         self.run.add(runs)
-        if batch.retried:
+        if times.retried:
             self.retried += len(runs)
-        if commits and batch.commit:
-            self.commit.add([batch.commit])
+        if commits and times.commit:
+            self.commit.add([times.commit])
 
     def count_failed(self, label: str) -> None:
         self.failed += 1

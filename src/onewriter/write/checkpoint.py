@@ -75,9 +75,10 @@ class Checkpointer:
     """
 
     def __init__(
-        self, settings: Settings, file: DatabaseFile, readers: Readers, state: State, on_event: Hook | None
+        self, settings: Settings, label: str, file: DatabaseFile, readers: Readers, state: State, on_event: Hook | None
     ) -> None:
         self._settings = settings
+        self._label = label
         self._file = file
         self._readers = readers
         self._state = state
@@ -93,12 +94,29 @@ class Checkpointer:
         self._largest = 0  # bytes in one of the logs at the last checkpoint
         self._schema: list[object] = []
         self._version: list[object] = []  # PRAGMA data_version, when the size of the file was remembered
+        self._failed = False  # the last attempt, and that was told
         self.last: tuple[Checkpoint, float] | None = None
 
     @property
     def has_work(self) -> bool:
         """Whether something was written since the log was last emptied."""
         return self._growth > 0 and self._settings.auto_checkpoint and bool(self._file.logged)
+
+    def attempt(self, checkpoint: Callable[[WriteSession], object], session: WriteSession | None) -> None:
+        """Call one of the functions below; a failure is logged, and fails no job."""
+        if session is not None:
+            try:
+                checkpoint(session)
+                self._failed = False
+            except sqlite3.Error as error:
+                if not self._failed:  # a full disk fails each of them
+                    report(self._state, logging.WARNING, "%s: a checkpoint failed: %s", self._label, error)
+                self._failed = True
+
+    def at_end(self, session: WriteSession | None) -> None:
+        """The last one, before the connection is closed."""
+        if self._settings.auto_checkpoint and self._file.logged:
+            self.attempt(self.empty, session)
 
     def after_batch(self, session: WriteSession) -> None:
         """Count what a batch wrote, and checkpoint if it is time."""

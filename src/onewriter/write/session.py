@@ -12,6 +12,8 @@ from onewriter.sqlite.inherited import Inherited
 from onewriter.sqlite.pragmas import database_files, decode
 from onewriter.sqlite.statement import words_of
 
+UNDOES_ALL = ("ROLLBACK", "DEFERRED")  # in a schema: RAISE, ON CONFLICT, and keys that COMMIT checks for all
+
 
 class WriteSession:
     """The open write connection with its guard and executor; reopened, it is a new session.
@@ -42,6 +44,9 @@ class WriteSession:
         # Those of on_connect. Looking into an empty TEMP schema would open it, and temp_store be settled by that.
         has_temp = any(row[1] == "temp" for row in self.internal("PRAGMA database_list"))
         self._kept = self._temp_objects() if has_temp else []
+        self.schema_fails = True  # FAIL in it may leave half a statement's work behind
+        self._schema_undoes_all = True
+        self._schema_versions: list[Any] = []
 
     def after_fork_in_child(self) -> list[object]:
         """In a forked child: nothing reaches SQLite any more; returns what must never be closed there."""
@@ -99,7 +104,17 @@ class WriteSession:
                 # Some have gone with their table by now.
                 self.internal(f'DROP {kind} IF EXISTS temp."{quoted}"')
 
-    def words_in_schema(self, *words: str) -> set[str]:
+    def schema_undoes_all(self) -> bool:
+        """Whether a statement may undo the work of others by what the schema says; asked inside a transaction."""
+        versions = [self.internal(f'PRAGMA "{name}".schema_version') for name in self.databases]
+        if self.guard.schema_changed or versions != self._schema_versions:
+            found = self._words_in_schema(*UNDOES_ALL, "FAIL")
+            self._schema_undoes_all, self.schema_fails = not found.isdisjoint(UNDOES_ALL), "FAIL" in found
+            self._schema_versions = versions
+            self.guard.schema_changed = False
+        return self._schema_undoes_all
+
+    def _words_in_schema(self, *words: str) -> set[str]:
         """The words, not in names, strings or comments, of what has one of these in the schemas of all databases."""
         found: set[str] = set()
         for name in (*self.databases, "temp"):

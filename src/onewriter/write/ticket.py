@@ -16,7 +16,7 @@ from onewriter.base.arguments import check_callback, check_timeout
 from onewriter.base.call_site import place_of
 from onewriter.base.log import call_all_safely, call_safely, warn_of_blocking
 from onewriter.base.state import State
-from onewriter.base.tally import Batch, Timings
+from onewriter.base.tally import Times, Timings
 from onewriter.base.waiting import wait_in_slices, wake
 from onewriter.errors import forked_error
 from onewriter.sqlite.guard import Mode
@@ -41,7 +41,6 @@ class Ticket(Generic[T]):
     # No locks, no lists, no times as objects before somebody asks: a backlog is what the collector walks.
     __slots__ = (
         "__weakref__",
-        "_batch",
         "_callbacks",
         "_code",
         "_error",
@@ -52,6 +51,7 @@ class Ticket(Generic[T]):
         "_sequence",
         "_stage",
         "_state",
+        "_times",
         "_waiters",
         "created_at",
         "ended_at",
@@ -73,7 +73,7 @@ class Ticket(Generic[T]):
         self.work = work  # what the job needs; dropped when it is over
         self.created_at = monotonic()
         # These are set when there is something to say.
-        self._batch: Batch
+        self._times: Times
         self._sequence: int
         self._is_queued: bool
         self.started_at: float
@@ -96,12 +96,12 @@ class Ticket(Generic[T]):
     @property
     def timings(self) -> Timings | None:
         """Seconds queued, waiting for SQLite's lock, running, and in COMMIT; None until the job is over."""
-        batch = getattr(self, "_batch", None)
-        if batch is None:
+        times = getattr(self, "_times", None)
+        if times is None:
             return None
-        started = getattr(self, "started_at", self.created_at + batch.lock_wait)
-        queued, run = started - self.created_at - batch.lock_wait, getattr(self, "ended_at", started) - started
-        return Timings(max(0.0, queued), batch.lock_wait, run, batch.commit)
+        started = getattr(self, "started_at", self.created_at + times.lock_wait)
+        queued, run = started - self.created_at - times.lock_wait, getattr(self, "ended_at", started) - started
+        return Timings(max(0.0, queued), times.lock_wait, run, times.commit)
 
     @property
     def sequence(self) -> int | None:
@@ -366,13 +366,13 @@ class Job(Ticket[T]):
         return self._error
 
 
-def settle(jobs: Iterable[Job[Any]], state: State, batch: Batch, commits: int) -> tuple[list[Job[Any]], ...]:
+def settle(jobs: Iterable[Job[Any]], state: State, times: Times, commits: int) -> tuple[list[Job[Any]], ...]:
     """Make the outcomes of ``jobs`` visible and wake their waiters, one wake-up each.
 
     Returns the jobs that have callbacks, and the failed ones that nobody waits for: those have to be told loudly.
     """
     called, unheard, wakeups, works = [], [], [], []
-    waits, runs, lock_wait = [], [], batch.lock_wait
+    waits, runs, lock_wait = [], [], times.lock_wait
     tally = state.tally
     with state.lock:
         committed = tally.committed
@@ -383,7 +383,7 @@ def settle(jobs: Iterable[Job[Any]], state: State, batch: Batch, commits: int) -
                 waits.append(job.started_at - job.created_at - lock_wait)
                 runs.append(job.ended_at - job.started_at)
             job._stage = DONE
-            job._batch = batch
+            job._times = times
             works.append(job.work)
             job.work = None
             if job._callbacks is not None:
@@ -400,6 +400,6 @@ def settle(jobs: Iterable[Job[Any]], state: State, batch: Batch, commits: int) -
                 wakeups += job._waiters
                 job._waiters = None
         tally.committed = committed
-        tally.count_batch(waits, runs, batch, commits)
+        tally.count_batch(waits, runs, times, commits)
     wake(wakeups)
     return called, unheard  # and only now does what the jobs worked with go: it may have finalizers

@@ -89,7 +89,7 @@ def test_the_error_names_the_process_and_its_command(path: Path, mode: Any) -> N
                 assert f"held by process {process.pid} (" in notes_of(caught.value)
                 assert "HOLDER" not in notes_of(caught.value)
                 assert "attempts" in notes_of(caught.value)
-            db._core.writer._policy.lock_timeout = DEADLINE
+            db._core.writer._lock.policy.lock_timeout = DEADLINE
             with pytest.raises(WriteTimeoutError, match=f"held by process {process.pid}"):
                 db.run("INSERT INTO t VALUES (1)", timeout=0.05)
         assert process.pid not in (locks.lock_holders(str(path)) or [])  # the writer itself may be at it
@@ -211,10 +211,10 @@ def test_a_commit_that_readers_hold_up_names_them_and_never_the_writer(
             assert f"COMMIT waits for those who read: process {process.pid} (" in caplog.text
             assert "this process" not in caplog.text
             assert [reader.pid for reader in check(str(path)).wal_readers or []] == [process.pid]
-            db._core.writer._policy.lock_timeout = DEADLINE
+            db._core.writer._lock.policy.lock_timeout = DEADLINE
             with pytest.raises(WriteTimeoutError, match=f"those who read: process {process.pid} "):
                 db.run("INSERT INTO t VALUES (1)", timeout=0.2)
-        db._core.writer._policy.lock_timeout = 0.2
+        db._core.writer._lock.policy.lock_timeout = 0.2
         with db.reader(label="monthly report") as connection:
             connection.execute("SELECT n FROM t").fetchone()
             with pytest.raises(sqlite3.OperationalError) as caught:

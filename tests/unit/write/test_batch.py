@@ -15,7 +15,8 @@ import pytest
 
 from helpers import DEADLINE, holding_lock, parked
 from onewriter import DbWriter, Ticket, Transaction
-from onewriter.write.writer import commit_outcome_unknown, copy_of
+from onewriter.write.batch import commit_outcome_unknown
+from onewriter.write.outcomes import copy_of
 
 KEYS = "CREATE TABLE p (id INTEGER PRIMARY KEY); CREATE TABLE c (pid REFERENCES p (id))"
 INSERT = "INSERT INTO t VALUES (?)"
@@ -274,7 +275,7 @@ def test_a_lone_statement_whose_connection_could_not_be_opened_is_no_unknown_com
             raise error
 
     with DbWriter(path, on_connect=hook) as db:
-        db._core.writer._drop_session()
+        db._core.writer._connection.drop()
         failing.append(True)
         with pytest.raises(sqlite3.OperationalError, match="disk I/O"):
             db.run_without_transaction("VACUUM")
@@ -284,7 +285,7 @@ def test_a_lone_statement_whose_connection_could_not_be_opened_is_no_unknown_com
 
 @pytest.mark.parametrize("name", ["READ", "GETTEMPPATH", "LOCK", "SHMMAP"])
 def test_a_lone_statement_that_failed_before_it_wrote_is_no_unknown_commit(db: DbWriter, name: str) -> None:
-    session = db._core.writer._session
+    session = db._core.writer._connection.session
     assert session is not None
 
     def fail(*_: object) -> Any:
@@ -315,7 +316,7 @@ def test_an_error_of_a_hook_that_refuses_copies_still_reaches_every_job(path: Pa
     with DbWriter(path, on_connect=hook) as db:
         db.run(TABLE)
         fails = True
-        db._core.writer._drop_session()  # as after an error that leaves it in doubt; the writer is idle
+        db._core.writer._connection.drop()  # as after an error that leaves it in doubt; the writer is idle
         tickets = [db.enqueue(INSERT, (n,)) for n in range(3)]
         errors = [ticket.exception(DEADLINE) for ticket in tickets]
         assert ["of the hook" in str(error) for error in errors] == [True] * 3

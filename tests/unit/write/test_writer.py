@@ -191,10 +191,10 @@ def test_a_writer_whose_end_fails_is_at_an_end_and_waits_for_nobody(
 ) -> None:
     db = DbWriter(path)
     db.run(TABLE)
-    session = db._core.writer._session
+    session = db._core.writer._connection.session
     assert session is not None
     connection = session.connection
-    monkeypatch.setattr(db._core.writer, "_roll_back", raising(SystemExit))
+    monkeypatch.setattr(db._core.writer._connection, "roll_back", raising(SystemExit))
     db.close(DEADLINE)
     with pytest.raises(sqlite3.ProgrammingError, match="closed"):
         connection.execute("SELECT 1")
@@ -230,7 +230,7 @@ def test_an_interrupt_that_nobody_of_ours_has_sent_is_told_as_it_is(path: Path) 
     with DbWriter(path, on_connect=connect, on_error=lambda ticket: None) as db:
         ticket = db.enqueue(endless)
         assert inside.wait(30)
-        session = db._core.writer._session
+        session = db._core.writer._connection.session
         assert session is not None
         session.connection.interrupt()  # once: the statement is under way, and what comes after it is left alone
         with pytest.raises(sqlite3.OperationalError, match="interrupted"):

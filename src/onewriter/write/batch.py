@@ -1,0 +1,371 @@
+"""Batch: the jobs that share one transaction, what each of them does, and what becomes of them."""
+
+from __future__ import annotations
+
+import enum
+import itertools
+import math
+import sqlite3
+from collections.abc import Callable, Sequence
+from time import monotonic
+from typing import Any, NamedTuple
+
+from onewriter.base.state import State
+from onewriter.base.tally import Times
+from onewriter.errors import forked_error
+from onewriter.sqlite.file import FileMovedError
+from onewriter.sqlite.guard import Mode
+from onewriter.sqlite.pragmas import set_pragma
+from onewriter.sqlite.retry import CORRUPT, error_code, is_busy
+from onewriter.write.block import Block
+from onewriter.write.connection import WriteConnection
+from onewriter.write.jobs import BareStatementJob, StatementJob
+from onewriter.write.lock import LONGEST_HOLD, WriteLock
+from onewriter.write.outcomes import copy_of
+from onewriter.write.ticket import RUNNING, Job
+from onewriter.write.transaction import Transaction
+
+UNWRITTEN = {  # I/O errors that come before anything is written
+    getattr(sqlite3, f"SQLITE_IOERR_{name}")
+    for name in (
+        *("READ", "SHORT_READ", "LOCK", "RDLOCK", "CHECKRESERVEDLOCK", "NOMEM", "GETTEMPPATH", "CONVPATH", "ACCESS"),
+        *("FSTAT", "SEEK", "SHMOPEN", "SHMSIZE", "SHMLOCK", "SHMMAP", "MMAP"),
+    )
+}
+
+
+class Again(enum.Enum):
+    """What is still to come for a job whose transaction was undone."""
+
+    WITH_SAVEPOINT = "runs again: a failed statement may have left something behind, so each has a savepoint this time"
+    ALONE = "runs again, in a transaction of its own"
+    STANDS = "has undone the others: its error stands, and is told in its turn, after theirs"
+
+
+class Verdict(NamedTuple):
+    """What has become of a batch.
+
+    Attributes:
+        settled: jobs that have their outcome, in the order in which it is to be told.
+        again: the other ones, in order.
+        commits: how many transactions were committed.
+        unknown: what COMMIT raised; whether those of ``settled`` without an error are in the file is open.
+        moved: the file is not there any more; the transaction is rolled back.
+    """
+
+    settled: list[Job[Any]]
+    again: Sequence[tuple[Job[Any], Again]] = ()
+    commits: int = 0
+    unknown: BaseException | None = None
+    moved: FileMovedError | None = None
+
+
+class Batch:
+    """One transaction: from BEGIN IMMEDIATE to the moment in which it is known what becomes of each of its jobs.
+
+    It decides, and tells nobody: outcomes are made visible by whoever obeys its verdict.
+
+    States:  new → begun → over, with the verdict.
+    Threads: the writer's.
+    """
+
+    __slots__ = (
+        "_connection",
+        "_fail",
+        "_first",
+        "_jobs",
+        "_lock",
+        "_max_hold",
+        "_session",
+        "_shares",
+        "_state",
+        "loans",
+        "times",
+    )
+
+    def __init__(
+        self,
+        connection: WriteConnection,
+        lock: WriteLock,
+        state: State,
+        max_hold: float,
+        fail: Callable[[Job[Any], BaseException], None],
+        times: Times,
+    ) -> None:
+        self.times = times
+        self.loans: list[Transaction] = []  # of the jobs that are no plain statements
+        self._jobs: list[Job[Any]] = []  # that have started, in order
+        self._session = connection.session or connection.open()
+        self._connection = connection
+        self._lock = lock
+        self._state = state
+        self._max_hold = max_hold
+        self._fail = fail
+        self._shares = False
+        self._first: Job[Any]
+
+    def begin(self, first: Job[Any]) -> None:
+        """Take SQLite's write lock, for ``first`` and those behind it; raises SQLite's error."""
+        session, history = self._session, self._connection.history
+        self._first = first
+        if first.foreign_keys is not None:
+            session.guard.settings_touched = True
+            set_pragma(session.connection, "foreign_keys", int(first.foreign_keys))
+        if history.wanted is not None:
+            history.restore(session)
+        self._lock.begin(session, first, self.times)
+
+    def run(self, todo: list[Job[Any]], again: dict[Job[Any], Again]) -> Verdict:
+        """Run the jobs at the front of ``todo``, as many as may share the transaction, and commit them."""
+        verdict = None
+        until = monotonic() + LONGEST_HOLD
+        try:
+            if len(todo) > 1:
+                self._shares = self._may_share(todo[0], todo[1], again)
+            if type(self._first) is StatementJob and not again and self._max_hold == math.inf:
+                verdict = self._run_plain(todo, until)
+            if todo and verdict is None:
+                verdict = self._run_each(todo, again, until)
+            return verdict or self._commit()
+        finally:
+            self._lock.released()
+
+    def begin_block(self, block: Block) -> Transaction | None:
+        """Start a block that runs in the thread that is the writer; None if it was withdrawn meanwhile."""
+        if not block.start(monotonic()):
+            self._connection.roll_back()
+            self._lock.released()
+            return None
+        self._jobs.append(block)
+        loan = Transaction(self._session, block)
+        self.loans.append(loan)
+        self._state.enter(block, loan)
+        self._session.set_mark()
+        loan.limit(block.max_hold)
+        return loan
+
+    def end_block(self, error: BaseException | None) -> Verdict:
+        """End it; ``error``: what has failed it."""
+        try:
+            self._leave(self.loans[0], None, error, savepoint=True)
+            return self._commit() if self._connection.in_transaction else self._lost()
+        finally:
+            self._lock.released()
+
+    def run_bare(self, job: BareStatementJob) -> Verdict:
+        """Run a statement outside any transaction, again while it meets BUSY, which leaves it undone."""
+        loan, unknown = Transaction(self._session, job), None
+        self.loans.append(loan)
+        try:
+            self._state.enter(job, loan)
+            self._session.guard.settings_touched = True
+            if self._max_hold != math.inf:
+                loan.limit(self._max_hold)
+            try:
+                job.set_outcome(self._lock.call(lambda: job.perform(loan), self.times), None)
+            finally:
+                loan.end()
+                self._state.leave()
+        except BaseException as error:
+            # It commits by itself, if it came so far.
+            if commit_outcome_unknown(error, in_transaction=True) and error_code(error) not in UNWRITTEN:
+                unknown = error
+            else:
+                self._fail(job, error)
+                self._connection.roll_back()
+        job.ended_at = monotonic()
+        return Verdict([job], commits=int(unknown is None and job.failed_with is None), unknown=unknown)
+
+    def _may_share(self, first: Job[Any], second: Job[Any], again: dict[Job[Any], Again]) -> bool:
+        """Whether these may share the transaction; called inside it, so that the schema stands."""
+        if first.must_be_alone() or second.must_be_alone() or again.get(first) is Again.ALONE:
+            return False
+        try:
+            undoes_all = self._session.schema_undoes_all()
+            self._connection.history.note(self._session)
+        except sqlite3.Error:  # a damaged schema: the jobs will tell
+            return False
+        return not undoes_all
+
+    def _run_plain(self, todo: list[Job[Any]], until: float) -> Verdict | None:
+        """Run the SQL statements at the front, without a savepoint each. Functions come after: they are to run once."""
+        session, state, jobs, shares = self._session, self._state, self._jobs, self._shares
+        guard, lock, insert = session.guard, state.lock, session.executor.insert
+        now, known, taken = monotonic(), "", 0
+        guard.mode, guard.refusal = Mode.ALONE, None
+        # Hot path: runs once for each queued statement; avoid calls.
+        try:
+            for job in todo:
+                if type(job) is not StatementJob or now > until:
+                    break
+                sql = job.sql
+                is_new = sql is not known
+                if is_new:
+                    if job.must_be_alone():
+                        break
+                    known = sql
+                taken += 1
+                with lock:
+                    if job._stage > RUNNING:
+                        continue
+                    job._stage = RUNNING
+                job.started_at = now
+                state.job = job
+                jobs.append(job)
+                try:
+                    job._result = insert(sql, job.work)
+                except BaseException as error:
+                    if shares and not session.executor.surely_had_no_effect(sql, error, session.schema_fails):
+                        return self._undo(jobs, Again.WITH_SAVEPOINT)
+                    self._fail(job, error)
+                    session.forget_error()
+                job.ended_at = now = monotonic()
+                # The guard is asked about new texts only; what follows may not rely on what the batch began with then.
+                if not shares or (is_new and (guard.schema_changed or guard.settings_touched)):
+                    break
+        finally:
+            guard.mode = Mode.GATEWAY
+            state.leave()  # the one that is slow is the last: the batch ends with it
+            del todo[:taken]
+        return self._lost() if jobs and not session.connection.in_transaction else None
+
+    def _run_each(self, todo: list[Job[Any]], again: dict[Job[Any], Again], until: float) -> Verdict | None:
+        """Run the next jobs, whatever they are, each with a savepoint if they share the transaction."""
+        session, guard, shares, first = self._session, self._session.guard, self._shares, self._first
+        now, taken = monotonic(), 0
+        try:
+            for job in todo:
+                if job is not first and (
+                    not shares or now >= until or guard.schema_changed or guard.settings_touched or job.must_be_alone()
+                ):
+                    break
+                taken += 1
+                if again:
+                    again.pop(job, None)
+                if not job.start(now):
+                    continue
+                self._run(job)
+                now = job.ended_at
+                if self._connection.session is not session or not session.connection.in_transaction:
+                    return self._lost()
+        finally:
+            del todo[:taken]
+        return None
+
+    def _run(self, job: Job[Any]) -> None:
+        """Run one job; if it fails, undo it alone where it shares the transaction."""
+        session, result, failure = self._session, None, None
+        savepoint = self._shares or job.needs_savepoint
+        loan = Transaction(session, job)
+        self._jobs.append(job)
+        self.loans.append(loan)
+        try:
+            self._state.enter(job, loan)
+            if savepoint:
+                session.set_mark()
+            if self._max_hold != math.inf and not job.lent:
+                loan.limit(self._max_hold)
+            result = job.perform(loan)
+        except BaseException as error:
+            failure = error
+        self._leave(loan, result, failure, savepoint)
+
+    def _leave(self, loan: Transaction, result: Any, error: BaseException | None, savepoint: bool) -> None:
+        job = loan.job
+        if self._state.forked:
+            raise error or forked_error()  # the job has forked, and this is the child
+        job.ended_at = self._state.leave()
+        try:
+            loan.end()
+            if error is None:
+                self._check_end(job, loan)
+                if savepoint:
+                    self._session.release_mark()
+                job.set_outcome(result, None)
+        except Exception as failure:
+            error = failure
+        if error is not None:
+            self._fail(job, error)
+            if savepoint and self._connection.in_transaction:
+                self._connection.undo_job()
+
+    def _check_end(self, job: Job[Any], loan: Transaction) -> None:
+        if loan.was_too_long and not job.lent:  # and the job has swallowed the error
+            raise loan.closed_error()
+        if not self._session.connection.in_transaction:
+            raise loan.aborted_error()
+        if job.foreign_keys is False and (violations := self._session.internal("PRAGMA foreign_key_check")):
+            table, rowid, parent, _ = violations[0]
+            raise sqlite3.IntegrityError(
+                f"FOREIGN KEY constraint failed: {len(violations)} rows; the first: {table} (rowid {rowid}) → {parent}"
+            )
+
+    def _commit(self) -> Verdict:
+        jobs = self._jobs
+        first = next(itertools.filterfalse(failed, jobs), None)
+        if first is None:
+            self._connection.roll_back()
+            return Verdict(jobs)
+        try:
+            self._connection.check_file(monotonic())
+            self._lock.commit(self._session, first, self.times)
+        except FileMovedError as error:
+            self._connection.roll_back()
+            return Verdict([], moved=error)
+        except BaseException as error:
+            return self._commit_failed(error)
+        return Verdict(jobs, commits=1)
+
+    def _commit_failed(self, error: BaseException) -> Verdict:
+        if commit_outcome_unknown(error, self._session.connection.in_transaction):
+            return Verdict(self._jobs, unknown=error)
+        self._connection.roll_back()
+        early = len(failed_early(self._jobs))
+        if len(self._jobs) - early > 1 and not is_busy(error):
+            return self._undo(self._jobs, Again.ALONE)
+        # Those that failed too: perhaps by rows that are not there now; they have waited long enough.
+        for job in self._jobs[early:]:
+            self._fail(job, copy_of(error))
+        return Verdict(self._jobs)
+
+    def _lost(self) -> Verdict:
+        """The transaction is gone, by what the last job did: it has its error, and the others run again."""
+        if len(self._jobs) == 1:
+            return Verdict(self._jobs)
+        self._connection.history.keep(self._connection.session)
+        verdict = self._undo(self._jobs[:-1], Again.ALONE)
+        return verdict._replace(again=[*verdict.again, (self._jobs[-1], Again.STANDS)])
+
+    def _undo(self, jobs: list[Job[Any]], how: Again) -> Verdict:
+        """Undo all, so that ``jobs`` run again in order.
+
+        Those that failed too: what they met may have been of another, which need not do the same again.
+        """
+        self._connection.roll_back()
+        self._connection.history.undo()
+        early = failed_early(jobs) if how is Again.ALONE else []
+        rest = jobs[len(early) :]
+        for job in rest:
+            job.set_outcome(None, None)
+        return Verdict(early, [(job, how) for job in rest])
+
+
+def failed(job: Job[Any]) -> bool:
+    return job._error is not None
+
+
+def failed_early(jobs: list[Job[Any]]) -> list[Job[Any]]:
+    """The first ones, as far as they failed before another had written: they met what is committed, so that stands."""
+    return list(itertools.takewhile(failed, jobs))
+
+
+def commit_outcome_unknown(error: BaseException, in_transaction: bool) -> bool:
+    """Whether a COMMIT that raised ``error`` may yet be found in the file.
+
+    A failed sync may: what was written before it can reach the disk (https://www.sqlite.org/wal.html). A full disk and
+    a failed write may not: the end mark of the transaction was never written. Damage and locks are met before that.
+    """
+    code = error_code(error)
+    if code in (sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_FULL) or code & 0xFF in (*CORRUPT, sqlite3.SQLITE_BUSY):
+        return False
+    return not in_transaction or code & 0xFF == sqlite3.SQLITE_IOERR

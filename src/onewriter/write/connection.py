@@ -1,0 +1,139 @@
+"""WriteConnection: opens the write connection, puts back what jobs change on it, and closes one that is in doubt."""
+
+from __future__ import annotations
+
+import logging
+import math
+import sqlite3
+
+from onewriter.base.log import report
+from onewriter.base.state import State
+from onewriter.sqlite.connection import configure, open_writer
+from onewriter.sqlite.file import DatabaseFile, exposure
+from onewriter.sqlite.guard import Guard
+from onewriter.sqlite.options import Settings
+from onewriter.sqlite.pragmas import set_pragma
+from onewriter.sqlite.retry import LockPolicy
+from onewriter.write.checkpoint import Checkpointer
+from onewriter.write.history import History
+from onewriter.write.session import WriteSession
+
+
+class WriteConnection:
+    """The write connection for the length of a gateway's life: one session after the other. The only ROLLBACK.
+
+    Threads: the writer's.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        label: str,
+        policy: LockPolicy,
+        state: State,
+        file: DatabaseFile,
+        checkpointer: Checkpointer,
+    ) -> None:
+        self.session: WriteSession | None = None  # None: in doubt or not open yet; the next job opens one
+        self.guard = Guard(settings.journal_mode, settings.puts_back)
+        self.history = History(state, label)
+        self._settings = settings
+        self._label = label
+        self._policy = policy
+        self._state = state
+        self._file = file
+        self._checkpointer = checkpointer
+
+    def open(self) -> WriteSession:
+        """Open it, or raise why that cannot be."""
+        self._file.check()  # SQLite would create it anew
+        session = open_writer(self._settings, self.guard, self._policy, self.tell_waiting, WriteSession)
+        self.session = session
+        try:
+            self._file.remember(session.files.values(), session.logs.values())
+        except BaseException:
+            self.drop()
+            raise
+        self._checkpointer.remember_size(session)
+        self._tell_exposed()
+        self.guard.schema_changed = True
+        return session
+
+    @property
+    def in_transaction(self) -> bool:
+        return self.session is not None and self.session.connection.in_transaction
+
+    def check_file(self, now: float = math.inf) -> None:
+        """Look, at times, whether the file is still there; raises FileMovedError. ``math.inf``: look now."""
+        self._file.check_at_times(now)
+        if self._file.is_smaller and self.session is not None:
+            self._checkpointer.judge_size(self.session)
+
+    def roll_back(self) -> None:
+        # SQLite has rolled back by itself after some errors (disk full, RAISE(ROLLBACK)): a second ROLLBACK would fail.
+        if self.session is not None and self.session.connection.in_transaction:
+            try:
+                self.session.internal("ROLLBACK")
+            except sqlite3.Error:
+                self.drop()
+
+    def undo_job(self) -> None:
+        """Undo the job that runs, alone."""
+        assert self.session is not None
+        try:
+            self.session.undo_to_mark()
+            self.session.release_mark()
+        except sqlite3.Error:
+            self.roll_back()  # everything: the others run again
+
+    def restore(self) -> None:
+        """Put back what a job's PRAGMA may have changed, and drop the TEMP objects that it has made."""
+        self.guard.settings_touched = False
+        self._tell_what_was_in_vain()
+        self._file.forget_size()  # VACUUM makes it smaller
+        has_temp, self.guard.temp_touched = self.guard.temp_touched, False
+        session = self.session
+        if session is not None:
+            try:
+                if has_temp:
+                    set_pragma(session.connection, "foreign_keys", 0)  # or else DROP looks at them
+                    session.drop_temp_objects()
+                try:
+                    configure(session.connection, self._settings, session.databases)
+                except ValueError as error:  # as a limit on a size that is surpassed
+                    report(self._state, logging.WARNING, "%s: %s", self._label, error)
+                session.restore_factories()
+                # Texts that were allowed for this job are asked again, for the next.
+                self.guard.install(session.connection)
+            except sqlite3.Error:
+                self.drop()
+
+    def drop(self) -> None:
+        """Close it, which rolls back."""
+        session, self.session = self.session, None
+        if session is not None:
+            self._file.close(session.connection)
+
+    def after_fork_in_child(self) -> list[object]:
+        """In a forked child: returns what must never be closed there."""
+        return [] if self.session is None else self.session.after_fork_in_child()
+
+    def tell_waiting(self, has_it: bool, text: str) -> None:
+        """Log how the wait for SQLite's lock goes."""
+        where = f"opening {self._settings.path}" if self.session is None else self._state.describe(has_it)
+        report(self._state, logging.WARNING, "%s: %s (%s)", self._label, text, where)
+
+    def _tell_exposed(self) -> None:
+        before = self._file.exposed
+        self._file.exposed = exposure(self._file.files)
+        if self._file.exposed and self._file.exposed != before:
+            report(self._state, logging.CRITICAL, "%s: %s", self._label, self._file.exposed)
+
+    def _tell_what_was_in_vain(self) -> None:
+        if self.guard.in_vain:
+            text = (
+                "%s: PRAGMA %s of run_without_transaction is put back at once, since the gateway has set it: use the "
+                "argument of DbWriter, or foreign_keys=False on a job that rebuilds a table"
+            )
+            report(self._state, logging.WARNING, text, self._label, self.guard.in_vain)
+            self.guard.in_vain = ""

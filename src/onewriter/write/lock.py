@@ -1,0 +1,138 @@
+"""WriteLock: how the writer takes SQLite's write lock, how long it has it, and the gap in which others get it."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable
+from time import monotonic
+from typing import Any
+
+from onewriter.base.state import State
+from onewriter.base.tally import Times
+from onewriter.sqlite.file import DatabaseFile
+from onewriter.sqlite.locks import describe_lock, describe_readers
+from onewriter.sqlite.retry import LockPolicy, is_busy
+from onewriter.write.checkpoint import Readers
+from onewriter.write.session import WriteSession
+from onewriter.write.ticket import Job
+
+LONGEST_HOLD = 0.05  # seconds after which a batch takes no further job
+GAP = 0.0015  # seconds for which the lock is left free after it was held that long
+
+
+class WriteLock:
+    """SQLite's write lock. The only BEGIN IMMEDIATE and COMMIT.
+
+    Threads: the writer's. ``policy.stop`` ends a wait.
+    """
+
+    def __init__(
+        self,
+        policy: LockPolicy,
+        path: str,
+        state: State,
+        file: DatabaseFile,
+        readers: Readers,
+        tell: Callable[[bool, str], object],
+    ) -> None:
+        self.policy = policy
+        self.released_at = 0.0
+        self._path = path
+        self._state = state
+        self._file = file
+        self._readers = readers
+        self._tell = tell
+        self._begun_at = 0.0
+        self._held = self._free = 0.0  # seconds with and without the lock since it was last left free for others
+        self._attempts, self._waited = 0, 0.0  # that are not in the statistics yet
+        self._is_committing = False  # the last attempt was COMMIT
+
+    def begin(self, session: WriteSession, job: Job[Any], times: Times) -> None:
+        """Take it, or raise SQLite's error."""
+        self._leave_a_gap()
+        try:
+            # IMMEDIATE takes the write lock here, so BUSY comes before any job has had an effect.
+            self._run(session, "BEGIN IMMEDIATE", job, times)
+        except BaseException:
+            self._count()
+            raise
+        times.lock_wait = self.policy.waited
+        self._begun_at = monotonic()
+
+    def commit(self, session: WriteSession, job: Job[Any], times: Times) -> None:
+        """Commit, or raise SQLite's error."""
+        began = monotonic()
+        self._run(session, "COMMIT", job, times)
+        times.commit = monotonic() - began
+
+    def released(self) -> None:
+        """The transaction has ended, in one way or the other."""
+        self.released_at = now = monotonic()
+        self._held += now - self._begun_at
+        self._count()
+
+    def call(self, function: Callable[[], Any], times: Times) -> Any:
+        """For what takes the lock by itself: again while it meets BUSY."""
+        try:
+            return self.policy.call(function, self._tell)
+        finally:
+            times.retried = self.policy.attempts > 1
+            self._attempts, self._waited = self.policy.attempts, self.policy.waited
+            self._count()
+
+    def in_the_way(self) -> str:
+        """For messages: who has the lock that the last attempt met."""
+        if self._is_committing:  # which readers hold up, in the rollback-journal modes
+            return describe_readers(self._file.unlogged, self._readers.borrowers)
+        return describe_lock(self._path)
+
+    def _run(self, session: WriteSession, sql: str, job: Job[Any], times: Times) -> None:
+        policy = self.policy
+        policy.attempts, policy.waited = 1, 0.0
+        self._is_committing = sql == "COMMIT"
+        try:
+            session.internal(sql)
+        except sqlite3.OperationalError as error:
+            if not is_busy(error) or self._is_undone(session):
+                raise
+            times.retried = True
+            self._keep_trying(session, sql, job, error)
+        finally:
+            self._attempts += policy.attempts
+
+    def _keep_trying(self, session: WriteSession, sql: str, job: Job[Any], first: sqlite3.OperationalError) -> None:
+        def again() -> None:
+            if self._is_undone(session):
+                raise _UndoneError from first
+            session.internal(sql)
+
+        self._state.wait_for_lock(job, self.in_the_way if self._is_committing else None)
+        try:
+            self.policy.keep_trying(again, self._tell, first)
+        except _UndoneError:
+            raise first from None
+        finally:
+            self._state.has_lock()
+            self._waited += self.policy.waited
+
+    def _is_undone(self, session: WriteSession) -> bool:
+        """Whether a COMMIT that met a lock has rolled back: then there is nothing to try again."""
+        return self._is_committing and not session.connection.in_transaction
+
+    def _count(self) -> None:
+        with self._state.lock:
+            self._state.tally.lock_attempts += self._attempts
+            self._state.tally.lock_wait += self._waited
+        self._attempts, self._waited = 0, 0.0
+
+    def _leave_a_gap(self) -> None:
+        """Leave the lock free for a moment after holding it for long: other processes live in that gap."""
+        self._free += monotonic() - self.released_at
+        if self._held >= LONGEST_HOLD:
+            if self._free < GAP:
+                self.policy.stop.wait(GAP - self._free)
+            self._held = self._free = 0.0
+
+
+class _UndoneError(Exception):
+    """There is no transaction left that could be committed."""
