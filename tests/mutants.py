@@ -1,4 +1,4 @@
-"""Which lines of the gateway does no test miss? ``python tests/mutants.py [--minutes N] [--files write/queue.py]``.
+"""Which lines of the gateway does no test miss? ``python tests/mutants.py [--minutes N] [--files read/pool.py]``.
 
 Takes out or inverts, one at a time, each guard, lock, ``except``, ``del`` and comparison, runs the fast tests that come
 by there, the quickest first, and lists what nothing noticed. ``tests/equal_mutants.txt`` has those that change nothing

@@ -1,9 +1,12 @@
-"""Rules of the source that anyone can grep, and the public names."""
+"""Rules of the source: what a file may import, how large it may be, what is done in one place; the public names."""
 
 from __future__ import annotations
 
 import ast
+import io
 import re
+import tokenize
+from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Any, assert_type
 
@@ -15,7 +18,42 @@ from onewriter import DbWriter, Result, Ticket, Transaction
 SOURCE = Path(onewriter.__file__).parent
 FILES = {path.relative_to(SOURCE).as_posix(): path.read_text(encoding="utf-8") for path in sorted(SOURCE.rglob("*.py"))}
 PROGRAMS = {"tools/bench.py", "tools/check.py"}
-ARCHITECTURE = Path(__file__).parents[2] / "docs" / "concepts.md"
+TREES = {name: ast.parse(text) for name, text in FILES.items()}
+ARCHITECTURE = Path(__file__).parents[2] / "docs" / "contributing.md"
+
+# From low to high: a file imports lower floors, and its own folder.
+FLOORS = (
+    *("errors.py", "base", "sqlite", "events.py", "write", "read", "tasks", "ends", "options.py", "core.py"),
+    *("gateway.py", "aio.py", "tools", "testing.py", "__main__.py __init__.py"),
+)
+FACES = ("aio.py", "gateway.py")
+LARGEST_FILE, LARGEST_CLASS, LARGEST_FUNCTION = 340, 300, 40  # lines of code
+LARGEST_FACE, LARGEST_CLASS_OF_A_FACE = 440, 400
+
+# What breaks a rule today, and how far. It must not get worse, and an entry that is not needed any more can go.
+UPWARD = {
+    "base/state.py": {"sqlite/locks.py", "sqlite/retry.py"},
+}
+TOO_LARGE = {
+    "aio.py": 551,
+    "gateway.py": 595,
+    "read/pool.py": 382,
+    "tools/bench.py": 347,
+    "write/transaction.py": 425,
+    "write/writer.py": 740,
+    "aio.py AsyncDbWriter": 508,
+    "gateway.py DbWriter": 518,
+    "read/pool.py ReaderPool": 339,
+    "write/transaction.py Transaction": 322,
+    "write/writer.py Writer": 677,
+    "aio.py AsyncDbWriter.transaction": 45,
+    "gateway.py DbWriter.__init__": 94,
+    "gateway.py DbWriter._block": 52,
+    "write/writer.py Writer.__init__": 46,
+    "write/writer.py Writer._perform_plain": 43,
+}
+PRIVATE_REACH = {"aio.py": 51}  # places
+NOT_YET = {"write/batch.py", "write/loan.py", "write/lock.py", "tasks/threads.py"}  # that the architecture page names
 
 
 def files_with(pattern: str) -> set[str]:
@@ -48,6 +86,10 @@ def test_the_public_names_are_these() -> None:
     assert all(hasattr(onewriter, name) for name in expected)
 
 
+def test_dir_shows_the_public_names_alone() -> None:
+    assert dir(onewriter) == sorted(onewriter.__all__)
+
+
 def test_every_error_is_one_of_the_packages_and_says_what_became_of_the_write() -> None:
     errors = [getattr(onewriter, name) for name in onewriter.__all__ if name.endswith("Error")]
     assert all(issubclass(error, onewriter.OneWriterError) and error.__doc__ for error in errors)
@@ -68,18 +110,225 @@ def test_the_architecture_page_has_the_rules() -> None:
     assert files_with(r"from tenacity|\bdatetime\b|open\(self\._?path") == set()
 
 
-def test_imports_point_one_way() -> None:
-    """At run time: what only annotations need may point anywhere."""
+def module_of(name: str) -> str:
+    """``onewriter.write.queue`` for ``write/queue.py``; a package for its ``__init__.py``."""
+    return f"onewriter/{name.removesuffix('.py').removesuffix('__init__')}".rstrip("/").replace("/", ".")
 
-    def imported(text: str) -> set[str]:
-        names = {node.module or "" for node in ast.parse(text).body if isinstance(node, ast.ImportFrom)}
-        return {f"{name.removeprefix('onewriter.')}.py" for name in names if name.startswith("onewriter.")}
 
-    left = {name: imported(text) & FILES.keys() for name, text in FILES.items()}
-    while left:
-        free = {name for name, needs in left.items() if not needs & left.keys()}
-        assert free, f"these import each other in a circle: {sorted(left)}"
+MODULES = {module_of(name): name for name in FILES}
+
+
+def imported_by(tree: ast.AST) -> set[str]:
+    """The files of the package that it imports, wherever in it the statement is."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            module = node.module or ""
+            found |= {
+                MODULES.get(f"{module}.{alias.name}") or MODULES.get(module)  # a file of a package, or a name of a file
+                for alias in node.names
+            }
+        elif isinstance(node, ast.Import):
+            found |= {MODULES.get(alias.name) for alias in node.names}
+    return {name for name in found if name is not None}
+
+
+IMPORTS = {name: imported_by(tree) for name, tree in TREES.items()}
+
+
+def floor_of(name: str) -> int:
+    folder = name.partition("/")[0]
+    return next(number for number, floor in enumerate(FLOORS) if folder in floor.split())
+
+
+def upward(name: str, imports: Set[str]) -> set[str]:
+    """Those of ``imports`` that are not below ``name``, nor beside it in a folder."""
+    folder, _, file = name.partition("/")
+    floor = floor_of(name)
+    return {
+        other
+        for other in imports
+        if floor_of(other) > floor or (floor_of(other) == floor and not (file and other.startswith(f"{folder}/")))
+    }
+
+
+def circles(graph: dict[str, set[str]]) -> dict[str, set[str]]:
+    """What is left of a graph when all that leads into no circle is taken away."""
+    left = graph
+    while free := {name for name, needs in left.items() if not needs & left.keys()}:
         left = {name: needs for name, needs in left.items() if name not in free}
+    return left
+
+
+def test_every_file_has_a_floor() -> None:
+    assert {name.partition("/")[0] for name in FILES} == {part for floor in FLOORS for part in floor.split()}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_imports_lower_floors_only(name: str) -> None:
+    """Also for annotations, and also inside a function."""
+    assert upward(name, IMPORTS[name]) <= UPWARD.get(name, set())
+
+
+def test_imports_point_one_way() -> None:
+    assert circles(IMPORTS) == {}
+
+
+def test_no_import_is_for_annotations_only() -> None:
+    assert {name for name, text in FILES.items() if "TYPE_CHECKING" in text} == set()
+
+
+def test_what_points_upward_and_what_is_a_circle_is_found() -> None:
+    source = """
+def late():
+    from onewriter.ends import exit as at_exit
+    import onewriter.base.state
+    from onewriter import DbWriter
+"""
+    assert imported_by(ast.parse(source)) == {"ends/exit.py", "base/state.py", "__init__.py"}
+    assert upward("write/queue.py", {"base/log.py", "write/ticket.py", "read/pool.py"}) == {"read/pool.py"}
+    assert upward("gateway.py", {"aio.py", "core.py"}) == {"aio.py"}
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set()}).keys() == {"a", "b", "c"}
+
+
+def code_lines(text: str) -> set[int]:
+    """The numbers of the lines that are neither blank, comment nor docstring."""
+    blank = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    code: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type not in blank:
+            code.update(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(
+            node
+        ):
+            code.difference_update(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
+    return code
+
+
+def sizes_of(name: str, text: str) -> Iterator[tuple[str, int, int]]:
+    """Its files, classes and functions: lines of code, and how many there may be."""
+    code, is_face = code_lines(text), name in FACES
+
+    def inner(node: ast.AST, path: str) -> Iterator[tuple[str, int, int]]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                size = len(code.intersection(range(child.lineno, (child.end_lineno or 0) + 1)))
+                most = LARGEST_FUNCTION
+                if isinstance(child, ast.ClassDef):
+                    most = LARGEST_CLASS_OF_A_FACE if is_face else LARGEST_CLASS
+                yield f"{name} {path}{child.name}", size, most
+                yield from inner(child, f"{path}{child.name}.")
+            else:
+                yield from inner(child, path)
+
+    yield name, len(code), LARGEST_FACE if is_face else LARGEST_FILE
+    yield from inner(ast.parse(text), "")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_nothing_is_too_large(name: str) -> None:
+    found = {what: size for what, size, most in sizes_of(name, FILES[name]) if size > max(most, TOO_LARGE.get(what, 0))}
+    assert found == {}
+
+
+def test_lines_of_code_are_counted_without_docstrings_and_comments() -> None:
+    source = '''"""Doc."""
+
+class Box:
+    """Of
+    three lines.
+    """
+
+    size = 1  # a comment
+
+    # Another.
+    async def open(self):
+        """Doc."""
+        text = """
+        not a docstring"""
+        return text
+'''
+    assert dict((what, size) for what, size, _ in sizes_of("x.py", source)) == {
+        "x.py": 6,
+        "x.py Box": 6,
+        "x.py Box.open": 4,
+    }
+
+
+def private_reach(tree: ast.AST) -> list[str]:
+    """Each ``x._y`` that is not ``self._y`` or ``cls._y``; ``sys._getframe`` is public in all but its name."""
+    return [
+        ast.unparse(node)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and re.match(r"_(?!_)", node.attr)
+        and not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls", "sys"))
+    ]
+
+
+@pytest.mark.parametrize("name", FACES)
+def test_a_face_touches_nobodys_private_names(name: str) -> None:
+    found = private_reach(TREES[name])
+    assert len(found) <= PRIVATE_REACH.get(name, 0), found
+
+
+def test_reach_for_private_names_is_found() -> None:
+    source = "self._a, cls._b, sys._getframe(1), self._db._c, db._d(), x.__dict__"
+    assert private_reach(ast.parse(source)) == ["self._db._c", "db._d"]
+
+
+def test_the_files_that_the_architecture_page_names_are_there() -> None:
+    named = re.findall(
+        r"`((?:base|sqlite|write|read|tasks|ends|tools)/\w+\.py)`", ARCHITECTURE.read_text(encoding="utf-8")
+    )
+    assert named
+    assert set(named) - FILES.keys() <= NOT_YET
+
+
+LOCK_ROWS = re.findall(
+    r"^\| `([\w/]+\.py)`: ((?:`\w+`(?:, )?)+) \|", ARCHITECTURE.read_text(encoding="utf-8"), re.MULTILINE
+)
+LOCK_KINDS = {"Lock", "RLock", "Condition", "Semaphore", "BoundedSemaphore", "allocate_lock"}
+
+
+def locks_made(tree: ast.AST) -> set[str]:
+    """The names, in the first of its targets, of what each lock that is made there is assigned to; "?": to nothing."""
+    made = {node for node in ast.walk(tree) if isinstance(node, ast.Call) and last_name(node.func) in LOCK_KINDS}
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
+            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+            pairs = [(target, node.value)]
+            if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
+                pairs = list(zip(target.elts, node.value.elts, strict=True))
+            for left, value in pairs:
+                if value in made:
+                    names.add(last_name(left))
+                    made.discard(value)
+    return names | ({"?"} if made else set())
+
+
+def last_name(node: ast.AST) -> str:
+    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else "?"
+
+
+def test_the_table_of_locks_has_every_lock() -> None:
+    told = {(file, name) for file, names in LOCK_ROWS for name in re.findall(r"\w+", names)}
+    assert {(file, name) for file in FILES.keys() - PROGRAMS for name in locks_made(TREES[file])} == told
+
+
+def test_locks_are_found_wherever_they_are_made() -> None:
+    source = """
+class A:
+    turn: asyncio.Lock = asyncio.Lock()
+    def __init__(self):
+        self.one = self.other.lock = threading.RLock()
+        self.two, count, self.three = Lock(), 1, threading.Condition()
+"""
+    assert locks_made(ast.parse(source)) == {"turn", "one", "two", "three"}
+    assert locks_made(ast.parse("use(threading.Lock())")) == {"?"}
 
 
 def test_every_file_says_what_it_is() -> None:

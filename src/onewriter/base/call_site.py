@@ -1,19 +1,21 @@
-"""Where in the user's code a call came from."""
+"""Call sites: from where in the user's code a call came. The only place that walks over frames."""
 
 from __future__ import annotations
 
 import bisect
-import contextlib
 import os
 import sys
 import types
 from types import TracebackType
 
-MOST_TABLES = 16  # of lines that are kept
+MOST_TABLES = 16  # line tables that are cached
+OURS = ("onewriter.",)
+OURS_AND_CONTEXTLIB = (*OURS, "contextlib.")
+POOL_LOOPS = (("_worker", "concurrent.futures.thread"), ("worker", "multiprocessing.pool"))
 
 
 def called_from(frame: types.FrameType) -> str:
-    """Where the user's code called: ``"file.py:123 in name"``."""
+    """The line of the user's code: ``"file.py:123 in name"``."""
     frame = user_frame(frame)
     return place_of(frame.f_code, frame.f_lasti)
 
@@ -23,7 +25,7 @@ def place_of(code: types.CodeType, instruction: int) -> str:
 
 
 def _line(code: types.CodeType, instruction: int) -> int:
-    # By its id: a code's hash is that of all its constants. A generated one can have handed in all of a long queue.
+    # Cached by id, since hashing a code object hashes all its constants. A long queue may all come from one function.
     kept = _lines.get(id(code))
     if kept is None or kept[0] is not code:
         found = list(code.co_lines())
@@ -37,23 +39,46 @@ def _line(code: types.CodeType, instruction: int) -> int:
 _lines: dict[int, tuple[types.CodeType, list[int], list[int | None]]] = {}
 
 
-def user_frame(frame: types.FrameType) -> types.FrameType:
+def is_ours(frame: types.FrameType, packages: tuple[str, ...] = OURS) -> bool:
+    """Whether the frame runs code of one of ``packages``, which end in a dot; by default, of this one."""
+    return f"{frame.f_globals.get('__name__', '')}.".startswith(packages)
+
+
+def user_frame(frame: types.FrameType, packages: tuple[str, ...] = OURS) -> types.FrameType:
     """``frame``, or the nearest one outside this package that called it."""
-    while frame.f_globals.get("__name__", "").startswith("onewriter.") and frame.f_back is not None:
+    while is_ours(frame, packages) and frame.f_back is not None:
         frame = frame.f_back
     return frame
 
 
 def frame_around() -> types.FrameType:
-    """Of the user's code that enters this block, with ``async with`` or an AsyncExitStack."""
-    frame = user_frame(sys._getframe(1))
-    while frame.f_globals is vars(contextlib) and frame.f_back is not None:
-        frame = frame.f_back
-    return frame
+    """That of the user's code which enters this block, with ``async with`` or an AsyncExitStack."""
+    return user_frame(sys._getframe(1), OURS_AND_CONTEXTLIB)
+
+
+def level_around() -> int:
+    """The ``stacklevel`` by which a warning of the caller's names the line of the user's code."""
+    frame: types.FrameType | None = sys._getframe(1)
+    level, outside = 1, user_frame(sys._getframe(1), OURS_AND_CONTEXTLIB)
+    while frame is not None and frame is not outside:
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def without_own_frames(traceback: TracebackType | None) -> TracebackType | None:
-    """Cut the gateway's own frames off: they hold its connection, and say nothing of the job."""
-    while traceback is not None and traceback.tb_frame.f_globals.get("__name__", "").startswith("onewriter."):
+    """Drop the gateway's frames from the front: they refer to its connection, and say nothing about the job."""
+    while traceback is not None and is_ours(traceback.tb_frame):
         traceback = traceback.tb_next
     return traceback
+
+
+def call_of_pool() -> types.FrameType | None:
+    """The call by which a thread pool's worker runs its current piece of work; None: this is no thread of a pool."""
+    called: types.FrameType = sys._getframe(1)
+    frame = called.f_back
+    while frame is not None:
+        for name, module in POOL_LOOPS:
+            if frame.f_code.co_name == name and frame.f_globals.get("__name__") == module:
+                return called
+        called, frame = frame, frame.f_back
+    return None

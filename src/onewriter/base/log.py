@@ -7,7 +7,6 @@ import functools
 import logging
 import math
 import queue
-import sys
 import threading
 import traceback
 import warnings
@@ -18,6 +17,7 @@ from time import monotonic
 from types import TracebackType
 from typing import Any, Protocol
 
+from onewriter.base.call_site import level_around
 from onewriter.errors import forked_error
 
 logger = logging.getLogger("onewriter")
@@ -225,8 +225,5 @@ def warn_of_blocking() -> None:
     """In debug mode of asyncio, say that a call keeps the event loop from everything else."""
     loop = _get_running_loop()
     if loop is not None and loop.get_debug():
-        frame, level = sys._getframe(1), 2
-        while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("onewriter.", "contextlib")):
-            frame, level = frame.f_back, level + 1
         text = "a DbWriter call blocks the event loop: await the one of AsyncDbWriter.wrap(db)"
-        warnings.warn(text, RuntimeWarning, stacklevel=level)
+        warnings.warn(text, RuntimeWarning, stacklevel=level_around())

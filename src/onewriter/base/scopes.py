@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import sys
 import threading
 import types
 import weakref
@@ -13,8 +12,9 @@ from contextvars import ContextVar
 from threading import get_ident
 from typing import Any, Generic, TypeAlias, TypeVar
 
+from onewriter.base.call_site import call_of_pool
+
 S = TypeVar("S")
-POOL_LOOPS = (("_worker", "concurrent.futures.thread"), ("worker", "multiprocessing.pool"))
 
 
 class Scope(Generic[S]):
@@ -147,15 +147,3 @@ def running_task() -> asyncio.Task[Any] | None:
         return asyncio.current_task()
     except RuntimeError:  # no loop runs in this thread
         return None
-
-
-def call_of_pool() -> types.FrameType | None:
-    """The call by which a thread pool's loop does its present piece of work; None: this thread is not one of a pool."""
-    called: types.FrameType = sys._getframe(1)
-    frame = called.f_back
-    while frame is not None:
-        for name, module in POOL_LOOPS:
-            if frame.f_code.co_name == name and frame.f_globals.get("__name__") == module:
-                return called
-        called, frame = frame, frame.f_back
-    return None

@@ -14,7 +14,8 @@ from onewriter.base.state import IN_STATEMENT
 from onewriter.errors import ReadTimeoutError, ReentrantWriteError, forked_error
 from onewriter.read.clock import ReadClock
 from onewriter.sqlite.guard import ReadGuard
-from onewriter.sqlite.lent import Lending, LentConnection, lend, retire
+from onewriter.sqlite.lending import Lending
+from onewriter.sqlite.lent import lend, retire
 from onewriter.sqlite.pragmas import database_names
 from onewriter.sqlite.result import refuse_live
 from onewriter.sqlite.retry import LockPolicy, is_busy, is_interrupted
@@ -156,7 +157,7 @@ class Snapshot:
         self.lent: Lending | None = lend(self)
 
     @property
-    def to_lend(self) -> LentConnection:
+    def to_lend(self) -> sqlite3.Connection:
         lent = self.lent
         connection = None if lent is None else lent.connection
         if connection is None:

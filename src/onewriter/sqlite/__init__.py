@@ -1,1 +1,1 @@
-"""What is SQLite's: opening connections, what a statement may do, locks, the file and its company."""
+"""Everything that knows SQLite: opening connections, what a statement may do, locks, the file and those beside it."""

@@ -1,4 +1,4 @@
-"""What is wrong with a path, and with the files beside the database, before SQLite is asked."""
+"""Checks of the path and of the files beside the database, before SQLite opens it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from collections.abc import Callable
 
 from onewriter.sqlite.file import INDEX, JOURNAL, LOG
 
-LOOKS = 3  # at a file beside the database that others may make and delete meanwhile
-SMALLEST_FILE = 512  # bytes; SQLite takes anything smaller for empty, and would write over it
+LOOKS = 3  # at a file beside the database that other processes may create and delete meanwhile
+SMALLEST_FILE = 512  # bytes; SQLite treats a smaller file as empty, and would overwrite it
 
 
 def check_path(path: str) -> None:
-    """Say what is wrong with ``path`` before SQLite creates anything there. Looks by stat only: closing another
+    """Raise if ``path`` cannot be a database, before SQLite creates anything there. Uses stat only: closing another
     descriptor of the file would drop this process's locks on it (https://www.sqlite.org/howtocorrupt.html#_posix_advisory_locks).
     """
     folder = os.path.dirname(path)
@@ -30,14 +30,14 @@ def check_path(path: str) -> None:
                 path, "file is not a database", sqlite3.SQLITE_NOTADB, "SQLITE_NOTADB", sqlite3.DatabaseError
             )
         if not os.access(path, os.W_OK):
-            # SQLite would open it read-only without a word.
+            # SQLite would silently open it read-only.
             raise cannot_open(path, "the file is not writable", sqlite3.SQLITE_READONLY, "SQLITE_READONLY")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise cannot_open(path, f"the folder {folder} is not writable, and SQLite keeps its log beside the database")
 
 
 def check_company(path: str) -> None:
-    """Say what is wrong with the names of the file, and with the files that SQLite keeps beside it."""
+    """Raise if the file has a second name, or if a file that SQLite keeps beside it cannot be used."""
     if os.path.exists(path) and os.stat(path).st_nlink > 1:
         raise cannot_open(
             path,
@@ -49,9 +49,9 @@ def check_company(path: str) -> None:
         if owner != path and os.path.basename(owner) and os.path.exists(owner):
             raise cannot_open(path, f"it is SQLite's own file beside the database {owner}")
         name = f"{path}{suffix}"
-        if _stays(name, os.path.isfile):
+        if _stays_unusable(name, os.path.isfile):
             raise cannot_open(path, f"{name}, which SQLite keeps beside the database, is not a regular file")
-        if _stays(name, lambda name: os.access(name, os.R_OK | os.W_OK)):
+        if _stays_unusable(name, lambda name: os.access(name, os.R_OK | os.W_OK)):
             raise cannot_open(
                 path,
                 f"{name}, which SQLite keeps beside the database, is not writable: another user has made it. Give this "
@@ -59,7 +59,7 @@ def check_company(path: str) -> None:
                 sqlite3.SQLITE_READONLY,
                 "SQLITE_READONLY",
             )
-    # In this order: a file that is being made is not empty any more when it has a log.
+    # The log first: a database that is being created is no longer empty once it has a log.
     if size_of(f"{path}{LOG}") > 0 and os.path.exists(path) and size_of(path) == 0:
         raise cannot_open(
             path,
@@ -68,14 +68,14 @@ def check_company(path: str) -> None:
         )
 
 
-def _stays(name: str, is_well: Callable[[str], bool]) -> bool:
-    """Whether what has that name, if there is anything, is not well. Others who open and close make and delete these
-    files at any moment: it counts only if it is so, and the same, at every look."""
-    found = _what_is_there(name)
-    return found is not None and all(not is_well(name) and _what_is_there(name) == found for _ in range(LOOKS))
+def _stays_unusable(name: str, is_usable: Callable[[str], bool]) -> bool:
+    """Whether there is a file that is not usable. Other processes create and delete these files at any moment, so it
+    counts only if every look finds the same file."""
+    found = _identity(name)
+    return found is not None and all(not is_usable(name) and _identity(name) == found for _ in range(LOOKS))
 
 
-def _what_is_there(name: str) -> tuple[int, int, int] | None:
+def _identity(name: str) -> tuple[int, int, int] | None:
     try:
         found = os.lstat(name)
     except OSError:

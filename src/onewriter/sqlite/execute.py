@@ -10,7 +10,7 @@ from onewriter.sqlite.result import Result
 from onewriter.sqlite.retry import error_code
 from onewriter.sqlite.statement import ASKING, CHANGING, READING, WITHOUT_ROWID, Parameters, describe_sql, words_of
 
-# A constraint that SQLite checks before it writes, or undoes: unless FAIL says otherwise, nothing is left behind.
+# Constraint errors after which SQLite has undone the whole statement, unless its conflict clause is FAIL.
 UNDONE = frozenset(
     (
         sqlite3.SQLITE_CONSTRAINT_UNIQUE,
@@ -24,18 +24,18 @@ UNDONE = frozenset(
 
 
 class Executor:
-    """Runs statements on one connection and gives Results. Belongs to the thread that holds the connection."""
+    """Runs statements on one connection and returns Results. Belongs to the thread that holds the connection."""
 
     def __init__(self, connection: sqlite3.Connection, guard: Guard) -> None:
         self._connection = connection
         self._guard = guard
-        self._cursor = sqlite3.Connection.cursor(connection)  # making one for each statement would cost as much as it
+        self._cursor = sqlite3.Connection.cursor(connection)  # a new one for each statement would double its cost
         self._last_rowid: int | None = None
-        self._known: str | None = None  # the last plain INSERT
-        self._table = ""  # and its table
+        self._known: str | None = None  # the text of the last plain INSERT
+        self._table = ""  # of that INSERT
 
     def execute(self, sql: str, parameters: Parameters) -> Result:
-        """Run one statement to its end."""
+        """Run one statement to completion."""
         result = self.insert(sql, parameters)
         return Result([], 1, result, None) if type(result) is int else cast(Result, result)
 
@@ -43,33 +43,33 @@ class Executor:
         cursor, text, guard = self._cursor, describe_sql(sql), self._guard
         guard.is_asking = text.verb in ASKING and guard.mode in OF_ITS_OWN
         try:
-            # SQLite does not ask the guard again about a text that was allowed to a job of many statements.
+            # The statement cache would skip the authorizer for a text that a job of many statements was allowed.
             cursor.execute(guard.asked_anew(sql) if guard.is_asking else sql, parameters)
-            # To the end, since an unread row would make COMMIT say BUSY for ever.
+            # All rows: a statement that is not reset would make COMMIT fail with BUSY for ever.
             rows = cursor.fetchall() if cursor.description is not None else None
         except BaseException as error:
             if isinstance(error, sqlite3.Error) and text.verb == "VACUUM":
                 self._explain_vacuum(error)
             self._last_rowid = None
             try:
-                cursor.close()  # it may have rows left
-            finally:  # Ctrl-C comes behind a call
+                cursor.close()  # it may have pending rows
+            finally:  # KeyboardInterrupt can be raised after any call
                 self._cursor = sqlite3.Connection.cursor(self._connection)
             raise
         finally:
             guard.is_asking = False
         rowcount, description = cursor.rowcount, cursor.description
         if rowcount == -1 and text.verb in CHANGING and (rows is None or text.returning):
-            rowcount = self._ask("SELECT changes()")  # sqlite3 counts only statements that begin with their verb
+            rowcount = self._ask("SELECT changes()")  # sqlite3 sets rowcount only if the text begins with the verb
         lastrowid = None
         if text.inserts:
             lastrowid = self._inserted(text.table, rowcount, cursor.lastrowid)
         elif text.verb not in READING:
-            self._last_rowid = None  # an upsert has changed it, perhaps, or CREATE VIRTUAL TABLE
+            self._last_rowid = None  # an upsert or CREATE VIRTUAL TABLE may have changed it
         return Result(rows or [], rowcount, lastrowid, description)
 
     def insert(self, sql: str, parameters: Parameters) -> Result | int:
-        """Run one statement, as ``execute``; where a plain INSERT adds one row, its rowid stands for the Result."""
+        """Like ``execute``, but returns the bare rowid where a plain INSERT has added one row."""
         if sql is not self._known:
             text = describe_sql(sql)
             if not text.inserts or text.returning or text.behind_with:
@@ -79,7 +79,7 @@ class Executor:
         self._last_rowid = None  # if it fails
         cursor.execute(sql, parameters)
         rowid = cursor.lastrowid
-        if rowid != before and before is not None and cursor.rowcount == 1:  # so it is not left from an earlier one
+        if rowid != before and before is not None and cursor.rowcount == 1:  # so it is not that of an earlier INSERT
             self._last_rowid = rowid
             return rowid or 0
         self._last_rowid = before
@@ -92,18 +92,18 @@ class Executor:
             BaseException.add_note(error, f"onewriter: {text}")
 
     def forget_rowid(self) -> None:
-        """Others use the connection too."""
+        """Somebody else is going to use the connection."""
         self._last_rowid = None
 
     def execute_script(self, sql: str) -> None:
-        """Run many statements, in the transaction that is open."""
+        """Run many statements in the open transaction."""
         self._last_rowid = None
         guard = self._guard
         guard.hidden_commit = True
         try:
             sqlite3.Connection.executescript(self._connection, sql).close()
         except sqlite3.OperationalError as error:
-            if "VACUUM" in str(error) and "VACUUM" in words_of(sql):  # which of them it was is not told otherwise
+            if "VACUUM" in str(error) and "VACUUM" in words_of(sql):  # nothing else says which statement failed
                 self._explain_vacuum(error)
             raise
         finally:
@@ -111,9 +111,9 @@ class Executor:
 
     def execute_many(self, sql: str, rows: list[Parameters]) -> Result:
         text = describe_sql(sql)
-        if text.behind_with and text.verb in CHANGING:  # of which sqlite3 counts nothing
+        if text.behind_with and text.verb in CHANGING:  # sqlite3 reports no rowcount for these
             return Result([], sum(self._execute(sql, row).rowcount for row in rows), None, None)
-        self._last_rowid = None  # sqlite3 does not tell it after executemany
+        self._last_rowid = None  # sqlite3 does not report it after executemany
         cursor = sqlite3.Connection.executemany(self._connection, sql, rows)
         try:
             return Result([], cursor.rowcount if rows else 0, None, None)
@@ -124,7 +124,7 @@ class Executor:
         before, self._last_rowid = self._last_rowid, lastrowid
         if rowcount < 1:
             return None
-        # sqlite3 reports the connection's last rowid; a WITHOUT ROWID table leaves that of an earlier statement there.
+        # sqlite3 reports the connection's last rowid, which an INSERT into a WITHOUT ROWID table leaves unchanged.
         if (lastrowid == before or before is None) and self._ask(WITHOUT_ROWID, (table,)):
             return None
         return lastrowid
@@ -132,25 +132,25 @@ class Executor:
     def _ask(self, sql: str, parameters: Parameters = ()) -> int:
         cursor = sqlite3.Connection.execute(self._connection, sql, parameters)
         try:
-            cursor.row_factory = None  # one of the user's must not be asked about our own row
+            cursor.row_factory = None  # the user's must not see an internal row
             return int(cursor.fetchone()[0])
         finally:
             cursor.close()
 
     def surely_had_no_effect(self, sql: str, error: BaseException, schema_fails: bool) -> bool:
-        """Whether it is certain that the statement that raised ``error`` has changed nothing."""
+        """Whether the statement that raised ``error`` has certainly changed nothing."""
         text = describe_sql(sql)
         if text.returning or not issubclass(type(error), sqlite3.Error):
-            return False  # it can have been done, and the error come from reading its rows
+            return False  # it may have completed, and reading its rows have raised
         if text.verb in ASKING:
             return True
         code = error_code(error)
-        if code == sqlite3.SQLITE_ERROR:  # bad SQL, or a failure midway
+        if code == sqlite3.SQLITE_ERROR:  # a syntax error, or a failure while it ran
             try:
                 sqlite3.Connection.execute(self._connection, f"EXPLAIN {sql}").close()
             except sqlite3.OperationalError:
                 return True
             except sqlite3.Error:
-                pass  # it has parameters, so it was prepared
+                pass  # its parameters are missing, so it was prepared
             return False
         return code == 0 or code == sqlite3.SQLITE_AUTH or (code in UNDONE and not text.fails and not schema_fails)

@@ -1,4 +1,4 @@
-"""DatabaseFile: whether the file under a gateway, and its log, are still those that it has opened. Looks by stat only.
+"""DatabaseFile: detects that the file of an open gateway, or its log, was moved, deleted or replaced. Uses stat only.
 
 Closing another descriptor of the file would drop this process's locks on it
 (https://www.sqlite.org/howtocorrupt.html#_posix_advisory_locks).
@@ -17,10 +17,10 @@ from collections.abc import Iterable, Iterator
 from onewriter.errors import WriterBrokenError
 from onewriter.sqlite.mounts import is_mounted_alone
 
-LOOK = 0.1  # seconds between two looks
+CHECK_INTERVAL = 0.1  # seconds
 LOG, INDEX, JOURNAL = "-wal", "-shm", "-journal"  # https://www.sqlite.org/tempfiles.html
-# SQLite's last connection to a file writes its log into it, and deletes the log by its name. It is not the last one
-# while another process has the lock that every connection has: https://www.sqlite.org/lockingv3.html
+# The last connection that closes a file checkpoints its log and deletes it by name. While another process holds the
+# SHARED lock that every connection holds, it is not the last: https://www.sqlite.org/lockingv3.html
 KEEP_OPEN = """
 import fcntl, sys
 files = [open(name, "rb") for name in sys.argv[1:]]
@@ -30,7 +30,7 @@ print("kept", flush=True)
 sys.stdin.read()
 """
 Identity = tuple[int, int]  # device and inode
-_left_open: list[Identity] = []  # by this process, for ever
+_left_open: list[Identity] = []  # files whose connection this process never closes
 
 
 class FileMovedError(WriterBrokenError):
@@ -42,15 +42,15 @@ class DatabaseFile:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        # The databases that have a log. SQLite follows links, and keeps it beside the file itself.
+        # The databases in WAL mode. SQLite follows symbolic links, and keeps the log beside the target.
         self.logged = self.files = [os.path.realpath(path)]
-        self.exposed = ""  # why what is written is less safe here than elsewhere
+        self.exposed = ""  # why commits may be lost with this file system; empty: they are not
         self.identity: Identity | None = None  # None: not opened yet
-        self._logs: dict[str, Identity] = {}  # and their indexes, by name
+        self._logs: dict[str, Identity] = {}  # logs and their indexes, by name
         self._attached: dict[str, Identity] = {}
         self._looked_at = 0.0
-        self.size = 0  # bytes that the file cannot be smaller than, as far as this gateway knows
-        self.is_smaller = False  # at the last look
+        self.size = 0  # bytes; the file cannot be smaller unless another connection shrank it
+        self.is_smaller = False  # than ``size``, at the last check
         self.overwritten = ""
 
     @property
@@ -59,14 +59,14 @@ class DatabaseFile:
         return [path for path in self.files if path not in self.logged]
 
     def remember(self, files: Iterable[str], logged: Iterable[str]) -> None:
-        """The writer has opened the files of the main database and of attached ones, and the logs of ``logged``."""
+        """Record what the writer has opened: the main and attached databases, and the logs of ``logged``."""
         if self.identity is None:
             self.identity = _identity(os.stat(self.path))
         self.files = list(dict.fromkeys(map(os.path.realpath, filter(None, files))))
         self.logged = list(dict.fromkeys(map(os.path.realpath, logged)))
         logs = {}
         for name in (f"{path}{suffix}" for path in self.logged for suffix in (LOG, INDEX)):
-            with contextlib.suppress(OSError):  # SQLite makes them when they are needed
+            with contextlib.suppress(OSError):  # SQLite creates them on demand
                 logs[name] = _identity(os.stat(name))
         self._logs = logs
         main = os.path.realpath(self.path)
@@ -78,33 +78,33 @@ class DatabaseFile:
         self._attached = attached
 
     def remember_size(self) -> None:
-        """The file can only grow from now on."""
+        """From now on the file can only grow."""
         with contextlib.suppress(OSError):
             self.size = os.stat(self.path).st_size
         self.is_smaller = False
 
     def forget_size(self) -> None:
-        """Somebody may have made the file smaller; never empty, though."""
+        """Another connection may have made the file smaller, though never empty."""
         self.size, self.is_smaller = min(self.size, 1), False
 
     def log_sizes(self) -> list[int]:
-        """Of the write-ahead logs' files, in the order of ``logged``; 0: there is none."""
+        """The sizes of the write-ahead logs in bytes, in the order of ``logged``; 0 where there is none."""
         return [_size(f"{path}{LOG}") for path in self.logged]
 
     def wal_bytes(self) -> int:
-        """The size of all write-ahead logs' files."""
+        """The size of all write-ahead logs."""
         return sum(self.log_sizes())
 
     def check_at_times(self, now: float) -> None:
-        """Check, unless that was done a moment ago."""
-        if now - self._looked_at >= LOOK:
+        """``check``, but at most once in ``CHECK_INTERVAL``."""
+        if now - self._looked_at >= CHECK_INTERVAL:
             self._looked_at = now
             self.check()
 
     def check(self) -> None:
-        """Raise FileMovedError if another file has the name of the file or of a log now, or none.
+        """Raise FileMovedError if the path, or that of a log, now names another file or none.
 
-        Whatever else keeps it from being looked at says nothing of the file: a right that is missing for a moment.
+        Any other error of stat, such as a permission that is missing for a moment, says nothing about the file.
         """
         if self.overwritten:
             raise FileMovedError(self.overwritten)
@@ -125,11 +125,11 @@ class DatabaseFile:
         self.check_logs()
 
     def check_logs(self) -> None:
-        """Raise FileMovedError if the log is not what the connections have open: nobody else sees what they write."""
+        """Raise FileMovedError if a log is not the one that is open: others would not see what is written to it."""
         _refuse_others(self._logs)
 
     def refuse_smaller(self, size: int | None = None) -> None:
-        """The file is smaller than it can be."""
+        """Raise FileMovedError: the file is smaller than what was written to it."""
         found = _size(self.path) if size is None else size
         self.overwritten = (
             f"{self.path} has {found:,} bytes, less than the {self.size:,} that were in it: it was overwritten while "
@@ -139,34 +139,34 @@ class DatabaseFile:
         raise FileMovedError(self.overwritten)
 
     def close(self, connection: sqlite3.Connection) -> None:
-        """Close the write connection; nothing is written over what others have put in the place of a lost log."""
+        """Close the write connection, without writing to a database whose log was lost: others may have replaced it."""
         endangered = self._endangered()
         if not endangered:
-            self._logs = {}  # SQLite deletes them, unless a reader has begun to use them
+            self._logs = {}  # SQLite deletes them, unless a reader uses them
             connection.close()
             return
         with _kept_open(endangered) as is_kept:
             if is_kept:
                 connection.close()
                 return
-        # It stays open to the end of the process, and with it what SQLite has in memory about the file.
+        # Leaked: it stays open until the process ends, and so does what SQLite has in memory about the file.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
         if self.identity is not None:
             _left_open.append(self.identity)
 
     def _endangered(self) -> list[str]:
-        """The databases that closing the connection would write to, although they are no longer what it knows."""
+        """The databases that closing the connection would checkpoint from a log that was replaced or deleted."""
         lost = {name.removesuffix(LOG).removesuffix(INDEX) for name in self._logs if self._is_lost(name)}
         main = os.path.realpath(self.path)
         if self.overwritten and main in self.logged:
             lost.add(main)
         with contextlib.suppress(OSError):
             if main in lost and _identity(os.stat(main)) != self.identity:
-                lost.discard(main)  # SQLite notices that itself
+                lost.discard(main)  # SQLite detects that by itself
         return sorted(path for path in lost if os.path.exists(path))
 
     def _is_lost(self, name: str) -> bool:
-        """Whether a log or index is another one by now, or none."""
+        """Whether a log or index was replaced or deleted."""
         try:
             return _identity(os.stat(name)) != self._logs[name]
         except FileNotFoundError:
@@ -188,7 +188,7 @@ def _refuse_others(files: dict[str, Identity]) -> None:
 
 
 def exposure(paths: Iterable[str]) -> str:
-    """What is less safe about these files than it seems; empty: nothing."""
+    """Why commits to these files may be lost with the file system that they are on; empty: they are not."""
     return "; ".join(
         f"{path} is mounted alone, without its folder: SQLite keeps the log beside it, where it goes with the "
         "container, and what is still in it is lost. Mount the folder"
@@ -198,7 +198,7 @@ def exposure(paths: Iterable[str]) -> str:
 
 
 def refuse_left_open(path: str) -> None:
-    """Raise if this process cannot open the file anew: SQLite would go on with what it has in memory about it."""
+    """Raise if this process cannot open the file again: SQLite would use what it still has in memory about it."""
     if _left_open and os.path.exists(path) and _identity(os.stat(path)) in _left_open:
         raise FileMovedError(
             f"the log of {path} was lost while this process had it open, and a connection to it could not be closed: "
@@ -208,7 +208,7 @@ def refuse_left_open(path: str) -> None:
 
 @contextlib.contextmanager
 def _kept_open(paths: list[str]) -> Iterator[bool]:
-    """For the ``with`` block, another process has the files open too; False: that cannot be had."""
+    """For the ``with`` block, have another process hold the files open too; False: it could not be started."""
     try:
         keeper = subprocess.Popen(
             [sys.executable or "", "-I", "-S", "-c", KEEP_OPEN, *paths],

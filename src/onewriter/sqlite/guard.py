@@ -1,4 +1,4 @@
-"""Guard: what a job may do on the write connection, asked by SQLite whenever a statement is prepared."""
+"""Guard: the authorizer, which SQLite calls for each statement that it prepares. It decides what a job may do."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from collections.abc import Callable
 
 SCHEMA_CHANGES = frozenset((*range(1, 9), *range(10, 18), 26, 29, 30))  # CREATE, DROP, ALTER
 USES = frozenset((sqlite3.SQLITE_READ, sqlite3.SQLITE_SELECT, sqlite3.SQLITE_UPDATE, sqlite3.SQLITE_DELETE))
-# Inside a transaction SQLite ignores these or only answers, so a job would believe that they are in force.
+# Inside a transaction these have no effect, and SQLite does not say so.
 NOT_IN_A_TRANSACTION = frozenset(("foreign_keys", "journal_mode", "synchronous", "locking_mode"))
-# On these the gateway's own waiting, reading and checkpointing rest.
+# The gateway depends on the values that it has set for these.
 NEVER = frozenset(("query_only", "busy_timeout", "locking_mode", "wal_autocheckpoint", "journal_size_limit"))
-NOT_ON_A_READER = NEVER | {"journal_mode", "hard_heap_limit", "soft_heap_limit"}  # the latter are of the process
-# What these tell is of the connection, on which other jobs have run since, or none.
+NOT_ON_A_READER = NEVER | {"journal_mode", "hard_heap_limit", "soft_heap_limit"}  # the limits are of the whole process
+# Functions about the connection's past, which other jobs have been part of.
 HISTORY = frozenset(("last_insert_rowid", "changes", "total_changes"))
 OFF = ("0", "off", "no", "false")
-ASKING = ("_info", "_xinfo", "_list", "_check")  # the ends of PRAGMAs whose argument sets nothing
+ASKING = ("_info", "_xinfo", "_list", "_check")  # PRAGMAs that end so only query, even with an argument
 
 
 class Mode(enum.Enum):
-    GATEWAY = "the gateway's own statements"
+    GATEWAY = "internal statements of the gateway"
     JOB = "a job, inside its transaction"
     ALONE = "a statement that is a job, inside its transaction"
     LENT = "a job's sqlite3.Connection, inside its transaction"
@@ -37,19 +37,19 @@ OF_ITS_OWN = (Mode.ALONE, Mode.BARE)
 
 
 class _Refusals:
-    """What an authorizer has refused, and why: SQLite says only "not authorized", in one of its ways.
+    """Why an authorizer has refused a statement: SQLite says only "not authorized".
 
-    A signal handler runs, and may raise, wherever Python code does, so in an authorizer too; sqlite3 drops that, and
-    refuses the statement. What comes before the first line of Python code cannot be caught; that SQLite has asked and
-    not been answered is known all the same, since what counts the questions is C code.
+    A signal handler may raise wherever Python code runs, so also in an authorizer: sqlite3 discards the exception and
+    refuses the statement. One that is raised where the function is entered, before its ``try``, cannot be caught. So
+    the calls are counted by C code (lru_cache) and the answers by ours: a difference tells that one was cut off.
     """
 
     refusal: str | None = None
     history = HISTORY
 
     def __init__(self) -> None:
-        self.authorizer = functools.lru_cache(maxsize=0)(self._ask)  # which keeps nothing, and counts
-        self._answers = 0  # so many of the questions
+        self.authorizer = functools.lru_cache(maxsize=0)(self._ask)  # caches nothing, counts the calls
+        self._answers = 0  # calls that have returned
         self._caught: BaseException | None = None
 
     def _ask(self, action: int, first: str | None, second: str | None, third: str | None, _: str | None) -> int:
@@ -75,17 +75,17 @@ class _Refusals:
         )
 
     def explain(self, error: BaseException) -> None:
-        """Say why, if a refusal is what ``error`` is about; raise what was raised in place of an answer."""
+        """Add the reason of a refusal to ``error``; raise the exception that ended an authorizer call instead."""
         questions = self.authorizer.cache_info().misses
         reason, self.refusal = self.refusal, None
         caught, self._caught = self._caught, None
         unanswered, self._answers = questions != self._answers, questions
         if caught is not None:
             raise caught from error
-        if unanswered and threading.current_thread() is threading.main_thread():  # where signal handlers run
+        if unanswered and threading.current_thread() is threading.main_thread():  # the thread of signal handlers
             raise KeyboardInterrupt("a signal handler raised while SQLite prepared a statement") from error
         if reason is not None:
-            with contextlib.suppress(BaseException):  # as from a frozen dataclass, which refuses notes
+            with contextlib.suppress(BaseException):  # a frozen dataclass, for example, refuses notes
                 BaseException.add_note(error, f"onewriter: {reason}")
 
 
@@ -93,7 +93,7 @@ NO_WRITES = "onewriter: a read cannot write: use run, or a transaction() block"
 
 
 class ReadGuard(_Refusals):
-    """The authorizer of a reader: what mode=ro and query_only let through."""
+    """The authorizer of a reader: refuses what mode=ro and query_only still allow."""
 
     def explain(self, error: BaseException) -> None:
         super().explain(error)
@@ -102,17 +102,17 @@ class ReadGuard(_Refusals):
     def __init__(self) -> None:
         super().__init__()
         self._secret = secrets.token_hex(8)
-        self.is_internal = False  # the pool's own statement is prepared
-        self.is_lent = False  # to a function or a block, which has one connection for more than one statement
-        self.text = ""  # of the read, if it is not
-        self.must_ask_again = False  # what was allowed to one that is lent, about texts that are prepared now
-        self.is_spoilt = False  # somebody has set what would last beyond the loan
+        self.is_internal = False  # while an internal statement is prepared
+        self.is_lent = False  # to a function or block, which may ask about its own earlier statements
+        self.text = ""  # the SQL of the read, if it is not lent
+        self.must_ask_again = False  # cached statements were allowed to a lent one only: authorize them again
+        self.is_spoilt = False  # a PRAGMA was set that would outlast the loan
 
     def internal(self, sql: str) -> str:
         return f"{sql} /* {self._secret} */"
 
     def install(self, connection: sqlite3.Connection) -> None:
-        """Ask from now on, and for every statement prepared earlier too."""
+        """Authorize from now on, also what is in the statement cache: setting it expires all prepared statements."""
         self.must_ask_again = False
         connection.set_authorizer(self.authorizer)
 
@@ -124,12 +124,12 @@ class ReadGuard(_Refusals):
             if name == "wal_checkpoint" or (second is not None and name in NOT_ON_A_READER):
                 return self.deny(f"PRAGMA {name} is the writer's")
             self.is_spoilt |= second is not None and not name.endswith(ASKING)
-            # Full-text search asks for it too, with the name of the database.
+            # Full-text search reads it internally, with the name of the database.
             if name == "data_version" and (self.is_lent or third is None or name in self.text.lower()):
                 return self._history("PRAGMA data_version")
         if action == sqlite3.SQLITE_FUNCTION and second in self.history:
             return self._history(f"{second}()")
-        if action == sqlite3.SQLITE_TRANSACTION and not self.is_internal:  # a snapshot stands for its whole length
+        if action == sqlite3.SQLITE_TRANSACTION and not self.is_internal:  # a snapshot is pinned as long as it lasts
             return self.deny("a reader's transaction is the gateway's: reader() is one")
         return sqlite3.SQLITE_OK
 
@@ -143,14 +143,14 @@ class ReadGuard(_Refusals):
 
 
 def explain_readonly(error: BaseException) -> None:
-    """Say what is to be called instead, if a statement of a read would have written."""
+    """Add what to call instead, if ``error`` is a read that would have written."""
     is_readonly = getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_READONLY
     if is_readonly and NO_WRITES not in getattr(error, "__notes__", ()):
         BaseException.add_note(error, NO_WRITES)
 
 
 class Guard(_Refusals):
-    """The authorizer of the write connection. Set once, since setting it makes SQLite prepare every statement anew.
+    """The authorizer of the write connection. Installed once: setting it expires every prepared statement.
 
     Threads: used by the thread that holds the write connection.
     """
@@ -159,27 +159,27 @@ class Guard(_Refusals):
         super().__init__()
         self._journal_mode = journal_mode
         self._puts_back = puts_back
-        # The texts of the gateway's own statements are unknown to jobs: SQLite does not ask again for a cached text.
+        # Jobs cannot know the texts of internal statements: SQLite does not call the authorizer for a cached statement.
         self._secret, self._other = secrets.token_hex(8), secrets.token_hex(8)
-        self.mark = f"onewriter_{self._secret}"  # begins the names of the gateway's savepoints
+        self.mark = f"onewriter_{self._secret}"  # the prefix of the names of internal savepoints
         self.mode = Mode.GATEWAY
         self.schema_changed = True
         self.settings_touched = False
-        self.in_vain = ""  # a PRAGMA that is put back at once, since the gateway has set it
-        self.temp_touched = False  # something was made in the TEMP schema
-        self.is_asking = False  # a SELECT that is a job
-        self.hidden_commit = False  # sqlite3, in a transaction, is about to end it before a script
+        self.in_vain = ""  # a PRAGMA that will be reset to the gateway's value at once
+        self.temp_touched = False  # something was created in the TEMP schema
+        self.is_asking = False  # while a SELECT that is a job of its own is prepared
+        self.hidden_commit = False  # executescript() is about to COMMIT the open transaction first
 
     def internal(self, sql: str) -> str:
         return f"{sql} /* {self._secret} */"
 
     def asked_anew(self, sql: str) -> str:
-        """A text of a job that SQLite has not been asked about elsewhere. In front: what is behind a SELECT's last
-        expression becomes the column's name; and not the secret, which nobody is to see."""
+        """The text of a job, changed so that it is in no statement cache. The comment goes in front, since one behind a
+        SELECT's last expression becomes part of the column's name; it is not the secret, since jobs can see it."""
         return f"/* {self._other} */ {sql}"
 
     def install(self, connection: sqlite3.Connection) -> None:
-        """Ask from now on, and for every statement prepared earlier too."""
+        """Authorize from now on, also what is in the statement cache: setting it expires all prepared statements."""
         self.settings_touched = False
         connection.set_authorizer(self.authorizer)
 
@@ -187,7 +187,7 @@ class Guard(_Refusals):
         if action in USES or self.mode is Mode.GATEWAY:
             return sqlite3.SQLITE_OK
         if action == sqlite3.SQLITE_INSERT:
-            if third == "temp" and first is not None and first.startswith("sqlite_"):  # a row of the TEMP schema
+            if third == "temp" and first is not None and first.startswith("sqlite_"):  # a row of sqlite_temp_schema
                 self.temp_touched = self.settings_touched = True
         elif action in SCHEMA_CHANGES:
             self.schema_changed = True
@@ -195,10 +195,10 @@ class Guard(_Refusals):
             return self.deny_history(f"{second}()")
         elif self.hidden_commit and action == sqlite3.SQLITE_TRANSACTION:
             self.hidden_commit = False
-            return sqlite3.SQLITE_IGNORE  # prepared, and does nothing
+            return sqlite3.SQLITE_IGNORE  # it is prepared as a no-op
         elif action == sqlite3.SQLITE_SAVEPOINT and self.mode is Mode.LENT:
-            self.settings_touched = True  # SQLite would not ask again about the same text outside the loan
-            return sqlite3.SQLITE_OK  # libraries nest by it; those of the gateway have names that nobody knows
+            self.settings_touched = True  # the cached statement must not be allowed outside the loan
+            return sqlite3.SQLITE_OK  # libraries nest with it; internal savepoints have secret names
         elif action in (sqlite3.SQLITE_TRANSACTION, sqlite3.SQLITE_SAVEPOINT):
             if self.mode is not Mode.VACUUM:
                 verb = "SAVEPOINT" if action == sqlite3.SQLITE_SAVEPOINT else first
@@ -220,7 +220,7 @@ class Guard(_Refusals):
                 f"PRAGMA {name} has no effect inside a transaction, and a job is one: it is an argument of DbWriter; "
                 "foreign_keys=False on a job is for rebuilding a table"
             )
-        if self.mode is Mode.BARE and name == "defer_foreign_keys":  # and the next jobs would be the transaction
+        if self.mode is Mode.BARE and name == "defer_foreign_keys":  # it would apply to the next job
             return self.deny(f"PRAGMA {name} lasts until a transaction ends, and here is none: use it inside a job")
         if name == "count_changes" and value.lower() not in OFF:
             return self.deny("PRAGMA count_changes would leave a row of each write unread: use Result.rowcount")

@@ -1,4 +1,4 @@
-"""Connections that a child process has inherited: neither used nor closed there."""
+"""Connections that a child process has inherited: it must neither use nor close them."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from onewriter.errors import forked_error
 
 
 def keep_open(thing: object) -> None:
-    """Closing it would drop the parent's locks, and delete its log."""
-    # One reference more than there are keeps it to the end of the process, when a list of them would be emptied.
+    """Leak it: closing it would drop the parent's locks, and delete its log."""
+    # An extra reference keeps it beyond the end of the interpreter, which clears every list.
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
 
 
 class Inherited:
-    """What is in the place of the parent's connection: nothing on the stack gets past it."""
+    """Replaces the parent's connection: whatever uses it raises ForkedError."""
 
     def __getattr__(self, name: str) -> Any:
         raise forked_error()

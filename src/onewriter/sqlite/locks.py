@@ -1,4 +1,4 @@
-"""Who holds SQLite's write lock: on Linux /proc/locks says it, by inode. The file is never opened for it."""
+"""Which processes hold SQLite's locks: on Linux /proc/locks lists them by inode. The file is not opened for it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ WRITE_BYTE = 120  # of the -shm file: https://www.sqlite.org/walformat.html#wal_
 PENDING, LAST = 0x40000000, 0x40000000 + 511
 SHARED = 0x40000002
 COMMAND_LENGTH = 100
-LOOKS = 3  # at the list, of which the system leaves lines out when others change it in the middle of a look
+LOOKS = 3  # at /proc/locks, which may miss lines when locks change while it is read
 UNKNOWN_READER = "somebody who cannot be told here, another connection of this process, say"
 
 
 def lock_holders(path: str) -> list[int] | None:
-    """The processes that hold the write lock of the database; None if that cannot be told here."""
+    """The processes that hold the write lock of the database; None where the system does not say."""
     lines, path = _all_locks(), os.path.realpath(path)
     if lines is None:
         return None
@@ -28,9 +28,9 @@ def lock_holders(path: str) -> list[int] | None:
 
 
 def readers_in_the_way(path: str) -> list[int] | None:
-    """The other processes that read where there is no log, so that a COMMIT waits; None: it cannot be told here.
+    """The other processes that hold SHARED, for which COMMIT waits without WAL; None where the system does not say.
 
-    Its own locks are those of the writer and of all readers of this process: SQLite keeps one for all.
+    Without this process: SQLite holds one SHARED lock for its writer and readers together.
     """
     lines = _all_locks()
     if lines is None:
@@ -39,7 +39,7 @@ def readers_in_the_way(path: str) -> list[int] | None:
 
 
 def wal_readers(path: str) -> list[int] | None:
-    """The processes that read from the write-ahead log now; None if that cannot be told here."""
+    """The processes that read from the write-ahead log now; None where the system does not say."""
     lines, path = _all_locks(), os.path.realpath(path)
     if lines is None:
         return None
@@ -47,14 +47,14 @@ def wal_readers(path: str) -> list[int] | None:
 
 
 def describe_wal_readers(paths: Iterable[str], borrowers: list[str]) -> str:
-    """For messages: who keeps the logs from beginning anew; ``borrowers`` are readers of the calling gateway."""
+    """For messages: who keeps the logs from being reset; ``borrowers`` are readers of the calling gateway."""
     found = dict.fromkeys(process for path in paths for process in wal_readers(path) or [])
     others = [process for process in found if not (borrowers and process == os.getpid())]
     return ", ".join([*borrowers, *map(describe_process, others)]) or "somebody who cannot be told here"
 
 
 def describe_readers(paths: Iterable[str], borrowers: list[str]) -> str:
-    """For messages: whom a COMMIT waits for; ``borrowers`` are readers of the calling gateway."""
+    """For messages: which readers COMMIT waits for; ``borrowers`` are those of the calling gateway."""
     found = dict.fromkeys(process for path in paths for process in readers_in_the_way(path) or [])
     who = ", ".join([*borrowers, *map(describe_process, found)])
     return f"COMMIT waits for those who read: {who or UNKNOWN_READER}"
@@ -87,10 +87,10 @@ def _holders(lines: list[str], path: str, first: int, last: int, kinds: tuple[st
         return
     major, minor = os.major(file.st_dev), os.minor(file.st_dev)
     names = {f"{major:02x}:{minor:02x}:{file.st_ino}"}
-    if major == 0 and (mount := mount_of(path)) is not None:  # no device of its own: a part of a btrfs, say
+    if major == 0 and (mount := mount_of(path)) is not None:  # as on btrfs, whose subvolumes have devices of their own
         names.add("{:02x}:{:02x}:{}".format(*mount.device, file.st_ino))
     for line in lines:
-        # "1: POSIX  ADVISORY  WRITE 4711 08:01:131 120 120"; with "->" behind the number it only waits
+        # "1: POSIX  ADVISORY  WRITE 4711 08:01:131 120 120"; with "->" after the "1:" the process only waits
         parts = line.split()
         if len(parts) == 8 and parts[3] in kinds and parts[5] in names:
             end = last if parts[7] == "EOF" else int(parts[7])
@@ -106,7 +106,7 @@ def describe_process(number: int) -> str:
 
 
 def command_of(number: int) -> str:
-    """The beginning of its command line; empty if it has ended, or is somebody else's."""
+    """The beginning of its command line; empty if it has ended or may not be read."""
     try:
         command = Path(f"/proc/{number}/cmdline").read_bytes()
     except OSError:

@@ -1,4 +1,4 @@
-"""Where file systems are mounted: on Linux /proc/self/mountinfo says it. Looks at no database."""
+"""Where file systems are mounted: on Linux /proc/self/mountinfo lists them. Touches no database."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ class Mount(NamedTuple):
 
 
 def mount_of(path: str) -> Mount | None:
-    """The mount that has the real ``path``; None if that cannot be told here."""
+    """The mount that contains ``path``, which has no symbolic links; None where the system does not say."""
     try:
         text = MOUNTS.read_bytes()
     except OSError:
         return None
     name, found = os.fsencode(path), None
-    for line in text.splitlines():  # in the order of mounting: what was mounted over another comes later
+    for line in text.splitlines():  # in the order of mounting: one that hides another comes later
         # "36 35 98:0 /root/of/mount /mount/point rw,noatime …"
         parts = line.split(b" ", 5)
         if len(parts) < 6:
@@ -36,9 +36,9 @@ def mount_of(path: str) -> Mount | None:
 
 
 def is_mounted_alone(path: str) -> bool:
-    """Whether the file is a mount of its own: what is made beside it is not kept where it is.
+    """Whether the file alone is mounted, so that the log, beside it, is on another file system.
 
-    Its device says so where nothing better does; a layered file system may give files another one than their folder.
+    Where the mounts are unknown, its device decides; on a layered file system that may differ from the folder's anyway.
     """
     path = os.path.realpath(path)
     try:

@@ -1,4 +1,4 @@
-"""What every connection of one gateway is opened with."""
+"""Settings: the options with which every connection of one gateway is opened, and their checks."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MINIMUM_VERSION = (3, 37, 2)
 
 @dataclass(frozen=True)
 class Settings:
-    """What every connection of one gateway is opened with."""
+    """The options with which every connection of one gateway is opened."""
 
     path: str
     lock_timeout: float
@@ -48,12 +48,12 @@ class Settings:
     auto_checkpoint: bool
 
     def durable_synchronous(self, is_wal: bool) -> str:
-        # A deleted rollback journal can come back after power loss unless its folder is synced too.
+        # After a power loss a deleted rollback journal can reappear, unless its folder is synced too.
         # https://www.sqlite.org/pragma.html#pragma_synchronous
         return "EXTRA" if self.synchronous == "FULL" and not is_wal else self.synchronous
 
     def puts_back(self, name: str, value: str) -> bool:
-        """Whether ``configure`` would undo that setting."""
+        """Whether ``configure`` would reset that PRAGMA to another value."""
         kept: dict[str, str | int] = {known.lower(): wanted for known, wanted in self.pragmas.items()}
         kept |= {
             "synchronous": self.durable_synchronous(self.journal_mode == "WAL"),

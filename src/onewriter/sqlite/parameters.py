@@ -1,4 +1,4 @@
-"""Parameters, taken at the call: adapted, and every buffer copied, in the caller's thread."""
+"""Parameters are captured at the call: adapted, and every buffer copied, in the caller's thread."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from onewriter.base.call_site import user_frame
 from onewriter.sqlite.connection import refuse_to_bind
 from onewriter.sqlite.statement import COMMENT, LONG, QUOTED, Parameters
 
-PLAIN = (int, float, str, bytes, bool, type(None))  # nothing can change such a value, and sqlite3 binds it as it is
+PLAIN = (int, float, str, bytes, bool, type(None))  # immutable, and sqlite3 binds it as it is
 EXACT: tuple[tuple[type, Callable[[Any], Any]], ...] = (
     (int, int.__index__),
     (float, float.__float__),
@@ -24,26 +24,26 @@ EXACT: tuple[tuple[type, Callable[[Any], Any]], ...] = (
 )
 BUFFERS = (bytearray, memoryview, array.array)  # which have no __conform__
 TEXTUAL = (str, bytes, bytearray, memoryview)
-# As SQLite's tokenizer has it, https://www.sqlite.org/lang_expr.html#varparam; a dollar inside a name is part of that.
+# As in SQLite's tokenizer, https://www.sqlite.org/lang_expr.html#varparam; a dollar sign inside a name is part of it.
 VARIABLE = re.compile(
     rf"{QUOTED}|{COMMENT}"
     r"|\?(?P<number>\d+)|(?:[:@]|(?<![\w$\x80-\U0010ffff])\$)(?P<name>(?:[\w$\x80-\U0010ffff]|::)+(?:\([^\s)]*\))?)",
     re.ASCII | re.DOTALL,
 )
 ADAPTERS = sqlite3.adapters
-_count = -1  # of ADAPTERS, when this was looked at:
-_taken_as_is: frozenset[type] = frozenset()  # the plain types that have no adapter
+_count = -1  # the number of ADAPTERS for which this holds:
+_taken_as_is: frozenset[type] = frozenset()  # the plain types without an adapter
 
 
 def capture(sql: str, parameters: Any) -> Parameters:
-    """One statement's parameters as they are now, so that nothing that comes later changes them."""
+    """Copy one statement's parameters as they are now: later changes have no effect."""
     if type(parameters) is tuple and len(ADAPTERS) == _count and _taken_as_is.issuperset(map(type, parameters)):
         return parameters
     return _capture(sql, parameters, _Caller())
 
 
 def capture_many(sql: str, rows: Any) -> list[Parameters]:
-    """The same of many rows; a generator is consumed here, once, and may use one object for all of them."""
+    """The same for many rows. A generator is consumed here, once, and may yield one object again and again."""
     if isinstance(rows, (*TEXTUAL, Mapping)) or not isinstance(rows, Iterable):
         raise TypeError(f"seq_of_params is an iterable of rows, not {type(rows).__name__}")
     caller = _Caller()
@@ -52,7 +52,7 @@ def capture_many(sql: str, rows: Any) -> list[Parameters]:
 
 def _capture(sql: str, parameters: Any, caller: _Caller) -> Parameters:
     if len(ADAPTERS) != _count:
-        _look_at_adapters()
+        _refresh_adapters()
     if type(parameters) is list:
         parameters = tuple(parameters)
     elif type(parameters) is not tuple:
@@ -78,20 +78,20 @@ def _capture_named(sql: str, parameters: Mapping[str, Any], caller: _Caller) -> 
         parameters = parameters.copy()
         if _taken_as_is.issuperset(map(type, parameters.values())):
             return parameters
-    # What the statement asks for, and no more: as sqlite3 does, which lets a mapping make up its values.
+    # Only the names in the statement are looked up, as sqlite3 does: a mapping may compute its values.
     captured = {}
     for place, name in enumerate(_names(sql) if len(sql) < LONG else _names.__wrapped__(sql), 1):
         try:
             value = parameters[name]
         except LookupError:
-            continue  # sqlite3 says so when it binds
+            continue  # sqlite3 raises when it binds
         captured[name] = _take(value, place, caller)
     return captured
 
 
 @functools.lru_cache(256)
 def _names(sql: str) -> tuple[str, ...]:
-    """The names by which ``sql`` asks for values, in order, each once."""
+    """The named and numbered parameters of ``sql``, in order, each once."""
     found = VARIABLE.finditer(sql)
     return tuple(dict.fromkeys(match["name"] or match["number"] for match in found if match.lastgroup))
 
@@ -100,7 +100,7 @@ def _is_sequence(value: object) -> bool:
     return hasattr(type(value), "__getitem__") and hasattr(type(value), "__len__")
 
 
-def _look_at_adapters() -> None:
+def _refresh_adapters() -> None:
     global _count, _taken_as_is
     count = len(ADAPTERS)
     _taken_as_is = frozenset(kind for kind in PLAIN if (kind, sqlite3.PrepareProtocol) not in ADAPTERS)
@@ -108,7 +108,7 @@ def _look_at_adapters() -> None:
 
 
 def _take(value: Any, place: int, caller: _Caller) -> Any:
-    """What sqlite3 would bind for ``value`` now, as an object that stays so."""
+    """What sqlite3 would bind for ``value`` now, as an immutable object."""
     kind = type(value)
     if kind in _taken_as_is:
         return value
@@ -116,26 +116,26 @@ def _take(value: Any, place: int, caller: _Caller) -> Any:
         value = caller.adapt(value)
         kind = type(value)
     if kind not in PLAIN:
-        value = _unchangeable(value, place)
+        value = _immutable(value, place)
         kind = type(value)
     return value if kind in _taken_as_is else _Adapted(value)
 
 
-def _unchangeable(value: Any, place: int) -> Any:
+def _immutable(value: Any, place: int) -> Any:
     kind = type(value)
     if kind not in BUFFERS:
         for base, exact in EXACT:
             if issubclass(kind, base):
                 return exact(value)
     try:
-        return b"".join((value,))  # asks for the buffer, as sqlite3 does; bytes() would ask for __bytes__ first
+        return b"".join((value,))  # uses the buffer, as sqlite3 does; bytes() would call __bytes__ first
     except TypeError:
         refuse_to_bind(_Adapted(value), place)
         raise
 
 
 class _Adapted:
-    """A value that was adapted; sqlite3, which would ask an adapter of its type once more, is told that this is it."""
+    """A value that was adapted. Its ``__conform__`` keeps sqlite3 from calling an adapter for its type again."""
 
     __slots__ = ("value",)
 
@@ -148,7 +148,7 @@ class _Adapted:
 
 def _template() -> types.CodeType:
     tree = ast.parse("lambda adapt, value, protocol: adapt(value, protocol, value)", mode="eval")
-    for node in ast.walk(tree):  # a traceback is to mark nothing in a line that is the caller's
+    for node in ast.walk(tree):  # without columns, a traceback marks nothing in the caller's line
         for name in ("col_offset", "end_col_offset"):
             if hasattr(node, name):
                 setattr(node, name, -1)
@@ -164,16 +164,16 @@ def _stand_in(filename: str, line: int, name: str, qualname: str) -> types.CodeT
 
 
 class _Caller:
-    """The line outside this package that called it.
+    """Calls adapters as if from the line outside this package that made the call.
 
-    An adapter's warning is about who called the adapter (``stacklevel=2``), which is a line of Python: ours. So it is
-    called by a function that stands, as to file, line and module, where the caller's line does.
+    An adapter's warning (``stacklevel=2``) names the line of Python that called the adapter, which would be ours. So a
+    function calls it that has the file, line and module of the caller's.
     """
 
     _function: Callable[..., Any] | None = None
 
     def adapt(self, value: Any) -> Any:
-        """As ``sqlite3`` adapts a parameter: by its adapter, by its ``__conform__``, or it is itself what it binds."""
+        """As ``sqlite3`` adapts a parameter: with its adapter, its ``__conform__``, or not at all."""
         if self._function is None:
             frame = user_frame(sys._getframe(1))
             code = frame.f_code

@@ -1,4 +1,4 @@
-"""The gateway's own PRAGMAs: set, and read back."""
+"""Internal PRAGMAs: setting them, and reading them back."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def set_pragma(connection: sqlite3.Connection, name: str, value: str | int, *, a
 
 
 def pragma(connection: sqlite3.Connection, name: str, value: str | int | None = None) -> Any:
-    """The first value that the PRAGMA answers, or None."""
+    """The first value that the PRAGMA returns, or None."""
     rows = rows_of(connection, f"PRAGMA {name}" + ("" if value is None else f" = {literal(value)}"))
     return rows[0][0] if rows else None
 
 
 def rows_of(connection: sqlite3.Connection, sql: str) -> list[Any]:
-    factory, connection.text_factory = connection.text_factory, decode  # the user's is not for our own rows
+    factory, connection.text_factory = connection.text_factory, decode  # the user's must not see internal rows
     cursor = connection.cursor()
     try:
         cursor.row_factory = None
@@ -37,18 +37,18 @@ def rows_of(connection: sqlite3.Connection, sql: str) -> list[Any]:
 
 
 def database_names(connection: sqlite3.Connection) -> list[str]:
-    """The main database and the attached ones, as they stand in double quotes."""
+    """The names of the main and attached databases, escaped for double quotes."""
     return list(database_files(connection))
 
 
 def database_files(connection: sqlite3.Connection) -> dict[str, str]:
-    """And their files; "": none. Before SQLite 3.39 it reads the schema, and can meet a lock."""
+    """The same, with their files; "": none. Before SQLite 3.39 it reads the schema, and can fail with BUSY."""
     rows = rows_of(connection, "PRAGMA database_list")
     return {name.replace('"', '""'): file or "" for _, name, file in rows if name != "temp"}
 
 
 def decode(text: bytes) -> str:
-    """Of any text: a path, or what somebody has stored, need not be UTF-8."""
+    """Decode any text: a path, or what an application has stored, need not be UTF-8."""
     return text.decode("utf-8", "surrogateescape")
 
 

@@ -1,4 +1,4 @@
-"""What a statement gives back, and what must not leave its connection."""
+"""Result: what a statement returns; and a check that no live cursor leaves its transaction."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 class Result:
-    """The outcome of one statement: plain data, free of any connection.
+    """The outcome of one statement: plain data, independent of any connection.
 
     Attributes:
         rows: all rows, as a list.
@@ -34,7 +34,7 @@ class Result:
         return f"Result(rows={len(self.rows)}, rowcount={self.rowcount}, lastrowid={self.lastrowid})"
 
     def __iter__(self) -> Iterator[Any]:
-        """The rows that ``fetch…`` has not given out yet."""
+        """The rows not fetched yet."""
         return iter(self.rows[self._position :])
 
     def fetchone(self) -> Any:
@@ -56,7 +56,7 @@ LIVE_RESULTS = (sqlite3.Cursor, sqlite3.Blob, types.GeneratorType, types.Corouti
 
 
 def refuse_live(result: T) -> T:
-    """Return ``result`` unless it is something that reads or runs on after its connection was given back."""
+    """Return ``result``, unless it would use its connection after that was given back."""
     if isinstance(result, LIVE_RESULTS):
         if isinstance(result, types.CoroutineType | types.GeneratorType | sqlite3.Cursor | sqlite3.Blob):
             result.close()

@@ -1,4 +1,4 @@
-"""Waiting for SQLite's lock: which errors mean "try again", how often, and how that is told."""
+"""Waiting for SQLite's lock: which errors mean "try again", how often, and when that is logged."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import tenacity
 
 CORRUPT = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 T = TypeVar("T")
-POLL = 0.001  # seconds; constant, since backing off punishes whoever has waited longest
+POLL = 0.001  # seconds; constant, since a back-off puts those who have waited longest at a disadvantage
 JITTER = 0.0005
-NOTICEABLE = 0.1  # seconds of waiting after which it is logged, and again whenever it has doubled
+NOTICEABLE = 0.1  # seconds of waiting after which it is logged, and again each time it has doubled
 
 
 def error_code(error: BaseException) -> int:
-    """SQLite's extended code; 0 where the error is not SQLite's, whatever attributes it has."""
-    if not issubclass(type(error), sqlite3.Error):  # isinstance would ask its class, which may raise anything
+    """SQLite's extended result code; 0 if the error is not SQLite's, whatever attributes it has."""
+    if not issubclass(type(error), sqlite3.Error):  # isinstance would read its __class__, which may raise anything
         return 0
     try:
         code = error.sqlite_errorcode  # type: ignore[attr-defined]
@@ -31,7 +31,7 @@ def error_code(error: BaseException) -> int:
 
 
 def is_busy(error: BaseException) -> bool:
-    """Whether another connection holds the lock, so that trying again can help.
+    """Whether another connection holds the lock, so that another attempt may succeed.
 
     Not BUSY_SNAPSHOT: a stale snapshot stays stale (https://www.sqlite.org/rescode.html#busy_snapshot).
     """
@@ -40,7 +40,7 @@ def is_busy(error: BaseException) -> bool:
 
 
 def note_descriptors(error: BaseException) -> None:
-    """Say so if the reason is that no more files can be opened: SQLite tells only that it could not open one."""
+    """Add a note if the process has run out of file descriptors: SQLite says only that it could not open a file."""
     if error_code(error) & 0xFF in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_IOERR):
         try:
             os.close(os.open(os.devnull, os.O_RDONLY))
@@ -52,7 +52,7 @@ def note_descriptors(error: BaseException) -> None:
 
 
 def is_interrupted(error: BaseException) -> bool:
-    """Whether the statement was ended from outside. Of a table-valued PRAGMA SQLite keeps the text alone."""
+    """Whether the statement was interrupted. Inside a table-valued PRAGMA SQLite loses the code and keeps the text."""
     code = error_code(error)
     return code == sqlite3.SQLITE_INTERRUPT or (code == sqlite3.SQLITE_ERROR and str(error) == "interrupted")
 
@@ -62,10 +62,10 @@ class LockPolicy:
 
     Args:
         lock_timeout: seconds to keep trying.
-        stop: set by close; ends a wait at once.
-        sleep: waits between two attempts; tests put a function here that releases the lock.
+        stop: set by close; ends the wait at once.
+        sleep: called between two attempts; tests pass a function that releases the lock.
 
-    Threads: used by one thread at a time. ``attempts`` and ``waited`` tell of its last ``call``.
+    Threads: used by one thread at a time. ``attempts`` and ``waited`` describe its last ``call``.
     """
 
     def __init__(self, lock_timeout: float, stop: threading.Event, sleep: Callable[[float], Any] | None = None) -> None:
@@ -75,10 +75,10 @@ class LockPolicy:
         self.attempts = 0
         self.waited = 0.0
 
-    def call(self, attempt: Callable[[], T], tell: Callable[[bool, str], object], budget: float | None = None) -> T:
-        """Call ``attempt`` until it does not meet BUSY; after ``lock_timeout`` seconds raise SQLite's own error.
+    def call(self, attempt: Callable[[], T], log: Callable[[bool, str], object], budget: float | None = None) -> T:
+        """Call ``attempt`` until it does not fail with BUSY; after ``lock_timeout`` seconds raise SQLite's error.
 
-        ``tell(has_it, text)`` logs; it is called when the wait becomes noticeable, and at its end.
+        ``log(acquired, text)`` is called when the wait becomes noticeable, and when it ends.
         """
         self.attempts, self.waited = 1, 0.0
         try:
@@ -86,24 +86,24 @@ class LockPolicy:
         except sqlite3.OperationalError as error:
             if not is_busy(error):
                 raise
-            return self.keep_trying(attempt, tell, error, budget)
+            return self.keep_trying(attempt, log, error, budget)
 
     def keep_trying(
         self,
         attempt: Callable[[], T],
-        tell: Callable[[bool, str], object],
+        log: Callable[[bool, str], object],
         first: BaseException | None,
         budget: float | None = None,
     ) -> T:
-        """Go on after a first attempt, which raised ``first``: retrying costs 7 µs a call even when nothing fails."""
-        began, told = monotonic(), NOTICEABLE
+        """Go on after a first attempt, which raised ``first``. Apart: tenacity costs 7 µs even when nothing fails."""
+        began, threshold = monotonic(), NOTICEABLE
 
         def count(state: tenacity.RetryCallState) -> None:
-            nonlocal told
+            nonlocal threshold
             self.waited = monotonic() - began
-            if self.waited >= told:
-                told *= 2
-                tell(False, f"waits for SQLite's lock: {self._so_far()}")
+            if self.waited >= threshold:
+                threshold *= 2
+                log(False, f"waits for SQLite's lock: {self._so_far()}")
 
         def next_attempt() -> T:
             nonlocal first
@@ -126,11 +126,11 @@ class LockPolicy:
         except BaseException as error:
             self.waited = monotonic() - began
             if is_busy(error):
-                tell(False, f"gave up on SQLite's lock: {self._so_far()}")
+                log(False, f"gave up on SQLite's lock: {self._so_far()}")
             raise
         self.waited = monotonic() - began
         if self.waited >= NOTICEABLE:
-            tell(True, f"got SQLite's lock: {self._so_far()}")
+            log(True, f"got SQLite's lock: {self._so_far()}")
         return result
 
     def _so_far(self) -> str:

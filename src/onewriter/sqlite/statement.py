@@ -1,4 +1,4 @@
-"""One SQL statement: what its text says, its parameters, its Result."""
+"""What the text of an SQL statement says, and how a script is split into statements."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 Parameters: TypeAlias = tuple[Any, ...] | Mapping[str, Any]
-# A quote that is doubled inside quotes: two quoted texts, side by side.
+# A doubled quote inside quotes is treated as two quoted texts side by side.
 QUOTED = r"""'[^']*+(?:'|\Z)|"[^"]*+(?:"|\Z)|`[^`]*+(?:`|\Z)|\[[^\]]*+(?:\]|\Z)"""
 COMMENT = r"--[^\n]*+|/\*(?:[^*]++|\*(?!/))*+(?:\*/|\Z)"
 BLANK = rf"(?:\s|{COMMENT})"
-# A text can have millions of values: what looks at all of it is one call of one expression, and no loop here.
+# A text can have millions of values: whatever scans it all is one regular expression, not a loop.
 NOISE = re.compile(f"{QUOTED}|{COMMENT}", re.DOTALL)
 NOTHING = re.compile(f"{BLANK}*+", re.DOTALL)
 ONE = rf"[^;'\"`\[/-]*+(?:(?:{QUOTED}|{COMMENT}|[/-])[^;'\"`\[/-]*+)*+;"
@@ -27,7 +27,7 @@ TRIGGER = re.compile(
 TRIGGER_END = re.compile(rf"{BLANK}*+END{BLANK}*+;", re.DOTALL | re.IGNORECASE)
 INNERMOST = re.compile(r"\([^()]*+\)")
 PARENTHESIS = re.compile(r"[()]")
-WORD = re.compile(r"(?<![\w$:@])[^\W\d][\w$]*+")  # not the name of a parameter
+WORD = re.compile(r"(?<![\w$:@])[^\W\d][\w$]*+")  # no parameter names
 MAIN_VERB = re.compile(r"\b(?:INSERT|REPLACE|UPDATE|DELETE|SELECT|VALUES)\b")
 UPSERT = re.compile(r"\bDO\s+UPDATE\b")
 INTO = re.compile(rf"{QUOTED}|{COMMENT}|\b(?P<into>INTO)\b", re.DOTALL | re.IGNORECASE)
@@ -36,20 +36,20 @@ CHANGING = frozenset(("INSERT", "REPLACE", "UPDATE", "DELETE"))
 READING = frozenset(("SELECT", "VALUES", "EXPLAIN", "PRAGMA"))
 ASKING = ("SELECT", "VALUES")
 ISOLATED = ("ROLLBACK", "PRAGMA", "DEFERRED")
-LONG = 10_000  # characters, from which on a text has values in it, and comes once
-WITHOUT_ROWID = "SELECT count(*) FROM pragma_table_list(?) WHERE wr"  # the argument: it looks at no other table
+LONG = 10_000  # characters; such a text has its values in it, and seldom comes twice
+WITHOUT_ROWID = "SELECT count(*) FROM pragma_table_list(?) WHERE wr"  # with the argument it reads one table only
 
 
 class Description(NamedTuple):
-    """What a statement's text says about it."""
+    """What the text of a statement says about it."""
 
-    verb: str  # INSERT, UPDATE, PRAGMA …; behind WITH the verb of the main statement
+    verb: str  # INSERT, UPDATE, PRAGMA …; after WITH, the verb of the main statement
     behind_with: bool
     returning: bool
-    inserts: bool  # INSERT or REPLACE, and no upsert: what ``lastrowid`` is for
-    table: str  # where INSERT and REPLACE insert
-    fails: bool  # speaks of FAIL, which leaves half a statement behind
-    isolated: bool  # can undo or change the transaction it runs in, so it does not share one
+    inserts: bool  # INSERT or REPLACE, not an upsert, so ``lastrowid`` is defined
+    table: str  # the target of INSERT or REPLACE
+    fails: bool  # has the keyword FAIL, which keeps the changes made before an error
+    isolated: bool  # may undo or change the transaction that it runs in, so it does not share one
 
 
 def describe_sql(sql: str) -> Description:
@@ -80,7 +80,7 @@ _describe_short, _describe_long = functools.lru_cache(1024)(_describe), functool
 
 
 def words_of(sql: str) -> set[str]:
-    """The words of ``sql`` in upper case; no strings, comments, quoted names."""
+    """The words of ``sql`` in upper case, without strings, comments and quoted names."""
     return set(WORD.findall(NOISE.sub(" ", sql).upper()))
 
 
@@ -89,7 +89,7 @@ def _has(text: str, word: str) -> bool:
 
 
 def _outside_parentheses(text: str) -> str:
-    for _ in range(4):  # most texts have no more levels, and what is left of others is short
+    for _ in range(4):  # few texts nest deeper, and what is left of them is short
         text = INNERMOST.sub(" ", text)
     parts, depth, start = [], 0, 0
     for match in PARENTHESIS.finditer(text):
@@ -107,7 +107,7 @@ def _outside_parentheses(text: str) -> str:
 
 
 def _target(sql: str) -> str:
-    """The table named behind INTO, without its quotes and schema."""
+    """The table named after INTO, without quotes and schema."""
     into = next((match for match in INTO.finditer(sql) if match["into"]), None)
     name = ""
     position = into.end() if into else len(sql)
@@ -120,12 +120,12 @@ def _target(sql: str) -> str:
 
 
 def split_script(script: str) -> Iterator[str]:
-    """The statements of ``script``, one by one; a trigger's body stays whole."""
+    """The statements of ``script``, one by one; the body of a trigger is not split."""
     start = 0
     while (end := _end(script, start)) is not None:
         yield script[start:end]
         start = end
-    if _has_something(script, start):
+    if _has_statement(script, start):
         yield script[start:]
 
 
@@ -137,28 +137,28 @@ def script_parts(script: str) -> Iterator[str]:
         if "TRIGGER" not in several.group().upper():
             yield script[start:stop]
             start = stop
-        while start < stop:  # it may end inside one
+        while start < stop:  # the part may end inside a trigger
             end = _end(script, start)
             if end is None:
                 yield script[start:]
                 return
             yield script[start:end]
             start = end
-    if _has_something(script, start):
+    if _has_statement(script, start):
         yield script[start:]
 
 
 def _end(script: str, start: int) -> int | None:
-    """Where the statement that begins at ``start`` ends, if it does."""
+    """Where the statement that begins at ``start`` ends; None: it is not terminated."""
     end = STATEMENT.match(script, start)
-    if end and TRIGGER.match(script, start):  # which ends by END, as if that were a statement
+    if end and TRIGGER.match(script, start):  # it ends with END, which looks like a statement
         while end and not (last := TRIGGER_END.match(script, end.end())):
             end = STATEMENT.match(script, end.end())
         end = end and last
     return end.end() if end else None
 
 
-def _has_something(script: str, start: int) -> bool:
+def _has_statement(script: str, start: int) -> bool:
     nothing = NOTHING.match(script, start)
     return nothing is None or nothing.end() < len(script)
 

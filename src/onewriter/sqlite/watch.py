@@ -1,4 +1,4 @@
-"""Watch: ends a statement when its time is over."""
+"""Watch: interrupts a statement whose time is over."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from collections.abc import Callable, Iterator
 
 
 class Watch:
-    """Has SQLite ask, every so many steps of its virtual machine, whether ``is_over``, and end the statement then.
+    """A progress handler: SQLite calls it every so many virtual machine instructions, and it interrupts the statement
+    once ``is_over`` returns True.
 
-    Not by interrupt(): one that comes late would hit the next statement. Each question needs the GIL.
-    A signal handler runs, and may raise, wherever Python code does, so in this code too, and sqlite3 drops what the
-    code it calls raises. A generator that goes on inside its ``try`` keeps it, for ``raise_caught``.
+    Not ``interrupt()``: one that comes late would hit the next statement. Each call needs the GIL.
 
-    Threads: the one whose statement runs.
+    A generator, because sqlite3 discards what a progress handler raises. CPython may run a signal handler, which may
+    raise, where a function is entered, before its ``try``; a generator is resumed inside its ``try``, and so catches
+    it, for ``raise_caught``.
+
+    Threads: used by the one whose statement runs.
     """
 
     def __init__(self, is_over: Callable[[], bool]) -> None:
@@ -25,7 +28,7 @@ class Watch:
         connection.set_progress_handler(self._answers.__next__, steps)
 
     def raise_caught(self) -> None:
-        """Raise what a signal handler raised and what, so, ended the statement."""
+        """Raise what a signal handler raised in here, which ended the statement."""
         caught, self._caught = self._caught, None
         if caught is not None:
             raise caught from None

@@ -24,7 +24,8 @@ from onewriter.errors import (
     forked_error,
 )
 from onewriter.sqlite.guard import Mode, explain_readonly
-from onewriter.sqlite.lent import Lending, lend, retire
+from onewriter.sqlite.lending import Lending
+from onewriter.sqlite.lent import lend, retire
 from onewriter.sqlite.parameters import capture, capture_many
 from onewriter.sqlite.result import Result, refuse_live
 from onewriter.sqlite.retry import is_interrupted

@@ -39,7 +39,7 @@ def replace(path: Path) -> None:
 
 @pytest.fixture(autouse=True)
 def _look_always(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(file, "LOOK", 0.0)
+    monkeypatch.setattr(file, "CHECK_INTERVAL", 0.0)
 
 
 @pytest.mark.parametrize("away", [move, delete, replace])
@@ -152,7 +152,7 @@ def test_closing_notices_too(path: Path, caplog: pytest.LogCaptureFixture) -> No
 
 
 def test_it_is_looked_for_at_most_ten_times_a_second(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(file, "LOOK", 3600.0)
+    monkeypatch.setattr(file, "CHECK_INTERVAL", 3600.0)
     with DbWriter(path) as db:
         db.run("CREATE TABLE t (n)")
         db.run(INSERT, (1,))
@@ -177,7 +177,7 @@ def test_a_file_that_comes_back_does_not_heal_the_gateway(path: Path) -> None:
 def test_a_connection_that_is_opened_again_is_not_one_to_another_file(
     path: Path, inline: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(file, "LOOK", 3600.0)
+    monkeypatch.setattr(file, "CHECK_INTERVAL", 3600.0)
     with DbWriter(path, inline=inline) as db:
         db.run("CREATE TABLE t (n)")
         db._core.writer._connection.drop()  # as after an error that leaves it in doubt; the writer is idle

@@ -18,7 +18,7 @@ from onewriter.sqlite import file, mounts
 
 @pytest.fixture(autouse=True)
 def _look_always(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(file, "LOOK", 0.0)
+    monkeypatch.setattr(file, "CHECK_INTERVAL", 0.0)
 
 
 MOUNTS_AND_OPENS = """
