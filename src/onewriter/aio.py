@@ -8,39 +8,33 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import math
-import operator
 import os
 import sqlite3
 import sys
 import threading
-import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from time import monotonic
 from typing import Any, Literal, Self, TypeVar, overload
 
-from onewriter.base.arguments import check_label, check_read, check_sql, check_timeout, name_of
+from onewriter.base.arguments import check_label, check_timeout
 from onewriter.base.call_site import called_from, frame_around
 from onewriter.base.log import call_all_safely
 from onewriter.base.scopes import enclosing
 from onewriter.base.strict import Strict
 from onewriter.base.tally import CloseReport, Stats
-from onewriter.base.waiting import seconds_until, wake
+from onewriter.base.waiting import wake
 from onewriter.core import give_up
 from onewriter.ends.backup import check_backup
 from onewriter.errors import ReadTimeoutError, ReentrantWriteError, WriterClosedError
 from onewriter.events import announce
 from onewriter.gateway import OWN_READER, After, DbWriter, Function, Label, Seconds
-from onewriter.read.pool import HELD_BACK, Borrowing
-from onewriter.read.reader import Reader, Snapshot
-from onewriter.sqlite.parameters import capture
+from onewriter.read.read import FETCHONE, Read, read_of, sql_read
+from onewriter.read.reader import Snapshot
 from onewriter.sqlite.result import Result, first_value
-from onewriter.sqlite.statement import Parameters
 from onewriter.tasks.block import AsyncTransaction, TaskBlock, TaskSavepoint, perform_inside
-from onewriter.tasks.calls import Deadlines, and_the_log, call_in_pool, in_thread, until_done
-from onewriter.tasks.reader import AsyncReader, read_snapshot
+from onewriter.tasks.calls import LoopDeadlines, and_the_log, in_thread
+from onewriter.tasks.reader import AsyncReader, TaskReads
 from onewriter.write.block import BlockFailedError
 from onewriter.write.checkpoint import Checkpoint
 from onewriter.write.driver import not_entered
@@ -48,7 +42,6 @@ from onewriter.write.ticket import Job, Ticket
 from onewriter.write.transaction import ENDED, Transaction
 
 T = TypeVar("T")
-FETCHALL, FETCHONE = operator.methodcaller("fetchall"), operator.methodcaller("fetchone")  # of a lent cursor, too
 NOT_OPEN = "the gateway is not open: use `async with AsyncDbWriter(…)` or `await db.open()`"
 
 
@@ -59,7 +52,7 @@ class AsyncDbWriter(Strict):
     and errors are those of ``DbWriter``; a call belongs to the transaction or reader block of the task in which it is
     *called*, wherever it is awaited.
 
-    Locks: _lock guards _openers, _pool and, until it is open, _open and _db. Nothing waits while it is held.
+    Locks: _lock guards _openers, _reads and, until it is open, _open and _db. Nothing waits while it is held.
     """
 
     def __init__(self, path: str | bytes | os.PathLike[Any], **options: Any) -> None:
@@ -86,9 +79,8 @@ class AsyncDbWriter(Strict):
     def _prepare(self) -> None:
         self._lock = threading.Lock()
         self._openers: list[asyncio.Future[None]] = []  # of tasks that wait while another one opens
-        self._pool: ThreadPoolExecutor | None = None
-        self._deadlines: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Deadlines] = weakref.WeakKeyDictionary()
-        self._last_deadlines: tuple[Any, Deadlines] = (None, Deadlines())
+        self._reads: TaskReads | None = None
+        self._deadlines = LoopDeadlines()
 
     async def open(self) -> Self:
         """Open the database; raises what ``DbWriter`` raises."""
@@ -155,10 +147,8 @@ class AsyncDbWriter(Strict):
         try:
             return db.report() if self._is_wrapped else await in_thread(lambda: db.close(timeout, drain=drain))
         finally:
-            with self._lock:
-                pool, self._pool = self._pool, None
-            if pool is not None:
-                pool.shutdown(wait=False)
+            if self._reads is not None:
+                self._reads.threads.shutdown()
 
     # Writes -----------------------------------------------------------------------------------------------------------
 
@@ -240,7 +230,7 @@ class AsyncDbWriter(Strict):
         if waiter is None:
             return job
         try:
-            async with self._within(future, timeout):
+            async with self._deadlines.within(future, timeout):
                 await future
         except asyncio.CancelledError:
             queue.leave_line(waiter)
@@ -286,7 +276,7 @@ class AsyncDbWriter(Strict):
         db._submit(job, None)
         deadlines = None
         if timeout is not None:
-            deadlines = self._deadlines_of(loop)
+            deadlines = self._deadlines.of(loop)
             deadlines.add(future, timeout)
         try:
             await future
@@ -359,7 +349,7 @@ class AsyncDbWriter(Strict):
     async def _enter(self, db: DbWriter, block: TaskBlock, timeout: Seconds) -> Transaction:
         db._submit(block, None)
         try:
-            async with self._within(block.granted, timeout):
+            async with self._deadlines.within(block.granted, timeout):
                 await block.granted
         except asyncio.CancelledError:
             if not block.cancel():
@@ -411,103 +401,45 @@ class AsyncDbWriter(Strict):
         after: After = None,
     ) -> Coroutine[Any, Any, Any]:
         """As ``DbWriter.read``; a function runs in a thread."""
-        check_read(what, params)
-        if isinstance(what, str):
-            return self._read(what, capture(what, params), label, timeout, after, FETCHALL)
-        return self._read_with(what, repr(label or name_of(what)), label, timeout, after, self._here(), own=False)
+        return self._read(read_of(what, params, label), label, timeout, after)
 
     def read_one(
         self, sql: str, params: Any = (), /, *, label: Label = None, timeout: Seconds = 30.0, after: After = None
     ) -> Coroutine[Any, Any, Any]:
         """As ``DbWriter.read_one``."""
-        return self._read(check_sql(sql), capture(sql, params), label, timeout, after, FETCHONE)
+        return self._read(sql_read(sql, params, FETCHONE, label), label, timeout, after)
 
     def read_value(
         self, sql: str, params: Any = (), /, *, label: Label = None, timeout: Seconds = 30.0, after: After = None
     ) -> Coroutine[Any, Any, Any]:
         """As ``DbWriter.read_value``."""
-        return self._read(check_sql(sql), capture(sql, params), label, timeout, after, first_value)
+        return self._read(sql_read(sql, params, first_value, label), label, timeout, after)
 
-    @contextlib.asynccontextmanager
-    async def reader(
+    def reader(
         self, *, label: Label = None, timeout: Seconds = 30.0, after: After = None
-    ) -> AsyncIterator[AsyncReader]:
+    ) -> contextlib.AbstractAsyncContextManager[AsyncReader]:
         """As ``DbWriter.reader``, in ``async with``."""
-        place = repr(label) if label else f"reader() in {called_from(frame_around())}"
-        deadline = await self._after(after, timeout, label)
-        here = self._here()
-        if isinstance(here, AsyncReader):
-            yield here
-            return
-        borrowing, readers = Borrowing(place), self._gateway()._readers
-        reader = await self._borrow(borrowing, deadline)
-        try:
-            await self._in_pool(functools.partial(readers.pin, reader, place), borrowing)
-            lent = AsyncReader(self, Snapshot(reader), borrowing)
-            scopes = self._gateway()._state.scopes
-            scope = scopes.enter(lent, writes=False)
-            try:
-                yield lent
-            except asyncio.CancelledError:
-                lent._expire()
-                raise
-            finally:
-                scopes.leave(scope)
-                await lent._end()
-        finally:
-            readers.end(borrowing)
+        place = repr(label) if label else f"reader() in {called_from(sys._getframe(1))}"
+        return self._task_reads().lend(place, lambda: self._after(after, timeout, label))
 
-    def _here(self) -> Any:
-        """The innermost block, job or reader that the caller is inside: its reads belong to it."""
-        return None if enclosing() is None else self._gateway()._state.scopes.innermost()
+    def _read(self, read: Read[T], label: Label, timeout: Seconds, after: After) -> Coroutine[Any, Any, T]:
+        reads = self._task_reads()
+        return self._read_there(read, reads, reads.here(), label, timeout, after)
 
-    def _read(
-        self,
-        sql: str,
-        parameters: Parameters,
-        label: Label,
-        timeout: Seconds,
-        after: After,
-        fetch: Callable[[sqlite3.Cursor], Any],
-    ) -> Coroutine[Any, Any, Any]:
-        def read(connection: sqlite3.Connection) -> Any:
-            cursor = connection.execute(sql, parameters)
-            try:
-                return fetch(cursor)
-            finally:
-                cursor.close()
-
-        name = f"{label!r} ({sql})" if label else sql
-        return self._read_with(read, name, label, timeout, after, self._here(), own=True)
-
-    async def _read_with(
-        self,
-        function: Callable[[sqlite3.Connection], T],
-        name: str,
-        label: Label,
-        timeout: Seconds,
-        after: After,
-        here: Any,
-        own: bool,
+    async def _read_there(
+        self, read: Read[T], reads: TaskReads, here: Any, label: Label, timeout: Seconds, after: After
     ) -> T:
         if after is not None and isinstance(here, AsyncReader | Snapshot):
             here.lends().refuse_later(after)
-        deadline = await self._after(after, timeout, label)
-        if isinstance(here, TaskBlock | TaskSavepoint):
-            block = here.block
-            return await block.call(block.lends().read_with, function, deadline, until=deadline)
-        if isinstance(here, AsyncReader):
-            return await here._call(deadline, read_snapshot, self._gateway()._readers, function, name)
-        if isinstance(here, Transaction) and here.is_of_function:  # whose thread this is
-            return here.read_with(function, deadline)
-        if isinstance(here, Transaction):
-            return await self._in_pool(functools.partial(here.read_with, function, deadline), None)
-        if here is not None:
-            return await self._in_pool(functools.partial(here.call_with, function, name, deadline), None)
-        borrowing, readers = Borrowing(name), self._gateway()._readers
-        await self._borrow(borrowing, deadline)
-        call = functools.partial(readers.call_and_return, borrowing, function, name, own=own)
-        return await self._in_pool(call, borrowing, returns=True)
+        return await reads.read(read, here, await self._after(after, timeout, label))
+
+    def _task_reads(self) -> TaskReads:
+        db = self._gateway()
+        if self._reads is None:
+            with self._lock:
+                if self._reads is None:
+                    self._reads = TaskReads(db._readers, db._state, self._deadlines, f"{db._loop.label}-reader")
+        return self._reads
 
     async def _after(self, after: After, timeout: Seconds, label: Label) -> float:
         """Wait until the write ``after`` is committed; returns the deadline of the read."""
@@ -520,7 +452,7 @@ class AsyncDbWriter(Strict):
             if not after.done():
                 state.refuse_endless_wait("read(after=…)", awaits=True)
                 with after.arrival() as future:
-                    async with self._within(future, timeout):
+                    async with self._deadlines.within(future, timeout):
                         await future
                 if not after.done():
                     raise ReadTimeoutError(
@@ -528,53 +460,6 @@ class AsyncDbWriter(Strict):
                     )
             after.result()
         return deadline
-
-    async def _borrow(self, borrowing: Borrowing, deadline: float) -> Reader:
-        """A connection of the pool, whose time is limited."""
-        readers = self._gateway()._readers
-        until = monotonic() + HELD_BACK
-        while readers.holds_back and monotonic() < until:
-            await asyncio.sleep(HELD_BACK / 50)
-            borrowing.since = monotonic()
-        borrowing.wakeup = asyncio.get_running_loop().create_future()
-        try:
-            if not readers.take_or_line_up(borrowing):
-                async with self._within(borrowing.wakeup, seconds_until(deadline)):
-                    await borrowing.wakeup
-                readers.refuse_unless_granted(borrowing)
-            if borrowing.reader is None:
-                return await self._in_pool(lambda: readers.reader_of(borrowing, deadline), borrowing)
-            return readers.reader_of(borrowing, deadline)
-        except BaseException:
-            readers.end(borrowing)
-            raise
-
-    async def _in_pool(self, call: Callable[[], T], borrowing: Borrowing | None, *, returns: bool = False) -> T:
-        """Call in one of the threads that read; ``returns``: the call ends ``borrowing``, unless it is never made."""
-        db = self._db
-        assert db is not None
-        try:
-            with self._lock:  # or else the close of another loop may shut it down just before
-                if self._pool is None:  # or no longer: a block may still be open when the gateway is closed
-                    self._pool = ThreadPoolExecutor(db._readers.size, f"{db._loop.label}-reader")
-                future = self._pool.submit(call_in_pool, call, borrowing, self._pool, db._state)
-        except BaseException:
-            if borrowing is not None and returns:
-                db._readers.end(borrowing)
-            raise
-        try:
-            return await asyncio.wrap_future(future)
-        except asyncio.CancelledError:
-            if not future.cancel():
-                if borrowing is not None:
-                    db._readers.expire(borrowing)  # a statement that runs ends soon
-                if not returns:
-                    await until_done(future)
-            elif borrowing is not None and returns:
-                db._readers.end(borrowing)
-            raise
-        finally:
-            del future  # an error's traceback would hold it, and it holds the error
 
     # Operations -------------------------------------------------------------------------------------------------------
 
@@ -634,23 +519,3 @@ class AsyncDbWriter(Strict):
         if self._is_closed and self._is_wrapped:
             raise WriterClosedError("the gateway is closed")
         return self._db
-
-    def _deadlines_of(self, loop: asyncio.AbstractEventLoop) -> Deadlines:
-        known, deadlines = self._last_deadlines
-        if known is not loop:
-            deadlines = self._deadlines.setdefault(loop, Deadlines())
-            self._last_deadlines = loop, deadlines
-        return deadlines
-
-    @contextlib.asynccontextmanager
-    async def _within(self, future: asyncio.Future[None], timeout: Seconds) -> AsyncIterator[None]:
-        """Resolve ``future`` after ``timeout`` seconds, if nobody does so earlier."""
-        if timeout is None:
-            yield
-            return
-        deadlines = self._deadlines_of(future.get_loop())
-        deadlines.add(future, timeout)
-        try:
-            yield
-        finally:
-            deadlines.remove(future)

@@ -27,11 +27,9 @@ from onewriter.base.arguments import (
     check_function,
     check_label,
     check_no_params,
-    check_read,
     check_seconds,
     check_sql,
     check_timeout,
-    name_of,
 )
 from onewriter.base.call_site import called_from
 from onewriter.base.log import call_all_safely, call_safely, report, warn_of_blocking
@@ -53,14 +51,16 @@ from onewriter.errors import (
     forked_error,
 )
 from onewriter.events import BackupEnded, announce
+from onewriter.read.claim import Claim
 from onewriter.read.pool import ReaderPool
+from onewriter.read.read import FETCHALL, FETCHONE, Read, read_of, select, sql_read
 from onewriter.read.reader import Snapshot
 from onewriter.sqlite.company import check_company, check_path
 from onewriter.sqlite.file import DatabaseFile
 from onewriter.sqlite.options import Settings, check_pragmas, refuse_old_sqlite, refuse_unsafe_sqlite
 from onewriter.sqlite.parameters import capture, capture_many
 from onewriter.sqlite.result import Result, first_value
-from onewriter.sqlite.statement import Parameters, check_many
+from onewriter.sqlite.statement import check_many
 from onewriter.write.block import BlockJob
 from onewriter.write.checkpoint import Checkpoint
 from onewriter.write.driver import Driver, InlineDriver, ThreadDriver
@@ -497,32 +497,30 @@ class DbWriter(Strict):
         """
         if isinstance(what, str):
             params = capture(what, params)
-            if _get_running_loop() is not None:
-                warn_of_blocking()
-            outside = enclosing() is None and get_ident() != self._state.writer_thread
-            if outside and label is None and timeout == 30.0 and after is None:
-                return self._readers.read(what, params, sqlite3.Cursor.fetchall, what, monotonic() + 30.0)
-            return self._read(what, params, label, timeout, after, sqlite3.Cursor.fetchall)
-        check_read(what, params)
-        here, deadline = self._wait_for(after, timeout, label)
-        name = repr(label or name_of(what))
-        if isinstance(here, Transaction):
-            return here.read_with(what, deadline)
-        if here is not None:
-            return here.call_with(what, name, deadline)
-        return self._readers.call(what, name, deadline)
+            if (
+                label is None
+                and timeout == 30.0
+                and after is None
+                and enclosing() is None
+                and _get_running_loop() is None
+                and get_ident() != self._state.writer_thread
+            ):
+                # Hot path: no Read, which would only tell ``select`` its arguments.
+                plain = functools.partial(select, what, params, FETCHALL, what)
+                return self._readers.use(Claim(what), plain, monotonic() + 30.0)
+        return self._read(read_of(what, params, label), label, timeout, after)
 
     def read_one(
         self, sql: str, params: Any = (), /, *, label: Label = None, timeout: Seconds = 30.0, after: After = None
     ) -> Any:
         """Return the first row of a SELECT, or None. Otherwise as ``read``."""
-        return self._read(check_sql(sql), capture(sql, params), label, timeout, after, sqlite3.Cursor.fetchone)
+        return self._read(sql_read(sql, params, FETCHONE, label), label, timeout, after)
 
     def read_value(
         self, sql: str, params: Any = (), /, *, label: Label = None, timeout: Seconds = 30.0, after: After = None
     ) -> Any:
         """Return the first column of the first row, whatever ``row_factory`` is, or None. Otherwise as ``read``."""
-        return self._read(check_sql(sql), capture(sql, params), label, timeout, after, first_value)
+        return self._read(sql_read(sql, params, first_value, label), label, timeout, after)
 
     def reader(
         self, *, label: Label = None, timeout: Seconds = 30.0, after: After = None
@@ -554,7 +552,6 @@ class DbWriter(Strict):
         # A job's SQL has its limit, wherever it runs; a block is taken away, and its thread may go on reading.
         until = writer.held_until if isinstance(writer, Transaction) and writer.is_of_function else math.inf
         with self._readers.snapshot(label, deadline, until) as snapshot:
-            self._loop.queue.wake_consumer()  # an idle writer watches for slow readers
             yield snapshot.to_lend
 
     # Operations -------------------------------------------------------------------------------------------------------
@@ -638,9 +635,7 @@ class DbWriter(Strict):
 
     def _back_up(self, target: Any, progress: Callable[[int, int, int], object] | None, pages: int, place: str) -> None:
         began = monotonic()
-        with self._readers.extra(f"backup() in {place}") as source:
-            self._loop.queue.wake_consumer()  # an idle writer watches for slow readers
-            copy(source, target, progress, pages)
+        self._readers.backup(f"backup() in {place}", lambda source: copy(source, target, progress, pages))
         self._state.tally.last_backup = monotonic()
         if self._loop.on_event is not None:
             call_safely(self._state, self._loop.on_event, BackupEnded(monotonic() - began))
@@ -792,22 +787,9 @@ class DbWriter(Strict):
         finally:
             del job  # an error's traceback would hold it, and it holds the error
 
-    def _read(
-        self,
-        sql: str,
-        parameters: Parameters,
-        label: Label,
-        timeout: Seconds,
-        after: After,
-        fetch: Callable[[sqlite3.Cursor], Any],
-    ) -> Any:
-        here, deadline = self._wait_for(after, timeout, label)
-        if isinstance(here, Transaction):
-            return here.query(sql, parameters, fetch, deadline)
-        name = f"{label!r} ({sql})" if label else sql
-        if here is not None:
-            return here.read(sql, parameters, fetch, name, deadline)
-        return self._readers.read(sql, parameters, fetch, name, deadline)
+    def _read(self, read: Read[T], label: Label, timeout: Seconds, after: After) -> T:
+        here, until = self._wait_for(after, timeout, label)
+        return self._readers.use(Claim(read.label), read.alone, until) if here is None else read.inside(here, until)
 
     def _transaction_here(self) -> Transaction | None:
         """The transaction that a blocking write belongs to; none inside a task's block, whose writes are awaited."""

@@ -997,9 +997,8 @@ def test_a_read_that_no_thread_has_begun_gives_its_connection_back(path: Path, m
     async def main() -> None:
         async with opened(path, readers=1) as db:
             assert await rows(db) == []
-            assert db._pool is not None
             with monkeypatch.context() as patch:
-                patch.setattr(db._pool, "submit", lambda *_: concurrent.futures.Future())
+                patch.setattr(db._task_reads().threads, "submit", lambda *_: concurrent.futures.Future())
                 task = asyncio.create_task(rows(db))
                 await asyncio.sleep(0.001)
                 task.cancel()
@@ -1067,10 +1066,8 @@ def test_reads_are_held_back_for_a_moment_so_that_the_log_can_begin_anew(path: P
     async def main() -> None:
         async with opened(path) as db:
             await rows(db)
-            readers = db._gateway()._readers
-            readers.holds_back = True
-            reading = await beats(3, rows(db))
-            readers.holds_back = False
+            with db._gateway()._readers.pause(DEADLINE):
+                reading = await beats(3, rows(db))
             assert await reading == []
 
     run(main)
@@ -1188,7 +1185,6 @@ def test_a_read_that_is_cancelled_before_its_thread_begins_gives_its_connection_
         with DbWriter(path, readers=1) as inner:
             shared = AsyncDbWriter.wrap(inner)
             await shared.read("SELECT 1")
-            assert shared._pool is not None
             gate = threading.Event()
 
             async def enter() -> None:
@@ -1196,7 +1192,7 @@ def test_a_read_that_is_cancelled_before_its_thread_begins_gives_its_connection_
                     pytest.fail("entered")
 
             for read in (enter, lambda: shared.read("SELECT 1"), lambda: shared.read(lambda connection: None)):
-                busy = shared._pool.submit(gate.wait, DEADLINE)
+                busy = shared._task_reads().threads.submit(gate.wait, DEADLINE)
                 reading = asyncio.create_task(read())
                 while inner.stats().readers_in_use == 0:
                     await asyncio.sleep(0)
@@ -1212,18 +1208,13 @@ def test_a_read_that_is_cancelled_before_its_thread_begins_gives_its_connection_
     run(main)
 
 
-def test_a_read_is_held_back_only_while_somebody_asks_for_it_and_not_for_long(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_read_is_held_back_only_while_somebody_asks_for_it_and_not_for_long(path: Path) -> None:
     async def main() -> None:
         with DbWriter(path) as inner:
             shared = AsyncDbWriter.wrap(inner)
-            inner._readers.holds_back = True  # and nobody takes that back
-            assert await shared.read_value("SELECT 1") == 1
-            inner._readers.holds_back = False
-            monkeypatch.setattr(asyncio, "sleep", None)
-            assert await shared.read_value("SELECT 1") == 1
-            monkeypatch.undo()
+            with inner._readers.pause(0.05):  # which is over before the block is
+                assert await shared.read_value("SELECT 1", timeout=DEADLINE) == 1
+                assert await asyncio.to_thread(inner.read_value, "SELECT 1", timeout=DEADLINE) == 1
 
     run(main)
 

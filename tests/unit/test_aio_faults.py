@@ -23,11 +23,10 @@ from onewriter import (
     Ticket,
     Transaction,
     WriterClosedError,
-    aio,
 )
-from onewriter.read.pool import Borrowing
+from onewriter.read.claim import Claim
 from onewriter.read.reader import Snapshot
-from onewriter.tasks import reader
+from onewriter.tasks import reader, threads
 from onewriter.tasks.reader import AsyncReader
 
 INSERT = "INSERT INTO t VALUES (?)"
@@ -184,13 +183,12 @@ def test_a_reader_that_is_over_leaves_the_connection_of_the_next_borrower_alone(
         async with opened(path, readers=1) as db:
             async with db.reader() as over:
                 pass
-            pool, borrowing = db._gateway()._readers, Borrowing("next")
-            assert pool.take_or_line_up(borrowing)
-            reader = pool.reader_of(borrowing, 100.0)
+            pool, claim = db._gateway()._readers, Claim("next")
+            reader = pool._reader_of(claim, 100.0)
             with pytest.raises(sqlite3.ProgrammingError, match="has ended"):
                 await over.execute(COUNT)
             assert reader.deadline == 100.0
-            pool.end(borrowing)
+            pool.end(claim)
 
     run(main)
 
@@ -252,7 +250,8 @@ def test_an_interrupted_statement_that_nobody_waits_for_is_not_logged(path: Path
         asyncio.get_running_loop().set_exception_handler(lambda _, context: logged.append(context))
         async with opened(path) as db, db.reader() as reader:
             task = asyncio.create_task(reader.execute(ENDLESS))
-            await until(lambda: db._pool is not None and reader._turn.locked() and not db._pool._work_queue.qsize())
+            executor = db._task_reads().threads._executor
+            await until(lambda: executor is not None and reader._turn.locked() and not executor._work_queue.qsize())
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
@@ -462,8 +461,8 @@ def test_a_read_while_another_loop_closes_the_gateway_is_served(path: Path, monk
                     assert came.wait(DEADLINE)
                 return super().submit(call, *args, **options)
 
-        monkeypatch.setattr(aio, "ThreadPoolExecutor", Pool)
-        monkeypatch.setattr(shared, "_lock", Lock())
+        monkeypatch.setattr(threads, "ThreadPoolExecutor", Pool)
+        monkeypatch.setattr(shared._task_reads().threads, "_lock", Lock())
         assert run(lambda: shared.read_value("SELECT 1")) == 1
         closing[0].result(DEADLINE)
 

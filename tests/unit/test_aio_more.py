@@ -9,7 +9,6 @@ import sqlite3
 import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from onewriter import (
     WriterClosedError,
     WriteTimeoutError,
 )
-from onewriter.read.pool import Borrowing
+from onewriter.read.claim import Claim
 from onewriter.tasks import block as taskblock
 
 INSERT = "INSERT INTO t VALUES (?)"
@@ -353,8 +352,8 @@ def test_a_reader_that_is_open_while_a_wrapper_closes_goes_on_and_comes_back(pat
                 assert (await reader.execute("SELECT 1")).fetchall() == [(1,)]
             assert inner.stats().readers_in_use == 0
             assert await AsyncDbWriter.wrap(inner).read_value("SELECT 2") == 2
-            assert shared._pool is not None
-            shared._pool.shutdown()
+            assert shared._reads is not None
+            shared._reads.threads.shutdown()
 
     run(main)
 
@@ -373,15 +372,13 @@ def test_close_in_the_midst_of_an_own_reader_is_refused_where_it_would_never_end
 
 def test_a_late_cancellation_does_not_hurry_the_next_borrower(path: Path) -> None:
     with DbWriter(path, readers=1) as db:
-        pool, first, second = db._readers, Borrowing("first"), Borrowing("second")
-        assert pool.take_or_line_up(first)
-        pool.reader_of(first, 100.0)
+        pool, first, second = db._readers, Claim("first"), Claim("second")
+        pool._reader_of(first, 100.0)
         pool.expire(first)
         assert first.reader is not None
         assert first.reader.deadline == 0.0
         pool.end(first)
-        assert pool.take_or_line_up(second)
-        reader = pool.reader_of(second, 100.0)
+        reader = pool._reader_of(second, 100.0)
         pool.expire(first)
         assert (reader is first.reader, reader.deadline) == (True, 100.0)
         pool.end(second)
@@ -391,9 +388,8 @@ def test_a_read_that_is_cancelled_before_its_connection_is_opened_gives_its_plac
     async def main() -> None:
         with DbWriter(path, readers=1) as inner:
             shared = AsyncDbWriter.wrap(inner)
-            shared._pool = ThreadPoolExecutor(1)
             gate = threading.Event()
-            busy = shared._pool.submit(gate.wait, DEADLINE)
+            busy = shared._task_reads().threads.submit(gate.wait, DEADLINE)
             reading = asyncio.create_task(shared.read("SELECT 1"))
             await until(lambda: inner.stats().readers_in_use == 1)
             reading.cancel()

@@ -322,9 +322,9 @@ def test_a_checkpoint_waits_a_moment_for_those_who_read(db: DbWriter) -> None:
     def read() -> None:
         with db.reader():
             inside.set()
-            while not db._readers.holds_back:
-                for borrowing in db._readers._lent.copy():
-                    borrowing.since = monotonic()  # as if it had just come
+            while not db._readers._paused_until:
+                for claim in db._readers._lent.copy():
+                    claim.since = monotonic()  # as if it had just come
 
     def checkpoint() -> object:
         inside.wait(DEADLINE)

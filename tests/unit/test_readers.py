@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from helpers import DEADLINE, parked
-from onewriter import DbWriter, ReadTimeoutError, ReentrantWriteError, WriterClosedError
+from onewriter import DbWriter, ReadTimeoutError, ReentrantWriteError, WriterClosedError, gateway
+from onewriter.read.claim import Claim
 
 INSERT = "INSERT INTO t VALUES (?)"
 ENDLESS = "WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c) SELECT max(n) FROM c"
@@ -147,7 +148,7 @@ def test_waiters_for_a_connection_are_served_in_order_or_told(one: DbWriter) -> 
             waiting = []
             for n in range(4):
                 waiting.append(pool.submit(one.read, lambda connection, n=n: served.append(n)))
-                while len(one._readers._waiting) <= n:
+                while one._readers.waiting <= n:
                     pass
             with pytest.raises(ReadTimeoutError, match="the long one"):
                 pool.submit(one.read, "SELECT 1", timeout=0.01).result(DEADLINE)
@@ -158,12 +159,11 @@ def test_waiters_for_a_connection_are_served_in_order_or_told(one: DbWriter) -> 
 
 def test_an_interrupt_while_waiting_for_a_connection_loses_none(one: DbWriter, monkeypatch: pytest.MonkeyPatch) -> None:
     """The connection is handed over in the moment of the interrupt."""
-    from onewriter.read import pool as readers
 
-    class Interrupted(readers.Borrowing):
+    class Interrupted(Claim):
         def __init__(self, label: str) -> None:
             super().__init__(label)
-            self.wakeup = self
+            self.signal = self
 
         def acquire(self, timeout: float) -> bool:
             block.__exit__(None, None, None)
@@ -175,7 +175,7 @@ def test_an_interrupt_while_waiting_for_a_connection_loses_none(one: DbWriter, m
     with ThreadPoolExecutor(1) as pool:
         block = one.reader()
         pool.submit(block.__enter__).result(DEADLINE)
-        monkeypatch.setattr(readers, "Borrowing", Interrupted)
+        monkeypatch.setattr(gateway, "Claim", Interrupted)
         with pytest.raises(KeyboardInterrupt):
             one.read("SELECT 1")
         assert one.read("SELECT 1", timeout=DEADLINE) == [(1,)]
@@ -185,7 +185,7 @@ def test_waiters_are_told_when_the_gateway_closes(one: DbWriter) -> None:
     with ThreadPoolExecutor() as pool:
         with one.reader():
             waiting = pool.submit(one.read, "SELECT 1")
-            while not one._readers._waiting:
+            while not one._readers.waiting:
                 pass
             closing = pool.submit(one.close)
             with pytest.raises(WriterClosedError):

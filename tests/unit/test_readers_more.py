@@ -25,7 +25,7 @@ from onewriter import (
     WriterBrokenError,
     WriterClosedError,
 )
-from onewriter.read.pool import Borrowing
+from onewriter.read.claim import Claim
 from onewriter.read.reader import Reader
 
 INSERT = "INSERT INTO t VALUES (?)"
@@ -543,14 +543,14 @@ def test_a_reader_that_is_not_slow_is_not_told_of(path: Path, caplog: pytest.Log
 def test_a_place_that_comes_in_the_moment_nobody_waits_any_more_is_free(
     one: DbWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    borrowing = Borrowing("a read")
-    borrowing.thread = 0  # of another thread
+    claim = Claim("a read")
+    claim.thread = 0  # of another thread
     with one.reader():
-        assert not one._readers.take_or_line_up(borrowing)
+        assert not one._readers.line_up(claim)
         monkeypatch.setattr(Reader, "reset", lambda reader: False)
     monkeypatch.undo()
-    assert (borrowing.has_place, borrowing.reader) == (True, None)  # the right to open another
-    one._readers.end(borrowing)
+    assert (claim.is_admitted, claim.reader) == (True, None)  # the right to open another
+    one._readers.end(claim)
     assert one.read_value(COUNT, timeout=DEADLINE) == 0
 
 
