@@ -184,7 +184,7 @@ def test_a_reader_that_is_over_leaves_the_connection_of_the_next_borrower_alone(
             async with db.reader() as over:
                 pass
             pool, claim = db._gateway()._readers, Claim("next")
-            reader = pool._reader_of(claim, 100.0)
+            reader = pool.reader_of(claim, 100.0)
             with pytest.raises(sqlite3.ProgrammingError, match="has ended"):
                 await over.execute(COUNT)
             assert reader.deadline == 100.0

@@ -373,12 +373,12 @@ def test_close_in_the_midst_of_an_own_reader_is_refused_where_it_would_never_end
 def test_a_late_cancellation_does_not_hurry_the_next_borrower(path: Path) -> None:
     with DbWriter(path, readers=1) as db:
         pool, first, second = db._readers, Claim("first"), Claim("second")
-        pool._reader_of(first, 100.0)
+        pool.reader_of(first, 100.0)
         pool.expire(first)
         assert first.reader is not None
         assert first.reader.deadline == 0.0
         pool.end(first)
-        reader = pool._reader_of(second, 100.0)
+        reader = pool.reader_of(second, 100.0)
         pool.expire(first)
         assert (reader is first.reader, reader.deadline) == (True, 100.0)
         pool.end(second)

@@ -73,10 +73,9 @@ GUARDS = [
             "_paused_until",
             "is_admitted",
             "is_expired",
-            "is_named",
             "is_over",
         },
-        held=frozenset(("_admit", "_look", "_may_open_or_lines_up", "_resume", "_set_if_all_back")),
+        held=frozenset(("_admit", "_end_pause", "_may_open_or_lines_up", "_resume", "_set_if_all_back")),
         free=frozenset(("__init__", "after_fork_in_child")),
     ),
     # Whoever has the connection sets its deadline; who would interrupt it has to see whose it is.
@@ -86,7 +85,13 @@ GUARDS = [
         {"deadline"},
         free=frozenset(("__init__", "limit", "narrow", "reset")),  # under the clock's name for the pool's lock
     ),
-    Guard("read/clock.py", "lock", {"rings_at", "_thread"}, free=frozenset(("__init__", "turn_off"))),
+    Guard(
+        "read/clock.py",
+        "lock",
+        {"is_named", "rings_at", "_thread"},
+        held=frozenset(("_look",)),
+        free=frozenset(("__init__", "turn_off")),
+    ),
     Guard("read/reader.py", "_lock", {"_ended"}, also_read=True, free=frozenset(("__init__",))),
     Guard("aio.py", "_lock", {"_openers", "_reads"}, free=frozenset(("_prepare",))),
     Guard("tasks/threads.py", "_lock", {"_executor"}, free=frozenset(("__init__",))),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import math
 import sqlite3
 import threading
@@ -15,23 +14,17 @@ from threading import get_ident
 from time import monotonic
 from typing import TypeVar
 
-from onewriter.base.log import report
 from onewriter.base.state import State
 from onewriter.base.waiting import wake
 from onewriter.errors import ReadTimeoutError, closed_error
 from onewriter.read.claim import Claim
 from onewriter.read.clock import GRACE, ReadClock
-from onewriter.read.reader import Reader, Snapshot
-from onewriter.sqlite.connection import open_reader
+from onewriter.read.reader import Reader, Snapshot, new_reader
 from onewriter.sqlite.file import DatabaseFile
-from onewriter.sqlite.guard import ReadGuard
 from onewriter.sqlite.options import Settings
-from onewriter.sqlite.retry import LockPolicy
 
 T = TypeVar("T")
 LONG = 0.2  # seconds; who has a connection for longer hardly comes back in the time of a pause
-INTERRUPT_AGAIN = 0.1  # seconds between two interrupts of one read, whose next statement would not know of the first
-LOOK_AGAIN = 0.01  # seconds, at least, between two looks for slow readers
 
 
 class ReaderPool:
@@ -60,7 +53,7 @@ class ReaderPool:
         self._on_all_back: Callable[[], object] = _return
         self._paused_until = 0.0  # nobody is admitted until then; 0: there is no pause
         self._returned = threading.Event()  # in a pause: one has come back
-        self.clock = ReadClock(self._lock, self._look, self.warn_if_slow)
+        self.clock = ReadClock(self._lock, self._lent.copy, state, self._end_pause)
 
     # Claims -----------------------------------------------------------------------------------------------------------
 
@@ -82,8 +75,6 @@ class ReaderPool:
 
     def _may_open_or_lines_up(self, claim: Claim) -> bool:
         self._refuse_if_closed()
-        if self._paused_until and monotonic() >= self._paused_until:
-            self._resume()
         if claim.is_extra:
             self._most += 1
         elif (self._count >= self._most or self._paused_until) and not self._would_wait_for_itself(claim):
@@ -91,7 +82,8 @@ class ReaderPool:
                 claim.signal = threading.Lock()
                 claim.signal.acquire()
             self._line[claim] = None
-            return False
+            self._end_pause(monotonic())
+            return claim.is_admitted
         self._count += 1
         claim.is_admitted = True
         self._lent.add(claim)
@@ -117,7 +109,7 @@ class ReaderPool:
             WriterClosedError, WriterBrokenError: the gateway is closed, or out of service.
         """
         try:
-            return function(self._reader_of(claim, until))
+            return function(self.reader_of(claim, until))
         finally:
             # Ctrl-C can hit the entry of ``end``, for which this is written twice. Measured: once loses 1.8 % of them.
             try:
@@ -133,10 +125,10 @@ class ReaderPool:
         """
         claim = Claim(label)
         try:
-            reader = self._reader_of(claim, until)
+            reader = self.reader_of(claim, until)
             with reader.snapshot(label) as snapshot:
                 reader.limit(end_at)
-                self.clock.set_for(claim.since + self._state.slow_after)
+                self.clock.watch(claim)
                 # Only inside does the scope say that a signal handler's close would wait for its own thread.
                 claim.thread, claim.loop = 0, _get_running_loop()
                 try:
@@ -153,40 +145,20 @@ class ReaderPool:
                 if not claim.is_over:  # as in ``use``
                     self.end(claim)
 
-    def begin(self, claim: Claim, until: float) -> Snapshot:
-        """The same, of a claim that was admitted, without the ``with``: to be followed by ``finish``."""
-        try:
-            reader = self._reader_of(claim, until)
-            reader.pin(claim.label)
-            reader.limit(math.inf)
-            self.clock.set_for(claim.since + self._state.slow_after)
-            return Snapshot(reader)
-        except BaseException:
-            self.end(claim)
-            raise
-
-    def finish(self, claim: Claim, snapshot: Snapshot | None) -> None:
-        """End both."""
-        try:
-            if snapshot is not None:
-                snapshot.end()
-        finally:
-            self.end(claim)
-
     def backup(self, label: str, copy: Callable[[sqlite3.Connection], T]) -> T:
         """Call ``copy`` with a pinned connection beside those of the pool, for it takes long."""
 
         def copy_from(reader: Reader) -> T:
             reader.guard.is_spoilt = True  # it is not lent again
             reader.pin(label)
-            self.clock.set_for(claim.since + self._state.slow_after)
+            self.clock.watch(claim)
             return copy(reader.connection)
 
         claim = Claim(label)
         claim.is_extra = True
         return self.use(claim, copy_from, math.inf)
 
-    def _reader_of(self, claim: Claim, until: float) -> Reader:
+    def reader_of(self, claim: Claim, until: float) -> Reader:
         """Its connection, once it is admitted, whose time is limited from now on."""
         if not claim.is_admitted and not self.line_up(claim):
             if self._state.is_inside():
@@ -205,9 +177,8 @@ class ReaderPool:
         return reader
 
     def _new(self) -> Reader:
-        policy, guard = LockPolicy(self._settings.lock_timeout, self._stop), ReadGuard()
         self._file.check()  # or else it could be the connection of another database
-        reader = Reader(open_reader(self._settings, guard, policy), guard, policy, self.clock, self._state)
+        reader = new_reader(self._settings, self._stop, self.clock, self._state)
         try:
             self._file.check()
         except BaseException:
@@ -242,7 +213,7 @@ class ReaderPool:
             reader.when_out.append(functools.partial(self.end, claim))
             return
         if monotonic() - claim.since > self._state.slow_after:
-            self._warn(claim, "was open")
+            self.clock.warn_if_slow(claim, "was open")
         if not (reader.reset() and self._hand_on(claim, reader)):
             self._end_place(claim)
 
@@ -330,7 +301,7 @@ class ReaderPool:
         try:
             with self._lock:
                 self._paused_until = until
-            self.clock.set_for(until)
+            self.clock.set(until - GRACE)
             while self._lent and (left := until - monotonic()) > 0.0:
                 self._returned.wait(left)
                 self._returned.clear()
@@ -338,6 +309,12 @@ class ReaderPool:
         finally:
             with self._lock:
                 self._resume()
+
+    def _end_pause(self, now: float) -> float:
+        """If it is over; or else returns when it will be."""
+        if self._paused_until and now >= self._paused_until:
+            self._resume()
+        return self._paused_until or math.inf
 
     def _resume(self) -> None:
         """Admit those who have come in the pause, as far as there are connections."""
@@ -384,39 +361,12 @@ class ReaderPool:
         now = monotonic()
         return [claim for claim in self._lent.copy() if now - claim.since > seconds]
 
-    def is_out(self, claim: Claim) -> bool:
-        return claim in self._lent
-
     def warn_if_slow(self) -> None:
         """Name those that have a connection for longer than ``slow_after``, once each."""
-        for claim in self._lent.copy():
-            self._warn(claim, "is open")
+        self.clock.warn()
 
-    def _warn(self, claim: Claim, state: str) -> None:
-        seconds = monotonic() - claim.since
-        if seconds <= self._state.slow_after:
-            return
-        with self._lock:
-            first, claim.is_named = not claim.is_named, True
-        if first:
-            text = "slow: %s %s since %.1f s; while it is, the WAL cannot shrink"
-            report(self._state, logging.WARNING, text, claim.label, state, seconds)
-
-    def _look(self, now: float) -> float:
-        """For the clock, under the lock: interrupt who is late, end a pause; returns when to look again."""
-        if self._paused_until and now >= self._paused_until:
-            self._resume()
-        looks = [self._paused_until or math.inf]
-        for claim in self._lent:
-            if not claim.is_named and not self._stop.is_set():
-                looks.append(max(now + LOOK_AGAIN, claim.since + self._state.slow_after))
-            if claim.reader is not None and claim.reader.deadline + GRACE <= now:
-                with contextlib.suppress(sqlite3.ProgrammingError):  # it is closed in this moment
-                    claim.reader.connection.interrupt()
-                looks.append(now + INTERRUPT_AGAIN)
-            elif claim.reader is not None:
-                looks.append(claim.reader.deadline + GRACE)
-        return min(looks)
+    def is_out(self, claim: Claim) -> bool:
+        return claim in self._lent
 
     # The end of the pool ----------------------------------------------------------------------------------------------
 

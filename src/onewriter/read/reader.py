@@ -13,8 +13,10 @@ from typing import Any, TypeVar
 from onewriter.base.state import IN_STATEMENT, State
 from onewriter.errors import ReadTimeoutError, ReentrantWriteError, forked_error
 from onewriter.read.clock import ReadClock
+from onewriter.sqlite.connection import open_reader
 from onewriter.sqlite.guard import ReadGuard
 from onewriter.sqlite.lent import Lending, LentConnection, lend, retire
+from onewriter.sqlite.options import Settings
 from onewriter.sqlite.pragmas import database_names
 from onewriter.sqlite.result import refuse_live
 from onewriter.sqlite.retry import LockPolicy, is_busy, is_interrupted
@@ -163,6 +165,11 @@ class Reader:
 
     def _is_late(self) -> bool:
         return monotonic() > self.deadline
+
+
+def new_reader(settings: Settings, stop: threading.Event, clock: ReadClock, state: State) -> Reader:
+    policy, guard = LockPolicy(settings.lock_timeout, stop), ReadGuard()
+    return Reader(open_reader(settings, guard, policy), guard, policy, clock, state)
 
 
 class Snapshot:

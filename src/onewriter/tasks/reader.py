@@ -70,7 +70,7 @@ class TaskReads:
         claim, scopes = Claim(label), self._state.scopes
         await self._admitted(claim, until)
         try:
-            snapshot = await self.call(self._pool.begin, claim, until, claim=claim, begins=True)
+            snapshot = await self.call(self._begin, claim, until, claim=claim, begins=True)
         except asyncio.CancelledError:
             await self.end(claim, None)  # it has begun all the same
             raise
@@ -143,13 +143,33 @@ class TaskReads:
         future = None
         with contextlib.suppress(RuntimeError):  # no loop runs here, or the interpreter ends: then this thread does it
             asyncio.get_running_loop()
-            future = self.threads.submit(self._pool.finish, claim, snapshot)
+            future = self.threads.submit(self._finish, claim, snapshot)
         if future is None:
-            self._pool.finish(claim, snapshot)
+            self._finish(claim, snapshot)
             return None
         cancelled = await until_done(future)
         future.result()
         return cancelled
+
+    def _begin(self, claim: Claim, until: float) -> Snapshot:
+        """In a thread: open and pin its connection; without a snapshot, the claim is over."""
+        try:
+            reader = self._pool.reader_of(claim, until)
+            reader.pin(claim.label)
+            reader.limit(math.inf)
+            self._pool.clock.watch(claim)
+            return Snapshot(reader)
+        except BaseException:
+            self._pool.end(claim)
+            raise
+
+    def _finish(self, claim: Claim, snapshot: Snapshot | None) -> None:
+        """In a thread: end both."""
+        try:
+            if snapshot is not None:
+                snapshot.end()
+        finally:
+            self._pool.end(claim)
 
     def _end_unused(self, claim: Claim) -> None:
         if not self._pool.end_unused(claim):
