@@ -8,45 +8,37 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import math
-import operator
 import os
 import sqlite3
 import sys
 import threading
-import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from time import monotonic
 from typing import Any, Literal, Self, TypeVar, overload
 
-from onewriter.base.arguments import check_label, check_read, check_sql, check_timeout, name_of
+from onewriter.base.arguments import check_label, check_timeout
 from onewriter.base.call_site import called_from, frame_around
 from onewriter.base.scopes import enclosing
 from onewriter.base.strict import Strict
 from onewriter.base.tally import CloseReport, Stats
-from onewriter.base.waiting import seconds_until, wake
+from onewriter.base.waiting import wake
 from onewriter.core import OWN_READER, After, Core, Function, Label, Seconds, core_of
 from onewriter.ends.backup import check_backup
 from onewriter.errors import ReadTimeoutError, ReentrantWriteError, WriterClosedError
 from onewriter.events import announce
 from onewriter.gateway import DbWriter
 from onewriter.options import Options
-from onewriter.read.pool import HELD_BACK, Borrowing
-from onewriter.read.reader import Reader, Snapshot
-from onewriter.sqlite.parameters import capture
+from onewriter.read.read import FETCHONE, Read, read_of, sql_read
+from onewriter.read.reader import Snapshot
 from onewriter.sqlite.result import Result, first_value
-from onewriter.sqlite.statement import Parameters
 from onewriter.tasks.block import AsyncTransaction, TaskBlock, TaskSavepoint, nested, outermost, perform_inside
-from onewriter.tasks.calls import Deadlines, and_the_log, call_in_pool, in_thread, until_done
-from onewriter.tasks.reader import AsyncReader, read_snapshot
+from onewriter.tasks.calls import LoopDeadlines, and_the_log, in_thread
+from onewriter.tasks.reader import AsyncReader, TaskReads
 from onewriter.write.checkpoint import Checkpoint
 from onewriter.write.ticket import Job, Ticket
-from onewriter.write.transaction import Transaction
 
 T = TypeVar("T")
-FETCHALL, FETCHONE = operator.methodcaller("fetchall"), operator.methodcaller("fetchone")  # of a lent cursor, too
 NOT_OPEN = "the gateway is not open: use `async with AsyncDbWriter(…)` or `await db.open()`"
 
 
@@ -57,7 +49,7 @@ class AsyncDbWriter(Strict):
     and errors are those of ``DbWriter``; a call belongs to the transaction or reader block of the task in which it is
     *called*, wherever it is awaited.
 
-    Locks: _lock guards _openers, _pool and, until it is open, _open and _db. Nothing waits while it is held.
+    Locks: _lock guards _openers, _reads and, until it is open, _open and _db. Nothing waits while it is held.
     """
 
     def __init__(self, path: str | bytes | os.PathLike[Any], **options: Any) -> None:
@@ -86,9 +78,8 @@ class AsyncDbWriter(Strict):
     def _prepare(self) -> None:
         self._lock = threading.Lock()
         self._openers: list[asyncio.Future[None]] = []  # of tasks that wait while another one opens
-        self._pool: ThreadPoolExecutor | None = None
-        self._deadlines: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Deadlines] = weakref.WeakKeyDictionary()
-        self._last_deadlines: tuple[Any, Deadlines] = (None, Deadlines())
+        self._reads: TaskReads | None = None
+        self._deadlines = LoopDeadlines()
 
     async def open(self) -> Self:
         """Open the database; raises what ``DbWriter`` raises."""
@@ -163,10 +154,8 @@ class AsyncDbWriter(Strict):
                 return core.report()
             return await in_thread(lambda: core.close(timeout, drain))
         finally:
-            with self._lock:
-                pool, self._pool = self._pool, None
-            if pool is not None:
-                pool.shutdown(wait=False)
+            if self._reads is not None:
+                self._reads.threads.shutdown()
 
     # Writes -----------------------------------------------------------------------------------------------------------
 
@@ -248,7 +237,7 @@ class AsyncDbWriter(Strict):
         if waiter is None:
             return job
         try:
-            async with self._within(future, timeout):
+            async with self._deadlines.within(future, timeout):
                 await future
         except asyncio.CancelledError:
             queue.leave_line(waiter)
@@ -292,7 +281,7 @@ class AsyncDbWriter(Strict):
         core.submit(job, None)
         deadlines = None
         if timeout is not None:
-            deadlines = self._deadlines_of(loop)
+            deadlines = self._deadlines.of(loop)
             deadlines.add(future, timeout)
         try:
             await future
@@ -327,7 +316,7 @@ class AsyncDbWriter(Strict):
         else:
             core.state.refuse_endless_wait("transaction()", awaits=True)
             job = TaskBlock(core.state, label, hold, frame_around())
-            block = outermost(job, timeout, core.submit, self._within)
+            block = outermost(job, timeout, core.submit, self._deadlines.within)
         async with block as transaction:
             yield transaction
 
@@ -358,103 +347,45 @@ class AsyncDbWriter(Strict):
         after: After = None,
     ) -> Coroutine[Any, Any, Any]:
         """As ``DbWriter.read``; a function runs in a thread."""
-        check_read(what, params)
-        if isinstance(what, str):
-            return self._read(what, capture(what, params), label, timeout, after, FETCHALL)
-        return self._read_with(what, repr(label or name_of(what)), label, timeout, after, self._here(), own=False)
+        return self._read(read_of(what, params, label), label, timeout, after)
 
     def read_one(
         self, sql: str, params: Any = (), /, *, label: Label = None, timeout: Seconds = 30.0, after: After = None
     ) -> Coroutine[Any, Any, Any]:
         """As ``DbWriter.read_one``."""
-        return self._read(check_sql(sql), capture(sql, params), label, timeout, after, FETCHONE)
+        return self._read(sql_read(sql, params, FETCHONE, label), label, timeout, after)
 
     def read_value(
         self, sql: str, params: Any = (), /, *, label: Label = None, timeout: Seconds = 30.0, after: After = None
     ) -> Coroutine[Any, Any, Any]:
         """As ``DbWriter.read_value``."""
-        return self._read(check_sql(sql), capture(sql, params), label, timeout, after, first_value)
+        return self._read(sql_read(sql, params, first_value, label), label, timeout, after)
 
-    @contextlib.asynccontextmanager
-    async def reader(
+    def reader(
         self, *, label: Label = None, timeout: Seconds = 30.0, after: After = None
-    ) -> AsyncIterator[AsyncReader]:
+    ) -> contextlib.AbstractAsyncContextManager[AsyncReader]:
         """As ``DbWriter.reader``, in ``async with``."""
-        place = repr(label) if label else f"reader() in {called_from(frame_around())}"
-        deadline = await self._after(after, timeout, label)
-        here = self._here()
-        if isinstance(here, AsyncReader):
-            yield here
-            return
-        borrowing, readers = Borrowing(place), self._core().pool
-        reader = await self._borrow(borrowing, deadline)
-        try:
-            await self._in_pool(functools.partial(readers.pin, reader, place), borrowing)
-            lent = AsyncReader(self, Snapshot(reader), borrowing)
-            scopes = self._core().state.scopes
-            scope = scopes.enter(lent, writes=False)
-            try:
-                yield lent
-            except asyncio.CancelledError:
-                lent._expire()
-                raise
-            finally:
-                scopes.leave(scope)
-                await lent._end()
-        finally:
-            readers.end(borrowing)
+        place = repr(label) if label else f"reader() in {called_from(sys._getframe(1))}"
+        return self._task_reads().lend(place, lambda: self._after(after, timeout, label))
 
-    def _here(self) -> Any:
-        """The innermost block, job or reader that the caller is inside: its reads belong to it."""
-        return None if enclosing() is None else self._core().state.scopes.innermost()
+    def _read(self, read: Read[T], label: Label, timeout: Seconds, after: After) -> Coroutine[Any, Any, T]:
+        reads = self._task_reads()
+        return self._read_there(read, reads, reads.here(), label, timeout, after)
 
-    def _read(
-        self,
-        sql: str,
-        parameters: Parameters,
-        label: Label,
-        timeout: Seconds,
-        after: After,
-        fetch: Callable[[sqlite3.Cursor], Any],
-    ) -> Coroutine[Any, Any, Any]:
-        def read(connection: sqlite3.Connection) -> Any:
-            cursor = connection.execute(sql, parameters)
-            try:
-                return fetch(cursor)
-            finally:
-                cursor.close()
-
-        name = f"{label!r} ({sql})" if label else sql
-        return self._read_with(read, name, label, timeout, after, self._here(), own=True)
-
-    async def _read_with(
-        self,
-        function: Callable[[sqlite3.Connection], T],
-        name: str,
-        label: Label,
-        timeout: Seconds,
-        after: After,
-        here: Any,
-        own: bool,
+    async def _read_there(
+        self, read: Read[T], reads: TaskReads, here: Any, label: Label, timeout: Seconds, after: After
     ) -> T:
         if after is not None and isinstance(here, AsyncReader | Snapshot):
             here.lends().refuse_later(after)
-        deadline = await self._after(after, timeout, label)
-        if isinstance(here, TaskBlock | TaskSavepoint):
-            block = here.block
-            return await block.call(block.lends().read_with, function, deadline, until=deadline)
-        if isinstance(here, AsyncReader):
-            return await here._call(deadline, read_snapshot, self._core().pool, function, name)
-        if isinstance(here, Transaction) and here.is_of_function:  # whose thread this is
-            return here.read_with(function, deadline)
-        if isinstance(here, Transaction):
-            return await self._in_pool(functools.partial(here.read_with, function, deadline), None)
-        if here is not None:
-            return await self._in_pool(functools.partial(here.call_with, function, name, deadline), None)
-        borrowing, readers = Borrowing(name), self._core().pool
-        await self._borrow(borrowing, deadline)
-        call = functools.partial(readers.call_and_return, borrowing, function, name, own=own)
-        return await self._in_pool(call, borrowing, returns=True)
+        return await reads.read(read, here, await self._after(after, timeout, label))
+
+    def _task_reads(self) -> TaskReads:
+        core = self._core()
+        if self._reads is None:
+            with self._lock:
+                if self._reads is None:
+                    self._reads = TaskReads(core.pool, core.state, self._deadlines, f"{core.label}-reader")
+        return self._reads
 
     async def _after(self, after: After, timeout: Seconds, label: Label) -> float:
         """Wait until the write ``after`` is committed; returns the deadline of the read."""
@@ -467,7 +398,7 @@ class AsyncDbWriter(Strict):
             if not after.done():
                 state.refuse_endless_wait("read(after=…)", awaits=True)
                 with after.arrival() as future:
-                    async with self._within(future, timeout):
+                    async with self._deadlines.within(future, timeout):
                         await future
                 if not after.done():
                     raise ReadTimeoutError(
@@ -475,53 +406,6 @@ class AsyncDbWriter(Strict):
                     )
             after.result()
         return deadline
-
-    async def _borrow(self, borrowing: Borrowing, deadline: float) -> Reader:
-        """A connection of the pool, whose time is limited."""
-        readers = self._core().pool
-        until = monotonic() + HELD_BACK
-        while readers.holds_back and monotonic() < until:
-            await asyncio.sleep(HELD_BACK / 50)
-            borrowing.since = monotonic()
-        borrowing.wakeup = asyncio.get_running_loop().create_future()
-        try:
-            if not readers.take_or_line_up(borrowing):
-                async with self._within(borrowing.wakeup, seconds_until(deadline)):
-                    await borrowing.wakeup
-                readers.refuse_unless_granted(borrowing)
-            if borrowing.reader is None:
-                return await self._in_pool(lambda: readers.reader_of(borrowing, deadline), borrowing)
-            return readers.reader_of(borrowing, deadline)
-        except BaseException:
-            readers.end(borrowing)
-            raise
-
-    async def _in_pool(self, call: Callable[[], T], borrowing: Borrowing | None, *, returns: bool = False) -> T:
-        """Call in one of the threads that read; ``returns``: the call ends ``borrowing``, unless it is never made."""
-        core = self._opened
-        assert core is not None
-        try:
-            with self._lock:  # or else the close of another loop may shut it down just before
-                if self._pool is None:  # or no longer: a block may still be open when the gateway is closed
-                    self._pool = ThreadPoolExecutor(core.pool.size, f"{core.label}-reader")
-                future = self._pool.submit(call_in_pool, call, borrowing, self._pool, core.state)
-        except BaseException:
-            if borrowing is not None and returns:
-                core.pool.end(borrowing)
-            raise
-        try:
-            return await asyncio.wrap_future(future)
-        except asyncio.CancelledError:
-            if not future.cancel():
-                if borrowing is not None:
-                    core.pool.expire(borrowing)  # a statement that runs ends soon
-                if not returns:
-                    await until_done(future)
-            elif borrowing is not None and returns:
-                core.pool.end(borrowing)
-            raise
-        finally:
-            del future  # an error's traceback would hold it, and it holds the error
 
     # Operations -------------------------------------------------------------------------------------------------------
 
@@ -580,26 +464,6 @@ class AsyncDbWriter(Strict):
         if core is None or (self._is_closed and self._wrapped is not None):
             raise WriterClosedError("the gateway is closed" if self._is_closed else NOT_OPEN)
         return core
-
-    def _deadlines_of(self, loop: asyncio.AbstractEventLoop) -> Deadlines:
-        known, deadlines = self._last_deadlines
-        if known is not loop:
-            deadlines = self._deadlines.setdefault(loop, Deadlines())
-            self._last_deadlines = loop, deadlines
-        return deadlines
-
-    @contextlib.asynccontextmanager
-    async def _within(self, future: asyncio.Future[None], timeout: Seconds) -> AsyncIterator[None]:
-        """Resolve ``future`` after ``timeout`` seconds, if nobody does so earlier."""
-        if timeout is None:
-            yield
-            return
-        deadlines = self._deadlines_of(future.get_loop())
-        deadlines.add(future, timeout)
-        try:
-            yield
-        finally:
-            deadlines.remove(future)
 
 
 def _close(core: Core) -> None:

@@ -203,9 +203,7 @@ class Core:
 
     def back_up(self, target: Any, progress: Callable[[int, int, int], object] | None, pages: int, place: str) -> None:
         began, hook = monotonic(), self.options.on_event
-        with self.pool.extra(f"backup() in {place}") as source:
-            self.queue.wake_consumer()  # an idle writer watches for slow readers
-            copy(source, target, progress, pages)
+        self.pool.backup(f"backup() in {place}", lambda source: copy(source, target, progress, pages))
         self.state.tally.last_backup = monotonic()
         if hook is not None:
             call_safely(self.state, hook, BackupEnded(monotonic() - began))

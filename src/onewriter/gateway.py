@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import sqlite3
@@ -14,15 +15,7 @@ from threading import get_ident
 from time import monotonic
 from typing import Any, Literal, Self, TypeVar, overload
 
-from onewriter.base.arguments import (
-    NOT_PLAIN,
-    check_function,
-    check_label,
-    check_read,
-    check_sql,
-    check_timeout,
-    name_of,
-)
+from onewriter.base.arguments import NOT_PLAIN, check_function, check_label, check_timeout
 from onewriter.base.call_site import called_from
 from onewriter.base.log import warn_of_blocking
 from onewriter.base.scopes import enclosing
@@ -33,10 +26,11 @@ from onewriter.core import After, Core, Function, Label, Seconds
 from onewriter.ends.backup import check_backup
 from onewriter.errors import ReadTimeoutError, ReentrantWriteError
 from onewriter.options import Options
+from onewriter.read.claim import Claim
+from onewriter.read.read import FETCHALL, FETCHONE, Read, read_of, select, sql_read
 from onewriter.read.reader import Snapshot
 from onewriter.sqlite.parameters import capture
 from onewriter.sqlite.result import Result, first_value
-from onewriter.sqlite.statement import Parameters
 from onewriter.write.block import ThreadBlock, nested, outermost
 from onewriter.write.checkpoint import Checkpoint
 from onewriter.write.jobs import FunctionJob, StatementJob
@@ -342,32 +336,30 @@ class DbWriter(Strict):
         """
         if isinstance(what, str):
             params = capture(what, params)
-            if _get_running_loop() is not None:
-                warn_of_blocking()
-            outside = enclosing() is None and get_ident() != self._state.writer_thread
-            if outside and label is None and timeout == 30.0 and after is None:
-                return self._core.pool.read(what, params, sqlite3.Cursor.fetchall, what, monotonic() + 30.0)
-            return self._read(what, params, label, timeout, after, sqlite3.Cursor.fetchall)
-        check_read(what, params)
-        here, deadline = self._wait_for(after, timeout, label)
-        name = repr(label or name_of(what))
-        if isinstance(here, Transaction):
-            return here.read_with(what, deadline)
-        if here is not None:
-            return here.call_with(what, name, deadline)
-        return self._core.pool.call(what, name, deadline)
+            if (
+                label is None
+                and timeout == 30.0
+                and after is None
+                and enclosing() is None
+                and _get_running_loop() is None
+                and get_ident() != self._state.writer_thread
+            ):
+                # Hot path: no Read, which would only tell ``select`` its arguments.
+                plain = functools.partial(select, what, params, FETCHALL, what)
+                return self._core.pool.use(Claim(what), plain, monotonic() + 30.0)
+        return self._read(read_of(what, params, label), label, timeout, after)
 
     def read_one(
         self, sql: str, params: Any = (), /, *, label: Label = None, timeout: Seconds = 30.0, after: After = None
     ) -> Any:
         """Return the first row of a SELECT, or None. Otherwise as ``read``."""
-        return self._read(check_sql(sql), capture(sql, params), label, timeout, after, sqlite3.Cursor.fetchone)
+        return self._read(sql_read(sql, params, FETCHONE, label), label, timeout, after)
 
     def read_value(
         self, sql: str, params: Any = (), /, *, label: Label = None, timeout: Seconds = 30.0, after: After = None
     ) -> Any:
         """Return the first column of the first row, whatever ``row_factory`` is, or None. Otherwise as ``read``."""
-        return self._read(check_sql(sql), capture(sql, params), label, timeout, after, first_value)
+        return self._read(sql_read(sql, params, first_value, label), label, timeout, after)
 
     def reader(
         self, *, label: Label = None, timeout: Seconds = 30.0, after: After = None
@@ -399,7 +391,6 @@ class DbWriter(Strict):
         # A job's SQL has its limit, wherever it runs; a block is taken away, and its thread may go on reading.
         until = writer.held_until if isinstance(writer, Transaction) and writer.is_of_function else math.inf
         with self._core.pool.snapshot(label, deadline, until) as snapshot:
-            self._core.queue.wake_consumer()  # an idle writer watches for slow readers
             yield snapshot.to_lend
 
     # Operations -------------------------------------------------------------------------------------------------------
@@ -540,22 +531,9 @@ class DbWriter(Strict):
         finally:
             del job  # an error's traceback would hold it, and it holds the error
 
-    def _read(
-        self,
-        sql: str,
-        parameters: Parameters,
-        label: Label,
-        timeout: Seconds,
-        after: After,
-        fetch: Callable[[sqlite3.Cursor], Any],
-    ) -> Any:
-        here, deadline = self._wait_for(after, timeout, label)
-        if isinstance(here, Transaction):
-            return here.query(sql, parameters, fetch, deadline)
-        name = f"{label!r} ({sql})" if label else sql
-        if here is not None:
-            return here.read(sql, parameters, fetch, name, deadline)
-        return self._core.pool.read(sql, parameters, fetch, name, deadline)
+    def _read(self, read: Read[T], label: Label, timeout: Seconds, after: After) -> T:
+        here, until = self._wait_for(after, timeout, label)
+        return self._core.pool.use(Claim(read.label), read.alone, until) if here is None else read.inside(here, until)
 
     def _transaction_here(self) -> Transaction | None:
         """The transaction that a blocking write belongs to; none inside a task's block, whose writes are awaited."""

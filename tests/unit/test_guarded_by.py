@@ -62,8 +62,20 @@ GUARDS = [
     Guard(
         "read/pool.py",
         "_lock",
-        {"_closed", "_count", "_extras", "_idle", "_on_all_back", "_waiting", "has_place", "is_over"},
-        held=frozenset(("_all_back_if_closed", "_tell")),
+        {
+            "_closed",
+            "_count",
+            "_idle",
+            "_lent",
+            "_line",
+            "_most",
+            "_on_all_back",
+            "_paused_until",
+            "is_admitted",
+            "is_expired",
+            "is_over",
+        },
+        held=frozenset(("_admit", "_end_pause", "_may_open_or_lines_up", "_resume", "_set_if_all_back")),
         free=frozenset(("__init__", "after_fork_in_child")),
     ),
     # Whoever has the connection sets its deadline; who would interrupt it has to see whose it is.
@@ -71,11 +83,18 @@ GUARDS = [
         "read/reader.py",
         "_lock",
         {"deadline"},
-        free=frozenset(("__init__", "_borrow", "limit", "reset")),  # limit: by its other name
+        free=frozenset(("__init__", "limit", "narrow", "reset")),  # under the clock's name for the pool's lock
     ),
-    Guard("read/clock.py", "lock", {"rings_at", "_thread"}, free=frozenset(("__init__", "turn_off"))),
+    Guard(
+        "read/clock.py",
+        "lock",
+        {"is_named", "rings_at", "_thread"},
+        held=frozenset(("_look",)),
+        free=frozenset(("__init__", "turn_off")),
+    ),
     Guard("read/reader.py", "_lock", {"_ended"}, also_read=True, free=frozenset(("__init__",))),
-    Guard("aio.py", "_lock", {"_openers", "_pool"}, free=frozenset(("_prepare",))),
+    Guard("aio.py", "_lock", {"_openers", "_reads"}, free=frozenset(("_prepare",))),
+    Guard("tasks/threads.py", "_lock", {"_executor"}, free=frozenset(("__init__",))),
     Guard(
         "tasks/block.py",
         "_lock",

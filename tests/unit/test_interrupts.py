@@ -247,11 +247,11 @@ def test_a_connection_is_given_back_although_giving_it_back_was_interrupted(
     with DbWriter(path, readers=1) as db:
         end, interrupted = db._core.pool.end, []
 
-        def interrupted_once(borrowing: Any) -> None:
-            if borrowing not in interrupted:
-                interrupted.append(borrowing)
+        def interrupted_once(claim: Any) -> None:
+            if claim not in interrupted:
+                interrupted.append(claim)
                 raise SignalError
-            end(borrowing)
+            end(claim)
 
         monkeypatch.setattr(db._core.pool, "end", interrupted_once)
         with pytest.raises(SignalError):

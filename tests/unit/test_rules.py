@@ -31,9 +31,7 @@ LARGEST_FILE, LARGEST_CLASS, LARGEST_FUNCTION = 340, 300, 40  # lines of code
 LARGEST_FACE, LARGEST_CLASS_OF_A_FACE = 440, 400
 
 # What breaks a rule today, and how far. It must not get worse, and an entry that is not needed any more can go.
-UPWARD = {
-    "base/state.py": {"sqlite/locks.py", "sqlite/retry.py"},
-}
+UPWARD = {"base/state.py": {"sqlite/locks.py", "sqlite/retry.py"}}
 TOO_LARGE = {
     "aio.py": 551,
     "gateway.py": 595,

@@ -1,8 +1,9 @@
-"""ReadClock: ends reads whose time goes into Python code."""
+"""ReadClock: the thread that looks after reads which cannot look at the time themselves."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import sqlite3
 import threading
@@ -10,30 +11,56 @@ from collections.abc import Callable, Iterable
 from time import monotonic
 from typing import Any, Protocol
 
+from onewriter.base.log import report
+from onewriter.base.state import State
+
 GRACE = 0.05  # seconds: a statement whose time goes into SQLite's own steps has ended by itself by then
-AGAIN = 0.1  # seconds between two interrupts of one read, whose next statement would not know of the first
+INTERRUPT_AGAIN = 0.1  # seconds between two interrupts of one read, whose next statement would not know of the first
+LOOK_AGAIN = 0.01  # seconds, at least, between two looks for slow readers
 
 
-class Timed(Protocol):
-    connection: sqlite3.Connection
-    deadline: float
+class TimedReader(Protocol):
+    @property
+    def connection(self) -> sqlite3.Connection: ...
+    @property
+    def deadline(self) -> float: ...
+
+
+class Loan(Protocol):
+    """A claim that has a connection, or is about to."""
+
+    is_named: bool
+
+    @property
+    def label(self) -> str: ...
+    @property
+    def since(self) -> float: ...
+    @property
+    def reader(self) -> TimedReader | None: ...
 
 
 class ReadClock:
-    """Interrupts readers whose deadline has passed: functions, factories and converters are no steps of SQLite's.
+    """Does for reads what they cannot do for themselves when it is time.
 
-    Python code cannot be stopped; the statement that called it ends when it returns. A late interrupt hits nobody:
-    SQLite forgets it when the next statement begins, and the deadline of a reader that was given back is never.
+    It interrupts those whose deadline has passed, since functions, factories and converters are no steps of SQLite's;
+    names those that are open for long; and ends a pause of the pool. Python code cannot be stopped; the statement that
+    called it ends when it returns. A late interrupt hits nobody: SQLite forgets it when the next statement begins, and
+    the deadline of a reader that was given back is never.
 
-    Locks:   ``lock``, the pool's, guards ``rings_at`` and ``_thread``, and is held around interrupt().
-    Threads: one of its own, from the first read with a time limit to the first deadline at which no read is there. A
-             read looks at ``rings_at`` only, which comes before its own deadline unless that is an early one.
+    Locks:   ``lock``, the pool's, guards ``rings_at``, ``_thread`` and ``is_named``, and is held around interrupt().
+    Threads: one of its own, from the first read with a time limit, or block, to the first look that finds nothing to
+             wait for. A read looks at ``rings_at`` only, which comes before its own deadline unless that is an early
+             one.
     """
 
-    def __init__(self, lock: Any, readers: Callable[[], Iterable[Timed]]) -> None:
+    def __init__(
+        self, lock: Any, lent: Callable[[], Iterable[Loan]], state: State, end_pause: Callable[[float], float]
+    ) -> None:
         self.lock = lock
         self.rings_at = math.inf
-        self._readers = readers
+        self._lent = lent
+        self._state = state
+        self._end_pause = end_pause  # if it is over at that time; returns when it will be
         self._bell = threading.Lock()  # released to have the thread look again
         self._bell.acquire()
         self._thread: threading.Thread | None = None
@@ -43,7 +70,7 @@ class ReadClock:
         self.rings_at = -math.inf
 
     def set(self, deadline: float) -> None:
-        """Look again at ``deadline``, or earlier; to be called after the reader has that."""
+        """Look again ``GRACE`` after ``deadline``, or earlier; to be called after the reader has that."""
         started = None
         with self.lock:
             if deadline >= self.rings_at:
@@ -61,6 +88,10 @@ class ReadClock:
                 self._thread, self.rings_at = None, math.inf
             if not isinstance(error, RuntimeError):  # at the end of the interpreter no thread can be started
                 raise
+
+    def watch(self, loan: Loan) -> None:
+        """Look again when it is open for long."""
+        self.set(loan.since + self._state.slow_after - GRACE)
 
     def stop(self) -> None:
         """Have the thread end, or as soon as there is nobody to interrupt."""
@@ -83,24 +114,43 @@ class ReadClock:
             self._bell.acquire(timeout=max(0.0, min(next_look - monotonic(), threading.TIMEOUT_MAX)))
 
     def _next_look(self) -> float | None:
+        self.warn()  # without the lock: it logs
         with self.lock:
             now = monotonic()
             if self.rings_at + GRACE <= now or self._is_stopped:
                 self.rings_at = math.inf  # before the look, so that a deadline that comes with it rings
-                self.rings_at = self._look(now)
+                self.rings_at = self._look(now) - GRACE
             if self.rings_at == math.inf:
                 self._thread = None
                 return None
             return self.rings_at + GRACE
 
     def _look(self, now: float) -> float:
-        """Interrupt who is late; returns the next deadline."""
-        deadlines = [math.inf]
-        for reader in self._readers():
-            if reader.deadline + GRACE <= now:
+        """Interrupt who is late; returns when to look again."""
+        looks = [self._end_pause(now)]
+        for loan in self._lent():
+            if not loan.is_named and not self._is_stopped:
+                looks.append(max(now + LOOK_AGAIN, loan.since + self._state.slow_after))
+            if loan.reader is not None and loan.reader.deadline + GRACE <= now:
                 with contextlib.suppress(sqlite3.ProgrammingError):  # it is closed in this moment
-                    reader.connection.interrupt()
-                deadlines.append(now + AGAIN - GRACE)
-            else:
-                deadlines.append(reader.deadline)
-        return min(deadlines)
+                    loan.reader.connection.interrupt()
+                looks.append(now + INTERRUPT_AGAIN)
+            elif loan.reader is not None:
+                looks.append(loan.reader.deadline + GRACE)
+        return min(looks)
+
+    def warn(self) -> None:
+        """Name those that have a connection for longer than ``slow_after``."""
+        for loan in self._lent():
+            self.warn_if_slow(loan, "is open")
+
+    def warn_if_slow(self, loan: Loan, state: str) -> None:
+        """Name it, once."""
+        seconds = monotonic() - loan.since
+        if seconds <= self._state.slow_after:
+            return
+        with self.lock:
+            first, loan.is_named = not loan.is_named, True
+        if first:
+            text = "slow: %s %s since %.1f s; while it is, the WAL cannot shrink"
+            report(self._state, logging.WARNING, text, loan.label, state, seconds)

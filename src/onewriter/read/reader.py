@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterator
 from time import monotonic
 from typing import Any, TypeVar
 
-from onewriter.base.state import IN_STATEMENT
+from onewriter.base.state import IN_STATEMENT, State
 from onewriter.errors import ReadTimeoutError, ReentrantWriteError, forked_error
 from onewriter.read.clock import ReadClock
+from onewriter.sqlite.connection import open_reader
 from onewriter.sqlite.guard import ReadGuard
 from onewriter.sqlite.lending import Lending
 from onewriter.sqlite.lent import lend, retire
+from onewriter.sqlite.options import Settings
 from onewriter.sqlite.pragmas import database_names
 from onewriter.sqlite.result import refuse_live
 from onewriter.sqlite.retry import LockPolicy, is_busy, is_interrupted
@@ -27,21 +29,25 @@ T = TypeVar("T")
 
 
 Fetch = Callable[[sqlite3.Cursor], T]
+NEVER = math.inf
 STEPS = 250_000  # of SQLite's virtual machine between two looks at the clock
 
 
 class Reader:
-    """One connection of the pool. Belongs to the thread it is lent to."""
+    """One connection of the pool. Belongs to whoever has its Claim."""
 
-    def __init__(self, connection: sqlite3.Connection, guard: ReadGuard, policy: LockPolicy, clock: ReadClock) -> None:
+    def __init__(
+        self, connection: sqlite3.Connection, guard: ReadGuard, policy: LockPolicy, clock: ReadClock, state: State
+    ) -> None:
         self.connection = connection
         self.deadline = math.inf
+        self.state = state
         self._clock = clock
         self.is_inherited = False  # this is a child of the process that it belongs to
         self.guard = guard
         self.is_pinned = False
         self.inside = 0  # calls of a borrower that are under way, one in the other
-        self.when_out: list[Callable[[], None]] = []  # ends of the loan that came from inside one
+        self.when_out: list[Callable[[], object]] = []  # ends of the loan that came from inside one
         self.seen = 0  # how many jobs were committed before its transaction began
         self._pins: list[str] | None = None
         self._policy = policy
@@ -56,6 +62,15 @@ class Reader:
         if deadline < self._clock.rings_at:
             self._clock.set(deadline)
 
+    def narrow(self, deadline: float) -> float:
+        """The same, but not later than the deadline that it has; returns that."""
+        with self._clock.lock:
+            before = self.deadline
+            self.deadline = min(deadline, before)
+        if deadline < self._clock.rings_at:
+            self._clock.set(deadline)
+        return before
+
     def fetch(self, sql: str, parameters: Parameters, fetch: Fetch[T]) -> T:
         cursor = sqlite3.Connection.execute(self.connection, sql, parameters)
         try:
@@ -63,42 +78,56 @@ class Reader:
         finally:
             cursor.close()
 
-    def attempt(self, label: str, function: Callable[..., T], *args: Any) -> T:
-        """Read; wait while a lock is in the way (a recovery, or a COMMIT in the rollback-journal modes)."""
+    def attempt(self, label: str, function: Callable[..., T], *args: Any, again: bool = True) -> T:
+        """Call what reads here, and say so if it was ended because the time is over.
+
+        Args:
+            again: it may be called again, while a lock is in the way (a recovery, or a COMMIT in the rollback-journal
+                modes). Not so a function of the user's.
+        """
         try:
             return function(*args)
         except sqlite3.DatabaseError as error:
-            return self.recover(error, label, function, *args)
-
-    def in_time(self, label: str, function: Callable[..., T], *args: Any) -> T:
-        """Call a function of the user's; say so if a statement in it was ended because the time is over."""
-        try:
-            return function(*args)
-        except sqlite3.OperationalError as error:
-            if is_interrupted(error):
-                return self.recover(error, label, function)
+            self.state.note_corruption(error)
+            if again or is_interrupted(error):
+                return self._recover(error, label, (lambda: function(*args)) if again else None)
             raise
 
-    def recover(self, error: sqlite3.DatabaseError, label: str, function: Callable[..., T], *args: Any) -> T:
-        """Try again if it was a lock; raise ``error``, or that there is no time left."""
+    def _recover(self, error: sqlite3.DatabaseError, label: str, again: Callable[[], T] | None) -> T:
+        """Try ``again`` if it was a lock; raise ``error``, or that there is no time left."""
         late: BaseException = error
         try:
             self.watch.raise_caught()
             self.guard.explain(error)
-            if is_busy(error):
+            if again is not None and is_busy(error):
                 try:
                     left = max(0.0, self.deadline - monotonic())
-                    return self._policy.call(lambda: function(*args), say_nothing, left)
-                except sqlite3.OperationalError as again:
-                    late = again
+                    return self._policy.call(again, say_nothing, left)
+                except sqlite3.OperationalError as busy:
+                    late = busy
             if self._is_late() and (is_busy(late) or is_interrupted(late)):
                 raise ReadTimeoutError(f"{label} did not end in time") from late
             raise late
         finally:
             del error, late  # the traceback holds this frame
 
-    def pin(self) -> None:
-        """Begin a transaction that sees this moment until ``clean``."""
+    @contextlib.contextmanager
+    def snapshot(self, label: str) -> Iterator[Snapshot]:
+        """For the ``with`` block it sees one moment, and the caller's reads see that too."""
+        self.pin(label)
+        snapshot = Snapshot(self)
+        try:
+            with snapshot.inside():
+                yield snapshot
+        finally:
+            snapshot.end()
+
+    def pin(self, label: str) -> None:
+        """Have it see this moment until ``reset``."""
+        self.seen = self.state.tally.committed
+        self.attempt(label, self._pin)
+
+    def _pin(self) -> None:
         if not self.connection.in_transaction:  # tried again after it met a lock, it has begun already
             self._internal("BEGIN")
         if self._pins is None:  # not before there is somebody who waits: the names may be behind a lock
@@ -121,8 +150,8 @@ class Reader:
             function()
 
     def reset(self) -> bool:
-        """Be as new for the next borrower, whatever the last one did; False: that cannot be."""
-        self.deadline = math.inf
+        """Reset for the next borrower, whatever the last one did. Returns False if it must be replaced."""
+        self.deadline = NEVER
         if self.is_pinned:
             self.is_pinned = self.guard.is_lent = False
             if self.guard.must_ask_again:
@@ -137,6 +166,11 @@ class Reader:
 
     def _is_late(self) -> bool:
         return monotonic() > self.deadline
+
+
+def new_reader(settings: Settings, stop: threading.Event, clock: ReadClock, state: State) -> Reader:
+    policy, guard = LockPolicy(settings.lock_timeout, stop), ReadGuard()
+    return Reader(open_reader(settings, guard, policy), guard, policy, clock, state)
 
 
 class Snapshot:
@@ -212,24 +246,27 @@ class Snapshot:
         """Where reads inside it go."""
         return self
 
-    def read(self, sql: str, parameters: Parameters, fetch: Fetch[T], label: str, deadline: float) -> T:
+    def inside(self) -> contextlib.AbstractContextManager[None]:
+        """For the ``with`` block the caller is inside, so that its reads come here."""
+        return self.reader.state.scopes.inside(self, writes=False)
+
+    def query(self, sql: str, parameters: Parameters, fetch: Fetch[T], label: str, until: float) -> T:
         """A read inside the block, which has a time of its own, within that of the block."""
-        with self._until(deadline, label) as reader:
+        with self._until(until, label) as reader:
             rows: T = self.call(reader.attempt, label, reader.fetch, sql, parameters, fetch)
             return rows
 
-    def call_with(self, function: Callable[[sqlite3.Connection], T], label: str, deadline: float) -> T:
-        with self._until(deadline, label) as reader:
-            return refuse_live(reader.in_time(label, function, self.to_lend))
+    def read_with(self, function: Callable[[sqlite3.Connection], T], label: str, until: float) -> T:
+        with self._until(until, label) as reader, self.inside():
+            return refuse_live(reader.attempt(label, function, self.to_lend, again=False))
 
     @contextlib.contextmanager
-    def _until(self, deadline: float, label: str) -> Iterator[Reader]:
-        left = max(0.0, min(deadline - monotonic(), threading.TIMEOUT_MAX))
+    def _until(self, until: float, label: str) -> Iterator[Reader]:
+        left = max(0.0, min(until - monotonic(), threading.TIMEOUT_MAX))
         if not self._lock.acquire(timeout=left):
             raise ReadTimeoutError(f"{label} did not begin in time: another thread uses the reader() that it is in")
         reader = self.reader
-        before = reader.deadline
-        reader.limit(min(deadline, before))
+        before = reader.narrow(until)
         try:
             yield reader
         finally:

@@ -6,14 +6,14 @@ import asyncio
 import contextlib
 import math
 import threading
-from collections.abc import Callable, Coroutine
-from concurrent.futures import Future, ThreadPoolExecutor
+import weakref
+from collections.abc import AsyncIterator, Callable, Coroutine
+from concurrent.futures import Future
 from time import monotonic
 from typing import Any, TypeVar
 
 from onewriter.base.state import State
 from onewriter.base.waiting import resolve, wake
-from onewriter.read.pool import Borrowing
 
 T = TypeVar("T")
 
@@ -48,6 +48,34 @@ class Deadlines:
         self._ticks = bool(self._waiting)
         if self._ticks:
             loop.call_later(TICK, self._tick, loop)
+
+
+class LoopDeadlines:
+    """The ``Deadlines`` of each loop. Threads: those of the loops, each for its own."""
+
+    def __init__(self) -> None:
+        self._of: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Deadlines] = weakref.WeakKeyDictionary()
+        self._last: tuple[Any, Deadlines] = (None, Deadlines())
+
+    def of(self, loop: asyncio.AbstractEventLoop) -> Deadlines:
+        known, deadlines = self._last
+        if known is not loop:
+            deadlines = self._of.setdefault(loop, Deadlines())
+            self._last = loop, deadlines
+        return deadlines
+
+    @contextlib.asynccontextmanager
+    async def within(self, future: asyncio.Future[None], timeout: float | None) -> AsyncIterator[None]:
+        """Resolve ``future`` after ``timeout`` seconds, if nobody does so earlier."""
+        if timeout is None:
+            yield
+            return
+        deadlines = self.of(future.get_loop())
+        deadlines.add(future, timeout)
+        try:
+            yield
+        finally:
+            deadlines.remove(future)
 
 
 async def in_thread(function: Callable[[], T], undo: Callable[[T], object] | None = None) -> T:
@@ -90,22 +118,16 @@ async def and_the_log(flushed: Coroutine[Any, Any, None], state: State, timeout:
         await in_thread(lambda: reporter.wait(until))
 
 
-def call_in_pool(call: Callable[[], T], borrowing: Borrowing | None, pool: ThreadPoolExecutor, state: State) -> T:
-    if borrowing is not None:
-        borrowing.runs_in = threading.get_ident()
-    try:
-        return call()
-    finally:
-        if borrowing is not None:
-            borrowing.runs_in = 0
-        if state.forked:  # by the call: in the child nobody else would end this thread
-            pool.shutdown(wait=False)
-
-
-async def until_done(future: Future[Any]) -> None:
-    """Wait for a function that cannot be stopped and whose connection must not be given back before its end."""
+async def until_done(future: Future[Any]) -> asyncio.CancelledError | None:
+    """Wait for a function that cannot be stopped and whose connection must not be given back before its end, even if
+    the task is cancelled; returns the cancellation.
+    """
+    cancelled = None
     done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     future.add_done_callback(lambda _: wake([done]))  # not wrapped: asyncio would log an error that nobody asks for
     while not done.done():
-        with contextlib.suppress(asyncio.CancelledError):
+        try:
             await asyncio.wait([done])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    return cancelled

@@ -1,57 +1,211 @@
-"""AsyncReader: a task's ``reader()`` block."""
+"""TaskReads: the reads of tasks. AsyncReader: a task's ``reader()`` block."""
 
 from __future__ import annotations
 
 import asyncio
-import functools
+import contextlib
 import math
-import sqlite3
-from collections.abc import Callable, Coroutine
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 from onewriter.base.arguments import check_sql
+from onewriter.base.scopes import enclosing
+from onewriter.base.state import State
 from onewriter.base.waiting import seconds_until
 from onewriter.errors import ReadTimeoutError
-from onewriter.read.pool import Borrowing, ReaderPool
+from onewriter.read.claim import Claim
+from onewriter.read.pool import ReaderPool
+from onewriter.read.read import Read
 from onewriter.read.reader import Snapshot, ended_error
 from onewriter.sqlite.parameters import capture
-from onewriter.sqlite.result import Result, refuse_live
+from onewriter.sqlite.result import Result
 from onewriter.sqlite.statement import Parameters
+from onewriter.tasks.block import TaskBlock, TaskSavepoint
+from onewriter.tasks.calls import LoopDeadlines, until_done
+from onewriter.tasks.threads import ReadingThreads
+from onewriter.write.transaction import Transaction
 
 T = TypeVar("T")
+
+
+class TaskReads:
+    """The reads of tasks: they wait for a connection in their loop, and use it in one of a few threads.
+
+    Nothing of SQLite is called in a loop's thread.
+    """
+
+    def __init__(self, pool: ReaderPool, state: State, deadlines: LoopDeadlines, name: str) -> None:
+        self._pool = pool
+        self._state = state
+        self._deadlines = deadlines
+        self.threads = ReadingThreads(pool.size, name, state)
+
+    def here(self) -> Any:
+        """The innermost block, job or reader that the caller is inside: its reads belong to it."""
+        return None if enclosing() is None else self._state.scopes.innermost()
+
+    async def read(self, read: Read[T], here: Any, until: float) -> T:
+        """Read in what the caller was inside, or with a connection of the pool."""
+        if here is None:
+            claim = Claim(read.label)
+            await self._admitted(claim, until)
+            return await self.call(self._pool.use, claim, read.alone, until, claim=claim, begins=True, waits=False)
+        if isinstance(here, TaskBlock | TaskSavepoint):
+            return await here.block.call(read.inside, here.block.lends(), until, until=until)
+        if isinstance(here, AsyncReader):
+            return await here.call(until, read.inside, here.lends(), until)
+        if isinstance(here, Transaction) and here.is_of_function:  # whose thread this is
+            return read.inside(here, until)
+        return await self.call(read.inside, here, until)
+
+    @contextlib.asynccontextmanager
+    async def lend(self, label: str, deadline: Callable[[], Awaitable[float]]) -> AsyncIterator[AsyncReader]:
+        """A ``reader()`` block, which waits for ``deadline`` first, and until then for a connection."""
+        until = await deadline()
+        here = self.here()
+        if isinstance(here, AsyncReader):
+            yield here
+            return
+        claim, scopes = Claim(label), self._state.scopes
+        await self._admitted(claim, until)
+        try:
+            snapshot = await self.call(self._begin, claim, until, claim=claim, begins=True)
+        except asyncio.CancelledError:
+            await self.end(claim, None)  # it has begun all the same
+            raise
+        reader = AsyncReader(self, snapshot, claim)
+        scope = scopes.enter(reader, writes=False)
+        try:
+            yield reader
+        except asyncio.CancelledError:
+            reader.expire()
+            raise
+        finally:
+            scopes.leave(scope)
+            await reader.end()
+
+    async def _admitted(self, claim: Claim, until: float) -> None:
+        """Wait for its turn."""
+        claim.signal = asyncio.get_running_loop().create_future()
+        try:
+            if not self._pool.line_up(claim):
+                async with self._deadlines.within(claim.signal, seconds_until(until)):
+                    await claim.signal
+                self._pool.check_admitted(claim)
+        except BaseException:
+            self._end_unused(claim)
+            raise
+
+    async def call(
+        self,
+        function: Callable[..., T],
+        *args: Any,
+        claim: Claim | None = None,
+        begins: bool = False,
+        waits: bool = True,
+    ) -> T:
+        """Have a thread call ``function``, and wait for what it returns. A cancellation ends the statement that runs.
+
+        Args:
+            claim: whose connection it uses.
+            begins: it is the first to use that, and ends the claim if it fails.
+            waits: a cancelled task waits for its end, before which the connection must not be given back.
+        """
+        try:
+            future = self.threads.submit(_call_for, claim, function, args)
+        except BaseException:
+            if claim is not None and begins:
+                self._end_unused(claim)
+            raise
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            if not future.cancel():
+                self.expire(claim)
+                if waits:
+                    await until_done(future)
+            elif claim is not None and begins:
+                self._end_unused(claim)
+            raise
+        finally:
+            del future  # an error's traceback would hold it, and it holds the error
+
+    def expire(self, claim: Claim | None) -> None:
+        """Have the statement that runs there end soon."""
+        if claim is not None:
+            self._pool.expire(claim)
+
+    async def end(self, claim: Claim, snapshot: Snapshot | None) -> asyncio.CancelledError | None:
+        """Give back what a block has, in a thread, even if the task is cancelled; returns that cancellation."""
+        if claim.is_over:
+            return None
+        future = None
+        with contextlib.suppress(RuntimeError):  # no loop runs here, or the interpreter ends: then this thread does it
+            asyncio.get_running_loop()
+            future = self.threads.submit(self._finish, claim, snapshot)
+        if future is None:
+            self._finish(claim, snapshot)
+            return None
+        cancelled = await until_done(future)
+        future.result()
+        return cancelled
+
+    def _begin(self, claim: Claim, until: float) -> Snapshot:
+        """In a thread: open and pin its connection; without a snapshot, the claim is over."""
+        try:
+            reader = self._pool.reader_of(claim, until)
+            reader.pin(claim.label)
+            reader.limit(math.inf)
+            self._pool.clock.watch(claim)
+            return Snapshot(reader)
+        except BaseException:
+            self._pool.end(claim)
+            raise
+
+    def _finish(self, claim: Claim, snapshot: Snapshot | None) -> None:
+        """In a thread: end both."""
+        try:
+            if snapshot is not None:
+                snapshot.end()
+        finally:
+            self._pool.end(claim)
+
+    def _end_unused(self, claim: Claim) -> None:
+        if not self._pool.end_unused(claim):
+            try:
+                self.threads.submit(self._pool.end, claim)
+            except RuntimeError:  # the interpreter ends
+                self._pool.end(claim)
 
 
 class AsyncReader:
     """What ``async with db.reader()`` gives: SELECTs on one state of the database."""
 
-    def __init__(self, owner: Any, snapshot: Snapshot, borrowing: Borrowing) -> None:
-        self._owner = owner
+    def __init__(self, reads: TaskReads, snapshot: Snapshot, claim: Claim) -> None:
+        self._reads = reads
         self._snapshot = snapshot
-        self._borrowing = borrowing
+        self._claim = claim
         self._turn = asyncio.Lock()
 
     def execute(self, sql: str, params: Any = (), /) -> Coroutine[Any, Any, Result]:
         """Run one SELECT and return all its rows."""
-        return self._call(math.inf, fetch_result, check_sql(sql), capture(sql, params))
+        return self.call(math.inf, fetch_result, self._snapshot, check_sql(sql), capture(sql, params))
 
-    async def _call(self, deadline: float, function: Callable[..., T], *args: Any) -> T:
+    async def call(self, until: float, function: Callable[..., T], *args: Any) -> T:
         try:
-            async with asyncio.timeout(seconds_until(deadline)):
+            async with asyncio.timeout(seconds_until(until)):
                 await self._turn.acquire()
         except TimeoutError:
-            text = f"{self._borrowing.label} is used by another task: the read did not begin in time"
+            text = f"{self._claim.label} is used by another task: the read did not begin in time"
             raise ReadTimeoutError(text) from None
         try:
             if self._snapshot.is_left:  # the connection may be somebody else's
                 raise ended_error()
-            # Not in the thread, where it could come after a cancellation has hurried the statement.
-            self._snapshot.reader.limit(deadline)
-            call = functools.partial(function, self._snapshot, *args)
             try:
-                outcome: T = await self._owner._in_pool(call, self._borrowing)
-                return outcome
+                return await self._reads.call(function, *args, claim=self._claim)
             finally:
-                self._snapshot.reader.limit(math.inf)
+                self._snapshot.reader.limit(math.inf)  # a cancellation has ended this call, and not the next
         finally:
             self._turn.release()
 
@@ -59,29 +213,34 @@ class AsyncReader:
         """Where the blocking reads of its task go."""
         return self._snapshot
 
-    def _expire(self) -> None:
-        core = self._owner._opened  # which may be closed by now
+    def expire(self) -> None:
+        """End the statement that runs, and let no other begin."""
         self._snapshot.is_left = True
-        core.pool.expire(self._borrowing)
+        self._reads.expire(self._claim)
 
-    async def _end(self) -> None:
-        """Wait for what another task still runs here; a cancellation hurries that, and is raised after its end."""
-        cancelled = None
+    async def end(self) -> None:
+        """Wait for what another task still runs here; a cancellation expires that, and is raised after its end."""
+        cancelled: asyncio.CancelledError | None = None
         while True:
             try:
                 async with self._turn:
-                    self._snapshot.end()
+                    cancelled = await self._reads.end(self._claim, self._snapshot) or cancelled
                     break
             except asyncio.CancelledError as error:
                 cancelled = error
-                self._expire()
+                self.expire()
         if cancelled is not None:
             raise cancelled
 
 
-def read_snapshot(snapshot: Snapshot, readers: ReaderPool, function: Callable[[sqlite3.Connection], T], name: str) -> T:
-    with readers.inside(snapshot):
-        return refuse_live(snapshot.reader.attempt(name, function, snapshot.to_lend))
+def _call_for(claim: Claim | None, function: Callable[..., T], args: tuple[Any, ...]) -> T:
+    if claim is None:
+        return function(*args)
+    claim.runs_in = threading.get_ident()
+    try:
+        return function(*args)
+    finally:
+        claim.runs_in = 0
 
 
 def fetch_result(snapshot: Snapshot, sql: str, parameters: Parameters) -> Result:

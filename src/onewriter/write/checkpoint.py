@@ -31,20 +31,19 @@ LONG = 0.2  # seconds; who has a connection for longer hardly comes back in the 
 
 
 class Readers(Protocol):
-    """The pool of readers, as the writer sees it: who is in the way of the log, and how to hold new ones back."""
+    """The pool of readers, as the writer sees it: who is in the way of the log, and how to keep new ones waiting."""
 
     @property
     def in_use(self) -> int: ...
     @property
     def borrowers(self) -> list[str]: ...
     def out_for(self, seconds: float) -> Collection[Any]: ...
-    def is_out(self, borrowing: Any) -> bool: ...
-    def held_back(self, seconds: float) -> AbstractContextManager[None]: ...
+    def is_out(self, claim: Any) -> bool: ...
+    def pause(self, seconds: float) -> AbstractContextManager[None]: ...
     @property
     def waiting(self) -> int: ...
     def stop_waiting(self) -> None: ...
     def warn_if_slow(self) -> None: ...
-    def seconds_until_slow(self) -> float | None: ...
     def close(self, patience: float | None = None) -> None: ...
     def when_all_back(self, function: Callable[[], object]) -> None: ...
     def after_fork_in_child(self) -> list[Any]: ...
@@ -139,7 +138,7 @@ class Checkpointer:
         self._growth = 1
         if self._largest > self._settings.wal_limit:
             began = monotonic()
-            with self._readers.held_back(HOLD_BACK if began >= self._again_at else 0.0):
+            with self._readers.pause(HOLD_BACK if began >= self._again_at else 0.0):
                 self.empty(session)
             self._count_hold_back(monotonic() - began)
         self._size = self._file.wal_bytes()
@@ -157,7 +156,7 @@ class Checkpointer:
         if not self._kept_size or self._largest_file() >= 2 * self._kept_size:
             return True
         if self._kept_by:
-            return not all(self._readers.is_out(borrowing) for borrowing in self._kept_by)
+            return not all(self._readers.is_out(claim) for claim in self._kept_by)
         return monotonic() >= self._again_at  # it was one that has gone by now, or a reader of another process
 
     def empty(self, session: WriteSession) -> None:
@@ -202,7 +201,7 @@ class Checkpointer:
 
     def ask_for(self, session: WriteSession, mode: str) -> Checkpoint:
         """What a user has asked for."""
-        with self._readers.held_back(HOLD_BACK if mode in ("RESTART", "TRUNCATE") else 0.0):
+        with self._readers.pause(HOLD_BACK if mode in ("RESTART", "TRUNCATE") else 0.0):
             found = self.run(session, mode)
         if mode == "TRUNCATE" and not found.busy:
             self._growth = 0

@@ -183,13 +183,10 @@ class Writer:
     @property
     def idle_after(self) -> float | None:
         """Seconds without jobs after which ``idle`` is to be called; None: it need not be."""
-        if self._checkpointer.has_work:
-            return IDLE
-        return self.readers.seconds_until_slow()
+        return IDLE if self._checkpointer.has_work else None
 
     def idle(self) -> None:
         """Do what waits for a quiet moment."""
-        self.readers.warn_if_slow()
         if self._checkpointer.has_work and monotonic() - self._lock.released_at >= IDLE:
             self._checkpointer.attempt(self._checkpointer.empty, self._connection.session)
 

@@ -54,8 +54,8 @@ def use(tx):
     if lent is not None:
         refused(lambda: lent.execute("SELECT 1"))
         lent._loan.end()  # as leaving the block would
-        for borrowing in db._core.pool._lent:
-            db._core.pool.end(borrowing)
+        for claim in db._core.pool._lent:
+            db._core.pool.end(claim)
         assert lent._loan.reader.connection.in_transaction
         assert len(sqlite3.Cursor.fetchmany(live[0]._LentCursor__raw, 2)) == 2  # nothing was closed
     if pending is not None and not pending.done():

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sqlite3
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -233,3 +236,87 @@ def test_the_clocks_thread_ends_with_the_last_connection_of_a_closed_gateway(pat
     if clock is not None:
         clock.join(DEADLINE)
         assert not clock.is_alive()
+
+
+@contextlib.contextmanager
+def in_a_backup(db: DbWriter) -> Iterator[None]:
+    go_on, inside = threading.Event(), threading.Event()
+
+    def progress(*_: int) -> None:
+        inside.set()
+        go_on.wait(DEADLINE)
+
+    with ThreadPoolExecutor(1) as pool:
+        copying = pool.submit(db.backup, db.path + ".copy", progress=progress)
+        assert inside.wait(DEADLINE)
+        try:
+            yield
+        finally:
+            go_on.set()
+            copying.result(DEADLINE)
+
+
+@contextlib.contextmanager
+def in_a_tasks_block(db: DbWriter) -> Iterator[None]:
+    go_on, inside = threading.Event(), threading.Event()
+
+    async def main() -> None:
+        async with AsyncDbWriter.wrap(db).reader():
+            inside.set()
+            await asyncio.to_thread(go_on.wait, DEADLINE)
+
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(asyncio.run, main())
+        assert inside.wait(DEADLINE)
+        try:
+            yield
+        finally:
+            go_on.set()
+            reading.result(DEADLINE)
+
+
+@pytest.mark.parametrize("lent", [DbWriter.reader, in_a_backup, in_a_tasks_block])
+def test_a_slow_reader_is_named_once_while_it_is_open_and_the_writer_sleeps(
+    path: Path, caplog: pytest.LogCaptureFixture, lent: Any
+) -> None:
+    with DbWriter(path, slow_after=0.05) as db:
+        db.flush()
+        wakes: list[object] = []
+        wake_consumer = db._core.queue.wake_consumer
+        db._core.queue.wake_consumer = lambda: wakes.append(wake_consumer())  # type: ignore[method-assign]
+        with lent(db):
+            until = monotonic() + DEADLINE
+            while not any("is open since" in message for message in caplog.messages) and monotonic() < until:
+                threading.Event().wait(0.01)
+        assert wakes == []
+    assert len([message for message in caplog.messages if message.startswith("slow: ")]) == 1
+
+
+def test_those_who_come_in_a_pause_are_admitted_in_order_at_its_end_or_when_its_time_is_over(path: Path) -> None:
+    served: list[int] = []
+    with DbWriter(path, readers=1) as db, ThreadPoolExecutor() as pool:
+        db.read("SELECT 1")
+        for seconds in (DEADLINE, 0.02):
+            served.clear()
+            readings = []
+            with db._core.pool.pause(seconds):
+                for n in range(3):
+                    readings.append(pool.submit(db.read, lambda connection, n=n: served.append(n)))
+                    while seconds == DEADLINE and db.stats().readers_waiting <= n:
+                        pass
+                if seconds == DEADLINE:
+                    assert served == []
+                else:
+                    wait(readings, DEADLINE)  # the clock ends it
+            wait(readings, DEADLINE)
+            assert served == [0, 1, 2] if seconds == DEADLINE else sorted(served) == [0, 1, 2]
+            assert db.stats().readers_in_use == 0
+
+
+def test_a_pause_that_nobody_ends_is_over_for_the_next_who_comes(path: Path) -> None:
+    with DbWriter(path, inline=True, readers=1) as db:  # which has no clock
+        db.read("SELECT 1")
+        with db._core.pool._lock:
+            db._core.pool._paused_until = 1.0  # as Ctrl-C may leave it
+        assert db.read_value("SELECT 2", timeout=DEADLINE) == 2
+        assert (db._core.pool._paused_until, db._core.pool._count, db.stats().readers_waiting) == (0.0, 1, 0)

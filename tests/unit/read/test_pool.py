@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from helpers import DEADLINE
-from onewriter import DbWriter, ReadTimeoutError, ReentrantWriteError, WriterBrokenError, WriterClosedError
-from onewriter.read.pool import Borrowing
+from onewriter import DbWriter, ReadTimeoutError, ReentrantWriteError, WriterBrokenError, WriterClosedError, gateway
+from onewriter.read.claim import Claim
 from onewriter.read.reader import Reader
 
 INSERT = "INSERT INTO t VALUES (?)"
@@ -46,7 +46,7 @@ def test_waiters_for_a_connection_are_served_in_order_or_told(one: DbWriter) -> 
             waiting = []
             for n in range(4):
                 waiting.append(pool.submit(one.read, lambda connection, n=n: served.append(n)))
-                while len(one._core.pool._waiting) <= n:
+                while one._core.pool.waiting <= n:
                     pass
             with pytest.raises(ReadTimeoutError, match="the long one"):
                 pool.submit(one.read, "SELECT 1", timeout=0.01).result(DEADLINE)
@@ -57,12 +57,11 @@ def test_waiters_for_a_connection_are_served_in_order_or_told(one: DbWriter) -> 
 
 def test_an_interrupt_while_waiting_for_a_connection_loses_none(one: DbWriter, monkeypatch: pytest.MonkeyPatch) -> None:
     """The connection is handed over in the moment of the interrupt."""
-    from onewriter.read import pool as readers
 
-    class Interrupted(readers.Borrowing):
+    class Interrupted(Claim):
         def __init__(self, label: str) -> None:
             super().__init__(label)
-            self.wakeup = self
+            self.signal = self
 
         def acquire(self, timeout: float) -> bool:
             block.__exit__(None, None, None)
@@ -74,7 +73,7 @@ def test_an_interrupt_while_waiting_for_a_connection_loses_none(one: DbWriter, m
     with ThreadPoolExecutor(1) as pool:
         block = one.reader()
         pool.submit(block.__enter__).result(DEADLINE)
-        monkeypatch.setattr(readers, "Borrowing", Interrupted)
+        monkeypatch.setattr(gateway, "Claim", Interrupted)
         with pytest.raises(KeyboardInterrupt):
             one.read("SELECT 1")
         assert one.read("SELECT 1", timeout=DEADLINE) == [(1,)]
@@ -84,7 +83,7 @@ def test_waiters_are_told_when_the_gateway_closes(one: DbWriter) -> None:
     with ThreadPoolExecutor() as pool:
         with one.reader():
             waiting = pool.submit(one.read, "SELECT 1")
-            while not one._core.pool._waiting:
+            while not one._core.pool.waiting:
                 pass
             closing = pool.submit(one.close)
             with pytest.raises(WriterClosedError):
@@ -312,14 +311,14 @@ def test_close_waits_for_a_reader_and_refuses_the_next(one: DbWriter) -> None:
 def test_a_place_that_comes_in_the_moment_nobody_waits_any_more_is_free(
     one: DbWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    borrowing = Borrowing("a read")
-    borrowing.thread = 0  # of another thread
+    claim = Claim("a read")
+    claim.thread = 0  # of another thread
     with one.reader():
-        assert not one._core.pool.take_or_line_up(borrowing)
+        assert not one._core.pool.line_up(claim)
         monkeypatch.setattr(Reader, "reset", lambda reader: False)
     monkeypatch.undo()
-    assert (borrowing.has_place, borrowing.reader) == (True, None)  # the right to open another
-    one._core.pool.end(borrowing)
+    assert (claim.is_admitted, claim.reader) == (True, None)  # the right to open another
+    one._core.pool.end(claim)
     assert one.read_value(COUNT, timeout=DEADLINE) == 0
 
 

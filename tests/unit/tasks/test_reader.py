@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 
 from helpers import DEADLINE
-from onewriter import AsyncDbWriter, DbWriter, ReadTimeoutError, ReentrantWriteError, WriterClosedError, aio
-from onewriter.read.pool import Borrowing
+from onewriter import AsyncDbWriter, DbWriter, ReadTimeoutError, ReentrantWriteError, WriterClosedError
+from onewriter.read.claim import Claim
 from onewriter.read.reader import Snapshot
-from onewriter.tasks import reader
+from onewriter.tasks import reader, threads
 from onewriter.tasks.reader import AsyncReader
 
 INSERT = "INSERT INTO t VALUES (?)"
@@ -183,9 +183,8 @@ def test_a_read_that_no_thread_has_begun_gives_its_connection_back(path: Path, m
     async def main() -> None:
         async with opened(path, readers=1) as db:
             assert await rows(db) == []
-            assert db._pool is not None
             with monkeypatch.context() as patch:
-                patch.setattr(db._pool, "submit", lambda *_: concurrent.futures.Future())
+                patch.setattr(db._task_reads().threads, "submit", lambda *_: concurrent.futures.Future())
                 task = asyncio.create_task(rows(db))
                 await asyncio.sleep(0.001)
                 task.cancel()
@@ -223,10 +222,8 @@ def test_reads_are_held_back_for_a_moment_so_that_the_log_can_begin_anew(path: P
     async def main() -> None:
         async with opened(path) as db:
             await rows(db)
-            readers = db._core().pool
-            readers.holds_back = True
-            reading = await beats(3, rows(db))
-            readers.holds_back = False
+            with db._core().pool.pause(DEADLINE):
+                reading = await beats(3, rows(db))
             assert await reading == []
 
     run(main)
@@ -264,7 +261,6 @@ def test_a_read_that_is_cancelled_before_its_thread_begins_gives_its_connection_
         with DbWriter(path, readers=1) as inner:
             shared = AsyncDbWriter.wrap(inner)
             await shared.read("SELECT 1")
-            assert shared._pool is not None
             gate = threading.Event()
 
             async def enter() -> None:
@@ -272,7 +268,7 @@ def test_a_read_that_is_cancelled_before_its_thread_begins_gives_its_connection_
                     pytest.fail("entered")
 
             for read in (enter, lambda: shared.read("SELECT 1"), lambda: shared.read(lambda connection: None)):
-                busy = shared._pool.submit(gate.wait, DEADLINE)
+                busy = shared._task_reads().threads.submit(gate.wait, DEADLINE)
                 reading = asyncio.create_task(read())
                 while inner.stats().readers_in_use == 0:
                     await asyncio.sleep(0)
@@ -288,18 +284,13 @@ def test_a_read_that_is_cancelled_before_its_thread_begins_gives_its_connection_
     run(main)
 
 
-def test_a_read_is_held_back_only_while_somebody_asks_for_it_and_not_for_long(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_read_is_held_back_only_while_somebody_asks_for_it_and_not_for_long(path: Path) -> None:
     async def main() -> None:
         with DbWriter(path) as inner:
             shared = AsyncDbWriter.wrap(inner)
-            inner._core.pool.holds_back = True  # and nobody takes that back
-            assert await shared.read_value("SELECT 1") == 1
-            inner._core.pool.holds_back = False
-            monkeypatch.setattr(asyncio, "sleep", None)
-            assert await shared.read_value("SELECT 1") == 1
-            monkeypatch.undo()
+            with inner._core.pool.pause(0.05):  # which is over before the block is
+                assert await shared.read_value("SELECT 1", timeout=DEADLINE) == 1
+                assert await asyncio.to_thread(inner.read_value, "SELECT 1", timeout=DEADLINE) == 1
 
     run(main)
 
@@ -403,13 +394,12 @@ def test_a_reader_that_is_over_leaves_the_connection_of_the_next_borrower_alone(
         async with opened(path, readers=1) as db:
             async with db.reader() as over:
                 pass
-            pool, borrowing = db._core().pool, Borrowing("next")
-            assert pool.take_or_line_up(borrowing)
-            reader = pool.reader_of(borrowing, 100.0)
+            pool, claim = db._core().pool, Claim("next")
+            reader = pool.reader_of(claim, 100.0)
             with pytest.raises(sqlite3.ProgrammingError, match="has ended"):
                 await over.execute(COUNT)
             assert reader.deadline == 100.0
-            pool.end(borrowing)
+            pool.end(claim)
 
     run(main)
 
@@ -449,7 +439,8 @@ def test_an_interrupted_statement_that_nobody_waits_for_is_not_logged(path: Path
         asyncio.get_running_loop().set_exception_handler(lambda _, context: logged.append(context))
         async with opened(path) as db, db.reader() as reader:
             task = asyncio.create_task(reader.execute(ENDLESS))
-            await until(lambda: db._pool is not None and reader._turn.locked() and not db._pool._work_queue.qsize())
+            executor = db._task_reads().threads._executor
+            await until(lambda: executor is not None and reader._turn.locked() and not executor._work_queue.qsize())
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
@@ -517,8 +508,8 @@ def test_a_read_while_another_loop_closes_the_gateway_is_served(path: Path, monk
                     assert came.wait(DEADLINE)
                 return super().submit(call, *args, **options)
 
-        monkeypatch.setattr(aio, "ThreadPoolExecutor", Pool)
-        monkeypatch.setattr(shared, "_lock", Lock())
+        monkeypatch.setattr(threads, "ThreadPoolExecutor", Pool)
+        monkeypatch.setattr(shared._task_reads().threads, "_lock", Lock())
         assert run(lambda: shared.read_value("SELECT 1")) == 1
         closing[0].result(DEADLINE)
 
@@ -555,8 +546,8 @@ def test_a_reader_that_is_open_while_a_wrapper_closes_goes_on_and_comes_back(pat
                 assert (await reader.execute("SELECT 1")).fetchall() == [(1,)]
             assert inner.stats().readers_in_use == 0
             assert await AsyncDbWriter.wrap(inner).read_value("SELECT 2") == 2
-            assert shared._pool is not None
-            shared._pool.shutdown()
+            assert shared._reads is not None
+            shared._reads.threads.shutdown()
 
     run(main)
 
@@ -575,14 +566,12 @@ def test_close_in_the_midst_of_an_own_reader_is_refused_where_it_would_never_end
 
 def test_a_late_cancellation_does_not_hurry_the_next_borrower(path: Path) -> None:
     with DbWriter(path, readers=1) as db:
-        pool, first, second = db._core.pool, Borrowing("first"), Borrowing("second")
-        assert pool.take_or_line_up(first)
+        pool, first, second = db._core.pool, Claim("first"), Claim("second")
         pool.reader_of(first, 100.0)
         pool.expire(first)
         assert first.reader is not None
         assert first.reader.deadline == 0.0
         pool.end(first)
-        assert pool.take_or_line_up(second)
         reader = pool.reader_of(second, 100.0)
         pool.expire(first)
         assert (reader is first.reader, reader.deadline) == (True, 100.0)
@@ -593,9 +582,8 @@ def test_a_read_that_is_cancelled_before_its_connection_is_opened_gives_its_plac
     async def main() -> None:
         with DbWriter(path, readers=1) as inner:
             shared = AsyncDbWriter.wrap(inner)
-            shared._pool = ThreadPoolExecutor(1)
             gate = threading.Event()
-            busy = shared._pool.submit(gate.wait, DEADLINE)
+            busy = shared._task_reads().threads.submit(gate.wait, DEADLINE)
             reading = asyncio.create_task(shared.read("SELECT 1"))
             await until(lambda: inner.stats().readers_in_use == 1)
             reading.cancel()

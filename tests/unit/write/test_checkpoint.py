@@ -15,7 +15,7 @@ import pytest
 from helpers import DEADLINE, in_threads, parked
 from onewriter import DbWriter, WriteTimeoutError
 from onewriter.events import CheckpointEnded
-from onewriter.read.pool import Borrowing
+from onewriter.read.claim import Claim
 from onewriter.write import checkpoint
 from onewriter.write import writer as loop
 from onewriter.write.checkpoint import Checkpointer
@@ -105,10 +105,10 @@ def test_a_reader_that_is_held_back_comes_in_when_the_log_has_begun_anew(path: P
     with DbWriter(path) as db:
         fill(db)
         pool = db._core.pool
-        with pool.held_back(0.01):
+        with pool.pause(0.01):
             (rows,) = in_threads(lambda: db.read_value("SELECT count(*) FROM t"))
         assert rows == 100
-        with db.reader(), pool.held_back(0.01):  # one that stays is not waited for
+        with db.reader(), pool.pause(0.01):  # one that stays is not waited for
             pass
 
 
@@ -120,13 +120,13 @@ def test_readers_are_held_back_only_for_the_modes_that_need_a_log_without_reader
 ) -> None:
     with DbWriter(path) as db:
         seconds: list[float] = []
-        held_back = db._core.pool.held_back
+        pause = db._core.pool.pause
 
-        def record(least: float) -> Any:
-            seconds.append(least)
-            return held_back(least)
+        def record(most: float) -> Any:
+            seconds.append(most)
+            return pause(most)
 
-        monkeypatch.setattr(db._core.pool, "held_back", record)
+        monkeypatch.setattr(db._core.pool, "pause", record)
         assert not db.checkpoint(mode).busy
     assert [second > 0 for second in seconds[:1]] == [waits]
 
@@ -172,8 +172,8 @@ def test_an_idle_writer_empties_the_log_once_after_a_while(path: Path, monkeypat
 
 def grown_old(db: DbWriter) -> None:
     """Have the readers that are out be so for long."""
-    for borrowing in db._core.pool._lent:
-        borrowing.since -= 0.9
+    for claim in db._core.pool._lent:
+        claim.since -= 0.9
 
 
 def test_an_idle_reader_makes_not_every_commit_try_to_empty_the_log(path: Path) -> None:
@@ -203,15 +203,15 @@ def test_reads_are_not_held_back_for_a_reader_that_is_out_for_long(path: Path) -
         fill(db)
         with db.reader():
             grown_old(db)
-            with db._core.pool.held_back(0.5):
-                assert not db._core.pool.holds_back
+            with db._core.pool.pause(0.5):
+                assert not db._core.pool._paused_until
 
 
 def test_holding_reads_back_in_vain_makes_the_next_time_come_later_and_later(path: Path) -> None:
     with DbWriter(path, wal_limit=LIMIT) as db:
         checkpointer = db._core.writer._checkpointer
         checkpointer._kept_size = 2 * LIMIT
-        checkpointer._kept_by = [Borrowing("one for long")]
+        checkpointer._kept_by = [Claim("one for long")]
         checkpointer._count_hold_back(0.0)  # nobody was held back
         assert checkpointer._again_at == 0.0
         pauses = []
@@ -340,9 +340,9 @@ def test_a_checkpoint_waits_a_moment_for_those_who_read(db: DbWriter) -> None:
     def read() -> None:
         with db.reader():
             inside.set()
-            while not db._core.pool.holds_back:
-                for borrowing in db._core.pool._lent.copy():
-                    borrowing.since = monotonic()  # as if it had just come
+            while not db._core.pool._paused_until:
+                for claim in db._core.pool._lent.copy():
+                    claim.since = monotonic()  # as if it had just come
 
     def checkpoint() -> object:
         inside.wait(DEADLINE)

@@ -28,7 +28,8 @@ from onewriter import (
     WriterClosedError,
     WriteTimeoutError,
 )
-from onewriter.read.pool import Borrowing, ReaderPool
+from onewriter.read.claim import Claim
+from onewriter.read.pool import ReaderPool
 from onewriter.write import queue as queue_module
 
 DEADLINE = 30.0  # seconds; whatever takes longer hangs
@@ -251,7 +252,7 @@ def test_who_gives_up_its_place_in_a_line_is_not_looked_for(path: Path, monkeypa
     def compare(one: object, other: object) -> bool:
         raise AssertionError("the line is walked along")
 
-    for kind in (queue_module._Waiter, Borrowing):
+    for kind in (queue_module._Waiter, Claim):
         monkeypatch.setattr(kind, "__eq__", compare, raising=False)
         monkeypatch.setattr(kind, "__hash__", object.__hash__)
 
@@ -259,9 +260,9 @@ def test_who_gives_up_its_place_in_a_line_is_not_looked_for(path: Path, monkeypa
         gateway = AsyncDbWriter.wrap(db)
         with parked(db):
             db.enqueue(INSERT, (0,))
-            taken = Borrowing("the only one")
-            taken.wakeup = asyncio.get_running_loop().create_future()
-            assert readers.take_or_line_up(taken)
+            taken = Claim("the only one")
+            taken.signal = asyncio.get_running_loop().create_future()
+            assert readers.line_up(taken)
             tasks = [asyncio.create_task(gateway.enqueue_wait(INSERT, (n,), timeout=None)) for n in range(1, 50)]
             reads = [asyncio.create_task(gateway.read("SELECT 1", timeout=None)) for _ in range(50)]
             while len(db._core.queue._room) < 49 or readers.waiting < 50:

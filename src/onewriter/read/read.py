@@ -1,0 +1,87 @@
+"""SqlRead, FunctionRead: one read, not yet where. Made once, by either face."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable
+from typing import Any, Generic, TypeAlias, TypeVar
+
+from onewriter.base.arguments import check_read, check_sql, name_of
+from onewriter.read.reader import Fetch, Reader, Snapshot
+from onewriter.sqlite.parameters import capture
+from onewriter.sqlite.result import refuse_live
+from onewriter.sqlite.statement import Parameters
+from onewriter.write.transaction import Transaction
+
+T = TypeVar("T")
+
+
+FETCHALL: Fetch[list[Any]] = sqlite3.Cursor.fetchall
+FETCHONE: Fetch[Any] = sqlite3.Cursor.fetchone
+
+
+def select(sql: str, parameters: Parameters, fetch: Fetch[T], label: str, reader: Reader) -> T:
+    """Run one SELECT with a connection of the pool."""
+    reader.guard.text = sql
+    return reader.attempt(label, reader.fetch, sql, parameters, fetch)  # type: ignore[no-any-return]
+
+
+class SqlRead(Generic[T]):
+    """One SELECT, and what of its rows is wanted."""
+
+    __slots__ = ("fetch", "label", "parameters", "sql")
+
+    def __init__(self, sql: str, parameters: Parameters, fetch: Fetch[T], label: str) -> None:
+        self.sql = sql
+        self.parameters = parameters
+        self.fetch = fetch
+        self.label = label
+
+    def inside(self, loan: Transaction | Snapshot, until: float) -> T:
+        """Read in an open job, block or reader."""
+        if isinstance(loan, Snapshot):
+            return loan.query(self.sql, self.parameters, self.fetch, self.label, until)
+        rows: T = loan.query(self.sql, self.parameters, self.fetch, until)
+        return rows
+
+    def alone(self, reader: Reader) -> T:
+        """Read with a connection of the pool."""
+        return select(self.sql, self.parameters, self.fetch, self.label, reader)
+
+
+class FunctionRead(Generic[T]):
+    """A function of the user's, which sees one snapshot."""
+
+    __slots__ = ("function", "label")
+
+    def __init__(self, function: Callable[[sqlite3.Connection], T], label: str) -> None:
+        self.function = function
+        self.label = label
+
+    def inside(self, loan: Transaction | Snapshot, until: float) -> T:
+        """Call it in an open job, block or reader."""
+        if isinstance(loan, Snapshot):
+            return loan.read_with(self.function, self.label, until)
+        return loan.read_with(self.function, until)
+
+    def alone(self, reader: Reader) -> T:
+        """Call it with a connection of the pool."""
+        with reader.snapshot(self.label) as snapshot:
+            return refuse_live(reader.attempt(self.label, self.function, snapshot.to_lend, again=False))
+
+
+Read: TypeAlias = SqlRead[T] | FunctionRead[T]
+
+
+def sql_read(sql: str, params: Any, fetch: Fetch[T], label: str | None) -> SqlRead[T]:
+    """A SELECT with its parameters as they are now."""
+    parameters = capture(check_sql(sql), params)
+    return SqlRead(sql, parameters, fetch, f"{label!r} ({sql})" if label else sql)
+
+
+def read_of(what: str | Callable[[sqlite3.Connection], Any], params: Any, label: str | None) -> Read[Any]:
+    """What ``read`` is asked for."""
+    check_read(what, params)
+    if isinstance(what, str):
+        return sql_read(what, params, FETCHALL, label)
+    return FunctionRead(what, repr(label or name_of(what)))

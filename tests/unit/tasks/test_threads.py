@@ -1,0 +1,154 @@
+"""TaskReads: where the reads of tasks wait, and in which threads SQLite is called for them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sqlite3
+import threading
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers import DEADLINE
+from onewriter import AsyncDbWriter, DbWriter
+
+Leave = Callable[[AsyncDbWriter], Coroutine[Any, Any, None]]
+
+
+async def normally(db: AsyncDbWriter) -> None:
+    async with db.reader() as reader:
+        await reader.execute("SELECT 1")
+
+
+async def by_an_error(db: AsyncDbWriter) -> None:
+    with pytest.raises(LookupError):
+        async with db.reader():
+            raise LookupError
+
+
+async def cancelled(db: AsyncDbWriter) -> None:
+    entered = asyncio.Event()
+
+    async def read() -> None:
+        async with db.reader():
+            entered.set()
+            await asyncio.Event().wait()
+
+    task = asyncio.create_task(read())
+    await entered.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def cancelled_at_each_step(db: AsyncDbWriter) -> None:
+    """Before it waits for its connection, while that is opened and pinned, in the block, while it leaves."""
+
+    async def read() -> None:
+        async with db.reader() as reader:
+            await reader.execute("SELECT 1")
+
+    for steps in range(40):
+        task = asyncio.create_task(read())
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+async def as_the_loop_ends(db: AsyncDbWriter) -> None:
+    entered = asyncio.Event()
+
+    async def read() -> None:
+        async with db.reader():
+            entered.set()
+            await asyncio.Event().wait()
+
+    kept.append(asyncio.create_task(read()))
+    await entered.wait()  # asyncio.run cancels what is left
+
+
+async def as_its_generator_is_closed(db: AsyncDbWriter) -> None:
+    reader = db.reader()
+    await reader.__aenter__()
+    kept.append(reader)  # asyncio.run closes what is left
+
+
+kept: list[Any] = []
+
+
+@pytest.mark.parametrize(
+    "leave", [normally, by_an_error, cancelled, cancelled_at_each_step, as_the_loop_ends, as_its_generator_is_closed]
+)
+def test_no_statement_of_a_reader_runs_in_the_thread_of_a_loop(path: Path, leave: Leave) -> None:
+    statements: list[tuple[int, str]] = []
+
+    def trace(connection: sqlite3.Connection, readonly: bool) -> None:
+        if readonly:
+            connection.set_trace_callback(lambda sql: statements.append((threading.get_ident(), sql)))
+
+    async def main() -> None:
+        await leave(AsyncDbWriter.wrap(db))
+
+    with DbWriter(path, readers=1, on_connect=trace) as db:
+        asyncio.run(main())
+        kept.clear()
+        here = [sql for thread, sql in statements if thread == threading.get_ident()]
+        assert here == []
+        assert any(sql.startswith("ROLLBACK") for _, sql in statements)
+        assert db.stats().readers_in_use == 0
+        assert db.read_value("SELECT 1", timeout=DEADLINE) == 1
+
+
+def test_a_block_that_is_left_after_the_gateway_was_closed_closes_its_connection_elsewhere(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[int] = []
+
+    class Connection(sqlite3.Connection):
+        def close(self) -> None:
+            threads.append(threading.get_ident())
+            super().close()
+
+    async def main() -> None:
+        async with AsyncDbWriter.wrap(db).reader():
+            await asyncio.to_thread(db.close, 0.0)
+            db._core.pool._lent.copy().pop().reader.connection = connection  # type: ignore[union-attr]
+
+    db = DbWriter(path, readers=1)
+    connection = sqlite3.connect(":memory:", factory=Connection, check_same_thread=False)
+    asyncio.run(main())
+    assert threads
+    assert threading.get_ident() not in threads
+
+
+def test_a_claim_that_is_given_up_when_the_pool_is_closed_leaves_the_closing_to_a_thread(path: Path) -> None:
+    async def main() -> None:
+        gateway = AsyncDbWriter.wrap(db)
+        busy = gateway._task_reads().threads.submit(gate.wait, DEADLINE)
+        reading = asyncio.create_task(gateway.read("SELECT 1"))
+        while not db.stats().readers_in_use:
+            await asyncio.sleep(0)
+        (claim,) = db._core.pool._lent
+        assert claim.reader is not None
+        await asyncio.to_thread(db.close, 0.0)
+        reading.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reading
+        assert claim.reader is not None  # its thread is still busy
+        assert db.stats().readers_in_use == 1
+        gate.set()
+        await asyncio.wrap_future(busy)
+        while db.stats().readers_in_use:
+            await asyncio.sleep(0)
+        assert claim.reader is None
+
+    gate = threading.Event()
+    db = DbWriter(path, readers=1)
+    assert db.read("SELECT 1") == [(1,)]
+    asyncio.run(main())
+    db.close()
