@@ -44,8 +44,8 @@ from onewriter.tasks.reader import AsyncReader, read_snapshot
 from onewriter.write.block import BlockFailedError
 from onewriter.write.checkpoint import Checkpoint
 from onewriter.write.driver import not_entered
+from onewriter.write.loan import ENDED, WriteLoan
 from onewriter.write.ticket import Job, Ticket
-from onewriter.write.transaction import ENDED, Transaction
 
 T = TypeVar("T")
 FETCHALL, FETCHONE = operator.methodcaller("fetchall"), operator.methodcaller("fetchone")  # of a lent cursor, too
@@ -356,7 +356,7 @@ class AsyncDbWriter(Strict):
             raise cancelled
         block.result()
 
-    async def _enter(self, db: DbWriter, block: TaskBlock, timeout: Seconds) -> Transaction:
+    async def _enter(self, db: DbWriter, block: TaskBlock, timeout: Seconds) -> WriteLoan:
         db._submit(block, None)
         try:
             async with self._within(block.granted, timeout):
@@ -380,7 +380,7 @@ class AsyncDbWriter(Strict):
         assert block.transaction is not None
         return block.transaction
 
-    def _call_back(self, db: DbWriter, block: TaskBlock, transaction: Transaction) -> None:
+    def _call_back(self, db: DbWriter, block: TaskBlock, transaction: WriteLoan) -> None:
         callbacks = transaction.callbacks(committed=block.failed_with is None)
         call_all_safely(db._state, [(callback,) for callback in callbacks])
 
@@ -498,9 +498,9 @@ class AsyncDbWriter(Strict):
             return await block.call(block.lends().read_with, function, deadline, until=deadline)
         if isinstance(here, AsyncReader):
             return await here._call(deadline, read_snapshot, self._gateway()._readers, function, name)
-        if isinstance(here, Transaction) and here.is_of_function:  # whose thread this is
+        if isinstance(here, WriteLoan) and here.is_of_function:  # whose thread this is
             return here.read_with(function, deadline)
-        if isinstance(here, Transaction):
+        if isinstance(here, WriteLoan):
             return await self._in_pool(functools.partial(here.read_with, function, deadline), None)
         if here is not None:
             return await self._in_pool(functools.partial(here.call_with, function, name, deadline), None)

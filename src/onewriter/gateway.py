@@ -64,7 +64,8 @@ from onewriter.sqlite.statement import Parameters, check_many
 from onewriter.write.block import BlockJob
 from onewriter.write.checkpoint import Checkpoint
 from onewriter.write.driver import Driver, InlineDriver, ThreadDriver
-from onewriter.write.jobs import BareStatementJob, ControlJob, FunctionJob, StatementJob
+from onewriter.write.jobs import BareStatementJob, ControlJob, FunctionJob, LoanJob, StatementJob
+from onewriter.write.loan import WriteLoan
 from onewriter.write.queue import JobQueue
 from onewriter.write.ticket import Job, Ticket
 from onewriter.write.transaction import Transaction
@@ -334,7 +335,7 @@ class DbWriter(Strict):
                 inner = outer.nested()
                 try:
                     with scopes.inside(inner, writes=True):
-                        yield inner
+                        yield Transaction(inner)
                 finally:
                     inner.end()
             return
@@ -353,7 +354,7 @@ class DbWriter(Strict):
             finally:
                 state.entering.discard(me)
             try:
-                yield transaction
+                yield Transaction(transaction)
             except GeneratorExit:  # closed, or collected, perhaps long after it was lost
                 self._leave(job, scope, failed=True)
                 if job.nested:
@@ -506,7 +507,7 @@ class DbWriter(Strict):
         check_read(what, params)
         here, deadline = self._wait_for(after, timeout, label)
         name = repr(label or name_of(what))
-        if isinstance(here, Transaction):
+        if isinstance(here, WriteLoan):
             return here.read_with(what, deadline)
         if here is not None:
             return here.call_with(what, name, deadline)
@@ -552,7 +553,7 @@ class DbWriter(Strict):
             return
         writer = self._state.scopes.innermost(writes=True)
         # A job's SQL has its limit, wherever it runs; a block is taken away, and its thread may go on reading.
-        until = writer.held_until if isinstance(writer, Transaction) and writer.is_of_function else math.inf
+        until = writer.held_until if isinstance(writer, WriteLoan) and writer.is_of_function else math.inf
         with self._readers.snapshot(label, deadline, until) as snapshot:
             self._loop.queue.wake_consumer()  # an idle writer watches for slow readers
             yield snapshot.to_lend
@@ -714,14 +715,14 @@ class DbWriter(Strict):
         check_many(check_sql(sql))
         check_label(label)
         captured = capture_many(sql, rows)
-        return FunctionJob(self._state, lambda tx: tx.statement_many(sql, captured), label, frame, sql=sql)
+        return LoanJob(self._state, lambda loan: loan.statement_many(sql, captured), label, frame, sql=sql)
 
     def _script(self, sql: str, label: Label, foreign_keys: bool | None, frame: types.FrameType) -> Job[None]:
         check_sql(sql)
         check_label(label)
         check_foreign_keys(foreign_keys)
         name = sql or "script"
-        return FunctionJob(self._state, lambda tx: tx.script(sql), label, frame, foreign_keys=foreign_keys, sql=name)
+        return LoanJob(self._state, lambda loan: loan.script(sql), label, frame, foreign_keys=foreign_keys, sql=name)
 
     def _bare(self, sql: str, params: Any, label: Label, frame: types.FrameType) -> Job[Result]:
         return BareStatementJob(self._state, check_sql(sql), capture(sql, params), check_label(label), frame, False)
@@ -802,26 +803,26 @@ class DbWriter(Strict):
         fetch: Callable[[sqlite3.Cursor], Any],
     ) -> Any:
         here, deadline = self._wait_for(after, timeout, label)
-        if isinstance(here, Transaction):
+        if isinstance(here, WriteLoan):
             return here.query(sql, parameters, fetch, deadline)
         name = f"{label!r} ({sql})" if label else sql
         if here is not None:
             return here.read(sql, parameters, fetch, name, deadline)
         return self._readers.read(sql, parameters, fetch, name, deadline)
 
-    def _transaction_here(self) -> Transaction | None:
+    def _transaction_here(self) -> WriteLoan | None:
         """The transaction that a blocking write belongs to; none inside a task's block, whose writes are awaited."""
         here = self._state.here()
-        return here if isinstance(here, Transaction) else None
+        return here if isinstance(here, WriteLoan) else None
 
-    def _reads_from(self) -> Transaction | Snapshot | None:
+    def _reads_from(self) -> WriteLoan | Snapshot | None:
         """What the innermost job, block or reader around the caller lends to a read; None: the pool does."""
         here = self._state.scopes.innermost()
         if here is None:
             self._state.here()  # inside a statement of the writer nothing can be read
         return here.lends() if here is not None else None
 
-    def _wait_for(self, after: After, timeout: Seconds, label: Label) -> tuple[Transaction | Snapshot | None, float]:
+    def _wait_for(self, after: After, timeout: Seconds, label: Label) -> tuple[WriteLoan | Snapshot | None, float]:
         """Wait until the write ``after`` is committed; returns where the read goes, and its deadline."""
         warn_of_blocking()
         if label is not None:

@@ -21,13 +21,13 @@ from onewriter import (
     AsyncTransaction,
     DbWriter,
     ReentrantWriteError,
-    Transaction,
     TransactionClosedError,
     WriterClosedError,
     WriteTimeoutError,
 )
 from onewriter.read.pool import Borrowing
 from onewriter.tasks import block as taskblock
+from onewriter.write.loan import WriteLoan
 
 INSERT = "INSERT INTO t VALUES (?)"
 Hesitant = tuple[list[taskblock.TaskBlock], threading.Event]
@@ -67,7 +67,7 @@ def hesitant(monkeypatch: pytest.MonkeyPatch) -> Hesitant:
     go_on = threading.Event()
     perform = taskblock.TaskBlock.perform
 
-    def hesitate(block: taskblock.TaskBlock, tx: Transaction) -> None:
+    def hesitate(block: taskblock.TaskBlock, tx: WriteLoan) -> None:
         blocks.append(block)
         go_on.wait(DEADLINE)
         perform(block, tx)

@@ -21,8 +21,8 @@ from onewriter.sqlite.parameters import capture, capture_many
 from onewriter.sqlite.result import Result
 from onewriter.sqlite.statement import check_many
 from onewriter.write.block import BlockFailedError
+from onewriter.write.loan import ENDED, TOO_LONG, WriteLoan
 from onewriter.write.ticket import Job
-from onewriter.write.transaction import ENDED, TOO_LONG, Transaction
 
 T = TypeVar("T")
 LOOK = 0.05  # seconds between two looks at whether the loop is closed
@@ -60,7 +60,7 @@ class TaskBlock(Job[None]):
         super().__init__(state, label or "transaction", frame, None)
         self.max_hold = max_hold
         self.loop = asyncio.get_running_loop()
-        self.transaction: Transaction | None = None
+        self.transaction: WriteLoan | None = None
         self.failed = False
         self.granted: asyncio.Future[None] = self.loop.create_future()
         self._waiters = [self.granted]
@@ -74,7 +74,7 @@ class TaskBlock(Job[None]):
     def block(self) -> TaskBlock:
         return self
 
-    def lends(self) -> Transaction:
+    def lends(self) -> WriteLoan:
         """Where the blocking reads of its task go."""
         assert self.transaction is not None
         return self.transaction
@@ -88,7 +88,7 @@ class TaskBlock(Job[None]):
         if not self.loop.is_running():
             self.end(failed=True)
 
-    def perform(self, tx: Transaction) -> None:
+    def perform(self, tx: WriteLoan) -> None:
         tx.limit(self.max_hold)
         tx.watch()  # so that the end of the block ends a statement too
         tx.lend()
@@ -114,7 +114,7 @@ class TaskBlock(Job[None]):
         if self.failed:
             raise BlockFailedError
 
-    def _serve(self, tx: Transaction, until: float) -> None:
+    def _serve(self, tx: WriteLoan, until: float) -> None:
         while True:
             try:
                 request = self._requests.get(timeout=max(0.0, min(until - monotonic(), LOOK)))
@@ -183,12 +183,12 @@ class TaskBlock(Job[None]):
                 raise self.closed_error()
             self._requests.put(lambda: function(*args))
 
-    def keep(self, transaction: Transaction, which: str, fn: Callable[[], object]) -> None:
+    def keep(self, transaction: WriteLoan, committed: bool, fn: Callable[[], object]) -> None:
         """Keep a callback: now, since the block may fail before the writer would come to it."""
         with self._lock:
             if not self._accepts:
                 raise self.closed_error()
-            transaction.keep_for_task(which, fn)
+            transaction.keep_for_task(committed, fn)
 
     def closed_error(self) -> Exception:
         assert self.transaction is not None
@@ -241,7 +241,7 @@ class TaskSavepoint:
         self.outer = outer
         self.is_open = True
 
-    def lends(self) -> Transaction:
+    def lends(self) -> WriteLoan:
         return self.block.lends()
 
 
@@ -258,7 +258,7 @@ class AsyncTransaction(Strict):
     Tasks that share one are served one after the other.
     """
 
-    def __init__(self, block: TaskBlock, transaction: Transaction) -> None:
+    def __init__(self, block: TaskBlock, transaction: WriteLoan) -> None:
         self._block = block
         self._transaction = transaction
 
@@ -278,7 +278,7 @@ class AsyncTransaction(Strict):
 
     def executescript(self, sql: str, /) -> Coroutine[Any, Any, None]:
         """As ``Transaction.executescript``."""
-        return self._block.call(self._transaction.executescript, check_sql(sql))
+        return self._block.call(self._transaction.whole_script, check_sql(sql))
 
     @contextlib.asynccontextmanager
     async def savepoint(self) -> AsyncIterator[None]:
@@ -310,11 +310,11 @@ class AsyncTransaction(Strict):
 
     def on_commit(self, fn: Callable[[], object], /) -> None:
         """Call ``fn()`` once, on the loop, after COMMIT. Not if the transaction is rolled back."""
-        self._block.keep(self._transaction, "_after_commit", fn)
+        self._block.keep(self._transaction, True, fn)
 
     def on_rollback(self, fn: Callable[[], object], /) -> None:
         """Call ``fn()`` once, on the loop, after the transaction, if this part of it was rolled back."""
-        self._block.keep(self._transaction, "_after_rollback", fn)
+        self._block.keep(self._transaction, False, fn)
 
 
 async def _leave_well(block: TaskBlock, savepoint: contextlib.AbstractContextManager[None]) -> None:

@@ -9,8 +9,9 @@ from asyncio import AbstractEventLoop, _get_running_loop
 from time import monotonic
 
 from onewriter.base.state import State
+from onewriter.errors import TransactionClosedError
+from onewriter.write.loan import ENDED, TOO_LONG, WriteLoan
 from onewriter.write.ticket import Job
-from onewriter.write.transaction import ENDED, TOO_LONG, Transaction
 
 
 class BlockFailedError(Exception):
@@ -39,7 +40,7 @@ class BlockJob(Job[None]):
         self.max_hold = max_hold
         self.thread = threading.current_thread()  # which enters it
         self.loop = _get_running_loop()  # of that thread
-        self.transaction: Transaction | None = None
+        self.transaction: WriteLoan | None = None
         self.failed = False
         self.nested = 0  # writes of others that were told that they are done, as a part of it
         self.granted, self.given_back = threading.Lock(), threading.Lock()
@@ -56,7 +57,7 @@ class BlockJob(Job[None]):
         if not self.thread.is_alive():
             self.give_back(failed=True)
 
-    def lend(self, transaction: Transaction) -> None:
+    def lend(self, transaction: WriteLoan) -> None:
         """Let those that wait for it have the transaction."""
         transaction.lend()
         with self._state.lock:
@@ -72,14 +73,14 @@ class BlockJob(Job[None]):
             with contextlib.suppress(RuntimeError):  # given back in this moment
                 self.given_back.release()
 
-    def perform(self, tx: Transaction) -> None:
+    def perform(self, tx: WriteLoan) -> None:
         """Lend the transaction, and wait until it is given back, or has to be taken back."""
         self.lend(tx)
         until = self.started_at + self.max_hold
         while not self.given_back.acquire(timeout=self._patience(until)):
             self._state.warn_if_slow(monotonic())
             if monotonic() >= until:
-                tx.take_back(TOO_LONG)
+                tx.revoke(TOO_LONG)
                 raise tx.closed_error()
         self.wait_for_call(tx)
 
@@ -89,11 +90,22 @@ class BlockJob(Job[None]):
         next_look = until if slow < now else min(until, slow + 0.001)
         return max(0.0, min(next_look - now, threading.TIMEOUT_MAX))
 
-    def wait_for_call(self, tx: Transaction) -> None:
+    def end_inline(self, tx: WriteLoan) -> BaseException | None:
+        """Given back, in the thread that is the writer, which has not waited: returns what has failed it."""
+        failure: BaseException | None = None
+        try:
+            self.wait_for_call(tx)
+        except (BlockFailedError, TransactionClosedError) as error:
+            failure = error
+        if tx.is_overdue:
+            tx.revoke(TOO_LONG)
+        return tx.closed_error() if tx.was_too_long else failure
+
+    def wait_for_call(self, tx: WriteLoan) -> None:
         """Given back, another thread may be inside SQLite yet: what fails does not wait for that to end by itself."""
         if self.failed:
-            tx.take_back(ENDED)
+            tx.revoke(ENDED)
             raise BlockFailedError
         if not tx.wait_for_call(self.started_at + self.max_hold):
-            tx.take_back(TOO_LONG)
+            tx.revoke(TOO_LONG)
             raise tx.closed_error()

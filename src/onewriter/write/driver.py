@@ -13,8 +13,8 @@ from onewriter.base.log import Reporter
 from onewriter.base.waiting import wait_in_slices
 from onewriter.errors import QueueFullError, ReentrantWriteError, WriteTimeoutError, closed_error, forked_error
 from onewriter.write.block import BlockJob
+from onewriter.write.loan import WriteLoan
 from onewriter.write.ticket import Job
-from onewriter.write.transaction import Transaction
 from onewriter.write.writer import MOST_TAKEN, Writer
 
 
@@ -26,7 +26,7 @@ class Driver(Protocol):
     def submit(self) -> Callable[[Job[Any], float | None], None]:
         """Accepts a job, given with the seconds to wait for room, if it is bounded."""
 
-    def enter(self, job: BlockJob, timeout: float | None) -> Transaction:
+    def enter(self, job: BlockJob, timeout: float | None) -> WriteLoan:
         """Wait for the block's turn and return its transaction."""
 
     def leave(self, job: BlockJob) -> None:
@@ -69,7 +69,7 @@ class ThreadDriver:
             finally:
                 del failure
 
-    def enter(self, job: BlockJob, timeout: float | None) -> Transaction:
+    def enter(self, job: BlockJob, timeout: float | None) -> WriteLoan:
         self._loop.queue.put(job)
         until = math.inf if timeout is None else monotonic() + timeout
         with self._loop.queue.waiting():
@@ -158,7 +158,7 @@ class InlineDriver:
         finally:
             self._give_turn()
 
-    def enter(self, job: BlockJob, timeout: float | None) -> Transaction:
+    def enter(self, job: BlockJob, timeout: float | None) -> WriteLoan:
         if not self._take_turn(timeout):
             job.cancel()
             raise not_entered(job, timeout, self._loop)
@@ -254,7 +254,7 @@ class InlineDriver:
             self._loop.state.writer_thread = 0
 
 
-def entered(job: BlockJob) -> Transaction:
+def entered(job: BlockJob) -> WriteLoan:
     if job.transaction is None:
         job.result()  # raises why
     assert job.transaction is not None
