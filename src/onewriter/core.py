@@ -43,7 +43,7 @@ from onewriter.sqlite.result import Result
 from onewriter.sqlite.statement import check_many
 from onewriter.write.checkpoint import Checkpoint
 from onewriter.write.driver import Driver, InlineDriver, ThreadDriver
-from onewriter.write.jobs import BareStatementJob, ControlJob, FunctionJob, StatementJob
+from onewriter.write.jobs import BareStatementJob, ControlJob, FunctionJob, LoanJob, StatementJob
 from onewriter.write.queue import JobQueue
 from onewriter.write.ticket import Job, Ticket
 from onewriter.write.transaction import Transaction
@@ -140,14 +140,14 @@ class Core:
         check_many(check_sql(sql))
         check_label(label)
         captured = capture_many(sql, rows)
-        return FunctionJob(self.state, lambda tx: tx.statement_many(sql, captured), label, frame, sql=sql)
+        return LoanJob(self.state, lambda loan: loan.statement_many(sql, captured), label, frame, sql=sql)
 
     def script(self, sql: str, label: Label, foreign_keys: bool | None, frame: types.FrameType) -> Job[None]:
         check_sql(sql)
         check_label(label)
         check_foreign_keys(foreign_keys)
         name = sql or "script"
-        return FunctionJob(self.state, lambda tx: tx.script(sql), label, frame, foreign_keys=foreign_keys, sql=name)
+        return LoanJob(self.state, lambda loan: loan.script(sql), label, frame, foreign_keys=foreign_keys, sql=name)
 
     def bare(self, sql: str, params: Any, label: Label, frame: types.FrameType) -> Job[Result]:
         return BareStatementJob(self.state, check_sql(sql), capture(sql, params), check_label(label), frame, False)

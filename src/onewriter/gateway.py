@@ -34,6 +34,7 @@ from onewriter.sqlite.result import Result, first_value
 from onewriter.write.block import ThreadBlock, nested, outermost
 from onewriter.write.checkpoint import Checkpoint
 from onewriter.write.jobs import FunctionJob, StatementJob
+from onewriter.write.loan import WriteLoan
 from onewriter.write.ticket import Job, Ticket
 from onewriter.write.transaction import Transaction
 
@@ -389,7 +390,7 @@ class DbWriter(Strict):
             return
         writer = self._state.scopes.innermost(writes=True)
         # A job's SQL has its limit, wherever it runs; a block is taken away, and its thread may go on reading.
-        until = writer.held_until if isinstance(writer, Transaction) and writer.is_of_function else math.inf
+        until = writer.held_until if isinstance(writer, WriteLoan) and writer.is_of_function else math.inf
         with self._core.pool.snapshot(label, deadline, until) as snapshot:
             yield snapshot.to_lend
 
@@ -535,19 +536,19 @@ class DbWriter(Strict):
         here, until = self._wait_for(after, timeout, label)
         return self._core.pool.use(Claim(read.label), read.alone, until) if here is None else read.inside(here, until)
 
-    def _transaction_here(self) -> Transaction | None:
+    def _transaction_here(self) -> WriteLoan | None:
         """The transaction that a blocking write belongs to; none inside a task's block, whose writes are awaited."""
         here = self._state.here()
-        return here if isinstance(here, Transaction) else None
+        return here if isinstance(here, WriteLoan) else None
 
-    def _reads_from(self) -> Transaction | Snapshot | None:
+    def _reads_from(self) -> WriteLoan | Snapshot | None:
         """What the innermost job, block or reader around the caller lends to a read; None: the pool does."""
         here = self._state.scopes.innermost()
         if here is None:
             self._state.here()  # inside a statement of the writer nothing can be read
         return here.lends() if here is not None else None
 
-    def _wait_for(self, after: After, timeout: Seconds, label: Label) -> tuple[Transaction | Snapshot | None, float]:
+    def _wait_for(self, after: After, timeout: Seconds, label: Label) -> tuple[WriteLoan | Snapshot | None, float]:
         """Wait until the write ``after`` is committed; returns where the read goes, and its deadline."""
         warn_of_blocking()
         if label is not None:

@@ -47,13 +47,13 @@ def test_a_hook_that_raises_is_told_by_the_constructor(path: Path) -> None:
 def test_when_the_writer_thread_dies_every_job_gets_an_error_of_its_own(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def die() -> None:
+    def die(todo: object) -> None:
         raise RuntimeError("the thread's own fault")
 
     db = DbWriter(path)
     with parked(db):
         tickets = [db.enqueue("SELECT 1") for _ in range(50)]
-        monkeypatch.setattr(db._core.writer, "_write_group", die)
+        monkeypatch.setattr(db._core.writer, "_write_next", die)
     errors = [ticket.exception(DEADLINE) for ticket in tickets]
     assert len({id(error) for error in errors}) == 50
     assert all(isinstance(error, WriterBrokenError) for error in errors)

@@ -186,22 +186,22 @@ def test_a_commit_that_met_a_lock_and_is_rolled_back_is_a_definite_failure(path:
         db.run("CREATE TABLE t (n INTEGER)")
         session, tried = db._core.writer._connection.session, []
         assert session is not None
-        own = session.internal
+        control = session.control
 
-        def busy(sql: str, parameters: tuple[object, ...] = ()) -> list[object]:
+        def busy(sql: str) -> None:
             if sql != "COMMIT":
-                return own(sql, parameters)
+                return control(sql)
             tried.append(sql)
             if len(tried) == after:
-                own("ROLLBACK")
+                control("ROLLBACK")
             error = sqlite3.OperationalError("database is locked")
             error.sqlite_errorcode, error.sqlite_errorname = sqlite3.SQLITE_BUSY, "SQLITE_BUSY"
             raise error
 
-        session.internal = busy  # type: ignore[method-assign]
+        session.control = busy  # type: ignore[method-assign]
         with pytest.raises(sqlite3.OperationalError, match="database is locked"):
             db.run("INSERT INTO t VALUES (1)")
-        del session.internal
+        del session.control
         assert len(tried) == after
         assert db.health == "ok"
         db.run("INSERT INTO t VALUES (2)")

@@ -11,7 +11,7 @@ from onewriter.read.reader import Fetch, Reader, Snapshot
 from onewriter.sqlite.parameters import capture
 from onewriter.sqlite.result import refuse_live
 from onewriter.sqlite.statement import Parameters
-from onewriter.write.transaction import Transaction
+from onewriter.write.loan import WriteLoan
 
 T = TypeVar("T")
 
@@ -37,7 +37,7 @@ class SqlRead(Generic[T]):
         self.fetch = fetch
         self.label = label
 
-    def inside(self, loan: Transaction | Snapshot, until: float) -> T:
+    def inside(self, loan: WriteLoan | Snapshot, until: float) -> T:
         """Read in an open job, block or reader."""
         if isinstance(loan, Snapshot):
             return loan.query(self.sql, self.parameters, self.fetch, self.label, until)
@@ -58,7 +58,7 @@ class FunctionRead(Generic[T]):
         self.function = function
         self.label = label
 
-    def inside(self, loan: Transaction | Snapshot, until: float) -> T:
+    def inside(self, loan: WriteLoan | Snapshot, until: float) -> T:
         """Call it in an open job, block or reader."""
         if isinstance(loan, Snapshot):
             return loan.read_with(self.function, self.label, until)

@@ -21,8 +21,8 @@ from onewriter.sqlite.parameters import capture, capture_many
 from onewriter.sqlite.result import Result
 from onewriter.sqlite.statement import check_many
 from onewriter.write.block import Block, BlockFailedError, not_entered
+from onewriter.write.loan import ENDED, WriteLoan
 from onewriter.write.ticket import Job
-from onewriter.write.transaction import ENDED, Transaction
 
 T = TypeVar("T")
 Within: TypeAlias = "Callable[[asyncio.Future[None], float | None], contextlib.AbstractAsyncContextManager[None]]"
@@ -54,7 +54,7 @@ class TaskBlock(Block):
     def block(self) -> TaskBlock:
         return self
 
-    def lends(self) -> Transaction:
+    def lends(self) -> WriteLoan:
         """Where the blocking reads of its task go."""
         assert self.transaction is not None
         return self.transaction
@@ -67,7 +67,7 @@ class TaskBlock(Block):
         if self.loop is None or not self.loop.is_running():
             self.give_back(failed=True)
 
-    def lend(self, tx: Transaction) -> None:
+    def lend(self, tx: WriteLoan) -> None:
         tx.limit(self.max_hold)
         tx.watch()  # so that the end of the block ends a statement too
         tx.lend()
@@ -76,7 +76,7 @@ class TaskBlock(Block):
             self.transaction, self._waiters = tx, others or None
         wake([self.granted])
 
-    def perform(self, tx: Transaction) -> None:
+    def perform(self, tx: WriteLoan) -> None:
         scopes = self._state.scopes
         scopes.enter_job(tx)  # what a function that a task sends calls is inside
         try:
@@ -152,12 +152,12 @@ class TaskBlock(Block):
                 raise self.closed_error()
             self._requests.put(lambda: function(*args))
 
-    def keep(self, transaction: Transaction, which: str, fn: Callable[[], object]) -> None:
+    def keep(self, transaction: WriteLoan, committed: bool, fn: Callable[[], object]) -> None:
         """Keep a callback: now, since the block may fail before the writer would come to it."""
         with self._lock:
             if not self._accepts:
                 raise self.closed_error()
-            transaction.keep_for_task(which, fn)
+            transaction.keep_for_task(committed, fn)
 
     def closed_error(self) -> Exception:
         assert self.transaction is not None
@@ -210,7 +210,7 @@ class TaskSavepoint:
         self.outer = outer
         self.is_open = True
 
-    def lends(self) -> Transaction:
+    def lends(self) -> WriteLoan:
         return self.block.lends()
 
 
@@ -227,7 +227,7 @@ class AsyncTransaction(Strict):
     Tasks that share one are served one after the other.
     """
 
-    def __init__(self, block: TaskBlock, transaction: Transaction) -> None:
+    def __init__(self, block: TaskBlock, transaction: WriteLoan) -> None:
         self._block = block
         self._transaction = transaction
 
@@ -247,7 +247,7 @@ class AsyncTransaction(Strict):
 
     def executescript(self, sql: str, /) -> Coroutine[Any, Any, None]:
         """As ``Transaction.executescript``."""
-        return self._block.call(self._transaction.executescript, check_sql(sql))
+        return self._block.call(self._transaction.whole_script, check_sql(sql))
 
     @contextlib.asynccontextmanager
     async def savepoint(self) -> AsyncIterator[None]:
@@ -279,11 +279,11 @@ class AsyncTransaction(Strict):
 
     def on_commit(self, fn: Callable[[], object], /) -> None:
         """Call ``fn()`` once, on the loop, after COMMIT. Not if the transaction is rolled back."""
-        self._block.keep(self._transaction, "_after_commit", fn)
+        self._block.keep(self._transaction, True, fn)
 
     def on_rollback(self, fn: Callable[[], object], /) -> None:
         """Call ``fn()`` once, on the loop, after the transaction, if this part of it was rolled back."""
-        self._block.keep(self._transaction, "_after_rollback", fn)
+        self._block.keep(self._transaction, False, fn)
 
 
 async def _leave_well(block: TaskBlock, savepoint: contextlib.AbstractContextManager[None]) -> None:
@@ -358,7 +358,7 @@ async def outermost(
     block.result()
 
 
-async def _enter(block: TaskBlock, timeout: float | None, submit: Submit, within: Within) -> Transaction:
+async def _enter(block: TaskBlock, timeout: float | None, submit: Submit, within: Within) -> WriteLoan:
     submit(block, None)
     try:
         async with within(block.granted, timeout):

@@ -24,7 +24,7 @@ from onewriter.sqlite.statement import Parameters
 from onewriter.tasks.block import TaskBlock, TaskSavepoint
 from onewriter.tasks.calls import LoopDeadlines, until_done
 from onewriter.tasks.threads import ReadingThreads
-from onewriter.write.transaction import Transaction
+from onewriter.write.loan import WriteLoan
 
 T = TypeVar("T")
 
@@ -55,7 +55,7 @@ class TaskReads:
             return await here.block.call(read.inside, here.block.lends(), until, until=until)
         if isinstance(here, AsyncReader):
             return await here.call(until, read.inside, here.lends(), until)
-        if isinstance(here, Transaction) and here.is_of_function:  # whose thread this is
+        if isinstance(here, WriteLoan) and here.is_of_function:  # whose thread this is
             return read.inside(here, until)
         return await self.call(read.inside, here, until)
 

@@ -20,10 +20,10 @@ from onewriter.sqlite.retry import CORRUPT, error_code, is_busy
 from onewriter.write.block import Block
 from onewriter.write.connection import WriteConnection
 from onewriter.write.jobs import BareStatementJob, StatementJob
+from onewriter.write.loan import WriteLoan
 from onewriter.write.lock import LONGEST_HOLD, WriteLock
 from onewriter.write.outcomes import copy_of
 from onewriter.write.ticket import RUNNING, Job
-from onewriter.write.transaction import Transaction
 
 UNWRITTEN = {  # I/O errors that come before anything is written
     getattr(sqlite3, f"SQLITE_IOERR_{name}")
@@ -93,7 +93,7 @@ class Batch:
         times: Times,
     ) -> None:
         self.times = times
-        self.loans: list[Transaction] = []  # of the jobs that are no plain statements
+        self.loans: list[WriteLoan] = []  # of the jobs that are no plain statements
         self._jobs: list[Job[Any]] = []  # that have started, in order
         self._session = connection.session or connection.open()
         self._connection = connection
@@ -130,14 +130,14 @@ class Batch:
         finally:
             self._lock.released()
 
-    def begin_block(self, block: Block) -> Transaction | None:
+    def begin_block(self, block: Block) -> WriteLoan | None:
         """Start a block that runs in the thread that is the writer; None if it was withdrawn meanwhile."""
         if not block.start(monotonic()):
             self._connection.roll_back()
             self._lock.released()
             return None
         self._jobs.append(block)
-        loan = Transaction(self._session, block)
+        loan = WriteLoan(self._session, block)
         self.loans.append(loan)
         self._state.enter(block, loan)
         self._session.set_mark()
@@ -154,7 +154,7 @@ class Batch:
 
     def run_bare(self, job: BareStatementJob) -> Verdict:
         """Run a statement outside any transaction, again while it meets BUSY, which leaves it undone."""
-        loan, unknown = Transaction(self._session, job), None
+        loan, unknown = WriteLoan(self._session, job), None
         self.loans.append(loan)
         try:
             self._state.enter(job, loan)
@@ -256,7 +256,7 @@ class Batch:
         """Run one job; if it fails, undo it alone where it shares the transaction."""
         session, result, failure = self._session, None, None
         savepoint = self._shares or job.needs_savepoint
-        loan = Transaction(session, job)
+        loan = WriteLoan(session, job)
         self._jobs.append(job)
         self.loans.append(loan)
         try:
@@ -270,7 +270,7 @@ class Batch:
             failure = error
         self._leave(loan, result, failure, savepoint)
 
-    def _leave(self, loan: Transaction, result: Any, error: BaseException | None, savepoint: bool) -> None:
+    def _leave(self, loan: WriteLoan, result: Any, error: BaseException | None, savepoint: bool) -> None:
         job = loan.job
         if self._state.forked:
             raise error or forked_error()  # the job has forked, and this is the child
@@ -289,7 +289,7 @@ class Batch:
             if savepoint and self._connection.in_transaction:
                 self._connection.undo_job()
 
-    def _check_end(self, job: Job[Any], loan: Transaction) -> None:
+    def _check_end(self, job: Job[Any], loan: WriteLoan) -> None:
         if loan.was_too_long and not job.lent:  # and the job has swallowed the error
             raise loan.closed_error()
         if not self._session.connection.in_transaction:

@@ -15,10 +15,18 @@ from typing import Any, Protocol
 from onewriter.base.log import call_all_safely, report
 from onewriter.base.state import IN_STATEMENT, State
 from onewriter.base.waiting import thread_signal
-from onewriter.errors import ReentrantWriteError, WriterBrokenError, WriterClosedError, WriteTimeoutError, forked_error
+from onewriter.errors import (
+    ReentrantWriteError,
+    TransactionClosedError,
+    WriterBrokenError,
+    WriterClosedError,
+    WriteTimeoutError,
+    forked_error,
+)
 from onewriter.events import Hook, announce
+from onewriter.write.loan import ENDED, TOO_LONG, WriteLoan
 from onewriter.write.ticket import Job
-from onewriter.write.transaction import ENDED, TOO_LONG, Transaction
+from onewriter.write.transaction import Transaction
 
 
 class BlockFailedError(Exception):
@@ -52,7 +60,7 @@ class Block(Job[None]):
         super().__init__(state, label or "transaction", frame, None)
         self.max_hold = max_hold
         self.loop = loop  # in whose thread it is entered
-        self.transaction: Transaction | None = None
+        self.transaction: WriteLoan | None = None
         self.failed = self.is_given_back = False
         self.nested = 0  # writes that were acknowledged as a part of it
         self.granted = granted
@@ -76,7 +84,7 @@ class Block(Job[None]):
         if not self.withdraw(None):
             self.give_back(failed=True)
 
-    def perform(self, tx: Transaction) -> None:
+    def perform(self, tx: WriteLoan) -> None:
         """Lend the transaction, and serve the block until it is given back, or has to be taken back."""
         self.lend(tx)
         until = self.started_at + self.max_hold
@@ -86,7 +94,7 @@ class Block(Job[None]):
                 raise forked_error()  # a function of the user's has forked, and this is the child
         self.wait_for_call(tx)
 
-    def _next_request(self, tx: Transaction, until: float) -> Callable[[], object] | None:
+    def _next_request(self, tx: WriteLoan, until: float) -> Callable[[], object] | None:
         """Wait for it; None: the block was given back. The only place that takes a block back."""
         while True:
             try:
@@ -96,20 +104,31 @@ class Block(Job[None]):
             self._state.warn_if_slow(monotonic())
             why = TOO_LONG if monotonic() >= until else self._is_lost()
             if why:
-                tx.take_back(why)
+                tx.revoke(why)
                 raise tx.closed_error()
 
-    def wait_for_call(self, tx: Transaction) -> None:
+    def end_inline(self, tx: WriteLoan) -> BaseException | None:
+        """Given back, in the thread that is the writer, which has not waited: returns what has failed it."""
+        failure: BaseException | None = None
+        try:
+            self.wait_for_call(tx)
+        except (BlockFailedError, TransactionClosedError) as error:
+            failure = error
+        if tx.is_overdue:
+            tx.revoke(TOO_LONG)
+        return tx.closed_error() if tx.was_too_long else failure
+
+    def wait_for_call(self, tx: WriteLoan) -> None:
         """Given back, another thread may be inside SQLite yet: what fails does not wait for that to end by itself."""
         tx.close(ENDED)
         if self.failed:
             tx.end_call()
             raise BlockFailedError
         if not tx.wait_for_call(self.started_at + self.max_hold):
-            tx.take_back(TOO_LONG)
+            tx.revoke(TOO_LONG)
             raise tx.closed_error()
 
-    def entered(self) -> Transaction:
+    def entered(self) -> WriteLoan:
         """What it is lent, once it was granted; raises why it is not."""
         if self.transaction is None:
             self.result()
@@ -122,7 +141,7 @@ class Block(Job[None]):
             callbacks = self.transaction.callbacks(committed=self.failed_with is None)
             call_all_safely(self._state, [(callback,) for callback in callbacks])
 
-    def lend(self, tx: Transaction) -> None:
+    def lend(self, tx: WriteLoan) -> None:
         """Let those that wait for it have the transaction."""
         raise NotImplementedError
 
@@ -153,7 +172,7 @@ class ThreadBlock(Block):
         if not self.thread.is_alive():
             self.give_back(failed=True)
 
-    def lend(self, tx: Transaction) -> None:
+    def lend(self, tx: WriteLoan) -> None:
         tx.lend()
         with self._state.lock:
             self.transaction, self._waiters = tx, None
@@ -172,17 +191,17 @@ class ThreadBlock(Block):
 class Turns(Protocol):
     """Who gives a thread the writer's turn, and takes it: the driver."""
 
-    def enter(self, job: ThreadBlock, timeout: float | None) -> Transaction: ...
+    def enter(self, job: ThreadBlock, timeout: float | None) -> WriteLoan: ...
     def leave(self, job: ThreadBlock) -> None: ...
 
 
-def nested(outer: Transaction) -> Iterator[Transaction]:
+def nested(outer: WriteLoan) -> Iterator[Transaction]:
     """A ``with transaction()`` inside another, or inside a job: a savepoint of that."""
     with outer.part():
         inner = outer.nested()
         try:
             with outer.job._state.scopes.inside(inner, writes=True):
-                yield inner
+                yield Transaction(inner)
         finally:
             inner.end()
 
@@ -198,12 +217,12 @@ def outermost(
     try:
         try:
             state.entering.add(me)  # in here: Ctrl-C comes behind a call
-            transaction = turns.enter(block, timeout)
-            scope = scopes.enter(transaction, writes=True)
+            loan = turns.enter(block, timeout)
+            scope = scopes.enter(loan, writes=True)
         finally:
             state.entering.discard(me)
         try:
-            yield transaction
+            yield Transaction(loan)
         except BaseException as error:
             _leave(block, scope, turns, failed=True)
             if block.nested and isinstance(error, GeneratorExit):  # closed, or collected, perhaps long after

@@ -13,8 +13,8 @@ from onewriter.base.log import Reporter
 from onewriter.base.waiting import wait_in_slices
 from onewriter.errors import QueueFullError, ReentrantWriteError, closed_error, forked_error
 from onewriter.write.block import ThreadBlock, not_entered
+from onewriter.write.loan import WriteLoan
 from onewriter.write.ticket import Job
-from onewriter.write.transaction import Transaction
 from onewriter.write.writer import MOST_TAKEN, Writer
 
 
@@ -26,7 +26,7 @@ class Driver(Protocol):
     def submit(self) -> Callable[[Job[Any], float | None], None]:
         """Accepts a job, given with the seconds to wait for room, if it is bounded."""
 
-    def enter(self, job: ThreadBlock, timeout: float | None) -> Transaction:
+    def enter(self, job: ThreadBlock, timeout: float | None) -> WriteLoan:
         """Wait for the block's turn and return its transaction."""
 
     def leave(self, job: ThreadBlock) -> None:
@@ -69,7 +69,7 @@ class ThreadDriver:
             finally:
                 del failure
 
-    def enter(self, job: ThreadBlock, timeout: float | None) -> Transaction:
+    def enter(self, job: ThreadBlock, timeout: float | None) -> WriteLoan:
         self._writer.queue.put(job)
         until = math.inf if timeout is None else monotonic() + timeout
         with self._writer.queue.waiting():
@@ -158,7 +158,7 @@ class InlineDriver:
         finally:
             self._give_turn()
 
-    def enter(self, job: ThreadBlock, timeout: float | None) -> Transaction:
+    def enter(self, job: ThreadBlock, timeout: float | None) -> WriteLoan:
         if not self._take_turn(timeout):
             job.cancel()
             raise not_entered(job, timeout, self._writer.state)

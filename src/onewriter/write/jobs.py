@@ -5,13 +5,14 @@ from __future__ import annotations
 import types
 from collections.abc import Callable
 from time import monotonic
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from onewriter.base.arguments import name_of
 from onewriter.base.state import State
 from onewriter.sqlite.guard import Mode
 from onewriter.sqlite.result import LIVE_RESULTS, Result, refuse_live
 from onewriter.sqlite.statement import Parameters, describe_sql
+from onewriter.write.loan import WriteLoan
 from onewriter.write.ticket import LABEL_LENGTH, PENDING, Job
 from onewriter.write.transaction import Transaction
 
@@ -49,8 +50,8 @@ class StatementJob(Job[Result]):
         # A text that can roll the whole transaction back would make the jobs before it run again.
         return describe_sql(self.sql).isolated
 
-    def perform(self, tx: Transaction) -> Result:
-        return tx.statement(self.sql, self.work)
+    def perform(self, loan: WriteLoan) -> Result:
+        return loan.statement(self.sql, self.work)
 
     def _value(self) -> Result:
         # Of a plain INSERT of one row the writer leaves the rowid: perhaps nobody asks for more.
@@ -68,8 +69,8 @@ class BareStatementJob(StatementJob):
     def must_be_alone(self) -> bool:
         return True
 
-    def perform(self, tx: Transaction) -> Result:
-        return tx.bare_statement(self.sql, self.work)
+    def perform(self, loan: WriteLoan) -> Result:
+        return loan.bare_statement(self.sql, self.work)
 
 
 class FunctionJob(Job[T]):
@@ -81,7 +82,7 @@ class FunctionJob(Job[T]):
     def __init__(
         self,
         state: State,
-        function: Callable[[Transaction], T],
+        function: Callable[[Any], T],
         label: str | None,
         frame: types.FrameType,
         *,
@@ -99,11 +100,20 @@ class FunctionJob(Job[T]):
     def _is_cut(self) -> bool:
         return self.cut
 
-    def perform(self, tx: Transaction) -> T:
-        result: T = self.work(tx)
+    def perform(self, loan: WriteLoan) -> T:
+        result: T = self.work(Transaction(loan))
         if isinstance(result, LIVE_RESULTS):
             refuse_live(result)
         return result
+
+
+class LoanJob(FunctionJob[T]):
+    """What the gateway itself does on the loan for a call of the user's: many rows, or a script."""
+
+    __slots__ = ()
+
+    def perform(self, loan: WriteLoan) -> T:
+        return cast(T, self.work(loan))
 
 
 class ControlJob(Job[T]):

@@ -91,7 +91,7 @@ class WriteLock:
         policy.attempts, policy.waited = 1, 0.0
         self._is_committing = sql == "COMMIT"
         try:
-            session.internal(sql)
+            session.control(sql)
         except sqlite3.OperationalError as error:
             if not is_busy(error) or self._is_undone(session):
                 raise
@@ -104,7 +104,7 @@ class WriteLock:
         def again() -> None:
             if self._is_undone(session):
                 raise _UndoneError from first
-            session.internal(sql)
+            session.control(sql)
 
         self._state.wait_for_lock(job, self.in_the_way if self._is_committing else None)
         try:

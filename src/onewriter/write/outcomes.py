@@ -16,9 +16,9 @@ from onewriter.errors import forked_error
 from onewriter.events import BatchEnded, Hook, publish
 from onewriter.sqlite.guard import Guard
 from onewriter.sqlite.retry import is_busy, note_descriptors
+from onewriter.write.loan import WriteLoan
 from onewriter.write.lock import WriteLock
 from onewriter.write.ticket import Job, Ticket, settle
-from onewriter.write.transaction import Transaction
 
 
 class Outcomes:
@@ -64,13 +64,13 @@ class Outcomes:
         if note not in getattr(error, "__notes__", ()):
             BaseException.add_note(error, note)
 
-    def settle(self, jobs: list[Job[Any]], times: Times, loans: Iterable[Transaction] = (), commits: int = 0) -> None:
+    def settle(self, jobs: list[Job[Any]], times: Times, loans: Iterable[WriteLoan] = (), commits: int = 0) -> None:
         """Make the outcomes visible, and then call what waits for them; ``loans`` are those of ``jobs``."""
         if self._state.forked:
             raise forked_error()  # by something further down the stack, and this is the child
         called, unheard = settle(jobs, self._state, times, commits)
         for loan in loans:
-            if loan.has_callbacks:
+            if loan.parts is not None:  # most have none
                 self.call_back(loan, committed=loan.job._error is None)
         for job in called:
             self._state.begin_callbacks(job)
@@ -87,12 +87,14 @@ class Outcomes:
             event = BatchEnded(tickets, commits, times.lock_wait, times.commit, times.retried)
             publish(self._state, self._on_event, event)
 
-    def call_back(self, loan: Transaction, committed: bool) -> None:
+    def call_back(self, loan: WriteLoan, committed: bool) -> None:
         """Call what ``on_commit`` or ``on_rollback`` has kept."""
         if loan.job.lent:
             return  # its own thread does
-        self._state.begin_callbacks(loan.job)
-        call_all_safely(self._state, [(callback,) for callback in loan.callbacks(committed)])
+        callbacks = loan.callbacks(committed)
+        if callbacks:
+            self._state.begin_callbacks(loan.job)
+            call_all_safely(self._state, [(callback,) for callback in callbacks])
 
 
 def copy_of(error: BaseException) -> BaseException:

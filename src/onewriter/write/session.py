@@ -56,9 +56,7 @@ class WriteSession:
 
     def internal(self, sql: str, parameters: tuple[Any, ...] = ()) -> list[Any]:
         """Run a statement of the gateway's own, which no job's text can stand for."""
-        text = self._texts.get(sql)
-        if text is None:
-            text = self._texts[sql] = self.guard.internal(sql)
+        text = self._texts.get(sql) or self._text_of(sql)
         guard, cursor, connection = self.guard, self._cursor, self.connection
         mode, guard.mode = guard.mode, Mode.GATEWAY
         factory, connection.text_factory = connection.text_factory, decode  # not the user's
@@ -67,6 +65,14 @@ class WriteSession:
             return cursor.fetchall()
         finally:
             guard.mode, connection.text_factory = mode, factory
+
+    def control(self, sql: str) -> None:
+        """Run BEGIN or COMMIT. Between jobs the guard's mode is the gateway's, and there are no rows to convert."""
+        self._cursor.execute(self._texts.get(sql) or self._text_of(sql))
+
+    def _text_of(self, sql: str) -> str:
+        text = self._texts[sql] = self.guard.internal(sql)
+        return text
 
     def forget_error(self) -> None:
         """Of a failed statement: sqlite3 would raise it again for the next one whose parameters cannot be bound."""

@@ -326,7 +326,7 @@ class Job(Ticket[T]):
     def must_be_alone(self) -> bool:
         return self.exclusive
 
-    def perform(self, tx: Any) -> T:
+    def perform(self, loan: Any) -> T:
         raise NotImplementedError
 
     def start(self, now: float) -> bool:

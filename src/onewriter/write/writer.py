@@ -15,13 +15,13 @@ from typing import Any
 from onewriter.base.log import call_all_safely, call_safely, report, text_of
 from onewriter.base.state import State, broken_error
 from onewriter.base.tally import Times
-from onewriter.errors import CommitUnknownError, TransactionClosedError, WriterClosedError, forked_error
+from onewriter.errors import CommitUnknownError, WriterClosedError, forked_error
 from onewriter.events import Hook, WriterBroken, publish
 from onewriter.sqlite.file import DatabaseFile, FileMovedError
 from onewriter.sqlite.options import Settings
 from onewriter.sqlite.retry import LockPolicy, is_busy
 from onewriter.write.batch import Again, Batch, Verdict
-from onewriter.write.block import Block, BlockFailedError
+from onewriter.write.block import Block
 from onewriter.write.checkpoint import Checkpoint, Checkpointer, Readers
 from onewriter.write.connection import WriteConnection
 from onewriter.write.jobs import BareStatementJob, ControlJob
@@ -162,12 +162,7 @@ class Writer:
         batch, self._block = self._block, None
         assert batch is not None
         assert block.transaction is not None
-        error: BaseException | None = None
-        try:
-            block.wait_for_call(block.transaction)
-            error = block.transaction.overdue()
-        except (BlockFailedError, TransactionClosedError) as failure:
-            error = block.transaction.overdue() or failure
+        error = block.end_inline(block.transaction)
         self._obey(batch, batch.end_block(error), [])
         self._taken = []
         self._connection.restore()

@@ -530,7 +530,7 @@ def test_a_statement_that_still_runs_is_interrupted_when_its_block_fails(db: DbW
     tx = block.__enter__()
     with ThreadPoolExecutor() as pool:
         running = pool.submit(tx.execute, endless)
-        while not tx._session.lock.locked():
+        while not tx._loan.session.lock.locked():
             pass
         with pytest.raises(LookupError):
             raise_through(block, LookupError())

@@ -162,10 +162,10 @@ def test_an_interrupt_that_sqlite_tells_by_its_text_alone_is_one_too(db: DbWrite
     error.sqlite_errorcode, error.sqlite_errorname = sqlite3.SQLITE_ERROR, "SQLITE_ERROR"
     db.run("CREATE TABLE t (n)")
     with pytest.raises(TransactionClosedError, match="has ended"), db.transaction() as tx:
-        executor = tx._session.executor
+        executor = tx._loan.session.executor
 
         def interrupted(*_: object) -> Any:
-            tx.close("has ended early")
+            tx._loan.close("has ended early")
             raise error
 
         with pytest.MonkeyPatch.context() as patch:

@@ -27,6 +27,7 @@ from onewriter import (
     WriteTimeoutError,
 )
 from onewriter.tasks import block as taskblock
+from onewriter.write.loan import WriteLoan
 
 INSERT = "INSERT INTO t VALUES (?)"
 ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
@@ -67,7 +68,7 @@ def hesitant(monkeypatch: pytest.MonkeyPatch) -> Hesitant:
     go_on = threading.Event()
     perform = taskblock.TaskBlock.perform
 
-    def hesitate(block: taskblock.TaskBlock, tx: Transaction) -> None:
+    def hesitate(block: taskblock.TaskBlock, tx: WriteLoan) -> None:
         blocks.append(block)
         go_on.wait(DEADLINE)
         perform(block, tx)
@@ -679,16 +680,16 @@ def test_what_is_sent_while_the_block_is_taken_back_is_answered(path: Path, monk
 
     async def main() -> None:
         async with opened(path) as db:
-            closed_error = Transaction.closed_error
+            closed_error = WriteLoan.closed_error
 
-            def send_one_more(transaction: Transaction) -> Any:
+            def send_one_more(loan: WriteLoan) -> Any:
                 if not answered.is_set() and threading.get_ident() == db._core().state.writer_thread:
                     tx._block.send(answered.set)
-                return closed_error(transaction)
+                return closed_error(loan)
 
             with pytest.raises(TransactionClosedError):
                 async with db.transaction(max_hold=0.02) as tx:
-                    monkeypatch.setattr(Transaction, "closed_error", send_one_more)
+                    monkeypatch.setattr(WriteLoan, "closed_error", send_one_more)
                     await asyncio.to_thread(answered.wait, DEADLINE)
             assert answered.is_set()
 

@@ -1,0 +1,91 @@
+"""ConnectionLoan: what ``tx.connection`` may do on the write connection."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from onewriter.sqlite.guard import Mode
+from onewriter.sqlite.lending import Lending
+from onewriter.sqlite.lent import lend, retire
+from onewriter.write.session import WriteSession
+
+
+class Lender(Protocol):
+    """The loan of a transaction, which lends a connection on it."""
+
+    can_write: bool
+
+    @property
+    def session(self) -> WriteSession: ...
+    @property
+    def is_closed(self) -> bool: ...
+    def call(self, function: Callable[..., Any], *args: Any, mode: Mode = ...) -> Any: ...
+    def if_free(self, function: Callable[[], None]) -> None: ...
+    def part(self) -> contextlib.AbstractContextManager[None]: ...
+    def undo(self) -> None: ...
+    def closed_error(self) -> Exception: ...
+
+
+class ConnectionLoan:
+    """As the transaction, and savepoints of its own besides.
+
+    Locks: made and put back under the session's lock.
+    """
+
+    def __init__(self, loan: Lender) -> None:
+        session = loan.session
+        self._loan = loan
+        self._session = session
+        self.connection = session.connection
+        self.savepoint = loan.part
+        self.if_free = loan.if_free
+        self._factories = self.connection.row_factory, self.connection.text_factory
+        self._is_traced = False
+        self.lent: Lending | None = lend(self)
+
+    @property
+    def lent_connection(self) -> sqlite3.Connection | None:
+        """None: it ends in this moment."""
+        lent = self.lent
+        return None if lent is None else lent.connection
+
+    @property
+    def is_over(self) -> bool:
+        return self._loan.is_closed
+
+    def call(self, function: Callable[..., Any], /, *args: Any, **options: Any) -> Any:
+        return self._loan.call(self._run, function, args, options, mode=Mode.LENT)
+
+    call_outside = call
+
+    def _run(self, function: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        self._session.executor.forget_rowid()
+        return function(*args, **options)
+
+    def interrupt(self) -> None:
+        if self.is_over:
+            raise self._loan.closed_error()
+        with self._session.interrupting:
+            if self.is_over:
+                raise self._loan.closed_error()
+            self.connection.interrupt()
+
+    def undo(self, end_cursors: Callable[[], None]) -> None:
+        if self._loan.can_write:  # what ends a read has nothing to undo
+            self.call(end_cursors)
+            self._loan.undo()
+
+    def mark_dirty(self, name: str) -> None:
+        """Functions are the user's, and stay; who follows SQL would see that of other jobs."""
+        self._is_traced |= name == "set_trace_callback"
+
+    def put_back(self) -> None:
+        """End the connection that was lent."""
+        with self._session.interrupting:  # so that none comes later, and hits the next job
+            retire(self)
+        self.connection.row_factory, self.connection.text_factory = self._factories
+        if self._is_traced:
+            self.connection.set_trace_callback(None)

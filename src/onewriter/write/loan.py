@@ -1,0 +1,440 @@
+"""WriteLoan: what a job, a block or a read in them may do on the write connection, and for how long."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator
+from threading import get_ident
+from time import monotonic
+from typing import Any, TypeVar
+
+from onewriter.base.state import IN_STATEMENT, INHERITED
+from onewriter.errors import (
+    ForkedError,
+    OneWriterError,
+    ReadTimeoutError,
+    ReentrantWriteError,
+    TransactionAbortedError,
+    TransactionClosedError,
+    forked_error,
+)
+from onewriter.sqlite.guard import Mode, explain_readonly
+from onewriter.sqlite.result import Result, refuse_live
+from onewriter.sqlite.retry import is_interrupted
+from onewriter.sqlite.statement import Parameters, describe_sql, script_parts
+from onewriter.sqlite.watch import Watch
+from onewriter.write.lending import ConnectionLoan
+from onewriter.write.parts import Callback, Mark, Parts
+from onewriter.write.session import WriteSession
+from onewriter.write.ticket import Job
+
+T = TypeVar("T")
+STEPS = 1000  # of SQLite's virtual machine between two looks at the clock, where a max_hold is set
+ENDED = "has ended"
+TOO_LONG = "has held the writer longer than max_hold"
+NUDGE = 0.005  # seconds between two interrupts of a statement whose loan is over
+NONE: list[Any] = []
+
+
+class WriteLoan:
+    """The write connection, lent to one job; nested blocks and reads in it have one each, with an end of its own.
+
+    States:  open → closed; ``_closed`` says why.
+    Locks:   the session's lock is held around every call into SQLite, so that there is one at a time, and whoever ends
+             the loan never enters SQLite beside one. It guards _inside, _lending and the parts.
+    """
+
+    # There is one for each job: no dict.
+    __slots__ = (
+        "__weakref__",
+        "_closed",
+        "_ends_readonly",
+        "_inside",
+        "_lending",
+        "_lent",
+        "_read_until",
+        "_root",
+        "_until",
+        "_watch",
+        "job",
+        "parts",
+        "session",
+        "thread",
+    )
+    can_write = True
+
+    def __init__(self, session: WriteSession, job: Job[Any], outer: WriteLoan | None = None) -> None:
+        self.job = job
+        self.session = session
+        self.thread = get_ident()  # which alone may use it; 0: any
+        self._root: WriteLoan = outer._root if outer else self
+        # Most jobs use none of these. What nested blocks share, the root has.
+        self.parts: Parts | None = None
+        self._closed: str | None = None
+        self._lent: ConnectionLoan | None = None
+        self._inside = 0  # the thread whose call is under way: code that SQLite calls back must not use the connection
+        self._until = math.inf
+        self._read_until: float | None = None  # while a read is under way
+        self._watch: Watch | None = None
+        self._ends_readonly = False
+        self._lending: list[WriteLoan] = NONE  # this and nested ones; never changed: a longer list takes its place
+
+    # Who may call, and when -------------------------------------------------------------------------------------------
+
+    @property
+    def is_closed(self) -> bool:
+        return self._closed is not None or self._root._closed is not None
+
+    @property
+    def was_too_long(self) -> bool:
+        """Whether a statement was refused or ended because of ``max_hold``."""
+        return self._closed == TOO_LONG
+
+    @property
+    def is_overdue(self) -> bool:
+        """Whether ``max_hold`` is over, and nobody has revoked it for that."""
+        return monotonic() > self._until and self._closed in (None, ENDED)
+
+    @property
+    def held_until(self) -> float:
+        """When ``max_hold`` is over."""
+        return self._root._until
+
+    @property
+    def is_of_function(self) -> bool:
+        """Whether it is for the thread that made it only."""
+        return self._root.thread != 0
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether the calling thread is in a call of it, so that no other can begin."""
+        return self._root._inside == get_ident()
+
+    def lends(self) -> WriteLoan:
+        """Where reads inside it go."""
+        return self
+
+    def nested(self) -> WriteLoan:
+        """The same transaction as a nested block sees it: it has an end of its own."""
+        return WriteLoan(self.session, self.job, outer=self)
+
+    def call(self, function: Callable[..., T], *args: Any, mode: Mode = Mode.JOB) -> T:
+        """Run one call into SQLite, if the loan still holds."""
+        root, session = self._root, self.session
+        guard = session.guard
+        me = get_ident()
+        if self._closed is not None or root._closed is not None or root._inside or (root.thread and root.thread != me):
+            self._check_thread()
+        with session.lock:
+            root._inside = me  # before anything is called: a signal handler that uses it must not wait for its thread
+            try:
+                # Looked at inside the lock: whoever takes the loan back closes it first, then waits for the lock.
+                if (
+                    self._closed is not None
+                    or root._closed is not None
+                    or (root._watch is not None and root._until < monotonic())
+                ):
+                    raise self._refusal()
+                if not session.connection.in_transaction and self.job.in_transaction:
+                    raise self.aborted_error()
+                guard.refusal, guard.mode = None, mode
+                return function(*args)
+            except sqlite3.Error as error:
+                self._explain(error)
+                raise
+            finally:
+                root._inside, guard.mode = 0, Mode.GATEWAY
+
+    def if_free(self, function: Callable[[], None]) -> None:
+        """Call it under the lock, if that is free now."""
+        lock, root = self.session.lock, self._root
+        if not self.is_closed and lock.acquire(blocking=False):
+            try:
+                root._inside = get_ident()  # as for any call: a signal handler must not wait for its thread
+                function()
+            finally:
+                root._inside = 0
+                lock.release()
+
+    def closed_error(self) -> TransactionClosedError | ForkedError:
+        root = self._root
+        if INHERITED in (self._closed, root._closed):
+            return forked_error()
+        why = self._closed or root._closed or (TOO_LONG if root._until < monotonic() else ENDED)
+        return TransactionClosedError(f"the transaction of job {self.job.describe()} {why}")
+
+    def _refusal(self) -> TransactionClosedError | ForkedError:
+        """Of a call that comes too late: if ``max_hold`` is over, the job fails even if it swallows the error."""
+        root = self._root
+        if root._closed is None and root._until < monotonic():
+            root._closed = TOO_LONG
+        return self.closed_error()
+
+    def aborted_error(self) -> TransactionAbortedError:
+        # Without it, the statements that follow would be committed one by one.
+        return TransactionAbortedError(
+            f"SQLite has rolled back the transaction of job {self.job.describe()} (OR ROLLBACK, RAISE(ROLLBACK), "
+            "a full disk, an interrupt): let the error that it raised end the job"
+        )
+
+    def _check_thread(self) -> None:
+        root = self._root
+        if self._closed is not None or root._closed is not None:
+            raise self._refusal()
+        if root.thread and root.thread != get_ident():
+            raise TransactionClosedError(
+                f"the transaction of job {self.job.describe()} belongs to another thread: a function's is for that "
+                "function only; that of a `with transaction()` block is for any thread"
+            )
+        if root._inside == get_ident():
+            raise ReentrantWriteError(IN_STATEMENT)
+
+    def _explain(self, error: sqlite3.Error) -> None:
+        self.session.guard.explain(error)
+        root = self._root
+        if not is_interrupted(error):
+            return
+        if root._watch is not None:
+            root._watch.raise_caught()
+        if root._closed is not None or monotonic() > root._until:
+            raise self._refusal() from error
+
+    # Its length and its end -------------------------------------------------------------------------------------------
+
+    def lend(self) -> None:
+        """Let any thread use it."""
+        self.thread = 0
+
+    def limit(self, seconds: float) -> None:
+        """Have statements end ``seconds`` from now."""
+        self._until = monotonic() + seconds
+        if self._until != math.inf:
+            self._root.watch()
+
+    def watch(self) -> None:
+        """Have statements end when the transaction is closed, too."""
+        if self._watch is None:
+            self._watch = Watch(self._is_late)
+            self._watch.set_on(self.session.connection, STEPS)
+
+    def _is_late(self) -> bool:
+        return self._closed is not None or monotonic() > min(self._until, self._read_until or math.inf)
+
+    def close(self, why: str) -> None:
+        """Refuse every further call. From any thread; one that is under way ends by ``watch`` or ``revoke``."""
+        self._closed = self._closed or why
+
+    def end(self) -> None:
+        """End the loan, and with it what was lent in nested parts. Waits for the call that is inside SQLite."""
+        self._closed = self._closed or ENDED  # first, so that whoever comes behind this finds it inside the lock
+        root, session = self._root, self.session
+        if INHERITED in (self._closed, root._closed):
+            return
+        if self is not root:
+            if self._lent is not None:
+                self._refuse_inside()
+                with session.lock:
+                    self._put_back()
+        elif session.lock.locked() or self._lending or self._ends_readonly or self._watch is not None:
+            self._refuse_inside()
+            with session.lock:
+                while self._lending:
+                    self._lending[-1]._put_back()
+                if self._ends_readonly:
+                    session.internal("PRAGMA query_only=0")
+                if self._watch is not None:
+                    session.connection.set_progress_handler(None, 0)
+
+    def _refuse_inside(self) -> None:
+        if self.is_inside:
+            raise ReentrantWriteError(IN_STATEMENT)
+
+    def revoke(self, why: str) -> None:
+        """End it although a call may be under way; returns when none is inside SQLite any more."""
+        self._closed = why
+        self.end_call()
+
+    def end_call(self) -> None:
+        """Closed, interrupt the call that is under way."""
+        while not self.session.lock.acquire(timeout=NUDGE):
+            self.session.connection.interrupt()
+        self.session.lock.release()
+
+    def wait_for_call(self, until: float) -> bool:
+        """Closed, wait for the call that is under way; False if it is not over at the time ``until``."""
+        seconds = max(0.0, min(until - monotonic(), threading.TIMEOUT_MAX))
+        if not self.session.lock.acquire(timeout=seconds):
+            return False
+        self.session.lock.release()
+        return True
+
+    # Savepoints and callbacks -----------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def part(self) -> Iterator[None]:
+        """A savepoint for the ``with`` block."""
+        parts = self.all_parts()
+        mark: Mark = self.call(parts.begin)
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(OneWriterError):  # it was undone with all
+                self.call(parts.undo, mark)
+            raise
+        self.call(parts.end, mark)
+
+    @contextlib.contextmanager
+    def savepoint(self) -> Iterator[None]:
+        """The same; and inside a reader() inside this transaction, reads see the transaction again from here on."""
+        scopes = self.job._state.scopes
+        here, block = scopes.innermost(), scopes.innermost(writes=True)
+        is_inside = here is not block and isinstance(block, WriteLoan) and block._root is self._root
+        scope = scopes.enter(self, writes=True) if is_inside else None
+        try:
+            with self.part():
+                yield
+        finally:
+            if scope is not None:
+                scopes.leave(scope)
+
+    def undo(self) -> None:
+        """Undo what this job, or its innermost nested part, has done so far; the transaction stays open."""
+        self.call(self.all_parts().undo_innermost, mode=Mode.GATEWAY)
+
+    def all_parts(self) -> Parts:
+        """Those of the whole transaction."""
+        root = self._root
+        if root.parts is None:
+            with self.job._state.lock:  # a task, and a function that it has sent, may both come first
+                root.parts = root.parts or Parts(self.session)
+        return root.parts
+
+    def keep(self, committed: bool, fn: Callback) -> None:
+        """Have ``fn()`` called once, after COMMIT, or else after a rollback."""
+        self.call(self.all_parts().keep, committed, fn)
+
+    def keep_for_task(self, committed: bool, fn: Callback) -> None:
+        """The same for a task, which cannot wait for a statement that another one runs, and may fail at once."""
+        if self.is_closed:
+            raise self.closed_error()
+        with self.job._state.lock:
+            self.all_parts().keep(committed, fn)
+
+    def callbacks(self, committed: bool) -> list[Callback]:
+        return [] if self.parts is None else self.parts.callbacks(committed)
+
+    # Statements, whose parameters were checked and captured already, and reads ----------------------------------------
+
+    def statement(self, sql: str, parameters: Parameters) -> Result:
+        return self.call(self.session.executor.execute, sql, parameters, mode=self.job.mode)
+
+    def bare_statement(self, sql: str, parameters: Parameters) -> Result:
+        mode = Mode.VACUUM if describe_sql(sql).verb == "VACUUM" else Mode.BARE
+        return self.call(self.session.executor.execute, sql, parameters, mode=mode)
+
+    def statement_many(self, sql: str, rows: list[Parameters]) -> Result:
+        return self.call(self.session.executor.execute_many, sql, rows)
+
+    def script(self, sql: str) -> None:
+        for part in script_parts(sql):
+            self.call(self.session.executor.execute_script, part)
+
+    def whole_script(self, sql: str) -> None:
+        """All of it or nothing."""
+        with self.part():
+            self.script(sql)
+
+    def query(self, sql: str, parameters: Parameters, fetch: Callable[[sqlite3.Cursor], T], until: float) -> T:
+        """Run a statement that must not write, and see what the transaction has written."""
+        with self.reading(until) as view:
+            rows: T = view.call(view._query, sql, parameters, fetch)
+            return rows
+
+    def read_with(self, function: Callable[[sqlite3.Connection], T], until: float) -> T:
+        """Call a function of the user's that must not write; what it calls is inside too."""
+        with self.reading(until) as view, self.job._state.scopes.inside(view, writes=True):
+            return refuse_live(function(view.connection))
+
+    def _query(self, sql: str, parameters: Parameters, fetch: Callable[[sqlite3.Cursor], T]) -> T:
+        cursor = sqlite3.Connection.execute(self.session.connection, sql, parameters)
+        try:
+            return fetch(cursor)
+        finally:
+            cursor.close()
+
+    @contextlib.contextmanager
+    def reading(self, until: float) -> Iterator[ReadLoan]:
+        """For the ``with`` block a view of the transaction that cannot write, and whose statements end at ``until``."""
+        view = ReadLoan(self.session, self.job, outer=self)
+        view.until = min(until, getattr(self, "until", math.inf))
+        try:
+            yield view
+        finally:
+            view.end()
+
+    # The connection that libraries get --------------------------------------------------------------------------------
+
+    @property
+    def connection(self) -> sqlite3.Connection:
+        """The one that is lent, made when it is asked for first."""
+        self._check_thread()
+        if not self.session.connection.in_transaction and self.job.in_transaction:
+            raise self.aborted_error()
+        if self._lent is None:
+            WriteLoan.call(self, self._lend_connection)
+        lent = self._lent
+        connection = None if lent is None else lent.lent_connection
+        if connection is None:  # it ends in this moment
+            raise self.closed_error()
+        return connection
+
+    def _lend_connection(self) -> None:
+        if self._lent is None:
+            root = self._root
+            root._lending = [*root._lending, self]
+            self._lent = ConnectionLoan(self)
+
+    def _put_back(self) -> None:
+        """End the connection that was lent, under the session's lock; again, or after the outer part's, nothing."""
+        root = self._root
+        root._lending = [loan for loan in root._lending if loan is not self]
+        lent, self._lent = self._lent, None
+        if lent is not None:
+            lent.put_back()
+
+
+class ReadLoan(WriteLoan):
+    """A transaction as a read in it sees it: no call can write, and each ends at the time ``until``.
+
+    SQLite is told so for each call: between two of them another thread may write.
+    """
+
+    can_write = False
+    until = math.inf
+
+    def call(self, function: Callable[..., T], *args: Any, mode: Mode = Mode.JOB) -> T:
+        result: T = super().call(self._read, function, args, mode=mode)
+        return result
+
+    def _explain(self, error: sqlite3.Error) -> None:
+        super()._explain(error)
+        explain_readonly(error)
+        if is_interrupted(error) and monotonic() > self.until:
+            raise ReadTimeoutError(f"a read in job {self.job.describe()} did not end in time") from error
+
+    def _read(self, function: Callable[..., T], args: tuple[Any, ...]) -> T:
+        root, session = self._root, self.session
+        if self.until != math.inf:
+            root.watch()
+        session.internal("PRAGMA query_only=1")
+        root._ends_readonly, root._read_until = True, self.until
+        try:
+            return function(*args)
+        finally:
+            root._read_until = None
+            with contextlib.suppress(sqlite3.Error):  # as where its time is over; or else ``end`` does it
+                session.internal("PRAGMA query_only=0")
+                root._ends_readonly = False
