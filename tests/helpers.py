@@ -1,4 +1,4 @@
-"""What several tests need: a parked writer, somebody else's lock, a child process."""
+"""What several tests need: a parked writer, somebody else's lock, a child process; and the parts of an open gateway."""
 
 from __future__ import annotations
 
@@ -12,9 +12,51 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from onewriter import DbWriter, Transaction
+from onewriter import AsyncDbWriter, DbWriter, Transaction
+from onewriter.base.state import State
+from onewriter.read.pool import ReaderPool
+from onewriter.write.driver import Driver
+from onewriter.write.session import WriteSession
+from onewriter.write.writer import Writer
 
 DEADLINE = 30.0  # seconds; a wait that ends there is a hang
+
+# Where the parts of an open gateway are: no other place in the tests knows it.
+
+
+def gateway_of(db: DbWriter | AsyncDbWriter) -> DbWriter:
+    return db if isinstance(db, DbWriter) else db._gateway()
+
+
+def state_of(db: DbWriter | AsyncDbWriter) -> State:
+    return gateway_of(db)._state
+
+
+def pool_of(db: DbWriter | AsyncDbWriter) -> ReaderPool:
+    return gateway_of(db)._readers
+
+
+def writer_of(db: DbWriter | AsyncDbWriter) -> Writer:
+    return gateway_of(db)._loop
+
+
+def session_of(db: DbWriter | AsyncDbWriter) -> WriteSession:
+    session = writer_of(db)._session
+    assert session is not None
+    return session
+
+
+def driver_of(db: DbWriter | AsyncDbWriter) -> Driver:
+    return gateway_of(db)._driver
+
+
+def threads_of(db: AsyncDbWriter) -> ThreadPoolExecutor:
+    """Those in which a task's calls run that may block."""
+    assert db._pool is not None
+    return db._pool
+
+
+# What holds something up ----------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from helpers import parked
+from helpers import parked, writer_of
 from onewriter import DbWriter, Ticket, Transaction, WriterBrokenError
 
 DEADLINE = 30.0
@@ -53,7 +53,7 @@ def test_when_the_writer_thread_dies_every_job_gets_an_error_of_its_own(
     db = DbWriter(path)
     with parked(db):
         tickets = [db.enqueue("SELECT 1") for _ in range(50)]
-        monkeypatch.setattr(db._loop, "_write_group", die)
+        monkeypatch.setattr(writer_of(db), "_write_group", die)
     errors = [ticket.exception(DEADLINE) for ticket in tickets]
     assert len({id(error) for error in errors}) == 50
     assert all(isinstance(error, WriterBrokenError) for error in errors)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import tenacity
 
-from helpers import holding_lock, released_soon, run_child
+from helpers import holding_lock, released_soon, run_child, session_of
 from onewriter import DbWriter, Transaction, WriterClosedError
 
 COUNT = """
@@ -184,8 +184,7 @@ def test_a_commit_that_met_a_lock_and_is_rolled_back_is_a_definite_failure(path:
     """An attempt at COMMIT without a transaction would raise another error, and leave the outcome open."""
     with DbWriter(path, journal_mode="DELETE") as db:
         db.run("CREATE TABLE t (n INTEGER)")
-        session, tried = db._loop._session, []
-        assert session is not None
+        session, tried = session_of(db), []
         own = session.internal
 
         def busy(sql: str, parameters: tuple[object, ...] = ()) -> list[object]:

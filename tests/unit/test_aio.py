@@ -17,7 +17,7 @@ from typing import Any, assert_type
 
 import pytest
 
-from helpers import DEADLINE, holding_lock, parked
+from helpers import DEADLINE, holding_lock, parked, pool_of, writer_of
 from onewriter import (
     AsyncDbWriter,
     DbWriter,
@@ -664,7 +664,7 @@ def test_opening_twice_is_no_harm(path: Path) -> None:
 def test_a_job_that_waited_in_line_wakes_a_writer_that_sleeps(path: Path) -> None:
     async def main() -> None:
         async with opened(path, auto_checkpoint=False) as db:  # or else it looks up in half a second
-            while not db._gateway()._loop.queue._asleep:
+            while not writer_of(db).queue._asleep:
                 await asyncio.sleep(0.001)
             ticket = await db.enqueue_wait(INSERT, (1,))
             assert (await ticket).rowcount == 1
@@ -859,7 +859,7 @@ def test_blocks_entered_with_an_exit_stack_are_named_by_who_enters_them(path: Pa
             assert running is not None
             assert running.called_from.endswith("in main")
             await stack.enter_async_context(db.reader())
-            (reader,) = db._gateway()._readers.borrowers
+            (reader,) = pool_of(db).borrowers
             assert reader.startswith("reader() in test_aio.py:")
             assert reader.endswith("in main")
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from helpers import DEADLINE, holding_lock, parked, released_soon
+from helpers import DEADLINE, holding_lock, parked, released_soon, writer_of
 from onewriter import AsyncDbWriter, CommitUnknownError, DbWriter, ReentrantWriteError, Ticket, WriterClosedError
 from onewriter.events import BackupEnded, BatchEnded, CheckpointEnded, Event, JobSubmitted, WriterBroken
 
@@ -240,13 +240,13 @@ def test_a_job_withdrawn_in_the_moment_in_which_its_batch_is_refused_is_not_told
     with DbWriter(path, on_event=heard, lock_timeout=0.01, on_error=lambda ticket: None) as db:
         db.run(TABLE)
         tickets: list[Ticket[Any]] = []
-        fail = db._loop._fail
+        fail = writer_of(db)._fail
 
         def cancel_the_second_and_fail(job: Any, error: BaseException) -> None:
             tickets[1].cancel()
             fail(job, error)
 
-        monkeypatch.setattr(db._loop, "_fail", cancel_the_second_and_fail)
+        monkeypatch.setattr(writer_of(db), "_fail", cancel_the_second_and_fail)
         with holding_lock(path):
             with parked_without_lock(db, tickets):
                 pass
@@ -279,14 +279,14 @@ def test_a_commit_with_an_unknown_outcome_is_told_in_the_log_too(
     error.sqlite_errorcode, error.sqlite_errorname = sqlite3.SQLITE_IOERR_FSYNC, "SQLITE_IOERR_FSYNC"
     with DbWriter(path) as db:
         db.run("CREATE TABLE t (n)")
-        keep_trying = db._loop._keep_trying
+        keep_trying = writer_of(db)._keep_trying
 
         def fail_to_commit(session: Any, sql: str, job: Any) -> None:
             if sql == "COMMIT":
                 raise error
             keep_trying(session, sql, job)
 
-        monkeypatch.setattr(db._loop, "_keep_trying", fail_to_commit)
+        monkeypatch.setattr(writer_of(db), "_keep_trying", fail_to_commit)
         with pytest.raises(CommitUnknownError):
             db.run("INSERT INTO t VALUES (1)")
         assert db.health.startswith("broken: ")

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, parked, run_child
+from helpers import DEADLINE, driver_of, parked, pool_of, run_child, session_of, state_of, writer_of
 from onewriter import AsyncDbWriter, DbWriter, ReentrantWriteError, Ticket, WriterClosedError, gateway
 from onewriter.base import waiting as job
 from onewriter.read.pool import ReaderPool
@@ -146,7 +146,7 @@ def test_a_cursor_whose_closing_was_interrupted_is_replaced_all_the_same(db: DbW
             super().close()
             raise SignalError
 
-    executor = db._loop._session.executor  # type: ignore[union-attr]
+    executor = session_of(db).executor
     executor._cursor = Interrupted(executor._connection)
     with pytest.raises(SignalError):
         db.run("SELECT 1")
@@ -218,14 +218,14 @@ def test_callbacks_of_a_block_run_although_the_wait_for_its_end_was_interrupted(
     with DbWriter(path) as db:
         with pytest.raises(SignalError), db.transaction() as tx:
             tx.on_commit(told.set)
-            monkeypatch.setattr(db._driver, "leave", interrupted)
+            monkeypatch.setattr(driver_of(db), "leave", interrupted)
         monkeypatch.undo()
         assert told.wait(DEADLINE)
 
 
 def test_an_interrupt_as_the_writer_is_woken_loses_no_wake_up(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with DbWriter(path) as db:
-        queue = db._loop.queue
+        queue = writer_of(db).queue
         db.run("CREATE TABLE t (n)")
         db.flush()
         while not queue._asleep:
@@ -245,7 +245,7 @@ def test_a_connection_is_given_back_although_giving_it_back_was_interrupted(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with DbWriter(path, readers=1) as db:
-        end, interrupted = db._readers.end, []
+        end, interrupted = pool_of(db).end, []
 
         def interrupted_once(borrowing: Any) -> None:
             if borrowing not in interrupted:
@@ -253,7 +253,7 @@ def test_a_connection_is_given_back_although_giving_it_back_was_interrupted(
                 raise SignalError
             end(borrowing)
 
-        monkeypatch.setattr(db._readers, "end", interrupted_once)
+        monkeypatch.setattr(pool_of(db), "end", interrupted_once)
         with pytest.raises(SignalError):
             db.read("SELECT 1")
         with pytest.raises(SignalError):
@@ -379,7 +379,7 @@ INSERT = "INSERT INTO t VALUES (?)"
 
 
 def lock_of(db: DbWriter, name: str) -> Any:
-    return {"tickets": db._state.lock, "queue": db._loop.queue.mutex, "pool": db._readers._lock}[name]
+    return {"tickets": state_of(db).lock, "queue": writer_of(db).queue.mutex, "pool": pool_of(db)._lock}[name]
 
 
 @pytest.mark.parametrize("lock", ["tickets", "queue", "pool"])
@@ -423,7 +423,7 @@ def test_a_read_there_does_not_wait_for_a_connection_that_cannot_come_back(path:
         thread = threading.Thread(target=db.read, args=[hold])
         thread.start()
         assert entered.wait(DEADLINE)
-        with db._readers._lock, pytest.raises(ReentrantWriteError, match="signal handler"):
+        with pool_of(db)._lock, pytest.raises(ReentrantWriteError, match="signal handler"):
             db.read("SELECT 1", timeout=None)
         release.set()
         thread.join(DEADLINE)
@@ -666,7 +666,7 @@ def test_a_handler_whose_thread_waits_for_its_turn_goes_over_maxsize(path: Path)
 
     def handler(*_: object) -> None:
         release.set()
-        while db._state.job is None or db._state.job.label != "the block":
+        while (job := state_of(db).job) is None or job.label != "the block":
             assert not threading.Event().wait(0.001)
         got.append(db.enqueue("SELECT 'handler'", timeout=0.0))
 

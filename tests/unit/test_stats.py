@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, holding_lock, in_threads, parked, released_soon
+from helpers import DEADLINE, holding_lock, in_threads, parked, released_soon, state_of
 from onewriter import AsyncDbWriter, DbWriter, QueueFullError, Ticket, Transaction, WriteTimeoutError
 from onewriter.base.tally import Histogram
 from onewriter.events import JobSubmitted
@@ -340,7 +340,7 @@ def test_all_of_it_is_taken_in_one_hold_of_the_lock(db: DbWriter, monkeypatch: p
     original = Histogram.latency
 
     def latency(self: Histogram) -> Any:
-        held.append(db._state.lock._is_owned())  # type: ignore[attr-defined]
+        held.append(state_of(db).lock._is_owned())  # type: ignore[attr-defined]
         return original(self)
 
     monkeypatch.setattr(Histogram, "latency", latency)

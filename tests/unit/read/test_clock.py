@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, in_threads
+from helpers import DEADLINE, in_threads, pool_of
 from onewriter import AsyncDbWriter, DbWriter, ReadTimeoutError, ReentrantWriteError, WriterClosedError
 
 NUMBERS = "WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c LIMIT 1000000000) SELECT {} FROM c"
@@ -185,7 +185,7 @@ def test_a_read_in_a_row_factory_does_not_wait_for_its_own_thread(path: Path, ho
         db.run("INSERT INTO t VALUES (1, 1), (2, 2), (3, 3)")
         results = in_threads(*[lambda: db.read("SELECT a, b FROM t", timeout=None)] * 6)
         assert results == [[1, 2, 3]] * 6
-        assert (db._readers._count, len(db._readers._idle)) == (1, 1)  # what was beside them is closed
+        assert (pool_of(db)._count, len(pool_of(db)._idle)) == (1, 1)  # what was beside them is closed
 
 
 def test_a_read_in_a_function_that_a_tasks_read_calls_does_not_wait_for_its_own_thread(path: Path) -> None:
@@ -229,7 +229,7 @@ def test_the_clocks_thread_ends_with_the_last_connection_of_a_closed_gateway(pat
     db = DbWriter(path)
     db.read(lambda connection: db.close(0.0))
     db.close()
-    clock = db._readers.clock._thread
+    clock = pool_of(db).clock._thread
     if clock is not None:
         clock.join(DEADLINE)
         assert not clock.is_alive()

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from helpers import DEADLINE
+from helpers import DEADLINE, pool_of
 from onewriter import DbWriter, ReadTimeoutError, ReentrantWriteError, WriterBrokenError, WriterClosedError
 from onewriter.read.pool import Borrowing
 from onewriter.read.reader import Reader
@@ -46,7 +46,7 @@ def test_waiters_for_a_connection_are_served_in_order_or_told(one: DbWriter) -> 
             waiting = []
             for n in range(4):
                 waiting.append(pool.submit(one.read, lambda connection, n=n: served.append(n)))
-                while len(one._readers._waiting) <= n:
+                while len(pool_of(one)._waiting) <= n:
                     pass
             with pytest.raises(ReadTimeoutError, match="the long one"):
                 pool.submit(one.read, "SELECT 1", timeout=0.01).result(DEADLINE)
@@ -84,7 +84,7 @@ def test_waiters_are_told_when_the_gateway_closes(one: DbWriter) -> None:
     with ThreadPoolExecutor() as pool:
         with one.reader():
             waiting = pool.submit(one.read, "SELECT 1")
-            while not one._readers._waiting:
+            while not pool_of(one)._waiting:
                 pass
             closing = pool.submit(one.close)
             with pytest.raises(WriterClosedError):
@@ -315,11 +315,11 @@ def test_a_place_that_comes_in_the_moment_nobody_waits_any_more_is_free(
     borrowing = Borrowing("a read")
     borrowing.thread = 0  # of another thread
     with one.reader():
-        assert not one._readers.take_or_line_up(borrowing)
+        assert not pool_of(one).take_or_line_up(borrowing)
         monkeypatch.setattr(Reader, "reset", lambda reader: False)
     monkeypatch.undo()
     assert (borrowing.has_place, borrowing.reader) == (True, None)  # the right to open another
-    one._readers.end(borrowing)
+    pool_of(one).end(borrowing)
     assert one.read_value(COUNT, timeout=DEADLINE) == 0
 
 
@@ -364,7 +364,7 @@ class RaisesBehind(set[Any]):
 def test_an_interrupt_as_a_connection_is_given_back_loses_nothing(
     one: DbWriter, monkeypatch: pytest.MonkeyPatch, is_good: bool
 ) -> None:
-    lent = one._readers._lent = RaisesBehind(one._readers._lent)
+    lent = pool_of(one)._lent = RaisesBehind(pool_of(one)._lent)
     for _ in range(3):
         if not is_good:
             monkeypatch.setattr(Reader, "reset", lambda reader: False)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, in_threads, parked
+from helpers import DEADLINE, in_threads, parked, writer_of
 from onewriter import AsyncDbWriter, DbWriter, ReadTimeoutError, ReentrantWriteError, Ticket, Transaction
 
 INSERT = "INSERT INTO t VALUES (?)"
@@ -448,7 +448,7 @@ def test_a_reader_that_is_not_slow_is_not_told_of(path: Path, caplog: pytest.Log
     with DbWriter(path, slow_after=60) as db:
         with db.reader():
             db.run("CREATE TABLE t (n)")
-            db._loop.idle()
+            writer_of(db).idle()
         assert caplog.messages == []
 
 

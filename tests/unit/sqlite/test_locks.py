@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from helpers import DEADLINE, holding_lock, parked
+from helpers import DEADLINE, holding_lock, parked, state_of, writer_of
 from onewriter import DbWriter, Ticket, WriteTimeoutError
 from onewriter.sqlite import locks, mounts
 from onewriter.tools.check import check
@@ -67,7 +67,7 @@ def waiting_for_lock(db: DbWriter, path: Path) -> Iterator[threading.Event]:
 
 def until_waiting(db: DbWriter) -> None:
     """Until the writer waits for SQLite's lock."""
-    while "waits since" not in db._state.describe():
+    while "waits since" not in state_of(db).describe():
         assert not threading.Event().wait(0.001)
 
 
@@ -89,7 +89,7 @@ def test_the_error_names_the_process_and_its_command(path: Path, mode: Any) -> N
                 assert f"held by process {process.pid} (" in notes_of(caught.value)
                 assert "HOLDER" not in notes_of(caught.value)
                 assert "attempts" in notes_of(caught.value)
-            db._loop._policy.lock_timeout = DEADLINE
+            writer_of(db)._policy.lock_timeout = DEADLINE
             with pytest.raises(WriteTimeoutError, match=f"held by process {process.pid}"):
                 db.run("INSERT INTO t VALUES (1)", timeout=0.05)
         assert process.pid not in (locks.lock_holders(str(path)) or [])  # the writer itself may be at it
@@ -211,10 +211,10 @@ def test_a_commit_that_readers_hold_up_names_them_and_never_the_writer(
             assert f"COMMIT waits for those who read: process {process.pid} (" in caplog.text
             assert "this process" not in caplog.text
             assert [reader.pid for reader in check(str(path)).wal_readers or []] == [process.pid]
-            db._loop._policy.lock_timeout = DEADLINE
+            writer_of(db)._policy.lock_timeout = DEADLINE
             with pytest.raises(WriteTimeoutError, match=f"those who read: process {process.pid} "):
                 db.run("INSERT INTO t VALUES (1)", timeout=0.2)
-        db._loop._policy.lock_timeout = 0.2
+        writer_of(db)._policy.lock_timeout = 0.2
         with db.reader(label="monthly report") as connection:
             connection.execute("SELECT n FROM t").fetchone()
             with pytest.raises(sqlite3.OperationalError) as caught:
@@ -264,12 +264,12 @@ def test_who_holds_the_lock_is_looked_up_once_for_many_who_ask(path: Path, monke
     monkeypatch.setattr("onewriter.base.state.describe_lock", describe)
     monkeypatch.setattr("onewriter.base.state.FRESH", DEADLINE)
     with DbWriter(path) as db:
-        db._state._lock_told = (-DEADLINE, "")
+        state_of(db)._lock_told = (-DEADLINE, "")
         with waiting_for_lock(db, path) as go:
             ticket = db.enqueue("SELECT 1")
             go.set()
             until_waiting(db)
             asked.clear()
-            assert all("somebody" in db._state.describe() for _ in range(100))
+            assert all("somebody" in state_of(db).describe() for _ in range(100))
             assert not asked
         assert ticket.exception(DEADLINE) is None

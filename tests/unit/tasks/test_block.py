@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from helpers import DEADLINE
+from helpers import DEADLINE, gateway_of, state_of
 from onewriter import (
     AsyncDbWriter,
     AsyncTransaction,
@@ -502,7 +502,7 @@ def test_waits_that_a_block_makes_endless_raise_at_once(path: Path) -> None:
                 ):
                     with pytest.raises(ReentrantWriteError):
                         await call()
-                inner = db._gateway()
+                inner = gateway_of(db)
                 for blocking in (lambda: inner.run(INSERT, (2,)), inner.flush, inner.close, ticket.result):
                     with pytest.raises(ReentrantWriteError):
                         blocking()
@@ -630,7 +630,7 @@ def test_a_cancellation_in_the_moment_of_the_grant_leaves_nothing_behind(
                 task = asyncio.create_task(block())
                 await asyncio.sleep(0)
                 release.set()
-                while getattr(db._gateway()._state.job, "transaction", None) is None:  # granted: the loop does not know
+                while getattr(state_of(db).job, "transaction", None) is None:  # granted: the loop does not know
                     pass
                 task.cancel()
                 with pytest.raises(asyncio.CancelledError):
@@ -679,7 +679,7 @@ def test_what_is_sent_while_the_block_is_taken_back_is_answered(path: Path, monk
             closed_error = Transaction.closed_error
 
             def send_one_more(transaction: Transaction) -> Any:
-                if not answered.is_set() and threading.get_ident() == db._gateway()._state.writer_thread:
+                if not answered.is_set() and threading.get_ident() == state_of(db).writer_thread:
                     tx._block.send(answered.set)
                 return closed_error(transaction)
 
@@ -698,7 +698,7 @@ def test_a_block_whose_task_thinks_for_long_goes_on(path: Path, monkeypatch: pyt
     async def main() -> None:
         async with opened(path) as db:
             looks = asyncio.Semaphore(0)
-            loop, holder = asyncio.get_running_loop(), db._gateway()._state
+            loop, holder = asyncio.get_running_loop(), state_of(db)
             monkeypatch.setattr(holder, "warn_if_slow", lambda now: loop.call_soon_threadsafe(looks.release))
             async with db.transaction() as tx:
                 for _ in range(5):
@@ -808,7 +808,6 @@ def test_inside_a_tasks_block_that_max_hold_has_ended_the_gateways_calls_raise_t
                 "read": lambda: db.read("SELECT * FROM t"),
                 "transaction": enter,
             }
-            assert db._db is not None
             with pytest.raises(TransactionClosedError, match="max_hold"):
                 async with db.transaction(max_hold=0.01):
                     while db.in_writer():

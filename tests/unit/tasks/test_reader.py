@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from helpers import DEADLINE
+from helpers import DEADLINE, pool_of, threads_of
 from onewriter import AsyncDbWriter, DbWriter, ReadTimeoutError, ReentrantWriteError, WriterClosedError, aio
 from onewriter.read.pool import Borrowing
 from onewriter.read.reader import Snapshot
@@ -183,9 +183,8 @@ def test_a_read_that_no_thread_has_begun_gives_its_connection_back(path: Path, m
     async def main() -> None:
         async with opened(path, readers=1) as db:
             assert await rows(db) == []
-            assert db._pool is not None
             with monkeypatch.context() as patch:
-                patch.setattr(db._pool, "submit", lambda *_: concurrent.futures.Future())
+                patch.setattr(threads_of(db), "submit", lambda *_: concurrent.futures.Future())
                 task = asyncio.create_task(rows(db))
                 await asyncio.sleep(0.001)
                 task.cancel()
@@ -223,7 +222,7 @@ def test_reads_are_held_back_for_a_moment_so_that_the_log_can_begin_anew(path: P
     async def main() -> None:
         async with opened(path) as db:
             await rows(db)
-            readers = db._gateway()._readers
+            readers = pool_of(db)
             readers.holds_back = True
             reading = await beats(3, rows(db))
             readers.holds_back = False
@@ -264,7 +263,6 @@ def test_a_read_that_is_cancelled_before_its_thread_begins_gives_its_connection_
         with DbWriter(path, readers=1) as inner:
             shared = AsyncDbWriter.wrap(inner)
             await shared.read("SELECT 1")
-            assert shared._pool is not None
             gate = threading.Event()
 
             async def enter() -> None:
@@ -272,7 +270,7 @@ def test_a_read_that_is_cancelled_before_its_thread_begins_gives_its_connection_
                     pytest.fail("entered")
 
             for read in (enter, lambda: shared.read("SELECT 1"), lambda: shared.read(lambda connection: None)):
-                busy = shared._pool.submit(gate.wait, DEADLINE)
+                busy = threads_of(shared).submit(gate.wait, DEADLINE)
                 reading = asyncio.create_task(read())
                 while inner.stats().readers_in_use == 0:
                     await asyncio.sleep(0)
@@ -294,9 +292,9 @@ def test_a_read_is_held_back_only_while_somebody_asks_for_it_and_not_for_long(
     async def main() -> None:
         with DbWriter(path) as inner:
             shared = AsyncDbWriter.wrap(inner)
-            inner._readers.holds_back = True  # and nobody takes that back
+            pool_of(inner).holds_back = True  # and nobody takes that back
             assert await shared.read_value("SELECT 1") == 1
-            inner._readers.holds_back = False
+            pool_of(inner).holds_back = False
             monkeypatch.setattr(asyncio, "sleep", None)
             assert await shared.read_value("SELECT 1") == 1
             monkeypatch.undo()
@@ -403,7 +401,7 @@ def test_a_reader_that_is_over_leaves_the_connection_of_the_next_borrower_alone(
         async with opened(path, readers=1) as db:
             async with db.reader() as over:
                 pass
-            pool, borrowing = db._gateway()._readers, Borrowing("next")
+            pool, borrowing = pool_of(db), Borrowing("next")
             assert pool.take_or_line_up(borrowing)
             reader = pool.reader_of(borrowing, 100.0)
             with pytest.raises(sqlite3.ProgrammingError, match="has ended"):
@@ -449,7 +447,7 @@ def test_an_interrupted_statement_that_nobody_waits_for_is_not_logged(path: Path
         asyncio.get_running_loop().set_exception_handler(lambda _, context: logged.append(context))
         async with opened(path) as db, db.reader() as reader:
             task = asyncio.create_task(reader.execute(ENDLESS))
-            await until(lambda: db._pool is not None and reader._turn.locked() and not db._pool._work_queue.qsize())
+            await until(lambda: reader._turn.locked() and not threads_of(db)._work_queue.qsize())
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
@@ -555,8 +553,7 @@ def test_a_reader_that_is_open_while_a_wrapper_closes_goes_on_and_comes_back(pat
                 assert (await reader.execute("SELECT 1")).fetchall() == [(1,)]
             assert inner.stats().readers_in_use == 0
             assert await AsyncDbWriter.wrap(inner).read_value("SELECT 2") == 2
-            assert shared._pool is not None
-            shared._pool.shutdown()
+            threads_of(shared).shutdown()
 
     run(main)
 
@@ -575,7 +572,7 @@ def test_close_in_the_midst_of_an_own_reader_is_refused_where_it_would_never_end
 
 def test_a_late_cancellation_does_not_hurry_the_next_borrower(path: Path) -> None:
     with DbWriter(path, readers=1) as db:
-        pool, first, second = db._readers, Borrowing("first"), Borrowing("second")
+        pool, first, second = pool_of(db), Borrowing("first"), Borrowing("second")
         assert pool.take_or_line_up(first)
         pool.reader_of(first, 100.0)
         pool.expire(first)
@@ -595,7 +592,7 @@ def test_a_read_that_is_cancelled_before_its_connection_is_opened_gives_its_plac
             shared = AsyncDbWriter.wrap(inner)
             shared._pool = ThreadPoolExecutor(1)
             gate = threading.Event()
-            busy = shared._pool.submit(gate.wait, DEADLINE)
+            busy = threads_of(shared).submit(gate.wait, DEADLINE)
             reading = asyncio.create_task(shared.read("SELECT 1"))
             await until(lambda: inner.stats().readers_in_use == 1)
             reading.cancel()

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, holding_lock, parked
+from helpers import DEADLINE, holding_lock, parked, session_of, state_of, writer_of
 from onewriter import DbWriter, Ticket, Transaction
 from onewriter.write.writer import commit_outcome_unknown, copy_of
 
@@ -48,7 +48,7 @@ def waiting_for_lock(db: DbWriter, path: Path) -> Iterator[threading.Event]:
 
 def until_waiting(db: DbWriter) -> None:
     """Until the writer waits for SQLite's lock."""
-    while "waits since" not in db._state.describe():
+    while "waits since" not in state_of(db).describe():
         assert not threading.Event().wait(0.001)
 
 
@@ -268,7 +268,7 @@ def test_a_lone_statement_whose_connection_could_not_be_opened_is_no_unknown_com
             raise error
 
     with DbWriter(path, on_connect=hook) as db:
-        db._loop._drop_session()
+        writer_of(db)._drop_session()
         failing.append(True)
         with pytest.raises(sqlite3.OperationalError, match="disk I/O"):
             db.run_without_transaction("VACUUM")
@@ -278,8 +278,7 @@ def test_a_lone_statement_whose_connection_could_not_be_opened_is_no_unknown_com
 
 @pytest.mark.parametrize("name", ["READ", "GETTEMPPATH", "LOCK", "SHMMAP"])
 def test_a_lone_statement_that_failed_before_it_wrote_is_no_unknown_commit(db: DbWriter, name: str) -> None:
-    session = db._loop._session
-    assert session is not None
+    session = session_of(db)
 
     def fail(*_: object) -> Any:
         error = sqlite3.OperationalError("disk I/O error")
@@ -309,7 +308,7 @@ def test_an_error_of_a_hook_that_refuses_copies_still_reaches_every_job(path: Pa
     with DbWriter(path, on_connect=hook) as db:
         db.run(TABLE)
         fails = True
-        db._loop._drop_session()  # as after an error that leaves it in doubt; the writer is idle
+        writer_of(db)._drop_session()  # as after an error that leaves it in doubt; the writer is idle
         tickets = [db.enqueue(INSERT, (n,)) for n in range(3)]
         errors = [ticket.exception(DEADLINE) for ticket in tickets]
         assert ["of the hook" in str(error) for error in errors] == [True] * 3

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, holding_lock, in_threads, parked
+from helpers import DEADLINE, holding_lock, in_threads, parked, writer_of
 from onewriter import (
     DbWriter,
     Transaction,
@@ -399,7 +399,7 @@ def test_a_file_that_was_moved_during_a_block_is_noticed_before_it_is_committed(
     with pytest.raises(WriterBrokenError, match="moved"), db.transaction() as tx:
         tx.execute("INSERT INTO t VALUES (1)")
         path.rename(path.with_name("elsewhere.db"))
-        db._loop.file._looked_at = 0.0  # a tenth of a second ago
+        writer_of(db).file._looked_at = 0.0  # a tenth of a second ago
     report = db.close()
     assert (report.committed, report.failed) == (1, 1)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, in_threads, parked
+from helpers import DEADLINE, in_threads, parked, pool_of, writer_of
 from onewriter import DbWriter, WriteTimeoutError
 from onewriter.events import CheckpointEnded
 from onewriter.read.pool import Borrowing
@@ -81,16 +81,16 @@ def test_an_idle_writer_empties_the_log(path: Path) -> None:
     with DbWriter(path) as db:
         fill(db)
         emptied = threading.Event()
-        empty = db._loop._checkpointer.empty
+        empty = writer_of(db)._checkpointer.empty
 
         def tell(*arguments: object) -> None:
             empty(*arguments)  # type: ignore[arg-type]
             emptied.set()
 
-        db._loop._checkpointer.empty = tell  # type: ignore[method-assign, assignment]
+        writer_of(db)._checkpointer.empty = tell  # type: ignore[method-assign, assignment]
         assert emptied.wait(DEADLINE)
         assert log_size(path) == 0
-        assert db._loop.idle_after is None
+        assert writer_of(db).idle_after is None
 
 
 def test_without_checkpoints_of_ours_the_log_is_somebody_elses(path: Path) -> None:
@@ -98,13 +98,13 @@ def test_without_checkpoints_of_ours_the_log_is_somebody_elses(path: Path) -> No
         fill(db)
         assert update(db, 1500) > 2 * LIMIT
         assert db.run_without_transaction("PRAGMA wal_autocheckpoint").rows == [(0,)]
-        assert db._loop.idle_after is None
+        assert writer_of(db).idle_after is None
 
 
 def test_a_reader_that_is_held_back_comes_in_when_the_log_has_begun_anew(path: Path) -> None:
     with DbWriter(path) as db:
         fill(db)
-        pool = db._loop.readers
+        pool = writer_of(db).readers
         with pool.held_back(0.01):
             (rows,) = in_threads(lambda: db.read_value("SELECT count(*) FROM t"))
         assert rows == 100
@@ -120,20 +120,20 @@ def test_readers_are_held_back_only_for_the_modes_that_need_a_log_without_reader
 ) -> None:
     with DbWriter(path) as db:
         seconds: list[float] = []
-        held_back = db._readers.held_back
+        held_back = pool_of(db).held_back
 
         def record(least: float) -> Any:
             seconds.append(least)
             return held_back(least)
 
-        monkeypatch.setattr(db._readers, "held_back", record)
+        monkeypatch.setattr(pool_of(db), "held_back", record)
         assert not db.checkpoint(mode).busy
     assert [second > 0 for second in seconds[:1]] == [waits]
 
 
 def test_the_log_is_emptied_later_unless_it_was_just_now(path: Path) -> None:
     with DbWriter(path) as db:
-        checkpointer = db._loop._checkpointer
+        checkpointer = writer_of(db)._checkpointer
         db.run("CREATE TABLE t (n)")
         db.checkpoint("PASSIVE")
         assert checkpointer.has_work
@@ -160,19 +160,19 @@ def test_an_idle_writer_empties_the_log_once_after_a_while(path: Path, monkeypat
     with DbWriter(path, inline=True) as db:
         db.run("CREATE TABLE t (n)")
         monkeypatch.setattr(loop, "IDLE", 3600.0)
-        db._loop.idle()
+        writer_of(db).idle()
         assert db.stats().last_checkpoint is None
         monkeypatch.setattr(loop, "IDLE", 0.0)
-        db._loop.idle()
-        first = db._loop.last_checkpoint
+        writer_of(db).idle()
+        first = writer_of(db).last_checkpoint
         assert first is not None
-        db._loop.idle()  # there is nothing to do
-        assert db._loop.last_checkpoint is first
+        writer_of(db).idle()  # there is nothing to do
+        assert writer_of(db).last_checkpoint is first
 
 
 def grown_old(db: DbWriter) -> None:
     """Have the readers that are out be so for long."""
-    for borrowing in db._readers._lent:
+    for borrowing in pool_of(db)._lent:
         borrowing.since -= 0.9
 
 
@@ -203,13 +203,13 @@ def test_reads_are_not_held_back_for_a_reader_that_is_out_for_long(path: Path) -
         fill(db)
         with db.reader():
             grown_old(db)
-            with db._readers.held_back(0.5):
-                assert not db._readers.holds_back
+            with pool_of(db).held_back(0.5):
+                assert not pool_of(db).holds_back
 
 
 def test_holding_reads_back_in_vain_makes_the_next_time_come_later_and_later(path: Path) -> None:
     with DbWriter(path, wal_limit=LIMIT) as db:
-        checkpointer = db._loop._checkpointer
+        checkpointer = writer_of(db)._checkpointer
         checkpointer._kept_size = 2 * LIMIT
         checkpointer._kept_by = [Borrowing("one for long")]
         checkpointer._count_hold_back(0.0)  # nobody was held back
@@ -340,8 +340,8 @@ def test_a_checkpoint_waits_a_moment_for_those_who_read(db: DbWriter) -> None:
     def read() -> None:
         with db.reader():
             inside.set()
-            while not db._readers.holds_back:
-                for borrowing in db._readers._lent.copy():
+            while not pool_of(db).holds_back:
+                for borrowing in pool_of(db)._lent.copy():
                     borrowing.since = monotonic()  # as if it had just come
 
     def checkpoint() -> object:
@@ -349,7 +349,7 @@ def test_a_checkpoint_waits_a_moment_for_those_who_read(db: DbWriter) -> None:
         return db.checkpoint()
 
     assert in_threads(checkpoint, read)[0] == (False, 0, 0)
-    assert not db._loop._checkpointer.has_work
+    assert not writer_of(db)._checkpointer.has_work
 
 
 def test_checkpoints_that_fail_are_told_once_until_one_works(

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from helpers import DEADLINE
+from helpers import DEADLINE, driver_of
 from onewriter import DbWriter, Ticket, WriteTimeoutError
 from onewriter.write.driver import InlineDriver
 
@@ -62,7 +62,7 @@ def test_without_a_thread_a_handler_that_comes_as_the_turn_is_taken_or_given_doe
     with DbWriter(path, inline=True) as db:
         db.run("CREATE TABLE t (n)")
         got: list[Ticket[Any]] = []
-        driver = db._driver
+        driver = driver_of(db)
         assert isinstance(driver, InlineDriver)
         driver._turn = Turn(driver._turn, at, lambda: got.append(db.enqueue(INSERT, (1,), timeout=0.0)))  # type: ignore[assignment]
         db.run(INSERT, (2,))

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, holding_lock, parked
+from helpers import DEADLINE, holding_lock, parked, writer_of
 from onewriter import DbWriter, Transaction
 from onewriter.write import writer as loop
 
@@ -150,7 +150,7 @@ def test_a_lone_statement_is_repeated_while_somebody_else_writes(path: Path) -> 
 def test_the_lock_is_left_free_for_a_moment_after_long_holding(db: DbWriter, monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
     monkeypatch.setattr(loop, "LONGEST_HOLD", 0.0)
-    monkeypatch.setattr(db._loop._stop, "wait", pauses.append)
+    monkeypatch.setattr(writer_of(db)._stop, "wait", pauses.append)
     with parked(db):
         for n in range(3):
             db.enqueue(f"PRAGMA user_version = {n}")  # each has a transaction of its own
@@ -163,7 +163,7 @@ def test_many_jobs_behind_a_busy_commit_wait_for_the_lock_once(path: Path) -> No
     with DbWriter(path, journal_mode="DELETE", lock_timeout=0.05) as db:
         db.run("CREATE TABLE t (k UNIQUE)")
         attempts: list[int] = []
-        keep_trying = db._loop._policy.keep_trying
+        keep_trying = writer_of(db)._policy.keep_trying
 
         def counted(*args: Any) -> Any:
             attempts.append(1)
@@ -174,7 +174,7 @@ def test_many_jobs_behind_a_busy_commit_wait_for_the_lock_once(path: Path) -> No
                 tickets = [db.enqueue("INSERT INTO t VALUES (1)") for _ in range(30)]
                 reader.execute("BEGIN")
                 reader.execute("SELECT * FROM t").fetchall()
-                db._loop._policy.keep_trying = counted  # type: ignore[method-assign, assignment]
+                writer_of(db)._policy.keep_trying = counted  # type: ignore[method-assign, assignment]
             errors = {str(ticket.exception(DEADLINE)) for ticket in tickets}
         assert errors == {"database is locked"}
         assert len(attempts) <= 2  # of the job that parks, and of them all

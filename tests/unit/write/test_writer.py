@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-from helpers import DEADLINE, parked
+from helpers import DEADLINE, parked, session_of, writer_of
 from onewriter import DbWriter, Ticket, Transaction, TransactionClosedError, WriterBrokenError
 from onewriter.base.waiting import wake
 
@@ -161,7 +161,7 @@ def test_if_the_writer_ends_all_the_same_everybody_hears(
 
     with handling(emit):
         db = DbWriter(path, inline=inline)
-        monkeypatch.setattr(db._loop, "write", raising_it(Cause))
+        monkeypatch.setattr(writer_of(db), "write", raising_it(Cause))
         if stderr_is_broken:
             monkeypatch.setattr(sys, "stderr", None)
         tickets: list[Ticket[Any]] = []
@@ -191,10 +191,9 @@ def test_a_writer_whose_end_fails_is_at_an_end_and_waits_for_nobody(
 ) -> None:
     db = DbWriter(path)
     db.run(TABLE)
-    session = db._loop._session
-    assert session is not None
+    session = session_of(db)
     connection = session.connection
-    monkeypatch.setattr(db._loop, "_roll_back", raising(SystemExit))
+    monkeypatch.setattr(writer_of(db), "_roll_back", raising(SystemExit))
     db.close(DEADLINE)
     with pytest.raises(sqlite3.ProgrammingError, match="closed"):
         connection.execute("SELECT 1")
@@ -230,8 +229,7 @@ def test_an_interrupt_that_nobody_of_ours_has_sent_is_told_as_it_is(path: Path) 
     with DbWriter(path, on_connect=connect, on_error=lambda ticket: None) as db:
         ticket = db.enqueue(endless)
         assert inside.wait(30)
-        session = db._loop._session
-        assert session is not None
+        session = session_of(db)
         session.connection.interrupt()  # once: the statement is under way, and what comes after it is left alone
         with pytest.raises(sqlite3.OperationalError, match="interrupted"):
             ticket.result(30)
