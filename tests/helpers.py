@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
 import socket
 import sqlite3
 import subprocess
@@ -11,8 +13,9 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, NoReturn
 
-from onewriter import AsyncDbWriter, DbWriter, Transaction
+from onewriter import AsyncDbWriter, DbWriter, Ticket, Transaction
 from onewriter.base.state import State
 from onewriter.read.pool import ReaderPool
 from onewriter.write.driver import Driver
@@ -20,6 +23,7 @@ from onewriter.write.session import WriteSession
 from onewriter.write.writer import Writer
 
 DEADLINE = 30.0  # seconds; a wait that ends there is a hang
+BRIEFLY = 0.05  # seconds; for waits that cannot succeed
 
 # Where the parts of an open gateway are: no other place in the tests knows it.
 
@@ -102,6 +106,126 @@ def released_soon(path: Path, seconds: float = 0.3) -> Iterator[None]:
         timer.join(DEADLINE)
 
 
+@contextlib.contextmanager
+def waiting_for_lock(db: DbWriter, path: Path) -> Iterator[threading.Event]:
+    """What is handed in before the yielded Event is set is taken together, and waits for SQLite's lock."""
+    go, there = threading.Event(), threading.Event()
+    with parked(db) as release:
+        stop = db.enqueue("SELECT 1", label="last before the lock is taken")
+
+        def stay(ticket: Ticket[Any]) -> None:
+            there.set()
+            go.wait(DEADLINE)
+
+        stop.add_done_callback(stay)
+        release.set()
+        assert there.wait(DEADLINE)
+        with holding_lock(path):
+            yield go
+
+
+def until_waiting(db: DbWriter) -> None:
+    """Until the writer waits for SQLite's lock."""
+    while "waits since" not in state_of(db).describe():
+        assert not threading.Event().wait(0.001)
+
+
+# What a database, the log or an error says ----------------------------------------------------------------------------
+
+
+def make(path: Path, mode: str = "WAL") -> None:
+    with contextlib.closing(sqlite3.connect(path)) as plain:
+        plain.execute(f"PRAGMA journal_mode = {mode}")
+        plain.execute("CREATE TABLE t (n)")
+
+
+CREATE = """
+CREATE TABLE t (id INTEGER PRIMARY KEY, name UNIQUE);
+CREATE TABLE "odd ""name" (id INTEGER PRIMARY KEY, name TEXT);
+CREATE TABLE bare (name PRIMARY KEY) WITHOUT ROWID;
+CREATE TABLE log (id INTEGER PRIMARY KEY, name);
+CREATE TABLE "into" (id INTEGER PRIMARY KEY, "update" TEXT DEFAULT 'd');
+CREATE VIEW v AS SELECT name FROM t;
+CREATE TRIGGER write_v INSTEAD OF INSERT ON v BEGIN INSERT INTO t (name) VALUES (NEW.name); END;
+CREATE TRIGGER log_t AFTER INSERT ON t
+BEGIN INSERT INTO log VALUES (500, NEW.name), (501, NEW.name); DELETE FROM log; END;
+INSERT INTO t VALUES (10, 'a'), (20, 'b');
+"""
+
+
+def rows(db: DbWriter) -> list[Any]:
+    """What is in ``t``, in the order of its insertion."""
+    return [n for (n,) in db.read("SELECT n FROM t ORDER BY rowid")]
+
+
+def rows_in(path: Path) -> list[Any]:
+    """The same, as any other connection sees it."""
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        return [n for (n,) in connection.execute("SELECT n FROM t ORDER BY rowid")]
+
+
+def inserting(n: int) -> Callable[[Transaction], object]:
+    return lambda tx: tx.execute("INSERT INTO t VALUES (?)", (n,))
+
+
+def is_clean(db: DbWriter) -> bool:
+    """Whether the only connection to read pins no old state: it sees a new row, and a checkpoint gets through."""
+    before = db.run("SELECT count(*) FROM t").rows[0][0]
+    db.run("INSERT INTO t VALUES (0)")
+    sees = db.read_value("SELECT count(*) FROM t") == before + 1
+    return bool(sees and db.run_without_transaction("PRAGMA wal_checkpoint(TRUNCATE)").rows[0][0] == 0)
+
+
+def log_size(path: Path) -> int:
+    return os.path.getsize(f"{path}-wal")
+
+
+def notes_of(error: BaseException) -> str:
+    return "\n".join(getattr(error, "__notes__", ()))
+
+
+class _Handler(logging.Handler):
+    def __init__(self, emit: Callable[[logging.LogRecord], object]) -> None:
+        super().__init__()
+        self._emit = emit
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._emit(record)
+
+
+@contextlib.contextmanager
+def handling(emit: Callable[[logging.LogRecord], object]) -> Iterator[logging.Handler]:
+    """Only ``emit`` hears the log."""
+    logger, handler = logging.getLogger("onewriter"), _Handler(emit)
+    logger.addHandler(handler)
+    logger.propagate = False
+    try:
+        yield handler
+    finally:
+        logger.propagate = True
+        logger.removeHandler(handler)
+
+
+def raising(error: type[BaseException]) -> Callable[..., NoReturn]:
+    def fail(*_: object) -> NoReturn:
+        raise error("of an exception's own making")
+
+    return fail
+
+
+def raises(error: BaseException) -> Callable[[sqlite3.Connection, bool], object]:
+    """A hook, ``on_connect``, that raises it."""
+
+    def hook(connection: sqlite3.Connection, readonly: bool) -> None:
+        raise error
+
+    return hook
+
+
+# Threads and processes ------------------------------------------------------------------------------------------------
+
+
 def in_threads(*functions: Callable[[], object]) -> list[object]:
     """Run each function in a thread of its own, all at once; their results, or the first error of one of them."""
     with ThreadPoolExecutor(len(functions)) as pool:
@@ -124,3 +248,18 @@ def run_child(code: str, timeout: float = 60.0) -> subprocess.CompletedProcess[s
     """Run ``code`` in a Python process of its own."""
     command = [sys.executable, "-c", HEARS_INTERRUPTS + code]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+
+
+PRELUDE = """
+import json, logging, os, signal, sys, threading
+from onewriter import DbWriter
+
+path = {path!r}
+logging.basicConfig(format="%(levelname)s %(message)s")
+INSERT = "INSERT INTO t VALUES (?)"
+"""
+
+
+def child_code(path: Path, code: str) -> str:
+    """``code`` for a child process, with the names that it needs."""
+    return PRELUDE.format(path=str(path)) + code

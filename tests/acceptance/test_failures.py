@@ -13,10 +13,8 @@ from typing import Any
 
 import pytest
 
-from helpers import parked, writer_of
+from helpers import DEADLINE, parked, writer_of
 from onewriter import DbWriter, Ticket, Transaction, WriterBrokenError
-
-DEADLINE = 30.0
 
 
 @pytest.fixture
@@ -169,16 +167,6 @@ def test_corruption_is_told_to_whom_it_hits_and_the_rest_goes_on(path: Path, cap
         db.run("INSERT INTO sound VALUES (2)")
         assert db.health.startswith("degraded")
     assert sum("damaged" in record.getMessage() for record in caplog.records) == 1
-
-
-def test_a_file_that_is_no_database_is_refused_and_left_alone(path: Path) -> None:
-    text = b"this is no database, " * 100
-    path.write_bytes(text)
-    with pytest.raises(sqlite3.DatabaseError, match="not a database") as caught:
-        DbWriter(path)
-    assert caught.value.sqlite_errorcode == sqlite3.SQLITE_NOTADB
-    assert path.read_bytes() == text
-    assert os.listdir(path.parent) == [path.name]
 
 
 def test_returning_is_read_to_its_end_and_committed(db: DbWriter) -> None:

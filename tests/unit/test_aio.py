@@ -10,13 +10,14 @@ import os
 import sqlite3
 import threading
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, assert_type
 
 import pytest
 
+from aio_helpers import beats, opened, rows, run, until, writer_parked
 from helpers import DEADLINE, holding_lock, parked, pool_of, writer_of
 from onewriter import (
     AsyncDbWriter,
@@ -34,59 +35,6 @@ from onewriter import (
 INSERT = "INSERT INTO t VALUES (?)"
 ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
 COUNT = "SELECT count(*) FROM t"
-
-
-def run(main: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
-    """Run on a new loop; what does not end is a hang."""
-
-    async def bounded() -> Any:
-        async with asyncio.timeout(DEADLINE):
-            return await main()
-
-    return asyncio.run(bounded())
-
-
-@contextlib.asynccontextmanager
-async def opened(path: Path, **options: Any) -> AsyncIterator[AsyncDbWriter]:
-    async with AsyncDbWriter(path, **options) as db:
-        await db.run("CREATE TABLE t (n)")
-        yield db
-
-
-async def rows(db: AsyncDbWriter) -> list[Any]:
-    return [n for (n,) in await db.read("SELECT n FROM t ORDER BY n")]
-
-
-@contextlib.asynccontextmanager
-async def writer_parked(db: AsyncDbWriter) -> AsyncIterator[threading.Event]:
-    """Keep the writer busy for the block."""
-    entered, release = threading.Event(), threading.Event()
-
-    def park(tx: Transaction) -> None:
-        entered.set()
-        release.wait(DEADLINE)
-
-    ticket = db.enqueue(park)
-    await asyncio.to_thread(entered.wait, DEADLINE)
-    try:
-        yield release
-    finally:
-        release.set()
-        await ticket
-
-
-async def beats(count: int, waiting: Awaitable[Any]) -> asyncio.Future[Any]:
-    """Start ``waiting``, and show that the loop goes on beside it."""
-    task = asyncio.ensure_future(waiting)
-    for _ in range(count):
-        await asyncio.sleep(0.001)
-    assert not task.done()
-    return task
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    while not condition():
-        await asyncio.sleep(0.001)
 
 
 async def cancel_await(db: AsyncDbWriter, ticket: Ticket[Any]) -> None:

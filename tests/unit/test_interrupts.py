@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import logging
 import signal
@@ -17,7 +16,19 @@ from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, driver_of, parked, pool_of, run_child, session_of, state_of, writer_of
+from helpers import (
+    DEADLINE,
+    child_code,
+    driver_of,
+    handling,
+    parked,
+    pool_of,
+    rows_in,
+    run_child,
+    session_of,
+    state_of,
+    writer_of,
+)
 from onewriter import AsyncDbWriter, DbWriter, ReentrantWriteError, Ticket, WriterClosedError, gateway
 from onewriter.base import waiting as job
 from onewriter.read.pool import ReaderPool
@@ -26,15 +37,6 @@ from onewriter.sqlite.watch import Watch
 from onewriter.write import driver
 
 ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
-
-PRELUDE = """
-import json, logging, os, signal, sys, threading
-from onewriter import DbWriter
-
-path = {path!r}
-logging.basicConfig(format="%(levelname)s %(message)s")
-INSERT = "INSERT INTO t VALUES (?)"
-"""
 
 OPEN = """
 db = DbWriter(path, label="ledger")
@@ -83,45 +85,6 @@ WAYS: dict[str, Callable[[DbWriter], object]] = {
     "block": in_a_block,
     "lent": in_a_lent_connection,
 }
-
-
-def child_code(path: Path, code: str) -> str:
-    return PRELUDE.format(path=str(path)) + code
-
-
-@pytest.fixture
-def table(path: Path) -> Path:
-    with contextlib.closing(sqlite3.connect(path)) as connection:
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("CREATE TABLE t (n INTEGER)")
-    return path
-
-
-def rows_in(path: Path) -> list[Any]:
-    with contextlib.closing(sqlite3.connect(path)) as connection:
-        return [n for (n,) in connection.execute("SELECT n FROM t ORDER BY rowid")]
-
-
-class _Handler(logging.Handler):
-    def __init__(self, emit: Callable[[logging.LogRecord], object]) -> None:
-        super().__init__()
-        self._emit = emit
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._emit(record)
-
-
-@contextlib.contextmanager
-def handling(emit: Callable[[logging.LogRecord], object]) -> Iterator[logging.Handler]:
-    """Only ``emit`` hears the log."""
-    logger, handler = logging.getLogger("onewriter"), _Handler(emit)
-    logger.addHandler(handler)
-    logger.propagate = False
-    try:
-        yield handler
-    finally:
-        logger.propagate = True
-        logger.removeHandler(handler)
 
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)

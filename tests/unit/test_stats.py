@@ -12,14 +12,13 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, holding_lock, in_threads, parked, released_soon, state_of
-from onewriter import AsyncDbWriter, DbWriter, QueueFullError, Ticket, Transaction, WriteTimeoutError
+from helpers import DEADLINE, holding_lock, in_threads, inserting, parked, released_soon, state_of
+from onewriter import AsyncDbWriter, DbWriter, QueueFullError, Ticket, WriteTimeoutError
 from onewriter.base.tally import Histogram
 from onewriter.events import JobSubmitted
 
@@ -29,10 +28,6 @@ TABLE = "CREATE TABLE t (n INTEGER PRIMARY KEY)"
 
 def warnings_of(caplog: pytest.LogCaptureFixture, text: str) -> list[str]:
     return [record.getMessage() for record in caplog.records if text in record.getMessage()]
-
-
-def inserting(n: int) -> Callable[[Transaction], object]:
-    return lambda tx: tx.execute(INSERT, (n,))
 
 
 def wait_until(condition: Any) -> None:

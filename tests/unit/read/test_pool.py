@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, pool_of
+from helpers import DEADLINE, is_clean, pool_of
 from onewriter import DbWriter, ReadTimeoutError, ReentrantWriteError, WriterBrokenError, WriterClosedError
 from onewriter.read.pool import Borrowing
 from onewriter.read.reader import Reader
@@ -21,22 +21,6 @@ from onewriter.read.reader import Reader
 INSERT = "INSERT INTO t VALUES (?)"
 COUNT = "SELECT count(*) FROM t"
 TWO_ROWS = "SELECT 1 UNION SELECT 2"
-
-
-@pytest.fixture
-def one(path: Path) -> Iterator[DbWriter]:
-    """A gateway with a single connection to read, so that each read gets what the last one left."""
-    with DbWriter(path, readers=1) as gateway:
-        gateway.run("CREATE TABLE t (n INTEGER)")
-        yield gateway
-
-
-def is_clean(db: DbWriter) -> bool:
-    """Whether the connection pins no old state: it sees a new row, and a checkpoint gets through."""
-    before = db.run("SELECT count(*) FROM t").rows[0][0]
-    db.run(INSERT, (0,))
-    sees = db.read_value(COUNT) == before + 1
-    return bool(sees and db.run_without_transaction("PRAGMA wal_checkpoint(TRUNCATE)").rows[0][0] == 0)
 
 
 def test_waiters_for_a_connection_are_served_in_order_or_told(one: DbWriter) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import sqlite3
@@ -11,15 +10,9 @@ from typing import Any
 
 import pytest
 
-from helpers import run_child
+from helpers import make, run_child
 from onewriter import DbWriter
 from onewriter.tools import check
-
-
-def make(path: Path, mode: str = "WAL") -> None:
-    with contextlib.closing(sqlite3.connect(path)) as plain:
-        plain.execute(f"PRAGMA journal_mode = {mode}")
-        plain.execute("CREATE TABLE t (n)")
 
 
 @pytest.mark.parametrize("other", ["second.db", "folder/app.db"])
@@ -240,7 +233,9 @@ def test_folders_and_files_without_the_right_to_write_are_named(open_folder: Pat
     assert "the file is not writable" in told[1]
 
 
-@pytest.mark.parametrize("path", ["nul\0.db", b"nul\0.db", "file:x.db", "file::memory:?cache=shared", b"file:x.db"])
+@pytest.mark.parametrize(
+    "path", ["nul\0.db", b"nul\0.db", "file:x.db", "file:x?mode=memory", "file::memory:?cache=shared", b"file:x.db"]
+)
 def test_a_path_that_sqlite_would_read_otherwise_is_refused(path: Any) -> None:
     with pytest.raises(ValueError, match="path"):
         DbWriter(path)

@@ -431,7 +431,6 @@ def test_a_file_that_is_overwritten_by_a_smaller_one_is_noticed_in_each_mode(pat
             os.truncate(path, 0)
         else:
             shutil.copyfile(path.with_name("backup.db"), path)
-        writer_of(db).file._looked_at = 0.0  # the next look is due
         with pytest.raises(WriterBrokenError, match="overwritten"):
             db.run("INSERT INTO t VALUES (1)")
 
@@ -444,7 +443,6 @@ def test_a_file_that_another_process_has_made_smaller_is_no_trouble(path: Path, 
         with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
             other.execute("DELETE FROM t")
             other.execute("VACUUM")
-        writer_of(db).file._looked_at = 0.0
         db.run("INSERT INTO t VALUES (1)")
         assert db.health == "ok"
 
@@ -463,7 +461,6 @@ def test_an_attached_file_that_is_not_there_any_more_is_noticed(path: Path, way:
             other.rename(path.with_name("moved.db"))
         if way == "replaced":
             shutil.copyfile(path.with_name("moved.db"), other)
-        writer_of(db).file._looked_at = 0.0
         with pytest.raises(WriterBrokenError, match=r"other\.db"):
             db.run("INSERT INTO o.t VALUES (2)")
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from helpers import rows
 from onewriter import DbWriter, ReentrantWriteError, Transaction, TransactionClosedError
 
 INSERT = "INSERT INTO t VALUES (?)"
@@ -25,10 +26,6 @@ Use = Callable[[sqlite3.Connection], object]
 def db(any_db: DbWriter) -> DbWriter:
     any_db.run("CREATE TABLE t (n INTEGER)")
     return any_db
-
-
-def rows(db: DbWriter) -> list[Any]:
-    return [n for (n,) in db.read("SELECT n FROM t ORDER BY rowid")]
 
 
 def with_statement(connection: sqlite3.Connection) -> None:

@@ -8,15 +8,14 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
-from helpers import DEADLINE, holding_lock, parked, state_of, writer_of
-from onewriter import DbWriter, Ticket, WriteTimeoutError
+from helpers import DEADLINE, holding_lock, notes_of, state_of, until_waiting, waiting_for_lock, writer_of
+from onewriter import DbWriter, WriteTimeoutError
 from onewriter.sqlite import locks, mounts
 from onewriter.tools.check import check
 
@@ -41,34 +40,6 @@ def held_by_a_process(path: Path) -> Iterator[subprocess.Popen[str]]:
             yield process
         finally:
             process.kill()
-
-
-def notes_of(error: BaseException) -> str:
-    return "\n".join(getattr(error, "__notes__", []))
-
-
-@contextlib.contextmanager
-def waiting_for_lock(db: DbWriter, path: Path) -> Iterator[threading.Event]:
-    """What is handed in before the yielded Event is set is taken together, and waits for SQLite's lock."""
-    go, there = threading.Event(), threading.Event()
-    with parked(db) as release:
-        stop = db.enqueue("SELECT 1", label="last before the lock is taken")
-
-        def stay(ticket: Ticket[Any]) -> None:
-            there.set()
-            go.wait(DEADLINE)
-
-        stop.add_done_callback(stay)
-        release.set()
-        assert there.wait(DEADLINE)
-        with holding_lock(path):
-            yield go
-
-
-def until_waiting(db: DbWriter) -> None:
-    """Until the writer waits for SQLite's lock."""
-    while "waits since" not in state_of(db).describe():
-        assert not threading.Event().wait(0.001)
 
 
 @pytest.mark.parametrize("mode", ["WAL", "DELETE"])

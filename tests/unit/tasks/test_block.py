@@ -8,12 +8,13 @@ import gc
 import sqlite3
 import threading
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from aio_helpers import Gate, beats, opened, rows, run, until, writer_parked
 from helpers import DEADLINE, gateway_of, state_of
 from onewriter import (
     AsyncDbWriter,
@@ -33,32 +34,6 @@ ENDLESS_WRITE = "INSERT INTO t WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT
 Hesitant = tuple[list[taskblock.TaskBlock], threading.Event]
 
 
-def run(main: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
-    """Run on a new loop; what does not end is a hang."""
-
-    async def bounded() -> Any:
-        async with asyncio.timeout(DEADLINE):
-            return await main()
-
-    return asyncio.run(bounded())
-
-
-@contextlib.asynccontextmanager
-async def opened(path: Path, **options: Any) -> AsyncIterator[AsyncDbWriter]:
-    async with AsyncDbWriter(path, **options) as db:
-        await db.run("CREATE TABLE t (n)")
-        yield db
-
-
-async def rows(db: AsyncDbWriter) -> list[Any]:
-    return [n for (n,) in await db.read("SELECT n FROM t ORDER BY n")]
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    while not condition():
-        await asyncio.sleep(0.001)
-
-
 @pytest.fixture
 def hesitant(monkeypatch: pytest.MonkeyPatch) -> Hesitant:
     """The writer has started a block, and hesitates to grant it: the blocks it has come to, and its leave to go on."""
@@ -73,33 +48,6 @@ def hesitant(monkeypatch: pytest.MonkeyPatch) -> Hesitant:
 
     monkeypatch.setattr(taskblock.TaskBlock, "perform", hesitate)
     return blocks, go_on
-
-
-@contextlib.asynccontextmanager
-async def writer_parked(db: AsyncDbWriter) -> AsyncIterator[threading.Event]:
-    """Keep the writer busy for the block."""
-    entered, release = threading.Event(), threading.Event()
-
-    def park(tx: Transaction) -> None:
-        entered.set()
-        release.wait(DEADLINE)
-
-    ticket = db.enqueue(park)
-    await asyncio.to_thread(entered.wait, DEADLINE)
-    try:
-        yield release
-    finally:
-        release.set()
-        await ticket
-
-
-async def beats(count: int, waiting: Awaitable[Any]) -> asyncio.Future[Any]:
-    """Start ``waiting``, and show that the loop goes on beside it."""
-    task = asyncio.ensure_future(waiting)
-    for _ in range(count):
-        await asyncio.sleep(0.001)
-    assert not task.done()
-    return task
 
 
 def test_a_timeout_in_the_moment_a_block_starts_frees_the_writer(path: Path, hesitant: Hesitant) -> None:
@@ -752,20 +700,6 @@ def test_a_block_that_was_left_by_an_error_says_so_afterwards(path: Path) -> Non
                 await tx.execute("SELECT 1")
 
     run(main)
-
-
-class Gate:
-    """A SQL function that waits: ``SELECT gate()`` is under way, and its connection busy, until it is opened."""
-
-    def __init__(self) -> None:
-        self.entered, self.open = threading.Event(), threading.Event()
-
-    def on_connect(self, connection: sqlite3.Connection, readonly: bool) -> None:
-        connection.create_function("gate", 0, self._wait)
-
-    def _wait(self) -> int:
-        self.entered.set()
-        return self.open.wait(5.0)  # a loop that stands still cannot open it
 
 
 @pytest.mark.parametrize("block", [AsyncDbWriter.reader, AsyncDbWriter.transaction])

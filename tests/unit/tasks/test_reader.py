@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import contextlib
 import gc
 import sqlite3
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from aio_helpers import Gate, beats, opened, rows, run, until
 from helpers import DEADLINE, pool_of, threads_of
 from onewriter import AsyncDbWriter, DbWriter, ReadTimeoutError, ReentrantWriteError, WriterClosedError, aio
 from onewriter.read.pool import Borrowing
@@ -28,44 +28,9 @@ LONG = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT 300
 COUNT = "SELECT count(*) FROM t"
 
 
-def run(main: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
-    """Run on a new loop; what does not end is a hang."""
-
-    async def bounded() -> Any:
-        async with asyncio.timeout(DEADLINE):
-            return await main()
-
-    return asyncio.run(bounded())
-
-
-@contextlib.asynccontextmanager
-async def opened(path: Path, **options: Any) -> AsyncIterator[AsyncDbWriter]:
-    async with AsyncDbWriter(path, **options) as db:
-        await db.run("CREATE TABLE t (n)")
-        yield db
-
-
-async def rows(db: AsyncDbWriter) -> list[Any]:
-    return [n for (n,) in await db.read("SELECT n FROM t ORDER BY n")]
-
-
 async def called_there(call: Callable[[], Awaitable[Any]]) -> Any:
     """For a task that is not inside the blocks of the one that makes it: a call belongs to where it is called."""
     return await call()
-
-
-async def beats(count: int, waiting: Awaitable[Any]) -> asyncio.Future[Any]:
-    """Start ``waiting``, and show that the loop goes on beside it."""
-    task = asyncio.ensure_future(waiting)
-    for _ in range(count):
-        await asyncio.sleep(0.001)
-    assert not task.done()
-    return task
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    while not condition():
-        await asyncio.sleep(0.001)
 
 
 def test_a_slow_read_does_not_block_the_loop_and_its_timeout_ends_it(path: Path) -> None:
@@ -317,20 +282,6 @@ def test_a_read_of_a_function_is_named_by_its_label_or_its_name(path: Path) -> N
                     await asyncio.create_task(other(**options))
 
     run(main)
-
-
-class Gate:
-    """A SQL function that waits: ``SELECT gate()`` is under way, and its connection busy, until it is opened."""
-
-    def __init__(self) -> None:
-        self.entered, self.open = threading.Event(), threading.Event()
-
-    def on_connect(self, connection: sqlite3.Connection, readonly: bool) -> None:
-        connection.create_function("gate", 0, self._wait)
-
-    def _wait(self) -> int:
-        self.entered.set()
-        return self.open.wait(5.0)  # a loop that stands still cannot open it
 
 
 def test_a_task_that_is_cancelled_while_it_leaves_a_reader_waits_for_what_runs_there(path: Path) -> None:

@@ -6,13 +6,13 @@ import contextlib
 import dataclasses
 import sqlite3
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, holding_lock, parked, session_of, state_of, writer_of
+from helpers import DEADLINE, parked, rows, session_of, until_waiting, waiting_for_lock, writer_of
 from onewriter import DbWriter, Ticket, Transaction
 from onewriter.write.writer import commit_outcome_unknown, copy_of
 
@@ -26,34 +26,6 @@ def error_with(code: int | None) -> sqlite3.OperationalError:
     if code is not None:
         error.sqlite_errorcode, error.sqlite_errorname = code, "SQLITE_…"
     return error
-
-
-@contextlib.contextmanager
-def waiting_for_lock(db: DbWriter, path: Path) -> Iterator[threading.Event]:
-    """What is handed in before the yielded Event is set is taken together, and waits for SQLite's lock."""
-    go, there = threading.Event(), threading.Event()
-    with parked(db) as release:
-        stop = db.enqueue("SELECT 1", label="last before the lock is taken")
-
-        def stay(ticket: Ticket[Any]) -> None:
-            there.set()
-            go.wait(DEADLINE)
-
-        stop.add_done_callback(stay)
-        release.set()
-        assert there.wait(DEADLINE)
-        with holding_lock(path):
-            yield go
-
-
-def until_waiting(db: DbWriter) -> None:
-    """Until the writer waits for SQLite's lock."""
-    while "waits since" not in state_of(db).describe():
-        assert not threading.Event().wait(0.001)
-
-
-def rows(db: DbWriter) -> list[Any]:
-    return [n for (n,) in db.read("SELECT n FROM t ORDER BY n")]
 
 
 @pytest.mark.parametrize(
@@ -362,7 +334,7 @@ def test_a_function_runs_once_even_beside_failing_statements(path: Any) -> None:
             last = db.enqueue(INSERT, (2,))
         assert isinstance(failing.exception(DEADLINE), sqlite3.OperationalError)
         assert (first.exception(DEADLINE), last.exception(DEADLINE)) == (None, None)
-        assert (runs, rows(db)) == (2, [1, 2, 101, 102])
+        assert (runs, rows(db)) == (2, [1, 101, 102, 2])
 
 
 def test_what_undid_a_shared_transaction_makes_the_others_run_again(path: Any) -> None:

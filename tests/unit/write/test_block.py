@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, holding_lock, in_threads, parked, writer_of
+from helpers import DEADLINE, holding_lock, in_threads, parked, rows, writer_of
 from onewriter import (
     DbWriter,
     Transaction,
@@ -41,10 +41,6 @@ def db(path: Path) -> Iterator[DbWriter]:
 def both(any_db: DbWriter) -> DbWriter:
     any_db.run("CREATE TABLE t (n UNIQUE)")
     return any_db
-
-
-def rows(db: DbWriter) -> list[Any]:
-    return [n for (n,) in db.read("SELECT n FROM t ORDER BY n")]
 
 
 def test_a_block_is_committed_at_its_end_and_rolled_back_if_it_raises(both: DbWriter, path: Path) -> None:

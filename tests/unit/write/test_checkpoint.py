@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, in_threads, parked, pool_of, writer_of
+from helpers import DEADLINE, in_threads, log_size, parked, pool_of, writer_of
 from onewriter import DbWriter, WriteTimeoutError
 from onewriter.events import CheckpointEnded
 from onewriter.read.pool import Borrowing
@@ -23,10 +23,6 @@ from onewriter.write.checkpoint import Checkpointer
 UPDATE = "UPDATE t SET text = ? WHERE id = ?"
 INSERT = "INSERT INTO t VALUES (?, ?)"
 LIMIT = 2**20
-
-
-def log_size(path: Path) -> int:
-    return os.path.getsize(f"{path}-wal")
 
 
 def fill(db: DbWriter) -> None:

@@ -10,15 +10,11 @@ from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, driver_of
+from helpers import DEADLINE, driver_of, rows
 from onewriter import DbWriter, Ticket, WriteTimeoutError
 from onewriter.write.driver import InlineDriver
 
 INSERT = "INSERT INTO t VALUES (?)"
-
-
-def rows(db: DbWriter) -> list[Any]:
-    return [n for (n,) in db.read("SELECT n FROM t ORDER BY n")]
 
 
 def test_inline_a_block_of_another_thread_is_waited_for(path: Path) -> None:

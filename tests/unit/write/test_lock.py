@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, holding_lock, parked, writer_of
+from helpers import DEADLINE, holding_lock, parked, rows, writer_of
 from onewriter import DbWriter, Transaction
 from onewriter.write import writer as loop
 
@@ -54,10 +54,6 @@ def writes(runs: list[int], n: int) -> Callable[[Transaction], int]:
         return n
 
     return job
-
-
-def rows(db: DbWriter) -> list[int]:
-    return [n for (n,) in db.read("SELECT n FROM t ORDER BY rowid")]
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from helpers import holding_lock, parked, pool_of, writer_of
+from helpers import BRIEFLY, DEADLINE, holding_lock, parked, pool_of, rows, writer_of
 from onewriter import (
     AsyncDbWriter,
     DbWriter,
@@ -31,8 +31,6 @@ from onewriter import (
 from onewriter.read.pool import Borrowing, ReaderPool
 from onewriter.write import queue as queue_module
 
-DEADLINE = 30.0  # seconds; whatever takes longer hangs
-BRIEFLY = 0.05  # seconds; for waits that cannot succeed
 INSERT = "INSERT INTO t VALUES (?)"
 
 
@@ -48,10 +46,6 @@ def db(path: Path) -> Iterator[DbWriter]:
 def pool() -> Iterator[ThreadPoolExecutor]:
     with ThreadPoolExecutor() as pool:
         yield pool
-
-
-def rows_of(db: DbWriter) -> list[int]:
-    return [n for (n,) in db.read("SELECT n FROM t ORDER BY n")]
 
 
 def insert(n: int) -> Callable[[Transaction], Result]:
@@ -102,17 +96,6 @@ def test_flush_waits_for_what_was_accepted_and_raises_nothing_of_its_errors(path
         assert ticket.done()
 
 
-def test_flush_that_cannot_end_in_time_names_who_holds_the_writer(db: DbWriter) -> None:
-    stay = Stay(1)
-    ticket = db.enqueue(stay, label="the long one")
-    assert stay.entered.wait(DEADLINE)
-    with pytest.raises(WriteTimeoutError, match="the long one"):
-        db.flush(timeout=BRIEFLY)
-    stay.release.set()
-    assert ticket.result(timeout=DEADLINE) == 1
-    db.flush(timeout=DEADLINE)
-
-
 @pytest.mark.parametrize("timeout", [0, BRIEFLY])
 def test_a_full_queue_refuses_after_the_timeout_and_recovers_by_itself(db: DbWriter, timeout: float) -> None:
     with parked(db):
@@ -122,20 +105,7 @@ def test_a_full_queue_refuses_after_the_timeout_and_recovers_by_itself(db: DbWri
             db.enqueue(INSERT, (100,), label="late", timeout=timeout)
     db.enqueue(INSERT, (3,), timeout=DEADLINE)
     db.flush(timeout=DEADLINE)
-    assert rows_of(db) == [0, 1, 2, 3]
-
-
-def test_a_refusal_for_lack_of_room_names_who_holds_the_writer(db: DbWriter) -> None:
-    stay = Stay(100)
-    db.enqueue(stay, label="the long one")
-    assert stay.entered.wait(DEADLINE)
-    for n in range(3):
-        db.enqueue(INSERT, (n,))
-    with pytest.raises(QueueFullError, match="the long one"):
-        db.enqueue(INSERT, (3,), timeout=0)
-    stay.release.set()
-    db.flush(timeout=DEADLINE)
-    assert rows_of(db) == [0, 1, 2, 100]
+    assert rows(db) == [0, 1, 2, 3]
 
 
 def test_producers_that_wait_for_room_all_get_in(db: DbWriter, pool: ThreadPoolExecutor) -> None:
@@ -144,18 +114,7 @@ def test_producers_that_wait_for_room_all_get_in(db: DbWriter, pool: ThreadPoolE
     tickets: list[Ticket[Any]] = [call.result(timeout=DEADLINE) for call in calls]
     for ticket in tickets:
         ticket.result(timeout=DEADLINE)
-    assert rows_of(db) == list(range(20))
-
-
-def test_a_withdrawn_job_gives_its_room_back(db: DbWriter) -> None:
-    with parked(db):
-        tickets = [db.enqueue(INSERT, (n,)) for n in range(3)]
-        for ticket in tickets:
-            assert ticket.cancel()
-    for n in range(10, 13):
-        db.enqueue(INSERT, (n,), timeout=DEADLINE)
-    db.flush(timeout=DEADLINE)
-    assert rows_of(db) == [10, 11, 12]
+    assert rows(db) == list(range(20))
 
 
 def test_a_withdrawn_job_gives_its_room_back_at_once(db: DbWriter) -> None:
@@ -171,7 +130,7 @@ def test_a_withdrawn_job_gives_its_room_back_at_once(db: DbWriter) -> None:
         with pytest.raises(QueueFullError, match="3 of 3 jobs"):
             db.enqueue(INSERT, (13,), timeout=0)
     db.flush(timeout=DEADLINE)
-    assert rows_of(db) == [10, 11, 12]
+    assert rows(db) == [10, 11, 12]
 
 
 def test_who_waits_for_room_gets_that_of_a_withdrawn_job(db: DbWriter, pool: ThreadPoolExecutor) -> None:
@@ -184,7 +143,7 @@ def test_who_waits_for_room_gets_that_of_a_withdrawn_job(db: DbWriter, pool: Thr
         waiting.result(timeout=DEADLINE)
         assert db.stats().queue_depth == 3
     db.flush(timeout=DEADLINE)
-    assert rows_of(db) == [0, 2, 3]
+    assert rows(db) == [0, 2, 3]
 
 
 def test_a_job_that_is_withdrawn_after_it_was_taken_gives_room_once(db: DbWriter) -> None:
@@ -201,7 +160,7 @@ def test_a_job_that_is_withdrawn_after_it_was_taken_gives_room_once(db: DbWriter
     assert db.stats().queue_depth == 3
     stay.release.set()
     db.flush(timeout=DEADLINE)
-    assert rows_of(db) == [0, 1, 2, 100]
+    assert rows(db) == [0, 1, 2, 100]
 
 
 def test_withdrawn_jobs_do_not_pile_up_behind_one_that_waits(db: DbWriter) -> None:
@@ -218,7 +177,7 @@ def test_withdrawn_jobs_do_not_pile_up_behind_one_that_waits(db: DbWriter) -> No
         assert first.cancel()
         assert 0.0 <= db.stats().oldest_age < DEADLINE
     db.flush(timeout=DEADLINE)
-    assert rows_of(db) == [999]
+    assert rows(db) == [999]
 
 
 def test_a_finalizer_may_withdraw_jobs_while_its_thread_takes_them(db: DbWriter) -> None:
@@ -242,7 +201,7 @@ def test_a_finalizer_may_withdraw_jobs_while_its_thread_takes_them(db: DbWriter)
         assert (queue.depth, queue._bounded) == (0, 0)
         jobs[1].cancel()
     db.run(INSERT, (7,))
-    assert rows_of(db) == [7]
+    assert rows(db) == [7]
 
 
 def test_who_gives_up_its_place_in_a_line_is_not_looked_for(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,17 +247,20 @@ def test_a_caller_that_waits_for_its_result_needs_no_room(db: DbWriter, pool: Th
         runs = [pool.submit(db.run, INSERT, (n,), timeout=DEADLINE) for n in range(3, 8)]
     for run in runs:
         run.result(timeout=DEADLINE)
-    assert rows_of(db) == list(range(8))
+    assert rows(db) == list(range(8))
 
 
-def test_a_job_that_enqueues_never_waits_for_room(db: DbWriter) -> None:
+def test_a_job_or_block_that_enqueues_never_waits_for_room(db: DbWriter) -> None:
     def fan_out(tx: Transaction) -> None:
         for n in range(20):
             db.enqueue(INSERT, (n,), timeout=0)
 
     db.run(fan_out, timeout=DEADLINE)
+    with db.transaction():
+        for n in range(20, 40):
+            db.enqueue(INSERT, (n,), timeout=0)
     db.flush(timeout=DEADLINE)
-    assert rows_of(db) == list(range(20))
+    assert rows(db) == list(range(40))
 
 
 def test_what_a_job_enqueues_runs_even_if_the_job_is_rolled_back(db: DbWriter) -> None:
@@ -310,7 +272,7 @@ def test_what_a_job_enqueues_runs_even_if_the_job_is_rolled_back(db: DbWriter) -
     with pytest.raises(LookupError):
         db.run(write_and_fail, timeout=DEADLINE)
     db.flush(timeout=DEADLINE)
-    assert rows_of(db) == [2]
+    assert rows(db) == [2]
 
 
 class EnqueuesAtItsEnd:
@@ -349,7 +311,7 @@ def test_a_finalizer_that_runs_inside_cancel_can_enqueue_on_a_full_queue(db: DbW
     assert enqueue_a_function_that_holds_one().cancel()
     assert outcomes == ["accepted"]
     db.flush(timeout=DEADLINE)
-    assert rows_of(db) == [0, 1, 50, 100]
+    assert rows(db) == [0, 1, 50, 100]
 
 
 def calls_that_wait(db: DbWriter) -> dict[str, Callable[[], object]]:
@@ -381,17 +343,7 @@ def test_a_job_that_has_not_started_in_time_is_withdrawn_and_never_runs(db: DbWr
     stay.release.set()
     staying.result(timeout=DEADLINE)
     db.flush(timeout=DEADLINE)
-    assert rows_of(db) == [1]
-
-
-def test_a_timeout_names_where_the_holder_was_called_from(db: DbWriter) -> None:
-    stay = Stay(1)
-    staying = db.enqueue(stay)
-    assert stay.entered.wait(DEADLINE)
-    with pytest.raises(WriteTimeoutError) as caught:
-        db.run(INSERT, (2,), timeout=BRIEFLY)
-    assert staying.called_from in str(caught.value)
-    stay.release.set()
+    assert rows(db) == [1]
 
 
 def test_a_job_that_has_started_goes_on_and_its_ticket_has_the_outcome(db: DbWriter) -> None:
@@ -405,7 +357,7 @@ def test_a_job_that_has_started_goes_on_and_its_ticket_has_the_outcome(db: DbWri
     assert not error.ticket.cancel()
     stay.release.set()
     assert error.ticket.result(timeout=DEADLINE) == 1
-    assert rows_of(db) == [1]
+    assert rows(db) == [1]
 
 
 def test_a_job_whose_batch_waits_for_the_lock_has_not_started(db: DbWriter, path: Path) -> None:
@@ -413,7 +365,7 @@ def test_a_job_whose_batch_waits_for_the_lock_has_not_started(db: DbWriter, path
         db.run(INSERT, (1,), timeout=BRIEFLY)
     assert caught.value.started is False
     db.flush(timeout=DEADLINE)
-    assert rows_of(db) == []
+    assert rows(db) == []
 
 
 @pytest.mark.parametrize("timeout", [math.nan, -1])
@@ -423,7 +375,7 @@ def test_a_timeout_that_is_no_length_of_time_is_refused_and_nothing_is_accepted(
     with pytest.raises(ValueError, match="timeout"):
         db.enqueue(INSERT, (2,), timeout=timeout)
     db.flush(timeout=DEADLINE)
-    assert rows_of(db) == []
+    assert rows(db) == []
 
 
 def test_without_a_timeout_a_call_waits_until_the_writer_is_free(db: DbWriter, pool: ThreadPoolExecutor) -> None:
@@ -432,7 +384,7 @@ def test_without_a_timeout_a_call_waits_until_the_writer_is_free(db: DbWriter, p
         flush = pool.submit(db.flush)
     run.result(timeout=DEADLINE)
     flush.result(timeout=DEADLINE)
-    assert rows_of(db) == [1]
+    assert rows(db) == [1]
 
 
 def table_rows(path: Path) -> list[int]:
@@ -565,17 +517,21 @@ ENDLESS: dict[str, Callable[[DbWriter, Ticket[Any]], object]] = {
 
 
 @pytest.mark.parametrize("wait", ENDLESS)
-def test_a_wait_for_the_writer_inside_a_job_raises_at_once_and_the_job_may_go_on(db: DbWriter, wait: str) -> None:
-    def wait_for_itself(tx: Transaction) -> str:
-        behind = db.enqueue(INSERT, (2,))
-        tx.execute(INSERT, (1,))
+def test_a_wait_for_the_writer_inside_a_job_or_block_raises_at_once_and_it_may_go_on(
+    table_db: DbWriter, wait: str
+) -> None:
+    def wait_for_itself(tx: Transaction, n: int = 1) -> str:
+        behind = table_db.enqueue(INSERT, (n + 1,))
+        tx.execute(INSERT, (n,))
         with pytest.raises(ReentrantWriteError):
-            ENDLESS[wait](db, behind)
+            ENDLESS[wait](table_db, behind)
         return "went on"
 
-    assert db.run(wait_for_itself, timeout=DEADLINE) == "went on"
-    db.flush(timeout=DEADLINE)
-    assert rows_of(db) == [1, 2]
+    assert table_db.run(wait_for_itself, timeout=DEADLINE) == "went on"
+    with table_db.transaction() as tx:
+        wait_for_itself(tx, 3)
+    table_db.flush(timeout=DEADLINE)
+    assert rows(table_db) == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("wait", ENDLESS)
@@ -596,7 +552,7 @@ def test_a_wait_for_the_writer_inside_a_callback_of_the_writer_raises_at_once(db
     db.run("SELECT 1", timeout=DEADLINE)
     assert len(caught) == 1
     assert behind[0].exception(timeout=DEADLINE) is None
-    assert rows_of(db) == [1, 2]
+    assert rows(db) == [1, 2]
 
 
 def test_the_outcome_that_is_already_there_may_be_asked_for_inside_a_job(db: DbWriter) -> None:

@@ -8,69 +8,28 @@ import functools
 import gc
 import logging
 import sqlite3
-import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
 
-from helpers import DEADLINE, parked, session_of, writer_of
+from helpers import DEADLINE, handling, parked, raising, session_of, writer_of
 from onewriter import DbWriter, Ticket, Transaction, TransactionClosedError, WriterBrokenError
 from onewriter.base.waiting import wake
 
 ENDLESS = "WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c) "
 TABLE = "CREATE TABLE t (n)"
 INSERT = "INSERT INTO t VALUES (?)"
-FILL = "f = open({path!r}, 'r+b'); f.seek({page}); f.write(b'\\xff' * 4096)"
-
-
-class _Handler(logging.Handler):
-    def __init__(self, emit: Callable[[logging.LogRecord], object]) -> None:
-        super().__init__()
-        self._emit = emit
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._emit(record)
-
-
-@contextlib.contextmanager
-def handling(emit: Callable[[logging.LogRecord], object]) -> Iterator[logging.Handler]:
-    """Only ``emit`` hears the log."""
-    logger, handler = logging.getLogger("onewriter"), _Handler(emit)
-    logger.addHandler(handler)
-    logger.propagate = False
-    try:
-        yield handler
-    finally:
-        logger.propagate = True
-        logger.removeHandler(handler)
-
-
-def raising(error: type[BaseException]) -> Callable[..., NoReturn]:
-    def fail(*_: object) -> NoReturn:
-        raise error("of an exception's own making")
-
-    return fail
 
 
 @pytest.fixture
 def db(any_db: DbWriter) -> DbWriter:
     any_db.run("CREATE TABLE t (n UNIQUE)")
     return any_db
-
-
-@pytest.fixture
-def damaged(path: Path) -> Path:
-    """A file with a table that is damaged, and one, ``t``, that is not."""
-    with DbWriter(path) as db:
-        db.run_script("CREATE TABLE bad (id INTEGER PRIMARY KEY, text); CREATE TABLE t (n)")
-        db.run_many("INSERT INTO bad VALUES (NULL, ?)", [("x" * 400,)] * 500)
-    subprocess.run([sys.executable, "-c", FILL.format(path=str(path), page=4096 * 20)], check=True)
-    return path
 
 
 def swallow(tx: Transaction) -> None:
