@@ -31,17 +31,6 @@ def test_a_read_as_the_first_call_works(path: Path) -> None:
         assert db.read("SELECT 1") == [(1,)]
 
 
-SCRIPT = """
-CREATE TABLE log (text TEXT);
-CREATE TRIGGER keep AFTER INSERT ON t BEGIN
-    INSERT INTO log VALUES ('a;b');
-    INSERT INTO log VALUES (NEW.text || ';');
-END;
-INSERT INTO t VALUES ('one; two'); -- three;
-INSERT INTO t VALUES ('/* four; */')
-"""
-
-
 def test_a_script_is_part_of_its_transaction(any_db: DbWriter) -> None:
     any_db.run("CREATE TABLE t (text TEXT)")
     with pytest.raises(LookupError), any_db.transaction() as tx:
@@ -59,13 +48,6 @@ def test_a_script_is_part_of_its_transaction(any_db: DbWriter) -> None:
     with pytest.raises(sqlite3.OperationalError):
         any_db.run_script("INSERT INTO t VALUES ('a'); INSERT INTO t VALUES ('b'); INSERT INTO nowhere VALUES (1);")
     assert any_db.read("SELECT * FROM t") == []
-
-
-def test_a_script_is_split_where_its_statements_end(any_db: DbWriter) -> None:
-    any_db.run("CREATE TABLE t (text TEXT)")
-    any_db.run_script(SCRIPT)
-    assert any_db.read("SELECT text FROM t") == [("one; two",), ("/* four; */",)]
-    assert any_db.read("SELECT text FROM log") == [("a;b",), ("one; two;",), ("a;b",), ("/* four; */;",)]
 
 
 NAMES = ["a#b", "a?b", "a%41b", "a b", "ünï", "it's", "x&mode=memory", "a?mode=memory"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import sqlite3
-import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -21,25 +20,6 @@ from onewriter import DbWriter, Ticket, Transaction, WriterBrokenError
 def db(any_db: DbWriter) -> DbWriter:
     any_db.run("CREATE TABLE t (n INTEGER)")
     return any_db
-
-
-def writers() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if "writer" in thread.name]
-
-
-def test_a_missing_folder_is_told_by_the_constructor(tmp_path: Path) -> None:
-    with pytest.raises(sqlite3.OperationalError, match="missing"):
-        DbWriter(tmp_path / "missing" / "app.db")
-    assert not writers()
-
-
-def test_a_hook_that_raises_is_told_by_the_constructor(path: Path) -> None:
-    def hook(connection: sqlite3.Connection, readonly: bool) -> None:
-        raise LookupError("no such extension")
-
-    with pytest.raises(LookupError, match="no such extension"):
-        DbWriter(path, on_connect=hook)
-    assert not writers()
 
 
 def test_when_the_writer_thread_dies_every_job_gets_an_error_of_its_own(

@@ -11,7 +11,7 @@ from time import monotonic, perf_counter
 
 import pytest
 
-from helpers import DEADLINE, in_threads, run_child
+from helpers import DEADLINE, in_threads
 from onewriter import DbWriter, WriterBrokenError
 
 LIMIT = 2**20
@@ -24,30 +24,6 @@ def db(path: Path) -> Iterator[DbWriter]:
         gateway.run_many("INSERT INTO t VALUES (?, ?)", [(n, "x" * 2000) for n in range(200)])
         yield gateway
     assert os.listdir(path.parent) == [path.name]
-
-
-def test_a_folder_that_cannot_be_written_is_named(open_folder: Path) -> None:
-    path = open_folder / "app.db"
-    with DbWriter(path) as db:
-        db.run("CREATE TABLE t (n)")
-    child = run_child(
-        f"""
-import os, sqlite3, threading
-from onewriter import DbWriter
-os.chmod({str(path.parent)!r}, 0o555)
-if os.getuid() == 0:
-    os.setgid(65534); os.setuid(65534)
-try:
-    DbWriter({str(path)!r})
-except sqlite3.Error as error:
-    print(error)
-print(threading.active_count())
-"""
-    )
-    path.parent.chmod(0o755)
-    message, threads = child.stdout.splitlines()
-    assert str(path.parent) in message
-    assert threads == "1"
 
 
 @pytest.mark.parametrize("mode", ["DELETE", "TRUNCATE", "PERSIST"])

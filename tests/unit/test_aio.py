@@ -482,16 +482,6 @@ def test_a_loop_that_is_closed_before_the_result_arrives_harms_nobody(path: Path
         assert inner.read("SELECT n FROM t") == [(1,), (2,), (3,)]
 
 
-def test_a_ticket_can_be_awaited_on_any_loop_and_by_several_tasks(db: DbWriter) -> None:
-    ticket = db.enqueue(lambda tx: 42)
-
-    async def main() -> None:
-        assert list(await asyncio.gather(ticket, ticket)) == [42, 42]
-
-    run(main)
-    run(main)
-
-
 def test_a_blocking_call_on_the_loops_thread_warns_in_debug_mode_only(path: Path) -> None:
     with DbWriter(path) as inner:
         inner.run("CREATE TABLE t (n)")
@@ -597,16 +587,6 @@ def test_an_opening_that_is_cancelled_in_the_moment_it_ends_is_undone(path: Path
         thread.join(DEADLINE)
     with pytest.raises(sqlite3.ProgrammingError, match="closed"):
         opened_files[0].execute("SELECT 1")
-
-
-def test_opening_twice_is_no_harm(path: Path) -> None:
-    async def main() -> None:
-        db = AsyncDbWriter(path)
-        assert await db.open() is db
-        assert await db.open() is db
-        await db.close()
-
-    run(main)
 
 
 def test_a_job_that_waited_in_line_wakes_a_writer_that_sleeps(path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sqlite3
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +187,7 @@ def test_impossible_paths_are_refused_and_nothing_is_created(tmp_path: Path) -> 
     (tmp_path / "folder").mkdir()
     fifo = tmp_path / "pipe"
     os.mkfifo(fifo)
-    before = sorted(os.listdir(tmp_path))
+    before, threads = sorted(os.listdir(tmp_path)), threading.active_count()
     cases: list[tuple[Any, type[Exception], str]] = [
         (tmp_path / "folder", sqlite3.OperationalError, "it is a folder"),
         (tmp_path / "none" / "app.db", sqlite3.OperationalError, "there is no folder"),
@@ -200,10 +201,11 @@ def test_impossible_paths_are_refused_and_nothing_is_created(tmp_path: Path) -> 
         with pytest.raises(kind, match=text):
             DbWriter(path)
     assert sorted(os.listdir(tmp_path)) == before
+    assert threading.active_count() == threads
 
 
 READ_ONLY = """
-import os, sqlite3, sys
+import os, sqlite3, sys, threading
 from onewriter import DbWriter
 if os.geteuid() == 0:
     os.setgid(65534); os.setuid(65534)
@@ -212,6 +214,7 @@ for path in sys.argv[1:]:
         DbWriter(path)
     except sqlite3.OperationalError as error:
         print(error)
+print(threading.active_count())
 """
 
 
@@ -227,10 +230,11 @@ def test_folders_and_files_without_the_right_to_write_are_named(open_folder: Pat
     (shared / "app.db").chmod(0o444)
     code = f"import sys; sys.argv[1:] = [{str(closed / 'app.db')!r}, {str(shared / 'app.db')!r}]\n" + READ_ONLY
     told = run_child(code).stdout.splitlines()
-    assert len(told) == 2
-    assert "folder" in told[0]
+    assert len(told) == 3
+    assert f"the folder {closed}" in told[0]
     assert "not writable" in told[0]
     assert "the file is not writable" in told[1]
+    assert told[2] == "1"
 
 
 @pytest.mark.parametrize(

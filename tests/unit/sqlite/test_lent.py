@@ -214,14 +214,6 @@ def test_a_reader_comes_back_clean(db: DbWriter, use: Use) -> None:
     assert checkpoint[0] == 0
 
 
-def test_a_connection_of_an_ended_reader_is_dead(db: DbWriter) -> None:
-    with db.reader() as connection:
-        cursor = connection.execute("SELECT 1 UNION SELECT 2")
-    for use in (connection.cursor, cursor.fetchone, lambda: connection.in_transaction):
-        with pytest.raises(sqlite3.ProgrammingError):
-            use()
-
-
 def test_a_reader_of_a_dropped_generator_comes_back(db: DbWriter) -> None:
     def generate() -> Any:
         with db.reader() as connection:
@@ -509,7 +501,7 @@ def test_cursors_and_blobs_end_with_the_loan(blobs: DbWriter, lender: str) -> No
         cursor = connection.execute("SELECT 1 UNION SELECT 2")
         blob: Any = connection.blobopen("b", "data", 1, readonly=lender == "reader")
     uses: list[Callable[[], object]] = [cursor.fetchone, blob.read, lambda: blob[0], lambda: len(blob)]
-    uses += [connection.interrupt, lambda: connection.in_transaction]
+    uses += [connection.interrupt, connection.cursor, lambda: connection.in_transaction]
     for use in uses:
         with pytest.raises((sqlite3.ProgrammingError, TransactionClosedError)):
             use()

@@ -19,7 +19,6 @@ from helpers import DEADLINE, holding_lock, in_threads, parked, rows, writer_of
 from onewriter import (
     DbWriter,
     Transaction,
-    TransactionAbortedError,
     TransactionClosedError,
     WriterBrokenError,
     WriterClosedError,
@@ -79,8 +78,15 @@ def test_a_transaction_is_for_any_thread_and_dead_after_its_block(both: DbWriter
         assert pool.submit(lambda: tx.connection).result(DEADLINE) is lent
         with both.transaction() as inner:
             pass
-        with pytest.raises(TransactionClosedError, match="has ended"):
-            inner.execute("SELECT 1")
+        dead: list[Callable[[], object]] = [
+            lambda: inner.execute("SELECT 1"),
+            lambda: inner.on_commit(print),
+            lambda: inner.connection,
+        ]
+        for use in dead:
+            with pytest.raises(TransactionClosedError, match="has ended"):
+                use()
+        tx.execute("SELECT 1")
     uses: list[Callable[[], object]] = [
         lambda: tx.execute("SELECT 1"),
         lambda: tx.executemany(INSERT, [(1,)]),
@@ -95,18 +101,6 @@ def test_a_transaction_is_for_any_thread_and_dead_after_its_block(both: DbWriter
     for use in uses:
         with pytest.raises(TransactionClosedError, match="has ended"):
             use()
-
-
-def test_a_block_that_sqlite_rolled_back_raises_at_each_use_and_at_its_end(both: DbWriter) -> None:
-    both.run(INSERT, (1,))
-    with pytest.raises(TransactionAbortedError), both.transaction() as tx:
-        tx.execute(INSERT, (2,))
-        with pytest.raises(sqlite3.IntegrityError):
-            tx.execute("INSERT OR ROLLBACK INTO t VALUES (1)")
-        for _ in range(2):
-            with pytest.raises(TransactionAbortedError):
-                tx.execute(INSERT, (3,))
-    assert rows(both) == [1]
 
 
 def test_callbacks_of_a_block_run_in_its_thread_when_the_lock_is_free(both: DbWriter, path: Path) -> None:
@@ -372,21 +366,6 @@ def test_an_error_of_a_read_in_a_block_that_was_taken_away_is_the_one_that_is_to
         except Exception as error:
             raised.append(error)
     assert [type(error) for error in raised] == [LookupError]
-
-
-def test_a_nested_block_that_is_over_is_dead_though_the_outer_one_lives(db: DbWriter) -> None:
-    with db.transaction() as outer:
-        with db.transaction() as inner:
-            inner.execute("SELECT 1")
-        uses: list[Callable[[], object]] = [
-            lambda: inner.on_commit(print),
-            lambda: inner.connection,
-            lambda: inner.execute("SELECT 1"),
-        ]
-        for use in uses:
-            with pytest.raises(TransactionClosedError, match="has ended"):
-                use()
-        outer.execute("SELECT 1")
 
 
 def test_a_file_that_was_moved_during_a_block_is_noticed_before_it_is_committed(path: Path) -> None:

@@ -73,6 +73,7 @@ def test_the_warning_that_frees_the_lock_is_followed_by_one_that_it_was_had(path
         for text in told:
             assert text.startswith("ledger: ")
             assert "'the patient one' (called from test_lock.py:" in text
+            assert "attempts" in text
         assert rows(db) == [1]
 
 
