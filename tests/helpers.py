@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from time import monotonic
 from typing import Any, NoReturn
 
 from onewriter import AsyncDbWriter, DbWriter, Ticket, Transaction
@@ -58,6 +59,14 @@ def threads_of(db: AsyncDbWriter) -> ThreadPoolExecutor:
     """Those in which a task's calls run that may block."""
     assert db._pool is not None
     return db._pool
+
+
+def eventually(condition: Callable[[], object]) -> None:
+    """Wait for what no event tells of."""
+    end = monotonic() + DEADLINE
+    while not condition():
+        assert monotonic() < end, "it did not come about"
+        threading.Event().wait(0.001)
 
 
 # What holds something up ----------------------------------------------------------------------------------------------
@@ -126,8 +135,7 @@ def waiting_for_lock(db: DbWriter, path: Path) -> Iterator[threading.Event]:
 
 def until_waiting(db: DbWriter) -> None:
     """Until the writer waits for SQLite's lock."""
-    while "waits since" not in state_of(db).describe():
-        assert not threading.Event().wait(0.001)
+    eventually(lambda: "waits since" in state_of(db).describe())
 
 
 # What a database, the log or an error says ----------------------------------------------------------------------------

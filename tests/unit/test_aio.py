@@ -264,10 +264,7 @@ def test_an_opening_that_is_cancelled_leaves_nothing_open(path: Path) -> None:
             with pytest.raises(asyncio.CancelledError):
                 await opening
             other.execute("COMMIT")
-        until = asyncio.get_running_loop().time() + DEADLINE
-        while any("onewriter-call" in thread.name or "writer" in thread.name for thread in threading.enumerate()):
-            assert asyncio.get_running_loop().time() < until
-            await asyncio.sleep(0.001)
+        await until(lambda: not any("writer" in thread.name for thread in threading.enumerate()))
 
     run(main)
 
@@ -592,8 +589,7 @@ def test_an_opening_that_is_cancelled_in_the_moment_it_ends_is_undone(path: Path
 def test_a_job_that_waited_in_line_wakes_a_writer_that_sleeps(path: Path) -> None:
     async def main() -> None:
         async with opened(path, auto_checkpoint=False) as db:  # or else it looks up in half a second
-            while not writer_of(db).queue._asleep:
-                await asyncio.sleep(0.001)
+            await until(lambda: writer_of(db).queue._asleep)
             ticket = await db.enqueue_wait(INSERT, (1,))
             assert (await ticket).rowcount == 1
 

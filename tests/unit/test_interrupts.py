@@ -20,6 +20,7 @@ from helpers import (
     DEADLINE,
     child_code,
     driver_of,
+    eventually,
     handling,
     parked,
     pool_of,
@@ -191,8 +192,7 @@ def test_an_interrupt_as_the_writer_is_woken_loses_no_wake_up(path: Path, monkey
         queue = writer_of(db).queue
         db.run("CREATE TABLE t (n)")
         db.flush()
-        while not queue._asleep:
-            pass
+        eventually(lambda: queue._asleep)
 
         def interrupted() -> None:
             raise SignalError

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, is_clean, pool_of
+from helpers import DEADLINE, eventually, is_clean, pool_of
 from onewriter import DbWriter, ReadTimeoutError, ReentrantWriteError, WriterBrokenError, WriterClosedError
 from onewriter.read.pool import Borrowing
 from onewriter.read.reader import Reader
@@ -68,8 +68,7 @@ def test_waiters_are_told_when_the_gateway_closes(one: DbWriter) -> None:
     with ThreadPoolExecutor() as pool:
         with one.reader():
             waiting = pool.submit(one.read, "SELECT 1")
-            while not pool_of(one)._waiting:
-                pass
+            eventually(lambda: pool_of(one)._waiting)
             closing = pool.submit(one.close)
             with pytest.raises(WriterClosedError):
                 waiting.result(DEADLINE)
@@ -96,8 +95,7 @@ def test_close_in_the_midst_of_an_own_read_is_refused_where_it_would_never_end(o
     assert not one.closed
     with ThreadPoolExecutor(1) as pool, one.reader():
         closing = pool.submit(one.close)
-        while not one.closed:
-            pass
+        eventually(lambda: one.closed)
         assert not closing.done()
     closing.result(DEADLINE)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, parked, rows, session_of, until_waiting, waiting_for_lock, writer_of
+from helpers import DEADLINE, eventually, parked, rows, session_of, until_waiting, waiting_for_lock, writer_of
 from onewriter import DbWriter, Ticket, Transaction
 from onewriter.write.writer import commit_outcome_unknown, copy_of
 
@@ -113,8 +113,7 @@ def test_a_job_withdrawn_while_its_batch_waits_for_the_lock_lends_nothing_to_the
             db._submit(job, None)
             thread = threading.Thread(target=call)
             thread.start()
-            while db.stats().queue_depth < 2:
-                assert not threading.Event().wait(0.001)
+            eventually(lambda: db.stats().queue_depth >= 2)
             go.set()
             until_waiting(db)
             assert job.cancel()

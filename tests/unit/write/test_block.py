@@ -7,7 +7,6 @@ import gc
 import logging
 import sqlite3
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, holding_lock, in_threads, parked, rows, writer_of
+from helpers import DEADLINE, eventually, holding_lock, in_threads, parked, rows, writer_of
 from onewriter import (
     DbWriter,
     Transaction,
@@ -243,7 +242,7 @@ def test_a_python_function_inside_a_statement_is_waited_for_and_no_longer(path: 
 
 
 def test_an_expired_block_may_not_take_the_next_call_for_nested(db: DbWriter) -> None:
-    expire(db, lambda tx: threading.Event().wait(0.2))
+    expire(db, lambda tx: eventually(lambda: not db.in_writer()))
     assert not db.in_writer()
     db.run(INSERT, (2,))
     with db.transaction() as tx:
@@ -254,7 +253,7 @@ def test_an_expired_block_may_not_take_the_next_call_for_nested(db: DbWriter) ->
 def test_the_own_error_of_an_expired_block_is_not_hidden(db: DbWriter) -> None:
     with pytest.raises(LookupError), db.transaction(max_hold=0.05) as tx:
         tx.execute(INSERT, (1,))
-        threading.Event().wait(0.2)
+        eventually(lambda: not db.in_writer())
         raise LookupError
     assert rows(db) == []
 
@@ -334,7 +333,7 @@ def test_close_lets_an_open_block_finish_or_reports_it(db: DbWriter) -> None:
 def test_a_slow_holder_is_named_once(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with DbWriter(path, slow_after=0.05) as db:
         with db.transaction(label="slow block"):
-            threading.Event().wait(0.3)
+            eventually(lambda: "slow block" in caplog.text)
         db.run(lambda tx: threading.Event().wait(0.1) and None, label="slow job")
         with db.reader(label="slow reader"):
             threading.Event().wait(0.1)
@@ -355,8 +354,7 @@ def test_impossible_times_are_refused_at_the_call(both: DbWriter, arguments: Any
 
 def test_an_error_of_a_read_in_a_block_that_was_taken_away_is_the_one_that_is_told(db: DbWriter) -> None:
     def wait_and_fail(connection: sqlite3.Connection) -> None:
-        while db.in_writer():
-            time.sleep(0.001)
+        eventually(lambda: not db.in_writer())
         raise LookupError
 
     raised: list[BaseException] = []
@@ -399,8 +397,7 @@ def test_inside_a_block_that_max_hold_has_ended_the_gateways_calls_raise_too(new
     }
     with pytest.raises(TransactionClosedError), new_db.transaction(max_hold=0.01):
         threading.Thread(target=new_db.run, args=(INSERT, (1,))).start()
-        while new_db.in_writer():
-            assert not threading.Event().wait(0.001)
+        eventually(lambda: not new_db.in_writer())
         with pytest.raises(TransactionClosedError, match="max_hold"):
             calls[call]()
         ticket = new_db.enqueue(INSERT, (3,))  # no part of the block

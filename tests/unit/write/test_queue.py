@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from helpers import BRIEFLY, DEADLINE, holding_lock, parked, pool_of, rows, writer_of
+from helpers import BRIEFLY, DEADLINE, eventually, holding_lock, parked, pool_of, rows, writer_of
 from onewriter import (
     AsyncDbWriter,
     DbWriter,
@@ -137,8 +137,7 @@ def test_who_waits_for_room_gets_that_of_a_withdrawn_job(db: DbWriter, pool: Thr
     with parked(db):
         tickets = [db.enqueue(INSERT, (n,)) for n in range(3)]
         waiting = pool.submit(db.enqueue, INSERT, (3,), timeout=DEADLINE)
-        while not writer_of(db).queue._room:
-            pass
+        eventually(lambda: writer_of(db).queue._room)
         assert tickets[1].cancel()
         waiting.result(timeout=DEADLINE)
         assert db.stats().queue_depth == 3

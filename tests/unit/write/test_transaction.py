@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, holding_lock, rows
+from helpers import DEADLINE, eventually, holding_lock, rows
 from onewriter import (
     DbWriter,
     ReadTimeoutError,
@@ -595,8 +595,7 @@ def test_a_nested_block_that_ends_after_its_outer_one_was_taken_changes_nothing_
             tx.connection.text_factory = bytes
             with new_db.transaction() as inner:
                 assert inner.connection.execute("SELECT 'x'").fetchone() == (b"x",)
-                while new_db.in_writer():
-                    assert not threading.Event().wait(0.001)
+                eventually(lambda: not new_db.in_writer())
                 other = threading.Thread(target=new_db.run, args=("SELECT 1",))
                 other.start()
                 other.join(DEADLINE)
