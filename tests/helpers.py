@@ -19,7 +19,11 @@ from typing import Any, NoReturn
 from onewriter import AsyncDbWriter, DbWriter, Ticket, Transaction
 from onewriter.base.state import State
 from onewriter.read.pool import ReaderPool
+from onewriter.sqlite.file import DatabaseFile
+from onewriter.sqlite.retry import LockPolicy
+from onewriter.write.checkpoint import Checkpointer
 from onewriter.write.driver import Driver
+from onewriter.write.queue import JobQueue
 from onewriter.write.session import WriteSession
 from onewriter.write.writer import Writer
 
@@ -43,6 +47,27 @@ def pool_of(db: DbWriter | AsyncDbWriter) -> ReaderPool:
 
 def writer_of(db: DbWriter | AsyncDbWriter) -> Writer:
     return gateway_of(db)._loop
+
+
+def queue_of(db: DbWriter | AsyncDbWriter) -> JobQueue:
+    return writer_of(db).queue
+
+
+def file_of(db: DbWriter | AsyncDbWriter) -> DatabaseFile:
+    return writer_of(db).file
+
+
+def policy_of(db: DbWriter | AsyncDbWriter) -> LockPolicy:
+    return writer_of(db)._policy
+
+
+def checkpointer_of(db: DbWriter | AsyncDbWriter) -> Checkpointer:
+    return writer_of(db)._checkpointer
+
+
+def drop_session(db: DbWriter | AsyncDbWriter) -> None:
+    """As after an error that leaves it in doubt, while the writer is idle; the next job opens another."""
+    writer_of(db)._drop_session()
 
 
 def session_of(db: DbWriter | AsyncDbWriter) -> WriteSession:

@@ -18,7 +18,7 @@ from typing import Any, assert_type
 import pytest
 
 from aio_helpers import beats, opened, rows, run, until, writer_parked
-from helpers import DEADLINE, holding_lock, parked, pool_of, writer_of
+from helpers import DEADLINE, holding_lock, parked, pool_of, queue_of
 from onewriter import (
     AsyncDbWriter,
     DbWriter,
@@ -589,7 +589,7 @@ def test_an_opening_that_is_cancelled_in_the_moment_it_ends_is_undone(path: Path
 def test_a_job_that_waited_in_line_wakes_a_writer_that_sleeps(path: Path) -> None:
     async def main() -> None:
         async with opened(path, auto_checkpoint=False) as db:  # or else it looks up in half a second
-            await until(lambda: writer_of(db).queue._asleep)
+            await until(lambda: queue_of(db)._asleep)
             ticket = await db.enqueue_wait(INSERT, (1,))
             assert (await ticket).rowcount == 1
 

@@ -24,11 +24,11 @@ from helpers import (
     handling,
     parked,
     pool_of,
+    queue_of,
     rows_in,
     run_child,
     session_of,
     state_of,
-    writer_of,
 )
 from onewriter import AsyncDbWriter, DbWriter, ReentrantWriteError, Ticket, WriterClosedError, gateway
 from onewriter.base import waiting as job
@@ -189,7 +189,7 @@ def test_callbacks_of_a_block_run_although_the_wait_for_its_end_was_interrupted(
 
 def test_an_interrupt_as_the_writer_is_woken_loses_no_wake_up(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with DbWriter(path) as db:
-        queue = writer_of(db).queue
+        queue = queue_of(db)
         db.run("CREATE TABLE t (n)")
         db.flush()
         eventually(lambda: queue._asleep)
@@ -342,7 +342,7 @@ INSERT = "INSERT INTO t VALUES (?)"
 
 
 def lock_of(db: DbWriter, name: str) -> Any:
-    return {"tickets": state_of(db).lock, "queue": writer_of(db).queue.mutex, "pool": pool_of(db)._lock}[name]
+    return {"tickets": state_of(db).lock, "queue": queue_of(db).mutex, "pool": pool_of(db)._lock}[name]
 
 
 @pytest.mark.parametrize("lock", ["tickets", "queue", "pool"])

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from helpers import run_child, writer_of
+from helpers import drop_session, run_child
 from onewriter import DbWriter, WriterBrokenError
 from onewriter.sqlite import file
 
@@ -180,7 +180,7 @@ def test_a_connection_that_is_opened_again_is_not_one_to_another_file(
     monkeypatch.setattr(file, "LOOK", 3600.0)
     with DbWriter(path, inline=inline) as db:
         db.run("CREATE TABLE t (n)")
-        writer_of(db)._drop_session()  # as after an error that leaves it in doubt; the writer is idle
+        drop_session(db)  # as after an error that leaves it in doubt; the writer is idle
         path.unlink()
         with pytest.raises(WriterBrokenError):
             db.run(INSERT, (1,))
@@ -313,7 +313,7 @@ def test_a_log_that_comes_and_goes_with_our_own_connections_is_not_lost(path: Pa
     with DbWriter(path, inline=True) as db:
         db.run("CREATE TABLE t (n)")
         for n in range(3):
-            writer_of(db)._drop_session()  # as after an error that leaves it in doubt; SQLite deletes the log
+            drop_session(db)  # as after an error that leaves it in doubt; SQLite deletes the log
             assert not Path(f"{path}-wal").exists()
             db.run(INSERT, (n,))
             db.checkpoint()
@@ -321,7 +321,7 @@ def test_a_log_that_comes_and_goes_with_our_own_connections_is_not_lost(path: Pa
                 run_child(f"import sqlite3; sqlite3.connect({str(path)!r}).execute('SELECT * FROM t')").returncode == 0
             )
         db.read("SELECT 1")
-        writer_of(db)._drop_session()  # a reader that has read nothing of the file does not keep the log
+        drop_session(db)  # a reader that has read nothing of the file does not keep the log
         db.run(INSERT, (3,))
         assert db.health == "ok"
     assert seen_by_others(path) == "[(0,), (1,), (2,), (3,)]"

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from helpers import DEADLINE, holding_lock, notes_of, state_of, until_waiting, waiting_for_lock, writer_of
+from helpers import DEADLINE, holding_lock, notes_of, policy_of, state_of, until_waiting, waiting_for_lock
 from onewriter import DbWriter, WriteTimeoutError
 from onewriter.sqlite import locks, mounts
 from onewriter.tools.check import check
@@ -60,7 +60,7 @@ def test_the_error_names_the_process_and_its_command(path: Path, mode: Any) -> N
                 assert f"held by process {process.pid} (" in notes_of(caught.value)
                 assert "HOLDER" not in notes_of(caught.value)
                 assert "attempts" in notes_of(caught.value)
-            writer_of(db)._policy.lock_timeout = DEADLINE
+            policy_of(db).lock_timeout = DEADLINE
             with pytest.raises(WriteTimeoutError, match=f"held by process {process.pid}"):
                 db.run("INSERT INTO t VALUES (1)", timeout=0.05)
         assert process.pid not in (locks.lock_holders(str(path)) or [])  # the writer itself may be at it
@@ -182,10 +182,10 @@ def test_a_commit_that_readers_hold_up_names_them_and_never_the_writer(
             assert f"COMMIT waits for those who read: process {process.pid} (" in caplog.text
             assert "this process" not in caplog.text
             assert [reader.pid for reader in check(str(path)).wal_readers or []] == [process.pid]
-            writer_of(db)._policy.lock_timeout = DEADLINE
+            policy_of(db).lock_timeout = DEADLINE
             with pytest.raises(WriteTimeoutError, match=f"those who read: process {process.pid} "):
                 db.run("INSERT INTO t VALUES (1)", timeout=0.2)
-        writer_of(db)._policy.lock_timeout = 0.2
+        policy_of(db).lock_timeout = 0.2
         with db.reader(label="monthly report") as connection:
             connection.execute("SELECT n FROM t").fetchone()
             with pytest.raises(sqlite3.OperationalError) as caught:

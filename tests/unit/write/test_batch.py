@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, eventually, parked, rows, session_of, until_waiting, waiting_for_lock, writer_of
+from helpers import DEADLINE, drop_session, eventually, parked, rows, session_of, until_waiting, waiting_for_lock
 from onewriter import DbWriter, Ticket, Transaction
 from onewriter.write.writer import commit_outcome_unknown, copy_of
 
@@ -239,7 +239,7 @@ def test_a_lone_statement_whose_connection_could_not_be_opened_is_no_unknown_com
             raise error
 
     with DbWriter(path, on_connect=hook) as db:
-        writer_of(db)._drop_session()
+        drop_session(db)
         failing.append(True)
         with pytest.raises(sqlite3.OperationalError, match="disk I/O"):
             db.run_without_transaction("VACUUM")
@@ -279,7 +279,7 @@ def test_an_error_of_a_hook_that_refuses_copies_still_reaches_every_job(path: Pa
     with DbWriter(path, on_connect=hook) as db:
         db.run(TABLE)
         fails = True
-        writer_of(db)._drop_session()  # as after an error that leaves it in doubt; the writer is idle
+        drop_session(db)  # as after an error that leaves it in doubt; the writer is idle
         tickets = [db.enqueue(INSERT, (n,)) for n in range(3)]
         errors = [ticket.exception(DEADLINE) for ticket in tickets]
         assert ["of the hook" in str(error) for error in errors] == [True] * 3

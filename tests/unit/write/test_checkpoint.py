@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, in_threads, log_size, parked, pool_of, writer_of
+from helpers import DEADLINE, checkpointer_of, in_threads, log_size, parked, pool_of, writer_of
 from onewriter import DbWriter, WriteTimeoutError
 from onewriter.events import CheckpointEnded
 from onewriter.read.pool import Borrowing
@@ -77,13 +77,13 @@ def test_an_idle_writer_empties_the_log(path: Path) -> None:
     with DbWriter(path) as db:
         fill(db)
         emptied = threading.Event()
-        empty = writer_of(db)._checkpointer.empty
+        empty = checkpointer_of(db).empty
 
         def tell(*arguments: object) -> None:
             empty(*arguments)  # type: ignore[arg-type]
             emptied.set()
 
-        writer_of(db)._checkpointer.empty = tell  # type: ignore[method-assign, assignment]
+        checkpointer_of(db).empty = tell  # type: ignore[method-assign, assignment]
         assert emptied.wait(DEADLINE)
         assert log_size(path) == 0
         assert writer_of(db).idle_after is None
@@ -100,7 +100,7 @@ def test_without_checkpoints_of_ours_the_log_is_somebody_elses(path: Path) -> No
 def test_a_reader_that_is_held_back_comes_in_when_the_log_has_begun_anew(path: Path) -> None:
     with DbWriter(path) as db:
         fill(db)
-        pool = writer_of(db).readers
+        pool = pool_of(db)
         with pool.held_back(0.01):
             (rows,) = in_threads(lambda: db.read_value("SELECT count(*) FROM t"))
         assert rows == 100
@@ -129,7 +129,7 @@ def test_readers_are_held_back_only_for_the_modes_that_need_a_log_without_reader
 
 def test_the_log_is_emptied_later_unless_it_was_just_now(path: Path) -> None:
     with DbWriter(path) as db:
-        checkpointer = writer_of(db)._checkpointer
+        checkpointer = checkpointer_of(db)
         db.run("CREATE TABLE t (n)")
         db.checkpoint("PASSIVE")
         assert checkpointer.has_work
@@ -205,7 +205,7 @@ def test_reads_are_not_held_back_for_a_reader_that_is_out_for_long(path: Path) -
 
 def test_holding_reads_back_in_vain_makes_the_next_time_come_later_and_later(path: Path) -> None:
     with DbWriter(path, wal_limit=LIMIT) as db:
-        checkpointer = writer_of(db)._checkpointer
+        checkpointer = checkpointer_of(db)
         checkpointer._kept_size = 2 * LIMIT
         checkpointer._kept_by = [Borrowing("one for long")]
         checkpointer._count_hold_back(0.0)  # nobody was held back
@@ -345,7 +345,7 @@ def test_a_checkpoint_waits_a_moment_for_those_who_read(db: DbWriter) -> None:
         return db.checkpoint()
 
     assert in_threads(checkpoint, read)[0] == (False, 0, 0)
-    assert not writer_of(db)._checkpointer.has_work
+    assert not checkpointer_of(db).has_work
 
 
 def test_checkpoints_that_fail_are_told_once_until_one_works(

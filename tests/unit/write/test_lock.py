@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, holding_lock, parked, rows, writer_of
+from helpers import DEADLINE, holding_lock, parked, policy_of, rows, writer_of
 from onewriter import DbWriter, Transaction
 from onewriter.write import writer as loop
 
@@ -160,7 +160,7 @@ def test_many_jobs_behind_a_busy_commit_wait_for_the_lock_once(path: Path) -> No
     with DbWriter(path, journal_mode="DELETE", lock_timeout=0.05) as db:
         db.run("CREATE TABLE t (k UNIQUE)")
         attempts: list[int] = []
-        keep_trying = writer_of(db)._policy.keep_trying
+        keep_trying = policy_of(db).keep_trying
 
         def counted(*args: Any) -> Any:
             attempts.append(1)
@@ -171,7 +171,7 @@ def test_many_jobs_behind_a_busy_commit_wait_for_the_lock_once(path: Path) -> No
                 tickets = [db.enqueue("INSERT INTO t VALUES (1)") for _ in range(30)]
                 reader.execute("BEGIN")
                 reader.execute("SELECT * FROM t").fetchall()
-                writer_of(db)._policy.keep_trying = counted  # type: ignore[method-assign, assignment]
+                policy_of(db).keep_trying = counted  # type: ignore[method-assign, assignment]
             errors = {str(ticket.exception(DEADLINE)) for ticket in tickets}
         assert errors == {"database is locked"}
         assert len(attempts) <= 2  # of the job that parks, and of them all

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from helpers import BRIEFLY, DEADLINE, eventually, holding_lock, parked, pool_of, rows, writer_of
+from helpers import BRIEFLY, DEADLINE, eventually, holding_lock, parked, pool_of, queue_of, rows
 from onewriter import (
     AsyncDbWriter,
     DbWriter,
@@ -137,7 +137,7 @@ def test_who_waits_for_room_gets_that_of_a_withdrawn_job(db: DbWriter, pool: Thr
     with parked(db):
         tickets = [db.enqueue(INSERT, (n,)) for n in range(3)]
         waiting = pool.submit(db.enqueue, INSERT, (3,), timeout=DEADLINE)
-        eventually(lambda: writer_of(db).queue._room)
+        eventually(lambda: queue_of(db)._room)
         assert tickets[1].cancel()
         waiting.result(timeout=DEADLINE)
         assert db.stats().queue_depth == 3
@@ -171,7 +171,7 @@ def test_withdrawn_jobs_do_not_pile_up_behind_one_that_waits(db: DbWriter) -> No
             if before is not first:
                 assert before.cancel()
             before = ticket
-        assert len(writer_of(db).queue.queue) < 200
+        assert len(queue_of(db).queue) < 200
         assert db.stats().queue_depth == 2
         assert first.cancel()
         assert 0.0 <= db.stats().oldest_age < DEADLINE
@@ -181,7 +181,7 @@ def test_withdrawn_jobs_do_not_pile_up_behind_one_that_waits(db: DbWriter) -> No
 
 def test_a_finalizer_may_withdraw_jobs_while_its_thread_takes_them(db: DbWriter) -> None:
     """The collector runs wherever something is made, so inside the queue's own lock too."""
-    queue = writer_of(db).queue
+    queue = queue_of(db)
     with parked(db):
         tickets = [db.enqueue(INSERT, (n,)) for n in range(3)]
 
@@ -222,13 +222,13 @@ def test_who_gives_up_its_place_in_a_line_is_not_looked_for(path: Path, monkeypa
             assert readers.take_or_line_up(taken)
             tasks = [asyncio.create_task(gateway.enqueue_wait(INSERT, (n,), timeout=None)) for n in range(1, 50)]
             reads = [asyncio.create_task(gateway.read("SELECT 1", timeout=None)) for _ in range(50)]
-            while len(writer_of(db).queue._room) < 49 or readers.waiting < 50:
+            while len(queue_of(db)._room) < 49 or readers.waiting < 50:
                 await asyncio.sleep(0)
             for task in reversed([*tasks, *reads]):
                 task.cancel()
             await asyncio.wait([*tasks, *reads])
             assert all(task.cancelled() for task in (*tasks, *reads))
-            assert len(writer_of(db).queue._room) == readers.waiting == 0
+            assert len(queue_of(db)._room) == readers.waiting == 0
             readers.end(taken)
         await gateway.close()
 
