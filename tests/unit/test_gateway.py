@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,8 +49,6 @@ def test_a_second_gateway_on_the_file_warns_and_works(path: Path, caplog: pytest
 
 
 def test_a_gateway_is_not_pickled(db: DbWriter) -> None:
-    import pickle
-
     with pytest.raises(TypeError, match="pickle"):
         pickle.dumps(db)
 

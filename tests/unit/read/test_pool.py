@@ -15,6 +15,7 @@ import pytest
 
 from helpers import DEADLINE, eventually, is_clean, pool_of
 from onewriter import DbWriter, ReadTimeoutError, ReentrantWriteError, WriterBrokenError, WriterClosedError
+from onewriter.read import pool as readers
 from onewriter.read.pool import Borrowing
 from onewriter.read.reader import Reader
 
@@ -41,7 +42,6 @@ def test_waiters_for_a_connection_are_served_in_order_or_told(one: DbWriter) -> 
 
 def test_an_interrupt_while_waiting_for_a_connection_loses_none(one: DbWriter, monkeypatch: pytest.MonkeyPatch) -> None:
     """The connection is handed over in the moment of the interrupt."""
-    from onewriter.read import pool as readers
 
     class Interrupted(readers.Borrowing):
         def __init__(self, label: str) -> None:

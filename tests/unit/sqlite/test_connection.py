@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -334,9 +336,6 @@ with DbWriter({path!r}, journal_mode={journal_mode!r}) as db:
 
 @pytest.mark.parametrize("journal_mode", ["WAL", "DELETE"])
 def test_processes_that_are_let_go_together_all_open_a_new_file(path: Path, journal_mode: str) -> None:
-    import subprocess
-    import sys
-
     code = MANY.format(path=str(path), journal_mode=journal_mode)
     children = [
         subprocess.Popen(

@@ -31,8 +31,6 @@ def test_many_rows_are_one_job(db: DbWriter) -> None:
 
 
 def test_rows_of_returning_would_be_dropped_so_they_are_refused(db: DbWriter) -> None:
-    import sqlite3
-
     sql = "INSERT INTO t (name) VALUES (?) RETURNING id"
     with pytest.raises(sqlite3.ProgrammingError, match="RETURNING"):
         db.run_many(sql, [("x",)])

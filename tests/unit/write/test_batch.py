@@ -370,8 +370,6 @@ def test_what_undid_a_shared_transaction_makes_the_others_run_again(path: Any) -
 
 def test_what_undid_all_keeps_its_error_when_the_others_cannot_run_again(path: Any) -> None:
     """Something undoes the shared transaction, and somebody else takes the lock before its jobs run again."""
-    import contextlib
-
     with contextlib.closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as other:
 
         def good(tx: Transaction) -> None:

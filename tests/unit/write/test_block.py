@@ -23,6 +23,7 @@ from onewriter import (
     WriterClosedError,
     WriteTimeoutError,
 )
+from onewriter.write import driver
 
 INSERT = "INSERT INTO t VALUES (?)"
 ENDLESS = "WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c) "
@@ -149,7 +150,6 @@ def test_a_caller_that_gives_up_leaves_nothing_behind(db: DbWriter) -> None:
 
 def test_a_grant_in_the_moment_of_giving_up_is_taken(db: DbWriter, monkeypatch: pytest.MonkeyPatch) -> None:
     """The wait times out; before the job is withdrawn, the writer starts it."""
-    from onewriter.write import driver
 
     def times_out(*_: object) -> bool:
         release.set()
@@ -167,8 +167,6 @@ def test_a_grant_in_the_moment_of_giving_up_is_taken(db: DbWriter, monkeypatch: 
 def test_an_interrupt_while_waiting_for_the_turn_leaves_nothing_behind(
     db: DbWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from onewriter.write import driver
-
     def interrupted(*_: object) -> bool:
         raise KeyboardInterrupt
 

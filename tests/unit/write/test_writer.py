@@ -209,9 +209,6 @@ def test_the_error_of_a_job_has_a_note_and_none_of_the_gateways_frames(db: DbWri
 
 
 def test_an_idle_writer_keeps_nothing_of_its_last_job_alive(path: Any) -> None:
-    import gc
-    import weakref
-
     class Thing:
         pass
 
