@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sqlite3
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,3 +56,33 @@ def new_db(path: Path) -> Iterator[DbWriter]:
     """An open gateway of a new file, where a file of tests has another ``db``."""
     with DbWriter(path) as gateway:
         yield gateway
+
+
+@pytest.fixture
+def one(path: Path) -> Iterator[DbWriter]:
+    """A gateway with a single connection to read, so that each read gets what the last one left."""
+    with DbWriter(path, readers=1) as gateway:
+        gateway.run("CREATE TABLE t (n INTEGER)")
+        yield gateway
+
+
+@pytest.fixture
+def table(path: Path) -> Path:
+    """A file with a table, which no gateway has opened."""
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("CREATE TABLE t (n INTEGER)")
+    return path
+
+
+FILL = "f = open({path!r}, 'r+b'); f.seek({page}); f.write(b'\\xff' * 4096)"
+
+
+@pytest.fixture
+def damaged(path: Path) -> Path:
+    """A file with a table that is damaged, and one, ``t``, that is not."""
+    with DbWriter(path) as db:
+        db.run_script("CREATE TABLE bad (id INTEGER PRIMARY KEY, text); CREATE TABLE t (n)")
+        db.run_many("INSERT INTO bad VALUES (NULL, ?)", [("x" * 400,)] * 500)
+    subprocess.run([sys.executable, "-c", FILL.format(path=str(path), page=4096 * 20)], check=True)
+    return path

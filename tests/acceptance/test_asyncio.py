@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from helpers import DEADLINE, run_child
-from onewriter import AsyncDbWriter, ReentrantWriteError, Transaction, WriterClosedError
+from onewriter import AsyncDbWriter, Transaction, WriterClosedError
 
 INSERT = "INSERT INTO t VALUES (?)"
 
@@ -113,24 +113,3 @@ def test_cancelled_waits_do_no_harm_to_the_writer(path: Path) -> None:
 
     asyncio.run(main())
     assert rows_in(path) == [(1,), (99,)]
-
-
-def test_a_callback_that_waits_for_the_writer_gets_a_named_error(path: Path) -> None:
-    async def main() -> None:
-        async with AsyncDbWriter(path) as db:
-            await db.run("CREATE TABLE t (n)")
-            met: list[BaseException] = []
-
-            async def wait_inside() -> None:
-                async with db.transaction():
-                    for call in (db.flush, db.close):
-                        try:
-                            await call()
-                        except ReentrantWriteError as error:
-                            met.append(error)
-
-            async with asyncio.timeout(DEADLINE):
-                await wait_inside()
-            assert len(met) == 2
-
-    asyncio.run(main())

@@ -26,50 +26,9 @@ def test_rows_that_nobody_consumes_hold_nothing_up(path: Path, journal_mode: Any
         assert db.read_value("SELECT count(*) FROM t") == 501
 
 
-def test_a_reader_that_is_left_midway_comes_back_clean(path: Path) -> None:
-    with DbWriter(path, readers=1) as db:
-        db.run("CREATE TABLE t (n INTEGER)")
-        db.run_many("INSERT INTO t VALUES (?)", [(n,) for n in range(500)])
-        with pytest.raises(LookupError), db.reader() as connection:
-            cursor = connection.execute("SELECT n FROM t")
-            cursor.fetchone()
-            raise LookupError
-        db.run("INSERT INTO t VALUES (500)")
-        assert db.read_value("SELECT count(*) FROM t") == 501
-        assert db.run_without_transaction("PRAGMA wal_checkpoint(TRUNCATE)").rows[0][0] == 0
-        with pytest.raises(sqlite3.ProgrammingError):
-            cursor.fetchone()
-
-
-@pytest.mark.parametrize("name", [":memory:", ""])
-def test_a_database_in_memory_is_one_for_all_threads(name: str) -> None:
-    with DbWriter(name) as db:
-        db.run("CREATE TABLE t (n INTEGER)")
-        db.run("INSERT INTO t VALUES (1)")
-        assert in_threads(*[lambda: db.read("SELECT n FROM t")] * 4) == [[(1,)]] * 4
-        assert os.path.exists(db.path)
-    assert not os.path.exists(os.path.dirname(db.path))
-
-
-def test_a_name_of_shared_memory_is_refused() -> None:
-    with pytest.raises(ValueError, match="URI"):
-        DbWriter("file:x?mode=memory")
-
-
 def test_a_read_as_the_first_call_works(path: Path) -> None:
     with DbWriter(path) as db:
         assert db.read("SELECT 1") == [(1,)]
-
-
-SCRIPT = """
-CREATE TABLE log (text TEXT);
-CREATE TRIGGER keep AFTER INSERT ON t BEGIN
-    INSERT INTO log VALUES ('a;b');
-    INSERT INTO log VALUES (NEW.text || ';');
-END;
-INSERT INTO t VALUES ('one; two'); -- three;
-INSERT INTO t VALUES ('/* four; */')
-"""
 
 
 def test_a_script_is_part_of_its_transaction(any_db: DbWriter) -> None:
@@ -89,13 +48,6 @@ def test_a_script_is_part_of_its_transaction(any_db: DbWriter) -> None:
     with pytest.raises(sqlite3.OperationalError):
         any_db.run_script("INSERT INTO t VALUES ('a'); INSERT INTO t VALUES ('b'); INSERT INTO nowhere VALUES (1);")
     assert any_db.read("SELECT * FROM t") == []
-
-
-def test_a_script_is_split_where_its_statements_end(any_db: DbWriter) -> None:
-    any_db.run("CREATE TABLE t (text TEXT)")
-    any_db.run_script(SCRIPT)
-    assert any_db.read("SELECT text FROM t") == [("one; two",), ("/* four; */",)]
-    assert any_db.read("SELECT text FROM log") == [("a;b",), ("one; two;",), ("a;b",), ("/* four; */;",)]
 
 
 NAMES = ["a#b", "a?b", "a%41b", "a b", "ünï", "it's", "x&mode=memory", "a?mode=memory"]

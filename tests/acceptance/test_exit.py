@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import gc
 import signal
 import sqlite3
 import subprocess
 import sys
-import threading
-import weakref
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from helpers import HEARS_INTERRUPTS, run_child
-from onewriter import DbWriter
 
 OPEN = """
 import signal, sys, threading
@@ -23,38 +19,11 @@ from onewriter import DbWriter
 db = DbWriter({path!r})
 db.run("CREATE TABLE t (n INTEGER)")
 """
-FILL = """
-for n in range(3000):
-    db.enqueue("INSERT INTO t VALUES (?)", (n,))
-"""
-LATE = """
-def work():
-    threading.main_thread().join()
-    threading.Event().wait(0.5)
-    db.enqueue("INSERT INTO t VALUES (0)")
-threading.Thread(target=work).start()
-"""
 
 
 def rows_in(path: Path) -> int:
     with closing(sqlite3.connect(path)) as connection:
         return int(connection.execute("SELECT count(*) FROM t").fetchone()[0])
-
-
-@pytest.mark.parametrize(
-    ("code", "rows", "status"),
-    [
-        (FILL, 3000, 0),
-        (FILL + "sys.exit(3)", 3000, 3),
-        (FILL + "raise LookupError", 3000, 1),
-        (LATE, 1, 0),
-        (FILL + LATE, 3001, 0),
-    ],
-    ids=["falls off its end", "sys.exit", "exception", "late thread", "both"],
-)
-def test_what_was_accepted_is_written_at_exit(path: Path, code: str, rows: int, status: int) -> None:
-    child = run_child(OPEN.format(path=str(path)) + code)
-    assert (child.returncode, rows_in(path)) == (status, rows), child.stderr
 
 
 def test_an_open_block_is_rolled_back_at_exit_and_holds_nothing_up(path: Path) -> None:
@@ -95,20 +64,3 @@ def test_an_interrupt_ends_the_program(path: Path, code: str) -> None:
         _, told = child.communicate(timeout=30)
     assert "KeyboardInterrupt" in told
     assert child.returncode == -signal.SIGINT
-
-
-@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
-def test_a_gateway_that_is_dropped_ends_its_threads(path: Path) -> None:
-    before = set(threading.enumerate())
-    db = DbWriter(path)
-    db.run("CREATE TABLE t (n INTEGER)")
-    ticket = db.enqueue("INSERT INTO t VALUES (1)")
-    writer = next(iter(set(threading.enumerate()) - before))
-    gone = weakref.ref(db)
-    del db
-    gc.collect()
-    assert gone() is None
-    writer.join(30)
-    assert not writer.is_alive()
-    assert ticket.done()
-    assert rows_in(path) == 1

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import sqlite3
-import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -13,35 +12,14 @@ from typing import Any
 
 import pytest
 
-from helpers import parked
+from helpers import DEADLINE, parked, writer_of
 from onewriter import DbWriter, Ticket, Transaction, WriterBrokenError
-
-DEADLINE = 30.0
 
 
 @pytest.fixture
 def db(any_db: DbWriter) -> DbWriter:
     any_db.run("CREATE TABLE t (n INTEGER)")
     return any_db
-
-
-def writers() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if "writer" in thread.name]
-
-
-def test_a_missing_folder_is_told_by_the_constructor(tmp_path: Path) -> None:
-    with pytest.raises(sqlite3.OperationalError, match="missing"):
-        DbWriter(tmp_path / "missing" / "app.db")
-    assert not writers()
-
-
-def test_a_hook_that_raises_is_told_by_the_constructor(path: Path) -> None:
-    def hook(connection: sqlite3.Connection, readonly: bool) -> None:
-        raise LookupError("no such extension")
-
-    with pytest.raises(LookupError, match="no such extension"):
-        DbWriter(path, on_connect=hook)
-    assert not writers()
 
 
 def test_when_the_writer_thread_dies_every_job_gets_an_error_of_its_own(
@@ -53,7 +31,7 @@ def test_when_the_writer_thread_dies_every_job_gets_an_error_of_its_own(
     db = DbWriter(path)
     with parked(db):
         tickets = [db.enqueue("SELECT 1") for _ in range(50)]
-        monkeypatch.setattr(db._core.writer, "_write_next", die)
+        monkeypatch.setattr(writer_of(db), "_write_next", die)
     errors = [ticket.exception(DEADLINE) for ticket in tickets]
     assert len({id(error) for error in errors}) == 50
     assert all(isinstance(error, WriterBrokenError) for error in errors)
@@ -169,16 +147,6 @@ def test_corruption_is_told_to_whom_it_hits_and_the_rest_goes_on(path: Path, cap
         db.run("INSERT INTO sound VALUES (2)")
         assert db.health.startswith("degraded")
     assert sum("damaged" in record.getMessage() for record in caplog.records) == 1
-
-
-def test_a_file_that_is_no_database_is_refused_and_left_alone(path: Path) -> None:
-    text = b"this is no database, " * 100
-    path.write_bytes(text)
-    with pytest.raises(sqlite3.DatabaseError, match="not a database") as caught:
-        DbWriter(path)
-    assert caught.value.sqlite_errorcode == sqlite3.SQLITE_NOTADB
-    assert path.read_bytes() == text
-    assert os.listdir(path.parent) == [path.name]
 
 
 def test_returning_is_read_to_its_end_and_committed(db: DbWriter) -> None:

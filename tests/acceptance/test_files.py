@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import sqlite3
 import statistics
 import threading
 from collections.abc import Iterator
@@ -13,15 +11,10 @@ from time import monotonic, perf_counter
 
 import pytest
 
-from helpers import DEADLINE, in_threads, parked, run_child
-from onewriter import DbWriter, WriterBrokenError, WriteTimeoutError
+from helpers import DEADLINE, in_threads
+from onewriter import DbWriter, WriterBrokenError
 
 LIMIT = 2**20
-UPDATE = "UPDATE t SET text = ? WHERE id = ?"
-
-
-def log_size(path: Path) -> int:
-    return os.path.getsize(f"{path}-wal")
 
 
 @pytest.fixture
@@ -31,64 +24,6 @@ def db(path: Path) -> Iterator[DbWriter]:
         gateway.run_many("INSERT INTO t VALUES (?, ?)", [(n, "x" * 2000) for n in range(200)])
         yield gateway
     assert os.listdir(path.parent) == [path.name]
-
-
-def test_the_log_stays_small_beside_readers_that_never_pause(db: DbWriter, path: Path) -> None:
-    stop = threading.Event()
-
-    def read() -> None:
-        while not stop.is_set():
-            db.read("SELECT count(*), sum(length(text)) FROM t")
-
-    def write() -> int:
-        largest = 0
-        try:
-            for n in range(10_000):
-                db.enqueue(UPDATE, (f"{n:02000}", n % 200)) if n % 2 else db.run(UPDATE, (f"{n:02000}", n % 200))
-                largest = max(largest, log_size(path))
-            return largest
-        finally:
-            stop.set()
-
-    largest, *_ = in_threads(write, read, read, read)
-    assert isinstance(largest, int)
-    assert largest < 4 * LIMIT
-
-
-def test_the_log_that_a_long_reader_kept_shrinks_when_it_has_gone(db: DbWriter, path: Path) -> None:
-    with db.reader() as connection:
-        for n in range(5_000):
-            db.enqueue(UPDATE, (f"{n:02000}", n % 200))
-        db.flush()
-        assert log_size(path) > LIMIT
-        assert connection.execute("SELECT DISTINCT text FROM t").fetchall() == [("x" * 2000,)]
-    until = monotonic() + DEADLINE
-    while log_size(path) > LIMIT:  # within the idle time
-        assert monotonic() < until
-
-
-def test_a_folder_that_cannot_be_written_is_named(open_folder: Path) -> None:
-    path = open_folder / "app.db"
-    with DbWriter(path) as db:
-        db.run("CREATE TABLE t (n)")
-    child = run_child(
-        f"""
-import os, sqlite3, threading
-from onewriter import DbWriter
-os.chmod({str(path.parent)!r}, 0o555)
-if os.getuid() == 0:
-    os.setgid(65534); os.setuid(65534)
-try:
-    DbWriter({str(path)!r})
-except sqlite3.Error as error:
-    print(error)
-print(threading.active_count())
-"""
-    )
-    path.parent.chmod(0o755)
-    message, threads = child.stdout.splitlines()
-    assert str(path.parent) in message
-    assert threads == "1"
 
 
 @pytest.mark.parametrize("mode", ["DELETE", "TRUNCATE", "PERSIST"])
@@ -158,14 +93,3 @@ def test_a_bulk_load_in_chunks_lets_others_in(path: Path) -> None:
         assert isinstance(wait, float)
         assert wait < DEADLINE  # that it is short is for the benchmark to show
         assert db.read_value("SELECT count(*) FROM t") == 200_020
-
-
-def test_a_small_write_behind_a_huge_one_gives_up_in_time_and_is_not_half_done(db: DbWriter) -> None:
-    with parked(db):
-        with pytest.raises(WriteTimeoutError) as caught:
-            db.run("DELETE FROM t", timeout=0.05)
-        assert not caught.value.started
-        assert "park" in str(caught.value)
-    with contextlib.suppress(sqlite3.Error):
-        db.flush()
-    assert db.read_value("SELECT count(*) FROM t") == 200

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import tenacity
 
-from helpers import holding_lock, released_soon, run_child
+from helpers import holding_lock, released_soon, run_child, session_of
 from onewriter import DbWriter, Transaction, WriterClosedError
 
 COUNT = """
@@ -75,24 +73,6 @@ def unfinished_select(path: Path) -> Iterator[sqlite3.Cursor]:
         cursor.close()
 
 
-def test_a_commit_that_a_reader_holds_up_is_repeated_and_the_job_is_not(path: Path) -> None:
-    with DbWriter(path, journal_mode="DELETE") as db:
-        db.run("CREATE TABLE t (n INTEGER)")
-        db.run_many("INSERT INTO t VALUES (?)", [(n,) for n in range(3)])
-        ran = []
-
-        def insert(tx: Transaction) -> None:
-            ran.append(1)
-            tx.execute("INSERT INTO t VALUES (9)")
-
-        with unfinished_select(path) as cursor:
-            timer = threading.Timer(0.3, cursor.close)
-            timer.start()
-            db.run(insert)
-            timer.join()
-        assert (ran, db.read_value("SELECT count(*) FROM t WHERE n = 9")) == ([1], 1)
-
-
 def test_a_commit_that_stays_refused_is_rolled_back_and_the_next_job_works(path: Path) -> None:
     with DbWriter(path, journal_mode="DELETE", lock_timeout=0.2) as db:
         db.run("CREATE TABLE t (n INTEGER)")
@@ -123,19 +103,6 @@ def test_a_wait_for_the_lock_repeats_no_job_and_loses_no_row(db: DbWriter, path:
     assert db.read("SELECT n FROM t") == [(n,) for n in (0, 1, 2, 3, 4, 100, 200, 201, 202)]
 
 
-def test_rows_may_come_from_any_iterable(db: DbWriter) -> None:
-    db.run_many("INSERT INTO t VALUES (:n)", ({"n": n} for n in range(3)))
-    db.run_many("INSERT INTO t VALUES (?)", map(lambda n: (n,), range(3, 5)))
-
-    def breaks() -> Iterator[tuple[int]]:
-        yield (50,)
-        raise LookupError("midway")
-
-    with pytest.raises(LookupError, match="midway"):
-        db.run_many("INSERT INTO t VALUES (?)", breaks())
-    assert db.read("SELECT n FROM t") == [(n,) for n in range(5)]
-
-
 BAD = ["SELECT * FROM nope", "SELEC 1", "SELECT nope FROM t", "VACUUM"]
 
 
@@ -158,16 +125,6 @@ def test_a_message_that_speaks_of_a_lock_is_no_lock(path: Path) -> None:
             db.run("INSERT INTO t VALUES (1)", timeout=30)
 
 
-def test_a_lock_that_is_never_free_ends_in_sqlites_own_error(path: Path) -> None:
-    with DbWriter(path, lock_timeout=0.2) as db:
-        db.run("CREATE TABLE t (n INTEGER)")
-        with holding_lock(path), pytest.raises(sqlite3.OperationalError) as caught:
-            db.run("INSERT INTO t VALUES (1)")
-    assert caught.value.sqlite_errorname == "SQLITE_BUSY"
-    assert not isinstance(caught.value, tenacity.RetryError)
-    assert any("INSERT INTO t" in note and "attempts" in note for note in caught.value.__notes__)
-
-
 def test_close_ends_the_wait_for_a_lock(path: Path) -> None:
     db = DbWriter(path, lock_timeout=3600)
     db.run("CREATE TABLE t (n INTEGER)")
@@ -184,8 +141,7 @@ def test_a_commit_that_met_a_lock_and_is_rolled_back_is_a_definite_failure(path:
     """An attempt at COMMIT without a transaction would raise another error, and leave the outcome open."""
     with DbWriter(path, journal_mode="DELETE") as db:
         db.run("CREATE TABLE t (n INTEGER)")
-        session, tried = db._core.writer._connection.session, []
-        assert session is not None
+        session, tried = session_of(db), []
         control = session.control
 
         def busy(sql: str) -> None:

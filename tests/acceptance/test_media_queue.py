@@ -18,11 +18,10 @@ from typing import Any
 
 import pytest
 
-from helpers import HEARS_INTERRUPTS, free_port
+from helpers import DEADLINE, HEARS_INTERRUPTS, free_port
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "media_queue"
 SECONDS = float(os.environ.get("MEDIA_QUEUE_SECONDS", "2"))
-DEADLINE = 30.0
 
 
 def module(name: str) -> Any:

@@ -10,14 +10,15 @@ import os
 import sqlite3
 import threading
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, assert_type
 
 import pytest
 
-from helpers import DEADLINE, holding_lock, parked
+from aio_helpers import beats, opened, rows, run, until, writer_parked
+from helpers import DEADLINE, holding_lock, parked, pool_of, queue_of
 from onewriter import (
     AsyncDbWriter,
     DbWriter,
@@ -34,59 +35,6 @@ from onewriter import (
 INSERT = "INSERT INTO t VALUES (?)"
 ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
 COUNT = "SELECT count(*) FROM t"
-
-
-def run(main: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
-    """Run on a new loop; what does not end is a hang."""
-
-    async def bounded() -> Any:
-        async with asyncio.timeout(DEADLINE):
-            return await main()
-
-    return asyncio.run(bounded())
-
-
-@contextlib.asynccontextmanager
-async def opened(path: Path, **options: Any) -> AsyncIterator[AsyncDbWriter]:
-    async with AsyncDbWriter(path, **options) as db:
-        await db.run("CREATE TABLE t (n)")
-        yield db
-
-
-async def rows(db: AsyncDbWriter) -> list[Any]:
-    return [n for (n,) in await db.read("SELECT n FROM t ORDER BY n")]
-
-
-@contextlib.asynccontextmanager
-async def writer_parked(db: AsyncDbWriter) -> AsyncIterator[threading.Event]:
-    """Keep the writer busy for the block."""
-    entered, release = threading.Event(), threading.Event()
-
-    def park(tx: Transaction) -> None:
-        entered.set()
-        release.wait(DEADLINE)
-
-    ticket = db.enqueue(park)
-    await asyncio.to_thread(entered.wait, DEADLINE)
-    try:
-        yield release
-    finally:
-        release.set()
-        await ticket
-
-
-async def beats(count: int, waiting: Awaitable[Any]) -> asyncio.Future[Any]:
-    """Start ``waiting``, and show that the loop goes on beside it."""
-    task = asyncio.ensure_future(waiting)
-    for _ in range(count):
-        await asyncio.sleep(0.001)
-    assert not task.done()
-    return task
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    while not condition():
-        await asyncio.sleep(0.001)
 
 
 async def cancel_await(db: AsyncDbWriter, ticket: Ticket[Any]) -> None:
@@ -316,10 +264,7 @@ def test_an_opening_that_is_cancelled_leaves_nothing_open(path: Path) -> None:
             with pytest.raises(asyncio.CancelledError):
                 await opening
             other.execute("COMMIT")
-        until = asyncio.get_running_loop().time() + DEADLINE
-        while any("onewriter-call" in thread.name or "writer" in thread.name for thread in threading.enumerate()):
-            assert asyncio.get_running_loop().time() < until
-            await asyncio.sleep(0.001)
+        await until(lambda: not any("writer" in thread.name for thread in threading.enumerate()))
 
     run(main)
 
@@ -534,16 +479,6 @@ def test_a_loop_that_is_closed_before_the_result_arrives_harms_nobody(path: Path
         assert inner.read("SELECT n FROM t") == [(1,), (2,), (3,)]
 
 
-def test_a_ticket_can_be_awaited_on_any_loop_and_by_several_tasks(db: DbWriter) -> None:
-    ticket = db.enqueue(lambda tx: 42)
-
-    async def main() -> None:
-        assert list(await asyncio.gather(ticket, ticket)) == [42, 42]
-
-    run(main)
-    run(main)
-
-
 def test_a_blocking_call_on_the_loops_thread_warns_in_debug_mode_only(path: Path) -> None:
     with DbWriter(path) as inner:
         inner.run("CREATE TABLE t (n)")
@@ -651,21 +586,10 @@ def test_an_opening_that_is_cancelled_in_the_moment_it_ends_is_undone(path: Path
         opened_files[0].execute("SELECT 1")
 
 
-def test_opening_twice_is_no_harm(path: Path) -> None:
-    async def main() -> None:
-        db = AsyncDbWriter(path)
-        assert await db.open() is db
-        assert await db.open() is db
-        await db.close()
-
-    run(main)
-
-
 def test_a_job_that_waited_in_line_wakes_a_writer_that_sleeps(path: Path) -> None:
     async def main() -> None:
         async with opened(path, auto_checkpoint=False) as db:  # or else it looks up in half a second
-            while not db._core().queue._asleep:
-                await asyncio.sleep(0.001)
+            await until(lambda: queue_of(db)._asleep)
             ticket = await db.enqueue_wait(INSERT, (1,))
             assert (await ticket).rowcount == 1
 
@@ -859,7 +783,7 @@ def test_blocks_entered_with_an_exit_stack_are_named_by_who_enters_them(path: Pa
             assert running is not None
             assert running.called_from.endswith("in main")
             await stack.enter_async_context(db.reader())
-            (reader,) = db._core().pool.borrowers
+            (reader,) = pool_of(db).borrowers
             assert reader.startswith("reader() in test_aio.py:")
             assert reader.endswith("in main")
 

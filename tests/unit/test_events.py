@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from helpers import DEADLINE, holding_lock, parked, released_soon
+from helpers import DEADLINE, core_of, holding_lock, parked, released_soon, state_of, writer_of
 from onewriter import AsyncDbWriter, CommitUnknownError, DbWriter, ReentrantWriteError, Ticket, WriterClosedError
 from onewriter.events import BackupEnded, BatchEnded, CheckpointEnded, Event, JobSubmitted, WriterBroken
 from onewriter.write.jobs import ControlJob
@@ -241,13 +241,13 @@ def test_a_job_withdrawn_in_the_moment_in_which_its_batch_is_refused_is_not_told
     with DbWriter(path, on_event=heard, lock_timeout=0.01, on_error=lambda ticket: None) as db:
         db.run(TABLE)
         tickets: list[Ticket[Any]] = []
-        fail = db._core.writer._outcomes.fail
+        fail = writer_of(db)._outcomes.fail
 
         def cancel_the_second_and_fail(job: Any, error: BaseException) -> None:
             tickets[1].cancel()
             fail(job, error)
 
-        monkeypatch.setattr(db._core.writer._outcomes, "fail", cancel_the_second_and_fail)
+        monkeypatch.setattr(writer_of(db)._outcomes, "fail", cancel_the_second_and_fail)
         with holding_lock(path):
             with parked_without_lock(db, tickets):
                 pass
@@ -266,7 +266,7 @@ def parked_without_lock(db: DbWriter, tickets: list[Ticket[Any]]) -> Iterator[No
         entered.set()
         release.wait(DEADLINE)
 
-    db._core.submit(ControlJob(db._core.state, "park", sys._getframe(), park), None)
+    core_of(db).submit(ControlJob(state_of(db), "park", sys._getframe(), park), None)
     assert entered.wait(DEADLINE)
     tickets += [db.enqueue(INSERT, (n,)) for n in range(2)]
     release.set()
@@ -280,14 +280,14 @@ def test_a_commit_with_an_unknown_outcome_is_told_in_the_log_too(
     error.sqlite_errorcode, error.sqlite_errorname = sqlite3.SQLITE_IOERR_FSYNC, "SQLITE_IOERR_FSYNC"
     with DbWriter(path) as db:
         db.run("CREATE TABLE t (n)")
-        run = db._core.writer._lock._run
+        run = writer_of(db)._lock._run
 
         def fail_to_commit(session: Any, sql: str, job: Any, times: Any) -> None:
             if sql == "COMMIT":
                 raise error
             run(session, sql, job, times)
 
-        monkeypatch.setattr(db._core.writer._lock, "_run", fail_to_commit)
+        monkeypatch.setattr(writer_of(db)._lock, "_run", fail_to_commit)
         with pytest.raises(CommitUnknownError):
             db.run("INSERT INTO t VALUES (1)")
         assert db.health.startswith("broken: ")

@@ -5,28 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import sqlite3
-from collections.abc import Callable, Iterator
+import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from helpers import in_threads
+from helpers import in_threads, raises
 from onewriter import AsyncDbWriter, DbWriter, WriterClosedError
-
-CREATE = """
-CREATE TABLE t (id INTEGER PRIMARY KEY, name UNIQUE);
-CREATE TABLE "odd ""name" (id INTEGER PRIMARY KEY, name TEXT);
-CREATE TABLE bare (name PRIMARY KEY) WITHOUT ROWID;
-CREATE TABLE log (id INTEGER PRIMARY KEY, name);
-CREATE TABLE "into" (id INTEGER PRIMARY KEY, "update" TEXT DEFAULT 'd');
-CREATE VIEW v AS SELECT name FROM t;
-CREATE TRIGGER write_v INSTEAD OF INSERT ON v BEGIN INSERT INTO t (name) VALUES (NEW.name); END;
-CREATE TRIGGER log_t AFTER INSERT ON t
-BEGIN INSERT INTO log VALUES (500, NEW.name), (501, NEW.name); DELETE FROM log; END;
-INSERT INTO t VALUES (10, 'a'), (20, 'b');
-"""
 
 
 def test_a_closed_gateway_is_not_entered(path: Path) -> None:
@@ -62,8 +49,6 @@ def test_a_second_gateway_on_the_file_warns_and_works(path: Path, caplog: pytest
 
 
 def test_a_gateway_is_not_pickled(db: DbWriter) -> None:
-    import pickle
-
     with pytest.raises(TypeError, match="pickle"):
         pickle.dumps(db)
 
@@ -123,13 +108,6 @@ def test_functions_that_only_make_something_to_run_are_refused(any_db: DbWriter)
         for call in (any_db.run, any_db.enqueue, any_db.read):
             with pytest.raises(TypeError, match="plain functions"):
                 call(function)
-
-
-def raises(error: BaseException) -> Callable[[sqlite3.Connection, bool], object]:
-    def hook(connection: sqlite3.Connection, readonly: bool) -> None:
-        raise error
-
-    return hook
 
 
 def test_a_gateway_closed_before_is_no_second_gateway(path: Path, caplog: pytest.LogCaptureFixture) -> None:

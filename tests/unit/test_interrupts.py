@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import logging
 import signal
@@ -17,7 +16,20 @@ from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, parked, run_child
+from helpers import (
+    DEADLINE,
+    child_code,
+    driver_of,
+    eventually,
+    handling,
+    parked,
+    pool_of,
+    queue_of,
+    rows_in,
+    run_child,
+    session_of,
+    state_of,
+)
 from onewriter import AsyncDbWriter, DbWriter, ReentrantWriteError, Ticket, WriterClosedError
 from onewriter.base import waiting as job
 from onewriter.read.pool import ReaderPool
@@ -26,15 +38,6 @@ from onewriter.sqlite.watch import Watch
 from onewriter.write import block, driver
 
 ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
-
-PRELUDE = """
-import json, logging, os, signal, sys, threading
-from onewriter import DbWriter
-
-path = {path!r}
-logging.basicConfig(format="%(levelname)s %(message)s")
-INSERT = "INSERT INTO t VALUES (?)"
-"""
 
 OPEN = """
 db = DbWriter(path, label="ledger")
@@ -85,45 +88,6 @@ WAYS: dict[str, Callable[[DbWriter], object]] = {
 }
 
 
-def child_code(path: Path, code: str) -> str:
-    return PRELUDE.format(path=str(path)) + code
-
-
-@pytest.fixture
-def table(path: Path) -> Path:
-    with contextlib.closing(sqlite3.connect(path)) as connection:
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("CREATE TABLE t (n INTEGER)")
-    return path
-
-
-def rows_in(path: Path) -> list[Any]:
-    with contextlib.closing(sqlite3.connect(path)) as connection:
-        return [n for (n,) in connection.execute("SELECT n FROM t ORDER BY rowid")]
-
-
-class _Handler(logging.Handler):
-    def __init__(self, emit: Callable[[logging.LogRecord], object]) -> None:
-        super().__init__()
-        self._emit = emit
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._emit(record)
-
-
-@contextlib.contextmanager
-def handling(emit: Callable[[logging.LogRecord], object]) -> Iterator[logging.Handler]:
-    """Only ``emit`` hears the log."""
-    logger, handler = logging.getLogger("onewriter"), _Handler(emit)
-    logger.addHandler(handler)
-    logger.propagate = False
-    try:
-        yield handler
-    finally:
-        logger.propagate = True
-        logger.removeHandler(handler)
-
-
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 def test_a_slow_statement_is_ended_by_what_the_handler_raises(
     path: Path, alarm: Callable[[], None], way: Callable[[DbWriter], object]
@@ -146,7 +110,7 @@ def test_a_cursor_whose_closing_was_interrupted_is_replaced_all_the_same(db: DbW
             super().close()
             raise SignalError
 
-    executor = db._core.writer._connection.session.executor  # type: ignore[union-attr]
+    executor = session_of(db).executor
     executor._cursor = Interrupted(executor._connection)
     with pytest.raises(SignalError):
         db.run("SELECT 1")
@@ -218,18 +182,17 @@ def test_callbacks_of_a_block_run_although_the_wait_for_its_end_was_interrupted(
     with DbWriter(path) as db:
         with pytest.raises(SignalError), db.transaction() as tx:
             tx.on_commit(told.set)
-            monkeypatch.setattr(db._core.driver, "leave", interrupted)
+            monkeypatch.setattr(driver_of(db), "leave", interrupted)
         monkeypatch.undo()
         assert told.wait(DEADLINE)
 
 
 def test_an_interrupt_as_the_writer_is_woken_loses_no_wake_up(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with DbWriter(path) as db:
-        queue = db._core.queue
+        queue = queue_of(db)
         db.run("CREATE TABLE t (n)")
         db.flush()
-        while not queue._asleep:
-            pass
+        eventually(lambda: queue._asleep)
 
         def interrupted() -> None:
             raise SignalError
@@ -245,7 +208,7 @@ def test_a_connection_is_given_back_although_giving_it_back_was_interrupted(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with DbWriter(path, readers=1) as db:
-        end, interrupted = db._core.pool.end, []
+        end, interrupted = pool_of(db).end, []
 
         def interrupted_once(claim: Any) -> None:
             if claim not in interrupted:
@@ -253,7 +216,7 @@ def test_a_connection_is_given_back_although_giving_it_back_was_interrupted(
                 raise SignalError
             end(claim)
 
-        monkeypatch.setattr(db._core.pool, "end", interrupted_once)
+        monkeypatch.setattr(pool_of(db), "end", interrupted_once)
         with pytest.raises(SignalError):
             db.read("SELECT 1")
         with pytest.raises(SignalError):
@@ -379,7 +342,7 @@ INSERT = "INSERT INTO t VALUES (?)"
 
 
 def lock_of(db: DbWriter, name: str) -> Any:
-    return {"tickets": db._core.state.lock, "queue": db._core.queue.mutex, "pool": db._core.pool._lock}[name]
+    return {"tickets": state_of(db).lock, "queue": queue_of(db).mutex, "pool": pool_of(db)._lock}[name]
 
 
 @pytest.mark.parametrize("lock", ["tickets", "queue", "pool"])
@@ -423,7 +386,7 @@ def test_a_read_there_does_not_wait_for_a_connection_that_cannot_come_back(path:
         thread = threading.Thread(target=db.read, args=[hold])
         thread.start()
         assert entered.wait(DEADLINE)
-        with db._core.pool._lock, pytest.raises(ReentrantWriteError, match="signal handler"):
+        with pool_of(db)._lock, pytest.raises(ReentrantWriteError, match="signal handler"):
             db.read("SELECT 1", timeout=None)
         release.set()
         thread.join(DEADLINE)
@@ -666,7 +629,7 @@ def test_a_handler_whose_thread_waits_for_its_turn_goes_over_maxsize(path: Path)
 
     def handler(*_: object) -> None:
         release.set()
-        while db._core.state.job is None or db._core.state.job.label != "the block":
+        while (job := state_of(db).job) is None or job.label != "the block":
             assert not threading.Event().wait(0.001)
         got.append(db.enqueue("SELECT 'handler'", timeout=0.0))
 

@@ -11,15 +11,13 @@ import math
 import os
 import sqlite3
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, holding_lock, in_threads, parked, released_soon
-from onewriter import AsyncDbWriter, DbWriter, QueueFullError, Ticket, Transaction, WriteTimeoutError
+from helpers import DEADLINE, eventually, holding_lock, in_threads, inserting, parked, released_soon, state_of
+from onewriter import AsyncDbWriter, DbWriter, QueueFullError, Ticket, WriteTimeoutError
 from onewriter.base.tally import Histogram
 from onewriter.events import JobSubmitted
 
@@ -29,17 +27,6 @@ TABLE = "CREATE TABLE t (n INTEGER PRIMARY KEY)"
 
 def warnings_of(caplog: pytest.LogCaptureFixture, text: str) -> list[str]:
     return [record.getMessage() for record in caplog.records if text in record.getMessage()]
-
-
-def inserting(n: int) -> Callable[[Transaction], object]:
-    return lambda tx: tx.execute(INSERT, (n,))
-
-
-def wait_until(condition: Any) -> None:
-    end = time.monotonic() + DEADLINE
-    while not condition():
-        assert time.monotonic() < end, "it did not come about"
-        time.sleep(0.001)
 
 
 def test_a_new_gateway_has_done_nothing(any_db: DbWriter) -> None:
@@ -168,7 +155,7 @@ def test_what_runs_and_what_waits_is_there(path: Path) -> None:
         with db.reader():
             waiter = threading.Thread(target=db.read, args=["SELECT 1"])
             waiter.start()
-            wait_until(lambda: db.stats().readers_waiting == 1)
+            eventually(lambda: db.stats().readers_waiting == 1)
             assert db.stats().readers_in_use == 1
         waiter.join(DEADLINE)
         assert (db.stats().readers_in_use, db.stats().readers_waiting) == (0, 0)
@@ -176,7 +163,7 @@ def test_what_runs_and_what_waits_is_there(path: Path) -> None:
 
 def test_a_job_that_waits_in_the_queue_has_an_age(db: DbWriter) -> None:
     with parked(db):
-        wait_until(lambda: db.stats().oldest_age > 0.01)
+        eventually(lambda: db.stats().oldest_age > 0.01)
     db.flush()
     assert db.stats().oldest_age == 0.0
 
@@ -185,7 +172,7 @@ def test_the_wait_for_the_lock_is_there(db: DbWriter, path: Path) -> None:
     db.run(TABLE)
     with holding_lock(path):
         ticket = db.enqueue(INSERT, (1,), label="the waiting one")
-        wait_until(lambda: db.stats().waiting_for_lock is not None)
+        eventually(lambda: db.stats().waiting_for_lock is not None)
         waiting = db.stats().waiting_for_lock
         assert waiting is not None
         assert waiting.label == "the waiting one"
@@ -226,7 +213,7 @@ def test_a_slow_job_is_in_the_health_while_it_runs(path: Path) -> None:
     with DbWriter(path, slow_after=0.01) as db:
         assert db.health == "ok"
         with parked(db):
-            wait_until(lambda: db.health != "ok")
+            eventually(lambda: db.health != "ok")
             assert db.health.startswith("degraded: the writer is held by ")
             assert "park' (called from helpers.py:" in db.health
         db.flush()
@@ -238,7 +225,7 @@ def test_a_lock_held_elsewhere_is_in_the_health_while_it_is(path: Path) -> None:
         db.run(TABLE)
         with holding_lock(path):
             ticket = db.enqueue(INSERT, (1,))
-            wait_until(lambda: db.health != "ok")
+            eventually(lambda: db.health != "ok")
             assert "SQLite's lock, held elsewhere, to run 'INSERT INTO t VALUES (?)'" in db.health
         ticket.result(DEADLINE)
         assert db.health == "ok"
@@ -318,7 +305,7 @@ def test_a_log_that_readers_keep_from_shrinking_is_told_with_their_names(
         assert sizes[0] > 200_000
         assert sizes[1] >= 2 * sizes[0]
         db.run("INSERT INTO t VALUES (1)")
-        wait_until(lambda: db.health == "ok")
+        eventually(lambda: db.health == "ok")
         assert os.path.getsize(f"{path}-wal") < 200_000
 
 
@@ -340,7 +327,7 @@ def test_all_of_it_is_taken_in_one_hold_of_the_lock(db: DbWriter, monkeypatch: p
     original = Histogram.latency
 
     def latency(self: Histogram) -> Any:
-        held.append(db._core.state.lock._is_owned())  # type: ignore[attr-defined]
+        held.append(state_of(db).lock._is_owned())  # type: ignore[attr-defined]
         return original(self)
 
     monkeypatch.setattr(Histogram, "latency", latency)
@@ -431,8 +418,7 @@ def test_callbacks_that_keep_the_writer_are_named_like_a_slow_job(
         else:
             db.enqueue("SELECT 1")
         assert entered.wait(DEADLINE)
-        while db.health == "ok":
-            pass
+        eventually(lambda: db.health != "ok")
         named = "the writer calls on_event" if kind == "on_event" else "the writer calls the callbacks of 'slow'"
         assert db.health.startswith(f"degraded: {named}")
         release.set()

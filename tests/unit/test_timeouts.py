@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, in_threads, parked
+from helpers import DEADLINE, in_threads, parked, state_of
 from onewriter import AsyncDbWriter, DbWriter, QueueFullError, ReadTimeoutError, Ticket, WriteTimeoutError
 
 SOON = 0.01
@@ -121,7 +121,7 @@ def test_while_callbacks_are_called_a_timeout_says_whose(db: DbWriter) -> None:
         db.run("SELECT 2", timeout=0.0)
     release.set()
     db.flush()
-    assert "callbacks" not in db._core.state.describe()
+    assert "callbacks" not in state_of(db).describe()
 
 
 def test_a_timeout_error_can_be_pickled_and_copied(db: DbWriter) -> None:

@@ -2,32 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from helpers import parked
-from onewriter import DbWriter, Ticket, Transaction
-
-
-@pytest.fixture
-def unheard() -> list[Ticket[Any]]:
-    """The tickets that on_error was given."""
-    return []
-
-
-@pytest.fixture
-def db(path: Path, unheard: list[Ticket[Any]]) -> Iterator[DbWriter]:
-    with DbWriter(path, on_error=unheard.append) as db:
-        db.run("CREATE TABLE t (n INTEGER PRIMARY KEY)")
-        yield db
-
-
-def count_rows(tx: Transaction) -> int:
-    count: int = tx.execute("SELECT count(*) FROM t").rows[0][0]
-    return count
+from onewriter import DbWriter
 
 
 def test_many_call_sites_of_one_long_function_are_named_without_reading_it_anew_for_each(path: Path) -> None:
@@ -42,6 +21,6 @@ def test_many_call_sites_of_one_long_function_are_named_without_reading_it_anew_
 
 
 def test_called_from_names_the_line_of_the_call(db: DbWriter) -> None:
-    ticket = db.enqueue(count_rows)
+    ticket = db.enqueue("SELECT 1")
     line = test_called_from_names_the_line_of_the_call.__code__.co_firstlineno + 1
     assert ticket.called_from == f"test_call_site.py:{line} in test_called_from_names_the_line_of_the_call"

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, in_threads
+from helpers import DEADLINE, eventually, in_threads
 from onewriter import (
     AsyncDbWriter,
     DbWriter,
@@ -184,8 +184,7 @@ def test_the_innermost_of_blocks_and_readers_decides_what_a_read_sees(db: DbWrit
 
 def test_a_block_that_was_taken_away_decides_until_its_end_and_says_so(db: DbWriter) -> None:
     with pytest.raises(TransactionClosedError, match="max_hold"), db.transaction(max_hold=0.01):
-        while db.in_writer():
-            threading.Event().wait(0.001)
+        eventually(lambda: not db.in_writer())
         for call in CALLS.values():
             with pytest.raises(TransactionClosedError, match="max_hold"):
                 call(db)
@@ -206,8 +205,7 @@ def test_a_pools_next_work_in_a_blocks_thread_is_not_in_the_block(db: DbWriter, 
         tx = one.submit(next, block).result(DEADLINE)
         other.submit(tx.execute, INSERT, (1,)).result(DEADLINE)
         stranger = one.submit(db.run, INSERT, (2,), timeout=DEADLINE)
-        while db.stats().queue_depth == 0:  # it waits for its turn
-            threading.Event().wait(0.001)
+        eventually(lambda: db.stats().queue_depth > 0)  # it waits for its turn
         if fails:
             with pytest.raises(LookupError):
                 other.submit(block.throw, LookupError()).result(DEADLINE)
@@ -530,8 +528,7 @@ def test_a_statement_that_still_runs_is_interrupted_when_its_block_fails(db: DbW
     tx = block.__enter__()
     with ThreadPoolExecutor() as pool:
         running = pool.submit(tx.execute, endless)
-        while not tx._loan.session.lock.locked():
-            pass
+        eventually(lambda: tx._loan.session.lock.locked())
         with pytest.raises(LookupError):
             raise_through(block, LookupError())
         with pytest.raises(TransactionClosedError):

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, in_threads, parked
+from helpers import DEADLINE, in_threads, parked, pool_of
 from onewriter import AsyncDbWriter, DbWriter, ReentrantWriteError, Transaction, WriterBrokenError, WriterClosedError
 
 INSERT = "INSERT INTO t VALUES (?, ?)"
@@ -248,7 +248,7 @@ def test_all_pages_in_one_step_are_one_call_of_progress(db: DbWriter, path: Path
     calls: list[tuple[int, ...]] = []
     db.backup(path.parent / "copy.db", progress=lambda *call: calls.append(call))
     assert [(remaining, total > 100) for _, remaining, total in calls] == [(0, True)]
-    assert db._core.pool.in_use == 0
+    assert pool_of(db).in_use == 0
 
 
 def test_the_name_of_a_backup_survives_power_loss(db: DbWriter, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

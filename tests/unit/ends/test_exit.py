@@ -7,20 +7,10 @@ import re
 import signal
 import sqlite3
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from helpers import holding_lock, run_child
-
-PRELUDE = """
-import json, logging, os, signal, sys, threading
-from onewriter import DbWriter
-
-path = {path!r}
-logging.basicConfig(format="%(levelname)s %(message)s")
-INSERT = "INSERT INTO t VALUES (?)"
-"""
+from helpers import child_code, holding_lock, rows_in, run_child
 
 OPEN = """
 db = DbWriter(path, label="ledger")
@@ -30,23 +20,6 @@ FILL = """
 for n in range(3000):
     db.enqueue(INSERT, (n,))
 """
-
-
-def child_code(path: Path, code: str) -> str:
-    return PRELUDE.format(path=str(path)) + code
-
-
-@pytest.fixture
-def table(path: Path) -> Path:
-    with contextlib.closing(sqlite3.connect(path)) as connection:
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("CREATE TABLE t (n INTEGER)")
-    return path
-
-
-def rows_in(path: Path) -> list[Any]:
-    with contextlib.closing(sqlite3.connect(path)) as connection:
-        return [n for (n,) in connection.execute("SELECT n FROM t ORDER BY rowid")]
 
 
 def test_what_was_accepted_is_written_when_the_program_falls_off_its_end(table: Path) -> None:
@@ -75,7 +48,8 @@ def test_an_interrupt_of_an_idle_program_leaves_what_was_accepted_written(table:
     assert rows_in(table) == list(range(3000))
 
 
-def test_a_thread_that_outlives_the_main_thread_can_still_write(table: Path) -> None:
+@pytest.mark.parametrize("before", ["", FILL], ids=["idle", "beside the drain"])
+def test_a_thread_that_outlives_the_main_thread_can_still_write(table: Path, before: str) -> None:
     code = """
 def work():
     threading.main_thread().join()
@@ -87,9 +61,9 @@ def work():
 
 threading.Thread(target=work).start()
 """
-    child = run_child(child_code(table, OPEN + code))
+    child = run_child(child_code(table, OPEN + before + code))
     assert child.returncode == 0, child.stderr
-    assert rows_in(table) == list(range(200))
+    assert rows_in(table) == [*range(3000 if before else 0), *range(200)]
 
 
 def critical_lines(stderr: str) -> list[str]:

@@ -17,6 +17,7 @@ from helpers import run_child
 PROGRAM = """
 import contextlib, multiprocessing, os, sqlite3, sys, threading, warnings
 warnings.simplefilter("ignore", DeprecationWarning)  # of fork() beside threads, which is what this is about
+from helpers import pool_of
 from onewriter import DbWriter, ForkedError
 
 PATH, MODE, INLINE, PLACE, ACTION = {path!r}, {mode!r}, {inline!r}, {place!r}, {action!r}
@@ -54,8 +55,8 @@ def use(tx):
     if lent is not None:
         refused(lambda: lent.execute("SELECT 1"))
         lent._loan.end()  # as leaving the block would
-        for claim in db._core.pool._lent:
-            db._core.pool.end(claim)
+        for claim in pool_of(db)._lent:
+            pool_of(db).end(claim)
         assert lent._loan.reader.connection.in_transaction
         assert len(sqlite3.Cursor.fetchmany(live[0]._LentCursor__raw, 2)) == 2  # nothing was closed
     if pending is not None and not pending.done():
@@ -138,7 +139,8 @@ PLACES = ["idle", "in a block", "from inside a job", "beside a job", "in a reade
 
 def run_program(path: Path, **options: object) -> None:
     program = textwrap.dedent(PROGRAM).format(path=str(path), **options)
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    command, helpers = [sys.executable, "-c", program], Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=helpers, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("parent ended") == 1, done.stderr
     assert done.stderr == ""
@@ -193,7 +195,8 @@ def test_leaving_the_with_blocks_in_the_child_does_nothing_and_does_not_look_lik
     path: Path, inline: bool
 ) -> None:
     program = LEAVING.format(path=str(path), inline=inline)
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    command, helpers = [sys.executable, "-c", program], Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=helpers, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["told", "committed"], done.stderr
     with contextlib.closing(sqlite3.connect(path)) as connection:
@@ -349,7 +352,8 @@ def test_whatever_forks_on_our_stack_nothing_of_ours_goes_on_in_the_child(
     path: Path, place: str, ending: str, inline: bool
 ) -> None:
     program = ON_THE_STACK.format(path=str(path), place=place, ending=ending, inline=inline)
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    command, helpers = [sys.executable, "-c", program], Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=helpers, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["child 0", "parent ended"], done.stderr
     left = {name.name for name in path.parent.iterdir()}
@@ -396,7 +400,8 @@ os.write(1, b"ended\\n")
 @pytest.mark.parametrize("place", ["a block", "a read"])
 def test_a_child_forked_on_a_thread_that_works_for_tasks_ends(path: Path, place: str) -> None:
     program = IN_TASKS.format(path=str(path), place=place)
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    command, helpers = [sys.executable, "-c", program], Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=helpers, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["child 0", "ended"], done.stderr
 

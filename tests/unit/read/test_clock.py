@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, in_threads
+from helpers import DEADLINE, in_threads, pool_of, queue_of
 from onewriter import AsyncDbWriter, DbWriter, ReadTimeoutError, ReentrantWriteError, WriterClosedError
 
 NUMBERS = "WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c LIMIT 1000000000) SELECT {} FROM c"
@@ -188,7 +188,7 @@ def test_a_read_in_a_row_factory_does_not_wait_for_its_own_thread(path: Path, ho
         db.run("INSERT INTO t VALUES (1, 1), (2, 2), (3, 3)")
         results = in_threads(*[lambda: db.read("SELECT a, b FROM t", timeout=None)] * 6)
         assert results == [[1, 2, 3]] * 6
-        assert (db._core.pool._count, len(db._core.pool._idle)) == (1, 1)  # what was beside them is closed
+        assert (pool_of(db)._count, len(pool_of(db)._idle)) == (1, 1)  # what was beside them is closed
 
 
 def test_a_read_in_a_function_that_a_tasks_read_calls_does_not_wait_for_its_own_thread(path: Path) -> None:
@@ -232,7 +232,7 @@ def test_the_clocks_thread_ends_with_the_last_connection_of_a_closed_gateway(pat
     db = DbWriter(path)
     db.read(lambda connection: db.close(0.0))
     db.close()
-    clock = db._core.pool.clock._thread
+    clock = pool_of(db).clock._thread
     if clock is not None:
         clock.join(DEADLINE)
         assert not clock.is_alive()
@@ -282,8 +282,8 @@ def test_a_slow_reader_is_named_once_while_it_is_open_and_the_writer_sleeps(
     with DbWriter(path, slow_after=0.05) as db:
         db.flush()
         wakes: list[object] = []
-        wake_consumer = db._core.queue.wake_consumer
-        db._core.queue.wake_consumer = lambda: wakes.append(wake_consumer())  # type: ignore[method-assign]
+        wake_consumer = queue_of(db).wake_consumer
+        queue_of(db).wake_consumer = lambda: wakes.append(wake_consumer())  # type: ignore[method-assign]
         with lent(db):
             until = monotonic() + DEADLINE
             while not any("is open since" in message for message in caplog.messages) and monotonic() < until:
@@ -299,7 +299,7 @@ def test_those_who_come_in_a_pause_are_admitted_in_order_at_its_end_or_when_its_
         for seconds in (DEADLINE, 0.02):
             served.clear()
             readings = []
-            with db._core.pool.pause(seconds):
+            with pool_of(db).pause(seconds):
                 for n in range(3):
                     readings.append(pool.submit(db.read, lambda connection, n=n: served.append(n)))
                     while seconds == DEADLINE and db.stats().readers_waiting <= n:
@@ -316,7 +316,7 @@ def test_those_who_come_in_a_pause_are_admitted_in_order_at_its_end_or_when_its_
 def test_a_pause_that_nobody_ends_is_over_for_the_next_who_comes(path: Path) -> None:
     with DbWriter(path, inline=True, readers=1) as db:  # which has no clock
         db.read("SELECT 1")
-        with db._core.pool._lock:
-            db._core.pool._paused_until = 1.0  # as Ctrl-C may leave it
+        with pool_of(db)._lock:
+            pool_of(db)._paused_until = 1.0  # as Ctrl-C may leave it
         assert db.read_value("SELECT 2", timeout=DEADLINE) == 2
-        assert (db._core.pool._paused_until, db._core.pool._count, db.stats().readers_waiting) == (0.0, 1, 0)
+        assert (pool_of(db)._paused_until, pool_of(db)._count, db.stats().readers_waiting) == (0.0, 1, 0)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from helpers import DEADLINE
+from helpers import DEADLINE, eventually, is_clean, pool_of
 from onewriter import DbWriter, ReadTimeoutError, ReentrantWriteError, WriterBrokenError, WriterClosedError, gateway
 from onewriter.read.claim import Claim
 from onewriter.read.reader import Reader
@@ -23,22 +23,6 @@ COUNT = "SELECT count(*) FROM t"
 TWO_ROWS = "SELECT 1 UNION SELECT 2"
 
 
-@pytest.fixture
-def one(path: Path) -> Iterator[DbWriter]:
-    """A gateway with a single connection to read, so that each read gets what the last one left."""
-    with DbWriter(path, readers=1) as gateway:
-        gateway.run("CREATE TABLE t (n INTEGER)")
-        yield gateway
-
-
-def is_clean(db: DbWriter) -> bool:
-    """Whether the connection pins no old state: it sees a new row, and a checkpoint gets through."""
-    before = db.run("SELECT count(*) FROM t").rows[0][0]
-    db.run(INSERT, (0,))
-    sees = db.read_value(COUNT) == before + 1
-    return bool(sees and db.run_without_transaction("PRAGMA wal_checkpoint(TRUNCATE)").rows[0][0] == 0)
-
-
 def test_waiters_for_a_connection_are_served_in_order_or_told(one: DbWriter) -> None:
     served: list[int] = []
     with ThreadPoolExecutor() as pool:
@@ -46,7 +30,7 @@ def test_waiters_for_a_connection_are_served_in_order_or_told(one: DbWriter) -> 
             waiting = []
             for n in range(4):
                 waiting.append(pool.submit(one.read, lambda connection, n=n: served.append(n)))
-                while one._core.pool.waiting <= n:
+                while pool_of(one).waiting <= n:
                     pass
             with pytest.raises(ReadTimeoutError, match="the long one"):
                 pool.submit(one.read, "SELECT 1", timeout=0.01).result(DEADLINE)
@@ -83,8 +67,7 @@ def test_waiters_are_told_when_the_gateway_closes(one: DbWriter) -> None:
     with ThreadPoolExecutor() as pool:
         with one.reader():
             waiting = pool.submit(one.read, "SELECT 1")
-            while not one._core.pool.waiting:
-                pass
+            eventually(lambda: pool_of(one).waiting)
             closing = pool.submit(one.close)
             with pytest.raises(WriterClosedError):
                 waiting.result(DEADLINE)
@@ -111,8 +94,7 @@ def test_close_in_the_midst_of_an_own_read_is_refused_where_it_would_never_end(o
     assert not one.closed
     with ThreadPoolExecutor(1) as pool, one.reader():
         closing = pool.submit(one.close)
-        while not one.closed:
-            pass
+        eventually(lambda: one.closed)
         assert not closing.done()
     closing.result(DEADLINE)
 
@@ -314,11 +296,11 @@ def test_a_place_that_comes_in_the_moment_nobody_waits_any_more_is_free(
     claim = Claim("a read")
     claim.thread = 0  # of another thread
     with one.reader():
-        assert not one._core.pool.line_up(claim)
+        assert not pool_of(one).line_up(claim)
         monkeypatch.setattr(Reader, "reset", lambda reader: False)
     monkeypatch.undo()
     assert (claim.is_admitted, claim.reader) == (True, None)  # the right to open another
-    one._core.pool.end(claim)
+    pool_of(one).end(claim)
     assert one.read_value(COUNT, timeout=DEADLINE) == 0
 
 
@@ -363,7 +345,7 @@ class RaisesBehind(set[Any]):
 def test_an_interrupt_as_a_connection_is_given_back_loses_nothing(
     one: DbWriter, monkeypatch: pytest.MonkeyPatch, is_good: bool
 ) -> None:
-    lent = one._core.pool._lent = RaisesBehind(one._core.pool._lent)
+    lent = pool_of(one)._lent = RaisesBehind(pool_of(one)._lent)
     for _ in range(3):
         if not is_good:
             monkeypatch.setattr(Reader, "reset", lambda reader: False)

@@ -6,43 +6,19 @@ import asyncio
 import concurrent.futures
 import sqlite3
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, in_threads, parked
+from helpers import DEADLINE, in_threads, is_clean, notes_of, parked, rows, writer_of
 from onewriter import AsyncDbWriter, DbWriter, ReadTimeoutError, ReentrantWriteError, Ticket, Transaction
 
 INSERT = "INSERT INTO t VALUES (?)"
 ENDLESS = "WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c) SELECT max(n) FROM c"
 COUNT = "SELECT count(*) FROM t"
-
-
-@pytest.fixture
-def one(path: Path) -> Iterator[DbWriter]:
-    """A gateway with a single connection to read, so that each read gets what the last one left."""
-    with DbWriter(path, readers=1) as gateway:
-        gateway.run("CREATE TABLE t (n INTEGER)")
-        yield gateway
-
-
-def is_clean(db: DbWriter) -> bool:
-    """Whether the connection pins no old state: it sees a new row, and a checkpoint gets through."""
-    before = db.run("SELECT count(*) FROM t").rows[0][0]
-    db.run(INSERT, (0,))
-    sees = db.read_value(COUNT) == before + 1
-    return bool(sees and db.run_without_transaction("PRAGMA wal_checkpoint(TRUNCATE)").rows[0][0] == 0)
-
-
-def rows(table_db: DbWriter) -> list[Any]:
-    return [n for (n,) in table_db.read("SELECT n FROM t ORDER BY rowid")]
-
-
-def notes_of(error: BaseException) -> str:
-    return "\n".join(getattr(error, "__notes__", ()))
 
 
 def test_the_forms_of_a_read(any_db: DbWriter) -> None:
@@ -54,16 +30,6 @@ def test_the_forms_of_a_read(any_db: DbWriter) -> None:
     assert any_db.read_one("SELECT n FROM t") == (1,)
     assert any_db.read_value("SELECT n FROM t") == 1
     assert any_db.read(lambda connection: connection.execute("SELECT n FROM t").fetchall()) == [(1,), (2,)]
-
-
-def test_a_value_is_one_whatever_the_row_factory(path: Path) -> None:
-    with DbWriter(path, row_factory=lambda cursor, row: {"row": row}) as db:
-        assert db.read("SELECT 5") == [{"row": (5,)}]
-        assert db.read_one("SELECT 5") == {"row": (5,)}
-        assert db.read_value("SELECT 5") == 5
-        assert db.run("SELECT 5").rows == [{"row": (5,)}]
-        with db.transaction():
-            assert db.read_value("SELECT 5") == 5
 
 
 @pytest.mark.parametrize(
@@ -89,17 +55,6 @@ def test_a_read_cannot_write_and_neither_can_the_next_one(any_db: DbWriter, sql:
             any_db.read(lambda connection: connection.execute(sql).fetchall())
         tx.execute(INSERT, (1,))
     assert any_db.read("SELECT n FROM t") == [(1,)]
-
-
-def test_a_function_reads_one_snapshot(one: DbWriter) -> None:
-    def read(connection: sqlite3.Connection) -> list[Any]:
-        first = connection.execute("SELECT count(*) FROM t").fetchone()
-        with ThreadPoolExecutor() as pool:
-            pool.submit(one.run, INSERT, (1,)).result(DEADLINE)
-        return [first, connection.execute("SELECT count(*) FROM t").fetchone()]
-
-    assert one.read(read) == [(0,), (0,)]
-    assert one.read_value("SELECT count(*) FROM t") == 1
 
 
 def test_bad_arguments_are_refused_at_the_call(any_db: DbWriter) -> None:
@@ -366,14 +321,19 @@ def test_inside_a_job_a_read_may_come_after_what_is_done_but_not_after_what_wait
 
 @pytest.mark.parametrize(
     ("factory", "row"),
-    [(sqlite3.Row, None), (lambda cursor, row: list(row), [5, 6]), (lambda cursor, row: row[1], 6)],
-    ids=["Row", "list", "second column"],
+    [
+        (sqlite3.Row, None),
+        (lambda cursor, row: list(row), [5, 6]),
+        (lambda cursor, row: {"row": row}, {"row": (5, 6)}),
+        (lambda cursor, row: row[1], 6),
+    ],
+    ids=["Row", "list", "dict", "second column"],
 )
 def test_a_value_is_the_first_column_whatever_a_row_is(path: Path, factory: Any, row: Any) -> None:
     with DbWriter(path, row_factory=factory) as db:
         sql = "SELECT 5 AS a, 6 AS b UNION ALL SELECT 7, 8"
         assert (db.read_value(sql), len(db.read(sql))) == (5, 2)
-        assert row is None or db.read_one(sql) == row
+        assert row is None or [db.read_one(sql), db.read(sql)[0], db.run(sql).rows[0]] == [row] * 3
         with db.reader():
             assert db.read_value(sql) == 5
         assert db.run(lambda tx: db.read_value(sql)) == 5
@@ -448,7 +408,7 @@ def test_a_reader_that_is_not_slow_is_not_told_of(path: Path, caplog: pytest.Log
     with DbWriter(path, slow_after=60) as db:
         with db.reader():
             db.run("CREATE TABLE t (n)")
-            db._core.writer.idle()
+            writer_of(db).idle()
         assert caplog.messages == []
 
 

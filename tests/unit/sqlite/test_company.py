@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import sqlite3
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from helpers import run_child
+from helpers import make, run_child
 from onewriter import DbWriter
 from onewriter.tools import check
-
-
-def make(path: Path, mode: str = "WAL") -> None:
-    with contextlib.closing(sqlite3.connect(path)) as plain:
-        plain.execute(f"PRAGMA journal_mode = {mode}")
-        plain.execute("CREATE TABLE t (n)")
 
 
 @pytest.mark.parametrize("other", ["second.db", "folder/app.db"])
@@ -193,7 +187,7 @@ def test_impossible_paths_are_refused_and_nothing_is_created(tmp_path: Path) -> 
     (tmp_path / "folder").mkdir()
     fifo = tmp_path / "pipe"
     os.mkfifo(fifo)
-    before = sorted(os.listdir(tmp_path))
+    before, threads = sorted(os.listdir(tmp_path)), threading.active_count()
     cases: list[tuple[Any, type[Exception], str]] = [
         (tmp_path / "folder", sqlite3.OperationalError, "it is a folder"),
         (tmp_path / "none" / "app.db", sqlite3.OperationalError, "there is no folder"),
@@ -207,10 +201,11 @@ def test_impossible_paths_are_refused_and_nothing_is_created(tmp_path: Path) -> 
         with pytest.raises(kind, match=text):
             DbWriter(path)
     assert sorted(os.listdir(tmp_path)) == before
+    assert threading.active_count() == threads
 
 
 READ_ONLY = """
-import os, sqlite3, sys
+import os, sqlite3, sys, threading
 from onewriter import DbWriter
 if os.geteuid() == 0:
     os.setgid(65534); os.setuid(65534)
@@ -219,6 +214,7 @@ for path in sys.argv[1:]:
         DbWriter(path)
     except sqlite3.OperationalError as error:
         print(error)
+print(threading.active_count())
 """
 
 
@@ -234,13 +230,16 @@ def test_folders_and_files_without_the_right_to_write_are_named(open_folder: Pat
     (shared / "app.db").chmod(0o444)
     code = f"import sys; sys.argv[1:] = [{str(closed / 'app.db')!r}, {str(shared / 'app.db')!r}]\n" + READ_ONLY
     told = run_child(code).stdout.splitlines()
-    assert len(told) == 2
-    assert "folder" in told[0]
+    assert len(told) == 3
+    assert f"the folder {closed}" in told[0]
     assert "not writable" in told[0]
     assert "the file is not writable" in told[1]
+    assert told[2] == "1"
 
 
-@pytest.mark.parametrize("path", ["nul\0.db", b"nul\0.db", "file:x.db", "file::memory:?cache=shared", b"file:x.db"])
+@pytest.mark.parametrize(
+    "path", ["nul\0.db", b"nul\0.db", "file:x.db", "file:x?mode=memory", "file::memory:?cache=shared", b"file:x.db"]
+)
 def test_a_path_that_sqlite_would_read_otherwise_is_refused(path: Any) -> None:
     with pytest.raises(ValueError, match="path"):
         DbWriter(path)

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from helpers import run_child
+from helpers import drop_session, run_child
 from onewriter import DbWriter, WriterBrokenError
 from onewriter.sqlite import file
 
@@ -180,7 +180,7 @@ def test_a_connection_that_is_opened_again_is_not_one_to_another_file(
     monkeypatch.setattr(file, "CHECK_INTERVAL", 3600.0)
     with DbWriter(path, inline=inline) as db:
         db.run("CREATE TABLE t (n)")
-        db._core.writer._connection.drop()  # as after an error that leaves it in doubt; the writer is idle
+        drop_session(db)  # as after an error that leaves it in doubt; the writer is idle
         path.unlink()
         with pytest.raises(WriterBrokenError):
             db.run(INSERT, (1,))
@@ -313,7 +313,7 @@ def test_a_log_that_comes_and_goes_with_our_own_connections_is_not_lost(path: Pa
     with DbWriter(path, inline=True) as db:
         db.run("CREATE TABLE t (n)")
         for n in range(3):
-            db._core.writer._connection.drop()  # as after an error that leaves it in doubt; SQLite deletes the log
+            drop_session(db)  # as after an error that leaves it in doubt; SQLite deletes the log
             assert not Path(f"{path}-wal").exists()
             db.run(INSERT, (n,))
             db.checkpoint()
@@ -321,7 +321,7 @@ def test_a_log_that_comes_and_goes_with_our_own_connections_is_not_lost(path: Pa
                 run_child(f"import sqlite3; sqlite3.connect({str(path)!r}).execute('SELECT * FROM t')").returncode == 0
             )
         db.read("SELECT 1")
-        db._core.writer._connection.drop()  # a reader that has read nothing of the file does not keep the log
+        drop_session(db)  # a reader that has read nothing of the file does not keep the log
         db.run(INSERT, (3,))
         assert db.health == "ok"
     assert seen_by_others(path) == "[(0,), (1,), (2,), (3,)]"
@@ -431,7 +431,6 @@ def test_a_file_that_is_overwritten_by_a_smaller_one_is_noticed_in_each_mode(pat
             os.truncate(path, 0)
         else:
             shutil.copyfile(path.with_name("backup.db"), path)
-        db._core.file._looked_at = 0.0  # the next look is due
         with pytest.raises(WriterBrokenError, match="overwritten"):
             db.run("INSERT INTO t VALUES (1)")
 
@@ -444,7 +443,6 @@ def test_a_file_that_another_process_has_made_smaller_is_no_trouble(path: Path, 
         with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
             other.execute("DELETE FROM t")
             other.execute("VACUUM")
-        db._core.file._looked_at = 0.0
         db.run("INSERT INTO t VALUES (1)")
         assert db.health == "ok"
 
@@ -463,7 +461,6 @@ def test_an_attached_file_that_is_not_there_any_more_is_noticed(path: Path, way:
             other.rename(path.with_name("moved.db"))
         if way == "replaced":
             shutil.copyfile(path.with_name("moved.db"), other)
-        db._core.file._looked_at = 0.0
         with pytest.raises(WriterBrokenError, match=r"other\.db"):
             db.run("INSERT INTO o.t VALUES (2)")
 

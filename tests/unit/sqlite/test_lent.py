@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from helpers import rows
 from onewriter import DbWriter, ReentrantWriteError, Transaction, TransactionClosedError
 
 INSERT = "INSERT INTO t VALUES (?)"
@@ -25,10 +26,6 @@ Use = Callable[[sqlite3.Connection], object]
 def db(any_db: DbWriter) -> DbWriter:
     any_db.run("CREATE TABLE t (n INTEGER)")
     return any_db
-
-
-def rows(db: DbWriter) -> list[Any]:
-    return [n for (n,) in db.read("SELECT n FROM t ORDER BY rowid")]
 
 
 def with_statement(connection: sqlite3.Connection) -> None:
@@ -215,14 +212,6 @@ def test_a_reader_comes_back_clean(db: DbWriter, use: Use) -> None:
         assert db.read("SELECT 'text'") == [("text",)]
     checkpoint = db.run_without_transaction("PRAGMA wal_checkpoint(TRUNCATE)").rows[0]
     assert checkpoint[0] == 0
-
-
-def test_a_connection_of_an_ended_reader_is_dead(db: DbWriter) -> None:
-    with db.reader() as connection:
-        cursor = connection.execute("SELECT 1 UNION SELECT 2")
-    for use in (connection.cursor, cursor.fetchone, lambda: connection.in_transaction):
-        with pytest.raises(sqlite3.ProgrammingError):
-            use()
 
 
 def test_a_reader_of_a_dropped_generator_comes_back(db: DbWriter) -> None:
@@ -512,7 +501,7 @@ def test_cursors_and_blobs_end_with_the_loan(blobs: DbWriter, lender: str) -> No
         cursor = connection.execute("SELECT 1 UNION SELECT 2")
         blob: Any = connection.blobopen("b", "data", 1, readonly=lender == "reader")
     uses: list[Callable[[], object]] = [cursor.fetchone, blob.read, lambda: blob[0], lambda: len(blob)]
-    uses += [connection.interrupt, lambda: connection.in_transaction]
+    uses += [connection.interrupt, connection.cursor, lambda: connection.in_transaction]
     for use in uses:
         with pytest.raises((sqlite3.ProgrammingError, TransactionClosedError)):
             use()

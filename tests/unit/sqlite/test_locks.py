@@ -8,15 +8,14 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
-from helpers import DEADLINE, holding_lock, parked
-from onewriter import DbWriter, Ticket, WriteTimeoutError
+from helpers import DEADLINE, holding_lock, notes_of, policy_of, state_of, until_waiting, waiting_for_lock
+from onewriter import DbWriter, WriteTimeoutError
 from onewriter.sqlite import locks, mounts
 from onewriter.tools.check import check
 
@@ -43,34 +42,6 @@ def held_by_a_process(path: Path) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
-def notes_of(error: BaseException) -> str:
-    return "\n".join(getattr(error, "__notes__", []))
-
-
-@contextlib.contextmanager
-def waiting_for_lock(db: DbWriter, path: Path) -> Iterator[threading.Event]:
-    """What is handed in before the yielded Event is set is taken together, and waits for SQLite's lock."""
-    go, there = threading.Event(), threading.Event()
-    with parked(db) as release:
-        stop = db.enqueue("SELECT 1", label="last before the lock is taken")
-
-        def stay(ticket: Ticket[Any]) -> None:
-            there.set()
-            go.wait(DEADLINE)
-
-        stop.add_done_callback(stay)
-        release.set()
-        assert there.wait(DEADLINE)
-        with holding_lock(path):
-            yield go
-
-
-def until_waiting(db: DbWriter) -> None:
-    """Until the writer waits for SQLite's lock."""
-    while "waits since" not in db._core.state.describe():
-        assert not threading.Event().wait(0.001)
-
-
 @pytest.mark.parametrize("mode", ["WAL", "DELETE"])
 @linux
 def test_the_error_names_the_process_and_its_command(path: Path, mode: Any) -> None:
@@ -89,7 +60,7 @@ def test_the_error_names_the_process_and_its_command(path: Path, mode: Any) -> N
                 assert f"held by process {process.pid} (" in notes_of(caught.value)
                 assert "HOLDER" not in notes_of(caught.value)
                 assert "attempts" in notes_of(caught.value)
-            db._core.writer._lock.policy.lock_timeout = DEADLINE
+            policy_of(db).lock_timeout = DEADLINE
             with pytest.raises(WriteTimeoutError, match=f"held by process {process.pid}"):
                 db.run("INSERT INTO t VALUES (1)", timeout=0.05)
         assert process.pid not in (locks.lock_holders(str(path)) or [])  # the writer itself may be at it
@@ -211,10 +182,10 @@ def test_a_commit_that_readers_hold_up_names_them_and_never_the_writer(
             assert f"COMMIT waits for those who read: process {process.pid} (" in caplog.text
             assert "this process" not in caplog.text
             assert [reader.pid for reader in check(str(path)).wal_readers or []] == [process.pid]
-            db._core.writer._lock.policy.lock_timeout = DEADLINE
+            policy_of(db).lock_timeout = DEADLINE
             with pytest.raises(WriteTimeoutError, match=f"those who read: process {process.pid} "):
                 db.run("INSERT INTO t VALUES (1)", timeout=0.2)
-        db._core.writer._lock.policy.lock_timeout = 0.2
+        policy_of(db).lock_timeout = 0.2
         with db.reader(label="monthly report") as connection:
             connection.execute("SELECT n FROM t").fetchone()
             with pytest.raises(sqlite3.OperationalError) as caught:
@@ -264,12 +235,12 @@ def test_who_holds_the_lock_is_looked_up_once_for_many_who_ask(path: Path, monke
     monkeypatch.setattr("onewriter.base.state.describe_lock", describe)
     monkeypatch.setattr("onewriter.base.state.FRESH", DEADLINE)
     with DbWriter(path) as db:
-        db._core.state._lock_described = (-DEADLINE, "")
+        state_of(db)._lock_described = (-DEADLINE, "")
         with waiting_for_lock(db, path) as go:
             ticket = db.enqueue("SELECT 1")
             go.set()
             until_waiting(db)
             asked.clear()
-            assert all("somebody" in db._core.state.describe() for _ in range(100))
+            assert all("somebody" in state_of(db).describe() for _ in range(100))
             assert not asked
         assert ticket.exception(DEADLINE) is None

@@ -24,22 +24,9 @@ from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, parked
+from helpers import CREATE, DEADLINE, parked
 from onewriter import AsyncDbWriter, DbWriter, Transaction
 from onewriter.sqlite.parameters import capture
-
-CREATE = """
-CREATE TABLE t (id INTEGER PRIMARY KEY, name UNIQUE);
-CREATE TABLE "odd ""name" (id INTEGER PRIMARY KEY, name TEXT);
-CREATE TABLE bare (name PRIMARY KEY) WITHOUT ROWID;
-CREATE TABLE log (id INTEGER PRIMARY KEY, name);
-CREATE TABLE "into" (id INTEGER PRIMARY KEY, "update" TEXT DEFAULT 'd');
-CREATE VIEW v AS SELECT name FROM t;
-CREATE TRIGGER write_v INSTEAD OF INSERT ON v BEGIN INSERT INTO t (name) VALUES (NEW.name); END;
-CREATE TRIGGER log_t AFTER INSERT ON t
-BEGIN INSERT INTO log VALUES (500, NEW.name), (501, NEW.name); DELETE FROM log; END;
-INSERT INTO t VALUES (10, 'a'), (20, 'b');
-"""
 
 INSERT = "INSERT INTO t (name) VALUES (?)"
 PROTOCOL = sqlite3.PrepareProtocol
@@ -121,12 +108,6 @@ def changeable(request: pytest.FixtureRequest) -> Any:
     sqlite3.register_adapter(list, json.dumps)
     make, change, expected = request.param
     return make(), change, expected
-
-
-@pytest.fixture
-def names_db(any_db: DbWriter) -> DbWriter:
-    any_db.run_script(CREATE)
-    return any_db
 
 
 def names(names_db: DbWriter) -> list[Any]:
@@ -459,21 +440,6 @@ def test_what_is_no_iterable_of_rows_is_refused(names_db: DbWriter, rows: Any) -
         names_db.run_many("SELECT ?", rows)
 
 
-class Buffer(bytearray):
-    pass
-
-
-def test_a_buffer_of_any_kind_is_captured(path: Path) -> None:
-    from helpers import parked
-
-    buffer = Buffer(b"1")
-    with DbWriter(path) as db:
-        with parked(db):
-            ticket = db.enqueue("SELECT ?", (buffer,))
-            buffer[0] = ord("9")
-        assert ticket.result(30).rows == [(b"1",)]
-
-
 class Named(Mapping[str, Any]):
     """A mapping that is no dict."""
 
@@ -512,15 +478,18 @@ def test_a_generator_of_parameters_is_consumed_at_the_call_in_the_callers_thread
 
 
 def test_buffers_of_every_kind_are_those_of_the_call(path: Path) -> None:
-    buffer, numbers = bytearray(b"1"), array.array("B", b"2")
+    class Buffer(bytearray):
+        pass
+
+    buffer, numbers, own = bytearray(b"1"), array.array("B", b"2"), Buffer(b"3")
     with DbWriter(path) as names_db:
-        names_db.run("CREATE TABLE t (a, b, c)")
+        names_db.run("CREATE TABLE t (a, b, c, d)")
         with parked(names_db):
             ticket = names_db.enqueue(
-                "INSERT INTO t VALUES (?, ?, ?) RETURNING a, b, c", [buffer, numbers, memoryview(buffer)]
+                "INSERT INTO t VALUES (?, ?, ?, ?) RETURNING a, b, c, d", [buffer, numbers, memoryview(buffer), own]
             )
-            buffer[0] = numbers[0] = ord("9")
-        assert ticket.result(DEADLINE).rows == [(b"1", b"2", b"1")]
+            buffer[0] = numbers[0] = own[0] = ord("9")
+        assert ticket.result(DEADLINE).rows == [(b"1", b"2", b"1", b"3")]
 
 
 def test_rows_of_run_many_are_those_of_the_call(path: Path) -> None:

@@ -9,30 +9,16 @@ from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, parked
+from helpers import CREATE, DEADLINE, parked, rows
 from onewriter import DbWriter, Result, Transaction
-
-CREATE = """
-CREATE TABLE t (id INTEGER PRIMARY KEY, name UNIQUE);
-CREATE TABLE "odd ""name" (id INTEGER PRIMARY KEY, name TEXT);
-CREATE TABLE bare (name PRIMARY KEY) WITHOUT ROWID;
-CREATE TABLE log (id INTEGER PRIMARY KEY, name);
-CREATE TABLE "into" (id INTEGER PRIMARY KEY, "update" TEXT DEFAULT 'd');
-CREATE VIEW v AS SELECT name FROM t;
-CREATE TRIGGER write_v INSTEAD OF INSERT ON v BEGIN INSERT INTO t (name) VALUES (NEW.name); END;
-CREATE TRIGGER log_t AFTER INSERT ON t
-BEGIN INSERT INTO log VALUES (500, NEW.name), (501, NEW.name); DELETE FROM log; END;
-INSERT INTO t VALUES (10, 'a'), (20, 'b');
-"""
 
 INSERT = "INSERT INTO t VALUES (?)"
 INSERT_NAME = "INSERT INTO t (name) VALUES (?)"
 
 
 @pytest.fixture
-def db(any_db: DbWriter) -> DbWriter:
-    any_db.run_script(CREATE)
-    return any_db
+def db(names_db: DbWriter) -> DbWriter:
+    return names_db
 
 
 # SQL, rowcount, lastrowid, rows
@@ -109,10 +95,6 @@ WAYS: dict[str, Any] = {
     "a run inside a job": lambda db, sql: db.run(lambda tx: db.run(sql)),
     "run_without_transaction": lambda db, sql: db.run_without_transaction(sql),
 }
-
-
-def rows(table_db: DbWriter) -> list[Any]:
-    return [n for (n,) in table_db.read("SELECT n FROM t ORDER BY n")]
 
 
 @pytest.mark.parametrize(("sql", "rowcount", "lastrowid", "rows"), RESULTS)
@@ -283,6 +265,8 @@ def test_a_result_that_is_alive_is_refused_and_its_job_is_rolled_back(
     assert isinstance(table_db.enqueue(job).exception(DEADLINE), TypeError)
     with table_db.transaction(), pytest.raises(TypeError, match="live"):
         table_db.run(job)
+    with pytest.raises(TypeError, match="live"):
+        table_db.read(lambda connection: connection.execute("SELECT 1"))
     assert rows(table_db) == []
 
 

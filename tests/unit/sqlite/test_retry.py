@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import sqlite3
 import threading
 from collections.abc import Iterator
@@ -125,16 +124,10 @@ def test_busy_is_told_by_its_code_alone() -> None:
     assert not is_busy(error)
     assert not is_busy(LookupError())
 
+    class Disguised(Exception):
+        sqlite_errorcode = sqlite3.SQLITE_BUSY
 
-def test_a_noticeable_wait_is_logged_with_label_and_place(path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with DbWriter(path) as db:
-        db.run("CREATE TABLE t (n)")
-        with released_soon(path):
-            db.run("INSERT INTO t VALUES (1)", label="the patient one")
-    told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert "waits for SQLite's lock" in told[0]
-    assert "got SQLite's lock" in told[-1]
-    assert all("the patient one" in text and "test_retry.py" in text and "attempts" in text for text in told)
+    assert not is_busy(Disguised())
 
 
 def test_opening_waits_for_a_lock_too(path: Path) -> None:
@@ -147,13 +140,6 @@ def test_opening_waits_for_a_lock_too(path: Path) -> None:
     with holding_lock(path), pytest.raises(sqlite3.OperationalError, match="cannot open") as caught:
         DbWriter(path, lock_timeout=0.05)
     assert caught.value.sqlite_errorcode == sqlite3.SQLITE_BUSY
-
-
-def test_the_code_of_an_error_that_is_not_sqlites_means_nothing() -> None:
-    class Disguised(Exception):
-        sqlite_errorcode = sqlite3.SQLITE_BUSY
-
-    assert not onewriter.sqlite.retry.is_busy(Disguised())
 
 
 def test_an_interrupt_that_sqlite_tells_by_its_text_alone_is_one_too(db: DbWriter) -> None:

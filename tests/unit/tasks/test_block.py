@@ -8,13 +8,14 @@ import gc
 import sqlite3
 import threading
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from helpers import DEADLINE
+from aio_helpers import Gate, beats, opened, rows, run, until, writer_parked
+from helpers import DEADLINE, state_of
 from onewriter import (
     AsyncDbWriter,
     AsyncTransaction,
@@ -35,32 +36,6 @@ ENDLESS_WRITE = "INSERT INTO t WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT
 Hesitant = tuple[list[taskblock.TaskBlock], threading.Event]
 
 
-def run(main: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
-    """Run on a new loop; what does not end is a hang."""
-
-    async def bounded() -> Any:
-        async with asyncio.timeout(DEADLINE):
-            return await main()
-
-    return asyncio.run(bounded())
-
-
-@contextlib.asynccontextmanager
-async def opened(path: Path, **options: Any) -> AsyncIterator[AsyncDbWriter]:
-    async with AsyncDbWriter(path, **options) as db:
-        await db.run("CREATE TABLE t (n)")
-        yield db
-
-
-async def rows(db: AsyncDbWriter) -> list[Any]:
-    return [n for (n,) in await db.read("SELECT n FROM t ORDER BY n")]
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    while not condition():
-        await asyncio.sleep(0.001)
-
-
 @pytest.fixture
 def hesitant(monkeypatch: pytest.MonkeyPatch) -> Hesitant:
     """The writer has started a block, and hesitates to grant it: the blocks it has come to, and its leave to go on."""
@@ -75,33 +50,6 @@ def hesitant(monkeypatch: pytest.MonkeyPatch) -> Hesitant:
 
     monkeypatch.setattr(taskblock.TaskBlock, "perform", hesitate)
     return blocks, go_on
-
-
-@contextlib.asynccontextmanager
-async def writer_parked(db: AsyncDbWriter) -> AsyncIterator[threading.Event]:
-    """Keep the writer busy for the block."""
-    entered, release = threading.Event(), threading.Event()
-
-    def park(tx: Transaction) -> None:
-        entered.set()
-        release.wait(DEADLINE)
-
-    ticket = db.enqueue(park)
-    await asyncio.to_thread(entered.wait, DEADLINE)
-    try:
-        yield release
-    finally:
-        release.set()
-        await ticket
-
-
-async def beats(count: int, waiting: Awaitable[Any]) -> asyncio.Future[Any]:
-    """Start ``waiting``, and show that the loop goes on beside it."""
-    task = asyncio.ensure_future(waiting)
-    for _ in range(count):
-        await asyncio.sleep(0.001)
-    assert not task.done()
-    return task
 
 
 def test_a_timeout_in_the_moment_a_block_starts_frees_the_writer(path: Path, hesitant: Hesitant) -> None:
@@ -634,7 +582,7 @@ def test_a_cancellation_in_the_moment_of_the_grant_leaves_nothing_behind(
                 task = asyncio.create_task(block())
                 await asyncio.sleep(0)
                 release.set()
-                while getattr(db._core().state.job, "transaction", None) is None:  # granted: the loop does not know
+                while getattr(state_of(db).job, "transaction", None) is None:  # granted: the loop does not know
                     pass
                 task.cancel()
                 with pytest.raises(asyncio.CancelledError):
@@ -683,7 +631,7 @@ def test_what_is_sent_while_the_block_is_taken_back_is_answered(path: Path, monk
             closed_error = WriteLoan.closed_error
 
             def send_one_more(loan: WriteLoan) -> Any:
-                if not answered.is_set() and threading.get_ident() == db._core().state.writer_thread:
+                if not answered.is_set() and threading.get_ident() == state_of(db).writer_thread:
                     tx._block.send(answered.set)
                 return closed_error(loan)
 
@@ -702,7 +650,7 @@ def test_a_block_whose_task_thinks_for_long_goes_on(path: Path, monkeypatch: pyt
     async def main() -> None:
         async with opened(path) as db:
             looks = asyncio.Semaphore(0)
-            loop, holder = asyncio.get_running_loop(), db._core().state
+            loop, holder = asyncio.get_running_loop(), state_of(db)
             monkeypatch.setattr(holder, "warn_if_slow", lambda now: loop.call_soon_threadsafe(looks.release))
             async with db.transaction() as tx:
                 for _ in range(5):
@@ -758,20 +706,6 @@ def test_a_block_that_was_left_by_an_error_says_so_afterwards(path: Path) -> Non
     run(main)
 
 
-class Gate:
-    """A SQL function that waits: ``SELECT gate()`` is under way, and its connection busy, until it is opened."""
-
-    def __init__(self) -> None:
-        self.entered, self.open = threading.Event(), threading.Event()
-
-    def on_connect(self, connection: sqlite3.Connection, readonly: bool) -> None:
-        connection.create_function("gate", 0, self._wait)
-
-    def _wait(self) -> int:
-        self.entered.set()
-        return self.open.wait(5.0)  # a loop that stands still cannot open it
-
-
 @pytest.mark.parametrize("block", [AsyncDbWriter.reader, AsyncDbWriter.transaction])
 def test_a_read_in_a_block_that_another_task_uses_is_given_up_in_time_and_never_runs(
     path: Path, block: Callable[[AsyncDbWriter], Any]
@@ -812,7 +746,6 @@ def test_inside_a_tasks_block_that_max_hold_has_ended_the_gateways_calls_raise_t
                 "read": lambda: db.read("SELECT * FROM t"),
                 "transaction": enter,
             }
-            assert db._opened is not None
             with pytest.raises(TransactionClosedError, match="max_hold"):
                 async with db.transaction(max_hold=0.01):
                     while db.in_writer():

@@ -3,25 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from aio_helpers import run
 from helpers import DEADLINE, parked
 from onewriter import AsyncDbWriter, DbWriter, WriteTimeoutError
 from onewriter.tasks import calls
-
-
-def run(main: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
-    """Run on a new loop; what does not end is a hang."""
-
-    async def bounded() -> Any:
-        async with asyncio.timeout(DEADLINE):
-            return await main()
-
-    return asyncio.run(bounded())
 
 
 def test_each_loop_has_its_own_timeouts(path: Path) -> None:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import contextlib
 import gc
 import sqlite3
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from helpers import DEADLINE
+from aio_helpers import Gate, beats, opened, rows, run, until
+from helpers import DEADLINE, pool_of, threads_of
 from onewriter import AsyncDbWriter, DbWriter, ReadTimeoutError, ReentrantWriteError, WriterClosedError
 from onewriter.read.claim import Claim
 from onewriter.read.reader import Snapshot
@@ -28,44 +28,9 @@ LONG = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT 300
 COUNT = "SELECT count(*) FROM t"
 
 
-def run(main: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
-    """Run on a new loop; what does not end is a hang."""
-
-    async def bounded() -> Any:
-        async with asyncio.timeout(DEADLINE):
-            return await main()
-
-    return asyncio.run(bounded())
-
-
-@contextlib.asynccontextmanager
-async def opened(path: Path, **options: Any) -> AsyncIterator[AsyncDbWriter]:
-    async with AsyncDbWriter(path, **options) as db:
-        await db.run("CREATE TABLE t (n)")
-        yield db
-
-
-async def rows(db: AsyncDbWriter) -> list[Any]:
-    return [n for (n,) in await db.read("SELECT n FROM t ORDER BY n")]
-
-
 async def called_there(call: Callable[[], Awaitable[Any]]) -> Any:
     """For a task that is not inside the blocks of the one that makes it: a call belongs to where it is called."""
     return await call()
-
-
-async def beats(count: int, waiting: Awaitable[Any]) -> asyncio.Future[Any]:
-    """Start ``waiting``, and show that the loop goes on beside it."""
-    task = asyncio.ensure_future(waiting)
-    for _ in range(count):
-        await asyncio.sleep(0.001)
-    assert not task.done()
-    return task
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    while not condition():
-        await asyncio.sleep(0.001)
 
 
 def test_a_slow_read_does_not_block_the_loop_and_its_timeout_ends_it(path: Path) -> None:
@@ -184,7 +149,7 @@ def test_a_read_that_no_thread_has_begun_gives_its_connection_back(path: Path, m
         async with opened(path, readers=1) as db:
             assert await rows(db) == []
             with monkeypatch.context() as patch:
-                patch.setattr(db._task_reads().threads, "submit", lambda *_: concurrent.futures.Future())
+                patch.setattr(threads_of(db), "submit", lambda *_: concurrent.futures.Future())
                 task = asyncio.create_task(rows(db))
                 await asyncio.sleep(0.001)
                 task.cancel()
@@ -222,7 +187,7 @@ def test_reads_are_held_back_for_a_moment_so_that_the_log_can_begin_anew(path: P
     async def main() -> None:
         async with opened(path) as db:
             await rows(db)
-            with db._core().pool.pause(DEADLINE):
+            with pool_of(db).pause(DEADLINE):
                 reading = await beats(3, rows(db))
             assert await reading == []
 
@@ -268,7 +233,7 @@ def test_a_read_that_is_cancelled_before_its_thread_begins_gives_its_connection_
                     pytest.fail("entered")
 
             for read in (enter, lambda: shared.read("SELECT 1"), lambda: shared.read(lambda connection: None)):
-                busy = shared._task_reads().threads.submit(gate.wait, DEADLINE)
+                busy = threads_of(shared).submit(gate.wait, DEADLINE)
                 reading = asyncio.create_task(read())
                 while inner.stats().readers_in_use == 0:
                     await asyncio.sleep(0)
@@ -288,7 +253,7 @@ def test_a_read_is_held_back_only_while_somebody_asks_for_it_and_not_for_long(pa
     async def main() -> None:
         with DbWriter(path) as inner:
             shared = AsyncDbWriter.wrap(inner)
-            with inner._core.pool.pause(0.05):  # which is over before the block is
+            with pool_of(inner).pause(0.05):  # which is over before the block is
                 assert await shared.read_value("SELECT 1", timeout=DEADLINE) == 1
                 assert await asyncio.to_thread(inner.read_value, "SELECT 1", timeout=DEADLINE) == 1
 
@@ -310,20 +275,6 @@ def test_a_read_of_a_function_is_named_by_its_label_or_its_name(path: Path) -> N
                     await asyncio.create_task(other(**options))
 
     run(main)
-
-
-class Gate:
-    """A SQL function that waits: ``SELECT gate()`` is under way, and its connection busy, until it is opened."""
-
-    def __init__(self) -> None:
-        self.entered, self.open = threading.Event(), threading.Event()
-
-    def on_connect(self, connection: sqlite3.Connection, readonly: bool) -> None:
-        connection.create_function("gate", 0, self._wait)
-
-    def _wait(self) -> int:
-        self.entered.set()
-        return self.open.wait(5.0)  # a loop that stands still cannot open it
 
 
 def test_a_task_that_is_cancelled_while_it_leaves_a_reader_waits_for_what_runs_there(path: Path) -> None:
@@ -394,7 +345,7 @@ def test_a_reader_that_is_over_leaves_the_connection_of_the_next_borrower_alone(
         async with opened(path, readers=1) as db:
             async with db.reader() as over:
                 pass
-            pool, claim = db._core().pool, Claim("next")
+            pool, claim = pool_of(db), Claim("next")
             reader = pool.reader_of(claim, 100.0)
             with pytest.raises(sqlite3.ProgrammingError, match="has ended"):
                 await over.execute(COUNT)
@@ -439,7 +390,7 @@ def test_an_interrupted_statement_that_nobody_waits_for_is_not_logged(path: Path
         asyncio.get_running_loop().set_exception_handler(lambda _, context: logged.append(context))
         async with opened(path) as db, db.reader() as reader:
             task = asyncio.create_task(reader.execute(ENDLESS))
-            executor = db._task_reads().threads._executor
+            executor = threads_of(db)._executor
             await until(lambda: executor is not None and reader._turn.locked() and not executor._work_queue.qsize())
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
@@ -546,8 +497,7 @@ def test_a_reader_that_is_open_while_a_wrapper_closes_goes_on_and_comes_back(pat
                 assert (await reader.execute("SELECT 1")).fetchall() == [(1,)]
             assert inner.stats().readers_in_use == 0
             assert await AsyncDbWriter.wrap(inner).read_value("SELECT 2") == 2
-            assert shared._reads is not None
-            shared._reads.threads.shutdown()
+            threads_of(shared).shutdown()
 
     run(main)
 
@@ -566,7 +516,7 @@ def test_close_in_the_midst_of_an_own_reader_is_refused_where_it_would_never_end
 
 def test_a_late_cancellation_does_not_hurry_the_next_borrower(path: Path) -> None:
     with DbWriter(path, readers=1) as db:
-        pool, first, second = db._core.pool, Claim("first"), Claim("second")
+        pool, first, second = pool_of(db), Claim("first"), Claim("second")
         pool.reader_of(first, 100.0)
         pool.expire(first)
         assert first.reader is not None
@@ -583,7 +533,7 @@ def test_a_read_that_is_cancelled_before_its_connection_is_opened_gives_its_plac
         with DbWriter(path, readers=1) as inner:
             shared = AsyncDbWriter.wrap(inner)
             gate = threading.Event()
-            busy = shared._task_reads().threads.submit(gate.wait, DEADLINE)
+            busy = threads_of(shared).submit(gate.wait, DEADLINE)
             reading = asyncio.create_task(shared.read("SELECT 1"))
             await until(lambda: inner.stats().readers_in_use == 1)
             reading.cancel()

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from helpers import DEADLINE
+from helpers import DEADLINE, pool_of
 from onewriter import AsyncDbWriter, DbWriter
 
 Leave = Callable[[AsyncDbWriter], Coroutine[Any, Any, None]]
@@ -117,7 +117,7 @@ def test_a_block_that_is_left_after_the_gateway_was_closed_closes_its_connection
     async def main() -> None:
         async with AsyncDbWriter.wrap(db).reader():
             await asyncio.to_thread(db.close, 0.0)
-            db._core.pool._lent.copy().pop().reader.connection = connection  # type: ignore[union-attr]
+            pool_of(db)._lent.copy().pop().reader.connection = connection  # type: ignore[union-attr]
 
     db = DbWriter(path, readers=1)
     connection = sqlite3.connect(":memory:", factory=Connection, check_same_thread=False)
@@ -133,7 +133,7 @@ def test_a_claim_that_is_given_up_when_the_pool_is_closed_leaves_the_closing_to_
         reading = asyncio.create_task(gateway.read("SELECT 1"))
         while not db.stats().readers_in_use:
             await asyncio.sleep(0)
-        (claim,) = db._core.pool._lent
+        (claim,) = pool_of(db)._lent
         assert claim.reader is not None
         await asyncio.to_thread(db.close, 0.0)
         reading.cancel()

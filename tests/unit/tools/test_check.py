@@ -31,7 +31,6 @@ sys.stdin.read()
 """
 
 INSERT = "INSERT INTO t VALUES (?)"
-FILL = "f = open({path!r}, 'r+b'); f.seek({page}); f.write(b'\\xff' * 4096)"
 linux = pytest.mark.skipif(not locks.LOCKS.exists(), reason="only Linux tells who holds a lock")
 
 
@@ -65,16 +64,6 @@ def read_by_a_process(path: Path) -> Iterator[int]:
             yield process.pid
         finally:
             process.kill()
-
-
-@pytest.fixture
-def damaged(path: Path) -> Path:
-    """A file with a table that is damaged, and one, ``t``, that is not."""
-    with DbWriter(path) as db:
-        db.run_script("CREATE TABLE bad (id INTEGER PRIMARY KEY, text); CREATE TABLE t (n)")
-        db.run_many("INSERT INTO bad VALUES (NULL, ?)", [("x" * 400,)] * 500)
-    subprocess.run([sys.executable, "-c", FILL.format(path=str(path), page=4096 * 20)], check=True)
-    return path
 
 
 @pytest.mark.parametrize("mode", ["WAL", "DELETE"])

@@ -7,13 +7,23 @@ import dataclasses
 import sqlite3
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, holding_lock, parked
+from helpers import (
+    DEADLINE,
+    core_of,
+    drop_session,
+    eventually,
+    parked,
+    rows,
+    session_of,
+    until_waiting,
+    waiting_for_lock,
+)
 from onewriter import DbWriter, Ticket, Transaction
 from onewriter.write.batch import commit_outcome_unknown
 from onewriter.write.outcomes import copy_of
@@ -28,34 +38,6 @@ def error_with(code: int | None) -> sqlite3.OperationalError:
     if code is not None:
         error.sqlite_errorcode, error.sqlite_errorname = code, "SQLITE_…"
     return error
-
-
-@contextlib.contextmanager
-def waiting_for_lock(db: DbWriter, path: Path) -> Iterator[threading.Event]:
-    """What is handed in before the yielded Event is set is taken together, and waits for SQLite's lock."""
-    go, there = threading.Event(), threading.Event()
-    with parked(db) as release:
-        stop = db.enqueue("SELECT 1", label="last before the lock is taken")
-
-        def stay(ticket: Ticket[Any]) -> None:
-            there.set()
-            go.wait(DEADLINE)
-
-        stop.add_done_callback(stay)
-        release.set()
-        assert there.wait(DEADLINE)
-        with holding_lock(path):
-            yield go
-
-
-def until_waiting(db: DbWriter) -> None:
-    """Until the writer waits for SQLite's lock."""
-    while "waits since" not in db._core.state.describe():
-        assert not threading.Event().wait(0.001)
-
-
-def rows(db: DbWriter) -> list[Any]:
-    return [n for (n,) in db.read("SELECT n FROM t ORDER BY n")]
 
 
 @pytest.mark.parametrize(
@@ -139,17 +121,16 @@ def test_a_job_withdrawn_while_its_batch_waits_for_the_lock_lends_nothing_to_the
     with DbWriter(path) as db:
         db.run_script(KEYS)
         with waiting_for_lock(db, path) as go:
-            make, frame = db._core.job, sys._getframe()
+            make, frame = core_of(db).job, sys._getframe()
             job = (
                 make(lambda tx: None, (), None, False, frame)
                 if first == "off"
                 else make("SELECT 1", (), None, None, frame)
             )
-            db._core.submit(job, None)
+            core_of(db).submit(job, None)
             thread = threading.Thread(target=call)
             thread.start()
-            while db.stats().queue_depth < 2:
-                assert not threading.Event().wait(0.001)
+            eventually(lambda: db.stats().queue_depth >= 2)
             go.set()
             until_waiting(db)
             assert job.cancel()
@@ -275,7 +256,7 @@ def test_a_lone_statement_whose_connection_could_not_be_opened_is_no_unknown_com
             raise error
 
     with DbWriter(path, on_connect=hook) as db:
-        db._core.writer._connection.drop()
+        drop_session(db)
         failing.append(True)
         with pytest.raises(sqlite3.OperationalError, match="disk I/O"):
             db.run_without_transaction("VACUUM")
@@ -285,8 +266,7 @@ def test_a_lone_statement_whose_connection_could_not_be_opened_is_no_unknown_com
 
 @pytest.mark.parametrize("name", ["READ", "GETTEMPPATH", "LOCK", "SHMMAP"])
 def test_a_lone_statement_that_failed_before_it_wrote_is_no_unknown_commit(db: DbWriter, name: str) -> None:
-    session = db._core.writer._connection.session
-    assert session is not None
+    session = session_of(db)
 
     def fail(*_: object) -> Any:
         error = sqlite3.OperationalError("disk I/O error")
@@ -316,7 +296,7 @@ def test_an_error_of_a_hook_that_refuses_copies_still_reaches_every_job(path: Pa
     with DbWriter(path, on_connect=hook) as db:
         db.run(TABLE)
         fails = True
-        db._core.writer._connection.drop()  # as after an error that leaves it in doubt; the writer is idle
+        drop_session(db)  # as after an error that leaves it in doubt; the writer is idle
         tickets = [db.enqueue(INSERT, (n,)) for n in range(3)]
         errors = [ticket.exception(DEADLINE) for ticket in tickets]
         assert ["of the hook" in str(error) for error in errors] == [True] * 3
@@ -370,7 +350,7 @@ def test_a_function_runs_once_even_beside_failing_statements(path: Any) -> None:
             last = db.enqueue(INSERT, (2,))
         assert isinstance(failing.exception(DEADLINE), sqlite3.OperationalError)
         assert (first.exception(DEADLINE), last.exception(DEADLINE)) == (None, None)
-        assert (runs, rows(db)) == (2, [1, 2, 101, 102])
+        assert (runs, rows(db)) == (2, [1, 101, 102, 2])
 
 
 def test_what_undid_a_shared_transaction_makes_the_others_run_again(path: Any) -> None:
@@ -407,8 +387,6 @@ def test_what_undid_a_shared_transaction_makes_the_others_run_again(path: Any) -
 
 def test_what_undid_all_keeps_its_error_when_the_others_cannot_run_again(path: Any) -> None:
     """Something undoes the shared transaction, and somebody else takes the lock before its jobs run again."""
-    import contextlib
-
     with contextlib.closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as other:
 
         def good(tx: Transaction) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, in_threads, parked
+from helpers import DEADLINE, checkpointer_of, in_threads, log_size, parked, pool_of, writer_of
 from onewriter import DbWriter, WriteTimeoutError
 from onewriter.events import CheckpointEnded
 from onewriter.read.claim import Claim
@@ -23,10 +23,6 @@ from onewriter.write.checkpoint import Checkpointer
 UPDATE = "UPDATE t SET text = ? WHERE id = ?"
 INSERT = "INSERT INTO t VALUES (?, ?)"
 LIMIT = 2**20
-
-
-def log_size(path: Path) -> int:
-    return os.path.getsize(f"{path}-wal")
 
 
 def fill(db: DbWriter) -> None:
@@ -81,16 +77,16 @@ def test_an_idle_writer_empties_the_log(path: Path) -> None:
     with DbWriter(path) as db:
         fill(db)
         emptied = threading.Event()
-        empty = db._core.writer._checkpointer.empty
+        empty = checkpointer_of(db).empty
 
         def tell(*arguments: object) -> None:
             empty(*arguments)  # type: ignore[arg-type]
             emptied.set()
 
-        db._core.writer._checkpointer.empty = tell  # type: ignore[method-assign, assignment]
+        checkpointer_of(db).empty = tell  # type: ignore[method-assign, assignment]
         assert emptied.wait(DEADLINE)
         assert log_size(path) == 0
-        assert db._core.writer.idle_after is None
+        assert writer_of(db).idle_after is None
 
 
 def test_without_checkpoints_of_ours_the_log_is_somebody_elses(path: Path) -> None:
@@ -98,13 +94,13 @@ def test_without_checkpoints_of_ours_the_log_is_somebody_elses(path: Path) -> No
         fill(db)
         assert update(db, 1500) > 2 * LIMIT
         assert db.run_without_transaction("PRAGMA wal_autocheckpoint").rows == [(0,)]
-        assert db._core.writer.idle_after is None
+        assert writer_of(db).idle_after is None
 
 
 def test_a_reader_that_is_held_back_comes_in_when_the_log_has_begun_anew(path: Path) -> None:
     with DbWriter(path) as db:
         fill(db)
-        pool = db._core.pool
+        pool = pool_of(db)
         with pool.pause(0.01):
             (rows,) = in_threads(lambda: db.read_value("SELECT count(*) FROM t"))
         assert rows == 100
@@ -120,20 +116,20 @@ def test_readers_are_held_back_only_for_the_modes_that_need_a_log_without_reader
 ) -> None:
     with DbWriter(path) as db:
         seconds: list[float] = []
-        pause = db._core.pool.pause
+        pause = pool_of(db).pause
 
         def record(most: float) -> Any:
             seconds.append(most)
             return pause(most)
 
-        monkeypatch.setattr(db._core.pool, "pause", record)
+        monkeypatch.setattr(pool_of(db), "pause", record)
         assert not db.checkpoint(mode).busy
     assert [second > 0 for second in seconds[:1]] == [waits]
 
 
 def test_the_log_is_emptied_later_unless_it_was_just_now(path: Path) -> None:
     with DbWriter(path) as db:
-        checkpointer = db._core.writer._checkpointer
+        checkpointer = checkpointer_of(db)
         db.run("CREATE TABLE t (n)")
         db.checkpoint("PASSIVE")
         assert checkpointer.has_work
@@ -160,19 +156,19 @@ def test_an_idle_writer_empties_the_log_once_after_a_while(path: Path, monkeypat
     with DbWriter(path, inline=True) as db:
         db.run("CREATE TABLE t (n)")
         monkeypatch.setattr(loop, "IDLE", 3600.0)
-        db._core.writer.idle()
+        writer_of(db).idle()
         assert db.stats().last_checkpoint is None
         monkeypatch.setattr(loop, "IDLE", 0.0)
-        db._core.writer.idle()
-        first = db._core.writer.last_checkpoint
+        writer_of(db).idle()
+        first = writer_of(db).last_checkpoint
         assert first is not None
-        db._core.writer.idle()  # there is nothing to do
-        assert db._core.writer.last_checkpoint is first
+        writer_of(db).idle()  # there is nothing to do
+        assert writer_of(db).last_checkpoint is first
 
 
 def grown_old(db: DbWriter) -> None:
     """Have the readers that are out be so for long."""
-    for claim in db._core.pool._lent:
+    for claim in pool_of(db)._lent:
         claim.since -= 0.9
 
 
@@ -203,13 +199,13 @@ def test_reads_are_not_held_back_for_a_reader_that_is_out_for_long(path: Path) -
         fill(db)
         with db.reader():
             grown_old(db)
-            with db._core.pool.pause(0.5):
-                assert not db._core.pool._paused_until
+            with pool_of(db).pause(0.5):
+                assert not pool_of(db)._paused_until
 
 
 def test_holding_reads_back_in_vain_makes_the_next_time_come_later_and_later(path: Path) -> None:
     with DbWriter(path, wal_limit=LIMIT) as db:
-        checkpointer = db._core.writer._checkpointer
+        checkpointer = checkpointer_of(db)
         checkpointer._kept_size = 2 * LIMIT
         checkpointer._kept_by = [Claim("one for long")]
         checkpointer._count_hold_back(0.0)  # nobody was held back
@@ -340,8 +336,8 @@ def test_a_checkpoint_waits_a_moment_for_those_who_read(db: DbWriter) -> None:
     def read() -> None:
         with db.reader():
             inside.set()
-            while not db._core.pool._paused_until:
-                for claim in db._core.pool._lent.copy():
+            while not pool_of(db)._paused_until:
+                for claim in pool_of(db)._lent.copy():
                     claim.since = monotonic()  # as if it had just come
 
     def checkpoint() -> object:
@@ -349,7 +345,7 @@ def test_a_checkpoint_waits_a_moment_for_those_who_read(db: DbWriter) -> None:
         return db.checkpoint()
 
     assert in_threads(checkpoint, read)[0] == (False, 0, 0)
-    assert not db._core.writer._checkpointer.has_work
+    assert not checkpointer_of(db).has_work
 
 
 def test_checkpoints_that_fail_are_told_once_until_one_works(

@@ -10,15 +10,11 @@ from typing import Any
 
 import pytest
 
-from helpers import DEADLINE
+from helpers import DEADLINE, driver_of, rows
 from onewriter import DbWriter, Ticket, WriteTimeoutError
 from onewriter.write.driver import InlineDriver
 
 INSERT = "INSERT INTO t VALUES (?)"
-
-
-def rows(db: DbWriter) -> list[Any]:
-    return [n for (n,) in db.read("SELECT n FROM t ORDER BY n")]
 
 
 def test_inline_a_block_of_another_thread_is_waited_for(path: Path) -> None:
@@ -62,7 +58,7 @@ def test_without_a_thread_a_handler_that_comes_as_the_turn_is_taken_or_given_doe
     with DbWriter(path, inline=True) as db:
         db.run("CREATE TABLE t (n)")
         got: list[Ticket[Any]] = []
-        driver = db._core.driver
+        driver = driver_of(db)
         assert isinstance(driver, InlineDriver)
         driver._turn = Turn(driver._turn, at, lambda: got.append(db.enqueue(INSERT, (1,), timeout=0.0)))  # type: ignore[assignment]
         db.run(INSERT, (2,))

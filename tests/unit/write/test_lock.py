@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, holding_lock, parked
+from helpers import DEADLINE, holding_lock, parked, policy_of, rows, writer_of
 from onewriter import DbWriter, Transaction
 from onewriter.write import lock
 
@@ -56,10 +56,6 @@ def writes(runs: list[int], n: int) -> Callable[[Transaction], int]:
     return job
 
 
-def rows(db: DbWriter) -> list[int]:
-    return [n for (n,) in db.read("SELECT n FROM t ORDER BY rowid")]
-
-
 @pytest.fixture
 def db(path: Path) -> Iterator[DbWriter]:
     """A gateway with room for three, and a table."""
@@ -77,6 +73,7 @@ def test_the_warning_that_frees_the_lock_is_followed_by_one_that_it_was_had(path
         for text in told:
             assert text.startswith("ledger: ")
             assert "'the patient one' (called from test_lock.py:" in text
+            assert "attempts" in text
         assert rows(db) == [1]
 
 
@@ -150,7 +147,7 @@ def test_a_lone_statement_is_repeated_while_somebody_else_writes(path: Path) -> 
 def test_the_lock_is_left_free_for_a_moment_after_long_holding(db: DbWriter, monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
     monkeypatch.setattr(lock, "LONGEST_HOLD", 0.0)
-    monkeypatch.setattr(db._core.writer._stop, "wait", pauses.append)
+    monkeypatch.setattr(writer_of(db)._stop, "wait", pauses.append)
     with parked(db):
         for n in range(3):
             db.enqueue(f"PRAGMA user_version = {n}")  # each has a transaction of its own
@@ -163,7 +160,7 @@ def test_many_jobs_behind_a_busy_commit_wait_for_the_lock_once(path: Path) -> No
     with DbWriter(path, journal_mode="DELETE", lock_timeout=0.05) as db:
         db.run("CREATE TABLE t (k UNIQUE)")
         attempts: list[int] = []
-        keep_trying = db._core.writer._lock.policy.keep_trying
+        keep_trying = policy_of(db).keep_trying
 
         def counted(*args: Any) -> Any:
             attempts.append(1)
@@ -174,7 +171,7 @@ def test_many_jobs_behind_a_busy_commit_wait_for_the_lock_once(path: Path) -> No
                 tickets = [db.enqueue("INSERT INTO t VALUES (1)") for _ in range(30)]
                 reader.execute("BEGIN")
                 reader.execute("SELECT * FROM t").fetchall()
-                db._core.writer._lock.policy.keep_trying = counted  # type: ignore[method-assign, assignment]
+                policy_of(db).keep_trying = counted  # type: ignore[method-assign, assignment]
             errors = {str(ticket.exception(DEADLINE)) for ticket in tickets}
         assert errors == {"database is locked"}
         assert len(attempts) <= 2  # of the job that parks, and of them all

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from helpers import holding_lock, parked
+from helpers import BRIEFLY, DEADLINE, eventually, holding_lock, parked, pool_of, queue_of, rows
 from onewriter import (
     AsyncDbWriter,
     DbWriter,
@@ -32,8 +32,6 @@ from onewriter.read.claim import Claim
 from onewriter.read.pool import ReaderPool
 from onewriter.write import queue as queue_module
 
-DEADLINE = 30.0  # seconds; whatever takes longer hangs
-BRIEFLY = 0.05  # seconds; for waits that cannot succeed
 INSERT = "INSERT INTO t VALUES (?)"
 
 
@@ -49,10 +47,6 @@ def db(path: Path) -> Iterator[DbWriter]:
 def pool() -> Iterator[ThreadPoolExecutor]:
     with ThreadPoolExecutor() as pool:
         yield pool
-
-
-def rows_of(db: DbWriter) -> list[int]:
-    return [n for (n,) in db.read("SELECT n FROM t ORDER BY n")]
 
 
 def insert(n: int) -> Callable[[Transaction], Result]:
@@ -103,17 +97,6 @@ def test_flush_waits_for_what_was_accepted_and_raises_nothing_of_its_errors(path
         assert ticket.done()
 
 
-def test_flush_that_cannot_end_in_time_names_who_holds_the_writer(db: DbWriter) -> None:
-    stay = Stay(1)
-    ticket = db.enqueue(stay, label="the long one")
-    assert stay.entered.wait(DEADLINE)
-    with pytest.raises(WriteTimeoutError, match="the long one"):
-        db.flush(timeout=BRIEFLY)
-    stay.release.set()
-    assert ticket.result(timeout=DEADLINE) == 1
-    db.flush(timeout=DEADLINE)
-
-
 @pytest.mark.parametrize("timeout", [0, BRIEFLY])
 def test_a_full_queue_refuses_after_the_timeout_and_recovers_by_itself(db: DbWriter, timeout: float) -> None:
     with parked(db):
@@ -123,20 +106,7 @@ def test_a_full_queue_refuses_after_the_timeout_and_recovers_by_itself(db: DbWri
             db.enqueue(INSERT, (100,), label="late", timeout=timeout)
     db.enqueue(INSERT, (3,), timeout=DEADLINE)
     db.flush(timeout=DEADLINE)
-    assert rows_of(db) == [0, 1, 2, 3]
-
-
-def test_a_refusal_for_lack_of_room_names_who_holds_the_writer(db: DbWriter) -> None:
-    stay = Stay(100)
-    db.enqueue(stay, label="the long one")
-    assert stay.entered.wait(DEADLINE)
-    for n in range(3):
-        db.enqueue(INSERT, (n,))
-    with pytest.raises(QueueFullError, match="the long one"):
-        db.enqueue(INSERT, (3,), timeout=0)
-    stay.release.set()
-    db.flush(timeout=DEADLINE)
-    assert rows_of(db) == [0, 1, 2, 100]
+    assert rows(db) == [0, 1, 2, 3]
 
 
 def test_producers_that_wait_for_room_all_get_in(db: DbWriter, pool: ThreadPoolExecutor) -> None:
@@ -145,18 +115,7 @@ def test_producers_that_wait_for_room_all_get_in(db: DbWriter, pool: ThreadPoolE
     tickets: list[Ticket[Any]] = [call.result(timeout=DEADLINE) for call in calls]
     for ticket in tickets:
         ticket.result(timeout=DEADLINE)
-    assert rows_of(db) == list(range(20))
-
-
-def test_a_withdrawn_job_gives_its_room_back(db: DbWriter) -> None:
-    with parked(db):
-        tickets = [db.enqueue(INSERT, (n,)) for n in range(3)]
-        for ticket in tickets:
-            assert ticket.cancel()
-    for n in range(10, 13):
-        db.enqueue(INSERT, (n,), timeout=DEADLINE)
-    db.flush(timeout=DEADLINE)
-    assert rows_of(db) == [10, 11, 12]
+    assert rows(db) == list(range(20))
 
 
 def test_a_withdrawn_job_gives_its_room_back_at_once(db: DbWriter) -> None:
@@ -172,20 +131,19 @@ def test_a_withdrawn_job_gives_its_room_back_at_once(db: DbWriter) -> None:
         with pytest.raises(QueueFullError, match="3 of 3 jobs"):
             db.enqueue(INSERT, (13,), timeout=0)
     db.flush(timeout=DEADLINE)
-    assert rows_of(db) == [10, 11, 12]
+    assert rows(db) == [10, 11, 12]
 
 
 def test_who_waits_for_room_gets_that_of_a_withdrawn_job(db: DbWriter, pool: ThreadPoolExecutor) -> None:
     with parked(db):
         tickets = [db.enqueue(INSERT, (n,)) for n in range(3)]
         waiting = pool.submit(db.enqueue, INSERT, (3,), timeout=DEADLINE)
-        while not db._core.queue._room:
-            pass
+        eventually(lambda: queue_of(db)._room)
         assert tickets[1].cancel()
         waiting.result(timeout=DEADLINE)
         assert db.stats().queue_depth == 3
     db.flush(timeout=DEADLINE)
-    assert rows_of(db) == [0, 2, 3]
+    assert rows(db) == [0, 2, 3]
 
 
 def test_a_job_that_is_withdrawn_after_it_was_taken_gives_room_once(db: DbWriter) -> None:
@@ -202,7 +160,7 @@ def test_a_job_that_is_withdrawn_after_it_was_taken_gives_room_once(db: DbWriter
     assert db.stats().queue_depth == 3
     stay.release.set()
     db.flush(timeout=DEADLINE)
-    assert rows_of(db) == [0, 1, 2, 100]
+    assert rows(db) == [0, 1, 2, 100]
 
 
 def test_withdrawn_jobs_do_not_pile_up_behind_one_that_waits(db: DbWriter) -> None:
@@ -214,17 +172,17 @@ def test_withdrawn_jobs_do_not_pile_up_behind_one_that_waits(db: DbWriter) -> No
             if before is not first:
                 assert before.cancel()
             before = ticket
-        assert len(db._core.queue.queue) < 200
+        assert len(queue_of(db).queue) < 200
         assert db.stats().queue_depth == 2
         assert first.cancel()
         assert 0.0 <= db.stats().oldest_age < DEADLINE
     db.flush(timeout=DEADLINE)
-    assert rows_of(db) == [999]
+    assert rows(db) == [999]
 
 
 def test_a_finalizer_may_withdraw_jobs_while_its_thread_takes_them(db: DbWriter) -> None:
     """The collector runs wherever something is made, so inside the queue's own lock too."""
-    queue = db._core.queue
+    queue = queue_of(db)
     with parked(db):
         tickets = [db.enqueue(INSERT, (n,)) for n in range(3)]
 
@@ -243,7 +201,7 @@ def test_a_finalizer_may_withdraw_jobs_while_its_thread_takes_them(db: DbWriter)
         assert (queue.depth, queue._bounded) == (0, 0)
         jobs[1].cancel()
     db.run(INSERT, (7,))
-    assert rows_of(db) == [7]
+    assert rows(db) == [7]
 
 
 def test_who_gives_up_its_place_in_a_line_is_not_looked_for(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,19 +223,19 @@ def test_who_gives_up_its_place_in_a_line_is_not_looked_for(path: Path, monkeypa
             assert readers.line_up(taken)
             tasks = [asyncio.create_task(gateway.enqueue_wait(INSERT, (n,), timeout=None)) for n in range(1, 50)]
             reads = [asyncio.create_task(gateway.read("SELECT 1", timeout=None)) for _ in range(50)]
-            while len(db._core.queue._room) < 49 or readers.waiting < 50:
+            while len(queue_of(db)._room) < 49 or readers.waiting < 50:
                 await asyncio.sleep(0)
             for task in reversed([*tasks, *reads]):
                 task.cancel()
             await asyncio.wait([*tasks, *reads])
             assert all(task.cancelled() for task in (*tasks, *reads))
-            assert len(db._core.queue._room) == readers.waiting == 0
+            assert len(queue_of(db)._room) == readers.waiting == 0
             readers.end(taken)
         await gateway.close()
 
     with DbWriter(path, maxsize=1, readers=1) as db:
         db.run("CREATE TABLE t (n)")
-        asyncio.run(main(db, db._core.pool))
+        asyncio.run(main(db, pool_of(db)))
         db.flush(timeout=DEADLINE)
         assert db.read("SELECT n FROM t") == [(0,)]
 
@@ -289,17 +247,20 @@ def test_a_caller_that_waits_for_its_result_needs_no_room(db: DbWriter, pool: Th
         runs = [pool.submit(db.run, INSERT, (n,), timeout=DEADLINE) for n in range(3, 8)]
     for run in runs:
         run.result(timeout=DEADLINE)
-    assert rows_of(db) == list(range(8))
+    assert rows(db) == list(range(8))
 
 
-def test_a_job_that_enqueues_never_waits_for_room(db: DbWriter) -> None:
+def test_a_job_or_block_that_enqueues_never_waits_for_room(db: DbWriter) -> None:
     def fan_out(tx: Transaction) -> None:
         for n in range(20):
             db.enqueue(INSERT, (n,), timeout=0)
 
     db.run(fan_out, timeout=DEADLINE)
+    with db.transaction():
+        for n in range(20, 40):
+            db.enqueue(INSERT, (n,), timeout=0)
     db.flush(timeout=DEADLINE)
-    assert rows_of(db) == list(range(20))
+    assert rows(db) == list(range(40))
 
 
 def test_what_a_job_enqueues_runs_even_if_the_job_is_rolled_back(db: DbWriter) -> None:
@@ -311,7 +272,7 @@ def test_what_a_job_enqueues_runs_even_if_the_job_is_rolled_back(db: DbWriter) -
     with pytest.raises(LookupError):
         db.run(write_and_fail, timeout=DEADLINE)
     db.flush(timeout=DEADLINE)
-    assert rows_of(db) == [2]
+    assert rows(db) == [2]
 
 
 class EnqueuesAtItsEnd:
@@ -350,7 +311,7 @@ def test_a_finalizer_that_runs_inside_cancel_can_enqueue_on_a_full_queue(db: DbW
     assert enqueue_a_function_that_holds_one().cancel()
     assert outcomes == ["accepted"]
     db.flush(timeout=DEADLINE)
-    assert rows_of(db) == [0, 1, 50, 100]
+    assert rows(db) == [0, 1, 50, 100]
 
 
 def calls_that_wait(db: DbWriter) -> dict[str, Callable[[], object]]:
@@ -382,17 +343,7 @@ def test_a_job_that_has_not_started_in_time_is_withdrawn_and_never_runs(db: DbWr
     stay.release.set()
     staying.result(timeout=DEADLINE)
     db.flush(timeout=DEADLINE)
-    assert rows_of(db) == [1]
-
-
-def test_a_timeout_names_where_the_holder_was_called_from(db: DbWriter) -> None:
-    stay = Stay(1)
-    staying = db.enqueue(stay)
-    assert stay.entered.wait(DEADLINE)
-    with pytest.raises(WriteTimeoutError) as caught:
-        db.run(INSERT, (2,), timeout=BRIEFLY)
-    assert staying.called_from in str(caught.value)
-    stay.release.set()
+    assert rows(db) == [1]
 
 
 def test_a_job_that_has_started_goes_on_and_its_ticket_has_the_outcome(db: DbWriter) -> None:
@@ -406,7 +357,7 @@ def test_a_job_that_has_started_goes_on_and_its_ticket_has_the_outcome(db: DbWri
     assert not error.ticket.cancel()
     stay.release.set()
     assert error.ticket.result(timeout=DEADLINE) == 1
-    assert rows_of(db) == [1]
+    assert rows(db) == [1]
 
 
 def test_a_job_whose_batch_waits_for_the_lock_has_not_started(db: DbWriter, path: Path) -> None:
@@ -414,7 +365,7 @@ def test_a_job_whose_batch_waits_for_the_lock_has_not_started(db: DbWriter, path
         db.run(INSERT, (1,), timeout=BRIEFLY)
     assert caught.value.started is False
     db.flush(timeout=DEADLINE)
-    assert rows_of(db) == []
+    assert rows(db) == []
 
 
 @pytest.mark.parametrize("timeout", [math.nan, -1])
@@ -424,7 +375,7 @@ def test_a_timeout_that_is_no_length_of_time_is_refused_and_nothing_is_accepted(
     with pytest.raises(ValueError, match="timeout"):
         db.enqueue(INSERT, (2,), timeout=timeout)
     db.flush(timeout=DEADLINE)
-    assert rows_of(db) == []
+    assert rows(db) == []
 
 
 def test_without_a_timeout_a_call_waits_until_the_writer_is_free(db: DbWriter, pool: ThreadPoolExecutor) -> None:
@@ -433,7 +384,7 @@ def test_without_a_timeout_a_call_waits_until_the_writer_is_free(db: DbWriter, p
         flush = pool.submit(db.flush)
     run.result(timeout=DEADLINE)
     flush.result(timeout=DEADLINE)
-    assert rows_of(db) == [1]
+    assert rows(db) == [1]
 
 
 def table_rows(path: Path) -> list[int]:
@@ -566,17 +517,21 @@ ENDLESS: dict[str, Callable[[DbWriter, Ticket[Any]], object]] = {
 
 
 @pytest.mark.parametrize("wait", ENDLESS)
-def test_a_wait_for_the_writer_inside_a_job_raises_at_once_and_the_job_may_go_on(db: DbWriter, wait: str) -> None:
-    def wait_for_itself(tx: Transaction) -> str:
-        behind = db.enqueue(INSERT, (2,))
-        tx.execute(INSERT, (1,))
+def test_a_wait_for_the_writer_inside_a_job_or_block_raises_at_once_and_it_may_go_on(
+    table_db: DbWriter, wait: str
+) -> None:
+    def wait_for_itself(tx: Transaction, n: int = 1) -> str:
+        behind = table_db.enqueue(INSERT, (n + 1,))
+        tx.execute(INSERT, (n,))
         with pytest.raises(ReentrantWriteError):
-            ENDLESS[wait](db, behind)
+            ENDLESS[wait](table_db, behind)
         return "went on"
 
-    assert db.run(wait_for_itself, timeout=DEADLINE) == "went on"
-    db.flush(timeout=DEADLINE)
-    assert rows_of(db) == [1, 2]
+    assert table_db.run(wait_for_itself, timeout=DEADLINE) == "went on"
+    with table_db.transaction() as tx:
+        wait_for_itself(tx, 3)
+    table_db.flush(timeout=DEADLINE)
+    assert rows(table_db) == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("wait", ENDLESS)
@@ -597,7 +552,7 @@ def test_a_wait_for_the_writer_inside_a_callback_of_the_writer_raises_at_once(db
     db.run("SELECT 1", timeout=DEADLINE)
     assert len(caught) == 1
     assert behind[0].exception(timeout=DEADLINE) is None
-    assert rows_of(db) == [1, 2]
+    assert rows(db) == [1, 2]
 
 
 def test_the_outcome_that_is_already_there_may_be_asked_for_inside_a_job(db: DbWriter) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, parked
+from helpers import DEADLINE, inserting, parked
 from onewriter import AsyncDbWriter, DbWriter, Ticket, Transaction
 
 FAILS = "INSERT INTO t VALUES (abs(-9223372036854775808))"  # of which it is not certain that it left nothing
@@ -44,10 +44,6 @@ def same(asked: Callable[[], Any]) -> None:
     with pytest.raises(sqlite3.DatabaseError, match="not authorized") as denied:
         asked()
     assert any("RETURNING" in note for note in denied.value.__notes__)
-
-
-def inserting(n: int) -> Callable[[Transaction], object]:
-    return lambda tx: tx.execute(INSERT, (n,))
 
 
 @pytest.mark.parametrize("sql", ASKS)

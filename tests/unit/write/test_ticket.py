@@ -14,11 +14,9 @@ from typing import Any
 
 import pytest
 
-from helpers import holding_lock, parked
+from helpers import BRIEFLY, DEADLINE, holding_lock, notes_of, parked, rows
 from onewriter import DbWriter, ReentrantWriteError, Result, Ticket, Transaction
 
-DEADLINE = 30.0  # seconds; whatever takes longer hangs
-BRIEFLY = 0.05  # seconds; for waits that cannot succeed
 INSERT = "INSERT INTO t VALUES (?)"
 LONG = "INSERT INTO t VALUES (1) -- a text that is longer than sixty characters are"
 
@@ -36,17 +34,9 @@ def db(path: Path, unheard: list[Ticket[Any]]) -> Iterator[DbWriter]:
         yield db
 
 
-def rows_of(db: DbWriter) -> list[int]:
-    return [n for (n,) in db.read("SELECT n FROM t ORDER BY n")]
-
-
 def count_rows(tx: Transaction) -> int:
     count: int = tx.execute("SELECT count(*) FROM t").rows[0][0]
     return count
-
-
-def notes_of(error: BaseException) -> str:
-    return "\n".join(getattr(error, "__notes__", ()))
 
 
 def test_a_statements_ticket_gives_its_result(db: DbWriter) -> None:
@@ -83,7 +73,7 @@ def test_a_failed_job_raises_the_error_of_its_own(db: DbWriter) -> None:
         ticket = db.enqueue(fail)
     with pytest.raises(LookupError, match="its own"):
         ticket.result(timeout=DEADLINE)
-    assert rows_of(db) == []
+    assert rows(db) == []
 
 
 @pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), GeneratorExit()])
@@ -160,7 +150,7 @@ def test_a_withdrawn_job_never_runs(db: DbWriter) -> None:
             tickets[1].exception(timeout=DEADLINE)
     db.flush(timeout=DEADLINE)
     assert ran == []
-    assert rows_of(db) == [2]
+    assert rows(db) == [2]
 
 
 def test_a_job_that_runs_or_ran_cannot_be_withdrawn(db: DbWriter) -> None:
@@ -181,19 +171,6 @@ def test_a_withdrawal_wakes_whoever_waits(db: DbWriter) -> None:
         assert ticket.cancel()
         with pytest.raises(concurrent.futures.CancelledError):
             wait.result(timeout=DEADLINE)
-
-
-def test_a_read_after_a_withdrawn_or_failed_job_raises_its_error(db: DbWriter) -> None:
-    with parked(db):
-        withdrawn = db.enqueue(INSERT, (1,))
-        assert withdrawn.cancel()
-        failed = db.enqueue("INSERT INTO nowhere VALUES (1)")
-        there = db.enqueue(INSERT, (2,))
-    with pytest.raises(concurrent.futures.CancelledError):
-        db.read("SELECT n FROM t", after=withdrawn)
-    with pytest.raises(sqlite3.OperationalError, match="nowhere"):
-        db.read("SELECT n FROM t", after=failed)
-    assert db.read("SELECT n FROM t", after=there) == [(2,)]
 
 
 def test_callbacks_are_called_once_in_order_on_the_writer_thread_after_commit(db: DbWriter, path: Path) -> None:
@@ -317,7 +294,7 @@ def test_cancelling_a_future_withdraws_the_job(db: DbWriter) -> None:
         assert ticket.future().cancel()
         assert ticket.cancelled()
     db.flush(timeout=DEADLINE)
-    assert rows_of(db) == []
+    assert rows(db) == []
 
 
 def test_a_ticket_can_be_awaited_by_several_tasks_and_on_several_loops(db: DbWriter) -> None:

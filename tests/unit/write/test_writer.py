@@ -8,69 +8,28 @@ import functools
 import gc
 import logging
 import sqlite3
-import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
 
-from helpers import DEADLINE, parked
+from helpers import DEADLINE, handling, parked, raising, session_of, writer_of
 from onewriter import DbWriter, Ticket, Transaction, TransactionClosedError, WriterBrokenError
 from onewriter.base.waiting import wake
 
 ENDLESS = "WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c) "
 TABLE = "CREATE TABLE t (n)"
 INSERT = "INSERT INTO t VALUES (?)"
-FILL = "f = open({path!r}, 'r+b'); f.seek({page}); f.write(b'\\xff' * 4096)"
-
-
-class _Handler(logging.Handler):
-    def __init__(self, emit: Callable[[logging.LogRecord], object]) -> None:
-        super().__init__()
-        self._emit = emit
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._emit(record)
-
-
-@contextlib.contextmanager
-def handling(emit: Callable[[logging.LogRecord], object]) -> Iterator[logging.Handler]:
-    """Only ``emit`` hears the log."""
-    logger, handler = logging.getLogger("onewriter"), _Handler(emit)
-    logger.addHandler(handler)
-    logger.propagate = False
-    try:
-        yield handler
-    finally:
-        logger.propagate = True
-        logger.removeHandler(handler)
-
-
-def raising(error: type[BaseException]) -> Callable[..., NoReturn]:
-    def fail(*_: object) -> NoReturn:
-        raise error("of an exception's own making")
-
-    return fail
 
 
 @pytest.fixture
 def db(any_db: DbWriter) -> DbWriter:
     any_db.run("CREATE TABLE t (n UNIQUE)")
     return any_db
-
-
-@pytest.fixture
-def damaged(path: Path) -> Path:
-    """A file with a table that is damaged, and one, ``t``, that is not."""
-    with DbWriter(path) as db:
-        db.run_script("CREATE TABLE bad (id INTEGER PRIMARY KEY, text); CREATE TABLE t (n)")
-        db.run_many("INSERT INTO bad VALUES (NULL, ?)", [("x" * 400,)] * 500)
-    subprocess.run([sys.executable, "-c", FILL.format(path=str(path), page=4096 * 20)], check=True)
-    return path
 
 
 def swallow(tx: Transaction) -> None:
@@ -161,7 +120,7 @@ def test_if_the_writer_ends_all_the_same_everybody_hears(
 
     with handling(emit):
         db = DbWriter(path, inline=inline)
-        monkeypatch.setattr(db._core.writer, "write", raising_it(Cause))
+        monkeypatch.setattr(writer_of(db), "write", raising_it(Cause))
         if stderr_is_broken:
             monkeypatch.setattr(sys, "stderr", None)
         tickets: list[Ticket[Any]] = []
@@ -191,10 +150,9 @@ def test_a_writer_whose_end_fails_is_at_an_end_and_waits_for_nobody(
 ) -> None:
     db = DbWriter(path)
     db.run(TABLE)
-    session = db._core.writer._connection.session
-    assert session is not None
+    session = session_of(db)
     connection = session.connection
-    monkeypatch.setattr(db._core.writer._connection, "roll_back", raising(SystemExit))
+    monkeypatch.setattr(writer_of(db)._connection, "roll_back", raising(SystemExit))
     db.close(DEADLINE)
     with pytest.raises(sqlite3.ProgrammingError, match="closed"):
         connection.execute("SELECT 1")
@@ -230,8 +188,7 @@ def test_an_interrupt_that_nobody_of_ours_has_sent_is_told_as_it_is(path: Path) 
     with DbWriter(path, on_connect=connect, on_error=lambda ticket: None) as db:
         ticket = db.enqueue(endless)
         assert inside.wait(30)
-        session = db._core.writer._connection.session
-        assert session is not None
+        session = session_of(db)
         session.connection.interrupt()  # once: the statement is under way, and what comes after it is left alone
         with pytest.raises(sqlite3.OperationalError, match="interrupted"):
             ticket.result(30)
@@ -252,9 +209,6 @@ def test_the_error_of_a_job_has_a_note_and_none_of_the_gateways_frames(db: DbWri
 
 
 def test_an_idle_writer_keeps_nothing_of_its_last_job_alive(path: Any) -> None:
-    import gc
-    import weakref
-
     class Thing:
         pass
 
