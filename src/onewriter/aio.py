@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 import os
 import sqlite3
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
-from time import monotonic
 from typing import Any, Literal, Self, TypeVar, overload
 
 from onewriter.base.arguments import check_label, check_timeout
@@ -23,14 +21,13 @@ from onewriter.base.scopes import enclosing
 from onewriter.base.strict import Strict
 from onewriter.base.tally import CloseReport, Stats
 from onewriter.base.waiting import wake
-from onewriter.core import OWN_READER, After, Core, Function, Label, Seconds, core_of
+from onewriter.core import OWN_READER, After, Core, Function, Label, Seconds, core_of, deadline_of
 from onewriter.ends.backup import check_backup
-from onewriter.errors import ReadTimeoutError, ReentrantWriteError, WriterClosedError
+from onewriter.errors import ReentrantWriteError, WriterClosedError
 from onewriter.events import announce
 from onewriter.gateway import DbWriter
 from onewriter.options import Options
 from onewriter.read.read import FETCHONE, Read, read_of, sql_read
-from onewriter.read.reader import Snapshot
 from onewriter.sqlite.result import Result, first_value
 from onewriter.tasks.block import AsyncTransaction, TaskBlock, TaskSavepoint, nested, outermost, perform_inside
 from onewriter.tasks.calls import LoopDeadlines, and_the_log, in_thread
@@ -277,7 +274,7 @@ class AsyncDbWriter(Strict):
         if core.state.is_mine():  # a sync block or a job of this thread, whose end waits for this
             core.state.refuse_endless_wait(f"waiting for job {job.describe()}", awaits=True)
         future: asyncio.Future[None] = loop.create_future()
-        job._waiters = [future]  # before anybody else knows the job
+        job.expect_outcome(future)
         core.submit(job, None)
         deadlines = None
         if timeout is not None:
@@ -366,7 +363,8 @@ class AsyncDbWriter(Strict):
     ) -> contextlib.AbstractAsyncContextManager[AsyncReader]:
         """As ``DbWriter.reader``, in ``async with``."""
         place = repr(label) if label else f"reader() in {called_from(sys._getframe(1))}"
-        return self._task_reads().lend(place, lambda: self._after(after, timeout, label))
+        reads = self._task_reads()
+        return reads.lend(place, lambda: self._after(after, timeout, label, reads.here()))
 
     def _read(self, read: Read[T], label: Label, timeout: Seconds, after: After) -> Coroutine[Any, Any, T]:
         reads = self._task_reads()
@@ -375,9 +373,7 @@ class AsyncDbWriter(Strict):
     async def _read_there(
         self, read: Read[T], reads: TaskReads, here: Any, label: Label, timeout: Seconds, after: After
     ) -> T:
-        if after is not None and isinstance(here, AsyncReader | Snapshot):
-            here.lends().refuse_later(after)
-        return await reads.read(read, here, await self._after(after, timeout, label))
+        return await reads.read(read, here, await self._after(after, timeout, label, here))
 
     def _task_reads(self) -> TaskReads:
         core = self._core()
@@ -387,23 +383,21 @@ class AsyncDbWriter(Strict):
                     self._reads = TaskReads(core.pool, core.state, self._deadlines, f"{core.label}-reader")
         return self._reads
 
-    async def _after(self, after: After, timeout: Seconds, label: Label) -> float:
+    async def _after(self, after: After, timeout: Seconds, label: Label, here: Any) -> float:
         """Wait until the write ``after`` is committed; returns the deadline of the read."""
         check_label(label)
         check_timeout(timeout)
-        deadline = math.inf if timeout is None else monotonic() + timeout
+        deadline = deadline_of(timeout)
         if after is not None:
-            state = self._core().state
-            self._core().check_after(after)
+            core = self._core()
+            core.check_after(after, here)
             if not after.done():
-                state.refuse_endless_wait("read(after=…)", awaits=True)
+                core.state.refuse_endless_wait("read(after=…)", awaits=True)
                 with after.arrival() as future:
                     async with self._deadlines.within(future, timeout):
                         await future
                 if not after.done():
-                    raise ReadTimeoutError(
-                        f"{after.describe()} was not committed within {timeout} s: {state.describe()}"
-                    )
+                    raise core.committed_late(after, timeout)
             after.result()
         return deadline
 

@@ -31,10 +31,11 @@ from onewriter.base.tally import CheckpointResult, CloseReport, Running, Stats
 from onewriter.ends import exit as at_exit
 from onewriter.ends.backup import copy
 from onewriter.ends.fork import refuse_inherited
-from onewriter.errors import ReentrantWriteError, WriteTimeoutError, closed_error
+from onewriter.errors import ReadTimeoutError, ReentrantWriteError, WriteTimeoutError, closed_error
 from onewriter.events import BackupEnded, Hook, Submit, announce
 from onewriter.options import Options
 from onewriter.read.pool import ReaderPool
+from onewriter.read.reader import Snapshot
 from onewriter.sqlite.company import check_company, check_path
 from onewriter.sqlite.file import DatabaseFile
 from onewriter.sqlite.options import refuse_old_sqlite, refuse_unsafe_sqlite
@@ -83,7 +84,7 @@ class Core:
     def _open(self, folder: str | None) -> None:
         options, settings = self.options, self.options.settings(self.path)
         self.label = label = options.label or os.path.basename(self.path)
-        self.state = state = State(options.slow_after, self.path)
+        self.state = state = State(options.slow_after)
         self.queue = JobQueue(options.maxsize, state)
         self.file = DatabaseFile(self.path)
         self.pool = ReaderPool(settings, options.readers, state, self.file)
@@ -176,11 +177,18 @@ class Core:
             check_seconds("max_hold", max_hold)
         return self.options.max_hold if max_hold is None else max_hold
 
-    def check_after(self, after: Ticket[Any]) -> None:
+    def check_after(self, after: Ticket[Any], here: Any) -> None:
+        """``here``: the block, job or reader that the read is inside."""
         if not isinstance(after, Ticket):
             raise TypeError(f"after must be a Ticket, not {type(after).__name__}")
         if not after.belongs_to(self.state):
             raise ValueError(f"after: {after!r} is of another DbWriter")
+        snapshot = None if here is None else here.lends()
+        if isinstance(snapshot, Snapshot):
+            snapshot.refuse_later(after)
+
+    def committed_late(self, after: Ticket[Any], timeout: Seconds) -> ReadTimeoutError:
+        return ReadTimeoutError(f"{after.describe()} was not committed within {timeout} s: {self.state.describe()}")
 
     def give_up(self, job: Job[Any], timeout: Seconds) -> None:
         """Wait for ``job`` no longer: raises WriteTimeoutError, unless its outcome has come in this moment."""

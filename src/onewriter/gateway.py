@@ -21,10 +21,10 @@ from onewriter.base.log import warn_of_blocking
 from onewriter.base.scopes import enclosing
 from onewriter.base.strict import Strict
 from onewriter.base.tally import CloseReport, Stats
-from onewriter.base.waiting import seconds_until, wait_in_slices
-from onewriter.core import After, Core, Function, Label, Seconds
+from onewriter.base.waiting import seconds_until, thread_signal, wait_in_slices
+from onewriter.core import After, Core, Function, Label, Seconds, deadline_of
 from onewriter.ends.backup import check_backup
-from onewriter.errors import ReadTimeoutError, ReentrantWriteError
+from onewriter.errors import ReentrantWriteError
 from onewriter.options import Options
 from onewriter.read.claim import Claim
 from onewriter.read.read import FETCHALL, FETCHONE, Read, read_of, select, sql_read
@@ -515,7 +515,7 @@ class DbWriter(Strict):
         if state.would_deadlock():
             state.refuse_endless_wait(f"waiting for job {job.describe()}")
         until = math.inf if timeout is None else monotonic() + timeout
-        wakeup = job.expect_outcome()
+        wakeup = job.expect_outcome(thread_signal())
         self._submit(job, timeout)
         try:
             in_time = wait_in_slices(wakeup, until, state)
@@ -555,17 +555,13 @@ class DbWriter(Strict):
             check_label(label)
         if timeout != 30.0:
             check_timeout(timeout)
-        deadline = math.inf if timeout is None else monotonic() + timeout
+        deadline = deadline_of(timeout)
         here = self._reads_from()
         if after is not None:
-            self._core.check_after(after)
-            if isinstance(here, Snapshot):
-                here.refuse_later(after)
+            self._core.check_after(after, here)
             if not after.done():
                 self._state.refuse_endless_wait("read(after=…)", since=after.created_at)
                 if not after.wait(seconds_until(deadline)) and not after.done():
-                    raise ReadTimeoutError(
-                        f"{after.describe()} was not committed within {timeout} s: {self._state.describe()}"
-                    )
+                    raise self._core.committed_late(after, timeout)
             after.result()
         return here, deadline

@@ -36,7 +36,6 @@ GUARDS = [
             "write/jobs.py": ["__init__"],
             "write/batch.py": [],
             "write/block.py": ["__init__"],
-            "aio.py": ["_wait_for"],
             "tasks/block.py": ["__init__"],
         }.items()
     ),

@@ -30,29 +30,6 @@ FACES = ("aio.py", "gateway.py")
 LARGEST_FILE, LARGEST_CLASS, LARGEST_FUNCTION = 340, 300, 40  # lines of code
 LARGEST_FACE, LARGEST_CLASS_OF_A_FACE = 440, 400
 
-# What breaks a rule today, and how far. It must not get worse, and an entry that is not needed any more can go.
-UPWARD = {"base/state.py": {"sqlite/locks.py", "sqlite/retry.py"}}
-TOO_LARGE = {
-    "aio.py": 551,
-    "gateway.py": 595,
-    "read/pool.py": 382,
-    "tools/bench.py": 347,
-    "write/transaction.py": 425,
-    "write/writer.py": 740,
-    "aio.py AsyncDbWriter": 508,
-    "gateway.py DbWriter": 518,
-    "read/pool.py ReaderPool": 339,
-    "write/transaction.py Transaction": 322,
-    "write/writer.py Writer": 677,
-    "aio.py AsyncDbWriter.transaction": 45,
-    "gateway.py DbWriter.__init__": 94,
-    "gateway.py DbWriter._block": 52,
-    "write/writer.py Writer.__init__": 46,
-    "write/writer.py Writer._perform_plain": 43,
-}
-PRIVATE_REACH = {"aio.py": 51}  # places
-NOT_YET = {"write/batch.py", "write/loan.py", "write/lock.py", "tasks/threads.py"}  # that the architecture page names
-
 
 def files_with(pattern: str) -> set[str]:
     return {name for name, text in FILES.items() if re.search(pattern, text)} - PROGRAMS
@@ -166,7 +143,7 @@ def test_every_file_has_a_floor() -> None:
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_imports_lower_floors_only(name: str) -> None:
     """Also for annotations, and also inside a function."""
-    assert upward(name, IMPORTS[name]) <= UPWARD.get(name, set())
+    assert upward(name, IMPORTS[name]) == set()
 
 
 def test_imports_point_one_way() -> None:
@@ -214,7 +191,9 @@ def sizes_of(name: str, text: str) -> Iterator[tuple[str, int, int]]:
             if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
                 size = len(code.intersection(range(child.lineno, (child.end_lineno or 0) + 1)))
                 most = LARGEST_FUNCTION
-                if isinstance(child, ast.ClassDef):
+                if not isinstance(child, ast.ClassDef):  # its signature is as long as what may be said
+                    size -= len(code.intersection(range(child.lineno, child.body[0].lineno)))
+                else:
                     most = LARGEST_CLASS_OF_A_FACE if is_face else LARGEST_CLASS
                 yield f"{name} {path}{child.name}", size, most
                 yield from inner(child, f"{path}{child.name}.")
@@ -227,7 +206,7 @@ def sizes_of(name: str, text: str) -> Iterator[tuple[str, int, int]]:
 
 @pytest.mark.parametrize("name", FILES)
 def test_nothing_is_too_large(name: str) -> None:
-    found = {what: size for what, size, most in sizes_of(name, FILES[name]) if size > max(most, TOO_LARGE.get(what, 0))}
+    found = {what: size for what, size, most in sizes_of(name, FILES[name]) if size > most}
     assert found == {}
 
 
@@ -251,7 +230,7 @@ class Box:
     assert dict((what, size) for what, size, _ in sizes_of("x.py", source)) == {
         "x.py": 6,
         "x.py Box": 6,
-        "x.py Box.open": 4,
+        "x.py Box.open": 3,  # but for its signature
     }
 
 
@@ -269,7 +248,7 @@ def private_reach(tree: ast.AST) -> list[str]:
 @pytest.mark.parametrize("name", FACES)
 def test_a_face_touches_nobodys_private_names(name: str) -> None:
     found = private_reach(TREES[name])
-    assert len(found) <= PRIVATE_REACH.get(name, 0), found
+    assert found == []
 
 
 def test_reach_for_private_names_is_found() -> None:
@@ -282,7 +261,7 @@ def test_the_files_that_the_architecture_page_names_are_there() -> None:
         r"`((?:base|sqlite|write|read|tasks|ends|tools)/\w+\.py)`", ARCHITECTURE.read_text(encoding="utf-8")
     )
     assert named
-    assert set(named) - FILES.keys() <= NOT_YET
+    assert set(named) - FILES.keys() == set()
 
 
 LOCK_ROWS = re.findall(

@@ -14,8 +14,6 @@ from onewriter.base.log import Reporter, report, text_of
 from onewriter.base.scopes import Scopes, enclosing
 from onewriter.base.tally import Tally
 from onewriter.errors import ReentrantWriteError, WriterBrokenError, forked_error
-from onewriter.sqlite.locks import describe_lock
-from onewriter.sqlite.retry import CORRUPT, error_code
 
 IN_STATEMENT = "a function that SQLite calls while it runs a statement cannot use the connection of that statement"
 INHERITED = "belongs to the parent of this process"
@@ -60,10 +58,9 @@ class State:
     Threads: the rest is written by the writer thread and read by any; each attribute is read in one step.
     """
 
-    def __init__(self, slow_after: float, path: str) -> None:
+    def __init__(self, slow_after: float) -> None:
         self.slow_after = slow_after
-        self._path = path
-        self._in_the_way: Callable[[], str] | None = None  # says who has the lock; None: the one that writers have
+        self._in_the_way: Callable[[], str] = str  # says who has the lock that ``waiting`` waits for
         self._lock_described = -FRESH, ""  # who holds SQLite's lock, and when that was looked up
         self._warned_of = 0.0  # the job that a warning has named: when it started
         self.lock = threading.RLock()
@@ -146,7 +143,7 @@ class State:
         since = getattr(job, "started_at", now) if job is not None else now if other is None else other[1]
         return now - since > self.slow_after
 
-    def wait_for_lock(self, job: Work, in_the_way: Callable[[], str] | None = None) -> None:
+    def wait_for_lock(self, job: Work, in_the_way: Callable[[], str]) -> None:
         self._in_the_way, self._lock_described = in_the_way, (-FRESH, "")
         self.waiting = (job, monotonic())
 
@@ -212,15 +209,15 @@ class State:
             raise forked_error() if self.forked else broken_error(self.broken)
 
     def note_corruption(self, error: BaseException) -> None:
-        """Log once, at CRITICAL, that the file is damaged; every job that it hits fails with SQLite's error."""
-        if error_code(error) & 0xFF in CORRUPT and self.health == "ok":
+        """Log once, at CRITICAL, that the file is damaged; every job that it hits fails with SQLite's ``error``."""
+        if self.health == "ok":
             self.health = f"degraded: {text_of(error)}"
             report(self, logging.CRITICAL, "the database is damaged: %s; restore it from a backup", text_of(error))
 
     def _describe_lock(self) -> str:
         described_at, text = self._lock_described
         if monotonic() - described_at > FRESH:  # a thousand tasks may ask at once, in their loop
-            text = describe_lock(self._path) if self._in_the_way is None else self._in_the_way()
+            text = self._in_the_way()
             self._lock_described = monotonic(), text
         return text
 

@@ -22,6 +22,7 @@ from onewriter.read.clock import GRACE, ReadClock
 from onewriter.read.reader import Reader, Snapshot, new_reader
 from onewriter.sqlite.file import DatabaseFile
 from onewriter.sqlite.options import Settings
+from onewriter.sqlite.retry import is_corrupt
 
 T = TypeVar("T")
 LONG = 0.2  # seconds; who has a connection for longer hardly comes back in the time of a pause
@@ -136,7 +137,8 @@ class ReaderPool:
                 finally:
                     claim.thread = get_ident()
         except sqlite3.DatabaseError as error:
-            self._state.note_corruption(error)
+            if is_corrupt(error):
+                self._state.note_corruption(error)
             raise
         finally:
             try:

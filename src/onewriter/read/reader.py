@@ -20,7 +20,7 @@ from onewriter.sqlite.lent import lend, retire
 from onewriter.sqlite.options import Settings
 from onewriter.sqlite.pragmas import database_names
 from onewriter.sqlite.result import refuse_live
-from onewriter.sqlite.retry import LockPolicy, is_busy, is_interrupted
+from onewriter.sqlite.retry import LockPolicy, is_busy, is_corrupt, is_interrupted
 from onewriter.sqlite.statement import Parameters
 from onewriter.sqlite.watch import Watch
 from onewriter.write.ticket import Ticket
@@ -88,7 +88,8 @@ class Reader:
         try:
             return function(*args)
         except sqlite3.DatabaseError as error:
-            self.state.note_corruption(error)
+            if is_corrupt(error):
+                self.state.note_corruption(error)
             if again or is_interrupted(error):
                 return self._recover(error, label, (lambda: function(*args)) if again else None)
             raise

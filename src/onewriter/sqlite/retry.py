@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 import tenacity
 
-CORRUPT = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 T = TypeVar("T")
 POLL = 0.001  # seconds; constant, since a back-off puts those who have waited longest at a disadvantage
 JITTER = 0.0005
@@ -28,6 +27,11 @@ def error_code(error: BaseException) -> int:
     except BaseException:
         return 0
     return code if type(code) is int else 0
+
+
+def is_corrupt(error: BaseException) -> bool:
+    """Whether the file is damaged, or no database."""
+    return error_code(error) & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
 def is_busy(error: BaseException) -> bool:

@@ -11,7 +11,6 @@ import math
 import os
 import platform
 import sqlite3
-import statistics
 import sys
 import tempfile
 import threading
@@ -25,6 +24,7 @@ from typing import Any, Literal, TextIO, TypeAlias
 from onewriter.base.log import logger
 from onewriter.errors import OneWriterError
 from onewriter.gateway import DbWriter
+from onewriter.tools.disk import FSYNCS, fsync_ms
 
 Write: TypeAlias = Callable[[int], object]  # writes the row with this id
 CREATE = "CREATE TABLE load (id INTEGER PRIMARY KEY, text TEXT NOT NULL)"
@@ -33,7 +33,6 @@ TEXT = "one row, one operation"
 JOURNAL_MODE: Literal["WAL"] = "WAL"
 SYNCHRONOUS: Literal["FULL"] = "FULL"
 MOST_THREADS = 1000
-FSYNCS = 20
 IN_MEMORY_MS = 0.02  # no disk that keeps its word syncs faster than that
 TICK = 0.1  # seconds between two updates of the progress line
 FAILED = 1  # exit code
@@ -297,27 +296,6 @@ def _count_rows(path: Path, refused: Sequence[int]) -> int:
         for row in refused:
             count -= connection.execute("SELECT count(*) FROM load WHERE id = ?", (row,)).fetchone()[0]
         return count
-
-
-def fsync_ms(folder: Path) -> float:
-    """The median time, in milliseconds, to bring one page of a file in ``folder`` to the disk."""
-    times = []
-    with open(folder / "fsync", "wb", buffering=0) as file:
-        for _ in range(FSYNCS):
-            began = perf_counter()
-            file.write(bytes(4096))
-            _sync(file.fileno())
-            times.append(1000 * (perf_counter() - began))
-    return statistics.median(times)
-
-
-def _sync(descriptor: int) -> None:
-    if sys.platform == "darwin":
-        import fcntl
-
-        fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
-    else:
-        os.fsync(descriptor)
 
 
 COLUMNS: tuple[tuple[str, Callable[[Outcome, float], str]], ...] = (

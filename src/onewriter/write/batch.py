@@ -16,7 +16,7 @@ from onewriter.errors import forked_error
 from onewriter.sqlite.file import FileMovedError
 from onewriter.sqlite.guard import Mode
 from onewriter.sqlite.pragmas import set_pragma
-from onewriter.sqlite.retry import CORRUPT, error_code, is_busy
+from onewriter.sqlite.retry import error_code, is_busy, is_corrupt
 from onewriter.write.block import Block
 from onewriter.write.connection import WriteConnection
 from onewriter.write.jobs import BareStatementJob, StatementJob
@@ -366,6 +366,10 @@ def commit_outcome_unknown(error: BaseException, in_transaction: bool) -> bool:
     a failed write may not: the end mark of the transaction was never written. Damage and locks are met before that.
     """
     code = error_code(error)
-    if code in (sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_FULL) or code & 0xFF in (*CORRUPT, sqlite3.SQLITE_BUSY):
+    if (
+        code in (sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_FULL)
+        or is_corrupt(error)
+        or code & 0xFF == sqlite3.SQLITE_BUSY
+    ):
         return False
     return not in_transaction or code & 0xFF == sqlite3.SQLITE_IOERR

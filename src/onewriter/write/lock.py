@@ -106,7 +106,7 @@ class WriteLock:
                 raise _UndoneError from first
             session.control(sql)
 
-        self._state.wait_for_lock(job, self.in_the_way if self._is_committing else None)
+        self._state.wait_for_lock(job, self.in_the_way)
         try:
             self.policy.keep_trying(again, self._tell, first)
         except _UndoneError:

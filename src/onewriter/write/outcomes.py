@@ -15,7 +15,7 @@ from onewriter.base.tally import Times
 from onewriter.errors import forked_error
 from onewriter.events import BatchEnded, Hook, publish
 from onewriter.sqlite.guard import Guard
-from onewriter.sqlite.retry import is_busy, note_descriptors
+from onewriter.sqlite.retry import is_busy, is_corrupt, note_descriptors
 from onewriter.write.loan import WriteLoan
 from onewriter.write.lock import WriteLock
 from onewriter.write.ticket import Job, Ticket, settle
@@ -53,7 +53,8 @@ class Outcomes:
 
     def _annotate(self, job: Job[Any], error: BaseException) -> None:
         BaseException.with_traceback(error, without_own_frames(traceback_of(error)))
-        self._state.note_corruption(error)
+        if is_corrupt(error):
+            self._state.note_corruption(error)
         policy = self._lock.policy
         note, attempts = f"onewriter: job {job.describe()}", max(1, policy.attempts)
         if attempts > 1 or is_busy(error):  # one, and it was had, is nothing to tell

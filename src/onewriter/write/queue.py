@@ -141,7 +141,7 @@ class JobQueue(queue.Queue[Job[Any]]):
     def take(self, limit: int, timeout: float | None = None) -> list[Job[Any]] | None:
         """Wait for jobs and take up to ``limit`` of them, in order.
 
-        An empty list: closed, and nothing is left. None: none within ``timeout`` seconds, or before ``wake_consumer``.
+        An empty list: closed, and nothing is left. None: none within ``timeout`` seconds.
         """
         with self.mutex:
             self._asleep = True
@@ -153,11 +153,6 @@ class JobQueue(queue.Queue[Job[Any]]):
             jobs = self.take_now(limit)
             # None, too, if there was a job that a finalizer has withdrawn meanwhile.
             return jobs if jobs or (self._refusal is not None and not self.queue) else None
-
-    def wake_consumer(self) -> None:
-        """End a ``take`` that waits, so that its caller looks at the time limit again."""
-        with self.mutex:
-            self._wake()
 
     def take_now(self, limit: int) -> list[Job[Any]]:
         """Take up to ``limit`` jobs, without waiting."""

@@ -6,7 +6,6 @@ import asyncio
 import concurrent.futures
 import contextlib
 import math
-import threading
 import types
 from collections.abc import Callable, Generator, Iterable, Iterator
 from time import monotonic
@@ -17,7 +16,7 @@ from onewriter.base.call_site import place_of
 from onewriter.base.log import call_all_safely, call_safely, warn_of_blocking
 from onewriter.base.state import State
 from onewriter.base.tally import Times, Timings
-from onewriter.base.waiting import wait_in_slices, wake
+from onewriter.base.waiting import Signal, thread_signal, wait_in_slices, wake
 from onewriter.errors import forked_error
 from onewriter.sqlite.guard import Mode
 
@@ -233,18 +232,17 @@ class Ticket(Generic[T]):
     def wait(self, timeout: float | None) -> bool:
         """Wait for the outcome; False if ``timeout`` seconds went by without one."""
         until = math.inf if timeout is None else monotonic() + timeout
-        wakeup = threading.Lock()
-        wakeup.acquire()
+        signal = thread_signal()
         with self._state.lock:
             if self._stage >= CANCELLED:
                 return True
-            self._waiters = [*(self._waiters or ()), wakeup]
+            self._waiters = [*(self._waiters or ()), signal]
         try:
-            return wait_in_slices(wakeup, until, self._state)
+            return wait_in_slices(signal, until, self._state)
         finally:
             with self._state.lock:
-                if self._waiters and wakeup in self._waiters:
-                    self._waiters.remove(wakeup)
+                if self._waiters and signal in self._waiters:
+                    self._waiters.remove(signal)
 
     def _refuse_endless_wait(self) -> None:
         if self._stage < CANCELLED:
@@ -344,12 +342,10 @@ class Job(Ticket[T]):
     def end_at_exit(self) -> None:
         """The interpreter ends: what only a thread or task that is over could end, ends now."""
 
-    def expect_outcome(self) -> Any:
-        """A lock that the outcome releases; to be asked for before anybody else knows the job."""
-        wakeup = threading.Lock()
-        wakeup.acquire()
-        self._waiters = [wakeup]
-        return wakeup
+    def expect_outcome(self, signal: Signal) -> Any:
+        """Have the outcome wake ``signal``, which is returned; before anybody else knows the job."""
+        self._waiters = [signal]
+        return signal
 
     def stop_waiting_for(self) -> bool:
         """Wait no more, so that a failure is told loudly; False if the outcome is there already."""

@@ -282,8 +282,8 @@ def test_a_slow_reader_is_named_once_while_it_is_open_and_the_writer_sleeps(
     with DbWriter(path, slow_after=0.05) as db:
         db.flush()
         wakes: list[object] = []
-        wake_consumer = queue_of(db).wake_consumer
-        queue_of(db).wake_consumer = lambda: wakes.append(wake_consumer())  # type: ignore[method-assign]
+        wake = queue_of(db)._wake
+        queue_of(db)._wake = lambda: wakes.append(wake())  # type: ignore[method-assign]
         with lent(db):
             until = monotonic() + DEADLINE
             while not any("is open since" in message for message in caplog.messages) and monotonic() < until:

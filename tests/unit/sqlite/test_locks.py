@@ -232,7 +232,7 @@ def test_who_holds_the_lock_is_looked_up_once_for_many_who_ask(path: Path, monke
         asked.append(path)
         return "somebody"
 
-    monkeypatch.setattr("onewriter.base.state.describe_lock", describe)
+    monkeypatch.setattr("onewriter.write.lock.describe_lock", describe)
     monkeypatch.setattr("onewriter.base.state.FRESH", DEADLINE)
     with DbWriter(path) as db:
         state_of(db)._lock_described = (-DEADLINE, "")

@@ -546,3 +546,15 @@ def test_a_read_that_is_cancelled_before_its_connection_is_opened_gives_its_plac
             await shared.close()
 
     run(main)
+
+
+def test_a_reader_inside_a_reader_cannot_wait_for_what_that_will_never_show(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path) as db, db.reader():
+            ticket = db.enqueue(INSERT, (1,))
+            await ticket
+            with pytest.raises(ReentrantWriteError, match="would never be seen here"):
+                async with db.reader(after=ticket):
+                    pass
+
+    run(main)
