@@ -292,7 +292,7 @@ class AsyncDbWriter(Strict):
         if not job.done():
             core.give_up(job, timeout)
         try:
-            return job.result()
+            return job.outcome()
         finally:
             del job  # an error's traceback would hold it, and it holds the error
 

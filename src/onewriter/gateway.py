@@ -501,7 +501,8 @@ class DbWriter(Strict):
         if timeout != 30.0:
             check_timeout(timeout)
         state = self._state
-        warn_of_blocking()
+        if _get_running_loop() is not None:
+            warn_of_blocking()
         outside = enclosing() is None and get_ident() != state.writer_thread  # as nearly always
         transaction = None if outside else self._transaction_here()
         if transaction is not None:
@@ -528,7 +529,7 @@ class DbWriter(Strict):
         if state.reporter is not None and state.reporter.is_behind:
             state.reporter.catch_up()
         try:
-            return job.result()
+            return job.outcome()
         finally:
             del job  # an error's traceback would hold it, and it holds the error
 

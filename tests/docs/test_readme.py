@@ -56,7 +56,17 @@ def test_the_reference_has_every_public_name() -> None:
     arguments = inspect.signature(DbWriter).parameters
     names += [f"DbWriter({name})" for name in arguments if not mentions(text, name)]
     names += [name for name in vars(events) if name[0].isupper() and name in EVENTS and not mentions(text, name)]
-    inner = {"belongs_to", "describe", "withdraw", "withdraw_quietly", "is_queued", "arrival", "wait", "run_callbacks"}
+    inner = {
+        "belongs_to",
+        "describe",
+        "withdraw",
+        "withdraw_quietly",
+        "is_queued",
+        "arrival",
+        "wait",
+        "run_callbacks",
+        "outcome",
+    }
     inner |= {"in_stats", "logs_failure", "created_at", "started_at", "ended_at", "work"}
     left = [name for name in names if name.partition(".")[2] not in inner]
     assert [name for name in left if not name.startswith("Transaction.") or public_in_transaction(name)] == []

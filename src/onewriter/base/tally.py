@@ -29,6 +29,7 @@ class Times:
 
 
 KEPT_LABELS = 1000
+UNCOUNTED = 1000  # jobs whose times are kept one by one until somebody asks
 BOUNDS = tuple(float(f"{digit}e{power}") for power in range(-5, 2) for digit in (1, 2, 5))  # seconds: 10 µs … 50 s
 
 
@@ -181,18 +182,30 @@ class Tally:
         self.timed_out = self.retried = self.run_twice = self.lock_attempts = 0
         self.lock_wait = 0.0
         self.queue_wait, self.run, self.commit = Histogram(), Histogram(), Histogram()
+        self._waits: list[float] = []  # not in the histograms yet: to count many at once is cheaper
+        self._runs: list[float] = []
+        self._commits: list[float] = []
         self.last_backup: float | None = None
         self.labels: deque[str] = deque(maxlen=KEPT_LABELS)
 
     def count_batch(self, waits: list[float], runs: list[float], times: Times, commits: int) -> None:
         """``waits`` and ``runs``: seconds of each of its jobs that has started."""
         self.commits += commits
-        self.queue_wait.add(waits)
-        self.run.add(runs)
+        self._waits += waits
+        self._runs += runs
         if times.retried:
             self.retried += len(runs)
         if commits and times.commit:
-            self.commit.add([times.commit])
+            self._commits.append(times.commit)
+        if len(self._runs) >= UNCOUNTED:
+            self.fill_histograms()
+
+    def fill_histograms(self) -> None:
+        """To be called before one is read."""
+        self.queue_wait.add(self._waits)
+        self.run.add(self._runs)
+        self.commit.add(self._commits)
+        self._waits, self._runs, self._commits = [], [], []
 
     def count_failed(self, label: str) -> None:
         self.failed += 1

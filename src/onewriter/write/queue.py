@@ -158,7 +158,8 @@ class JobQueue(queue.Queue[Job[Any]]):
         """Take up to ``limit`` jobs, without waiting."""
         with self.mutex:
             jobs = self.taken = self._pop(limit)
-            self._made_room()
+            if self._room or self.is_nearly_full:
+                self._made_room()
             return jobs
 
     def _pop(self, limit: int) -> list[Job[Any]]:

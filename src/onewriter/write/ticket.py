@@ -9,7 +9,7 @@ import math
 import types
 from collections.abc import Callable, Generator, Iterable, Iterator
 from time import monotonic
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, NoReturn, TypeVar, cast
 
 from onewriter.base.arguments import check_callback, check_timeout
 from onewriter.base.call_site import place_of
@@ -168,17 +168,31 @@ class Ticket(Generic[T]):
             ReentrantWriteError: called inside a job, before the outcome is there.
             What the job raised: Rolled back.
         """
-        self._outcome_within(timeout)
+        self._wait_for_outcome(timeout)
+        try:
+            return self.outcome()
+        finally:
+            del self  # the traceback would hold the ticket, and the ticket the traceback
+
+    def outcome(self) -> T:
+        """What ``result`` gives or raises, now that it is there."""
+        if self._stage == CANCELLED:
+            self._raise_withdrawn()
         if self._error is not None:
             try:
                 raise self._error
             finally:
-                del self  # the traceback would hold the ticket, and the ticket the traceback
+                del self  # as above
         return self._value()
+
+    def _raise_withdrawn(self) -> NoReturn:
+        raise self._error or concurrent.futures.CancelledError(f"job {self.describe()} was withdrawn before it started")
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """Wait as ``result`` does and return the job's error, or None if it was committed."""
-        self._outcome_within(timeout)
+        self._wait_for_outcome(timeout)
+        if self._stage == CANCELLED:
+            self._raise_withdrawn()
         return self._error
 
     def add_done_callback(self, fn: Callable[[Ticket[T]], object]) -> None:
@@ -248,7 +262,7 @@ class Ticket(Generic[T]):
         if self._stage < CANCELLED:
             self._state.refuse_endless_wait("waiting for a ticket", since=self.created_at)
 
-    def _outcome_within(self, timeout: float | None) -> None:
+    def _wait_for_outcome(self, timeout: float | None) -> None:
         check_timeout(timeout)
         if self._stage < CANCELLED:
             self._refuse_endless_wait()
@@ -260,10 +274,6 @@ class Ticket(Generic[T]):
                 )
             if self._state.reporter is not None and self._state.reporter.is_behind:
                 self._state.reporter.catch_up()
-        if self._stage == CANCELLED:
-            if self._error is not None:
-                raise self._error
-            raise concurrent.futures.CancelledError(f"job {self.describe()} was withdrawn before it started")
 
     def _value(self) -> T:
         return cast(T, self._result)
