@@ -285,7 +285,9 @@ class Writer:
         elif verdict.unknown is not None:
             self._commit_unknown(batch, verdict.settled, verdict.unknown)
         elif verdict.moved is not None:
-            self._moved(verdict.moved)
+            self._moved(verdict.moved)  # which answers all jobs
+            for loan in batch.loans:
+                self._outcomes.call_back(loan, committed=False)
         else:
             self._outcomes.settle(verdict.settled, batch.times, batch.loans, verdict.commits)
             if verdict.commits:

@@ -18,13 +18,14 @@ from helpers import (
     core_of,
     drop_session,
     eventually,
+    file_of,
     parked,
     rows,
     session_of,
     until_waiting,
     waiting_for_lock,
 )
-from onewriter import DbWriter, Ticket, Transaction
+from onewriter import DbWriter, Ticket, Transaction, WriterBrokenError
 from onewriter.write.batch import commit_outcome_unknown
 from onewriter.write.outcomes import copy_of
 
@@ -461,3 +462,17 @@ def test_a_job_that_had_failed_before_its_batch_was_undone_is_told_once(path: Pa
         assert errors == [ZeroDivisionError, sqlite3.IntegrityError, type(None), sqlite3.IntegrityError]
         assert told == ["failed"]
         assert db.read("SELECT n FROM t ORDER BY n") == [(1,), (2,)]
+
+
+def test_a_job_whose_file_has_gone_is_rolled_back_and_its_callbacks_are_called(path: Path) -> None:
+    called = threading.Event()
+
+    def job(tx: Transaction) -> None:
+        tx.on_rollback(called.set)
+        path.rename(path.with_name("elsewhere.db"))
+        file_of(db)._looked_at = 0.0  # the next look is due
+
+    with DbWriter(path) as db:
+        with pytest.raises(WriterBrokenError):
+            db.run(job)
+        assert called.wait(DEADLINE)
