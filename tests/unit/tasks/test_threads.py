@@ -117,11 +117,16 @@ def test_a_block_that_is_left_after_the_gateway_was_closed_closes_its_connection
     async def main() -> None:
         async with AsyncDbWriter.wrap(db).reader():
             await asyncio.to_thread(db.close, 0.0)
-            pool_of(db)._lent.copy().pop().reader.connection = connection  # type: ignore[union-attr]
+            (claim,) = pool_of(db)._lent
+            assert claim.reader is not None
+            replaced.append(claim.reader.connection)
+            claim.reader.connection = connection
 
+    replaced: list[sqlite3.Connection] = []
     db = DbWriter(path, readers=1)
     connection = sqlite3.connect(":memory:", factory=Connection, check_same_thread=False)
     asyncio.run(main())
+    replaced[0].close()
     assert threads
     assert threading.get_ident() not in threads
 
