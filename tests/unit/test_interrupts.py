@@ -171,6 +171,26 @@ def test_an_interrupt_as_a_block_is_left_gives_the_writer_back(
         assert db.read("SELECT n FROM t") == [(2,)]
 
 
+def test_a_block_whose_giving_back_was_interrupted_is_given_back_all_the_same(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    revoke, interrupted = block.ThreadBlock._revoke, threading.Event()
+
+    def interrupted_once(of: block.ThreadBlock, failed: bool) -> None:
+        if not interrupted.is_set():
+            interrupted.set()
+            raise SignalError
+        revoke(of, failed)
+
+    with DbWriter(path) as db:
+        db.run("CREATE TABLE t (n)")
+        monkeypatch.setattr(block.ThreadBlock, "_revoke", interrupted_once)
+        with pytest.raises(SignalError), db.transaction() as tx:
+            tx.execute("INSERT INTO t VALUES (1)")
+        assert db.run("INSERT INTO t VALUES (2)", timeout=DEADLINE).rowcount == 1
+        assert db.read("SELECT n FROM t") == [(2,)]
+
+
 def test_callbacks_of_a_block_run_although_the_wait_for_its_end_was_interrupted(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

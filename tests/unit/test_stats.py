@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, eventually, holding_lock, in_threads, inserting, parked, released_soon, state_of
+from helpers import DEADLINE, eventually, file_of, holding_lock, in_threads, inserting, parked, released_soon, state_of
 from onewriter import AsyncDbWriter, DbWriter, QueueFullError, Ticket, WriteTimeoutError
 from onewriter.base.tally import Histogram
 from onewriter.events import JobSubmitted
@@ -439,3 +439,16 @@ def test_slow_after_may_be_for_ever(path: Path) -> None:
             pass
         assert db.run("SELECT 1").rows == [(1,)]
         assert db.health == "ok"
+
+
+def test_the_file_system_is_asked_without_a_lock(db: DbWriter, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock: Any = state_of(db).lock
+    held: list[bool] = []
+
+    def size() -> int:
+        held.append(lock._is_owned())
+        return 7
+
+    monkeypatch.setattr(file_of(db), "wal_bytes", size)
+    assert db.stats().wal_bytes == 7
+    assert held == [False]

@@ -172,9 +172,7 @@ class State:
 
     def would_deadlock(self, since: float = math.inf) -> bool:
         """Whether the writer could not go on while this thread waits for what was handed in at ``since``, or now."""
-        if threading.get_ident() == self.writer_thread or self.is_inside():
-            return True
-        if enclosing() is not None and self.scopes.innermost(writes=True) is not None:
+        if self.cannot_wait() or (enclosing() is not None and self.scopes.innermost(writes=True) is not None):
             return True
         # A block that a task has, or will have before that, cannot end while the thread of its loop waits.
         loop = _get_running_loop()

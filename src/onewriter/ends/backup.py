@@ -24,7 +24,7 @@ STEP = 32  # pages
 
 
 def check_backup(target: Any, progress: Any, pages: Any) -> None:
-    """Refuse what cannot be meant, before anything is created."""
+    """Refuse an invalid target, before anything is created."""
     if not isinstance(pages, int) or isinstance(pages, bool):
         raise TypeError(f"pages must be an int, not {type(pages).__name__}")
     if pages == 0 or not -(2**31) <= pages < 2**31:

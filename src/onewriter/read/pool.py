@@ -15,7 +15,7 @@ from time import monotonic
 from typing import TypeVar
 
 from onewriter.base.state import State
-from onewriter.base.waiting import wake
+from onewriter.base.waiting import thread_signal, wake
 from onewriter.errors import ReadTimeoutError, closed_error
 from onewriter.read.claim import Claim
 from onewriter.read.clock import GRACE, ReadClock
@@ -80,8 +80,7 @@ class ReaderPool:
             self._most += 1
         elif (self._count >= self._most or self._paused_until) and not self._would_wait_for_itself(claim):
             if claim.signal is None:
-                claim.signal = threading.Lock()
-                claim.signal.acquire()
+                claim.signal = thread_signal()
             self._line[claim] = None
             self._end_pause(monotonic())
             return claim.is_admitted

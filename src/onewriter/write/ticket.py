@@ -37,7 +37,7 @@ class Ticket(Generic[T]):
     Threads: every method may be called from any thread; the outcome is written by the writer thread before DONE.
     """
 
-    # No locks, no lists, no times as objects before somebody asks: a backlog is what the collector walks.
+    # No locks, no lists, no times as objects before somebody asks: the garbage collector visits every queued job.
     __slots__ = (
         "__weakref__",
         "_callbacks",
@@ -358,7 +358,7 @@ class Job(Ticket[T]):
         return signal
 
     def stop_waiting_for(self) -> bool:
-        """Wait no more, so that a failure is told loudly; False if the outcome is there already."""
+        """Wait no more, so that a failure is logged; False if the outcome is there already."""
         with self._state.lock:
             self._waiters = None
             return self._stage < CANCELLED
@@ -375,7 +375,7 @@ class Job(Ticket[T]):
 def settle(jobs: Iterable[Job[Any]], state: State, times: Times, commits: int) -> tuple[list[Job[Any]], ...]:
     """Make the outcomes of ``jobs`` visible and wake their waiters, one wake-up each.
 
-    Returns the jobs that have callbacks, and the failed ones that nobody waits for: those have to be told loudly.
+    Returns the jobs that have callbacks, and the failed ones that nobody waits for: those have to be logged.
     """
     called, unheard, wakeups, works = [], [], [], []
     waits, runs, lock_wait = [], [], times.lock_wait

@@ -65,7 +65,7 @@ class Writer:
         self.readers = readers
         self.on_event = on_event
         self.drained = threading.Event()  # every accepted job has its outcome, and no other comes
-        self.leaving = False  # set at exit: a lock that is not to be had ends the drain
+        self.leaving = False  # set at exit: a lock that cannot be acquired ends the drain
         self.withdrawn: list[str] = []  # labels of what the writer itself withdrew
         self._max_hold = max_hold
         self._on_end = on_end

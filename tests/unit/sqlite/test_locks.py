@@ -244,3 +244,10 @@ def test_who_holds_the_lock_is_looked_up_once_for_many_who_ask(path: Path, monke
             assert all("somebody" in state_of(db).describe() for _ in range(100))
             assert not asked
         assert ticket.exception(DEADLINE) is None
+
+
+def test_a_holder_that_the_first_look_at_the_list_misses_is_named(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = [[], [os.getppid()]]
+    monkeypatch.setattr(locks, "lock_holders", lambda path: looks.pop(0))
+    assert f"process {os.getppid()}" in locks.describe_lock(str(path))
+    assert looks == []
