@@ -35,6 +35,7 @@ GUARDS = [
             "write/ticket.py": ["__init__", "expect_outcome"],
             "write/jobs.py": ["__init__"],
             "write/batch.py": [],
+            "write/outcomes.py": [],
             "write/block.py": ["__init__"],
             "tasks/block.py": ["__init__"],
         }.items()
@@ -43,8 +44,8 @@ GUARDS = [
         Guard(file, "lock", {"tally"}, also_read=True, free=frozenset(free))
         for file, free in {
             "write/ticket.py": [],
+            "write/outcomes.py": ["_is_unheard"],
             "write/writer.py": [],
-            "write/lock.py": [],
             "base/state.py": [],
             "core.py": ["back_up"],
             "ends/exit.py": ["_drain"],

@@ -91,6 +91,7 @@ class Checkpointer:
         self._often = OFTEN
         self._size = 0  # of the logs' files after the last checkpoint
         self._largest = 0  # bytes in one of the logs at the last checkpoint
+        self._room = 0  # bytes that they may grow by before the next one
         self._schema: list[object] = []
         self._version: list[object] = []  # PRAGMA data_version, when the size of the file was remembered
         self._failed = False  # the last attempt, and that was told
@@ -117,6 +118,11 @@ class Checkpointer:
         if self._settings.auto_checkpoint and self._file.logged:
             self.attempt(self.empty, session)
 
+    def open(self, session: WriteSession) -> None:
+        """A connection was opened."""
+        self._room = max(self._settings.wal_limit, PAGES * session.page_size)
+        self.remember_size(session)
+
     def after_batch(self, session: WriteSession) -> None:
         """Count what a batch wrote, and checkpoint if it is time."""
         changes = session.connection.total_changes
@@ -124,10 +130,11 @@ class Checkpointer:
         self._changes = changes
         if self._settings.journal_mode != "WAL":  # every commit is in the file
             self.remember_size(session)
+        if self._growth >= self._often or self._file.wal_bytes() > self._size + self._room:
+            self.attempt(self._checkpoint, session)
+
+    def _checkpoint(self, session: WriteSession) -> None:
         if not self.has_work:
-            return
-        most = max(self._settings.wal_limit, PAGES * session.page_size)
-        if self._growth < self._often and self._file.wal_bytes() <= self._size + most:
             return
         if not self._can_fare_better():
             self._warn()

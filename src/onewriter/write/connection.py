@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-import math
 import sqlite3
 
 from onewriter.base.log import report
 from onewriter.base.state import State
 from onewriter.sqlite.connection import configure, open_writer
-from onewriter.sqlite.file import DatabaseFile, exposure
+from onewriter.sqlite.file import CHECK_INTERVAL, DatabaseFile, exposure
 from onewriter.sqlite.guard import Guard
 from onewriter.sqlite.options import Settings
 from onewriter.sqlite.pragmas import set_pragma
@@ -41,20 +40,20 @@ class WriteConnection:
         self._label = label
         self._policy = policy
         self._state = state
-        self._file = file
+        self.file = file
         self._checkpointer = checkpointer
 
     def open(self) -> WriteSession:
         """Open it, or raise why that cannot be."""
-        self._file.check()  # SQLite would create it anew
+        self.file.check()  # SQLite would create it anew
         session = open_writer(self._settings, self.guard, self._policy, self.tell_waiting, WriteSession)
         self.session = session
         try:
-            self._file.remember(session.files.values(), session.logs.values())
+            self.file.remember(session.files.values(), session.logs.values())
         except BaseException:
             self.drop()
             raise
-        self._checkpointer.remember_size(session)
+        self._checkpointer.open(session)
         self._tell_exposed()
         self.guard.schema_changed = True
         return session
@@ -63,10 +62,11 @@ class WriteConnection:
     def in_transaction(self) -> bool:
         return self.session is not None and self.session.connection.in_transaction
 
-    def check_file(self, now: float = math.inf) -> None:
-        """Look, at times, whether the file is still there; raises FileMovedError. ``math.inf``: look now."""
-        self._file.check_at_times(now)
-        if self._file.is_smaller and self.session is not None:
+    def check_file(self, now: float) -> None:
+        """Look whether the file is still there; raises FileMovedError. To be called when ``look_again_at`` is over."""
+        self.file.look_again_at = now + CHECK_INTERVAL
+        self.file.check()
+        if self.file.is_smaller and self.session is not None:
             self._checkpointer.judge_size(self.session)
 
     def roll_back(self) -> None:
@@ -90,7 +90,7 @@ class WriteConnection:
         """Put back what a job's PRAGMA may have changed, and drop the TEMP objects that it has made."""
         self.guard.settings_touched = False
         self._tell_what_was_in_vain()
-        self._file.forget_size()  # VACUUM makes it smaller
+        self.file.forget_size()  # VACUUM makes it smaller
         has_temp, self.guard.temp_touched = self.guard.temp_touched, False
         session = self.session
         if session is not None:
@@ -112,7 +112,7 @@ class WriteConnection:
         """Close it, which rolls back."""
         session, self.session = self.session, None
         if session is not None:
-            self._file.close(session.connection)
+            self.file.close(session.connection)
 
     def after_fork_in_child(self) -> list[object]:
         """In a forked child: returns what must never be closed there."""
@@ -124,10 +124,10 @@ class WriteConnection:
         report(self._state, logging.WARNING, "%s: %s (%s)", self._label, text, where)
 
     def _tell_exposed(self) -> None:
-        before = self._file.exposed
-        self._file.exposed = exposure(self._file.files)
-        if self._file.exposed and self._file.exposed != before:
-            report(self._state, logging.CRITICAL, "%s: %s", self._label, self._file.exposed)
+        before = self.file.exposed
+        self.file.exposed = exposure(self.file.files)
+        if self.file.exposed and self.file.exposed != before:
+            report(self._state, logging.CRITICAL, "%s: %s", self._label, self.file.exposed)
 
     def _tell_what_was_in_vain(self) -> None:
         if self.guard.in_vain:
