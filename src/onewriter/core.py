@@ -257,7 +257,7 @@ class Core:
         state, tally, pool, writer = self.state, self.state.tally, self.pool, self.writer
         wal_bytes = self.file.wal_bytes()
         with state.lock:
-            tally.fill_histograms()
+            tally.count()
             now = monotonic()
             waiting, checkpoint, backup = state.waiting, writer.last_checkpoint, tally.last_backup
             return Stats(

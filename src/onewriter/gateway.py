@@ -179,6 +179,9 @@ class DbWriter(Strict):
             WriterClosedError, WriterBrokenError, ReentrantWriteError: Not committed.
             What SQLite or the function raised: Rolled back.
         """
+        if type(what) is str and label is None and foreign_keys is None:
+            frame = sys._getframe(1)
+            return self._execute(StatementJob(self._state, what, capture(what, params), None, frame, False), timeout)
         return self._execute(self._core.job(what, params, label, foreign_keys, sys._getframe(1)), timeout)
 
     def run_many(
@@ -503,8 +506,8 @@ class DbWriter(Strict):
         state = self._state
         if _get_running_loop() is not None:
             warn_of_blocking()
-        outside = enclosing() is None and get_ident() != state.writer_thread  # as nearly always
-        transaction = None if outside else self._transaction_here()
+        is_outside = enclosing() is None and get_ident() != state.writer_thread  # as nearly always
+        transaction = None if is_outside else self._transaction_here()
         if transaction is not None:
             if job.foreign_keys is not None:
                 raise ReentrantWriteError("foreign_keys= needs a transaction of its own: call it outside the job")
@@ -513,9 +516,9 @@ class DbWriter(Strict):
             if isinstance(transaction.job, ThreadBlock):
                 transaction.job.nested += 1
             return result
-        if state.would_deadlock():
+        if (not is_outside or state.blocks or state.is_inside()) and state.would_deadlock():
             state.refuse_endless_wait(f"waiting for job {job.describe()}")
-        until = math.inf if timeout is None else monotonic() + timeout
+        until = math.inf if timeout is None else job.created_at + timeout
         wakeup = job.expect_outcome(thread_signal())
         self._submit(job, timeout)
         try:

@@ -280,14 +280,11 @@ def test_a_commit_with_an_unknown_outcome_is_told_in_the_log_too(
     error.sqlite_errorcode, error.sqlite_errorname = sqlite3.SQLITE_IOERR_FSYNC, "SQLITE_IOERR_FSYNC"
     with DbWriter(path) as db:
         db.run("CREATE TABLE t (n)")
-        run = writer_of(db)._lock._run
 
-        def fail_to_commit(session: Any, sql: str, job: Any, times: Any) -> None:
-            if sql == "COMMIT":
-                raise error
-            run(session, sql, job, times)
+        def fail_to_commit(*_: object) -> None:
+            raise error
 
-        monkeypatch.setattr(writer_of(db)._lock, "_run", fail_to_commit)
+        monkeypatch.setattr(writer_of(db)._lock, "commit", fail_to_commit)
         with pytest.raises(CommitUnknownError):
             db.run("INSERT INTO t VALUES (1)")
         assert db.health.startswith("broken: ")

@@ -17,6 +17,7 @@ from onewriter.errors import ReentrantWriteError, WriterBrokenError, forked_erro
 
 IN_STATEMENT = "a function that SQLite calls while it runs a statement cannot use the connection of that statement"
 INHERITED = "belongs to the parent of this process"
+is_owned = type(threading.RLock())._is_owned  # type: ignore[attr-defined]
 FRESH = 0.05  # seconds for which a look at who holds SQLite's lock is good
 
 
@@ -175,16 +176,13 @@ class State:
         if self.cannot_wait() or (enclosing() is not None and self.scopes.innermost(writes=True) is not None):
             return True
         # A block that a task has, or will have before that, cannot end while the thread of its loop waits.
-        loop = _get_running_loop()
+        loop = _get_running_loop() if self.blocks else None
         return loop is not None and any(block.needs(loop) and block.created_at <= since for block in tuple(self.blocks))
 
     def is_inside(self) -> bool:
         """Whether this call is a finalizer's or signal handler's, which came while its thread was inside a lock of ours
         or waits for the turn of a block: the writer needs what only the thread can give."""
-        for lock in self.locks:  # any() with a generator would cost more than all of it
-            if lock._is_owned():
-                return True
-        return bool(self.entering) and threading.get_ident() in self.entering
+        return any(map(is_owned, self.locks)) or (bool(self.entering) and threading.get_ident() in self.entering)
 
     def would_deadlock_task(self) -> bool:
         """The same for the running task: what others of its loop have ends although it waits."""

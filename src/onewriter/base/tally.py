@@ -30,7 +30,7 @@ class Times:
 
 
 KEPT_LABELS = 1000
-UNCOUNTED = 1000  # jobs whose times are kept one by one until somebody asks
+UNCOUNTED = 1000  # jobs and batches whose times are kept one by one until somebody asks
 BOUNDS = tuple(float(f"{digit}e{power}") for power in range(-5, 2) for digit in (1, 2, 5))  # seconds: 10 µs … 50 s
 
 
@@ -180,37 +180,37 @@ class Tally:
         self.committed = self.failed = self.cancelled = self.commits = 0
         self.timed_out = self.retried = self.run_twice = 0
         self.queue_wait, self.run, self.commit = Histogram(), Histogram(), Histogram()
-        self._uncounted: list[tuple[list[tuple[float, float, float]], float]] = []  # to count many at once is cheaper
+        # Batches that are not counted yet: when each of their jobs that has started was made, had started and had ended;
+        # what they have in common; and commits. To count many at once is cheaper.
+        self._batches: list[tuple[list[tuple[float, float, float]], Times, int]] = []
         self._jobs = 0  # in these
-        self._commits: list[float] = []
         self.last_backup: float | None = None
         self.labels: deque[str] = deque(maxlen=KEPT_LABELS)
 
-    def count_batch(self, moments: list[tuple[float, float, float]], times: Times, commits: int) -> None:
-        """``moments``: when each of its jobs that has started was made, had started and had ended."""
-        if times.retried:
-            self.retried += len(moments)
-        if commits:
-            self.commits += commits
-            if times.commit:
-                self._commits.append(times.commit)
-        self._uncounted.append((moments, times.lock_wait))
-        self._jobs += len(moments)
-        if self._jobs >= UNCOUNTED or len(self._uncounted) >= UNCOUNTED:
-            self.fill_histograms()
+    def add_batch(self, moments: list[tuple[float, float, float]], times: Times, commits: int) -> None:
+        self._batches.append((moments, times, commits))
+        self._jobs += 1 + len(moments)
+        if self._jobs >= UNCOUNTED:
+            self.count()
 
-    def fill_histograms(self) -> None:
-        """To be called before one is read."""
-        batches, self._uncounted, self._jobs = self._uncounted, [], 0
-        for lock_wait, several in groupby(batches, key=itemgetter(1)):
+    def count(self) -> None:
+        """To be called before a figure is read."""
+        batches, self._batches, self._jobs = self._batches, [], 0
+        commits: list[float] = []
+        for moments, times, number in batches:
+            self.commits += number
+            if times.retried:
+                self.retried += len(moments)
+            if number and times.commit:
+                commits.append(times.commit)
+        self.commit.add(commits)
+        for lock_wait, several in groupby(batches, key=lambda batch: batch[1].lock_wait):
             moments = list(chain.from_iterable(map(itemgetter(0), several)))
             if moments:
                 created, started, ended = zip(*moments, strict=True)
                 waits = map(sub, started, created)
                 self.queue_wait.add(list(map(sub, waits, repeat(lock_wait)) if lock_wait else waits))
                 self.run.add(list(map(sub, ended, started)))
-        self.commit.add(self._commits)
-        self._commits = []
 
     def count_failed(self, label: str) -> None:
         self.failed += 1

@@ -23,6 +23,7 @@ from onewriter.write.jobs import BareStatementJob, StatementJob
 from onewriter.write.loan import WriteLoan
 from onewriter.write.lock import LONGEST_HOLD, WriteLock
 from onewriter.write.outcomes import copy_of
+from onewriter.write.session import WriteSession
 from onewriter.write.ticket import RUNNING, Job
 
 UNWRITTEN = {  # I/O errors that come before anything is written
@@ -96,25 +97,29 @@ class Batch:
         "times",
     )
 
-    def __init__(self, means: Means, times: Times) -> None:
+    def __init__(self, means: Means) -> None:
         self._connection, self._lock, self._state, self._max_hold, self._fail = means
-        self._session = self._connection.session or self._connection.open()
         self._jobs: list[Job[Any]] = []  # that have started, in order
         self.loans: list[WriteLoan] = []  # of those that are no plain statements
-        self.times = times
+        self.times = Times()
         self._shares = False
+        self._session: WriteSession
         self._now: float  # the last look at the clock
         self._first: Job[Any]
 
+    def open(self) -> None:
+        """See to a connection, or raise why there is none."""
+        self._session = self._connection.session or self._connection.open()
+
     def begin(self, first: Job[Any], now: float) -> None:
         """Take SQLite's write lock, for ``first`` and those behind it; raises SQLite's error."""
-        session, history = self._session, self._connection.history
         self._first = first
+        self._session = session = self._connection.session or self._connection.open()
         if first.foreign_keys is not None:
             session.guard.settings_touched = True
             set_pragma(session.connection, "foreign_keys", int(first.foreign_keys))
-        if history.wanted is not None:
-            history.restore(session)
+        if self._connection.history.wanted is not None:
+            self._connection.history.restore(session)
         self._now = self._lock.begin(session, first, self.times, now)
 
     def run(self, todo: list[Job[Any]], again: dict[Job[Any], Again]) -> Verdict:

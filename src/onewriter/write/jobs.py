@@ -57,7 +57,7 @@ class StatementJob(Job[Result]):
         # Of a plain INSERT of one row the writer leaves the rowid: perhaps nobody asks for more.
         if type(self._result) is int:
             self._result = Result([], 1, self._result, None)
-        return cast(Result, self._result)
+        return self._result  # type: ignore[no-any-return]
 
 
 class BareStatementJob(StatementJob):

@@ -100,7 +100,7 @@ class Outcomes:
                     job._waiters = None
             if jobs and jobs[0].in_stats:
                 state.tally.committed = committed
-                state.tally.count_batch(moments, times, commits)
+                state.tally.add_batch(moments, times, commits)
         wake(wakeups)
         del works  # only now does what the jobs worked with go: it may have finalizers
         if loans or called or unheard:

@@ -241,30 +241,27 @@ class Writer:
             return
         elif self._stop.is_set() and not first.running():
             self._withdraw_itself(first)
+        elif isinstance(first, ControlJob):
+            del todo[0]
+            self._control(first)
+        elif isinstance(first, BareStatementJob):
+            del todo[0]
+            self._write_bare(first)
         else:
-            match first:
-                case ControlJob():
-                    del todo[0]
-                    self._control(first)
-                case BareStatementJob():
-                    del todo[0]
-                    self._write_bare(first)
-                case _:
-                    batch = self._begin(todo, now)
-                    if batch is not None:
-                        self._obey(batch, batch.run(todo, self._again), todo)
+            batch = self._begin(todo, now)
+            if batch is not None:
+                self._obey(batch, batch.run(todo, self._again), todo)
         if self._connection.guard.settings_touched:
             self._connection.restore()
 
     def _begin(self, todo: list[Job[Any]], now: float) -> Batch | None:
         """A transaction for the first job and those behind it; None if it was refused: all that waits is told."""
-        times = Times()
+        batch = Batch(self._means)
         try:
-            batch = Batch(self._means, times)
             batch.begin(todo[0], now)
             return batch
         except BaseException as error:  # without a thread of its own, Ctrl-C too
-            self._refused(error, times, todo)
+            self._refused(error, batch.times, todo)
             return None
 
     def _refused(self, error: BaseException, times: Times, todo: list[Job[Any]]) -> None:
@@ -354,13 +351,13 @@ class Writer:
         """Run a statement outside any transaction."""
         if not job.start(monotonic()):
             return
-        times = Times()
+        batch = Batch(self._means)
         try:
-            batch = Batch(self._means, times)
-        except BaseException as error:  # it could not be opened
+            batch.open()
+        except BaseException as error:
             self._outcomes.fail(job, error)
             job.ended_at = monotonic()
-            self._outcomes.settle([job], times)
+            self._outcomes.settle([job], batch.times)
             return
         verdict = batch.run_bare(job)
         if verdict.unknown is not None:
