@@ -100,11 +100,13 @@ class State:
 
     def leave(self) -> float:
         """Returns the time."""
-        now = monotonic()
-        self.warn_if_slow(now)
-        if self.transaction is not None and self.job is not None and not self.job.lent:
-            self.scopes.leave_job()
-        self.job = self.transaction = None
+        now, job = monotonic(), self.job
+        if job is not None:
+            if now - job.started_at > self.slow_after:
+                self.warn_if_slow(now)
+            if self.transaction is not None and not job.lent:
+                self.scopes.leave_job()
+            self.job = self.transaction = None
         return now
 
     def warn_if_slow(self, now: float) -> None:

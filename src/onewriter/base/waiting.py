@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import math
 import threading
-from _thread import LockType
+from asyncio import Future
 from collections.abc import Iterable
 from time import monotonic
 from typing import Any, TypeAlias
@@ -30,7 +30,7 @@ def wake(waiters: Iterable[Any]) -> None:
     """Wake threads, which wait with a lock, and tasks, which wait with a future: one call for each of their loops."""
     loops: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] | None = None
     for waiter in waiters:
-        if type(waiter) is LockType:
+        if not isinstance(waiter, Future):
             waiter.release()
             continue
         if loops is None:

@@ -97,6 +97,11 @@ class DatabaseFile:
         """The size of all write-ahead logs."""
         return sum(map(_size, self._log_names))
 
+    def look(self, now: float) -> None:
+        """``check``, for the writer, which need not do so again for ``CHECK_INTERVAL``."""
+        self.look_again_at = now + CHECK_INTERVAL
+        self.check()
+
     def check(self) -> None:
         """Raise FileMovedError if the path, or that of a log, now names another file or none.
 

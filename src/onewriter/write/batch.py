@@ -20,7 +20,7 @@ from onewriter.sqlite.retry import error_code, is_busy, is_corrupt
 from onewriter.write.block import Block
 from onewriter.write.connection import WriteConnection
 from onewriter.write.jobs import BareStatementJob, StatementJob
-from onewriter.write.loan import WriteLoan
+from onewriter.write.loan import FunctionLoan, WriteLoan
 from onewriter.write.lock import LONGEST_HOLD, WriteLock
 from onewriter.write.outcomes import copy_of
 from onewriter.write.session import WriteSession
@@ -263,13 +263,13 @@ class Batch:
 
     def _run(self, job: Job[Any]) -> None:
         """Run one job; if it fails, undo it alone where it shares the transaction."""
-        session, result, failure = self._session, None, None
+        session, state, result, failure = self._session, self._state, None, None
         savepoint = self._shares or job.needs_savepoint
-        loan = WriteLoan(session, job)
+        loan = WriteLoan(session, job) if job.lent else FunctionLoan(session, job)
         self._jobs.append(job)
         self.loans.append(loan)
         try:
-            self._state.enter(job, loan)
+            state.enter(job, loan)
             if savepoint:
                 session.set_mark()
             if self._max_hold != math.inf and not job.lent:
@@ -287,10 +287,11 @@ class Batch:
         try:
             loan.end()
             if error is None:
-                self._check_end(job, loan)
+                if not self._session.connection.in_transaction or loan.was_touched or job.foreign_keys is False:
+                    self._check_end(job, loan)
                 if savepoint:
                     self._session.release_mark()
-                job.set_outcome(result, None)
+                job._result, job._error = result, None
         except Exception as failure:
             error = failure
         if error is not None:

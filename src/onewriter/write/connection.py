@@ -8,7 +8,7 @@ import sqlite3
 from onewriter.base.log import report
 from onewriter.base.state import State
 from onewriter.sqlite.connection import configure, open_writer
-from onewriter.sqlite.file import CHECK_INTERVAL, DatabaseFile, exposure
+from onewriter.sqlite.file import DatabaseFile, exposure
 from onewriter.sqlite.guard import Guard
 from onewriter.sqlite.options import Settings
 from onewriter.sqlite.pragmas import set_pragma
@@ -64,8 +64,7 @@ class WriteConnection:
 
     def check_file(self, now: float) -> None:
         """Look whether the file is still there; raises FileMovedError. To be called when ``look_again_at`` is over."""
-        self.file.look_again_at = now + CHECK_INTERVAL
-        self.file.check()
+        self.file.look(now)
         if self.file.is_smaller and self.session is not None:
             self._checkpointer.judge_size(self.session)
 

@@ -37,6 +37,7 @@ ENDED = "has ended"
 TOO_LONG = "has held the writer longer than max_hold"
 NUDGE = 0.005  # seconds between two interrupts of a statement whose loan is over
 NONE: list[Any] = []
+JOB, GATEWAY = Mode.JOB, Mode.GATEWAY
 
 
 class WriteLoan:
@@ -47,40 +48,23 @@ class WriteLoan:
              the loan never enters SQLite beside one. It guards _inside, _lending and the parts.
     """
 
-    # There is one for each job: no dict.
-    __slots__ = (
-        "__weakref__",
-        "_closed",
-        "_ends_readonly",
-        "_inside",
-        "_lending",
-        "_lent",
-        "_read_until",
-        "_root",
-        "_until",
-        "_watch",
-        "job",
-        "parts",
-        "session",
-        "thread",
-    )
     can_write = True
+    # Most jobs use none of these. What nested blocks share, the root has.
+    parts: Parts | None = None
+    _closed: str | None = None
+    _lent: ConnectionLoan | None = None
+    _inside = 0  # the thread whose call is under way: code that SQLite calls back must not use the connection
+    _until = math.inf
+    _read_until: float | None = None  # while a read is under way
+    _watch: Watch | None = None
+    _ends_readonly = False
+    _lending: list[WriteLoan] = NONE  # this and nested ones; never changed: a longer list takes its place
 
     def __init__(self, session: WriteSession, job: Job[Any], outer: WriteLoan | None = None) -> None:
         self.job = job
         self.session = session
         self.thread = get_ident()  # which alone may use it; 0: any
         self._root: WriteLoan = outer._root if outer else self
-        # Most jobs use none of these. What nested blocks share, the root has.
-        self.parts: Parts | None = None
-        self._closed: str | None = None
-        self._lent: ConnectionLoan | None = None
-        self._inside = 0  # the thread whose call is under way: code that SQLite calls back must not use the connection
-        self._until = math.inf
-        self._read_until: float | None = None  # while a read is under way
-        self._watch: Watch | None = None
-        self._ends_readonly = False
-        self._lending: list[WriteLoan] = NONE  # this and nested ones; never changed: a longer list takes its place
 
     # Who may call, and when -------------------------------------------------------------------------------------------
 
@@ -92,6 +76,11 @@ class WriteLoan:
     def was_too_long(self) -> bool:
         """Whether a statement was refused or ended because of ``max_hold``."""
         return self._closed == TOO_LONG
+
+    @property
+    def was_touched(self) -> bool:
+        """Whether more than statements has come of it, or a limit is on it."""
+        return self._watch is not None or self._closed != ENDED
 
     @property
     def is_overdue(self) -> bool:
@@ -329,7 +318,12 @@ class WriteLoan:
     # Statements, whose parameters were checked and captured already, and reads ----------------------------------------
 
     def statement(self, sql: str, parameters: Parameters) -> Result:
+        """A job that is one statement."""
         return self.call(self.session.executor.execute, sql, parameters, mode=self.job.mode)
+
+    def execute(self, sql: str, parameters: Parameters) -> Result:
+        """One statement of a function or block."""
+        return self.call(self.session.executor.execute, sql, parameters)
 
     def bare_statement(self, sql: str, parameters: Parameters) -> Result:
         mode = Mode.VACUUM if describe_sql(sql).verb == "VACUUM" else Mode.BARE
@@ -393,9 +387,11 @@ class WriteLoan:
 
     def _lend_connection(self) -> None:
         if self._lent is None:
-            root = self._root
-            root._lending = [*root._lending, self]
+            self._root._lend_to(self)
             self._lent = ConnectionLoan(self)
+
+    def _lend_to(self, part: WriteLoan) -> None:
+        self._lending = [*self._lending, part]
 
     def _put_back(self) -> None:
         """End the connection that was lent, under the session's lock; again, or after the outer part's, nothing."""
@@ -404,6 +400,54 @@ class WriteLoan:
         lent, self._lent = self._lent, None
         if lent is not None:
             lent.put_back()
+
+
+class FunctionLoan(WriteLoan):
+    """That of a function, which runs on the writer's thread: a comparison does in place of the session's lock.
+
+    Unless a connection was lent: the collector may end its cursors in any thread.
+    """
+
+    def __init__(self, session: WriteSession, job: Job[Any]) -> None:
+        self.job = job
+        self.session = session
+        self._root = self
+        self.thread = self._free_for = get_ident()  # 0: it takes more than a comparison
+
+    def execute(self, sql: str, parameters: Parameters) -> Result:
+        session, me = self.session, get_ident()
+        if self._free_for != me or not session.connection.in_transaction:
+            return super().execute(sql, parameters)
+        guard = session.guard
+        self._free_for, self._inside = 0, me
+        guard.refusal, guard.mode = None, JOB
+        try:
+            result = session.executor.insert(sql, parameters)
+            return Result([], 1, result, None) if type(result) is int else result  # type: ignore[return-value]
+        except sqlite3.Error as error:
+            self._explain(error)
+            raise
+        finally:
+            guard.mode, self._inside = GATEWAY, 0
+            if self._closed is None:
+                self._free_for = me
+
+    def end(self) -> None:
+        self._closed, self._free_for = self._closed or ENDED, 0
+        if self._lending or self._ends_readonly or self._watch is not None:
+            super().end()
+
+    def watch(self) -> None:
+        self._free_for = 0
+        super().watch()
+
+    def close(self, why: str) -> None:
+        self._free_for = 0
+        super().close(why)
+
+    def _lend_to(self, part: WriteLoan) -> None:
+        self._free_for = 0
+        super()._lend_to(part)
 
 
 class ReadLoan(WriteLoan):

@@ -50,8 +50,7 @@ class Transaction:
             TransactionAbortedError: SQLite rolled back by itself earlier on. Rolled back.
             TransactionClosedError: the transaction has ended, or is that of a function, and this is another thread.
         """
-        loan = self._loan
-        return loan.call(loan.session.executor.execute, check_sql(sql), capture(sql, params))
+        return self._loan.execute(sql if type(sql) is str else check_sql(sql), capture(sql, params))
 
     def executemany(self, sql: str, seq_of_params: Iterable[Any], /) -> Result:
         """Run one statement for each row of parameters; ``rowcount`` is that of all. RETURNING is refused."""
