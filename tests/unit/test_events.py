@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from helpers import DEADLINE, core_of, holding_lock, parked, released_soon, state_of, writer_of
+from helpers import DEADLINE, core_of, holding_lock, parked, released_when_met, state_of, writer_of
 from onewriter import AsyncDbWriter, CommitUnknownError, DbWriter, ReentrantWriteError, Ticket, WriterClosedError
 from onewriter.events import BackupEnded, BatchEnded, CheckpointEnded, Event, JobSubmitted, WriterBroken
 from onewriter.write.jobs import ControlJob
@@ -80,7 +80,7 @@ def test_a_batch_is_one_event(path: Path) -> None:
         assert batch.tickets == tuple(tickets)
         assert (batch.commits, batch.retried, batch.lock_wait) == (1, False, 0.0)
         assert batch.commit > 0
-        with released_soon(path, 0.05):
+        with released_when_met(db, path):
             db.run(INSERT, (77,))
         assert heard.of(BatchEnded)[-1].retried
         assert heard.of(BatchEnded)[-1].lock_wait > 0

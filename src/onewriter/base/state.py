@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
+from _thread import RLock
 from asyncio import AbstractEventLoop, _get_running_loop
 from collections.abc import Callable
 from time import monotonic
@@ -17,7 +18,7 @@ from onewriter.errors import ReentrantWriteError, WriterBrokenError, forked_erro
 
 IN_STATEMENT = "a function that SQLite calls while it runs a statement cannot use the connection of that statement"
 INHERITED = "belongs to the parent of this process"
-is_owned = type(threading.RLock())._is_owned  # type: ignore[attr-defined]
+is_owned = RLock._is_owned  # type: ignore[attr-defined]
 FRESH = 0.05  # seconds for which a look at who holds SQLite's lock is good
 
 

@@ -180,8 +180,8 @@ class Tally:
         self.committed = self.failed = self.cancelled = self.commits = 0
         self.timed_out = self.retried = self.run_twice = 0
         self.queue_wait, self.run, self.commit = Histogram(), Histogram(), Histogram()
-        # Batches that are not counted yet: when each of their jobs that has started was made, had started and had ended;
-        # what they have in common; and commits. To count many at once is cheaper.
+        # Batches that are not counted yet, since many at once are cheaper: when each of their jobs that has started was
+        # made, had started and had ended; what they have in common; and commits.
         self._batches: list[tuple[list[tuple[float, float, float]], Times, int]] = []
         self._jobs = 0  # in these
         self.last_backup: float | None = None

@@ -19,8 +19,9 @@ from onewriter.sqlite.pragmas import set_pragma
 from onewriter.sqlite.retry import error_code, is_busy, is_corrupt
 from onewriter.write.block import Block
 from onewriter.write.connection import WriteConnection
+from onewriter.write.function_loan import FunctionLoan
 from onewriter.write.jobs import BareStatementJob, StatementJob
-from onewriter.write.loan import FunctionLoan, WriteLoan
+from onewriter.write.loan import WriteLoan
 from onewriter.write.lock import LONGEST_HOLD, WriteLock
 from onewriter.write.outcomes import copy_of
 from onewriter.write.session import WriteSession

@@ -22,7 +22,6 @@ from onewriter.write.loan import WriteLoan
 from onewriter.write.lock import WriteLock
 from onewriter.write.ticket import DONE, RUNNING, Job, Ticket
 
-
 work_of, three_moments = attrgetter("work"), attrgetter("created_at", "started_at", "ended_at")
 
 
@@ -71,7 +70,7 @@ class Outcomes:
             BaseException.add_note(error, note)
 
     def settle(self, jobs: list[Job[Any]], times: Times, loans: Iterable[WriteLoan] = (), commits: int = 0) -> None:
-        """Make the outcomes visible, wake who waits, once each, and call the callbacks; ``loans``: those of ``jobs``."""
+        """Make the outcomes visible, wake who waits, call the callbacks; ``loans`` are those of ``jobs``."""
         state = self._state
         if state.forked:
             raise forked_error()  # by something further down the stack, and this is the child

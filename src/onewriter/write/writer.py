@@ -5,7 +5,6 @@ from __future__ import annotations
 import concurrent.futures
 import functools
 import logging
-import math
 import os
 import threading
 from collections.abc import Callable
