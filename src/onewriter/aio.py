@@ -204,7 +204,9 @@ class AsyncDbWriter(Strict):
         """As ``DbWriter.enqueue``, but never waits: QueueFullError at once if there is no room. Not a coroutine."""
         core = self._core()
         job = core.job(what, params, label, None, sys._getframe(1), bounded=not core.state.would_deadlock_task())
-        core.accept(job, 0.0)
+        if core.state.reporting:
+            core.mute_in_handlers(job)
+        core.submit(job, 0.0)
         return job
 
     @overload

@@ -24,6 +24,7 @@ from onewriter.base.arguments import (
     check_seconds,
     check_sql,
     check_timeout,
+    name_of,
 )
 from onewriter.base.log import call_safely, report
 from onewriter.base.state import State, Work
@@ -44,7 +45,7 @@ from onewriter.sqlite.result import Result
 from onewriter.sqlite.statement import check_many
 from onewriter.write.checkpoint import Checkpoint
 from onewriter.write.driver import Driver, InlineDriver, ThreadDriver
-from onewriter.write.jobs import BareStatementJob, ControlJob, FunctionJob, LoanJob, StatementJob
+from onewriter.write.jobs import BareStatementJob, ControlJob, FunctionJob, LoanJob, RebuildJob, StatementJob
 from onewriter.write.queue import JobQueue
 from onewriter.write.ticket import Job, Ticket
 from onewriter.write.transaction import Transaction
@@ -135,20 +136,23 @@ class Core:
         check_no_params(params)
         check_foreign_keys(foreign_keys)
         check_function(what)
-        return FunctionJob(self.state, what, label, frame, foreign_keys=foreign_keys, bounded=bounded)
+        label = label or name_of(what)
+        if foreign_keys is not None:
+            return RebuildJob(self.state, what, label, frame, foreign_keys)
+        return FunctionJob(self.state, what, label, frame, bounded)
 
     def many(self, sql: str, rows: Iterable[Any], label: Label, frame: types.FrameType) -> Job[Result]:
         check_many(check_sql(sql))
         check_label(label)
         captured = capture_many(sql, rows)
-        return LoanJob(self.state, lambda loan: loan.statement_many(sql, captured), label, frame, sql=sql)
+        return LoanJob(self.state, lambda loan: loan.statement_many(sql, captured), label, frame, sql)
 
     def script(self, sql: str, label: Label, foreign_keys: bool | None, frame: types.FrameType) -> Job[None]:
         check_sql(sql)
         check_label(label)
         check_foreign_keys(foreign_keys)
         name = sql or "script"
-        return LoanJob(self.state, lambda loan: loan.script(sql), label, frame, foreign_keys=foreign_keys, sql=name)
+        return LoanJob(self.state, lambda loan: loan.script(sql), label, frame, name, foreign_keys)
 
     def bare(self, sql: str, params: Any, label: Label, frame: types.FrameType) -> Job[Result]:
         return BareStatementJob(self.state, check_sql(sql), capture(sql, params), check_label(label), frame, False)
@@ -160,12 +164,10 @@ class Core:
         check_choice("mode", mode, CHECKPOINTS)
         return ControlJob(self.state, "checkpoint", frame, functools.partial(self.writer.checkpoint, mode))
 
-    def accept(self, job: Job[Any], timeout: Seconds) -> None:
-        """Take a job that nobody waits for."""
-        state = self.state
-        if state.reporting and get_ident() in state.reporting:
-            job.add_done_callback(_say_nothing)  # a log handler's own job: telling its failure would call it again
-        self.submit(job, timeout)
+    def mute_in_handlers(self, job: Job[Any]) -> None:
+        """A log handler's own job: telling its failure would call it again."""
+        if get_ident() in self.state.reporting:
+            job.add_done_callback(_say_nothing)
 
     # Checks that both faces make --------------------------------------------------------------------------------------
 

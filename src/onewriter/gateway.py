@@ -277,10 +277,12 @@ class DbWriter(Strict):
         elif type(what) is types.FunctionType and type(params) is tuple and not params and label is None:
             if what.__code__.co_flags & NOT_PLAIN:
                 check_function(what)
-            job = FunctionJob(state, what, what.__qualname__, sys._getframe(1), bounded=bounded)
+            job = FunctionJob(state, what, what.__qualname__, sys._getframe(1), bounded)
         else:
             job = self._core.job(what, params, label, None, sys._getframe(1), bounded)
-        self._core.accept(job, timeout)
+        if state.reporting:
+            self._core.mute_in_handlers(job)
+        self._submit(job, timeout)
         return job
 
     def flush(self, timeout: Seconds = None) -> None:

@@ -22,7 +22,8 @@ from onewriter.write.loan import WriteLoan
 from onewriter.write.lock import WriteLock
 from onewriter.write.ticket import DONE, RUNNING, Job, Ticket
 
-work_of, three_moments = attrgetter("work"), attrgetter("created_at", "started_at", "ended_at")
+work_of, parts_of = attrgetter("work"), attrgetter("parts")
+three_moments = attrgetter("created_at", "started_at", "ended_at")
 
 
 class Outcomes:
@@ -102,7 +103,7 @@ class Outcomes:
                 state.tally.add_batch(moments, times, commits)
         wake(wakeups)
         del works  # only now does what the jobs worked with go: it may have finalizers
-        if loans or called or unheard:
+        if called or unheard or any(map(parts_of, loans)):  # most loans have none
             self._tell(called, unheard, loans)
         if self._on_event is not None:
             self._publish(self._on_event, jobs, times, commits)
@@ -115,7 +116,7 @@ class Outcomes:
 
     def _tell(self, called: list[Job[Any]], unheard: list[Job[Any]], loans: Iterable[WriteLoan]) -> None:
         for loan in loans:
-            if loan.parts is not None:  # most have none
+            if loan.parts is not None:
                 self.call_back(loan, committed=loan.job._error is None)
         for job in called:
             self._state.begin_callbacks(job)
