@@ -14,8 +14,8 @@ from onewriter.base.state import State
 from onewriter.base.tally import Times
 from onewriter.errors import forked_error
 from onewriter.events import BatchEnded, Hook, publish
-from onewriter.sqlite.guard import Guard
 from onewriter.sqlite.retry import is_busy, is_corrupt, note_descriptors
+from onewriter.write.connection import WriteConnection
 from onewriter.write.loan import WriteLoan
 from onewriter.write.lock import WriteLock
 from onewriter.write.ticket import Job, Ticket, settle
@@ -27,13 +27,13 @@ class Outcomes:
     def __init__(
         self,
         state: State,
-        guard: Guard,
+        connection: WriteConnection,
         lock: WriteLock,
         on_error: Callable[[Ticket[Any]], object] | None,
         on_event: Hook | None,
     ) -> None:
         self._state = state
-        self._guard = guard
+        self._connection = connection
         self._lock = lock
         self._on_error = on_error
         self._on_event = on_event
@@ -41,7 +41,7 @@ class Outcomes:
     def fail(self, job: Job[Any], error: BaseException) -> None:
         """Keep ``error`` as the outcome of ``job``, with a note that names it; nobody sees it before ``settle``."""
         try:
-            self._guard.explain(error)
+            self._connection.guard.explain(error)
         except BaseException as raised:  # while SQLite asked whether it may
             error = raised
         try:
@@ -70,6 +70,8 @@ class Outcomes:
         if self._state.forked:
             raise forked_error()  # by something further down the stack, and this is the child
         called, unheard = settle(jobs, self._state, times, commits)
+        if self._state.live is not None:
+            call_safely(self._state, self._state.live.settled, self._connection.session, jobs)
         for loan in loans:
             if loan.parts is not None:  # most have none
                 self.call_back(loan, committed=loan.job._error is None)
