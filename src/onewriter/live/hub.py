@@ -17,6 +17,7 @@ from onewriter.live.tables import Tables, take_written
 from onewriter.read.claim import Claim
 from onewriter.read.pool import ReaderPool
 from onewriter.read.read import Read
+from onewriter.read.reader import Reader
 from onewriter.sqlite.guard import ANYTHING, Guard
 from onewriter.write.session import WriteSession
 from onewriter.write.ticket import Job
@@ -49,7 +50,7 @@ class LiveQueries:
         self._queries: dict[object, Query] = {}
         self._commits = 0
         self._changed: dict[str, int] = {}  # by table
-        self._all_changed = 0
+        self._all_changed = 0  # the last commit that may have written any table, or the schema
         self._asleep: dict[str, set[Query]] = {}  # by table; who waits there has seen all that there is
         self._guard: Guard | None = None
         self._session: WriteSession | None = None
@@ -135,6 +136,17 @@ class LiveQueries:
         elif error is not None:
             query.answer = Answer(reading.number, None, None, error)
 
+    def read_beside(self, reading: Reading) -> Found:
+        """Read with a connection beside those of the pool, so that nobody has to give one back."""
+
+        def read(reader: Reader) -> Found:
+            reader.guard.is_spoilt = True  # it is not lent again
+            return reading.alone(reader)
+
+        claim = Claim(reading.label)
+        claim.is_extra = True
+        return self.pool.use(claim, read, math.inf)
+
     def forget(self, query: Query, signal: Signal) -> None:
         """Nobody waits for it any more."""
         with self.lock:
@@ -210,11 +222,9 @@ class LiveQueries:
         return last
 
     def _read_last(self, reading: Reading) -> None:
-        claim = Claim(reading.label)
-        claim.is_extra = True  # it waits for nobody
         found = failure = None
         try:
-            found = self.pool.use(claim, reading.alone, math.inf)
+            found = self.read_beside(reading)
         except Exception as error:
             failure = error
         self.finish(reading, found, failure)

@@ -69,11 +69,10 @@ class Reading:
         if isinstance(read, FunctionRead):
             result = read.alone(reader)
             return Found(None, result, result)
-        tables = self.query.tables
-        if self.asks_tables:  # before the rows are read: a later schema is that of a later commit
-            reader.guard.text = read.sql
-            tables = reader.attempt(read.label, tables_read, reader, read.sql, read.parameters)
         raw, rows = select(read.sql, read.parameters, _fetch, read.label, reader)
+        tables = self.query.tables
+        if self.asks_tables:  # after the read, which looks whether the schema that the connection knows still stands
+            tables = reader.attempt(read.label, tables_read, reader, read.sql, read.parameters)
         return Found(tables, raw, rows)
 
 

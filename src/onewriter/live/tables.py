@@ -14,8 +14,6 @@ from onewriter.write.session import WriteSession
 
 Tables: TypeAlias = "frozenset[str] | None"  # None: any, since it is not known which
 
-# Its rows change with every change of the schema, and so may those of any query.
-SCHEMA = "sqlite_master"
 PURE = ("json_each", "json_tree")  # virtual tables that read no other
 _numbers = itertools.count()
 
@@ -62,11 +60,14 @@ def _is_stored(reader: Reader, name: str) -> bool:
 
 
 def take_written(session: WriteSession) -> Tables:
-    """The tables that the write connection may have written since the last time; from now on, it is noted anew."""
+    """The tables that the write connection may have written since the last time; from now on, it is noted anew.
+
+    A changed schema may change the rows of any query, and so may a PRAGMA, as one that changes what triggers do.
+    """
     guard = session.guard
     names, guard.tables = guard.tables, set()
     if names is None or names:
         # SQLite asks the authorizer where it prepares a statement, and setting one expires all that are prepared. So
         # it will ask about each that is used again.
         session.connection.set_authorizer(guard.authorizer)
-    return None if names is None or ANYTHING in names or SCHEMA in names else frozenset(names)
+    return None if names is None or ANYTHING in names or guard.settings_touched else frozenset(names)

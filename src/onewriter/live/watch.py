@@ -213,12 +213,16 @@ class Watch(Strict, Watching[T]):
                 raise self._late(timeout)
 
     def _use_pool(self, reading: Reading) -> None:
+        live = self._live
         try:
-            found = self._live.pool.use(Claim(reading.label), reading.alone, math.inf)
+            if live.state.scopes.innermost() is None:
+                found = live.pool.use(Claim(reading.label), reading.alone, math.inf)
+            else:  # this thread may have the last connection, in a reader() block
+                found = live.read_beside(reading)
         except BaseException as error:
             self._failed(reading, error)
         else:
-            self._live.finish(reading, found)
+            live.finish(reading, found)
 
     def _sleep(self, step: Step, until: float) -> bool:
         """Wait for the signal of ``step``; False: not before ``until``."""

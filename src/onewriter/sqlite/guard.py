@@ -201,6 +201,8 @@ class Guard(_Refusals):
                 self.temp_touched = self.settings_touched = True
         elif action in SCHEMA_CHANGES:
             self.schema_changed = True
+            if tables is not None:
+                tables.add(ANYTHING)
         elif action == sqlite3.SQLITE_FUNCTION and self.is_asking and second in self.history:
             return self.deny_history(f"{second}()")
         elif self.hidden_commit and action == sqlite3.SQLITE_TRANSACTION:

@@ -78,7 +78,10 @@ class AsyncWatch(Strict, Watching[T]):
 
     async def _use_thread(self, reading: Reading) -> None:
         try:
-            found = await self._reads.use(reading.label, reading.alone, math.inf)
+            if self._reads.here() is None:
+                found = await self._reads.use(reading.label, reading.alone, math.inf)
+            else:  # this task may have the last connection, in a reader() block
+                found = await self._reads.call(self._live.read_beside, reading)
         except BaseException as error:
             self._failed(reading, error)
         else:
