@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sqlite3
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from time import monotonic
 from typing import Any
 
@@ -13,7 +13,7 @@ from onewriter.base.log import call_safely
 from onewriter.base.state import State
 from onewriter.base.waiting import Signal, wake
 from onewriter.live.query import Answer, Found, Query, Reading, same
-from onewriter.live.tables import Tables, take_written
+from onewriter.live.tables import Tables, Written
 from onewriter.read.claim import Claim
 from onewriter.read.pool import ReaderPool
 from onewriter.read.read import Read
@@ -52,6 +52,7 @@ class LiveQueries:
         self._changed: dict[str, int] = {}  # by table
         self._all_changed = 0  # the last commit that may have written any table, or the schema
         self._asleep: dict[str, set[Query]] = {}  # by table; who waits there has seen all that there is
+        self._written = Written()
         self._guard: Guard | None = None
         self._session: WriteSession | None = None
         self._versions: list[Any] = []
@@ -154,13 +155,13 @@ class LiveQueries:
 
     # The writer -------------------------------------------------------------------------------------------------------
 
-    def settled(self, session: WriteSession | None, jobs: Iterable[Job[Any]]) -> None:
+    def settled(self, session: WriteSession | None, jobs: Collection[Job[Any]]) -> None:
         """A batch is over, and what it has committed can be read; or the gateway is out of service."""
         if session is None or self.state.broken is not None:
             self._touch(None)
             return
         self._guard = session.guard
-        tables = take_written(session)
+        tables = self._written.take(session, jobs)
         if not all(job.in_transaction for job in jobs):
             tables = None
         if tables != frozenset():
@@ -179,6 +180,7 @@ class LiveQueries:
             return  # a lock is in the way: next time
         if session is not self._session or versions != self._versions:
             self._session, self._versions = session, versions
+            self._written.forget()
             self._touch(None)
 
     def _touch(self, tables: Tables) -> None:
