@@ -43,7 +43,8 @@ def tables_read(reader: Reader, sql: str, parameters: Parameters) -> Tables:
 def _explain(reader: Reader, sql: str, parameters: Parameters) -> tuple[set[str], set[Any]]:
     """The tables that the authorizer is asked about, and the opcodes."""
     guard = reader.guard
-    guard.tables = names = set()
+    names: set[str] = set()
+    guard.tables = names
     try:
         # A text of its own: the authorizer is not asked about one in the statement cache.
         return names, _opcodes(reader, f"EXPLAIN /* {next(_numbers)} */ {sql}", parameters)

@@ -481,6 +481,24 @@ def test_a_trigger_that_is_made_later_is_known(any_db: DbWriter) -> None:
         assert live.next(DEADLINE) == [(1,)]
 
 
+def test_a_trigger_that_another_process_makes_is_known(any_db: DbWriter, path: Path) -> None:
+    any_db.run_script("CREATE TABLE a (n); CREATE TABLE b (n)")
+    with any_db.watch("SELECT n FROM b", every=0) as live, any_db.watch("SELECT n FROM a", every=0) as other:
+        for _ in range(3):  # so that it is known what this writes
+            settle(any_db, live)
+            any_db.run("INSERT INTO a VALUES (1)")
+        with stranger(path) as connection:
+            connection.execute("CREATE TRIGGER c AFTER INSERT ON a BEGIN INSERT INTO b VALUES (NEW.n); END")
+            connection.execute("INSERT INTO a VALUES (0)")
+        while (0,) not in other.next(DEADLINE):
+            pass
+        assert live.next(DEADLINE) == [(0,)]
+        settle(any_db, live)
+        for n in range(3):
+            any_db.run("INSERT INTO a VALUES (1)")
+            assert live.next(DEADLINE) == [(0,), *[(1,)] * (n + 1)]
+
+
 def test_what_is_not_known_to_read_a_table_is_read_after_every_commit(any_db: DbWriter) -> None:
     any_db.run_script(
         "CREATE TABLE t (id INTEGER PRIMARY KEY AUTOINCREMENT, x);"
