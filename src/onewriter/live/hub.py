@@ -129,7 +129,6 @@ class LiveQueries:
 
     def _keep(self, query: Query, reading: Reading, found: Found | None, error: BaseException | None) -> None:
         if found is not None:
-            self._is_awake(query)
             query.tables, query.as_of = found.tables, reading.as_of
             if reading.asks_tables:
                 query.tables_as_of = reading.as_of
@@ -162,7 +161,7 @@ class LiveQueries:
             return
         self._guard = session.guard
         tables = self._written.take(session, jobs)
-        if not all(job.in_transaction for job in jobs):
+        if not all(job.in_transaction for job in jobs):  # nobody is asked what a function does there
             tables = None
         if tables != frozenset():
             self._touch(tables)

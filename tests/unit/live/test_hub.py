@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from aio_helpers import opened, run, until
-from helpers import core_of
-from onewriter import DbWriter
+from helpers import core_of, raising
+from onewriter import DbWriter, WriterClosedError
 from onewriter.live.query import Query
 from onewriter.read.claim import Claim
 from onewriter.read.read import sql_read
@@ -105,3 +105,27 @@ def test_what_nobody_watches_any_more_is_forgotten(new_db: DbWriter) -> None:
             assert len(hub._queries) == 2
         assert len(hub._queries) == 1
         assert not any(hub._asleep.values())
+
+
+def test_what_ran_outside_any_transaction_may_have_written_any_table(new_db: DbWriter) -> None:
+    """A function that had the connection itself did: nobody was asked."""
+    hub = core_of(new_db).live
+    with new_db.watch("SELECT 1") as live:
+        live.next()
+        new_db.flush()
+        before = hub._all_changed
+        new_db.run("SELECT 2")
+        new_db.flush()
+        assert hub._all_changed == before
+        new_db.run_without_transaction("SELECT 3")
+        new_db.flush()
+        assert hub._all_changed > before
+
+
+def test_a_watch_that_could_not_be_opened_leaves_nothing(new_db: DbWriter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gateway was closed in this moment."""
+    hub = core_of(new_db).live
+    monkeypatch.setattr(hub, "ask", raising(WriterClosedError))
+    with pytest.raises(WriterClosedError), new_db.watch("SELECT 1"):
+        pass
+    assert (hub._queries, hub.state.live) == ({}, None)

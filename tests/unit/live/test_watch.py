@@ -701,7 +701,7 @@ def live_errors(live: Watch[Any]) -> Iterator[None]:
 def test_what_another_process_wrote_last_is_in_the_last_state(new_db: DbWriter, path: Path) -> None:
     new_db.run("CREATE TABLE t (n)")
     with new_db.watch(N) as live, stranger(path) as other:
-        live.next()
+        settle(new_db, live)
         other.execute("INSERT INTO t VALUES (1)")
         new_db.close()
         assert list(live) == [[(1,)]]
@@ -713,6 +713,13 @@ def test_a_closed_gateway_is_not_watched(db: DbWriter) -> None:
     with pytest.raises(WriterClosedError), live:
         pass
     assert state_of(db).live is None
+
+
+def test_a_closed_gateway_is_not_watched_beside_an_old_watch_either(db: DbWriter) -> None:
+    with db.watch(N):
+        db.close()
+        with pytest.raises(WriterClosedError), db.watch(N):
+            pass
 
 
 def test_a_broken_gateway_raises_its_error_in_the_loop(new_db: DbWriter, path: Path) -> None:
