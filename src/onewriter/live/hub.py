@@ -76,10 +76,12 @@ class LiveQueries:
                 raise
         return query
 
-    def close(self, query: Query) -> None:
-        """The watch that had it is over."""
+    def close(self, query: Query, reader: object = None) -> None:
+        """The watch that had it is over. If Ctrl-C has kept ``reader``, which ends it, from reading, others may."""
         with self.lock:
             query.watches -= 1
+            if query.read_by == reader:
+                query.read_by = None
             if not query.watches:
                 self._queries.pop(query.key, None)
                 self._is_awake(query)
@@ -98,8 +100,8 @@ class LiveQueries:
             self._all_changed > query.as_of
         )
 
-    def begin(self, query: Query) -> Reading:
-        query.is_reading = True
+    def begin(self, query: Query, reader: object) -> Reading:
+        query.read_by = reader
         query.begun += 1
         return Reading(query, query.begun, self._commits, query.tables_as_of < self._all_changed)
 
@@ -121,7 +123,7 @@ class LiveQueries:
         if found is not None and before is not None and before.error is None and same(before.raw, found.raw):
             found = found._replace(raw=before.raw, rows=before.rows)  # so that the others see it at a glance
         with self.lock:
-            query.is_reading = False
+            query.read_by = None
             if query.answer is None or reading.number > query.answer.number:
                 self._keep(query, reading, found, error)
             signals = _waiters_of([query])

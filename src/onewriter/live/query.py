@@ -44,7 +44,7 @@ class Query:
         self.as_of = -1  # the last commit that is certainly in the answer
         self.answer: Answer | None = None
         self.begun = 0  # reads
-        self.is_reading = False
+        self.read_by: object = None  # the thread or task that reads it now
         self.waiters: set[Signal] = set()
 
     def rows_of(self, answer: Answer) -> Any:

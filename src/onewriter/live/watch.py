@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
+from threading import get_ident
 from time import monotonic
 from types import TracebackType
 from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 from onewriter.base.arguments import check_seconds, check_timeout
 from onewriter.base.log import warn_of_blocking
+from onewriter.base.scopes import running_task
 from onewriter.base.strict import Strict
 from onewriter.base.waiting import Signal, thread_signal, wait_in_slices
 from onewriter.errors import ReadTimeoutError, WriterClosedError, closed_error
@@ -76,7 +79,7 @@ class Watching(Generic[T]):
         with live.lock:
             query, was_left, self._is_left = self._query, self._is_left, True
         if query is not None and not was_left:
-            live.close(query)
+            live.close(query, _caller())
 
     def __del__(self) -> None:
         if getattr(self, "_query", None) is not None:
@@ -85,6 +88,7 @@ class Watching(Generic[T]):
     def _next_step(self, new_signal: Any) -> Step:
         live, query = self._live, self._entered()
         live.state.refuse_if_broken()
+        me = _caller()
         with live.lock:
             answer = query.answer
             is_new = answer is not None and answer.number > self._number
@@ -95,8 +99,8 @@ class Watching(Generic[T]):
             if live.is_over or ((is_new or must_read) and due <= monotonic()):
                 if is_new:
                     return Step(answer=answer)
-                if not query.is_reading:
-                    return Step(reading=live.begin(query))
+                if query.read_by in (None, me):  # after Ctrl-C it may be this one, which does not read now
+                    return Step(reading=live.begin(query, me))
                 due = math.inf  # the end of that read wakes it
             elif not (is_new or must_read):
                 live.sleep(query)
@@ -230,8 +234,14 @@ class Watch(Strict, Watching[T]):
         try:
             live.state.refuse_endless_wait(WAIT)
             if live.polls:
-                live.ask()
+                with contextlib.suppress(WriterClosedError):  # in this moment: the last state is on its way
+                    live.ask()
             end = min(until, step.until, monotonic() + LOOK if live.polls else math.inf)
             return wait_in_slices(step.signal, end, live.state) or monotonic() < until
         finally:
             self._forget(step)
+
+
+def _caller() -> object:
+    """The task, or the thread."""
+    return running_task() or get_ident()

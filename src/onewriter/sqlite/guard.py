@@ -64,6 +64,15 @@ class _Refusals:
             self._caught = error
             return sqlite3.SQLITE_DENY
 
+    def _note(self, table: str) -> None:
+        tables = self.tables  # looked up once: another thread may set it to None
+        if tables is not None:
+            tables.add(table)
+
+    def note_anything(self) -> None:
+        """What is written, or changed for later, is not known by tables."""
+        self._note(ANYTHING)
+
     def decide(self, action: int, first: str | None, second: str | None, third: str | None) -> int:
         raise NotImplementedError
 
@@ -121,8 +130,7 @@ class ReadGuard(_Refusals):
 
     def decide(self, action: int, first: str | None, second: str | None, third: str | None) -> int:
         if action == sqlite3.SQLITE_READ:
-            if self.tables is not None:
-                self.tables.add(first or ANYTHING)
+            self._note(first or ANYTHING)
             return sqlite3.SQLITE_OK
         if action in (sqlite3.SQLITE_ATTACH, sqlite3.SQLITE_DETACH):  # VACUUM INTO is an ATTACH too
             return self.deny("a reader cannot ATTACH, DETACH or VACUUM")
@@ -191,9 +199,8 @@ class Guard(_Refusals):
         connection.set_authorizer(self.authorizer)
 
     def decide(self, action: int, first: str | None, second: str | None, third: str | None) -> int:
-        tables = self.tables  # looked up once: another thread may set it to None
-        if tables is not None and action in WRITES:
-            tables.add(first or ANYTHING)
+        if action in WRITES:
+            self._note(first or ANYTHING)
         if action in USES or self.mode is Mode.GATEWAY:
             return sqlite3.SQLITE_OK
         if action == sqlite3.SQLITE_INSERT:
@@ -201,8 +208,7 @@ class Guard(_Refusals):
                 self.temp_touched = self.settings_touched = True
         elif action in SCHEMA_CHANGES:
             self.schema_changed = True
-            if tables is not None:
-                tables.add(ANYTHING)
+            self.note_anything()
         elif action == sqlite3.SQLITE_FUNCTION and self.is_asking and second in self.history:
             return self.deny_history(f"{second}()")
         elif self.hidden_commit and action == sqlite3.SQLITE_TRANSACTION:

@@ -7,7 +7,7 @@ import sqlite3
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from onewriter.sqlite.guard import ANYTHING, Mode
+from onewriter.sqlite.guard import Mode
 from onewriter.sqlite.lending import Lending
 from onewriter.sqlite.lent import lend, retire
 from onewriter.write.session import WriteSession
@@ -41,8 +41,7 @@ class ConnectionLoan:
         self._session = session
         self.connection = session.connection
         self.savepoint = loan.part
-        if session.guard.tables is not None:
-            session.guard.tables.add(ANYTHING)  # nobody is asked about what is written through blobopen
+        session.guard.note_anything()  # SQLite does not ask about what is written through blobopen
         self.if_free = loan.if_free
         self._factories = self.connection.row_factory, self.connection.text_factory
         self._is_traced = False

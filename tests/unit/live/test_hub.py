@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -83,7 +84,7 @@ def test_an_older_read_that_ends_late_takes_nothing_back(new_db: DbWriter) -> No
     hub = core_of(new_db).live
     with new_db.watch("SELECT n FROM t") as live:
         query = live._entered()
-        older = hub.begin(query)
+        older = hub.begin(query, None)
         found = hub.pool.use(Claim("test"), older.alone, 1e9)
         new_db.run("INSERT INTO t VALUES (1)")
         new_db.close()
@@ -129,3 +130,18 @@ def test_a_watch_that_could_not_be_opened_leaves_nothing(new_db: DbWriter, monke
     with pytest.raises(WriterClosedError), new_db.watch("SELECT 1"):
         pass
     assert (hub._queries, hub.state.live) == ({}, None)
+
+
+def test_a_lock_in_the_way_of_the_look_is_no_news(new_db: DbWriter) -> None:
+    """It looks again in a moment."""
+
+    class Locked:
+        databases = ("main",)
+
+        def internal(self, sql: str) -> NoReturn:
+            raise sqlite3.OperationalError("database is locked")
+
+    hub = core_of(new_db).live
+    before = hub._commits
+    hub.look(Locked())  # type: ignore[arg-type]
+    assert hub._commits == before

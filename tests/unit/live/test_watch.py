@@ -339,6 +339,26 @@ def test_who_waits_for_the_read_of_another_reads_if_that_fails(counted: DbWriter
     assert [type(error) for error in first] == [sqlite3.OperationalError]
 
 
+def test_ctrl_c_just_before_a_read_keeps_nobody_from_it(new_db: DbWriter, monkeypatch: pytest.MonkeyPatch) -> None:
+    new_db.run("CREATE TABLE t (n)")
+    with new_db.watch(N) as other:
+        with new_db.watch(N) as live, monkeypatch.context() as patched:
+            patched.setattr(live, "_use_pool", raising(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                live.next()
+            patched.undo()
+            assert live.next(DEADLINE) == []
+        with new_db.watch("SELECT 2") as one, new_db.watch("SELECT 2") as two:
+            monkeypatch.setattr(one, "_use_pool", raising(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                one.next()
+            with looping(two) as got:
+                eventually(lambda: two._entered().waiters)
+                one.close()
+                eventually(lambda: got == [[(2,)]])
+        assert other.next(DEADLINE) == []
+
+
 # No wake-up is lost ---------------------------------------------------------------------------------------------------
 
 
@@ -672,6 +692,16 @@ def test_close_gives_the_last_state_to_those_who_wait_and_to_those_who_come_late
         assert list(busy) == [last]
         with pytest.raises(WriterClosedError):
             busy.next()
+
+
+def test_close_of_an_inline_gateway_ends_the_loops_of_other_threads(path: Path) -> None:
+    with DbWriter(path, inline=True) as db:
+        db.run("CREATE TABLE t (n)")
+        with db.watch(N, every=3600) as live, looping(live) as got:
+            eventually(lambda: got == [[]])
+            db.run("INSERT INTO t VALUES (1)")
+            db.close()
+            eventually(lambda: got == [[], [(1,)], "ended"])
 
 
 def test_close_gives_the_first_rows_to_one_that_has_had_none(new_db: DbWriter) -> None:
