@@ -114,7 +114,7 @@ class Watching(Generic[T]):
         last = self._last
         is_new = last is None or answer.error is not None or not same(last.raw, answer.raw)
         with self._live.lock:
-            if self._last is not last:  # another thread has taken it
+            if self._last is not last or answer.number <= self._number:  # another thread has taken it, or a later one
                 return False
             self._number, self._looked_at = answer.number, monotonic()
             if answer.error is None:

@@ -25,6 +25,7 @@ from onewriter import (
     WriterClosedError,
 )
 from onewriter.base.waiting import wait_in_slices
+from onewriter.live.query import Answer
 
 N = "SELECT n FROM t ORDER BY n"
 
@@ -781,6 +782,14 @@ def test_a_loop_inside_a_job_gets_the_rows_and_does_not_wait(db: DbWriter) -> No
             return rows
 
     assert db.run(job) == []  # what is committed
+
+
+def test_of_two_threads_the_slow_one_does_not_give_older_rows_after_newer_ones(new_db: DbWriter) -> None:
+    with new_db.watch(N) as live:
+        newer, older = Answer(6, [(6,)], [(6,)]), Answer(5, [(5,)], [(5,)])
+        assert live._is_news(newer)
+        assert not live._is_news(older)
+        assert not live._is_news(newer)
 
 
 def test_one_connection_is_enough_beside_a_reader_of_the_same_thread(one: DbWriter) -> None:
