@@ -151,6 +151,6 @@ class Watched(RuleBasedStateMachine):
 
 
 Watched.TestCase.settings = settings(
-    max_examples=60, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=40, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
 )
 TestWatched = Watched.TestCase

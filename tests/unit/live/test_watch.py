@@ -705,6 +705,24 @@ def test_close_of_an_inline_gateway_ends_the_loops_of_other_threads(path: Path) 
             eventually(lambda: got == [[], [(1,)], "ended"])
 
 
+def test_an_inline_gateway_that_is_closed_in_this_moment_gives_its_last_state(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with DbWriter(path, inline=True) as db:
+        db.run("CREATE TABLE t (n)")
+        with db.watch(N, every=0) as live:
+            live.next()
+
+            def closed_meanwhile() -> None:
+                monkeypatch.undo()
+                db.run("INSERT INTO t VALUES (1)")
+                db.close()
+                raise WriterClosedError
+
+            monkeypatch.setattr(live._live, "ask", closed_meanwhile)
+            assert list(live) == [[(1,)]]
+
+
 def test_close_gives_the_first_rows_to_one_that_has_had_none(new_db: DbWriter) -> None:
     new_db.run("CREATE TABLE t (n)")
     with new_db.watch(N) as other:
