@@ -46,7 +46,6 @@ class LiveQueries:
         self.polls = polls  # nobody is the writer unless somebody asks
         self.is_over = False  # and the last answer of each query is there
         self.lock = threading.RLock()
-        state.locks = (*state.locks, self.lock)
         self._queries: dict[object, Query] = {}
         self._commits = 0
         self._changed: dict[str, int] = {}  # by table
@@ -63,11 +62,14 @@ class LiveQueries:
     def open(self, read: Read[Any], key: object) -> Query:
         """The query for one more watch; whoever has the same ``key`` shares it."""
         self.check_open()
+        state = self.state
         with self.lock:
+            if self.lock not in state.locks:  # each write asks for all of them
+                state.locks = (*state.locks, self.lock)
             query = self._queries.get(key) or Query(read, key)
             self._queries[key] = query
             query.watches += 1
-            is_first, self.state.live = self.state.live is None, self
+            is_first, state.live = state.live is None, self
         if is_first:
             try:
                 self.ask()

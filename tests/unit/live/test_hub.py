@@ -11,7 +11,7 @@ import pytest
 
 from aio_helpers import opened, run, until
 from helpers import core_of, raising
-from onewriter import DbWriter, WriterClosedError
+from onewriter import DbWriter, ReentrantWriteError, WriterClosedError
 from onewriter.live.query import Query
 from onewriter.read.claim import Claim
 from onewriter.read.read import sql_read
@@ -145,3 +145,14 @@ def test_a_lock_in_the_way_of_the_look_is_no_news(new_db: DbWriter) -> None:
     before = hub._commits
     hub.look(Locked())  # type: ignore[arg-type]
     assert hub._commits == before
+
+
+def test_a_finalizer_or_signal_handler_that_finds_its_lock_held_does_not_wait(new_db: DbWriter) -> None:
+    """The writer may need the lock, which only the interrupted thread gives back."""
+    hub = core_of(new_db).live
+    with new_db.watch("SELECT 1"):
+        assert not hub.state.is_inside()
+        with hub.lock:
+            assert hub.state.is_inside()
+            with pytest.raises(ReentrantWriteError):
+                new_db.run("SELECT 2")
