@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import shutil
+import sys
 import tempfile
 import types
 import warnings
@@ -34,8 +35,10 @@ from onewriter.ends.backup import copy
 from onewriter.ends.fork import refuse_inherited
 from onewriter.errors import ReadTimeoutError, ReentrantWriteError, WriteTimeoutError, closed_error
 from onewriter.events import BackupEnded, Hook, Submit, announce
+from onewriter.live.hub import LiveQueries
 from onewriter.options import Options
 from onewriter.read.pool import ReaderPool
+from onewriter.read.read import FunctionRead, Read, read_of
 from onewriter.read.reader import Snapshot
 from onewriter.sqlite.company import check_company, check_path
 from onewriter.sqlite.file import DatabaseFile
@@ -102,6 +105,7 @@ class Core:
             functools.partial(_forget, folder),
         )
         self.driver: Driver = InlineDriver(writer, self.pool.clock) if options.inline else ThreadDriver(writer)
+        self.live = LiveQueries(state, self.pool, self.queue.check_open, self._settle_nothing, options.inline)
         submit, hook = self.driver.submit, options.on_event
         self.submit: Submit = submit if hook is None else functools.partial(_announce_and_submit, submit, state, hook)
         refuse_inherited(self.path)
@@ -159,6 +163,17 @@ class Core:
 
     def flush(self, frame: types.FrameType) -> Job[None]:
         return ControlJob(self.state, "flush", frame, None)
+
+    def watched(self, what: Any, params: Any, label: Label) -> tuple[Read[Any], object]:
+        """The read that a watch repeats, and what it is shared by."""
+        read = read_of(what, params, check_label(label))
+        if isinstance(read, FunctionRead) or self.options.row_factory is not None:
+            return read, object()  # what these give is not to be shared
+        return read, (read.sql, repr(read.parameters), read.label)
+
+    def _settle_nothing(self) -> None:
+        """Have the writer look for what is watched."""
+        self.driver.submit(ControlJob(self.state, "watch", sys._getframe(), None), 0.0)
 
     def checkpoint(self, mode: str, frame: types.FrameType) -> Job[Checkpoint]:
         check_choice("mode", mode, CHECKPOINTS)
