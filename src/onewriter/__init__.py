@@ -16,14 +16,17 @@ from onewriter.errors import (
     WriteTimeoutError,
 )
 from onewriter.gateway import DbWriter
+from onewriter.live.watch import Watch
 from onewriter.sqlite.result import Result
 from onewriter.tasks.block import AsyncTransaction
+from onewriter.tasks.watch import AsyncWatch
 from onewriter.write.ticket import Ticket
 from onewriter.write.transaction import Transaction
 
 __all__ = [
     "AsyncDbWriter",
     "AsyncTransaction",
+    "AsyncWatch",
     "CloseReport",
     "CommitUnknownError",
     "DbWriter",
@@ -38,6 +41,7 @@ __all__ = [
     "Transaction",
     "TransactionAbortedError",
     "TransactionClosedError",
+    "Watch",
     "WriteTimeoutError",
     "WriterBrokenError",
     "WriterClosedError",

@@ -32,6 +32,7 @@ from onewriter.sqlite.result import Result, first_value
 from onewriter.tasks.block import AsyncTransaction, TaskBlock, TaskSavepoint, nested, outermost, perform_inside
 from onewriter.tasks.calls import LoopDeadlines, and_the_log, in_thread
 from onewriter.tasks.reader import AsyncReader, TaskReads
+from onewriter.tasks.watch import AsyncWatch
 from onewriter.write.checkpoint import Checkpoint
 from onewriter.write.ticket import Job, Ticket
 
@@ -204,7 +205,9 @@ class AsyncDbWriter(Strict):
         """As ``DbWriter.enqueue``, but never waits: QueueFullError at once if there is no room. Not a coroutine."""
         core = self._core()
         job = core.job(what, params, label, None, sys._getframe(1), bounded=not core.state.would_deadlock_task())
-        core.accept(job, 0.0)
+        if core.state.reporting:
+            core.mute_in_handlers(job)
+        core.submit(job, 0.0)
         return job
 
     @overload
@@ -365,6 +368,27 @@ class AsyncDbWriter(Strict):
         place = repr(label) if label else f"reader() in {called_from(sys._getframe(1))}"
         reads = self._task_reads()
         return reads.lend(place, lambda: self._after(after, timeout, label, reads.here()))
+
+    @overload
+    def watch(
+        self, sql: str, params: Any = (), /, *, label: Label = None, every: float = 0.05
+    ) -> AsyncWatch[list[Any]]: ...
+    @overload
+    def watch(
+        self, fn: Callable[[sqlite3.Connection], T], /, *, label: Label = None, every: float = 0.05
+    ) -> AsyncWatch[T]: ...
+    def watch(
+        self,
+        what: str | Callable[[sqlite3.Connection], T],
+        params: Any = (),
+        /,
+        *,
+        label: Label = None,
+        every: float = 0.05,
+    ) -> AsyncWatch[Any]:
+        """As ``DbWriter.watch``, in ``async with`` and ``async for``; a function runs in a thread."""
+        core = self._core()
+        return AsyncWatch(core.live, *core.watched(what, params, label), every, self, self._task_reads())
 
     def _read(self, read: Read[T], label: Label, timeout: Seconds, after: After) -> Coroutine[Any, Any, T]:
         reads = self._task_reads()

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import shutil
+import sys
 import tempfile
 import types
 import warnings
@@ -24,6 +25,7 @@ from onewriter.base.arguments import (
     check_seconds,
     check_sql,
     check_timeout,
+    name_of,
 )
 from onewriter.base.log import call_safely, report
 from onewriter.base.state import State, Work
@@ -33,8 +35,10 @@ from onewriter.ends.backup import copy
 from onewriter.ends.fork import refuse_inherited
 from onewriter.errors import ReadTimeoutError, ReentrantWriteError, WriteTimeoutError, closed_error
 from onewriter.events import BackupEnded, Hook, Submit, announce
+from onewriter.live.hub import LiveQueries
 from onewriter.options import Options
 from onewriter.read.pool import ReaderPool
+from onewriter.read.read import FunctionRead, Read, read_of
 from onewriter.read.reader import Snapshot
 from onewriter.sqlite.company import check_company, check_path
 from onewriter.sqlite.file import DatabaseFile
@@ -44,7 +48,7 @@ from onewriter.sqlite.result import Result
 from onewriter.sqlite.statement import check_many
 from onewriter.write.checkpoint import Checkpoint
 from onewriter.write.driver import Driver, InlineDriver, ThreadDriver
-from onewriter.write.jobs import BareStatementJob, ControlJob, FunctionJob, LoanJob, StatementJob
+from onewriter.write.jobs import BareStatementJob, ControlJob, FunctionJob, LoanJob, RebuildJob, StatementJob
 from onewriter.write.queue import JobQueue
 from onewriter.write.ticket import Job, Ticket
 from onewriter.write.transaction import Transaction
@@ -101,6 +105,7 @@ class Core:
             functools.partial(_forget, folder),
         )
         self.driver: Driver = InlineDriver(writer, self.pool.clock) if options.inline else ThreadDriver(writer)
+        self.live = LiveQueries(state, self.pool, self.queue.check_open, self._settle_nothing, options.inline)
         submit, hook = self.driver.submit, options.on_event
         self.submit: Submit = submit if hook is None else functools.partial(_announce_and_submit, submit, state, hook)
         refuse_inherited(self.path)
@@ -135,20 +140,23 @@ class Core:
         check_no_params(params)
         check_foreign_keys(foreign_keys)
         check_function(what)
-        return FunctionJob(self.state, what, label, frame, foreign_keys=foreign_keys, bounded=bounded)
+        label = label or name_of(what)
+        if foreign_keys is not None:
+            return RebuildJob(self.state, what, label, frame, foreign_keys)
+        return FunctionJob(self.state, what, label, frame, bounded)
 
     def many(self, sql: str, rows: Iterable[Any], label: Label, frame: types.FrameType) -> Job[Result]:
         check_many(check_sql(sql))
         check_label(label)
         captured = capture_many(sql, rows)
-        return LoanJob(self.state, lambda loan: loan.statement_many(sql, captured), label, frame, sql=sql)
+        return LoanJob(self.state, lambda loan: loan.statement_many(sql, captured), label, frame, sql)
 
     def script(self, sql: str, label: Label, foreign_keys: bool | None, frame: types.FrameType) -> Job[None]:
         check_sql(sql)
         check_label(label)
         check_foreign_keys(foreign_keys)
         name = sql or "script"
-        return LoanJob(self.state, lambda loan: loan.script(sql), label, frame, foreign_keys=foreign_keys, sql=name)
+        return LoanJob(self.state, lambda loan: loan.script(sql), label, frame, name, foreign_keys)
 
     def bare(self, sql: str, params: Any, label: Label, frame: types.FrameType) -> Job[Result]:
         return BareStatementJob(self.state, check_sql(sql), capture(sql, params), check_label(label), frame, False)
@@ -156,16 +164,25 @@ class Core:
     def flush(self, frame: types.FrameType) -> Job[None]:
         return ControlJob(self.state, "flush", frame, None)
 
+    def watched(self, what: Any, params: Any, label: Label) -> tuple[Read[Any], object]:
+        """The read that a watch repeats, and what it is shared by."""
+        read = read_of(what, params, check_label(label))
+        if isinstance(read, FunctionRead) or self.options.row_factory is not None:
+            return read, object()  # what these give is not to be shared
+        return read, (read.sql, repr(read.parameters), read.label)
+
+    def _settle_nothing(self) -> None:
+        """Have the writer look for what is watched."""
+        self.driver.submit(ControlJob(self.state, "watch", sys._getframe(), None), 0.0)
+
     def checkpoint(self, mode: str, frame: types.FrameType) -> Job[Checkpoint]:
         check_choice("mode", mode, CHECKPOINTS)
         return ControlJob(self.state, "checkpoint", frame, functools.partial(self.writer.checkpoint, mode))
 
-    def accept(self, job: Job[Any], timeout: Seconds) -> None:
-        """Take a job that nobody waits for."""
-        state = self.state
-        if state.reporting and get_ident() in state.reporting:
-            job.add_done_callback(_say_nothing)  # a log handler's own job: telling its failure would call it again
-        self.submit(job, timeout)
+    def mute_in_handlers(self, job: Job[Any]) -> None:
+        """A log handler's own job: telling its failure would call it again."""
+        if get_ident() in self.state.reporting:
+            job.add_done_callback(_say_nothing)
 
     # Checks that both faces make --------------------------------------------------------------------------------------
 

@@ -25,6 +25,7 @@ from onewriter.base.waiting import seconds_until, thread_signal, wait_in_slices
 from onewriter.core import After, Core, Function, Label, Seconds, deadline_of
 from onewriter.ends.backup import check_backup
 from onewriter.errors import ReentrantWriteError
+from onewriter.live.watch import Watch
 from onewriter.options import Options
 from onewriter.read.claim import Claim
 from onewriter.read.read import FETCHALL, FETCHONE, Read, read_of, select, sql_read
@@ -277,10 +278,12 @@ class DbWriter(Strict):
         elif type(what) is types.FunctionType and type(params) is tuple and not params and label is None:
             if what.__code__.co_flags & NOT_PLAIN:
                 check_function(what)
-            job = FunctionJob(state, what, what.__qualname__, sys._getframe(1), bounded=bounded)
+            job = FunctionJob(state, what, what.__qualname__, sys._getframe(1), bounded)
         else:
             job = self._core.job(what, params, label, None, sys._getframe(1), bounded)
-        self._core.accept(job, timeout)
+        if state.reporting:
+            self._core.mute_in_handlers(job)
+        self._submit(job, timeout)
         return job
 
     def flush(self, timeout: Seconds = None) -> None:
@@ -396,6 +399,35 @@ class DbWriter(Strict):
         until = writer.held_until if isinstance(writer, WriteLoan) and writer.is_of_function else math.inf
         with self._core.pool.snapshot(label, deadline, until) as snapshot:
             yield snapshot.to_lend
+
+    @overload
+    def watch(self, sql: str, params: Any = (), /, *, label: Label = None, every: float = 0.05) -> Watch[list[Any]]: ...
+    @overload
+    def watch(
+        self, fn: Callable[[sqlite3.Connection], T], /, *, label: Label = None, every: float = 0.05
+    ) -> Watch[T]: ...
+    def watch(
+        self,
+        what: str | Callable[[sqlite3.Connection], T],
+        params: Any = (),
+        /,
+        *,
+        label: Label = None,
+        every: float = 0.05,
+    ) -> Watch[Any]:
+        """A SELECT's rows, or what ``what(connection)`` returns, now and again after each commit that changed them.
+
+        ``with db.watch(sql) as live: for rows in live: …``, or ``live.next(timeout)``. Commits of any process count.
+        Blocks only while it waits or reads, and holds no connection between two reads.
+
+        Args:
+            params: of the SELECT; copied now.
+            every: seconds; it reads once in so many at most, and gives the newest rows then.
+
+        Raises:
+            WriterClosedError, WriterBrokenError: at the entry.
+        """
+        return Watch(self._core.live, *self._core.watched(what, params, label), every, self)
 
     # Operations -------------------------------------------------------------------------------------------------------
 

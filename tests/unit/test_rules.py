@@ -23,7 +23,7 @@ ARCHITECTURE = Path(__file__).parents[2] / "docs" / "contributing.md"
 
 # From low to high: a file imports lower floors, and its own folder.
 FLOORS = (
-    *("errors.py", "base", "sqlite", "events.py", "write", "read", "tasks", "ends", "options.py", "core.py"),
+    *("errors.py", "base", "sqlite", "events.py", "write", "read", "live", "tasks", "ends", "options.py", "core.py"),
     *("gateway.py", "aio.py", "tools", "testing.py", "__main__.py __init__.py"),
 )
 FACES = ("aio.py", "gateway.py")
@@ -39,6 +39,7 @@ def test_the_public_names_are_these() -> None:
     expected = [
         "AsyncDbWriter",
         "AsyncTransaction",
+        "AsyncWatch",
         "CloseReport",
         "CommitUnknownError",
         "DbWriter",
@@ -53,6 +54,7 @@ def test_the_public_names_are_these() -> None:
         "Transaction",
         "TransactionAbortedError",
         "TransactionClosedError",
+        "Watch",
         "WriteTimeoutError",
         "WriterBrokenError",
         "WriterClosedError",
@@ -258,7 +260,7 @@ def test_reach_for_private_names_is_found() -> None:
 
 def test_the_files_that_the_architecture_page_names_are_there() -> None:
     named = re.findall(
-        r"`((?:base|sqlite|write|read|tasks|ends|tools)/\w+\.py)`", ARCHITECTURE.read_text(encoding="utf-8")
+        r"`((?:base|sqlite|write|read|live|tasks|ends|tools)/\w+\.py)`", ARCHITECTURE.read_text(encoding="utf-8")
     )
     assert named
     assert set(named) - FILES.keys() == set()

@@ -6,11 +6,12 @@ failed.
 
 from __future__ import annotations
 
+import sqlite3
 import time
 from collections.abc import Iterable
 from typing import Any
 
-from onewriter import DbWriter, Ticket, Transaction
+from onewriter import DbWriter, Ticket, Transaction, Watch
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS video (
@@ -118,22 +119,29 @@ class Store:
     # Reads never wait for any of them.
 
     def counts(self) -> dict[str, Any]:
-        """One moment of everything."""
-        with self.db.reader(label="counts") as connection:
-            states = dict(connection.execute("SELECT state, count(*) FROM video GROUP BY state").fetchall())
-            rest = connection.execute(
-                "SELECT (SELECT count(*) FROM webhook), (SELECT count(*) FROM failure), "
-                "(SELECT coalesce(sum(saved), 0) FROM video)"
-            ).fetchone()
-            services = connection.execute("SELECT name, url FROM service ORDER BY name").fetchall()
-            latest = connection.execute(
-                "SELECT path, state, worker, attempts FROM video WHERE state <> 'found' ORDER BY id DESC LIMIT 8"
-            ).fetchall()
-        return {
-            "states": {state: states.get(state, 0) for state in ("found", "claimed", "encoding", "done", "failed")},
-            "webhooks": rest[0],
-            "failures": rest[1],
-            "saved": rest[2],
-            "services": services,
-            "latest": latest,
-        }
+        return self.db.read(_counts, label="counts")
+
+    def watch(self) -> Watch[dict[str, Any]]:
+        """The same, now and whenever a commit has changed it."""
+        return self.db.watch(_counts, label="page", every=0.2)
+
+
+def _counts(connection: sqlite3.Connection) -> dict[str, Any]:
+    """One moment of everything."""
+    states = dict(connection.execute("SELECT state, count(*) FROM video GROUP BY state").fetchall())
+    rest = connection.execute(
+        "SELECT (SELECT count(*) FROM webhook), (SELECT count(*) FROM failure), "
+        "(SELECT coalesce(sum(saved), 0) FROM video)"
+    ).fetchone()
+    services = connection.execute("SELECT name, url FROM service ORDER BY name").fetchall()
+    latest = connection.execute(
+        "SELECT path, state, worker, attempts FROM video WHERE state <> 'found' ORDER BY id DESC LIMIT 8"
+    ).fetchall()
+    return {
+        "states": {state: states.get(state, 0) for state in ("found", "claimed", "encoding", "done", "failed")},
+        "webhooks": rest[0],
+        "failures": rest[1],
+        "saved": rest[2],
+        "services": services,
+        "latest": latest,
+    }

@@ -52,6 +52,14 @@ class Loan(Protocol):
     def close(self, why: str) -> None: ...
 
 
+class Live(Protocol):
+    """The queries that are watched; ``session`` is the write connection's, or None."""
+
+    def settled(self, session: Any, jobs: Any) -> None: ...
+    def look(self, session: Any) -> None: ...
+    def end(self, session: Any) -> None: ...
+
+
 class State:
     """The one place that says which job holds the writer, in which thread, and since when.
 
@@ -82,6 +90,7 @@ class State:
         self.scopes: Scopes[Any] = Scopes()
         self.blocks: set[Block] = set()  # that tasks have, or wait for
         self.waiting: tuple[Work, float] | None = None  # for SQLite's lock, and since when
+        self.live: Live | None = None  # while something is watched
         self.calling_back: tuple[Work | None, float] | None = None  # whose callbacks are called (None: on_event), since
 
     def after_fork_in_child(self, error: BaseException) -> None:

@@ -17,7 +17,7 @@ from onewriter.errors import ReadTimeoutError
 from onewriter.read.claim import Claim
 from onewriter.read.pool import ReaderPool
 from onewriter.read.read import Read
-from onewriter.read.reader import Snapshot, ended_error
+from onewriter.read.reader import Reader, Snapshot, ended_error
 from onewriter.sqlite.parameters import capture
 from onewriter.sqlite.result import Result
 from onewriter.sqlite.statement import Parameters
@@ -48,9 +48,7 @@ class TaskReads:
     async def read(self, read: Read[T], here: Any, until: float) -> T:
         """Read in what the caller was inside, or with a connection of the pool."""
         if here is None:
-            claim = Claim(read.label)
-            await self._admitted(claim, until)
-            return await self.call(self._pool.use, claim, read.alone, until, claim=claim, begins=True, waits=False)
+            return await self.use(read.label, read.alone, until)
         if isinstance(here, TaskBlock | TaskSavepoint):
             return await here.block.call(read.inside, here.block.lends(), until, until=until)
         if isinstance(here, AsyncReader):
@@ -58,6 +56,12 @@ class TaskReads:
         if isinstance(here, WriteLoan) and here.is_of_function:  # whose thread this is
             return read.inside(here, until)
         return await self.call(read.inside, here, until)
+
+    async def use(self, label: str, function: Callable[[Reader], T], until: float) -> T:
+        """Wait for a connection of the pool, and call ``function`` with it in a thread."""
+        claim = Claim(label)
+        await self._admitted(claim, until)
+        return await self.call(self._pool.use, claim, function, until, claim=claim, begins=True, waits=False)
 
     @contextlib.asynccontextmanager
     async def lend(self, label: str, deadline: Callable[[], Awaitable[float]]) -> AsyncIterator[AsyncReader]:

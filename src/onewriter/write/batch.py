@@ -288,8 +288,7 @@ class Batch:
         try:
             loan.end()
             if error is None:
-                if not self._session.connection.in_transaction or loan.was_touched or job.foreign_keys is False:
-                    self._check_end(job, loan)
+                self._check_end(job, loan)
                 if savepoint:
                     self._session.release_mark()
                 job._result, job._error = result, None

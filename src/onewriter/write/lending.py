@@ -46,6 +46,7 @@ class ConnectionLoan:
         self._session = session
         self.connection = session.connection
         self.guard = session.guard
+        self.guard.note_anything()  # SQLite does not ask about what is written through blobopen
         self.if_free = loan.if_free
         # A read in a transaction has nothing to undo.
         self.savepoints: Savepoints = loan.all_parts() if loan.can_write else NoSavepoints()

@@ -77,11 +77,6 @@ class WriteLoan:
         return self._closed == TOO_LONG
 
     @property
-    def was_touched(self) -> bool:
-        """Whether more than statements has come of it, or a limit is on it."""
-        return self._watch is not None or self._closed != ENDED
-
-    @property
     def is_overdue(self) -> bool:
         """Whether ``max_hold`` is over, and nobody has revoked it for that."""
         return monotonic() > self._until and self._closed in (None, ENDED)

@@ -16,13 +16,14 @@ from onewriter.base.tally import Times
 from onewriter.base.waiting import wake
 from onewriter.errors import forked_error
 from onewriter.events import BatchEnded, Hook, publish
-from onewriter.sqlite.guard import Guard
 from onewriter.sqlite.retry import is_busy, is_corrupt, note_descriptors
+from onewriter.write.connection import WriteConnection
 from onewriter.write.loan import WriteLoan
 from onewriter.write.lock import WriteLock
 from onewriter.write.ticket import DONE, RUNNING, Job, Ticket
 
-work_of, three_moments = attrgetter("work"), attrgetter("created_at", "started_at", "ended_at")
+work_of, parts_of = attrgetter("work"), attrgetter("parts")
+three_moments = attrgetter("created_at", "started_at", "ended_at")
 
 
 class Outcomes:
@@ -31,13 +32,13 @@ class Outcomes:
     def __init__(
         self,
         state: State,
-        guard: Guard,
+        connection: WriteConnection,
         lock: WriteLock,
         on_error: Callable[[Ticket[Any]], object] | None,
         on_event: Hook | None,
     ) -> None:
         self._state = state
-        self._guard = guard
+        self._connection = connection
         self._lock = lock
         self._on_error = on_error
         self._on_event = on_event
@@ -45,7 +46,7 @@ class Outcomes:
     def fail(self, job: Job[Any], error: BaseException) -> None:
         """Keep ``error`` as the outcome of ``job``, with a note that names it; nobody sees it before ``settle``."""
         try:
-            self._guard.explain(error)
+            self._connection.guard.explain(error)
         except BaseException as raised:  # while SQLite asked whether it may
             error = raised
         try:
@@ -102,7 +103,9 @@ class Outcomes:
                 state.tally.add_batch(moments, times, commits)
         wake(wakeups)
         del works  # only now does what the jobs worked with go: it may have finalizers
-        if loans or called or unheard:
+        if state.live is not None:
+            call_safely(state, state.live.settled, self._connection.session, jobs)
+        if called or unheard or any(map(parts_of, loans)):  # most loans have none
             self._tell(called, unheard, loans)
         if self._on_event is not None:
             self._publish(self._on_event, jobs, times, commits)
@@ -115,7 +118,7 @@ class Outcomes:
 
     def _tell(self, called: list[Job[Any]], unheard: list[Job[Any]], loans: Iterable[WriteLoan]) -> None:
         for loan in loans:
-            if loan.parts is not None:  # most have none
+            if loan.parts is not None:
                 self.call_back(loan, committed=loan.job._error is None)
         for job in called:
             self._state.begin_callbacks(job)

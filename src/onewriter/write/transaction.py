@@ -37,8 +37,8 @@ class Transaction:
     def connection(self) -> sqlite3.Connection:
         """A ``sqlite3.Connection`` on this transaction, for libraries that want one.
 
-        Its own transaction is a part of this one: ``commit`` keeps, ``rollback`` goes back to that, texts and attributes
-        mean what they mean in ``sqlite3``; ``close`` ends nothing. After the end its uses raise
+        Its own transaction is a part of this one: ``commit`` keeps, ``rollback`` goes back to that, texts and
+        attributes mean what they mean in ``sqlite3``; ``close`` ends nothing. After the end every use raises
         ``sqlite3.ProgrammingError``.
         """
         return self._loan.connection

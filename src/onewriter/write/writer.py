@@ -30,6 +30,7 @@ from onewriter.write.queue import JobQueue
 from onewriter.write.ticket import RUNNING, Job, Ticket
 
 MOST_TAKEN = 2048  # jobs
+LOOK = 0.05  # seconds without jobs after which it looks for commits of others, if something is watched
 IDLE = 0.5  # seconds without jobs after which the log is emptied
 
 
@@ -72,7 +73,7 @@ class Writer:
         self._checkpointer = Checkpointer(settings, label, file, readers, state, on_event)
         self._connection = WriteConnection(settings, label, policy, state, file, self._checkpointer)
         self._lock = WriteLock(policy, settings.path, state, file, readers, self._connection.tell_waiting)
-        self._outcomes = outcomes = Outcomes(state, self._connection.guard, self._lock, on_error, on_event)
+        self._outcomes = outcomes = Outcomes(state, self._connection, self._lock, on_error, on_event)
         self._means = Means(self._connection, self._lock, state, max_hold, outcomes.fail)
         self._again: dict[Job[Any], Again] = {}  # of jobs whose transaction was undone
         self._standing: Batch | None = None  # in which the one that stands has run
@@ -176,10 +177,14 @@ class Writer:
     @property
     def idle_after(self) -> float:
         """Seconds without jobs after which ``idle`` is to be called; -1: it need not be."""
+        if self.state.live is not None:
+            return LOOK
         return IDLE if self._checkpointer.has_work else -1
 
     def idle(self) -> None:
         """Do what waits for a quiet moment."""
+        if self.state.live is not None:
+            call_safely(self.state, self.state.live.look, self._connection.session)
         if self._checkpointer.has_work and monotonic() - self._lock.released_at >= IDLE:
             self._checkpointer.attempt(self._checkpointer.empty, self._connection.session)
 
@@ -188,6 +193,8 @@ class Writer:
         if self.state.forked:
             return
         self.drained.set()
+        if self.state.live is not None:
+            call_safely(self.state, self.state.live.end, self._connection.session)
         # The readers before the writer: the last to close tidies up, if it may write.
         call_safely(self.state, self.readers.close, patience)
         call_safely(self.state, self._end_session)
