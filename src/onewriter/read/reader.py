@@ -213,6 +213,8 @@ class Snapshot:
         with self._lock:
             if self._ended or self.is_left:
                 raise ended_error()
+            if reader.guard.is_deciding:  # a signal handler, in the midst of a statement's preparation
+                raise ReentrantWriteError(IN_STATEMENT)
             reader.inside += 1
             try:
                 return function(*args, **options)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 from typing import Any, NoReturn, Self
 
+from onewriter.errors import TransactionAbortedError
 from onewriter.sqlite.lending import LentShell
 
 
@@ -47,7 +49,8 @@ class LentBlob:
         """Close it. Allowed after the loan has ended, where there is nothing left to do."""
         loan = self._lent._loan
         if not loan.is_over:
-            loan.call(sqlite3.Blob.close, self._raw)
+            with contextlib.suppress(TransactionAbortedError):  # it would hide why SQLite has rolled back
+                loan.call(sqlite3.Blob.close, self._raw)
 
     read = _of_blob("read")
     write = _of_blob("write")

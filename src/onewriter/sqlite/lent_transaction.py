@@ -127,9 +127,9 @@ class LentTransaction:
             self.commit()
         elif not isinstance(level, str):
             raise TypeError("isolation_level must be str or None")
-        elif level.upper() not in LEVELS:
+        elif str.upper(level) not in LEVELS:
             raise ValueError("isolation_level string must be '', 'DEFERRED', 'IMMEDIATE', or 'EXCLUSIVE'")
-        self.isolation_level = None if level is None else level.upper()
+        self.isolation_level = None if level is None else str.upper(level)
 
     def set_autocommit(self, value: Any) -> None:
         if value is not True and value is not False and value != LEGACY:

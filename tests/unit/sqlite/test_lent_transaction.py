@@ -285,11 +285,14 @@ def test_after_a_rollback_of_sqlites_own_nothing_hides_its_error(db: DbWriter) -
     with pytest.raises(TransactionAbortedError), db.transaction() as tx:
         connection = tx.connection
         cursor = connection.execute(INSERT, (2,))
+        connection.execute("CREATE TABLE b (data)")
+        blob: Any = connection.blobopen("b", "data", connection.execute("INSERT INTO b VALUES ('x')").lastrowid or 0)
         with pytest.raises(sqlite3.IntegrityError), connection:
             connection.execute("INSERT OR ROLLBACK INTO t VALUES (1)")
         assert not connection.in_transaction
         connection.rollback()
         cursor.close()
+        blob.close()
         connection.close()
         uses: list[Callable[[], object]] = [connection.commit, lambda: connection.execute("BEGIN"), connection.cursor]
         for use in uses:
@@ -464,3 +467,27 @@ def test_what_cannot_be_in_a_job_is_refused_with_a_note(tx: Transaction, sql: st
         tx.connection.execute(sql)
     assert caught.value.__notes__[0].startswith("onewriter: ")
     assert (numbers(tx.connection), tx.connection.in_transaction) == ([1], True)
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_a_signal_handler_cannot_use_a_connection_that_prepares_a_statement(db: DbWriter, reads: bool) -> None:
+    """It runs between two lines of Python, and the authorizer has some."""
+    refused: list[BaseException] = []
+    with contextlib.ExitStack() as stack:
+        connection: Any = stack.enter_context(db.reader() if reads else db.transaction())
+        connection = connection if reads else connection.connection
+        guard = connection._loan.guard
+        decide = guard.decide
+
+        def interrupted(*arguments: Any) -> int:
+            try:
+                connection.execute("SELECT 1")
+            except ReentrantWriteError as error:
+                refused.append(error)
+            return int(decide(*arguments))
+
+        guard.decide = interrupted
+        connection.execute("SELECT n AS new_text FROM t").fetchall()
+        guard.decide = decide
+        assert connection.execute("SELECT 2").fetchone() == (2,)
+    assert refused
