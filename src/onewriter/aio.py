@@ -189,11 +189,25 @@ class AsyncDbWriter(Strict):
         """As ``DbWriter.run_script``."""
         return self._execute(self._core().script(sql, label, foreign_keys, sys._getframe(1)), timeout)
 
+    @overload
     def run_without_transaction(
         self, sql: str, params: Any = (), /, *, label: Label = None, timeout: Seconds = 30.0
-    ) -> Coroutine[Any, Any, Result]:
-        """As ``DbWriter.run_without_transaction``."""
-        job = self._core().bare(sql, params, label, sys._getframe(1))
+    ) -> Coroutine[Any, Any, Result]: ...
+    @overload
+    def run_without_transaction(
+        self, fn: Callable[[sqlite3.Connection], T], /, *, label: Label = None, timeout: Seconds = 30.0
+    ) -> Coroutine[Any, Any, T]: ...
+    def run_without_transaction(
+        self,
+        what: str | Callable[[sqlite3.Connection], T],
+        params: Any = (),
+        /,
+        *,
+        label: Label = None,
+        timeout: Seconds = 30.0,
+    ) -> Coroutine[Any, Any, Any]:
+        """As ``DbWriter.run_without_transaction``; a function is called in the writer's thread."""
+        job = self._core().bare(what, params, label, sys._getframe(1))
         return self._execute(job, timeout, alone="run_without_transaction")
 
     @overload

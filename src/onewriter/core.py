@@ -18,9 +18,8 @@ from typing import Any, TypeAlias, TypeVar
 from onewriter.base.arguments import (
     check_choice,
     check_foreign_keys,
-    check_function,
+    check_job,
     check_label,
-    check_no_params,
     check_seconds,
     check_sql,
     check_timeout,
@@ -44,7 +43,7 @@ from onewriter.sqlite.result import Result
 from onewriter.sqlite.statement import check_many
 from onewriter.write.checkpoint import Checkpoint
 from onewriter.write.driver import Driver, InlineDriver, ThreadDriver
-from onewriter.write.jobs import BareStatementJob, ControlJob, FunctionJob, LoanJob, StatementJob
+from onewriter.write.jobs import BareStatementJob, ConnectionJob, ControlJob, FunctionJob, LoanJob, StatementJob
 from onewriter.write.queue import JobQueue
 from onewriter.write.ticket import Job, Ticket
 from onewriter.write.transaction import Transaction
@@ -130,11 +129,8 @@ class Core:
             if foreign_keys is not None:
                 raise TypeError("foreign_keys goes with a function or run_script, not with one statement")
             return StatementJob(self.state, what, capture(what, params), label, frame, bounded)
-        if not callable(what):
-            raise TypeError(f"a job is SQL (str) or a function of the Transaction, not {type(what).__name__}")
-        check_no_params(params)
+        check_job(what, params)
         check_foreign_keys(foreign_keys)
-        check_function(what)
         return FunctionJob(self.state, what, label, frame, foreign_keys=foreign_keys, bounded=bounded)
 
     def many(self, sql: str, rows: Iterable[Any], label: Label, frame: types.FrameType) -> Job[Result]:
@@ -150,8 +146,12 @@ class Core:
         name = sql or "script"
         return LoanJob(self.state, lambda loan: loan.script(sql), label, frame, foreign_keys=foreign_keys, sql=name)
 
-    def bare(self, sql: str, params: Any, label: Label, frame: types.FrameType) -> Job[Result]:
-        return BareStatementJob(self.state, check_sql(sql), capture(sql, params), check_label(label), frame, False)
+    def bare(self, what: Any, params: Any, label: Label, frame: types.FrameType) -> Job[Any]:
+        check_label(label)
+        if isinstance(what, str):
+            return BareStatementJob(self.state, what, capture(what, params), label, frame, False)
+        check_job(what, params)
+        return ConnectionJob(self.state, what, label, frame)
 
     def flush(self, frame: types.FrameType) -> Job[None]:
         return ControlJob(self.state, "flush", frame, None)

@@ -197,15 +197,38 @@ class DbWriter(Strict):
         """Run many statements, all or none, without a hidden COMMIT; returns after COMMIT. Raises as ``run`` does."""
         self._execute(self._core.script(sql, label, foreign_keys, sys._getframe(1)), timeout)
 
+    @overload
     def run_without_transaction(
         self, sql: str, params: Any = (), /, *, label: Label = None, timeout: Seconds = 30.0
-    ) -> Result:
-        """Run one statement alone, outside any transaction, for VACUUM and PRAGMA; returns when it is done.
+    ) -> Result: ...
+    @overload
+    def run_without_transaction(
+        self, fn: Callable[[sqlite3.Connection], T], /, *, label: Label = None, timeout: Seconds = 30.0
+    ) -> T: ...
+    def run_without_transaction(
+        self,
+        what: str | Callable[[sqlite3.Connection], T],
+        params: Any = (),
+        /,
+        *,
+        label: Label = None,
+        timeout: Seconds = 30.0,
+    ) -> Any:
+        """Run one statement, or a function, alone and outside any transaction; returns when it is done.
 
-        BEGIN, COMMIT, ROLLBACK, SAVEPOINT and ATTACH are refused. Raises as ``run`` does.
+        A statement is for VACUUM and PRAGMA; BEGIN, COMMIT, ROLLBACK, SAVEPOINT and ATTACH are refused.
+        A function is for what has transactions of its own: migration tools, dumps. It gets an ordinary
+        ``sqlite3.Connection`` in autocommit, on which nothing is refused, in the writer's thread, while no job runs.
+        The connection is closed after it, so that of what it sets nothing stays. It is called once.
+
+        Raises:
+            sqlite3.ProgrammingError: the function left a transaction open. Rolled back; what it had committed before
+                stays.
+            What SQLite or the function raised: what it had committed stays.
+            The others as ``run`` does.
         """
         self._state.refuse_endless_wait("run_without_transaction")
-        return self._execute(self._core.bare(sql, params, label, sys._getframe(1)), timeout)
+        return self._execute(self._core.bare(what, params, label, sys._getframe(1)), timeout)
 
     def transaction(
         self, *, label: Label = None, timeout: Seconds = 30.0, max_hold: float | None = None
