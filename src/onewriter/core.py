@@ -40,7 +40,7 @@ from onewriter.sqlite.file import DatabaseFile
 from onewriter.sqlite.options import refuse_old_sqlite, refuse_unsafe_sqlite
 from onewriter.sqlite.parameters import capture, capture_many
 from onewriter.sqlite.result import Result
-from onewriter.sqlite.statement import check_many
+from onewriter.sqlite.statement import check_many, inside_of_dump
 from onewriter.write.checkpoint import Checkpoint
 from onewriter.write.driver import Driver, InlineDriver, ThreadDriver
 from onewriter.write.jobs import BareStatementJob, ConnectionJob, ControlJob, FunctionJob, LoanJob, StatementJob
@@ -144,7 +144,10 @@ class Core:
         check_label(label)
         check_foreign_keys(foreign_keys)
         name = sql or "script"
-        return LoanJob(self.state, lambda loan: loan.script(sql), label, frame, foreign_keys=foreign_keys, sql=name)
+        inside, turns_keys_off = inside_of_dump(sql)
+        if turns_keys_off and foreign_keys is None:
+            foreign_keys = False  # in the transaction its PRAGMA would have no effect
+        return LoanJob(self.state, lambda loan: loan.script(inside), label, frame, foreign_keys=foreign_keys, sql=name)
 
     def bare(self, what: Any, params: Any, label: Label, frame: types.FrameType) -> Job[Any]:
         check_label(label)

@@ -194,7 +194,11 @@ class DbWriter(Strict):
     def run_script(
         self, sql: str, /, *, label: Label = None, timeout: Seconds = 30.0, foreign_keys: bool | None = None
     ) -> None:
-        """Run many statements, all or none, without a hidden COMMIT; returns after COMMIT. Raises as ``run`` does."""
+        """Run many statements, all or none, without a hidden COMMIT; returns after COMMIT. Raises as ``run`` does.
+
+        BEGIN at the beginning and COMMIT at the end, as in the output of ``.dump`` and ``iterdump()``, are the job's
+        own. After a first ``PRAGMA foreign_keys=OFF`` it is as with ``foreign_keys=False``: checked before COMMIT.
+        """
         self._execute(self._core.script(sql, label, foreign_keys, sys._getframe(1)), timeout)
 
     @overload
