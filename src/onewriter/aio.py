@@ -20,8 +20,8 @@ from onewriter.base.call_site import called_from, frame_around
 from onewriter.base.scopes import enclosing
 from onewriter.base.strict import Strict
 from onewriter.base.tally import CloseReport, Stats
-from onewriter.base.waiting import wake
-from onewriter.core import OWN_READER, After, Core, Function, Label, Seconds, core_of, deadline_of
+from onewriter.base.waiting import seconds_until, wake
+from onewriter.core import OWN_READER, VERSION, After, Core, Function, Label, Seconds, Steps, core_of, deadline_of
 from onewriter.ends.backup import check_backup
 from onewriter.errors import ReentrantWriteError, WriterClosedError
 from onewriter.events import announce
@@ -33,6 +33,7 @@ from onewriter.tasks.block import AsyncTransaction, TaskBlock, TaskSavepoint, ne
 from onewriter.tasks.calls import LoopDeadlines, and_the_log, in_thread
 from onewriter.tasks.reader import AsyncReader, TaskReads
 from onewriter.write.checkpoint import Checkpoint
+from onewriter.write.migrate import Migration
 from onewriter.write.ticket import Job, Ticket
 
 T = TypeVar("T")
@@ -210,6 +211,21 @@ class AsyncDbWriter(Strict):
         job = self._core().bare(what, params, label, sys._getframe(1))
         return self._execute(job, timeout, alone="run_without_transaction")
 
+    def migrate(
+        self, steps: Steps, *, label: Label = None, timeout: Seconds = 30.0, dry_run: bool = False
+    ) -> Coroutine[Any, Any, int]:
+        """As ``DbWriter.migrate``; functions are called in the writer's thread. Cancelled, it stops behind a step."""
+        core = self._core()
+        core.state.refuse_endless_wait("migrate", awaits=True)
+        return self._migrate(core.migration(steps, label, sys._getframe(1)), label, timeout, dry_run)
+
+    async def _migrate(self, migration: Migration, label: Label, timeout: Seconds, dry_run: bool) -> int:
+        until = deadline_of(timeout)
+        version: int = await self.read_value(VERSION, label=label, timeout=timeout)
+        while not (migration.is_at_end(version) or dry_run):
+            version = await self._execute(migration.job(), seconds_until(until), alone="migrate")
+        return version
+
     @overload
     def enqueue(self, sql: str, params: Any = (), /, *, label: Label = None) -> Ticket[Result]: ...
     @overload
@@ -218,6 +234,14 @@ class AsyncDbWriter(Strict):
         """As ``DbWriter.enqueue``, but never waits: QueueFullError at once if there is no room. Not a coroutine."""
         core = self._core()
         job = core.job(what, params, label, None, sys._getframe(1), bounded=not core.state.would_deadlock_task())
+        core.accept(job, 0.0)
+        return job
+
+    def enqueue_many(self, sql: str, seq_of_params: Iterable[Any], /, *, label: Label = None) -> Ticket[Result]:
+        """As ``DbWriter.enqueue_many``, but never waits: QueueFullError at once without room. Not a coroutine."""
+        core = self._core()
+        bounded = not core.state.would_deadlock_task()
+        job = core.many(sql, seq_of_params, label, sys._getframe(1), bounded)
         core.accept(job, 0.0)
         return job
 

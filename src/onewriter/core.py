@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import types
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from threading import get_ident
 from time import monotonic
 from typing import Any, TypeAlias, TypeVar
@@ -44,6 +44,7 @@ from onewriter.sqlite.statement import check_many, inside_of_dump
 from onewriter.write.checkpoint import Checkpoint
 from onewriter.write.driver import Driver, InlineDriver, ThreadDriver
 from onewriter.write.jobs import BareStatementJob, ConnectionJob, ControlJob, FunctionJob, LoanJob, StatementJob
+from onewriter.write.migrate import Migration, Step
 from onewriter.write.queue import JobQueue
 from onewriter.write.ticket import Job, Ticket
 from onewriter.write.transaction import Transaction
@@ -54,6 +55,8 @@ Function: TypeAlias = Callable[[Transaction], T]
 Label: TypeAlias = str | None
 Seconds: TypeAlias = float | None  # None: for ever
 After: TypeAlias = Ticket[Any] | None
+Steps: TypeAlias = Sequence[Step]
+VERSION = "PRAGMA user_version"  # of the steps of migrate that have run
 
 OWN_READER = "close waits for all readers, and this thread or task has one: end its read or block first"
 GRACE = 0.25  # seconds that close leaves a writer whose wait for SQLite's lock it has just ended
@@ -133,11 +136,15 @@ class Core:
         check_foreign_keys(foreign_keys)
         return FunctionJob(self.state, what, label, frame, foreign_keys=foreign_keys, bounded=bounded)
 
-    def many(self, sql: str, rows: Iterable[Any], label: Label, frame: types.FrameType) -> Job[Result]:
+    def many(
+        self, sql: str, rows: Iterable[Any], label: Label, frame: types.FrameType, bounded: bool = False
+    ) -> Job[Result]:
         check_many(check_sql(sql))
         check_label(label)
         captured = capture_many(sql, rows)
-        return LoanJob(self.state, lambda loan: loan.statement_many(sql, captured), label, frame, sql=sql)
+        return LoanJob(
+            self.state, lambda loan: loan.statement_many(sql, captured), label, frame, sql=sql, bounded=bounded
+        )
 
     def script(self, sql: str, label: Label, foreign_keys: bool | None, frame: types.FrameType) -> Job[None]:
         check_sql(sql)
@@ -155,6 +162,9 @@ class Core:
             return BareStatementJob(self.state, what, capture(what, params), label, frame, False)
         check_job(what, params)
         return ConnectionJob(self.state, what, label, frame)
+
+    def migration(self, steps: Iterable[Step], label: Label, frame: types.FrameType) -> Migration:
+        return Migration(self.state, steps, label, frame, self.options.foreign_keys)
 
     def flush(self, frame: types.FrameType) -> Job[None]:
         return ControlJob(self.state, "flush", frame, None)

@@ -22,7 +22,7 @@ from onewriter.base.scopes import enclosing
 from onewriter.base.strict import Strict
 from onewriter.base.tally import CloseReport, Stats
 from onewriter.base.waiting import seconds_until, thread_signal, wait_in_slices
-from onewriter.core import After, Core, Function, Label, Seconds, deadline_of
+from onewriter.core import VERSION, After, Core, Function, Label, Seconds, Steps, deadline_of
 from onewriter.ends.backup import check_backup
 from onewriter.errors import ReentrantWriteError
 from onewriter.options import Options
@@ -234,6 +234,33 @@ class DbWriter(Strict):
         self._state.refuse_endless_wait("run_without_transaction")
         return self._execute(self._core.bare(what, params, label, sys._getframe(1)), timeout)
 
+    def migrate(self, steps: Steps, *, label: Label = None, timeout: Seconds = 30.0, dry_run: bool = False) -> int:
+        """Bring the schema to the newest version; returns that, after the COMMIT of the last step.
+
+        ``PRAGMA user_version`` counts the steps that have run. Each further one runs in a transaction of its own, with
+        the new version, once, whichever process starts first; foreign keys are off in it, and checked before COMMIT.
+
+        Args:
+            steps: SQL scripts and functions of a ``Transaction``, all there ever were, in order: new ones are
+                appended, old ones stay as they are.
+            timeout: seconds for all of them; None: for ever. Another process's step is waited for up to
+                ``lock_timeout``.
+            dry_run: run none; returns the version that is there, so ``steps[version:]`` are those that would run.
+
+        Raises:
+            ValueError: the database is newer than ``steps``. Nothing has run.
+            ReentrantWriteError: called inside a job or block. Nothing has run.
+            What a step raised, with a note that names it: Rolled back; those before it are committed, and the next
+                call goes on there.
+            The others as ``run`` does, for one step.
+        """
+        migration, until = self._core.migration(steps, label, sys._getframe(1)), deadline_of(timeout)
+        self._state.refuse_endless_wait("migrate")
+        version: int = self.read_value(VERSION, label=label, timeout=timeout)
+        while not (migration.is_at_end(version) or dry_run):
+            version = self._execute(migration.job(), seconds_until(until))
+        return version
+
     def transaction(
         self, *, label: Label = None, timeout: Seconds = 30.0, max_hold: float | None = None
     ) -> contextlib.AbstractContextManager[Transaction]:
@@ -304,6 +331,20 @@ class DbWriter(Strict):
             job = FunctionJob(state, what, what.__qualname__, sys._getframe(1), bounded=bounded)
         else:
             job = self._core.job(what, params, label, None, sys._getframe(1), bounded)
+        self._core.accept(job, timeout)
+        return job
+
+    def enqueue_many(
+        self, sql: str, seq_of_params: Iterable[Any], /, *, label: Label = None, timeout: Seconds = 30.0
+    ) -> Ticket[Result]:
+        """Hand in one statement for many rows of parameters, all or none, as ``enqueue`` does: accepted, not committed.
+
+        A generator is consumed now, once. It is one job, and takes one place in the queue. Raises as ``enqueue`` does,
+        and sqlite3.ProgrammingError for RETURNING (Not committed).
+        """
+        check_timeout(timeout)
+        bounded = not self._state.would_deadlock()
+        job = self._core.many(sql, seq_of_params, label, sys._getframe(1), bounded)
         self._core.accept(job, timeout)
         return job
 
