@@ -1,7 +1,8 @@
 """onewriter: the single writer of a SQLite database."""
 
 from onewriter.aio import AsyncDbWriter
-from onewriter.base.tally import CloseReport, Stats
+from onewriter.base.tally import CheckpointResult, CloseReport, Latency, Running, Stats, Timings
+from onewriter.base.version import VERSION as __version__
 from onewriter.errors import (
     CommitUnknownError,
     ForkedError,
@@ -18,29 +19,38 @@ from onewriter.errors import (
 from onewriter.gateway import DbWriter
 from onewriter.sqlite.result import Result
 from onewriter.tasks.block import AsyncTransaction
+from onewriter.tasks.reader import AsyncReader
+from onewriter.write.checkpoint import Checkpoint
 from onewriter.write.ticket import Ticket
 from onewriter.write.transaction import Transaction
 
 __all__ = [
     "AsyncDbWriter",
+    "AsyncReader",
     "AsyncTransaction",
+    "Checkpoint",
+    "CheckpointResult",
     "CloseReport",
     "CommitUnknownError",
     "DbWriter",
     "ForkedError",
+    "Latency",
     "OneWriterError",
     "QueueFullError",
     "ReadTimeoutError",
     "ReentrantWriteError",
     "Result",
+    "Running",
     "Stats",
     "Ticket",
+    "Timings",
     "Transaction",
     "TransactionAbortedError",
     "TransactionClosedError",
     "WriteTimeoutError",
     "WriterBrokenError",
     "WriterClosedError",
+    "__version__",
 ]
 
 

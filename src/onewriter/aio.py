@@ -28,6 +28,7 @@ from onewriter.events import announce
 from onewriter.gateway import DbWriter
 from onewriter.options import Options
 from onewriter.read.read import FETCHONE, Read, read_of, sql_read
+from onewriter.sqlite.parameters import Params
 from onewriter.sqlite.result import Result, first_value
 from onewriter.tasks.block import AsyncTransaction, TaskBlock, TaskSavepoint, nested, outermost, perform_inside
 from onewriter.tasks.calls import LoopDeadlines, and_the_log, in_thread
@@ -159,7 +160,7 @@ class AsyncDbWriter(Strict):
 
     @overload
     def run(
-        self, sql: str, params: Any = (), /, *, label: Label = None, timeout: Seconds = 30.0
+        self, sql: str, params: Params = (), /, *, label: Label = None, timeout: Seconds = 30.0
     ) -> Coroutine[Any, Any, Result]: ...
     @overload
     def run(
@@ -168,7 +169,7 @@ class AsyncDbWriter(Strict):
     def run(
         self,
         what: str | Function[T],
-        params: Any = (),
+        params: Params = (),
         /,
         *,
         label: Label = None,
@@ -179,7 +180,7 @@ class AsyncDbWriter(Strict):
         return self._execute(self._core().job(what, params, label, foreign_keys, sys._getframe(1)), timeout)
 
     def run_many(
-        self, sql: str, seq_of_params: Iterable[Any], /, *, label: Label = None, timeout: Seconds = 30.0
+        self, sql: str, seq_of_params: Iterable[Params], /, *, label: Label = None, timeout: Seconds = 30.0
     ) -> Coroutine[Any, Any, Result]:
         """As ``DbWriter.run_many``."""
         return self._execute(self._core().many(sql, seq_of_params, label, sys._getframe(1)), timeout)
@@ -192,7 +193,7 @@ class AsyncDbWriter(Strict):
 
     @overload
     def run_without_transaction(
-        self, sql: str, params: Any = (), /, *, label: Label = None, timeout: Seconds = 30.0
+        self, sql: str, params: Params = (), /, *, label: Label = None, timeout: Seconds = 30.0
     ) -> Coroutine[Any, Any, Result]: ...
     @overload
     def run_without_transaction(
@@ -201,7 +202,7 @@ class AsyncDbWriter(Strict):
     def run_without_transaction(
         self,
         what: str | Callable[[sqlite3.Connection], T],
-        params: Any = (),
+        params: Params = (),
         /,
         *,
         label: Label = None,
@@ -227,17 +228,17 @@ class AsyncDbWriter(Strict):
         return version
 
     @overload
-    def enqueue(self, sql: str, params: Any = (), /, *, label: Label = None) -> Ticket[Result]: ...
+    def enqueue(self, sql: str, params: Params = (), /, *, label: Label = None) -> Ticket[Result]: ...
     @overload
     def enqueue(self, fn: Function[T], /, *, label: Label = None) -> Ticket[T]: ...
-    def enqueue(self, what: str | Function[T], params: Any = (), /, *, label: Label = None) -> Ticket[Any]:
+    def enqueue(self, what: str | Function[T], params: Params = (), /, *, label: Label = None) -> Ticket[Any]:
         """As ``DbWriter.enqueue``, but never waits: QueueFullError at once if there is no room. Not a coroutine."""
         core = self._core()
         job = core.job(what, params, label, None, sys._getframe(1), bounded=not core.state.would_deadlock_task())
         core.accept(job, 0.0)
         return job
 
-    def enqueue_many(self, sql: str, seq_of_params: Iterable[Any], /, *, label: Label = None) -> Ticket[Result]:
+    def enqueue_many(self, sql: str, seq_of_params: Iterable[Params], /, *, label: Label = None) -> Ticket[Result]:
         """As ``DbWriter.enqueue_many``, but never waits: QueueFullError at once without room. Not a coroutine."""
         core = self._core()
         bounded = not core.state.would_deadlock_task()
@@ -247,14 +248,14 @@ class AsyncDbWriter(Strict):
 
     @overload
     def enqueue_wait(
-        self, sql: str, params: Any = (), /, *, label: Label = None, timeout: Seconds = 30.0
+        self, sql: str, params: Params = (), /, *, label: Label = None, timeout: Seconds = 30.0
     ) -> Coroutine[Any, Any, Ticket[Result]]: ...
     @overload
     def enqueue_wait(
         self, fn: Function[T], /, *, label: Label = None, timeout: Seconds = 30.0
     ) -> Coroutine[Any, Any, Ticket[T]]: ...
     def enqueue_wait(
-        self, what: str | Function[T], params: Any = (), /, *, label: Label = None, timeout: Seconds = 30.0
+        self, what: str | Function[T], params: Params = (), /, *, label: Label = None, timeout: Seconds = 30.0
     ) -> Coroutine[Any, Any, Ticket[Any]]:
         """As ``enqueue``, but waits for room, at most ``timeout`` seconds."""
         check_timeout(timeout)
@@ -374,7 +375,7 @@ class AsyncDbWriter(Strict):
     def read(
         self,
         what: str | Callable[[sqlite3.Connection], T],
-        params: Any = (),
+        params: Params = (),
         /,
         *,
         label: Label = None,
@@ -385,13 +386,13 @@ class AsyncDbWriter(Strict):
         return self._read(read_of(what, params, label), label, timeout, after)
 
     def read_one(
-        self, sql: str, params: Any = (), /, *, label: Label = None, timeout: Seconds = 30.0, after: After = None
+        self, sql: str, params: Params = (), /, *, label: Label = None, timeout: Seconds = 30.0, after: After = None
     ) -> Coroutine[Any, Any, Any]:
         """As ``DbWriter.read_one``."""
         return self._read(sql_read(sql, params, FETCHONE, label), label, timeout, after)
 
     def read_value(
-        self, sql: str, params: Any = (), /, *, label: Label = None, timeout: Seconds = 30.0, after: After = None
+        self, sql: str, params: Params = (), /, *, label: Label = None, timeout: Seconds = 30.0, after: After = None
     ) -> Coroutine[Any, Any, Any]:
         """As ``DbWriter.read_value``."""
         return self._read(sql_read(sql, params, first_value, label), label, timeout, after)

@@ -29,7 +29,7 @@ from onewriter.options import Options
 from onewriter.read.claim import Claim
 from onewriter.read.read import FETCHALL, FETCHONE, Read, read_of, select, sql_read
 from onewriter.read.reader import Snapshot
-from onewriter.sqlite.parameters import capture
+from onewriter.sqlite.parameters import Params, capture
 from onewriter.sqlite.result import Result, first_value
 from onewriter.write.block import ThreadBlock, nested, outermost
 from onewriter.write.checkpoint import Checkpoint
@@ -144,7 +144,7 @@ class DbWriter(Strict):
     # Writes -----------------------------------------------------------------------------------------------------------
 
     @overload
-    def run(self, sql: str, params: Any = (), /, *, label: Label = None, timeout: Seconds = 30.0) -> Result: ...
+    def run(self, sql: str, params: Params = (), /, *, label: Label = None, timeout: Seconds = 30.0) -> Result: ...
     @overload
     def run(
         self, fn: Function[T], /, *, label: Label = None, timeout: Seconds = 30.0, foreign_keys: bool | None = None
@@ -152,7 +152,7 @@ class DbWriter(Strict):
     def run(
         self,
         what: str | Function[T],
-        params: Any = (),
+        params: Params = (),
         /,
         *,
         label: Label = None,
@@ -182,7 +182,7 @@ class DbWriter(Strict):
         return self._execute(self._core.job(what, params, label, foreign_keys, sys._getframe(1)), timeout)
 
     def run_many(
-        self, sql: str, seq_of_params: Iterable[Any], /, *, label: Label = None, timeout: Seconds = 30.0
+        self, sql: str, seq_of_params: Iterable[Params], /, *, label: Label = None, timeout: Seconds = 30.0
     ) -> Result:
         """Run one statement for each row of parameters, all or none; returns after COMMIT.
 
@@ -203,7 +203,7 @@ class DbWriter(Strict):
 
     @overload
     def run_without_transaction(
-        self, sql: str, params: Any = (), /, *, label: Label = None, timeout: Seconds = 30.0
+        self, sql: str, params: Params = (), /, *, label: Label = None, timeout: Seconds = 30.0
     ) -> Result: ...
     @overload
     def run_without_transaction(
@@ -212,7 +212,7 @@ class DbWriter(Strict):
     def run_without_transaction(
         self,
         what: str | Callable[[sqlite3.Connection], T],
-        params: Any = (),
+        params: Params = (),
         /,
         *,
         label: Label = None,
@@ -299,12 +299,12 @@ class DbWriter(Strict):
 
     @overload
     def enqueue(
-        self, sql: str, params: Any = (), /, *, label: Label = None, timeout: Seconds = 30.0
+        self, sql: str, params: Params = (), /, *, label: Label = None, timeout: Seconds = 30.0
     ) -> Ticket[Result]: ...
     @overload
     def enqueue(self, fn: Function[T], /, *, label: Label = None, timeout: Seconds = 30.0) -> Ticket[T]: ...
     def enqueue(
-        self, what: str | Function[T], params: Any = (), /, *, label: Label = None, timeout: Seconds = 30.0
+        self, what: str | Function[T], params: Params = (), /, *, label: Label = None, timeout: Seconds = 30.0
     ) -> Ticket[Any]:
         """Hand a write in and return its ticket, without waiting for it: accepted, not committed.
 
@@ -335,7 +335,7 @@ class DbWriter(Strict):
         return job
 
     def enqueue_many(
-        self, sql: str, seq_of_params: Iterable[Any], /, *, label: Label = None, timeout: Seconds = 30.0
+        self, sql: str, seq_of_params: Iterable[Params], /, *, label: Label = None, timeout: Seconds = 30.0
     ) -> Ticket[Result]:
         """Hand in one statement for many rows of parameters, all or none, as ``enqueue`` does: accepted, not committed.
 
@@ -381,7 +381,7 @@ class DbWriter(Strict):
     def read(
         self,
         what: str | Callable[[sqlite3.Connection], T],
-        params: Any = (),
+        params: Params = (),
         /,
         *,
         label: Label = None,
@@ -419,13 +419,13 @@ class DbWriter(Strict):
         return self._read(read_of(what, params, label), label, timeout, after)
 
     def read_one(
-        self, sql: str, params: Any = (), /, *, label: Label = None, timeout: Seconds = 30.0, after: After = None
+        self, sql: str, params: Params = (), /, *, label: Label = None, timeout: Seconds = 30.0, after: After = None
     ) -> Any:
         """Return the first row of a SELECT, or None. Otherwise as ``read``."""
         return self._read(sql_read(sql, params, FETCHONE, label), label, timeout, after)
 
     def read_value(
-        self, sql: str, params: Any = (), /, *, label: Label = None, timeout: Seconds = 30.0, after: After = None
+        self, sql: str, params: Params = (), /, *, label: Label = None, timeout: Seconds = 30.0, after: After = None
     ) -> Any:
         """Return the first column of the first row, whatever ``row_factory`` is, or None. Otherwise as ``read``."""
         return self._read(sql_read(sql, params, first_value, label), label, timeout, after)

@@ -18,7 +18,7 @@ from onewriter.read.claim import Claim
 from onewriter.read.pool import ReaderPool
 from onewriter.read.read import Read
 from onewriter.read.reader import Snapshot, ended_error
-from onewriter.sqlite.parameters import capture
+from onewriter.sqlite.parameters import Params, capture
 from onewriter.sqlite.result import Result
 from onewriter.sqlite.statement import Parameters
 from onewriter.tasks.block import TaskBlock, TaskSavepoint
@@ -188,7 +188,7 @@ class AsyncReader:
         self._claim = claim
         self._turn = asyncio.Lock()
 
-    def execute(self, sql: str, params: Any = (), /) -> Coroutine[Any, Any, Result]:
+    def execute(self, sql: str, params: Params = (), /) -> Coroutine[Any, Any, Result]:
         """Run one SELECT and return all its rows."""
         return self.call(math.inf, fetch_result, self._snapshot, check_sql(sql), capture(sql, params))
 

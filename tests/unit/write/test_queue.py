@@ -572,7 +572,7 @@ def test_many_rows_are_handed_in_as_one_job_of_the_queue(any_db: DbWriter) -> No
     with pytest.raises(sqlite3.ProgrammingError, match="RETURNING"):
         any_db.enqueue_many(f"{INSERT} RETURNING n", [(9,)])
     with pytest.raises(TypeError):
-        any_db.enqueue_many(INSERT, ["ab"])
+        any_db.enqueue_many(INSERT, ["ab"])  # type: ignore[list-item]
 
 
 def test_many_rows_take_one_place_in_a_full_queue(path: Path) -> None:
