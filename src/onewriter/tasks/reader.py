@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import sqlite3
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 from onewriter.base.arguments import check_sql
@@ -27,6 +28,7 @@ from onewriter.tasks.threads import ReadingThreads
 from onewriter.write.loan import WriteLoan
 
 T = TypeVar("T")
+STREAMED = 256  # rows that a stream fetches at a time
 
 
 class TaskReads:
@@ -192,6 +194,24 @@ class AsyncReader:
         """Run one SELECT and return all its rows."""
         return self.call(math.inf, fetch_result, self._snapshot, check_sql(sql), capture(sql, params))
 
+    def stream(self, sql: str, params: Params = (), /) -> AsyncGenerator[Any, None]:
+        """Run one SELECT and give its rows one by one, in ``async for``: some hundred at a time are in memory.
+
+        Other calls on this reader come in between. Left early, it is closed soon, at the latest with the block;
+        ``contextlib.aclosing`` closes it at once.
+        """
+        return self._stream(check_sql(sql), capture(sql, params))
+
+    async def _stream(self, sql: str, parameters: Parameters) -> AsyncGenerator[Any, None]:
+        cursor = await self.call(math.inf, open_cursor, self._snapshot, sql, parameters)
+        try:
+            while rows := await self.call(math.inf, cursor.fetchmany, STREAMED):
+                for row in rows:
+                    yield row
+        finally:
+            with contextlib.suppress(sqlite3.ProgrammingError):  # the block has ended, and with it the cursor
+                await self.call(math.inf, cursor.close)
+
     async def call(self, until: float, function: Callable[..., T], *args: Any) -> T:
         try:
             async with asyncio.timeout(seconds_until(until)):
@@ -241,6 +261,10 @@ def _call_for(claim: Claim | None, function: Callable[..., T], args: tuple[Any, 
         return function(*args)
     finally:
         claim.runs_in = 0
+
+
+def open_cursor(snapshot: Snapshot, sql: str, parameters: Parameters) -> sqlite3.Cursor:
+    return snapshot.to_lend.execute(sql, parameters)
 
 
 def fetch_result(snapshot: Snapshot, sql: str, parameters: Parameters) -> Result:
