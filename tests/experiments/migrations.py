@@ -17,9 +17,10 @@ from experiments import HANG, Outcome, child, environment, integrity
 PROCESSES = 8
 STEPS = 60  # of one file; a new one follows when all have run
 CODE = """
-import os, sys
+import logging, os, sys
 from onewriter import DbWriter
 
+logging.disable()
 path, last = sys.argv[1], int(sys.argv[2])
 
 
