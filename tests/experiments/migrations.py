@@ -11,6 +11,7 @@ import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 from experiments import HANG, Outcome, child, environment, integrity
 
@@ -37,6 +38,14 @@ with DbWriter(path, lock_timeout=60.0) as db:
 """
 
 
+class Ended(NamedTuple):
+    """What became of one process: the version that it said is reached, and its exit code."""
+
+    reached: int
+    code: int
+    hung: bool
+
+
 def run(size: int, seed: int, folder: Path) -> Outcome:
     """``size`` rounds of eight starts."""
     chance, outcome = random.Random(seed), Outcome()
@@ -44,32 +53,33 @@ def run(size: int, seed: int, folder: Path) -> Outcome:
         for trial in range(size):
             path = folder / f"{outcome.notes['files']}.db"
             # After so many lines it is killed; one in eight is left alone.
-            moments = [chance.choice([*range(7), HANG]) for _ in range(PROCESSES)]
-            told = [*pool.map(lambda moment, path=path: _start(path, moment, outcome), moments)]
+            moments = [chance.choice([*range(7), None]) for _ in range(PROCESSES)]
+            ended = [*pool.map(_start, [path] * PROCESSES, moments)]
+            for one in ended:
+                outcome.hung += one.hung
+                outcome.acknowledged += one.reached > 0
+                outcome.notes["killed"] += one.code == -signal.SIGKILL
+                if one.code not in (0, -signal.SIGKILL):
+                    outcome.find(f"round {trial}: exit code {one.code}")
             outcome.trials += PROCESSES
-            _judge(path, max(told), outcome, f"round {trial}")
+            _judge(path, max(one.reached for one in ended), outcome, f"round {trial}")
     return outcome
 
 
-def _start(path: Path, moment: float, outcome: Outcome) -> int:
-    """Start one, and kill it after so many lines; returns the version that it said is reached."""
+def _start(path: Path, moment: int | None) -> Ended:
+    """Start one, and kill it after so many lines."""
     with subprocess.Popen(child(CODE, path, STEPS), stdout=subprocess.PIPE, text=True, env=environment()) as process:
         assert process.stdout is not None
         watchdog = threading.Timer(HANG, process.kill)
         watchdog.start()
-        lines = [*itertools.islice(process.stdout, None if moment == HANG else int(moment))]
-        if moment != HANG:
+        lines = [*itertools.islice(process.stdout, moment)]
+        if moment is not None:
             process.kill()
         lines += process.stdout
-    if not watchdog.is_alive():
-        outcome.hung += 1
+    hung = not watchdog.is_alive()
     watchdog.cancel()
-    if process.returncode not in (0, -signal.SIGKILL):
-        outcome.find(f"{path.name}: exit code {process.returncode}")
-    outcome.notes["killed"] += process.returncode == -signal.SIGKILL
-    reached = [int(line.split()[1]) for line in lines if line.startswith("reached")]
-    outcome.acknowledged += len(reached)
-    return max(reached, default=0)
+    reached = [int(line.split()[1]) for line in lines if line.startswith("reached") and line.endswith("\n")]
+    return Ended(max(reached, default=0), process.returncode, hung)
 
 
 def _judge(path: Path, told: int, outcome: Outcome, what: str) -> None:

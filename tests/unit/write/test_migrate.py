@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from helpers import BRIEFLY, DEADLINE, in_threads, notes_of, parked, rows, run_child
+from helpers import BRIEFLY, DEADLINE, eventually, in_threads, notes_of, parked, rows, run_child
 from onewriter import AsyncDbWriter, DbWriter, ReentrantWriteError, Transaction, WriterClosedError, WriteTimeoutError
 
 FIRST = "CREATE TABLE t (n); INSERT INTO t VALUES (1)"
@@ -153,6 +153,29 @@ def test_a_step_that_does_not_start_in_time_is_withdrawn(db: DbWriter) -> None:
     assert not late.value.started
     assert "'mine'" in str(late.value)
     assert version_of(db) == 0
+
+
+def test_no_other_job_makes_a_step_run_twice(path: Path) -> None:
+    ran: list[int] = []
+
+    def step(tx: Transaction) -> None:
+        ran.append(1)
+
+    def undo_all(tx: Transaction) -> None:
+        tx.execute("INSERT OR ROLLBACK INTO t VALUES (1)")
+
+    with DbWriter(path, foreign_keys=False) as db:
+        db.run("CREATE TABLE t (n UNIQUE)")
+        db.run("INSERT INTO t VALUES (1)")
+        with parked(db):
+            thread = threading.Thread(target=db.migrate, args=[[step]])
+            thread.start()
+            eventually(lambda: db.stats().queue_depth == 1)
+            failed = db.enqueue(undo_all)
+        thread.join(DEADLINE)
+        assert isinstance(failed.exception(DEADLINE), sqlite3.IntegrityError)
+        assert version_of(db) == 1
+    assert ran == [1]
 
 
 def test_threads_that_start_at_once_run_each_step_once(path: Path) -> None:
