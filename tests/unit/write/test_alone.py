@@ -105,6 +105,7 @@ def test_nothing_that_it_sets_stays(table_db: DbWriter) -> None:
 def test_it_is_set_up_as_the_writer_is(path: Path) -> None:
     def hook(connection: sqlite3.Connection, readonly: bool) -> None:
         connection.create_function("is_readonly", 0, lambda: readonly)
+        connection.isolation_level = "IMMEDIATE"
 
     def ask(connection: sqlite3.Connection) -> list[Any]:
         names = ("foreign_keys", "synchronous", "cache_size", "wal_autocheckpoint", "busy_timeout")
@@ -318,7 +319,9 @@ def test_a_child_that_it_forks_neither_uses_nor_closes_the_connection(path: Path
     code = f"""
 import os, sys
 from onewriter import DbWriter, ForkedError
+kept = []
 def fork(connection):
+    kept.append(connection)
     connection.execute("INSERT INTO t VALUES (1)")
     child = os.fork()
     if child:
@@ -331,6 +334,7 @@ try:
     db.run_without_transaction(fork)
 except ForkedError:
     assert os.getpid() != parent
+    kept[0].total_changes  # raises if it is closed
     sys.exit(0)
 assert os.getpid() == parent
 db.run("INSERT INTO t VALUES (3)")
