@@ -71,6 +71,7 @@ class WriteConnection:
         """Returns whether a transaction was open, and is rolled back."""
         connection, self.whole = self.whole, None
         assert connection is not None
+        self.file.forget_size()  # VACUUM makes it smaller
         try:
             was_open = close_whole(connection, self._settings.journal_mode)
         finally:
