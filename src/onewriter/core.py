@@ -11,7 +11,7 @@ import sys
 import tempfile
 import types
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from threading import get_ident
 from time import monotonic
 from typing import Any, TypeAlias, TypeVar
@@ -19,9 +19,8 @@ from typing import Any, TypeAlias, TypeVar
 from onewriter.base.arguments import (
     check_choice,
     check_foreign_keys,
-    check_function,
+    check_job,
     check_label,
-    check_no_params,
     check_seconds,
     check_sql,
     check_timeout,
@@ -45,10 +44,19 @@ from onewriter.sqlite.file import DatabaseFile
 from onewriter.sqlite.options import refuse_old_sqlite, refuse_unsafe_sqlite
 from onewriter.sqlite.parameters import capture, capture_many
 from onewriter.sqlite.result import Result
-from onewriter.sqlite.statement import check_many
+from onewriter.sqlite.statement import check_many, inside_of_dump
 from onewriter.write.checkpoint import Checkpoint
 from onewriter.write.driver import Driver, InlineDriver, ThreadDriver
-from onewriter.write.jobs import BareStatementJob, ControlJob, FunctionJob, LoanJob, RebuildJob, StatementJob
+from onewriter.write.jobs import (
+    BareStatementJob,
+    ConnectionJob,
+    ControlJob,
+    FunctionJob,
+    LoanJob,
+    RebuildJob,
+    StatementJob,
+)
+from onewriter.write.migrate import Migration, Step
 from onewriter.write.queue import JobQueue
 from onewriter.write.ticket import Job, Ticket
 from onewriter.write.transaction import Transaction
@@ -59,6 +67,8 @@ Function: TypeAlias = Callable[[Transaction], T]
 Label: TypeAlias = str | None
 Seconds: TypeAlias = float | None  # None: for ever
 After: TypeAlias = Ticket[Any] | None
+Steps: TypeAlias = Sequence[Step]
+VERSION = "PRAGMA user_version"  # of the steps of migrate that have run
 
 OWN_READER = "close waits for all readers, and this thread or task has one: end its read or block first"
 GRACE = 0.25  # seconds that close leaves a writer whose wait for SQLite's lock it has just ended
@@ -135,31 +145,40 @@ class Core:
             if foreign_keys is not None:
                 raise TypeError("foreign_keys goes with a function or run_script, not with one statement")
             return StatementJob(self.state, what, capture(what, params), label, frame, bounded)
-        if not callable(what):
-            raise TypeError(f"a job is SQL (str) or a function of the Transaction, not {type(what).__name__}")
-        check_no_params(params)
+        check_job(what, params)
         check_foreign_keys(foreign_keys)
-        check_function(what)
         label = label or name_of(what)
         if foreign_keys is not None:
             return RebuildJob(self.state, what, label, frame, foreign_keys)
         return FunctionJob(self.state, what, label, frame, bounded)
 
-    def many(self, sql: str, rows: Iterable[Any], label: Label, frame: types.FrameType) -> Job[Result]:
+    def many(
+        self, sql: str, rows: Iterable[Any], label: Label, frame: types.FrameType, bounded: bool = False
+    ) -> Job[Result]:
         check_many(check_sql(sql))
         check_label(label)
         captured = capture_many(sql, rows)
-        return LoanJob(self.state, lambda loan: loan.statement_many(sql, captured), label, frame, sql)
+        return LoanJob(self.state, lambda loan: loan.statement_many(sql, captured), label, frame, sql, bounded=bounded)
 
     def script(self, sql: str, label: Label, foreign_keys: bool | None, frame: types.FrameType) -> Job[None]:
         check_sql(sql)
         check_label(label)
         check_foreign_keys(foreign_keys)
         name = sql or "script"
-        return LoanJob(self.state, lambda loan: loan.script(sql), label, frame, name, foreign_keys)
+        inside, turns_keys_off = inside_of_dump(sql)
+        if turns_keys_off and foreign_keys is None:
+            foreign_keys = False  # in the transaction its PRAGMA would have no effect
+        return LoanJob(self.state, lambda loan: loan.script(inside), label, frame, name, foreign_keys)
 
-    def bare(self, sql: str, params: Any, label: Label, frame: types.FrameType) -> Job[Result]:
-        return BareStatementJob(self.state, check_sql(sql), capture(sql, params), check_label(label), frame, False)
+    def bare(self, what: Any, params: Any, label: Label, frame: types.FrameType) -> Job[Any]:
+        check_label(label)
+        if isinstance(what, str):
+            return BareStatementJob(self.state, what, capture(what, params), label, frame, False)
+        check_job(what, params)
+        return ConnectionJob(self.state, what, label or name_of(what), frame, False)
+
+    def migration(self, steps: Iterable[Step], label: Label, frame: types.FrameType) -> Migration:
+        return Migration(self.state, steps, label, frame, self.options.foreign_keys)
 
     def flush(self, frame: types.FrameType) -> Job[None]:
         return ControlJob(self.state, "flush", frame, None)
@@ -179,10 +198,11 @@ class Core:
         check_choice("mode", mode, CHECKPOINTS)
         return ControlJob(self.state, "checkpoint", frame, functools.partial(self.writer.checkpoint, mode))
 
-    def mute_in_handlers(self, job: Job[Any]) -> None:
-        """A log handler's own job: telling its failure would call it again."""
+    def accept(self, job: Job[Any], timeout: Seconds) -> None:
+        """Take a job that nobody waits for."""
         if get_ident() in self.state.reporting:
-            job.add_done_callback(_say_nothing)
+            job.add_done_callback(_say_nothing)  # a log handler's own job: telling its failure would call it again
+        self.submit(job, timeout)
 
     # Checks that both faces make --------------------------------------------------------------------------------------
 

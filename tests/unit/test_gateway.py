@@ -77,7 +77,7 @@ def test_sql_must_be_text(any_db: DbWriter) -> None:
         lambda: any_db.run(b"SELECT 1"),  # type: ignore[call-overload]
         lambda: any_db.run_many(None, []),  # type: ignore[arg-type]
         lambda: any_db.run_script(3),  # type: ignore[arg-type]
-        lambda: any_db.run_without_transaction(3),  # type: ignore[arg-type]
+        lambda: any_db.run_without_transaction(3),  # type: ignore[call-overload]
         lambda: any_db.enqueue(None),  # type: ignore[call-overload]
         lambda: any_db.run(lambda tx: tx.execute(3)),  # type: ignore[arg-type]
         lambda: any_db.run(lambda tx: tx.on_commit(3)),  # type: ignore[arg-type]

@@ -60,7 +60,7 @@ class Traffic:
         while not self._stop.is_set():
             try:
                 ask(f"{self.address}/")
-                with urllib.request.urlopen(f"{self.address}/events", timeout=1) as events:
+                with urllib.request.urlopen(f"{self.address}/events", timeout=10) as events:
                     for line in events:
                         self.looks += line.startswith(b"data: ")
                         if self._stop.is_set():

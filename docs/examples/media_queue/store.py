@@ -13,8 +13,8 @@ from typing import Any
 
 from onewriter import DbWriter, Ticket, Transaction, Watch
 
-SCHEMA = """
-CREATE TABLE IF NOT EXISTS video (
+FIRST = """
+CREATE TABLE video (
     id       INTEGER PRIMARY KEY,
     path     TEXT NOT NULL UNIQUE,
     bytes    INTEGER NOT NULL DEFAULT 0,
@@ -23,14 +23,15 @@ CREATE TABLE IF NOT EXISTS video (
     attempts INTEGER NOT NULL DEFAULT 0,
     saved    INTEGER NOT NULL DEFAULT 0
 );
-CREATE INDEX IF NOT EXISTS video_state ON video (state, id);
-CREATE TABLE IF NOT EXISTS webhook (delivery TEXT PRIMARY KEY, path TEXT NOT NULL, at REAL NOT NULL);
-CREATE TABLE IF NOT EXISTS failure (video INTEGER NOT NULL REFERENCES video (id), reason TEXT NOT NULL,
+CREATE INDEX video_state ON video (state, id);
+CREATE TABLE webhook (delivery TEXT PRIMARY KEY, path TEXT NOT NULL, at REAL NOT NULL);
+CREATE TABLE failure (video INTEGER NOT NULL REFERENCES video (id), reason TEXT NOT NULL,
     at REAL NOT NULL);
-CREATE TABLE IF NOT EXISTS claim (video INTEGER NOT NULL REFERENCES video (id), attempt INTEGER NOT NULL,
+CREATE TABLE claim (video INTEGER NOT NULL REFERENCES video (id), attempt INTEGER NOT NULL,
     worker TEXT NOT NULL, PRIMARY KEY (video, attempt));
-CREATE TABLE IF NOT EXISTS service (name TEXT PRIMARY KEY, url TEXT NOT NULL);
+CREATE TABLE service (name TEXT PRIMARY KEY, url TEXT NOT NULL);
 """
+STEPS = (FIRST,)  # of the schema: new ones are appended, and none is ever changed
 MOST_ATTEMPTS = 3
 
 
@@ -43,7 +44,7 @@ class Store:
 
     def __init__(self, path: str) -> None:
         self.db = DbWriter(path, label="media")
-        self.db.run_script(SCHEMA, label="schema")
+        self.db.migrate(STEPS, label="schema")
         undo = "UPDATE video SET state = 'found', worker = NULL WHERE state IN ('claimed', 'encoding')"
         self.recovered = self.db.run(undo, label="recover").rowcount
 

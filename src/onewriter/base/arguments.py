@@ -56,6 +56,13 @@ def name_of(function: Callable[..., object]) -> str:
     return str(getattr(target, "__qualname__", None) or type(target).__qualname__)
 
 
+def check_job(what: object, params: object) -> None:
+    if not callable(what):
+        raise TypeError(f"a job is SQL (str) or a function of the Transaction, not {type(what).__name__}")
+    check_no_params(params)
+    check_function(what)
+
+
 def check_read(what: object, params: Any) -> None:
     if isinstance(what, str):
         return

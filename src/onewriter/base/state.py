@@ -17,6 +17,7 @@ from onewriter.base.tally import Tally
 from onewriter.errors import ReentrantWriteError, WriterBrokenError, forked_error
 
 IN_STATEMENT = "a function that SQLite calls while it runs a statement cannot use the connection of that statement"
+HAS_ITS_OWN = "a function of run_without_transaction reads and writes on its connection: the writer waits for its end"
 INHERITED = "belongs to the parent of this process"
 is_owned = RLock._is_owned  # type: ignore[attr-defined]
 FRESH = 0.05  # seconds for which a look at who holds SQLite's lock is good
@@ -167,7 +168,7 @@ class State:
         """The block or job that a call which writes belongs to: a Transaction, or what stands for a task's block."""
         here = self.scopes.innermost(writes=True)
         if here is None and self.job is not None and self.writer_thread == threading.get_ident():
-            raise ReentrantWriteError(IN_STATEMENT)
+            raise ReentrantWriteError(HAS_ITS_OWN if self.transaction is None else IN_STATEMENT)
         return here
 
     def is_mine(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import os
 import sqlite3
 import sys
@@ -23,6 +24,7 @@ from onewriter.sqlite.retry import LockPolicy, error_code, is_busy, note_descrip
 
 T = TypeVar("T")
 BEFORE_WAL = ("page_size", "auto_vacuum", "encoding")  # cannot be changed in WAL mode
+LONGEST_TIMEOUT = 2**31 - 1  # milliseconds, of SQLite's own
 NO_WAL = 'as on network file systems: journal_mode="DELETE" is the way out'
 NO_INDEX = {  # the -shm file, or its locks, cannot be used here
     getattr(sqlite3, f"SQLITE_{name}")
@@ -60,6 +62,49 @@ def open_reader(settings: Settings, guard: ReadGuard, policy: LockPolicy) -> sql
             return connection
 
     return _open(settings, policy, lambda acquired, text: None, attempt)
+
+
+def open_whole(
+    settings: Settings, guard: Guard, policy: LockPolicy, log: Callable[[bool, str], object]
+) -> sqlite3.Connection:
+    """Open a connection like the writer's on which transactions are whose it is: nothing is refused on it.
+
+    It waits for locks inside SQLite, for up to ``lock_timeout`` seconds, since its statements are not ours to repeat.
+    """
+
+    def attempt() -> sqlite3.Connection:
+        connection = _connect(settings, "rw", any_thread=False)
+        with _closing_on_error(connection):
+            configure(connection, settings, ["main"])
+            _call_hook(connection, settings, guard, readonly=False)
+            configure(connection, settings, database_names(connection))
+            _disable_implicit_transactions(connection)
+            pragma(connection, "busy_timeout", int(min(1000 * settings.lock_timeout, LONGEST_TIMEOUT)))
+            return connection
+
+    return _open(settings, policy, log, attempt)
+
+
+def close_whole(connection: sqlite3.Connection, journal_mode: str) -> bool:
+    """Close it, with all that was begun on it; returns whether a transaction was open, which is rolled back.
+
+    Raises SQLite's error if ``journal_mode``, which is the file's, was changed and cannot be put back.
+    """
+    try:
+        # A statement that was not read to its end would outlive the connection, and with it its lock.
+        for referrer in gc.get_referrers(connection):
+            if issubclass(type(referrer), sqlite3.Cursor):
+                sqlite3.Cursor.close(referrer)
+        was_open = connection.in_transaction
+        connection.set_authorizer(None)
+        connection.set_progress_handler(None, 0)
+        if was_open:
+            sqlite3.Connection.execute(connection, "ROLLBACK").close()  # which, unlike rollback(), heeds no mode
+        if pragma(connection, "journal_mode").upper() != journal_mode:
+            pragma(connection, "journal_mode", journal_mode)
+        return was_open
+    finally:
+        sqlite3.Connection.close(connection)
 
 
 def configure(connection: sqlite3.Connection, settings: Settings, databases: Iterable[str]) -> None:
@@ -219,7 +264,7 @@ def refuse_to_bind(value: object, place: int) -> None:
         connection.close()
 
 
-def _connect(settings: Settings, mode: str) -> sqlite3.Connection:
+def _connect(settings: Settings, mode: str, *, any_thread: bool = True) -> sqlite3.Connection:
     # as_uri escapes # ? %. The busy timeout is 0: neither interrupt() nor close ends a wait inside SQLite, so
     # LockPolicy waits instead.
     connection = sqlite3.connect(
@@ -227,7 +272,7 @@ def _connect(settings: Settings, mode: str) -> sqlite3.Connection:
         uri=True,
         timeout=0,
         isolation_level=None,
-        check_same_thread=False,
+        check_same_thread=not any_thread,
         detect_types=settings.detect_types,
     )
     connection.row_factory = settings.row_factory

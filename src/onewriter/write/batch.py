@@ -17,10 +17,11 @@ from onewriter.sqlite.file import FileMovedError
 from onewriter.sqlite.guard import Mode
 from onewriter.sqlite.pragmas import set_pragma
 from onewriter.sqlite.retry import error_code, is_busy, is_corrupt
+from onewriter.write.alone import call_alone
 from onewriter.write.block import Block
 from onewriter.write.connection import WriteConnection
 from onewriter.write.function_loan import FunctionLoan
-from onewriter.write.jobs import BareStatementJob, StatementJob
+from onewriter.write.jobs import BareStatementJob, ConnectionJob, StatementJob
 from onewriter.write.loan import WriteLoan
 from onewriter.write.lock import LONGEST_HOLD, WriteLock
 from onewriter.write.outcomes import copy_of
@@ -181,6 +182,27 @@ class Batch:
             else:
                 self._fail(job, error)
                 self._connection.roll_back()
+        job.ended_at = monotonic()
+        return Verdict([job], int(unknown is None and job.failed_with is None), unknown is None, unknown=unknown)
+
+    def run_whole(self, job: ConnectionJob[Any]) -> Verdict:
+        """Call a function with a connection of its own, beside the idle session."""
+        unknown = None
+        try:
+            self._state.enter(job, None)
+            try:
+                job.set_outcome(call_alone(job, self._connection, self._state, self._max_hold), None)
+            finally:
+                self._state.leave()
+        except FileMovedError as error:
+            return Verdict([], is_plain=False, moved=error)
+        except BaseException as error:
+            if self._state.forked:
+                raise
+            if commit_outcome_unknown(error, in_transaction=True) and error_code(error) not in UNWRITTEN:
+                unknown = error
+            else:
+                self._fail(job, error)
         job.ended_at = monotonic()
         return Verdict([job], int(unknown is None and job.failed_with is None), unknown is None, unknown=unknown)
 

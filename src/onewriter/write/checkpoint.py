@@ -151,6 +151,10 @@ class Checkpointer:
             self._count_hold_back(monotonic() - began)
         self._size = self._file.wal_bytes()
 
+    def count_others(self) -> None:
+        """Another connection of this process has written, by how much nobody knows: look behind the next batch."""
+        self._growth += self._often
+
     def _count_hold_back(self, seconds: float) -> None:
         """One in vain makes the next come later, and the more so the more there were: reads wait meanwhile."""
         if not self._kept_size:

@@ -7,7 +7,7 @@ import sqlite3
 
 from onewriter.base.log import report
 from onewriter.base.state import State
-from onewriter.sqlite.connection import configure, open_writer
+from onewriter.sqlite.connection import close_whole, configure, open_whole, open_writer
 from onewriter.sqlite.file import DatabaseFile, exposure
 from onewriter.sqlite.guard import Guard
 from onewriter.sqlite.options import Settings
@@ -34,6 +34,7 @@ class WriteConnection:
         checkpointer: Checkpointer,
     ) -> None:
         self.session: WriteSession | None = None  # None: in doubt or not open yet; the next job opens one
+        self.whole: sqlite3.Connection | None = None  # that a function has for its own
         self.guard = Guard(settings.journal_mode, settings.puts_back)
         self.history = History(state, label)
         self._settings = settings
@@ -57,6 +58,26 @@ class WriteConnection:
         self._tell_exposed()
         self.guard.schema_changed = True
         return session
+
+    def open_whole(self) -> sqlite3.Connection:
+        """Open another one, for a function that has it all; ``close_whole`` ends it. The session stays open beside it,
+        idle, so that the other is not the last one: that would checkpoint, and delete the log.
+        """
+        self.file.check()  # a file that has taken the place of ours must not be opened
+        self.whole = open_whole(self._settings, self.guard, self._policy, self.tell_waiting)
+        return self.whole
+
+    def close_whole(self) -> bool:
+        """Returns whether a transaction was open, and is rolled back."""
+        connection, self.whole = self.whole, None
+        assert connection is not None
+        self.file.forget_size()  # VACUUM makes it smaller
+        try:
+            was_open = close_whole(connection, self._settings.journal_mode)
+        finally:
+            self._checkpointer.count_others()
+        self.file.check()
+        return was_open
 
     @property
     def in_transaction(self) -> bool:
@@ -115,7 +136,7 @@ class WriteConnection:
 
     def after_fork_in_child(self) -> list[object]:
         """In a forked child: returns what must never be closed there."""
-        return [] if self.session is None else self.session.after_fork_in_child()
+        return [self.whole, *([] if self.session is None else self.session.after_fork_in_child())]
 
     def tell_waiting(self, has_it: bool, text: str) -> None:
         """Log how the wait for SQLite's lock goes."""

@@ -1,7 +1,8 @@
-"""The kinds of jobs: a statement, a function, a statement outside any transaction, and what is no write."""
+"""The kinds of jobs: a statement, a function, what runs outside any transaction, and what is no write."""
 
 from __future__ import annotations
 
+import sqlite3
 import types
 from collections.abc import Callable
 from time import monotonic
@@ -124,9 +125,10 @@ class LoanJob(FunctionJob[T]):
         frame: types.FrameType,
         sql: str,
         foreign_keys: bool | None = None,
+        bounded: bool = False,
     ) -> None:
         """``sql``: the text that it is about."""
-        super().__init__(state, function, label or sql[:LABEL_LENGTH], frame, False)
+        super().__init__(state, function, label or sql[:LABEL_LENGTH], frame, bounded)
         self.exclusive = foreign_keys is not None or describe_sql(sql).isolated
         self.foreign_keys = foreign_keys
         self.cut = not label and len(sql) > LABEL_LENGTH
@@ -136,6 +138,20 @@ class LoanJob(FunctionJob[T]):
 
     def perform(self, loan: WriteLoan) -> T:
         return cast(T, self.work(loan))
+
+
+class ConnectionJob(FunctionJob[T]):
+    """A function with a connection of its own, on which it begins and commits as it likes."""
+
+    __slots__ = ()
+    in_transaction = needs_savepoint = False
+
+    def must_be_alone(self) -> bool:
+        return True
+
+    def call(self, connection: sqlite3.Connection) -> T:
+        result: T = self.work(connection)
+        return refuse_live(result)
 
 
 class ControlJob(Job[T]):

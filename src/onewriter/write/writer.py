@@ -23,7 +23,7 @@ from onewriter.write.batch import Again, Batch, Means, Verdict
 from onewriter.write.block import Block
 from onewriter.write.checkpoint import Checkpoint, Checkpointer, Readers
 from onewriter.write.connection import WriteConnection
-from onewriter.write.jobs import BareStatementJob, ControlJob
+from onewriter.write.jobs import BareStatementJob, ConnectionJob, ControlJob
 from onewriter.write.lock import WriteLock
 from onewriter.write.outcomes import Outcomes, copy_of
 from onewriter.write.queue import JobQueue
@@ -250,7 +250,7 @@ class Writer:
         elif isinstance(first, ControlJob):
             del todo[0]
             self._control(first)
-        elif isinstance(first, BareStatementJob):
+        elif isinstance(first, BareStatementJob | ConnectionJob):
             del todo[0]
             self._write_bare(first)
         else:
@@ -279,7 +279,7 @@ class Writer:
         waiting = [
             job
             for job in todo
-            if not (job.done() or isinstance(job, BareStatementJob | ControlJob))
+            if not (job.done() or isinstance(job, BareStatementJob | ConnectionJob | ControlJob))
             and not (ended and not job.running())
             and self._again.get(job) is not Again.STANDS
         ]
@@ -353,8 +353,8 @@ class Writer:
         job.ended_at = self.state.leave()
         self._outcomes.settle([job], Times())
 
-    def _write_bare(self, job: BareStatementJob) -> None:
-        """Run a statement outside any transaction."""
+    def _write_bare(self, job: BareStatementJob | ConnectionJob[Any]) -> None:
+        """Run what is in no transaction of ours."""
         if not job.start(monotonic()):
             return
         batch = Batch(self._means)
@@ -365,11 +365,8 @@ class Writer:
             job.ended_at = monotonic()
             self._outcomes.settle([job], batch.times)
             return
-        verdict = batch.run_bare(job)
-        if verdict.unknown is not None:
-            self._commit_unknown(batch, verdict.settled, verdict.unknown)
-        else:
-            self._outcomes.settle(verdict.settled, batch.times, batch.loans, verdict.commits)
+        verdict = batch.run_whole(job) if isinstance(job, ConnectionJob) else batch.run_bare(job)
+        self._obey(batch, verdict, [])
 
     def _withdraw(self, job: Job[Any]) -> bool:
         return job.withdraw_quietly(WithdrawnError(f"closed before job {job.describe()} started"))
