@@ -40,11 +40,11 @@ real_execute = LentConnection.execute
 
 def connect(database: Any, timeout: float = 5.0, *args: Any, **options: Any) -> Any:
     """As ``sqlite3.connect``; a database that others may have open as well stays a plain one."""
-    if not is_ours(database, options):
+    names = ("detect_types", "isolation_level", "check_same_thread", "factory", "cached_statements", "uri")
+    if not is_ours(database, options | dict(zip(names, args, strict=False))):
         return real_connect(database, timeout, *args, **options)
     global lent
     lent += 1
-    names = ("detect_types", "isolation_level", "check_same_thread", "factory", "cached_statements", "uri")
     options.update(zip(names, args, strict=False))
     db = DbWriter(
         database,
