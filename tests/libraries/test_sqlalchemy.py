@@ -181,7 +181,7 @@ def test_a_job_may_have_a_session(db: DbWriter) -> None:
             user = User(name="ada")
             session.add(user)
             session.commit()
-            return user.id
+            return int(user.id)
 
     assert db.run(work) == 1
     assert names(db) == ["ada"]

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from datasette.app import Datasette
 from datasette.database import Database
-from suites.plugin import OURS
 
 from onewriter import AsyncDbWriter, DbWriter
+from suites.plugin import OURS
 
 
 @pytest.fixture

@@ -95,12 +95,11 @@ def test_begin_commit_and_rollback_by_hand() -> None:
 
 
 def test_a_savepoint_is_released_or_rolled_back() -> None:
-    with database.atomic():
-        with database.savepoint() as part:
-            Person.create(name="ada")
-            part.commit()
-            Person.create(name="grace")
-            part.rollback()
+    with database.atomic(), database.savepoint() as part:
+        Person.create(name="ada")
+        part.commit()
+        Person.create(name="grace")
+        part.rollback()
     assert names() == ["ada"]
 
 

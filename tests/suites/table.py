@@ -31,7 +31,7 @@ class Suite:
     files: bool = False  # its databases in files are lent too
     attached: str = ""  # the schema that it attaches
     prepare: Callable[[Path], None] = do_nothing  # the folder of the tests
-    quick: tuple[str, ...] = ()  # the tests of the short form, which fetches nothing
+    quick: tuple[str, ...] = ()  # the arguments of pytest for the short form, which fetches nothing
 
 
 CPYTHON, WHEEL, HERE = "cpython", "wheel:", "here"  # sources that need no download
@@ -69,7 +69,7 @@ SUITES = (
         "wheel:pandas",
         files=True,
         prepare=make_iris,
-        quick=("tests/io/test_sql.py",),
+        quick=("tests/io/test_sql.py", "-k", "sqlite_buildin or xsqlite"),
     ),
     Suite("sqlite-utils-3", ("sqlite-utils<4", "hypothesis"), ("tests",), "sqlite-utils<4"),
     Suite("sqlite-utils-4", ("sqlite-utils>=4", "hypothesis"), ("tests",), "sqlite-utils>=4"),
