@@ -15,8 +15,9 @@ def make_iris(folder: Path) -> None:
     """The table that pandas' tests read, which its wheel has not: of this size, and with this first row."""
     data = folder / "tests" / "io" / "data" / "csv"
     data.mkdir(parents=True)
-    rows = ["SepalLength,SepalWidth,PetalLength,PetalWidth,Name", *["5.1,3.5,1.4,0.2,Iris-setosa"] * 150]
-    (data / "iris.csv").write_text("\n".join(rows), encoding="utf-8")
+    rows = [f"5.1,3.5,1.4,0.2,Iris-{name}" for name in ("setosa", "versicolor", "virginica") for _ in range(50)]
+    heads = "SepalLength,SepalWidth,PetalLength,PetalWidth,Name"
+    (data / "iris.csv").write_text("\n".join([heads, *rows]), encoding="utf-8")
 
 
 @dataclass(frozen=True)
