@@ -142,6 +142,21 @@ def released_soon(path: Path, seconds: float = 0.3) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def released_when_met(db: DbWriter, path: Path) -> Iterator[None]:
+    """Hold SQLite's write lock until the writer has met it."""
+    policy = policy_of(db)
+    with holding_lock(path) as connection:
+
+        def release(seconds: float) -> None:
+            if connection.in_transaction:
+                connection.execute("COMMIT")
+
+        sleep, policy.sleep = policy.sleep, release
+        yield
+        policy.sleep = sleep
+
+
+@contextlib.contextmanager
 def waiting_for_lock(db: DbWriter, path: Path) -> Iterator[threading.Event]:
     """What is handed in before the yielded Event is set is taken together, and waits for SQLite's lock."""
     go, there = threading.Event(), threading.Event()

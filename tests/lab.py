@@ -24,6 +24,7 @@ from experiments import (
     histories,
     interrupts,
     iofaults,
+    migrations,
     powerloss,
     schedules,
     sigkill,
@@ -37,6 +38,7 @@ from experiments import (
 Run = Callable[[int, int, Path], Outcome]
 EXPERIMENTS: tuple[tuple[str, Run, float, int, bool], ...] = (
     ("SIGKILL at random moments", sigkill.run, 0.3, 200, False),
+    ("migrations that are killed", migrations.run, 3.0, 200, False),
     ("SIGKILL at each write call", lambda size, seed, folder: sigkill.run_by_calls(1, folder), 100.0, 1, True),
     ("power loss, WAL, FULL", partial(powerloss.run, synchronous="FULL", mode="WAL"), 0.005, 1000, True),
     ("power loss, WAL, NORMAL", partial(powerloss.run, synchronous="NORMAL", mode="WAL"), 0.005, 1000, True),

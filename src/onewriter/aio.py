@@ -20,19 +20,22 @@ from onewriter.base.call_site import called_from, frame_around
 from onewriter.base.scopes import enclosing
 from onewriter.base.strict import Strict
 from onewriter.base.tally import CloseReport, Stats
-from onewriter.base.waiting import wake
-from onewriter.core import OWN_READER, After, Core, Function, Label, Seconds, core_of, deadline_of
+from onewriter.base.waiting import seconds_until, wake
+from onewriter.core import OWN_READER, VERSION, After, Core, Function, Label, Seconds, Steps, core_of, deadline_of
 from onewriter.ends.backup import check_backup
 from onewriter.errors import ReentrantWriteError, WriterClosedError
 from onewriter.events import announce
 from onewriter.gateway import DbWriter
 from onewriter.options import Options
 from onewriter.read.read import FETCHONE, Read, read_of, sql_read
+from onewriter.sqlite.parameters import Params
 from onewriter.sqlite.result import Result, first_value
 from onewriter.tasks.block import AsyncTransaction, TaskBlock, TaskSavepoint, nested, outermost, perform_inside
 from onewriter.tasks.calls import LoopDeadlines, and_the_log, in_thread
 from onewriter.tasks.reader import AsyncReader, TaskReads
+from onewriter.tasks.watch import AsyncWatch
 from onewriter.write.checkpoint import Checkpoint
+from onewriter.write.migrate import Migration
 from onewriter.write.ticket import Job, Ticket
 
 T = TypeVar("T")
@@ -158,7 +161,7 @@ class AsyncDbWriter(Strict):
 
     @overload
     def run(
-        self, sql: str, params: Any = (), /, *, label: Label = None, timeout: Seconds = 30.0
+        self, sql: str, params: Params = (), /, *, label: Label = None, timeout: Seconds = 30.0
     ) -> Coroutine[Any, Any, Result]: ...
     @overload
     def run(
@@ -167,7 +170,7 @@ class AsyncDbWriter(Strict):
     def run(
         self,
         what: str | Function[T],
-        params: Any = (),
+        params: Params = (),
         /,
         *,
         label: Label = None,
@@ -178,7 +181,7 @@ class AsyncDbWriter(Strict):
         return self._execute(self._core().job(what, params, label, foreign_keys, sys._getframe(1)), timeout)
 
     def run_many(
-        self, sql: str, seq_of_params: Iterable[Any], /, *, label: Label = None, timeout: Seconds = 30.0
+        self, sql: str, seq_of_params: Iterable[Params], /, *, label: Label = None, timeout: Seconds = 30.0
     ) -> Coroutine[Any, Any, Result]:
         """As ``DbWriter.run_many``."""
         return self._execute(self._core().many(sql, seq_of_params, label, sys._getframe(1)), timeout)
@@ -191,7 +194,7 @@ class AsyncDbWriter(Strict):
 
     @overload
     def run_without_transaction(
-        self, sql: str, params: Any = (), /, *, label: Label = None, timeout: Seconds = 30.0
+        self, sql: str, params: Params = (), /, *, label: Label = None, timeout: Seconds = 30.0
     ) -> Coroutine[Any, Any, Result]: ...
     @overload
     def run_without_transaction(
@@ -200,7 +203,7 @@ class AsyncDbWriter(Strict):
     def run_without_transaction(
         self,
         what: str | Callable[[sqlite3.Connection], T],
-        params: Any = (),
+        params: Params = (),
         /,
         *,
         label: Label = None,
@@ -210,27 +213,50 @@ class AsyncDbWriter(Strict):
         job = self._core().bare(what, params, label, sys._getframe(1))
         return self._execute(job, timeout, alone="run_without_transaction")
 
+    def migrate(
+        self, steps: Steps, *, label: Label = None, timeout: Seconds = 30.0, dry_run: bool = False
+    ) -> Coroutine[Any, Any, int]:
+        """As ``DbWriter.migrate``; functions are called in the writer's thread. Cancelled, it stops behind a step."""
+        core = self._core()
+        core.state.refuse_endless_wait("migrate", awaits=True)
+        return self._migrate(core.migration(steps, label, sys._getframe(1)), label, timeout, dry_run)
+
+    async def _migrate(self, migration: Migration, label: Label, timeout: Seconds, dry_run: bool) -> int:
+        until = deadline_of(timeout)
+        version: int = await self.read_value(VERSION, label=label, timeout=timeout)
+        while not (migration.is_at_end(version) or dry_run):
+            version = await self._execute(migration.job(), seconds_until(until), alone="migrate")
+        return version
+
     @overload
-    def enqueue(self, sql: str, params: Any = (), /, *, label: Label = None) -> Ticket[Result]: ...
+    def enqueue(self, sql: str, params: Params = (), /, *, label: Label = None) -> Ticket[Result]: ...
     @overload
     def enqueue(self, fn: Function[T], /, *, label: Label = None) -> Ticket[T]: ...
-    def enqueue(self, what: str | Function[T], params: Any = (), /, *, label: Label = None) -> Ticket[Any]:
+    def enqueue(self, what: str | Function[T], params: Params = (), /, *, label: Label = None) -> Ticket[Any]:
         """As ``DbWriter.enqueue``, but never waits: QueueFullError at once if there is no room. Not a coroutine."""
         core = self._core()
         job = core.job(what, params, label, None, sys._getframe(1), bounded=not core.state.would_deadlock_task())
         core.accept(job, 0.0)
         return job
 
+    def enqueue_many(self, sql: str, seq_of_params: Iterable[Params], /, *, label: Label = None) -> Ticket[Result]:
+        """As ``DbWriter.enqueue_many``, but never waits: QueueFullError at once without room. Not a coroutine."""
+        core = self._core()
+        bounded = not core.state.would_deadlock_task()
+        job = core.many(sql, seq_of_params, label, sys._getframe(1), bounded)
+        core.accept(job, 0.0)
+        return job
+
     @overload
     def enqueue_wait(
-        self, sql: str, params: Any = (), /, *, label: Label = None, timeout: Seconds = 30.0
+        self, sql: str, params: Params = (), /, *, label: Label = None, timeout: Seconds = 30.0
     ) -> Coroutine[Any, Any, Ticket[Result]]: ...
     @overload
     def enqueue_wait(
         self, fn: Function[T], /, *, label: Label = None, timeout: Seconds = 30.0
     ) -> Coroutine[Any, Any, Ticket[T]]: ...
     def enqueue_wait(
-        self, what: str | Function[T], params: Any = (), /, *, label: Label = None, timeout: Seconds = 30.0
+        self, what: str | Function[T], params: Params = (), /, *, label: Label = None, timeout: Seconds = 30.0
     ) -> Coroutine[Any, Any, Ticket[Any]]:
         """As ``enqueue``, but waits for room, at most ``timeout`` seconds."""
         check_timeout(timeout)
@@ -350,7 +376,7 @@ class AsyncDbWriter(Strict):
     def read(
         self,
         what: str | Callable[[sqlite3.Connection], T],
-        params: Any = (),
+        params: Params = (),
         /,
         *,
         label: Label = None,
@@ -361,13 +387,13 @@ class AsyncDbWriter(Strict):
         return self._read(read_of(what, params, label), label, timeout, after)
 
     def read_one(
-        self, sql: str, params: Any = (), /, *, label: Label = None, timeout: Seconds = 30.0, after: After = None
+        self, sql: str, params: Params = (), /, *, label: Label = None, timeout: Seconds = 30.0, after: After = None
     ) -> Coroutine[Any, Any, Any]:
         """As ``DbWriter.read_one``."""
         return self._read(sql_read(sql, params, FETCHONE, label), label, timeout, after)
 
     def read_value(
-        self, sql: str, params: Any = (), /, *, label: Label = None, timeout: Seconds = 30.0, after: After = None
+        self, sql: str, params: Params = (), /, *, label: Label = None, timeout: Seconds = 30.0, after: After = None
     ) -> Coroutine[Any, Any, Any]:
         """As ``DbWriter.read_value``."""
         return self._read(sql_read(sql, params, first_value, label), label, timeout, after)
@@ -379,6 +405,27 @@ class AsyncDbWriter(Strict):
         place = repr(label) if label else f"reader() in {called_from(sys._getframe(1))}"
         reads = self._task_reads()
         return reads.lend(place, lambda: self._after(after, timeout, label, reads.here()))
+
+    @overload
+    def watch(
+        self, sql: str, params: Any = (), /, *, label: Label = None, every: float = 0.05
+    ) -> AsyncWatch[list[Any]]: ...
+    @overload
+    def watch(
+        self, fn: Callable[[sqlite3.Connection], T], /, *, label: Label = None, every: float = 0.05
+    ) -> AsyncWatch[T]: ...
+    def watch(
+        self,
+        what: str | Callable[[sqlite3.Connection], T],
+        params: Any = (),
+        /,
+        *,
+        label: Label = None,
+        every: float = 0.05,
+    ) -> AsyncWatch[Any]:
+        """As ``DbWriter.watch``, in ``async with`` and ``async for``; a function runs in a thread."""
+        core = self._core()
+        return AsyncWatch(core.live, *core.watched(what, params, label), every, self, self._task_reads())
 
     def _read(self, read: Read[T], label: Label, timeout: Seconds, after: After) -> Coroutine[Any, Any, T]:
         reads = self._task_reads()

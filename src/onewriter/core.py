@@ -7,10 +7,11 @@ import logging
 import math
 import os
 import shutil
+import sys
 import tempfile
 import types
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from threading import get_ident
 from time import monotonic
 from typing import Any, TypeAlias, TypeVar
@@ -23,6 +24,7 @@ from onewriter.base.arguments import (
     check_seconds,
     check_sql,
     check_timeout,
+    name_of,
 )
 from onewriter.base.log import call_safely, report
 from onewriter.base.state import State, Work
@@ -32,18 +34,29 @@ from onewriter.ends.backup import copy
 from onewriter.ends.fork import refuse_inherited
 from onewriter.errors import ReadTimeoutError, ReentrantWriteError, WriteTimeoutError, closed_error
 from onewriter.events import BackupEnded, Hook, Submit, announce
+from onewriter.live.hub import LiveQueries
 from onewriter.options import Options
 from onewriter.read.pool import ReaderPool
+from onewriter.read.read import FunctionRead, Read, read_of
 from onewriter.read.reader import Snapshot
 from onewriter.sqlite.company import check_company, check_path
 from onewriter.sqlite.file import DatabaseFile
 from onewriter.sqlite.options import refuse_old_sqlite, refuse_unsafe_sqlite
 from onewriter.sqlite.parameters import capture, capture_many
 from onewriter.sqlite.result import Result
-from onewriter.sqlite.statement import check_many
+from onewriter.sqlite.statement import check_many, inside_of_dump
 from onewriter.write.checkpoint import Checkpoint
 from onewriter.write.driver import Driver, InlineDriver, ThreadDriver
-from onewriter.write.jobs import BareStatementJob, ConnectionJob, ControlJob, FunctionJob, LoanJob, StatementJob
+from onewriter.write.jobs import (
+    BareStatementJob,
+    ConnectionJob,
+    ControlJob,
+    FunctionJob,
+    LoanJob,
+    RebuildJob,
+    StatementJob,
+)
+from onewriter.write.migrate import Migration, Step
 from onewriter.write.queue import JobQueue
 from onewriter.write.ticket import Job, Ticket
 from onewriter.write.transaction import Transaction
@@ -54,6 +67,8 @@ Function: TypeAlias = Callable[[Transaction], T]
 Label: TypeAlias = str | None
 Seconds: TypeAlias = float | None  # None: for ever
 After: TypeAlias = Ticket[Any] | None
+Steps: TypeAlias = Sequence[Step]
+VERSION = "PRAGMA user_version"  # of the steps of migrate that have run
 
 OWN_READER = "close waits for all readers, and this thread or task has one: end its read or block first"
 GRACE = 0.25  # seconds that close leaves a writer whose wait for SQLite's lock it has just ended
@@ -100,6 +115,7 @@ class Core:
             functools.partial(_forget, folder),
         )
         self.driver: Driver = InlineDriver(writer, self.pool.clock) if options.inline else ThreadDriver(writer)
+        self.live = LiveQueries(state, self.pool, self.queue.check_open, self._settle_nothing, options.inline)
         submit, hook = self.driver.submit, options.on_event
         self.submit: Submit = submit if hook is None else functools.partial(_announce_and_submit, submit, state, hook)
         refuse_inherited(self.path)
@@ -131,30 +147,52 @@ class Core:
             return StatementJob(self.state, what, capture(what, params), label, frame, bounded)
         check_job(what, params)
         check_foreign_keys(foreign_keys)
-        return FunctionJob(self.state, what, label, frame, foreign_keys=foreign_keys, bounded=bounded)
+        label = label or name_of(what)
+        if foreign_keys is not None:
+            return RebuildJob(self.state, what, label, frame, foreign_keys)
+        return FunctionJob(self.state, what, label, frame, bounded)
 
-    def many(self, sql: str, rows: Iterable[Any], label: Label, frame: types.FrameType) -> Job[Result]:
+    def many(
+        self, sql: str, rows: Iterable[Any], label: Label, frame: types.FrameType, bounded: bool = False
+    ) -> Job[Result]:
         check_many(check_sql(sql))
         check_label(label)
         captured = capture_many(sql, rows)
-        return LoanJob(self.state, lambda loan: loan.statement_many(sql, captured), label, frame, sql=sql)
+        return LoanJob(self.state, lambda loan: loan.statement_many(sql, captured), label, frame, sql, bounded=bounded)
 
     def script(self, sql: str, label: Label, foreign_keys: bool | None, frame: types.FrameType) -> Job[None]:
         check_sql(sql)
         check_label(label)
         check_foreign_keys(foreign_keys)
         name = sql or "script"
-        return LoanJob(self.state, lambda loan: loan.script(sql), label, frame, foreign_keys=foreign_keys, sql=name)
+        inside, turns_keys_off = inside_of_dump(sql)
+        if turns_keys_off and foreign_keys is None:
+            foreign_keys = False  # in the transaction its PRAGMA would have no effect
+        return LoanJob(self.state, lambda loan: loan.script(inside), label, frame, name, foreign_keys)
 
     def bare(self, what: Any, params: Any, label: Label, frame: types.FrameType) -> Job[Any]:
         check_label(label)
         if isinstance(what, str):
             return BareStatementJob(self.state, what, capture(what, params), label, frame, False)
         check_job(what, params)
-        return ConnectionJob(self.state, what, label, frame)
+        return ConnectionJob(self.state, what, label or name_of(what), frame, False)
+
+    def migration(self, steps: Iterable[Step], label: Label, frame: types.FrameType) -> Migration:
+        return Migration(self.state, steps, label, frame, self.options.foreign_keys)
 
     def flush(self, frame: types.FrameType) -> Job[None]:
         return ControlJob(self.state, "flush", frame, None)
+
+    def watched(self, what: Any, params: Any, label: Label) -> tuple[Read[Any], object]:
+        """The read that a watch repeats, and what it is shared by."""
+        read = read_of(what, params, check_label(label))
+        if isinstance(read, FunctionRead) or self.options.row_factory is not None:
+            return read, object()  # what these give is not to be shared
+        return read, (read.sql, repr(read.parameters), read.label)
+
+    def _settle_nothing(self) -> None:
+        """Have the writer look for what is watched."""
+        self.driver.submit(ControlJob(self.state, "watch", sys._getframe(), None), 0.0)
 
     def checkpoint(self, mode: str, frame: types.FrameType) -> Job[Checkpoint]:
         check_choice("mode", mode, CHECKPOINTS)
@@ -162,8 +200,7 @@ class Core:
 
     def accept(self, job: Job[Any], timeout: Seconds) -> None:
         """Take a job that nobody waits for."""
-        state = self.state
-        if state.reporting and get_ident() in state.reporting:
+        if get_ident() in self.state.reporting:
             job.add_done_callback(_say_nothing)  # a log handler's own job: telling its failure would call it again
         self.submit(job, timeout)
 
@@ -257,7 +294,7 @@ class Core:
         state, tally, pool, writer = self.state, self.state.tally, self.pool, self.writer
         wal_bytes = self.file.wal_bytes()
         with state.lock:
-            tally.fill_histograms()
+            tally.count()
             now = monotonic()
             waiting, checkpoint, backup = state.waiting, writer.last_checkpoint, tally.last_backup
             return Stats(
@@ -273,8 +310,8 @@ class Core:
                 run_twice=tally.run_twice,
                 commits=tally.commits,
                 jobs_per_commit=tally.committed / tally.commits if tally.commits else 0.0,
-                lock_attempts=tally.lock_attempts,
-                lock_wait=tally.lock_wait,
+                lock_attempts=writer.lock_attempts,
+                lock_wait=writer.lock_wait,
                 queue_wait=tally.queue_wait.latency(),
                 run=tally.run.latency(),
                 commit=tally.commit.latency(),

@@ -22,14 +22,15 @@ from onewriter.base.scopes import enclosing
 from onewriter.base.strict import Strict
 from onewriter.base.tally import CloseReport, Stats
 from onewriter.base.waiting import seconds_until, thread_signal, wait_in_slices
-from onewriter.core import After, Core, Function, Label, Seconds, deadline_of
+from onewriter.core import VERSION, After, Core, Function, Label, Seconds, Steps, deadline_of
 from onewriter.ends.backup import check_backup
 from onewriter.errors import ReentrantWriteError
+from onewriter.live.watch import Watch
 from onewriter.options import Options
 from onewriter.read.claim import Claim
 from onewriter.read.read import FETCHALL, FETCHONE, Read, read_of, select, sql_read
 from onewriter.read.reader import Snapshot
-from onewriter.sqlite.parameters import capture
+from onewriter.sqlite.parameters import Params, capture
 from onewriter.sqlite.result import Result, first_value
 from onewriter.write.block import ThreadBlock, nested, outermost
 from onewriter.write.checkpoint import Checkpoint
@@ -144,7 +145,7 @@ class DbWriter(Strict):
     # Writes -----------------------------------------------------------------------------------------------------------
 
     @overload
-    def run(self, sql: str, params: Any = (), /, *, label: Label = None, timeout: Seconds = 30.0) -> Result: ...
+    def run(self, sql: str, params: Params = (), /, *, label: Label = None, timeout: Seconds = 30.0) -> Result: ...
     @overload
     def run(
         self, fn: Function[T], /, *, label: Label = None, timeout: Seconds = 30.0, foreign_keys: bool | None = None
@@ -152,7 +153,7 @@ class DbWriter(Strict):
     def run(
         self,
         what: str | Function[T],
-        params: Any = (),
+        params: Params = (),
         /,
         *,
         label: Label = None,
@@ -179,10 +180,13 @@ class DbWriter(Strict):
             WriterClosedError, WriterBrokenError, ReentrantWriteError: Not committed.
             What SQLite or the function raised: Rolled back.
         """
+        if type(what) is str and label is None and foreign_keys is None:
+            frame = sys._getframe(1)
+            return self._execute(StatementJob(self._state, what, capture(what, params), None, frame, False), timeout)
         return self._execute(self._core.job(what, params, label, foreign_keys, sys._getframe(1)), timeout)
 
     def run_many(
-        self, sql: str, seq_of_params: Iterable[Any], /, *, label: Label = None, timeout: Seconds = 30.0
+        self, sql: str, seq_of_params: Iterable[Params], /, *, label: Label = None, timeout: Seconds = 30.0
     ) -> Result:
         """Run one statement for each row of parameters, all or none; returns after COMMIT.
 
@@ -194,12 +198,16 @@ class DbWriter(Strict):
     def run_script(
         self, sql: str, /, *, label: Label = None, timeout: Seconds = 30.0, foreign_keys: bool | None = None
     ) -> None:
-        """Run many statements, all or none, without a hidden COMMIT; returns after COMMIT. Raises as ``run`` does."""
+        """Run many statements, all or none, without a hidden COMMIT; returns after COMMIT. Raises as ``run`` does.
+
+        BEGIN at the beginning and COMMIT at the end, as in the output of ``.dump`` and ``iterdump()``, are the job's
+        own. After a first ``PRAGMA foreign_keys=OFF`` it is as with ``foreign_keys=False``: checked before COMMIT.
+        """
         self._execute(self._core.script(sql, label, foreign_keys, sys._getframe(1)), timeout)
 
     @overload
     def run_without_transaction(
-        self, sql: str, params: Any = (), /, *, label: Label = None, timeout: Seconds = 30.0
+        self, sql: str, params: Params = (), /, *, label: Label = None, timeout: Seconds = 30.0
     ) -> Result: ...
     @overload
     def run_without_transaction(
@@ -208,7 +216,7 @@ class DbWriter(Strict):
     def run_without_transaction(
         self,
         what: str | Callable[[sqlite3.Connection], T],
-        params: Any = (),
+        params: Params = (),
         /,
         *,
         label: Label = None,
@@ -229,6 +237,33 @@ class DbWriter(Strict):
         """
         self._state.refuse_endless_wait("run_without_transaction")
         return self._execute(self._core.bare(what, params, label, sys._getframe(1)), timeout)
+
+    def migrate(self, steps: Steps, *, label: Label = None, timeout: Seconds = 30.0, dry_run: bool = False) -> int:
+        """Bring the schema to the newest version; returns that, after the COMMIT of the last step.
+
+        ``PRAGMA user_version`` counts the steps that have run. Each further one runs in a transaction of its own, with
+        the new version, once, whichever process starts first; foreign keys are off in it, and checked before COMMIT.
+
+        Args:
+            steps: SQL scripts and functions of a ``Transaction``, all there ever were, in order: new ones are
+                appended, old ones stay as they are.
+            timeout: seconds for all of them; None: for ever. Another process's step is waited for up to
+                ``lock_timeout``.
+            dry_run: run none; returns the version that is there, so ``steps[version:]`` are those that would run.
+
+        Raises:
+            ValueError: the database is newer than ``steps``. Nothing has run.
+            ReentrantWriteError: called inside a job or block. Nothing has run.
+            What a step raised, with a note that names it: Rolled back; those before it are committed, and the next
+                call goes on there.
+            The others as ``run`` does, for one step.
+        """
+        migration, until = self._core.migration(steps, label, sys._getframe(1)), deadline_of(timeout)
+        self._state.refuse_endless_wait("migrate")
+        version: int = self.read_value(VERSION, label=label, timeout=timeout)
+        while not (migration.is_at_end(version) or dry_run):
+            version = self._execute(migration.job(), seconds_until(until))
+        return version
 
     def transaction(
         self, *, label: Label = None, timeout: Seconds = 30.0, max_hold: float | None = None
@@ -268,12 +303,12 @@ class DbWriter(Strict):
 
     @overload
     def enqueue(
-        self, sql: str, params: Any = (), /, *, label: Label = None, timeout: Seconds = 30.0
+        self, sql: str, params: Params = (), /, *, label: Label = None, timeout: Seconds = 30.0
     ) -> Ticket[Result]: ...
     @overload
     def enqueue(self, fn: Function[T], /, *, label: Label = None, timeout: Seconds = 30.0) -> Ticket[T]: ...
     def enqueue(
-        self, what: str | Function[T], params: Any = (), /, *, label: Label = None, timeout: Seconds = 30.0
+        self, what: str | Function[T], params: Params = (), /, *, label: Label = None, timeout: Seconds = 30.0
     ) -> Ticket[Any]:
         """Hand a write in and return its ticket, without waiting for it: accepted, not committed.
 
@@ -297,9 +332,26 @@ class DbWriter(Strict):
         elif type(what) is types.FunctionType and type(params) is tuple and not params and label is None:
             if what.__code__.co_flags & NOT_PLAIN:
                 check_function(what)
-            job = FunctionJob(state, what, what.__qualname__, sys._getframe(1), bounded=bounded)
+            job = FunctionJob(state, what, what.__qualname__, sys._getframe(1), bounded)
         else:
             job = self._core.job(what, params, label, None, sys._getframe(1), bounded)
+        if state.reporting:
+            self._core.accept(job, timeout)
+        else:
+            self._submit(job, timeout)
+        return job
+
+    def enqueue_many(
+        self, sql: str, seq_of_params: Iterable[Params], /, *, label: Label = None, timeout: Seconds = 30.0
+    ) -> Ticket[Result]:
+        """Hand in one statement for many rows of parameters, all or none, as ``enqueue`` does: accepted, not committed.
+
+        A generator is consumed now, once. It is one job, and takes one place in the queue. Raises as ``enqueue`` does,
+        and sqlite3.ProgrammingError for RETURNING (Not committed).
+        """
+        check_timeout(timeout)
+        bounded = not self._state.would_deadlock()
+        job = self._core.many(sql, seq_of_params, label, sys._getframe(1), bounded)
         self._core.accept(job, timeout)
         return job
 
@@ -336,7 +388,7 @@ class DbWriter(Strict):
     def read(
         self,
         what: str | Callable[[sqlite3.Connection], T],
-        params: Any = (),
+        params: Params = (),
         /,
         *,
         label: Label = None,
@@ -374,13 +426,13 @@ class DbWriter(Strict):
         return self._read(read_of(what, params, label), label, timeout, after)
 
     def read_one(
-        self, sql: str, params: Any = (), /, *, label: Label = None, timeout: Seconds = 30.0, after: After = None
+        self, sql: str, params: Params = (), /, *, label: Label = None, timeout: Seconds = 30.0, after: After = None
     ) -> Any:
         """Return the first row of a SELECT, or None. Otherwise as ``read``."""
         return self._read(sql_read(sql, params, FETCHONE, label), label, timeout, after)
 
     def read_value(
-        self, sql: str, params: Any = (), /, *, label: Label = None, timeout: Seconds = 30.0, after: After = None
+        self, sql: str, params: Params = (), /, *, label: Label = None, timeout: Seconds = 30.0, after: After = None
     ) -> Any:
         """Return the first column of the first row, whatever ``row_factory`` is, or None. Otherwise as ``read``."""
         return self._read(sql_read(sql, params, first_value, label), label, timeout, after)
@@ -416,6 +468,35 @@ class DbWriter(Strict):
         until = writer.held_until if isinstance(writer, WriteLoan) and writer.is_of_function else math.inf
         with self._core.pool.snapshot(label, deadline, until) as snapshot:
             yield snapshot.to_lend
+
+    @overload
+    def watch(self, sql: str, params: Any = (), /, *, label: Label = None, every: float = 0.05) -> Watch[list[Any]]: ...
+    @overload
+    def watch(
+        self, fn: Callable[[sqlite3.Connection], T], /, *, label: Label = None, every: float = 0.05
+    ) -> Watch[T]: ...
+    def watch(
+        self,
+        what: str | Callable[[sqlite3.Connection], T],
+        params: Any = (),
+        /,
+        *,
+        label: Label = None,
+        every: float = 0.05,
+    ) -> Watch[Any]:
+        """A SELECT's rows, or what ``what(connection)`` returns, now and again after each commit that changed them.
+
+        ``with db.watch(sql) as live: for rows in live: …``, or ``live.next(timeout)``. Commits of any process count.
+        Blocks only while it waits or reads, and holds no connection between two reads.
+
+        Args:
+            params: of the SELECT; copied now.
+            every: seconds; it reads once in so many at most, and gives the newest rows then.
+
+        Raises:
+            WriterClosedError, WriterBrokenError: at the entry.
+        """
+        return Watch(self._core.live, *self._core.watched(what, params, label), every, self)
 
     # Operations -------------------------------------------------------------------------------------------------------
 
@@ -526,8 +607,8 @@ class DbWriter(Strict):
         state = self._state
         if _get_running_loop() is not None:
             warn_of_blocking()
-        outside = enclosing() is None and get_ident() != state.writer_thread  # as nearly always
-        transaction = None if outside else self._transaction_here()
+        is_outside = enclosing() is None and get_ident() != state.writer_thread  # as nearly always
+        transaction = None if is_outside else self._transaction_here()
         if transaction is not None:
             if job.foreign_keys is not None:
                 raise ReentrantWriteError("foreign_keys= needs a transaction of its own: call it outside the job")
@@ -536,9 +617,9 @@ class DbWriter(Strict):
             if isinstance(transaction.job, ThreadBlock):
                 transaction.job.nested += 1
             return result
-        if state.would_deadlock():
+        if (not is_outside or state.blocks or state.is_inside()) and state.would_deadlock():
             state.refuse_endless_wait(f"waiting for job {job.describe()}")
-        until = math.inf if timeout is None else monotonic() + timeout
+        until = math.inf if timeout is None else job.created_at + timeout
         wakeup = job.expect_outcome(thread_signal())
         self._submit(job, timeout)
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import importlib.util
 import logging
 import os
@@ -12,6 +13,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -96,6 +98,29 @@ def test_nothing_is_locked_or_lost_or_claimed_twice(path: Path, drive: Any) -> N
     assert look_into(path, traffic.accepted, traffic.known) == set(traffic.accepted)
     assert len(traffic.accepted) > 50
     assert sorted(os.listdir(path.parent)) == [path.name]
+
+
+def test_the_page_is_told_of_each_change_and_an_open_one_keeps_nothing_from_ending(path: Path, drive: Any) -> None:
+    port = free_port()
+    with served(path, port) as process, contextlib.ExitStack() as pages:
+        address = f"http://127.0.0.1:{port}"
+        assert "EventSource" in drive.ask(f"{address}/")
+        idle = pages.enter_context(contextlib.closing(http.client.HTTPConnection("127.0.0.1", port)))
+        idle.request("GET", "/counts")
+        idle.getresponse().read()  # kept alive
+        events = pages.enter_context(urllib.request.urlopen(f"{address}/events", timeout=DEADLINE))
+        drive.ask(f"{address}/webhook", "POST", {"delivery": "one", "path": "/media/<b>.mkv", "wait": True})
+        seen = []
+        for line in events:
+            seen.append(line.decode())
+            if "<b>1</b>webhooks" in seen[-1]:
+                break
+        process.send_signal(signal.SIGINT)
+        seen += [line.decode() for line in events]  # the last state, and the end
+        _, errors = process.communicate(timeout=DEADLINE)
+    assert (process.returncode, errors) == (0, "")
+    assert all(line == "\n" or line.startswith("data: ") for line in seen)
+    assert len(seen) > 2
 
 
 def test_a_kill_in_the_middle_loses_only_what_was_accepted_and_not_yet_written(path: Path, drive: Any) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import Outcome, iofaults, load, powerloss, sigkill, signals, strace
+from experiments import Outcome, iofaults, load, migrations, powerloss, sigkill, signals, strace
 
 
 @pytest.fixture
@@ -24,6 +24,12 @@ def assert_good(outcome: Outcome, trials: int) -> None:
 
 def test_kills_at_random_moments(tmp_path: Path) -> None:
     assert_good(sigkill.run(4, 1, tmp_path), 3)
+
+
+def test_migrations_that_are_killed(tmp_path: Path) -> None:
+    outcome = migrations.run(3, 1, tmp_path)
+    assert_good(outcome, 24)
+    assert outcome.notes["killed"] > 0
 
 
 @pytest.mark.usefixtures("traced")

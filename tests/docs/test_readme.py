@@ -12,7 +12,19 @@ from typing import Any
 import pytest
 
 import onewriter
-from onewriter import AsyncDbWriter, AsyncTransaction, CloseReport, DbWriter, Result, Stats, Ticket, Transaction, events
+from onewriter import (
+    AsyncDbWriter,
+    AsyncTransaction,
+    AsyncWatch,
+    CloseReport,
+    DbWriter,
+    Result,
+    Stats,
+    Ticket,
+    Transaction,
+    Watch,
+    events,
+)
 from onewriter.base.tally import Latency
 
 ROOT = Path(__file__).parents[2]
@@ -51,7 +63,8 @@ def test_the_readme_begins_with_a_quickstart() -> None:
 def test_the_reference_has_every_public_name() -> None:
     text = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
     names = [name for name in onewriter.__all__ if f"`{name}" not in text and name not in text]
-    for kind in (DbWriter, AsyncDbWriter, Transaction, AsyncTransaction, Ticket, Result, Stats, CloseReport, Latency):
+    kinds = (DbWriter, AsyncDbWriter, Transaction, AsyncTransaction, Ticket, Result, Stats, CloseReport, Latency)
+    for kind in (*kinds, Watch, AsyncWatch):
         names += [f"{kind.__name__}.{name}" for name in vars(kind) if name[0] != "_" and not mentions(text, name)]
     arguments = inspect.signature(DbWriter).parameters
     names += [f"DbWriter({name})" for name in arguments if not mentions(text, name)]

@@ -105,7 +105,7 @@ def test_errors_arrive_as_they_are(path: Path) -> None:
                 (lambda: db.run(fail), LookupError),
                 (lambda: db.read("SELECT"), sqlite3.OperationalError),
                 (lambda: db.read("DELETE FROM t"), sqlite3.OperationalError),
-                (lambda: db.run(INSERT, "1"), TypeError),
+                (lambda: db.run(INSERT, "1"), TypeError),  # type: ignore[call-overload]
                 (lambda: anything.run(1), TypeError),
                 (lambda: db.run(INSERT, (1,), timeout=-1), ValueError),
                 (lambda: anything.read(1), TypeError),

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from helpers import DEADLINE, core_of, holding_lock, parked, released_soon, state_of, writer_of
+from helpers import DEADLINE, core_of, holding_lock, parked, released_when_met, state_of, writer_of
 from onewriter import AsyncDbWriter, CommitUnknownError, DbWriter, ReentrantWriteError, Ticket, WriterClosedError
 from onewriter.events import BackupEnded, BatchEnded, CheckpointEnded, Event, JobSubmitted, WriterBroken
 from onewriter.write.jobs import ControlJob
@@ -80,7 +80,7 @@ def test_a_batch_is_one_event(path: Path) -> None:
         assert batch.tickets == tuple(tickets)
         assert (batch.commits, batch.retried, batch.lock_wait) == (1, False, 0.0)
         assert batch.commit > 0
-        with released_soon(path, 0.05):
+        with released_when_met(db, path):
             db.run(INSERT, (77,))
         assert heard.of(BatchEnded)[-1].retried
         assert heard.of(BatchEnded)[-1].lock_wait > 0
@@ -280,14 +280,11 @@ def test_a_commit_with_an_unknown_outcome_is_told_in_the_log_too(
     error.sqlite_errorcode, error.sqlite_errorname = sqlite3.SQLITE_IOERR_FSYNC, "SQLITE_IOERR_FSYNC"
     with DbWriter(path) as db:
         db.run("CREATE TABLE t (n)")
-        run = writer_of(db)._lock._run
 
-        def fail_to_commit(session: Any, sql: str, job: Any, times: Any) -> None:
-            if sql == "COMMIT":
-                raise error
-            run(session, sql, job, times)
+        def fail_to_commit(*_: object) -> None:
+            raise error
 
-        monkeypatch.setattr(writer_of(db)._lock, "_run", fail_to_commit)
+        monkeypatch.setattr(writer_of(db)._lock, "commit", fail_to_commit)
         with pytest.raises(CommitUnknownError):
             db.run("INSERT INTO t VALUES (1)")
         assert db.health.startswith("broken: ")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
+import inspect
 import logging
 import pickle
 from collections.abc import Iterator
@@ -14,6 +16,7 @@ import pytest
 
 from helpers import in_threads, raises
 from onewriter import AsyncDbWriter, DbWriter, WriterClosedError
+from onewriter.options import Options
 
 
 def test_a_closed_gateway_is_not_entered(path: Path) -> None:
@@ -125,3 +128,10 @@ def test_a_second_gateway_through_a_link_warns_too(tmp_path: Path, caplog: pytes
     with DbWriter(tmp_path / "app.db"), DbWriter(tmp_path / "link.db"):
         pass
     assert len([record for record in caplog.records if "another DbWriter" in record.getMessage()]) == 1
+
+
+def test_the_defaults_are_the_same_for_threads_and_tasks() -> None:
+    """``AsyncDbWriter`` takes those of ``Options``."""
+    signature = inspect.signature(DbWriter).parameters
+    options = {field.name: field.default for field in dataclasses.fields(Options)}
+    assert {name: signature[name].default for name in options} == options

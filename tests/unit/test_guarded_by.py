@@ -35,6 +35,7 @@ GUARDS = [
             "write/ticket.py": ["__init__", "expect_outcome"],
             "write/jobs.py": ["__init__"],
             "write/batch.py": [],
+            "write/outcomes.py": [],
             "write/block.py": ["__init__"],
             "tasks/block.py": ["__init__"],
         }.items()
@@ -43,8 +44,8 @@ GUARDS = [
         Guard(file, "lock", {"tally"}, also_read=True, free=frozenset(free))
         for file, free in {
             "write/ticket.py": [],
+            "write/outcomes.py": ["_is_unheard"],
             "write/writer.py": [],
-            "write/lock.py": [],
             "base/state.py": [],
             "core.py": ["back_up"],
             "ends/exit.py": ["_drain"],
@@ -92,6 +93,34 @@ GUARDS = [
         free=frozenset(("__init__", "turn_off")),
     ),
     Guard("read/reader.py", "_lock", {"_ended"}, also_read=True, free=frozenset(("__init__",))),
+    Guard(
+        "live/hub.py",
+        "lock",
+        {
+            "_all_changed",
+            "_asleep",
+            "_changed",
+            "_commits",
+            "_queries",
+            "answer",
+            "as_of",
+            "begun",
+            "is_over",
+            "read_by",
+            "tables_as_of",
+            "waiters",
+            "watches",
+        },
+        held=frozenset(("_is_awake", "_keep", "_waiters_of", "begin", "sleep")),
+        free=frozenset(("__init__",)),
+    ),
+    Guard(
+        "live/watch.py",
+        "lock",
+        {"_is_left", "_last", "_looked_at", "_number", "_query", "waiters"},
+        held=frozenset(("begin", "sleep")),
+        free=frozenset(("__init__",)),
+    ),
     Guard("aio.py", "_lock", {"_openers", "_reads"}, free=frozenset(("_prepare",))),
     Guard("tasks/threads.py", "_lock", {"_executor"}, free=frozenset(("__init__",))),
     Guard(

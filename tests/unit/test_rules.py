@@ -17,13 +17,13 @@ from onewriter import DbWriter, Result, Ticket, Transaction
 
 SOURCE = Path(onewriter.__file__).parent
 FILES = {path.relative_to(SOURCE).as_posix(): path.read_text(encoding="utf-8") for path in sorted(SOURCE.rglob("*.py"))}
-PROGRAMS = {"tools/bench.py", "tools/check.py"}
+PROGRAMS = {"tools/bench.py", "tools/contestants.py", "tools/check.py"}
 TREES = {name: ast.parse(text) for name, text in FILES.items()}
 ARCHITECTURE = Path(__file__).parents[2] / "docs" / "contributing.md"
 
 # From low to high: a file imports lower floors, and its own folder.
 FLOORS = (
-    *("errors.py", "base", "sqlite", "events.py", "write", "read", "tasks", "ends", "options.py", "core.py"),
+    *("errors.py", "base", "sqlite", "events.py", "write", "read", "live", "tasks", "ends", "options.py", "core.py"),
     *("gateway.py", "aio.py", "sqlalchemy.py", "tools", "testing.py", "__main__.py __init__.py"),
 )
 FACES = ("aio.py", "gateway.py")
@@ -38,11 +38,18 @@ def files_with(pattern: str) -> set[str]:
 def test_the_public_names_are_these() -> None:
     expected = [
         "AsyncDbWriter",
+        "AsyncReader",
         "AsyncTransaction",
+        "AsyncWatch",
+        "Checkpoint",
+        "CheckpointResult",
         "CloseReport",
         "CommitUnknownError",
         "DbWriter",
         "ForkedError",
+        "Latency",
+        "Running",
+        "Timings",
         "OneWriterError",
         "QueueFullError",
         "ReadTimeoutError",
@@ -53,9 +60,11 @@ def test_the_public_names_are_these() -> None:
         "Transaction",
         "TransactionAbortedError",
         "TransactionClosedError",
+        "Watch",
         "WriteTimeoutError",
         "WriterBrokenError",
         "WriterClosedError",
+        "__version__",
     ]
     assert sorted(onewriter.__all__) == sorted(expected)
     assert all(hasattr(onewriter, name) for name in expected)
@@ -63,6 +72,34 @@ def test_the_public_names_are_these() -> None:
 
 def test_dir_shows_the_public_names_alone() -> None:
     assert dir(onewriter) == sorted(onewriter.__all__)
+
+
+OWN_CLASSES = {node.name for tree in TREES.values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+FOR_OURSELVES = {"lends"}  # methods that have a public name and are no part of the interface
+
+
+def types_given_by(name: str) -> set[str]:
+    """The classes of this package that the attributes and methods of a public one give."""
+    members = vars(getattr(onewriter, name, object))
+    said = list(members.get("__annotations__", {}).values())
+    for member_name, member in members.items():
+        if not member_name.startswith("_") and member_name not in FOR_OURSELVES:
+            said.append(getattr(getattr(member, "fget", member), "__annotations__", {}).get("return", ""))
+    return set(re.findall(r"[A-Z]\w+", " ".join(map(str, said)))) & OWN_CLASSES
+
+
+def test_every_type_that_a_public_call_returns_is_public() -> None:
+    found, new = set[str](), {"DbWriter", "AsyncDbWriter"}
+    while new:
+        found |= new
+        new = set().union(*map(types_given_by, new)) - found
+    assert {"Checkpoint", "Latency", "Timings", "AsyncReader", "Result"} <= found
+    assert found <= set(onewriter.__all__)
+
+
+def test_the_version_is_that_of_the_distribution() -> None:
+    text = (ARCHITECTURE.parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    assert re.search(r'^version = "(.+)"$', text, re.MULTILINE)[1] == onewriter.__version__  # type: ignore[index]
 
 
 def test_every_error_is_one_of_the_packages_and_says_what_became_of_the_write() -> None:
@@ -258,7 +295,7 @@ def test_reach_for_private_names_is_found() -> None:
 
 def test_the_files_that_the_architecture_page_names_are_there() -> None:
     named = re.findall(
-        r"`((?:base|sqlite|write|read|tasks|ends|tools)/\w+\.py)`", ARCHITECTURE.read_text(encoding="utf-8")
+        r"`((?:base|sqlite|write|read|live|tasks|ends|tools)/\w+\.py)`", ARCHITECTURE.read_text(encoding="utf-8")
     )
     assert named
     assert set(named) - FILES.keys() == set()

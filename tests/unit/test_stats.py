@@ -16,7 +16,17 @@ from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, eventually, file_of, holding_lock, in_threads, inserting, parked, released_soon, state_of
+from helpers import (
+    DEADLINE,
+    eventually,
+    file_of,
+    holding_lock,
+    in_threads,
+    inserting,
+    parked,
+    released_when_met,
+    state_of,
+)
 from onewriter import AsyncDbWriter, DbWriter, QueueFullError, Ticket, WriteTimeoutError
 from onewriter.base.tally import Histogram
 from onewriter.events import JobSubmitted
@@ -124,7 +134,7 @@ def test_jobs_that_ran_twice_and_jobs_that_were_retried_are_counted(db: DbWriter
     assert (db.stats().run_twice, db.stats().failed) == (5, 2)
     assert db.stats().retried == 0
     before = db.stats().lock_attempts
-    with released_soon(path, 0.05):
+    with released_when_met(db, path):
         db.run(INSERT, (7,))
     stats = db.stats()
     assert stats.retried == 1
@@ -133,7 +143,7 @@ def test_jobs_that_ran_twice_and_jobs_that_were_retried_are_counted(db: DbWriter
 
 
 def test_a_statement_without_transaction_that_met_a_lock_is_retried(db: DbWriter, path: Path) -> None:
-    with released_soon(path, 0.05):
+    with released_when_met(db, path):
         db.run_without_transaction("VACUUM")
     assert db.stats().retried == 1
     assert db.stats().lock_wait > 0

@@ -60,9 +60,13 @@ class Traffic:
         while not self._stop.is_set():
             try:
                 ask(f"{self.address}/")
-                ask(f"{self.address}/counts")
+                with urllib.request.urlopen(f"{self.address}/events", timeout=1) as events:
+                    for line in events:
+                        self.looks += line.startswith(b"data: ")
+                        if self._stop.is_set():
+                            break
+            except TimeoutError:  # no news
+                pass
             except FAILURES as error:
                 self.errors.append(repr(error))
                 time.sleep(0.05)
-            else:
-                self.looks += 1

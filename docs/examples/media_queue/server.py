@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
+import socket
 import threading
 import time
 from html import escape
@@ -12,11 +14,11 @@ from typing import Any
 
 from store import Store
 
-from onewriter import OneWriterError, WriterClosedError
+from onewriter import OneWriterError, ReadTimeoutError, Watch, WriterClosedError
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="refresh" content="2"><title>media queue</title><style>
+<title>media queue</title><style>
 body {{ font: 16px/1.4 system-ui, sans-serif; margin: 1rem auto; max-width: 40rem; padding: 0 1rem; color: #222 }}
 .tiles {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(6.5rem, 1fr)); gap: .5rem }}
 .tile {{ background: #eef3f8; border-radius: .5rem; padding: .6rem; text-align: center }}
@@ -24,27 +26,89 @@ body {{ font: 16px/1.4 system-ui, sans-serif; margin: 1rem auto; max-width: 40re
 table {{ border-collapse: collapse; width: 100%; table-layout: fixed }}
 td, th {{ text-align: left; padding: .25rem .4rem .25rem 0; border-bottom: 1px solid #ddd; overflow-wrap: anywhere }}
 small {{ color: #666 }}
-</style></head><body><h1>media queue</h1><div class="tiles">{tiles}</div>
-<h2>Latest</h2><table><tr><th>video</th><th>state</th><th>worker</th></tr>{rows}</table>
-<p><small>{jobs:,} writes in {commits:,} commits, {depth} waiting; writer: {health}</small></p></body></html>
+.late {{ opacity: .4 }}
+</style></head><body><h1>media queue</h1><main id="now">{now}</main><script>
+const now = document.getElementById("now"), events = new EventSource("/events");
+events.onmessage = event => {{ now.innerHTML = event.data; now.className = ""; }};
+events.onerror = () => {{ now.className = "late"; }};  // the browser tries again by itself
+</script></body></html>
 """
+NOW = (
+    '<div class="tiles">{tiles}</div><h2>Latest</h2><table><tr><th>video</th><th>state</th><th>worker</th></tr>{rows}'
+    "</table><p><small>{jobs:,} writes in {commits:,} commits, {depth} waiting; writer: {health}</small></p>"
+)
+HEARTBEAT = 15.0  # seconds without news after which a page that is not there any more is found out
+
+
+class Server(ThreadingHTTPServer):
+    """Knows its open connections, most of which wait for another request."""
+
+    daemon_threads = False  # their last answers are given before it ends
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.connections: set[socket.socket] = set()
+
+    def hang_up(self) -> None:
+        """No further request comes on them."""
+        for connection in tuple(self.connections):
+            with contextlib.suppress(OSError):  # the other side was first
+                connection.shutdown(socket.SHUT_RD)
 
 
 class Handler(BaseHTTPRequestHandler):
     """One thread for each connection; all of them write through the one store."""
 
     store: Store
+    server: Server
     protocol_version = "HTTP/1.1"
 
-    def do_GET(self) -> None:
+    def setup(self) -> None:
+        super().setup()
+        self.server.connections.add(self.connection)
+
+    def finish(self) -> None:
+        self.server.connections.discard(self.connection)
+        super().finish()
+
+    def _dispatch(self) -> None:
+        try:
+            getattr(self, f"_{self.command.lower()}")()
+        except (OneWriterError, TimeoutError) as error:  # full or closing: the sender tries again
+            self._answer(503, {"error": str(error)})
+
+    do_GET = do_POST = do_PUT = do_DELETE = _dispatch
+
+    def _get(self) -> None:
         if self.path == "/counts":
             self._answer(200, self.store.counts())
         elif self.path == "/":
-            self._answer(200, self._page(), "text/html; charset=utf-8")
+            page = PAGE.format(now=self._now(self.store.counts()))
+            self._answer(200, page, "text/html; charset=utf-8")
+        elif self.path == "/events":
+            self._follow()
         else:
             self._answer(404, {"error": "not found"})
 
-    def do_POST(self) -> None:
+    def _follow(self) -> None:
+        """Server-sent events: the page as it is, and again whenever a commit has changed it, until one side ends."""
+        with self.store.watch() as live:
+            self.close_connection = True
+            self.send_response(200)
+            self.send_header("Content-Type", "text/event-stream")
+            self.send_header("Cache-Control", "no-store")
+            self.end_headers()
+            with contextlib.suppress(ConnectionError, OneWriterError):  # the page is gone, or the store is closed
+                while True:
+                    self.wfile.write(self._event(live).encode())
+
+    def _event(self, live: Watch[dict[str, Any]]) -> str:
+        try:
+            return f"data: {self._now(live.next(HEARTBEAT))}\n\n"
+        except ReadTimeoutError:
+            return ": nothing new\n\n"
+
+    def _post(self) -> None:
         body = self._body()
         if self.path != "/webhook" or not isinstance(body, dict):
             self._answer(404, {"error": "not found"})
@@ -55,12 +119,10 @@ class Handler(BaseHTTPRequestHandler):
                 ticket.result(10)
         except (KeyError, ValueError) as error:
             self._answer(400, {"error": repr(error)})
-        except (OneWriterError, TimeoutError) as error:  # full or closing: the sender tries again
-            self._answer(503, {"error": str(error)})
         else:
             self._answer(200 if body.get("wait") else 202, {"accepted": True})
 
-    def do_PUT(self) -> None:
+    def _put(self) -> None:
         name, address = self.path.removeprefix("/services/"), self._body()
         if not isinstance(address, str):
             self._answer(400, {"error": "the body must be the address, a JSON string"})
@@ -68,12 +130,13 @@ class Handler(BaseHTTPRequestHandler):
         self.store.set_service(name, address)
         self._answer(200, {"name": name})
 
-    def do_DELETE(self) -> None:
+    def _delete(self) -> None:
         found = self.store.delete_service(self.path.removeprefix("/services/"))
         self._answer(200 if found else 404, {"deleted": found})
 
-    def _page(self) -> str:
-        counts, stats = self.store.counts(), self.store.db.stats()
+    def _now(self, counts: dict[str, Any]) -> str:
+        """One line of HTML."""
+        stats = self.store.db.stats()
         figures = {**counts["states"], "webhooks": counts["webhooks"], "failures": counts["failures"]}
         tiles = "".join(f'<div class="tile"><b>{value:,}</b>{name}</div>' for name, value in figures.items())
         rows = "".join(
@@ -81,7 +144,7 @@ class Handler(BaseHTTPRequestHandler):
             for path, state, worker, _ in counts["latest"]
         )
         health = escape(self.store.db.health)
-        return PAGE.format(
+        return NOW.format(
             tiles=tiles, rows=rows, jobs=stats.committed, commits=stats.commits, depth=stats.queue_depth, health=health
         )
 
@@ -109,10 +172,9 @@ class Service:
     def __init__(self, path: str, port: int, workers: int, scans: bool = True) -> None:
         self.store = Store(path)
         handler = type("BoundHandler", (Handler,), {"store": self.store})
-        self.http = ThreadingHTTPServer(("127.0.0.1", port), handler)
-        self.http.daemon_threads = False  # their last answers are given before the store is closed
+        self.http = Server(("127.0.0.1", port), handler)
         self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self.http.serve_forever, name="http")]
+        self._threads = [threading.Thread(target=self.http.serve_forever, args=[0.1], name="http")]
         if scans:
             self._threads.append(threading.Thread(target=self._scan, name="scanner"))
         for number in range(workers):
@@ -131,8 +193,9 @@ class Service:
         self.http.shutdown()
         for thread in self._threads:
             thread.join()
+        self.http.hang_up()
+        self.store.close()  # which ends the pages, each with the last state
         self.http.server_close()
-        self.store.close()
 
     def _scan(self) -> None:
         """Made-up folders that grow."""

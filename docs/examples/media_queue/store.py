@@ -6,14 +6,15 @@ failed.
 
 from __future__ import annotations
 
+import sqlite3
 import time
 from collections.abc import Iterable
 from typing import Any
 
-from onewriter import DbWriter, Ticket, Transaction
+from onewriter import DbWriter, Ticket, Transaction, Watch
 
-SCHEMA = """
-CREATE TABLE IF NOT EXISTS video (
+FIRST = """
+CREATE TABLE video (
     id       INTEGER PRIMARY KEY,
     path     TEXT NOT NULL UNIQUE,
     bytes    INTEGER NOT NULL DEFAULT 0,
@@ -22,14 +23,15 @@ CREATE TABLE IF NOT EXISTS video (
     attempts INTEGER NOT NULL DEFAULT 0,
     saved    INTEGER NOT NULL DEFAULT 0
 );
-CREATE INDEX IF NOT EXISTS video_state ON video (state, id);
-CREATE TABLE IF NOT EXISTS webhook (delivery TEXT PRIMARY KEY, path TEXT NOT NULL, at REAL NOT NULL);
-CREATE TABLE IF NOT EXISTS failure (video INTEGER NOT NULL REFERENCES video (id), reason TEXT NOT NULL,
+CREATE INDEX video_state ON video (state, id);
+CREATE TABLE webhook (delivery TEXT PRIMARY KEY, path TEXT NOT NULL, at REAL NOT NULL);
+CREATE TABLE failure (video INTEGER NOT NULL REFERENCES video (id), reason TEXT NOT NULL,
     at REAL NOT NULL);
-CREATE TABLE IF NOT EXISTS claim (video INTEGER NOT NULL REFERENCES video (id), attempt INTEGER NOT NULL,
+CREATE TABLE claim (video INTEGER NOT NULL REFERENCES video (id), attempt INTEGER NOT NULL,
     worker TEXT NOT NULL, PRIMARY KEY (video, attempt));
-CREATE TABLE IF NOT EXISTS service (name TEXT PRIMARY KEY, url TEXT NOT NULL);
+CREATE TABLE service (name TEXT PRIMARY KEY, url TEXT NOT NULL);
 """
+STEPS = (FIRST,)  # of the schema: new ones are appended, and none is ever changed
 MOST_ATTEMPTS = 3
 
 
@@ -42,7 +44,7 @@ class Store:
 
     def __init__(self, path: str) -> None:
         self.db = DbWriter(path, label="media")
-        self.db.run_script(SCHEMA, label="schema")
+        self.db.migrate(STEPS, label="schema")
         undo = "UPDATE video SET state = 'found', worker = NULL WHERE state IN ('claimed', 'encoding')"
         self.recovered = self.db.run(undo, label="recover").rowcount
 
@@ -118,22 +120,29 @@ class Store:
     # Reads never wait for any of them.
 
     def counts(self) -> dict[str, Any]:
-        """One moment of everything."""
-        with self.db.reader(label="counts") as connection:
-            states = dict(connection.execute("SELECT state, count(*) FROM video GROUP BY state").fetchall())
-            rest = connection.execute(
-                "SELECT (SELECT count(*) FROM webhook), (SELECT count(*) FROM failure), "
-                "(SELECT coalesce(sum(saved), 0) FROM video)"
-            ).fetchone()
-            services = connection.execute("SELECT name, url FROM service ORDER BY name").fetchall()
-            latest = connection.execute(
-                "SELECT path, state, worker, attempts FROM video WHERE state <> 'found' ORDER BY id DESC LIMIT 8"
-            ).fetchall()
-        return {
-            "states": {state: states.get(state, 0) for state in ("found", "claimed", "encoding", "done", "failed")},
-            "webhooks": rest[0],
-            "failures": rest[1],
-            "saved": rest[2],
-            "services": services,
-            "latest": latest,
-        }
+        return self.db.read(_counts, label="counts")
+
+    def watch(self) -> Watch[dict[str, Any]]:
+        """The same, now and whenever a commit has changed it."""
+        return self.db.watch(_counts, label="page", every=0.2)
+
+
+def _counts(connection: sqlite3.Connection) -> dict[str, Any]:
+    """One moment of everything."""
+    states = dict(connection.execute("SELECT state, count(*) FROM video GROUP BY state").fetchall())
+    rest = connection.execute(
+        "SELECT (SELECT count(*) FROM webhook), (SELECT count(*) FROM failure), "
+        "(SELECT coalesce(sum(saved), 0) FROM video)"
+    ).fetchone()
+    services = connection.execute("SELECT name, url FROM service ORDER BY name").fetchall()
+    latest = connection.execute(
+        "SELECT path, state, worker, attempts FROM video WHERE state <> 'found' ORDER BY id DESC LIMIT 8"
+    ).fetchall()
+    return {
+        "states": {state: states.get(state, 0) for state in ("found", "claimed", "encoding", "done", "failed")},
+        "webhooks": rest[0],
+        "failures": rest[1],
+        "saved": rest[2],
+        "services": services,
+        "latest": latest,
+    }

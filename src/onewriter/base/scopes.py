@@ -8,7 +8,7 @@ import threading
 import types
 import weakref
 from collections.abc import Iterator
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
 from threading import get_ident
 from typing import Any, Generic, TypeAlias, TypeVar
 
@@ -67,7 +67,7 @@ class Scopes(Generic[S]):
     def __init__(self) -> None:
         self._job: Scope[Any] = Scope(self, None, writes=True)
         self._weak_job = weakref.ref(self._job)
-        self._around_job: Node = None
+        self._entered: Token[Node]
 
     def enter(self, what: S, *, writes: bool) -> Scope[S]:
         """The scope is open as long as somebody keeps what this returns, and until ``leave``."""
@@ -99,13 +99,12 @@ class Scopes(Generic[S]):
         """For the writer, which runs one job at a time: once for each function, so it makes no scope."""
         scope = self._job
         scope.what, scope._number, scope.is_open = what, get_ident(), True
-        self._around_job = _innermost.get()
-        _innermost.set((self._weak_job, self._around_job))
+        self._entered = _innermost.set((self._weak_job, _innermost.get()))
 
     def leave_job(self) -> None:
-        self._job.is_open, self._job.what = False, None
-        around, self._around_job = self._around_job, None
-        _innermost.set(around)  # what the job has left open, too, is around nobody any more
+        scope = self._job
+        scope.what, scope.is_open = None, False
+        _innermost.reset(self._entered)  # what the job has left open, too, is around nobody any more
 
     def innermost(self, *, writes: bool = False) -> S | None:
         """What the innermost scope that the caller is inside is of; ``writes``: of those that write."""

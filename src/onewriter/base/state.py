@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
+from _thread import RLock
 from asyncio import AbstractEventLoop, _get_running_loop
 from collections.abc import Callable
 from time import monotonic
@@ -18,6 +19,7 @@ from onewriter.errors import ReentrantWriteError, WriterBrokenError, forked_erro
 IN_STATEMENT = "a function that SQLite calls while it runs a statement cannot use the connection of that statement"
 HAS_ITS_OWN = "a function of run_without_transaction reads and writes on its connection: the writer waits for its end"
 INHERITED = "belongs to the parent of this process"
+is_owned = RLock._is_owned  # type: ignore[attr-defined]
 FRESH = 0.05  # seconds for which a look at who holds SQLite's lock is good
 
 
@@ -51,6 +53,14 @@ class Loan(Protocol):
     def close(self, why: str) -> None: ...
 
 
+class Live(Protocol):
+    """The queries that are watched; ``session`` is the write connection's, or None."""
+
+    def settled(self, session: Any, jobs: Any) -> None: ...
+    def look(self, session: Any) -> None: ...
+    def end(self, session: Any) -> None: ...
+
+
 class State:
     """The one place that says which job holds the writer, in which thread, and since when.
 
@@ -81,6 +91,7 @@ class State:
         self.scopes: Scopes[Any] = Scopes()
         self.blocks: set[Block] = set()  # that tasks have, or wait for
         self.waiting: tuple[Work, float] | None = None  # for SQLite's lock, and since when
+        self.live: Live | None = None  # while something is watched
         self.calling_back: tuple[Work | None, float] | None = None  # whose callbacks are called (None: on_event), since
 
     def after_fork_in_child(self, error: BaseException) -> None:
@@ -100,11 +111,13 @@ class State:
 
     def leave(self) -> float:
         """Returns the time."""
-        now = monotonic()
-        self.warn_if_slow(now)
-        if self.transaction is not None and self.job is not None and not self.job.lent:
-            self.scopes.leave_job()
-        self.job = self.transaction = None
+        now, job = monotonic(), self.job
+        if job is not None:
+            if now - job.started_at > self.slow_after:
+                self.warn_if_slow(now)
+            if self.transaction is not None and not job.lent:
+                self.scopes.leave_job()
+            self.job = self.transaction = None
         return now
 
     def warn_if_slow(self, now: float) -> None:
@@ -176,16 +189,13 @@ class State:
         if self.cannot_wait() or (enclosing() is not None and self.scopes.innermost(writes=True) is not None):
             return True
         # A block that a task has, or will have before that, cannot end while the thread of its loop waits.
-        loop = _get_running_loop()
+        loop = _get_running_loop() if self.blocks else None
         return loop is not None and any(block.needs(loop) and block.created_at <= since for block in tuple(self.blocks))
 
     def is_inside(self) -> bool:
         """Whether this call is a finalizer's or signal handler's, which came while its thread was inside a lock of ours
         or waits for the turn of a block: the writer needs what only the thread can give."""
-        for lock in self.locks:  # any() with a generator would cost more than all of it
-            if lock._is_owned():
-                return True
-        return bool(self.entering) and threading.get_ident() in self.entering
+        return any(map(is_owned, self.locks)) or (bool(self.entering) and threading.get_ident() in self.entering)
 
     def would_deadlock_task(self) -> bool:
         """The same for the running task: what others of its loop have ends although it waits."""

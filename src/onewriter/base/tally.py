@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections import deque
 from dataclasses import dataclass
+from itertools import chain, groupby, repeat
+from operator import itemgetter, sub
 from typing import Any, NamedTuple
 
 
@@ -19,17 +21,16 @@ class Timings(NamedTuple):
     commit: float
 
 
-@dataclass(slots=True)
 class Times:
     """What the jobs that shared a transaction have in common. Seconds."""
 
-    lock_wait: float = 0.0
-    commit: float = 0.0
-    retried: bool = False  # somebody else held SQLite's lock
+    lock_wait = 0.0
+    commit = 0.0
+    retried = False  # somebody else held SQLite's lock
 
 
 KEPT_LABELS = 1000
-UNCOUNTED = 1000  # jobs whose times are kept one by one until somebody asks
+UNCOUNTED = 1000  # jobs and batches whose times are kept one by one until somebody asks
 BOUNDS = tuple(float(f"{digit}e{power}") for power in range(-5, 2) for digit in (1, 2, 5))  # seconds: 10 µs … 50 s
 
 
@@ -150,21 +151,19 @@ class Histogram:
         self._counts = [0] * (len(BOUNDS) + 1)
 
     def add(self, seconds: list[float]) -> None:
-        """Count a whole batch: for many jobs that is a fraction of counting one by one."""
+        """Count many at once: for each that is a fraction of counting one by one."""
         if not seconds:
             return
-        first, counts = BOUNDS[0], self._counts
-        longer = sorted([value for value in seconds if value > first])  # most statements run for less
-        counts[0] += len(seconds) - len(longer)
-        place = 0
-        while place < len(longer):
-            bucket = bisect_left(BOUNDS, longer[place])
-            end = bisect_right(longer, BOUNDS[bucket]) if bucket < len(BOUNDS) else len(longer)
-            counts[bucket] += end - place
-            place = end
+        seconds.sort()
+        before = 0
+        for place, bound in enumerate(BOUNDS):
+            end = bisect_right(seconds, bound, before)
+            self._counts[place] += end - before
+            before = end
+        self._counts[-1] += len(seconds) - before
         self._count += len(seconds)
         self._sum += sum(seconds)
-        self._max = max(self._max, max(seconds))
+        self._max = max(self._max, seconds[-1])
 
     def latency(self) -> Latency:
         total, buckets = 0, []
@@ -179,33 +178,39 @@ class Tally:
 
     def __init__(self) -> None:
         self.committed = self.failed = self.cancelled = self.commits = 0
-        self.timed_out = self.retried = self.run_twice = self.lock_attempts = 0
-        self.lock_wait = 0.0
+        self.timed_out = self.retried = self.run_twice = 0
         self.queue_wait, self.run, self.commit = Histogram(), Histogram(), Histogram()
-        self._waits: list[float] = []  # not in the histograms yet: to count many at once is cheaper
-        self._runs: list[float] = []
-        self._commits: list[float] = []
+        # Batches that are not counted yet, since many at once are cheaper: when each of their jobs that has started was
+        # made, had started and had ended; what they have in common; and commits.
+        self._batches: list[tuple[list[tuple[float, float, float]], Times, int]] = []
+        self._jobs = 0  # in these
         self.last_backup: float | None = None
         self.labels: deque[str] = deque(maxlen=KEPT_LABELS)
 
-    def count_batch(self, waits: list[float], runs: list[float], times: Times, commits: int) -> None:
-        """``waits`` and ``runs``: seconds of each of its jobs that has started."""
-        self.commits += commits
-        self._waits += waits
-        self._runs += runs
-        if times.retried:
-            self.retried += len(runs)
-        if commits and times.commit:
-            self._commits.append(times.commit)
-        if len(self._runs) >= UNCOUNTED:
-            self.fill_histograms()
+    def add_batch(self, moments: list[tuple[float, float, float]], times: Times, commits: int) -> None:
+        self._batches.append((moments, times, commits))
+        self._jobs += 1 + len(moments)
+        if self._jobs >= UNCOUNTED:
+            self.count()
 
-    def fill_histograms(self) -> None:
-        """To be called before one is read."""
-        self.queue_wait.add(self._waits)
-        self.run.add(self._runs)
-        self.commit.add(self._commits)
-        self._waits, self._runs, self._commits = [], [], []
+    def count(self) -> None:
+        """To be called before a figure is read."""
+        batches, self._batches, self._jobs = self._batches, [], 0
+        commits: list[float] = []
+        for moments, times, number in batches:
+            self.commits += number
+            if times.retried:
+                self.retried += len(moments)
+            if number and times.commit:
+                commits.append(times.commit)
+        self.commit.add(commits)
+        for lock_wait, several in groupby(batches, key=lambda batch: batch[1].lock_wait):
+            moments = list(chain.from_iterable(map(itemgetter(0), several)))
+            if moments:
+                created, started, ended = zip(*moments, strict=True)
+                waits = map(sub, started, created)
+                self.queue_wait.add(list(map(sub, waits, repeat(lock_wait)) if lock_wait else waits))
+                self.run.add(list(map(sub, ended, started)))
 
     def count_failed(self, label: str) -> None:
         self.failed += 1

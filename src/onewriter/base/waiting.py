@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import math
 import threading
+from asyncio import Future
 from collections.abc import Iterable
 from time import monotonic
 from typing import Any, TypeAlias
@@ -27,15 +28,18 @@ def thread_signal() -> Any:
 
 def wake(waiters: Iterable[Any]) -> None:
     """Wake threads, which wait with a lock, and tasks, which wait with a future: one call for each of their loops."""
-    loops: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
+    loops: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] | None = None
     for waiter in waiters:
-        if isinstance(waiter, asyncio.Future):
-            loops.setdefault(waiter.get_loop(), []).append(waiter)
-        else:
+        if not isinstance(waiter, Future):
             waiter.release()
-    for loop, futures in loops.items():
-        with contextlib.suppress(Exception):  # the loop is closed: nobody waits there any more
-            loop.call_soon_threadsafe(resolve, futures)
+            continue
+        if loops is None:
+            loops = {}
+        loops.setdefault(waiter.get_loop(), []).append(waiter)
+    if loops is not None:
+        for loop, futures in loops.items():
+            with contextlib.suppress(Exception):  # the loop is closed: nobody waits there any more
+                loop.call_soon_threadsafe(resolve, futures)
 
 
 def resolve(futures: Iterable[asyncio.Future[None]]) -> None:

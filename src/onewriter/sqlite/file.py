@@ -44,11 +44,12 @@ class DatabaseFile:
         self.path = path
         # The databases in WAL mode. SQLite follows symbolic links, and keeps the log beside the target.
         self.logged = self.files = [os.path.realpath(path)]
+        self._log_names = [f"{name}{LOG}" for name in self.logged]
         self.exposed = ""  # why commits may be lost with this file system; empty: they are not
         self.identity: Identity | None = None  # None: not opened yet
         self._logs: dict[str, Identity] = {}  # logs and their indexes, by name
         self._attached: dict[str, Identity] = {}
-        self._looked_at = 0.0
+        self.look_again_at = 0.0  # when the next ``check`` is due, by the writer
         self.size = 0  # bytes; the file cannot be smaller unless another connection shrank it
         self.is_smaller = False  # than ``size``, at the last check
         self.overwritten = ""
@@ -64,6 +65,7 @@ class DatabaseFile:
             self.identity = _identity(os.stat(self.path))
         self.files = list(dict.fromkeys(map(os.path.realpath, filter(None, files))))
         self.logged = list(dict.fromkeys(map(os.path.realpath, logged)))
+        self._log_names = [f"{name}{LOG}" for name in self.logged]
         logs = {}
         for name in (f"{path}{suffix}" for path in self.logged for suffix in (LOG, INDEX)):
             with contextlib.suppress(OSError):  # SQLite creates them on demand
@@ -89,17 +91,16 @@ class DatabaseFile:
 
     def log_sizes(self) -> list[int]:
         """The sizes of the write-ahead logs in bytes, in the order of ``logged``; 0 where there is none."""
-        return [_size(f"{path}{LOG}") for path in self.logged]
+        return list(map(_size, self._log_names))
 
     def wal_bytes(self) -> int:
         """The size of all write-ahead logs."""
-        return sum(self.log_sizes())
+        return sum(map(_size, self._log_names))
 
-    def check_at_times(self, now: float) -> None:
-        """``check``, but at most once in ``CHECK_INTERVAL``."""
-        if now - self._looked_at >= CHECK_INTERVAL:
-            self._looked_at = now
-            self.check()
+    def look(self, now: float) -> None:
+        """``check``, for the writer, which need not do so again for ``CHECK_INTERVAL``."""
+        self.look_again_at = now + CHECK_INTERVAL
+        self.check()
 
     def check(self) -> None:
         """Raise FileMovedError if the path, or that of a log, now names another file or none.

@@ -12,6 +12,8 @@ from collections.abc import Callable
 
 SCHEMA_CHANGES = frozenset((*range(1, 9), *range(10, 18), 26, 29, 30))  # CREATE, DROP, ALTER
 USES = frozenset((sqlite3.SQLITE_READ, sqlite3.SQLITE_SELECT, sqlite3.SQLITE_UPDATE, sqlite3.SQLITE_DELETE))
+WRITES = frozenset((sqlite3.SQLITE_INSERT, sqlite3.SQLITE_UPDATE, sqlite3.SQLITE_DELETE))
+ANYTHING = ""  # among ``tables``: it is not known which
 # Inside a transaction these have no effect, and SQLite does not say so.
 NOT_IN_A_TRANSACTION = frozenset(("foreign_keys", "journal_mode", "synchronous", "locking_mode"))
 # The gateway depends on the values that it has set for these.
@@ -46,6 +48,7 @@ class _Refusals:
 
     refusal: str | None = None
     history = HISTORY
+    tables: set[str] | None = None  # that statements read, or, on the write connection, write; None: nobody asks
 
     def __init__(self) -> None:
         self.authorizer = functools.lru_cache(maxsize=0)(self._ask)  # caches nothing, counts the calls
@@ -60,6 +63,15 @@ class _Refusals:
         except BaseException as error:
             self._caught = error
             return sqlite3.SQLITE_DENY
+
+    def _note(self, table: str) -> None:
+        tables = self.tables  # looked up once: another thread may set it to None
+        if tables is not None:
+            tables.add(table)
+
+    def note_anything(self) -> None:
+        """What is written, or changed for later, is not known by tables."""
+        self._note(ANYTHING)
 
     def decide(self, action: int, first: str | None, second: str | None, third: str | None) -> int:
         raise NotImplementedError
@@ -117,6 +129,9 @@ class ReadGuard(_Refusals):
         connection.set_authorizer(self.authorizer)
 
     def decide(self, action: int, first: str | None, second: str | None, third: str | None) -> int:
+        if action == sqlite3.SQLITE_READ:
+            self._note(first or ANYTHING)
+            return sqlite3.SQLITE_OK
         if action in (sqlite3.SQLITE_ATTACH, sqlite3.SQLITE_DETACH):  # VACUUM INTO is an ATTACH too
             return self.deny("a reader cannot ATTACH, DETACH or VACUUM")
         if action == sqlite3.SQLITE_PRAGMA:
@@ -184,6 +199,8 @@ class Guard(_Refusals):
         connection.set_authorizer(self.authorizer)
 
     def decide(self, action: int, first: str | None, second: str | None, third: str | None) -> int:
+        if action in WRITES:
+            self._note(first or ANYTHING)
         if action in USES or self.mode is Mode.GATEWAY:
             return sqlite3.SQLITE_OK
         if action == sqlite3.SQLITE_INSERT:
@@ -191,6 +208,7 @@ class Guard(_Refusals):
                 self.temp_touched = self.settings_touched = True
         elif action in SCHEMA_CHANGES:
             self.schema_changed = True
+            self.note_anything()
         elif action == sqlite3.SQLITE_FUNCTION and self.is_asking and second in self.history:
             return self.deny_history(f"{second}()")
         elif self.hidden_commit and action == sqlite3.SQLITE_TRANSACTION:

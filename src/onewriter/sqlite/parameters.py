@@ -9,12 +9,24 @@ import re
 import sqlite3
 import sys
 import types
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Protocol, TypeAlias
 
 from onewriter.base.call_site import user_frame
 from onewriter.sqlite.connection import refuse_to_bind
 from onewriter.sqlite.statement import COMMENT, LONG, QUOTED, Parameters
+
+
+class Values(Protocol):
+    """A sequence of values. To a type checker a ``str`` is none: what can be *in* one is a ``str`` only."""
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[Any]: ...
+    def __getitem__(self, index: int, /) -> Any: ...
+    def __contains__(self, value: object, /) -> bool: ...
+
+
+Params: TypeAlias = Values | Mapping[str, Any]  # as they are given; ``Parameters``: as they are captured
 
 PLAIN = (int, float, str, bytes, bool, type(None))  # immutable, and sqlite3 binds it as it is
 EXACT: tuple[tuple[type, Callable[[Any], Any]], ...] = (

@@ -25,6 +25,18 @@ TRIGGER = re.compile(
     re.DOTALL | re.IGNORECASE,
 )
 TRIGGER_END = re.compile(rf"{BLANK}*+END{BLANK}*+;", re.DOTALL | re.IGNORECASE)
+# A script that is one transaction, as `.dump` writes it, and other tools with the keys on again behind it.
+DUMP_HEAD = re.compile(
+    rf"{BLANK}*+(?P<off>PRAGMA{BLANK}++foreign_keys{BLANK}*+={BLANK}*+(?:OFF|NO|FALSE|0){BLANK}*+;{BLANK}*+)?+"
+    rf"BEGIN(?:{BLANK}++(?:DEFERRED|IMMEDIATE|EXCLUSIVE))?+(?:{BLANK}++TRANSACTION)?+{BLANK}*+;",
+    re.DOTALL | re.IGNORECASE,
+)
+DUMP_TAIL = re.compile(
+    r"(?<=[;\n])\s*(?:COMMIT(?:\s+TRANSACTION)?|END\s+TRANSACTION)\s*;?\s*"
+    r"(?:PRAGMA\s+foreign_keys\s*=\s*(?:ON|YES|TRUE|1)\s*;?\s*)?\Z",
+    re.IGNORECASE,
+)
+LONGEST_TAIL = 200  # characters
 INNERMOST = re.compile(r"\([^()]*+\)")
 PARENTHESIS = re.compile(r"[()]")
 WORD = re.compile(r"(?<![\w$:@])[^\W\d][\w$]*+")  # no parameter names
@@ -117,6 +129,17 @@ def _target(sql: str) -> str:
             break
         name, position = found["name"], found.end()
     return name[1:-1].replace(name[0] * 2, name[0]) if name[:1] in ("'", '"', "`", "[") else name
+
+
+def inside_of_dump(script: str) -> tuple[str, bool]:
+    """What stands between the BEGIN and the COMMIT of a script that is one transaction, and whether it turns foreign
+    keys off; another script as it is.
+    """
+    head = DUMP_HEAD.match(script)
+    tail = DUMP_TAIL.search(script, max(head.end(), len(script) - LONGEST_TAIL)) if head else None
+    if head is None or tail is None:
+        return script, False
+    return script[head.end() : tail.start()], head["off"] is not None
 
 
 def split_script(script: str) -> Iterator[str]:

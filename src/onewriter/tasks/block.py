@@ -17,7 +17,7 @@ from onewriter.base.strict import Strict
 from onewriter.base.waiting import resolve, seconds_until, wake
 from onewriter.errors import ReadTimeoutError, TransactionClosedError
 from onewriter.events import Submit
-from onewriter.sqlite.parameters import capture, capture_many
+from onewriter.sqlite.parameters import Params, capture, capture_many
 from onewriter.sqlite.result import Result
 from onewriter.sqlite.statement import check_many
 from onewriter.write.block import Block, BlockFailedError, not_entered
@@ -236,11 +236,11 @@ class AsyncTransaction(Strict):
         """The block's label."""
         return self._block.label
 
-    def execute(self, sql: str, params: Any = (), /) -> Coroutine[Any, Any, Result]:
+    def execute(self, sql: str, params: Params = (), /) -> Coroutine[Any, Any, Result]:
         """As ``Transaction.execute``."""
         return self._block.call(self._transaction.statement, check_sql(sql), capture(sql, params))
 
-    def executemany(self, sql: str, seq_of_params: Iterable[Any], /) -> Coroutine[Any, Any, Result]:
+    def executemany(self, sql: str, seq_of_params: Iterable[Params], /) -> Coroutine[Any, Any, Result]:
         """As ``Transaction.executemany``."""
         check_many(check_sql(sql))
         return self._block.call(self._transaction.statement_many, sql, capture_many(sql, seq_of_params))
@@ -276,6 +276,10 @@ class AsyncTransaction(Strict):
         finally:
             scopes.leave(scope)
             block.leave(mine)
+
+    def rollback(self) -> Coroutine[Any, Any, None]:
+        """As ``Transaction.rollback``."""
+        return self._block.call(self._transaction.undo)
 
     def on_commit(self, fn: Callable[[], object], /) -> None:
         """Call ``fn()`` once, on the loop, after COMMIT. Not if the transaction is rolled back."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import sqlite3
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 from onewriter.base.arguments import check_sql
@@ -17,8 +18,8 @@ from onewriter.errors import ReadTimeoutError
 from onewriter.read.claim import Claim
 from onewriter.read.pool import ReaderPool
 from onewriter.read.read import Read
-from onewriter.read.reader import Snapshot, ended_error
-from onewriter.sqlite.parameters import capture
+from onewriter.read.reader import Reader, Snapshot, ended_error
+from onewriter.sqlite.parameters import Params, capture
 from onewriter.sqlite.result import Result
 from onewriter.sqlite.statement import Parameters
 from onewriter.tasks.block import TaskBlock, TaskSavepoint
@@ -27,6 +28,7 @@ from onewriter.tasks.threads import ReadingThreads
 from onewriter.write.loan import WriteLoan
 
 T = TypeVar("T")
+STREAMED = 256  # rows that a stream fetches at a time
 
 
 class TaskReads:
@@ -48,9 +50,7 @@ class TaskReads:
     async def read(self, read: Read[T], here: Any, until: float) -> T:
         """Read in what the caller was inside, or with a connection of the pool."""
         if here is None:
-            claim = Claim(read.label)
-            await self._admitted(claim, until)
-            return await self.call(self._pool.use, claim, read.alone, until, claim=claim, begins=True, waits=False)
+            return await self.use(read.label, read.alone, until)
         if isinstance(here, TaskBlock | TaskSavepoint):
             return await here.block.call(read.inside, here.block.lends(), until, until=until)
         if isinstance(here, AsyncReader):
@@ -58,6 +58,12 @@ class TaskReads:
         if isinstance(here, WriteLoan) and here.is_of_function:  # whose thread this is
             return read.inside(here, until)
         return await self.call(read.inside, here, until)
+
+    async def use(self, label: str, function: Callable[[Reader], T], until: float) -> T:
+        """Wait for a connection of the pool, and call ``function`` with it in a thread."""
+        claim = Claim(label)
+        await self._admitted(claim, until)
+        return await self.call(self._pool.use, claim, function, until, claim=claim, begins=True, waits=False)
 
     @contextlib.asynccontextmanager
     async def lend(self, label: str, deadline: Callable[[], Awaitable[float]]) -> AsyncIterator[AsyncReader]:
@@ -188,9 +194,27 @@ class AsyncReader:
         self._claim = claim
         self._turn = asyncio.Lock()
 
-    def execute(self, sql: str, params: Any = (), /) -> Coroutine[Any, Any, Result]:
+    def execute(self, sql: str, params: Params = (), /) -> Coroutine[Any, Any, Result]:
         """Run one SELECT and return all its rows."""
         return self.call(math.inf, fetch_result, self._snapshot, check_sql(sql), capture(sql, params))
+
+    def stream(self, sql: str, params: Params = (), /) -> AsyncGenerator[Any, None]:
+        """Run one SELECT and give its rows one by one, in ``async for``: some hundred at a time are in memory.
+
+        Other calls on this reader come in between. Left early, it is closed soon, at the latest with the block;
+        ``contextlib.aclosing`` closes it at once.
+        """
+        return self._stream(check_sql(sql), capture(sql, params))
+
+    async def _stream(self, sql: str, parameters: Parameters) -> AsyncGenerator[Any, None]:
+        cursor = await self.call(math.inf, open_cursor, self._snapshot, sql, parameters)
+        try:
+            while rows := await self.call(math.inf, cursor.fetchmany, STREAMED):
+                for row in rows:
+                    yield row
+        finally:
+            with contextlib.suppress(sqlite3.ProgrammingError):  # the block has ended, and with it the cursor
+                await self.call(math.inf, cursor.close)
 
     async def call(self, until: float, function: Callable[..., T], *args: Any) -> T:
         try:
@@ -241,6 +265,10 @@ def _call_for(claim: Claim | None, function: Callable[..., T], args: tuple[Any, 
         return function(*args)
     finally:
         claim.runs_in = 0
+
+
+def open_cursor(snapshot: Snapshot, sql: str, parameters: Parameters) -> sqlite3.Cursor:
+    return snapshot.to_lend.execute(sql, parameters)
 
 
 def fetch_result(snapshot: Snapshot, sql: str, parameters: Parameters) -> Result:

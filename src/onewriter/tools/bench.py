@@ -15,48 +15,31 @@ import sys
 import tempfile
 import threading
 from array import array
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Literal, TextIO, TypeAlias
+from typing import Any, TextIO
 
 from onewriter.base.log import logger
 from onewriter.errors import OneWriterError
-from onewriter.gateway import DbWriter
+from onewriter.tools.contestants import (
+    COMPARED_WITH,
+    CONTESTANTS,
+    CREATE,
+    JOURNAL_MODE,
+    SYNCHRONOUS,
+    Contestant,
+    Write,
+    connect,
+)
 from onewriter.tools.disk import FSYNCS, fsync_ms
 
-Write: TypeAlias = Callable[[int], object]  # writes the row with this id
-CREATE = "CREATE TABLE load (id INTEGER PRIMARY KEY, text TEXT NOT NULL)"
-INSERT = "INSERT INTO load VALUES (?, ?)"
-TEXT = "one row, one operation"
-JOURNAL_MODE: Literal["WAL"] = "WAL"
-SYNCHRONOUS: Literal["FULL"] = "FULL"
 MOST_THREADS = 1000
 IN_MEMORY_MS = 0.02  # no disk that keeps its word syncs faster than that
 TICK = 0.1  # seconds between two updates of the progress line
+PAUSE = 0.01  # seconds that a program waits after it was refused, before it goes on
 FAILED = 1  # exit code
-
-
-@dataclass
-class Session:
-    """One contestant at work on one file.
-
-    ``connect`` gives each thread its write; ``finish`` returns once everything handed in is committed; ``failed``
-    collects the errors of writes whose call had returned already.
-    """
-
-    connect: Callable[[], Write]
-    finish: Callable[[], object] = lambda: None
-    failed: list[BaseException | None] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Contestant:
-    key: str
-    name: str
-    gateway: bool  # whether it must keep every write that it acknowledged
-    open: Callable[[Path], contextlib.AbstractContextManager[Session]]
 
 
 @dataclass(frozen=True)
@@ -94,69 +77,8 @@ class Outcome:
         return max(0, self.acknowledged - self.found)
 
 
-@contextlib.contextmanager
-def _each_its_own(path: Path) -> Iterator[Session]:
-    connections: list[sqlite3.Connection] = []
-
-    def connect() -> Write:
-        connection = _connect(path)
-        connections.append(connection)
-        return lambda row: connection.execute(INSERT, (row, TEXT))
-
-    try:
-        yield Session(connect)
-    finally:
-        for connection in connections:
-            connection.close()
-
-
-@contextlib.contextmanager
-def _one_and_a_lock(path: Path) -> Iterator[Session]:
-    lock = threading.Lock()
-
-    def write(row: int) -> None:
-        with lock:
-            connection.execute(INSERT, (row, TEXT))
-
-    with contextlib.closing(_connect(path)) as connection:
-        yield Session(lambda: write)
-
-
-@contextlib.contextmanager
-def _run(path: Path) -> Iterator[Session]:
-    with DbWriter(path, synchronous=SYNCHRONOUS, journal_mode=JOURNAL_MODE) as db:
-        yield Session(lambda: lambda row: db.run(INSERT, (row, TEXT)))
-
-
-@contextlib.contextmanager
-def _enqueue(path: Path) -> Iterator[Session]:
-    failed: list[BaseException | None] = []
-    on_error = lambda ticket: failed.append(ticket.exception())  # noqa: E731
-    with DbWriter(path, synchronous=SYNCHRONOUS, journal_mode=JOURNAL_MODE, on_error=on_error) as db:
-        yield Session(lambda: lambda row: db.enqueue(INSERT, (row, TEXT)), db.flush, failed)
-
-
-CONTESTANTS = (
-    Contestant("a", "sqlite3, a connection per thread", False, _each_its_own),
-    Contestant("b", "sqlite3, one connection and a lock", False, _one_and_a_lock),
-    Contestant("c", "DbWriter.run", True, _run),
-    Contestant("d", "DbWriter.enqueue", True, _enqueue),
-)
-COMPARED_WITH = "b"
-
-
-def _connect(path: Path) -> sqlite3.Connection:
-    """What careful code without the gateway does: sqlite3's own timeout, one statement, one implicit transaction."""
-    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-    connection.execute(f"PRAGMA synchronous = {SYNCHRONOUS}")
-    # Where fsync does not reach the disk (macOS) the gateway sets these, so the others get them too.
-    connection.execute("PRAGMA fullfsync = 1")
-    connection.execute("PRAGMA checkpoint_fullfsync = 1")
-    return connection
-
-
 def _prepare(path: Path) -> None:
-    with contextlib.closing(_connect(path)) as connection:
+    with contextlib.closing(connect(path)) as connection:
         mode = connection.execute(f"PRAGMA journal_mode = {JOURNAL_MODE}").fetchone()[0]
         if mode.upper() != JOURNAL_MODE:
             raise OSError(f"the file system of {path.parent} does not allow journal mode {JOURNAL_MODE}")
@@ -190,6 +112,7 @@ class Worker:
                 self.failures.append((row, error))
                 if not is_locked(error):
                     return
+                stop.wait(PAUSE)
 
     def _attempt(self, row: int) -> BaseException | None:
         try:
@@ -291,7 +214,7 @@ def _percentile(ordered: Sequence[float], share: float) -> float:
 
 def _count_rows(path: Path, refused: Sequence[int]) -> int:
     """Rows in the file, without those of writes that reported an error (an error may come after the fact)."""
-    with contextlib.closing(_connect(path)) as connection:
+    with contextlib.closing(connect(path)) as connection:
         count: int = connection.execute("SELECT count(*) FROM load").fetchone()[0]
         for row in refused:
             count -= connection.execute("SELECT count(*) FROM load WHERE id = ?", (row,)).fetchone()[0]
@@ -315,7 +238,7 @@ def describe(setup: Setup) -> str:
     """The lines above the table: what the figures depend on."""
     fast = "; faster than a disk: is the folder in memory? Try --path" if setup.fsync_ms < IN_MEMORY_MS else ""
     return (
-        "onewriter bench: one-row INSERTs, each an operation of its own\n"
+        "onewriter bench: transactions that look, then write one row; one in 500 computes for 20 ms in between\n"
         f"Python {setup.python}, SQLite {setup.sqlite}, "
         f"journal mode {setup.journal_mode}, synchronous {setup.synchronous}\n"
         f"{setup.threads} threads, {setup.seconds:g} s each, "
@@ -333,6 +256,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
 
 
 def _remarks(outcomes: Sequence[Outcome]) -> Iterator[str]:
+    yield from _in_one_sentence({outcome.key: outcome for outcome in outcomes})
     yield 'locked errors: calls that failed with "database is locked". Latencies: all calls, failed ones too.'
     yield "(d): latency is that of the enqueue() call; writes/s count to the end of flush()."
     for outcome in outcomes:
@@ -340,6 +264,18 @@ def _remarks(outcomes: Sequence[Outcome]) -> Iterator[str]:
             yield f"({outcome.key}): {outcome.other_errors:,} other errors; the first: {outcome.first_other_error}"
         if outcome.lost:
             yield f"({outcome.key}): LOST {outcome.lost:,} acknowledged writes"
+
+
+def _in_one_sentence(outcomes: Mapping[str, Outcome]) -> Iterator[str]:
+    """What the figures mean."""
+    plain, gateway = outcomes.get("a"), outcomes.get("c")
+    if plain is not None and gateway is not None:
+        refused, calls = plain.locked_errors, plain.locked_errors + plain.acknowledged
+        yield (
+            f'With a connection for each thread sqlite3 refused {refused:,} of {calls:,} transactions ("database is '
+            f'locked": the program has to begin anew); DbWriter.run refused {gateway.locked_errors:,}, and committed '
+            f"{gateway.acknowledged:,} in the same time."
+        )
 
 
 def _write_json(file: Path, setup: Setup, outcomes: Sequence[Outcome]) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import enum
-import itertools
 import math
 import sqlite3
 from collections.abc import Callable, Sequence
+from itertools import filterfalse, takewhile
 from time import monotonic
 from typing import Any, NamedTuple
 
@@ -20,10 +20,12 @@ from onewriter.sqlite.retry import error_code, is_busy, is_corrupt
 from onewriter.write.alone import call_alone
 from onewriter.write.block import Block
 from onewriter.write.connection import WriteConnection
+from onewriter.write.function_loan import FunctionLoan
 from onewriter.write.jobs import BareStatementJob, ConnectionJob, StatementJob
 from onewriter.write.loan import WriteLoan
 from onewriter.write.lock import LONGEST_HOLD, WriteLock
 from onewriter.write.outcomes import copy_of
+from onewriter.write.session import WriteSession
 from onewriter.write.ticket import RUNNING, Job
 
 UNWRITTEN = {  # I/O errors that come before anything is written
@@ -48,17 +50,29 @@ class Verdict(NamedTuple):
 
     Attributes:
         settled: jobs that have their outcome, in the order in which it is to be told.
-        again: the other ones, in order.
         commits: how many transactions were committed.
+        is_plain: that is all.
+        again: the other ones, in order.
         unknown: what COMMIT raised; whether those of ``settled`` without an error are in the file is open.
         moved: the file is not there any more; the transaction is rolled back.
     """
 
     settled: list[Job[Any]]
-    again: Sequence[tuple[Job[Any], Again]] = ()
     commits: int = 0
+    is_plain: bool = True
+    again: Sequence[tuple[Job[Any], Again]] = ()
     unknown: BaseException | None = None
     moved: FileMovedError | None = None
+
+
+class Means(NamedTuple):
+    """What every batch works with."""
+
+    connection: WriteConnection
+    lock: WriteLock
+    state: State
+    max_hold: float
+    fail: Callable[[Job[Any], BaseException], None]
 
 
 class Batch:
@@ -77,6 +91,7 @@ class Batch:
         "_jobs",
         "_lock",
         "_max_hold",
+        "_now",
         "_session",
         "_shares",
         "_state",
@@ -84,42 +99,35 @@ class Batch:
         "times",
     )
 
-    def __init__(
-        self,
-        connection: WriteConnection,
-        lock: WriteLock,
-        state: State,
-        max_hold: float,
-        fail: Callable[[Job[Any], BaseException], None],
-        times: Times,
-    ) -> None:
-        self.times = times
-        self.loans: list[WriteLoan] = []  # of the jobs that are no plain statements
+    def __init__(self, means: Means) -> None:
+        self._connection, self._lock, self._state, self._max_hold, self._fail = means
         self._jobs: list[Job[Any]] = []  # that have started, in order
-        self._session = connection.session or connection.open()
-        self._connection = connection
-        self._lock = lock
-        self._state = state
-        self._max_hold = max_hold
-        self._fail = fail
+        self.loans: list[WriteLoan] = []  # of those that are no plain statements
+        self.times = Times()
         self._shares = False
+        self._session: WriteSession
+        self._now: float  # the last look at the clock
         self._first: Job[Any]
 
-    def begin(self, first: Job[Any]) -> None:
+    def open(self) -> None:
+        """See to a connection, or raise why there is none."""
+        self._session = self._connection.session or self._connection.open()
+
+    def begin(self, first: Job[Any], now: float) -> None:
         """Take SQLite's write lock, for ``first`` and those behind it; raises SQLite's error."""
-        session, history = self._session, self._connection.history
         self._first = first
+        self._session = session = self._connection.session or self._connection.open()
         if first.foreign_keys is not None:
             session.guard.settings_touched = True
             set_pragma(session.connection, "foreign_keys", int(first.foreign_keys))
-        if history.wanted is not None:
-            history.restore(session)
-        self._lock.begin(session, first, self.times)
+        if self._connection.history.wanted is not None:
+            self._connection.history.restore(session)
+        self._now = self._lock.begin(session, first, self.times, now)
 
     def run(self, todo: list[Job[Any]], again: dict[Job[Any], Again]) -> Verdict:
         """Run the jobs at the front of ``todo``, as many as may share the transaction, and commit them."""
         verdict = None
-        until = monotonic() + LONGEST_HOLD
+        until = self._now + LONGEST_HOLD
         try:
             if len(todo) > 1:
                 self._shares = self._may_share(todo[0], todo[1], again)
@@ -175,7 +183,7 @@ class Batch:
                 self._fail(job, error)
                 self._connection.roll_back()
         job.ended_at = monotonic()
-        return Verdict([job], commits=int(unknown is None and job.failed_with is None), unknown=unknown)
+        return Verdict([job], int(unknown is None and job.failed_with is None), unknown is None, unknown=unknown)
 
     def run_whole(self, job: ConnectionJob[Any]) -> Verdict:
         """Call a function with a connection of its own, beside the idle session."""
@@ -187,7 +195,7 @@ class Batch:
             finally:
                 self._state.leave()
         except FileMovedError as error:
-            return Verdict([], moved=error)
+            return Verdict([], is_plain=False, moved=error)
         except BaseException as error:
             if self._state.forked:
                 raise
@@ -196,7 +204,7 @@ class Batch:
             else:
                 self._fail(job, error)
         job.ended_at = monotonic()
-        return Verdict([job], commits=int(unknown is None and job.failed_with is None), unknown=unknown)
+        return Verdict([job], int(unknown is None and job.failed_with is None), unknown is None, unknown=unknown)
 
     def _may_share(self, first: Job[Any], second: Job[Any], again: dict[Job[Any], Again]) -> bool:
         """Whether these may share the transaction; called inside it, so that the schema stands."""
@@ -213,7 +221,7 @@ class Batch:
         """Run the SQL statements at the front, without a savepoint each. Functions come after: they are to run once."""
         session, state, jobs, shares = self._session, self._state, self._jobs, self._shares
         guard, lock, insert = session.guard, state.lock, session.executor.insert
-        now, known, taken = monotonic(), "", 0
+        now, known, taken = self._now, "", 0
         guard.mode, guard.refusal = Mode.ALONE, None
         # Hot path: runs once for each queued statement; avoid calls.
         try:
@@ -223,7 +231,7 @@ class Batch:
                 sql = job.sql
                 is_new = sql is not known
                 if is_new:
-                    if job.must_be_alone():
+                    if shares and job.must_be_alone():  # the first may be, and is
                         break
                     known = sql
                 taken += 1
@@ -247,14 +255,16 @@ class Batch:
                     break
         finally:
             guard.mode = Mode.GATEWAY
-            state.leave()  # the one that is slow is the last: the batch ends with it
+            if jobs and now - jobs[-1].started_at > state.slow_after:
+                state.warn_if_slow(now)  # the one that is slow is the last: the batch ends with it
+            state.job, self._now = None, now
             del todo[:taken]
         return self._lost() if jobs and not session.connection.in_transaction else None
 
     def _run_each(self, todo: list[Job[Any]], again: dict[Job[Any], Again], until: float) -> Verdict | None:
         """Run the next jobs, whatever they are, each with a savepoint if they share the transaction."""
         session, guard, shares, first = self._session, self._session.guard, self._shares, self._first
-        now, taken = monotonic(), 0
+        now, taken = self._now, 0
         try:
             for job in todo:
                 if job is not first and (
@@ -267,7 +277,7 @@ class Batch:
                 if not job.start(now):
                     continue
                 self._run(job)
-                now = job.ended_at
+                now = self._now = job.ended_at
                 if self._connection.session is not session or not session.connection.in_transaction:
                     return self._lost()
         finally:
@@ -276,13 +286,13 @@ class Batch:
 
     def _run(self, job: Job[Any]) -> None:
         """Run one job; if it fails, undo it alone where it shares the transaction."""
-        session, result, failure = self._session, None, None
+        session, state, result, failure = self._session, self._state, None, None
         savepoint = self._shares or job.needs_savepoint
-        loan = WriteLoan(session, job)
+        loan = WriteLoan(session, job) if job.lent else FunctionLoan(session, job)
         self._jobs.append(job)
         self.loans.append(loan)
         try:
-            self._state.enter(job, loan)
+            state.enter(job, loan)
             if savepoint:
                 session.set_mark()
             if self._max_hold != math.inf and not job.lent:
@@ -303,7 +313,7 @@ class Batch:
                 self._check_end(job, loan)
                 if savepoint:
                     self._session.release_mark()
-                job.set_outcome(result, None)
+                job._result, job._error = result, None
         except Exception as failure:
             error = failure
         if error is not None:
@@ -323,24 +333,25 @@ class Batch:
             )
 
     def _commit(self) -> Verdict:
-        jobs = self._jobs
-        first = next(itertools.filterfalse(failed, jobs), None)
+        jobs, file = self._jobs, self._connection.file
+        first = next(filterfalse(has_failed, jobs), None)
         if first is None:
             self._connection.roll_back()
             return Verdict(jobs)
         try:
-            self._connection.check_file(monotonic())
-            self._lock.commit(self._session, first, self.times)
+            if self._now >= file.look_again_at:
+                self._connection.check_file(self._now)
+            self._lock.commit(self._session, first, self.times, self._now)
         except FileMovedError as error:
             self._connection.roll_back()
-            return Verdict([], moved=error)
+            return Verdict([], is_plain=False, moved=error)
         except BaseException as error:
             return self._commit_failed(error)
-        return Verdict(jobs, commits=1)
+        return Verdict(jobs, 1)
 
     def _commit_failed(self, error: BaseException) -> Verdict:
         if commit_outcome_unknown(error, self._session.connection.in_transaction):
-            return Verdict(self._jobs, unknown=error)
+            return Verdict(self._jobs, is_plain=False, unknown=error)
         self._connection.roll_back()
         early = len(failed_early(self._jobs))
         if len(self._jobs) - early > 1 and not is_busy(error):
@@ -369,16 +380,16 @@ class Batch:
         rest = jobs[len(early) :]
         for job in rest:
             job.set_outcome(None, None)
-        return Verdict(early, [(job, how) for job in rest])
+        return Verdict(early, is_plain=False, again=[(job, how) for job in rest])
 
 
-def failed(job: Job[Any]) -> bool:
+def has_failed(job: Job[Any]) -> bool:
     return job._error is not None
 
 
 def failed_early(jobs: list[Job[Any]]) -> list[Job[Any]]:
     """The first ones, as far as they failed before another had written: they met what is committed, so that stands."""
-    return list(itertools.takewhile(failed, jobs))
+    return list(takewhile(has_failed, jobs))
 
 
 def commit_outcome_unknown(error: BaseException, in_transaction: bool) -> bool:

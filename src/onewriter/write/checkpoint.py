@@ -91,6 +91,8 @@ class Checkpointer:
         self._often = OFTEN
         self._size = 0  # of the logs' files after the last checkpoint
         self._largest = 0  # bytes in one of the logs at the last checkpoint
+        self._is_counting = False  # there is a log, and it is ours to empty
+        self._room = 0  # bytes that they may grow by before the next one
         self._schema: list[object] = []
         self._version: list[object] = []  # PRAGMA data_version, when the size of the file was remembered
         self._failed = False  # the last attempt, and that was told
@@ -99,7 +101,7 @@ class Checkpointer:
     @property
     def has_work(self) -> bool:
         """Whether something was written since the log was last emptied."""
-        return self._growth > 0 and self._settings.auto_checkpoint and bool(self._file.logged)
+        return self._growth > 0
 
     def attempt(self, checkpoint: Callable[[WriteSession], object], session: WriteSession | None) -> None:
         """Call one of the functions below; a failure is logged, and fails no job."""
@@ -117,18 +119,24 @@ class Checkpointer:
         if self._settings.auto_checkpoint and self._file.logged:
             self.attempt(self.empty, session)
 
+    def open(self, session: WriteSession) -> None:
+        """A connection was opened."""
+        self._is_counting = self._settings.auto_checkpoint and bool(self._file.logged)
+        self._room = max(self._settings.wal_limit, PAGES * session.page_size)
+        self.remember_size(session)
+
     def after_batch(self, session: WriteSession) -> None:
         """Count what a batch wrote, and checkpoint if it is time."""
-        changes = session.connection.total_changes
-        self._growth += 1 + abs(changes - self._changes) // ROWS
-        self._changes = changes
         if self._settings.journal_mode != "WAL":  # every commit is in the file
             self.remember_size(session)
-        if not self.has_work:
-            return
-        most = max(self._settings.wal_limit, PAGES * session.page_size)
-        if self._growth < self._often and self._file.wal_bytes() <= self._size + most:
-            return
+        if self._is_counting:
+            changes = session.connection.total_changes
+            self._growth += 1 + abs(changes - self._changes) // ROWS
+            self._changes = changes
+            if self._growth >= self._often or self._file.wal_bytes() > self._size + self._room:
+                self.attempt(self._checkpoint, session)
+
+    def _checkpoint(self, session: WriteSession) -> None:
         if not self._can_fare_better():
             self._warn()
             return

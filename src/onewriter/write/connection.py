@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import sqlite3
 
 from onewriter.base.log import report
@@ -42,20 +41,20 @@ class WriteConnection:
         self._label = label
         self._policy = policy
         self._state = state
-        self._file = file
+        self.file = file
         self._checkpointer = checkpointer
 
     def open(self) -> WriteSession:
         """Open it, or raise why that cannot be."""
-        self._file.check()  # SQLite would create it anew
+        self.file.check()  # SQLite would create it anew
         session = open_writer(self._settings, self.guard, self._policy, self.tell_waiting, WriteSession)
         self.session = session
         try:
-            self._file.remember(session.files.values(), session.logs.values())
+            self.file.remember(session.files.values(), session.logs.values())
         except BaseException:
             self.drop()
             raise
-        self._checkpointer.remember_size(session)
+        self._checkpointer.open(session)
         self._tell_exposed()
         self.guard.schema_changed = True
         return session
@@ -64,7 +63,7 @@ class WriteConnection:
         """Open another one, for a function that has it all; ``close_whole`` ends it. The session stays open beside it,
         idle, so that the other is not the last one: that would checkpoint, and delete the log.
         """
-        self._file.check()  # a file that has taken the place of ours must not be opened
+        self.file.check()  # a file that has taken the place of ours must not be opened
         self.whole = open_whole(self._settings, self.guard, self._policy, self.tell_waiting)
         return self.whole
 
@@ -72,22 +71,22 @@ class WriteConnection:
         """Returns whether a transaction was open, and is rolled back."""
         connection, self.whole = self.whole, None
         assert connection is not None
-        self._file.forget_size()  # VACUUM makes it smaller
+        self.file.forget_size()  # VACUUM makes it smaller
         try:
             was_open = close_whole(connection, self._settings.journal_mode)
         finally:
             self._checkpointer.count_others()
-        self._file.check()
+        self.file.check()
         return was_open
 
     @property
     def in_transaction(self) -> bool:
         return self.session is not None and self.session.connection.in_transaction
 
-    def check_file(self, now: float = math.inf) -> None:
-        """Look, at times, whether the file is still there; raises FileMovedError. ``math.inf``: look now."""
-        self._file.check_at_times(now)
-        if self._file.is_smaller and self.session is not None:
+    def check_file(self, now: float) -> None:
+        """Look whether the file is still there; raises FileMovedError. To be called when ``look_again_at`` is over."""
+        self.file.look(now)
+        if self.file.is_smaller and self.session is not None:
             self._checkpointer.judge_size(self.session)
 
     def roll_back(self) -> None:
@@ -111,7 +110,7 @@ class WriteConnection:
         """Put back what a job's PRAGMA may have changed, and drop the TEMP objects that it has made."""
         self.guard.settings_touched = False
         self._tell_what_was_in_vain()
-        self._file.forget_size()  # VACUUM makes it smaller
+        self.file.forget_size()  # VACUUM makes it smaller
         has_temp, self.guard.temp_touched = self.guard.temp_touched, False
         session = self.session
         if session is not None:
@@ -133,7 +132,7 @@ class WriteConnection:
         """Close it, which rolls back."""
         session, self.session = self.session, None
         if session is not None:
-            self._file.close(session.connection)
+            self.file.close(session.connection)
 
     def after_fork_in_child(self) -> list[object]:
         """In a forked child: returns what must never be closed there."""
@@ -145,10 +144,10 @@ class WriteConnection:
         report(self._state, logging.WARNING, "%s: %s (%s)", self._label, text, where)
 
     def _tell_exposed(self) -> None:
-        before = self._file.exposed
-        self._file.exposed = exposure(self._file.files)
-        if self._file.exposed and self._file.exposed != before:
-            report(self._state, logging.CRITICAL, "%s: %s", self._label, self._file.exposed)
+        before = self.file.exposed
+        self.file.exposed = exposure(self.file.files)
+        if self.file.exposed and self.file.exposed != before:
+            report(self._state, logging.CRITICAL, "%s: %s", self._label, self.file.exposed)
 
     def _tell_what_was_in_vain(self) -> None:
         if self.guard.in_vain:

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from time import monotonic
 from typing import Any, TypeVar, cast
 
-from onewriter.base.arguments import name_of
 from onewriter.base.state import State
 from onewriter.sqlite.guard import Mode
 from onewriter.sqlite.result import LIVE_RESULTS, Result, refuse_live
@@ -58,7 +57,7 @@ class StatementJob(Job[Result]):
         # Of a plain INSERT of one row the writer leaves the rowid: perhaps nobody asks for more.
         if type(self._result) is int:
             self._result = Result([], 1, self._result, None)
-        return cast(Result, self._result)
+        return self._result  # type: ignore[no-any-return]
 
 
 class BareStatementJob(StatementJob):
@@ -77,29 +76,21 @@ class BareStatementJob(StatementJob):
 class FunctionJob(Job[T]):
     """A function of the Transaction, which is its ``work``."""
 
-    __slots__ = ("bounded", "cut", "exclusive", "foreign_keys")
+    __slots__ = ("bounded",)
     needs_savepoint = True
 
     def __init__(
-        self,
-        state: State,
-        function: Callable[[Any], T],
-        label: str | None,
-        frame: types.FrameType,
-        *,
-        foreign_keys: bool | None = None,
-        sql: str = "",
-        bounded: bool = False,
+        self, state: State, function: Callable[[Any], T], label: str, frame: types.FrameType, bounded: bool
     ) -> None:
-        """``sql``: the text that the function is there for, if it is."""
-        super().__init__(state, label or sql[:LABEL_LENGTH] or name_of(function), frame, function)
-        self.exclusive = foreign_keys is not None or (sql != "" and describe_sql(sql).isolated)
+        # As in StatementJob.
+        self._state = state
+        self._label = label
+        self._code, self._instruction = frame.f_code, frame.f_lasti
+        self._stage = PENDING
+        self._result = self._error = self._waiters = self._callbacks = None
         self.bounded = bounded
-        self.foreign_keys = foreign_keys
-        self.cut = not label and len(sql) > LABEL_LENGTH
-
-    def _is_cut(self) -> bool:
-        return self.cut
+        self.created_at = monotonic()
+        self.work = function
 
     def perform(self, loan: WriteLoan) -> T:
         result: T = self.work(Transaction(loan))
@@ -108,10 +99,42 @@ class FunctionJob(Job[T]):
         return result
 
 
+class RebuildJob(FunctionJob[T]):
+    """One with ``foreign_keys=``, which runs alone."""
+
+    __slots__ = ("foreign_keys",)
+    exclusive = True
+
+    def __init__(
+        self, state: State, function: Callable[[Any], T], label: str, frame: types.FrameType, foreign_keys: bool
+    ) -> None:
+        super().__init__(state, function, label, frame, False)
+        self.foreign_keys = foreign_keys
+
+
 class LoanJob(FunctionJob[T]):
     """What the gateway itself does on the loan for a call of the user's: many rows, or a script."""
 
-    __slots__ = ()
+    __slots__ = ("cut", "exclusive", "foreign_keys")
+
+    def __init__(
+        self,
+        state: State,
+        function: Callable[[WriteLoan], T],
+        label: str | None,
+        frame: types.FrameType,
+        sql: str,
+        foreign_keys: bool | None = None,
+        bounded: bool = False,
+    ) -> None:
+        """``sql``: the text that it is about."""
+        super().__init__(state, function, label or sql[:LABEL_LENGTH], frame, bounded)
+        self.exclusive = foreign_keys is not None or describe_sql(sql).isolated
+        self.foreign_keys = foreign_keys
+        self.cut = not label and len(sql) > LABEL_LENGTH
+
+    def _is_cut(self) -> bool:
+        return self.cut
 
     def perform(self, loan: WriteLoan) -> T:
         return cast(T, self.work(loan))

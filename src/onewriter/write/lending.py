@@ -41,6 +41,7 @@ class ConnectionLoan:
         self._session = session
         self.connection = session.connection
         self.savepoint = loan.part
+        session.guard.note_anything()  # SQLite does not ask about what is written through blobopen
         self.if_free = loan.if_free
         self._factories = self.connection.row_factory, self.connection.text_factory
         self._is_traced = False

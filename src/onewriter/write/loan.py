@@ -47,40 +47,23 @@ class WriteLoan:
              the loan never enters SQLite beside one. It guards _inside, _lending and the parts.
     """
 
-    # There is one for each job: no dict.
-    __slots__ = (
-        "__weakref__",
-        "_closed",
-        "_ends_readonly",
-        "_inside",
-        "_lending",
-        "_lent",
-        "_read_until",
-        "_root",
-        "_until",
-        "_watch",
-        "job",
-        "parts",
-        "session",
-        "thread",
-    )
     can_write = True
+    # Most jobs use none of these. What nested blocks share, the root has.
+    parts: Parts | None = None
+    _closed: str | None = None
+    _lent: ConnectionLoan | None = None
+    _inside = 0  # the thread whose call is under way: code that SQLite calls back must not use the connection
+    _until = math.inf
+    _read_until: float | None = None  # while a read is under way
+    _watch: Watch | None = None
+    _ends_readonly = False
+    _lending: list[WriteLoan] = NONE  # this and nested ones; never changed: a longer list takes its place
 
     def __init__(self, session: WriteSession, job: Job[Any], outer: WriteLoan | None = None) -> None:
         self.job = job
         self.session = session
         self.thread = get_ident()  # which alone may use it; 0: any
         self._root: WriteLoan = outer._root if outer else self
-        # Most jobs use none of these. What nested blocks share, the root has.
-        self.parts: Parts | None = None
-        self._closed: str | None = None
-        self._lent: ConnectionLoan | None = None
-        self._inside = 0  # the thread whose call is under way: code that SQLite calls back must not use the connection
-        self._until = math.inf
-        self._read_until: float | None = None  # while a read is under way
-        self._watch: Watch | None = None
-        self._ends_readonly = False
-        self._lending: list[WriteLoan] = NONE  # this and nested ones; never changed: a longer list takes its place
 
     # Who may call, and when -------------------------------------------------------------------------------------------
 
@@ -329,7 +312,12 @@ class WriteLoan:
     # Statements, whose parameters were checked and captured already, and reads ----------------------------------------
 
     def statement(self, sql: str, parameters: Parameters) -> Result:
+        """A job that is one statement."""
         return self.call(self.session.executor.execute, sql, parameters, mode=self.job.mode)
+
+    def execute(self, sql: str, parameters: Parameters) -> Result:
+        """One statement of a function or block."""
+        return self.call(self.session.executor.execute, sql, parameters)
 
     def bare_statement(self, sql: str, parameters: Parameters) -> Result:
         mode = Mode.VACUUM if describe_sql(sql).verb == "VACUUM" else Mode.BARE
@@ -393,9 +381,11 @@ class WriteLoan:
 
     def _lend_connection(self) -> None:
         if self._lent is None:
-            root = self._root
-            root._lending = [*root._lending, self]
+            self._root._lend_to(self)
             self._lent = ConnectionLoan(self)
+
+    def _lend_to(self, part: WriteLoan) -> None:
+        self._lending = [*self._lending, part]
 
     def _put_back(self) -> None:
         """End the connection that was lent, under the session's lock; again, or after the outer part's, nothing."""

@@ -37,6 +37,7 @@ class WriteLock:
     ) -> None:
         self.policy = policy
         self.released_at = 0.0
+        self.attempts, self.waited = 0, 0.0  # at BEGIN and COMMIT, and seconds, in all
         self._path = path
         self._state = state
         self._file = file
@@ -44,41 +45,50 @@ class WriteLock:
         self._tell = tell
         self._begun_at = 0.0
         self._held = self._free = 0.0  # seconds with and without the lock since it was last left free for others
-        self._attempts, self._waited = 0, 0.0  # that are not in the statistics yet
         self._is_committing = False  # the last attempt was COMMIT
 
-    def begin(self, session: WriteSession, job: Job[Any], times: Times) -> None:
-        """Take it, or raise SQLite's error."""
-        self._leave_a_gap()
+    def begin(self, session: WriteSession, job: Job[Any], times: Times, now: float) -> float:
+        """Take it, or raise SQLite's error; returns the time at which it was there."""
+        self._free += now - self.released_at
+        if self._held >= LONGEST_HOLD:
+            self._leave_a_gap()
+        policy = self.policy
+        policy.attempts, policy.waited, self._is_committing = 1, 0.0, False
+        self.attempts += 1
         try:
             # IMMEDIATE takes the write lock here, so BUSY comes before any job has had an effect.
-            self._run(session, "BEGIN IMMEDIATE", job, times)
-        except BaseException:
-            self._count()
-            raise
-        times.lock_wait = self.policy.waited
-        self._begun_at = monotonic()
+            session.control("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError as error:
+            self._keep_trying(session, "BEGIN IMMEDIATE", job, times, error)
+            times.lock_wait = policy.waited
+        self._begun_at = began = monotonic()
+        return began
 
-    def commit(self, session: WriteSession, job: Job[Any], times: Times) -> None:
+    def commit(self, session: WriteSession, job: Job[Any], times: Times, now: float) -> None:
         """Commit, or raise SQLite's error."""
-        began = monotonic()
-        self._run(session, "COMMIT", job, times)
-        times.commit = monotonic() - began
+        self.attempts += 1
+        try:
+            session.control("COMMIT")
+        except sqlite3.OperationalError as error:
+            self._is_committing = True
+            self.policy.attempts, self.policy.waited = 1, 0.0
+            self._keep_trying(session, "COMMIT", job, times, error)
+        times.commit = monotonic() - now
 
     def released(self) -> None:
         """The transaction has ended, in one way or the other."""
         self.released_at = now = monotonic()
         self._held += now - self._begun_at
-        self._count()
 
     def call(self, function: Callable[[], Any], times: Times) -> Any:
         """For what takes the lock by itself: again while it meets BUSY."""
         try:
             return self.policy.call(function, self._tell)
         finally:
-            times.retried = self.policy.attempts > 1
-            self._attempts, self._waited = self.policy.attempts, self.policy.waited
-            self._count()
+            self.attempts += self.policy.attempts
+            self.waited += self.policy.waited
+            if self.policy.attempts > 1:
+                times.retried = True
 
     def in_the_way(self) -> str:
         """For messages: who has the lock that the last attempt met."""
@@ -86,26 +96,17 @@ class WriteLock:
             return describe_readers(self._file.unlogged, self._readers.borrowers)
         return describe_lock(self._path)
 
-    def _run(self, session: WriteSession, sql: str, job: Job[Any], times: Times) -> None:
-        policy = self.policy
-        policy.attempts, policy.waited = 1, 0.0
-        self._is_committing = sql == "COMMIT"
-        try:
-            session.control(sql)
-        except sqlite3.OperationalError as error:
-            if not is_busy(error) or self._is_undone(session):
-                raise
-            times.retried = True
-            self._keep_trying(session, sql, job, error)
-        finally:
-            self._attempts += policy.attempts
-
-    def _keep_trying(self, session: WriteSession, sql: str, job: Job[Any], first: sqlite3.OperationalError) -> None:
+    def _keep_trying(
+        self, session: WriteSession, sql: str, job: Job[Any], times: Times, first: sqlite3.OperationalError
+    ) -> None:
         def again() -> None:
             if self._is_undone(session):
                 raise _UndoneError from first
             session.control(sql)
 
+        if not is_busy(first) or self._is_undone(session):
+            raise first
+        times.retried = True
         self._state.wait_for_lock(job, self.in_the_way)
         try:
             self.policy.keep_trying(again, self._tell, first)
@@ -113,25 +114,18 @@ class WriteLock:
             raise first from None
         finally:
             self._state.has_lock()
-            self._waited += self.policy.waited
+            self.attempts += self.policy.attempts - 1
+            self.waited += self.policy.waited
 
     def _is_undone(self, session: WriteSession) -> bool:
         """Whether a COMMIT that met a lock has rolled back: then there is nothing to try again."""
         return self._is_committing and not session.connection.in_transaction
 
-    def _count(self) -> None:
-        with self._state.lock:
-            self._state.tally.lock_attempts += self._attempts
-            self._state.tally.lock_wait += self._waited
-        self._attempts, self._waited = 0, 0.0
-
     def _leave_a_gap(self) -> None:
         """Leave the lock free for a moment after holding it for long: other processes live in that gap."""
-        self._free += monotonic() - self.released_at
-        if self._held >= LONGEST_HOLD:
-            if self._free < GAP:
-                self.policy.stop.wait(GAP - self._free)
-            self._held = self._free = 0.0
+        if self._free < GAP:
+            self.policy.stop.wait(GAP - self._free)
+        self._held = self._free = 0.0
 
 
 class _UndoneError(Exception):

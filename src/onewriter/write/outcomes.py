@@ -6,19 +6,24 @@ import contextlib
 import logging
 import sqlite3
 from collections.abc import Callable, Iterable
+from operator import attrgetter
 from typing import Any
 
 from onewriter.base.call_site import without_own_frames
 from onewriter.base.log import INTERRUPTS, call_all_safely, call_safely, report, text_of, traceback_of
 from onewriter.base.state import State
 from onewriter.base.tally import Times
+from onewriter.base.waiting import wake
 from onewriter.errors import forked_error
 from onewriter.events import BatchEnded, Hook, publish
-from onewriter.sqlite.guard import Guard
 from onewriter.sqlite.retry import is_busy, is_corrupt, note_descriptors
+from onewriter.write.connection import WriteConnection
 from onewriter.write.loan import WriteLoan
 from onewriter.write.lock import WriteLock
-from onewriter.write.ticket import Job, Ticket, settle
+from onewriter.write.ticket import DONE, RUNNING, Job, Ticket
+
+work_of, parts_of = attrgetter("work"), attrgetter("parts")
+three_moments = attrgetter("created_at", "started_at", "ended_at")
 
 
 class Outcomes:
@@ -27,13 +32,13 @@ class Outcomes:
     def __init__(
         self,
         state: State,
-        guard: Guard,
+        connection: WriteConnection,
         lock: WriteLock,
         on_error: Callable[[Ticket[Any]], object] | None,
         on_event: Hook | None,
     ) -> None:
         self._state = state
-        self._guard = guard
+        self._connection = connection
         self._lock = lock
         self._on_error = on_error
         self._on_event = on_event
@@ -41,7 +46,7 @@ class Outcomes:
     def fail(self, job: Job[Any], error: BaseException) -> None:
         """Keep ``error`` as the outcome of ``job``, with a note that names it; nobody sees it before ``settle``."""
         try:
-            self._guard.explain(error)
+            self._connection.guard.explain(error)
         except BaseException as raised:  # while SQLite asked whether it may
             error = raised
         try:
@@ -66,12 +71,54 @@ class Outcomes:
             BaseException.add_note(error, note)
 
     def settle(self, jobs: list[Job[Any]], times: Times, loans: Iterable[WriteLoan] = (), commits: int = 0) -> None:
-        """Make the outcomes visible, and then call what waits for them; ``loans`` are those of ``jobs``."""
-        if self._state.forked:
+        """Make the outcomes visible, wake who waits, call the callbacks; ``loans`` are those of ``jobs``."""
+        state = self._state
+        if state.forked:
             raise forked_error()  # by something further down the stack, and this is the child
-        called, unheard = settle(jobs, self._state, times, commits)
+        called: list[Job[Any]] = []
+        unheard: list[Job[Any]] = []  # failures that nobody waits for: they have to be logged
+        wakeups: list[Any] = []
+        # Hot path: runs once for each job; avoid calls.
+        with state.lock:
+            works, moments = list(map(work_of, jobs)), moments_of(jobs)
+            committed = state.tally.committed
+            for job in jobs:
+                if job._stage > RUNNING:
+                    continue
+                job._stage = DONE
+                job._times = times
+                job.work = None
+                if job._error is None:
+                    committed += 1
+                    job._sequence = committed
+                elif self._is_unheard(job):
+                    unheard.append(job)
+                if job._callbacks is not None:
+                    called.append(job)
+                if job._waiters is not None:
+                    wakeups += job._waiters
+                    job._waiters = None
+            if jobs and jobs[0].in_stats:
+                state.tally.committed = committed
+                state.tally.add_batch(moments, times, commits)
+        wake(wakeups)
+        del works  # only now does what the jobs worked with go: it may have finalizers
+        if state.live is not None:
+            call_safely(state, state.live.settled, self._connection.session, jobs)
+        if called or unheard or any(map(parts_of, loans)):  # most loans have none
+            self._tell(called, unheard, loans)
+        if self._on_event is not None:
+            self._publish(self._on_event, jobs, times, commits)
+
+    def _is_unheard(self, job: Job[Any]) -> bool:
+        """Count the failure; whether nobody waits for it."""
+        if job.in_stats:
+            self._state.tally.count_failed(job.label)
+        return job.logs_failure and not job._waiters and not job._callbacks
+
+    def _tell(self, called: list[Job[Any]], unheard: list[Job[Any]], loans: Iterable[WriteLoan]) -> None:
         for loan in loans:
-            if loan.parts is not None:  # most have none
+            if loan.parts is not None:
                 self.call_back(loan, committed=loan.job._error is None)
         for job in called:
             self._state.begin_callbacks(job)
@@ -82,11 +129,11 @@ class Outcomes:
             if self._on_error is not None:
                 call_safely(self._state, self._on_error, job)
         self._state.end_callbacks()
-        if self._on_event is not None and (
-            tickets := tuple(job for job in jobs if job.in_stats and not job.cancelled())
-        ):
-            event = BatchEnded(tickets, commits, times.lock_wait, times.commit, times.retried)
-            publish(self._state, self._on_event, event)
+
+    def _publish(self, hook: Hook, jobs: list[Job[Any]], times: Times, commits: int) -> None:
+        tickets = tuple(job for job in jobs if job.in_stats and not job.cancelled())
+        if tickets:
+            publish(self._state, hook, BatchEnded(tickets, commits, times.lock_wait, times.commit, times.retried))
 
     def call_back(self, loan: WriteLoan, committed: bool) -> None:
         """Call what ``on_commit`` or ``on_rollback`` has kept."""
@@ -96,6 +143,14 @@ class Outcomes:
         if callbacks:
             self._state.begin_callbacks(loan.job)
             call_all_safely(self._state, [(callback,) for callback in callbacks])
+
+
+def moments_of(jobs: list[Job[Any]]) -> list[tuple[float, float, float]]:
+    """When each of those that have started was made, had started and had ended."""
+    try:
+        return list(map(three_moments, jobs))
+    except AttributeError:  # some have not
+        return [three_moments(job) for job in jobs if job._stage == RUNNING and job.in_stats]
 
 
 def copy_of(error: BaseException) -> BaseException:

@@ -8,6 +8,8 @@ import queue
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Iterator
+from itertools import islice
+from operator import attrgetter
 from time import monotonic
 from typing import Any
 
@@ -19,6 +21,7 @@ from onewriter.write.ticket import Job
 
 QUIET = 10.0  # seconds between two warnings that it is nearly full
 FEW = 64  # withdrawn jobs whose places are never worth a walk through the queue
+is_bounded = attrgetter("bounded")
 
 
 class JobQueue(queue.Queue[Job[Any]]):
@@ -40,7 +43,7 @@ class JobQueue(queue.Queue[Job[Any]]):
         self._token.acquire()
         self._asleep = False
         self._bounded = 0
-        self.taken: list[Job[Any]] = []  # what the consumer has not noted yet, in case that it never does
+        self.taken: list[Job[Any]] = []  # what the consumer has now; some have their outcome
         self._mark = maxsize - maxsize // 10  # nearly full
         self._limit = self._mark  # up to where put need not look further
         self.is_nearly_full = False  # until it is half empty
@@ -49,6 +52,7 @@ class JobQueue(queue.Queue[Job[Any]]):
         self._room: OrderedDict[_Waiter, None] = OrderedDict()  # who waits for room, in order; any may leave
         self._withdrawn: set[Job[Any]] = set()  # withdrawn jobs whose slot in the queue is not removed yet
         self._is_taking = False
+        self._forgotten: list[Job[Any]] = []  # meanwhile
         state.forget = self.forget
         self._waiting_threads: set[int] = set()
 
@@ -61,10 +65,11 @@ class JobQueue(queue.Queue[Job[Any]]):
         """
         bounded = item.bounded
         with self.mutex:
-            if self._refusal is None and (not bounded or (self._bounded < self._limit and not self._room)):
+            # Who waits for room is admitted as soon as there is any, so where somebody waits there is none.
+            if self._refusal is None and (not bounded or self._bounded < self._limit):
                 if bounded:
                     self._bounded += 1
-                item._is_queued = True
+                item._was_queued = True
                 self.queue.append(item)
                 if self._asleep:
                     self._wake()
@@ -89,7 +94,7 @@ class JobQueue(queue.Queue[Job[Any]]):
 
     def _append(self, job: Job[Any]) -> None:
         self._bounded += 1
-        job._is_queued = True
+        job._was_queued = True
         self.queue.append(job)
 
     def line_up(self, job: Job[Any], signal: Signal) -> _Waiter | None:
@@ -119,14 +124,15 @@ class JobQueue(queue.Queue[Job[Any]]):
         Finding the slot would cost a walk through the queue, for each of perhaps thousands that give up at once.
         """
         with self.mutex:
-            if getattr(job, "_is_queued", False):
-                job._is_queued = False
+            if self._is_taking:  # this is a finalizer, inside _pop
+                self._forgotten.append(job)
+            elif getattr(job, "_was_queued", False) and job not in self.taken:
                 self._bounded -= job.bounded
                 self._withdrawn.add(job)
                 self._made_room()
                 if self._asleep and self.queue:
                     self._wake()
-                if 2 * len(self._withdrawn) > len(self.queue) + FEW and not self._is_taking:
+                if 2 * len(self._withdrawn) > len(self.queue) + FEW:
                     self._tidy()
 
     def _tidy(self) -> None:
@@ -138,46 +144,48 @@ class JobQueue(queue.Queue[Job[Any]]):
     def get(self, block: bool = True, timeout: float | None = None) -> Job[Any]:
         raise NotImplementedError("the writer takes what waits in one go: use take")
 
-    def take(self, limit: int, timeout: float | None = None) -> list[Job[Any]] | None:
+    def take(self, limit: int, timeout: float = -1) -> list[Job[Any]] | None:
         """Wait for jobs and take up to ``limit`` of them, in order.
 
-        An empty list: closed, and nothing is left. None: none within ``timeout`` seconds.
+        An empty list: closed, and nothing is left. None: none within ``timeout`` seconds (-1: for ever).
         """
         with self.mutex:
             self._asleep = True
             is_empty = not self.queue and self._refusal is None
+            if not is_empty:
+                self._asleep = False
+                jobs = self._pop(limit)
         if is_empty:
-            self._token.acquire(timeout=-1 if timeout is None else min(timeout, threading.TIMEOUT_MAX))
-        with self.mutex:
-            self._asleep = False
-            jobs = self.take_now(limit)
-            # None, too, if there was a job that a finalizer has withdrawn meanwhile.
-            return jobs if jobs or (self._refusal is not None and not self.queue) else None
+            self._token.acquire(timeout=timeout)
+            with self.mutex:
+                self._asleep = False
+                jobs = self._pop(limit)
+        # None, too, if there was a job that a finalizer has withdrawn meanwhile.
+        return jobs or (None if self._refusal is None or self.queue else [])
 
     def take_now(self, limit: int) -> list[Job[Any]]:
         """Take up to ``limit`` jobs, without waiting."""
         with self.mutex:
-            jobs = self.taken = self._pop(limit)
-            if self._room or self.is_nearly_full:
-                self._made_room()
-            return jobs
+            return self._pop(limit)
 
     def _pop(self, limit: int) -> list[Job[Any]]:
         self._is_taking = True
-        try:
-            # popleft one by one: copying and clearing would lose what a finalizer puts in between.
-            jobs = [self.queue.popleft() for _ in range(min(limit, len(self.queue)))]
-            bounded = 0
-            for job in jobs:
-                if job._is_queued:
-                    job._is_queued = False
-                    bounded += job.bounded
-                else:
-                    self._withdrawn.discard(job)
-            self._bounded -= bounded
-            return jobs
-        finally:
-            self._is_taking = False
+        # One by one: copying and clearing would lose what a finalizer puts in between.
+        self.taken = jobs = list(islice(iter(self.queue.popleft, None), min(limit, len(self.queue))))
+        self._is_taking = False
+        if self._bounded:
+            self._bounded -= sum(map(is_bounded, jobs))
+        if self._withdrawn:
+            gone = self._withdrawn.intersection(jobs)  # which have made room already
+            self._withdrawn -= gone
+            self._bounded += sum(map(is_bounded, gone))
+        if self._forgotten:
+            forgotten, self._forgotten = self._forgotten, []
+            for job in forgotten:
+                self.forget(job)
+        if self._room or self.is_nearly_full:
+            self._made_room()
+        return jobs
 
     def refuse(self, error: OneWriterError) -> bool:
         """Accept nothing from now on: every later put raises a copy of ``error``. False if it was so already."""
@@ -212,9 +220,15 @@ class JobQueue(queue.Queue[Job[Any]]):
         return next((job for job in self.queue.copy() if not job.done()), None) if first.done() else first
 
     def empty_out(self) -> list[Job[Any]]:
-        """Take everything that waits, without waiting."""
+        """Take everything that waits, without waiting; it must refuse already. The consumer keeps what it has."""
         with self.mutex:
-            return self._pop(len(self.queue))
+            jobs = list(self.queue)
+            for job in jobs:
+                job._was_queued = False
+            self.queue.clear()
+            self._withdrawn.clear()
+            self._bounded = 0
+            return jobs
 
     def check_open(self) -> None:
         with self.mutex:

@@ -15,6 +15,18 @@ from onewriter.sqlite.statement import words_of
 UNDOES_ALL = ("ROLLBACK", "DEFERRED")  # in a schema: RAISE, ON CONFLICT, and keys that COMMIT checks for all
 
 
+class _Texts(dict[str, str]):
+    """The gateway's own statements, as the guard knows them."""
+
+    def __init__(self, guard: Guard) -> None:
+        super().__init__()
+        self._guard = guard
+
+    def __missing__(self, sql: str) -> str:
+        text = self[sql] = self._guard.internal(sql)
+        return text
+
+
 class WriteSession:
     """The open write connection with its guard and executor; reopened, it is a new session.
 
@@ -27,7 +39,7 @@ class WriteSession:
         self.executor = Executor(connection, guard)
         self._cursor = sqlite3.Connection.cursor(connection)
         self._cursor.row_factory = None
-        self._texts: dict[str, str] = {}  # of the gateway's own statements
+        self._texts = _Texts(guard)
         self.row_factory, self.text_factory = connection.row_factory, connection.text_factory
         self.lock = threading.Lock()  # held around every call into SQLite of a Transaction
         # Held around interrupt(), which does not wait for the other one. A signal handler may interrupt, too.
@@ -56,7 +68,7 @@ class WriteSession:
 
     def internal(self, sql: str, parameters: tuple[Any, ...] = ()) -> list[Any]:
         """Run a statement of the gateway's own, which no job's text can stand for."""
-        text = self._texts.get(sql) or self._text_of(sql)
+        text = self._texts[sql]
         guard, cursor, connection = self.guard, self._cursor, self.connection
         mode, guard.mode = guard.mode, Mode.GATEWAY
         factory, connection.text_factory = connection.text_factory, decode  # not the user's
@@ -68,11 +80,7 @@ class WriteSession:
 
     def control(self, sql: str) -> None:
         """Run BEGIN or COMMIT. Between jobs the guard's mode is the gateway's, and there are no rows to convert."""
-        self._cursor.execute(self._texts.get(sql) or self._text_of(sql))
-
-    def _text_of(self, sql: str) -> str:
-        text = self._texts[sql] = self.guard.internal(sql)
-        return text
+        self._cursor.execute(self._texts[sql])
 
     def forget_error(self) -> None:
         """Of a failed statement: sqlite3 would raise it again for the next one whose parameters cannot be bound."""

@@ -7,7 +7,7 @@ import concurrent.futures
 import contextlib
 import math
 import types
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from time import monotonic
 from typing import Any, Generic, NoReturn, TypeVar, cast
 
@@ -44,7 +44,6 @@ class Ticket(Generic[T]):
         "_code",
         "_error",
         "_instruction",
-        "_is_queued",
         "_label",
         "_result",
         "_sequence",
@@ -52,6 +51,7 @@ class Ticket(Generic[T]):
         "_state",
         "_times",
         "_waiters",
+        "_was_queued",
         "created_at",
         "ended_at",
         "started_at",
@@ -74,7 +74,7 @@ class Ticket(Generic[T]):
         # These are set when there is something to say.
         self._times: Times
         self._sequence: int
-        self._is_queued: bool
+        self._was_queued: bool
         self.started_at: float
         self.ended_at: float
 
@@ -105,7 +105,7 @@ class Ticket(Generic[T]):
     @property
     def sequence(self) -> int | None:
         """The job's place in the order of commits, rising; None until it is committed."""
-        return getattr(self, "_sequence", None)
+        return getattr(self, "_sequence", None) if self.in_stats else None
 
     def _is_cut(self) -> bool:
         """Whether the label is the beginning of a longer text."""
@@ -370,42 +370,3 @@ class Job(Ticket[T]):
     @property
     def failed_with(self) -> BaseException | None:
         return self._error
-
-
-def settle(jobs: Iterable[Job[Any]], state: State, times: Times, commits: int) -> tuple[list[Job[Any]], ...]:
-    """Make the outcomes of ``jobs`` visible and wake their waiters, one wake-up each.
-
-    Returns the jobs that have callbacks, and the failed ones that nobody waits for: those have to be logged.
-    """
-    called, unheard, wakeups, works = [], [], [], []
-    waits, runs, lock_wait = [], [], times.lock_wait
-    tally = state.tally
-    with state.lock:
-        committed = tally.committed
-        for job in jobs:
-            if job._stage > RUNNING:
-                continue
-            if job._stage == RUNNING and job.in_stats:
-                waits.append(job.started_at - job.created_at - lock_wait)
-                runs.append(job.ended_at - job.started_at)
-            job._stage = DONE
-            job._times = times
-            works.append(job.work)
-            job.work = None
-            if job._callbacks is not None:
-                called.append(job)
-            if job._error is not None:
-                if job.in_stats:
-                    tally.count_failed(job.label)
-                if job.logs_failure and not job._waiters and not job._callbacks:
-                    unheard.append(job)
-            elif job.in_stats:
-                committed += 1
-                job._sequence = committed
-            if job._waiters is not None:
-                wakeups += job._waiters
-                job._waiters = None
-        tally.committed = committed
-        tally.count_batch(waits, runs, times, commits)
-    wake(wakeups)
-    return called, unheard  # and only now does what the jobs worked with go: it may have finalizers

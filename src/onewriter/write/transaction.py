@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 from collections.abc import Callable, Iterable
-from typing import Any
 
 from onewriter.base.arguments import check_sql
 from onewriter.base.strict import CONNECTIONS_OWN, Elsewhere
-from onewriter.sqlite.parameters import capture, capture_many
+from onewriter.sqlite.parameters import Params, capture, capture_many
 from onewriter.sqlite.result import Result
 from onewriter.sqlite.statement import check_many
 from onewriter.write.loan import WriteLoan
@@ -42,7 +41,7 @@ class Transaction:
         """
         return self._loan.connection
 
-    def execute(self, sql: str, params: Any = (), /) -> Result:
+    def execute(self, sql: str, params: Params = (), /) -> Result:
         """Run one statement and return all its rows.
 
         Raises:
@@ -50,10 +49,9 @@ class Transaction:
             TransactionAbortedError: SQLite rolled back by itself earlier on. Rolled back.
             TransactionClosedError: the transaction has ended, or is that of a function, and this is another thread.
         """
-        loan = self._loan
-        return loan.call(loan.session.executor.execute, check_sql(sql), capture(sql, params))
+        return self._loan.execute(sql if type(sql) is str else check_sql(sql), capture(sql, params))
 
-    def executemany(self, sql: str, seq_of_params: Iterable[Any], /) -> Result:
+    def executemany(self, sql: str, seq_of_params: Iterable[Params], /) -> Result:
         """Run one statement for each row of parameters; ``rowcount`` is that of all. RETURNING is refused."""
         check_many(check_sql(sql))
         return self._loan.statement_many(sql, capture_many(sql, seq_of_params))
@@ -65,6 +63,10 @@ class Transaction:
     def savepoint(self) -> contextlib.AbstractContextManager[None]:
         """A part of the transaction that is undone alone if the ``with`` block raises."""
         return self._loan.savepoint()
+
+    def rollback(self) -> None:
+        """Undo what this job or block, or the ``savepoint()`` it is in, has done so far; it goes on."""
+        self._loan.undo()
 
     def on_commit(self, fn: Callable[[], object], /) -> None:
         """Call ``fn()`` once, after COMMIT, when the lock is free. Not if the transaction is rolled back."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import concurrent.futures
 import functools
 import logging
-import math
 import os
 import threading
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from onewriter.events import Hook, WriterBroken, publish
 from onewriter.sqlite.file import DatabaseFile, FileMovedError
 from onewriter.sqlite.options import Settings
 from onewriter.sqlite.retry import LockPolicy, is_busy
-from onewriter.write.batch import Again, Batch, Verdict
+from onewriter.write.batch import Again, Batch, Means, Verdict
 from onewriter.write.block import Block
 from onewriter.write.checkpoint import Checkpoint, Checkpointer, Readers
 from onewriter.write.connection import WriteConnection
@@ -31,6 +30,7 @@ from onewriter.write.queue import JobQueue
 from onewriter.write.ticket import RUNNING, Job, Ticket
 
 MOST_TAKEN = 2048  # jobs
+LOOK = 0.05  # seconds without jobs after which it looks for commits of others, if something is watched
 IDLE = 0.5  # seconds without jobs after which the log is emptied
 
 
@@ -38,7 +38,7 @@ class Writer:
     """What the writer does, whichever thread is the writer: a driver calls it. It obeys what a batch has decided.
 
     States:  open → drained → ended; ``state.broken`` says if it ended because it is out of service.
-    Locks:   none of its own. ``_taken`` (the jobs of this turn, some of which have their outcome) is replaced as a
+    Locks:   none of its own. ``queue.taken`` (the jobs of this turn, some of which have their outcome) is replaced as a
              whole, by the writer only.
     Threads: abandon, is_on and unfinished may be called from any thread; the rest belongs to the writer.
     Assumes: nothing here holds the DbWriter, so that one that was dropped can be collected.
@@ -67,15 +67,14 @@ class Writer:
         self.drained = threading.Event()  # every accepted job has its outcome, and no other comes
         self.leaving = False  # set at exit: a lock that cannot be acquired ends the drain
         self.withdrawn: list[str] = []  # labels of what the writer itself withdrew
-        self._max_hold = max_hold
         self._on_end = on_end
         self._stop = threading.Event()  # ends the wait for SQLite's lock; what has not started does not start
         policy = LockPolicy(settings.lock_timeout, self._stop)
         self._checkpointer = Checkpointer(settings, label, file, readers, state, on_event)
         self._connection = WriteConnection(settings, label, policy, state, file, self._checkpointer)
         self._lock = WriteLock(policy, settings.path, state, file, readers, self._connection.tell_waiting)
-        self._outcomes = Outcomes(state, self._connection.guard, self._lock, on_error, on_event)
-        self._taken: list[Job[Any]] = []
+        self._outcomes = outcomes = Outcomes(state, self._connection, self._lock, on_error, on_event)
+        self._means = Means(self._connection, self._lock, state, max_hold, outcomes.fail)
         self._again: dict[Job[Any], Again] = {}  # of jobs whose transaction was undone
         self._standing: Batch | None = None  # in which the one that stands has run
         self._block: Batch | None = None  # of a block that runs in the thread that is the writer
@@ -83,8 +82,8 @@ class Writer:
     def abandon(self) -> None:
         """Withdraw what has not started, and end a wait for SQLite's lock. The queue must refuse already."""
         self._stop.set()
-        # What moves from the queue to _taken meanwhile is withdrawn by the writer thread, which looks at _stop.
-        dropped = [job for job in [*self.queue.empty_out(), *self._taken] if self._withdraw(job)]
+        # What moves from the queue to ``taken`` meanwhile is withdrawn by the writer thread, which looks at _stop.
+        dropped = [job for job in [*self.queue.empty_out(), *self.queue.taken] if self._withdraw(job)]
         if dropped:
             report(self.state, logging.WARNING, "%s: close withdrew %d queued jobs", self.label, len(dropped))
         call_all_safely(self.state, [(job.run_callbacks,) for job in dropped])
@@ -120,7 +119,7 @@ class Writer:
 
     def oldest_age(self, now: float) -> float:
         """For how many seconds the oldest job without an outcome has been here."""
-        for job in self._taken:
+        for job in self.queue.taken:
             if not job.done():
                 return max(0.0, now - job.created_at)
         first = self.queue.oldest()
@@ -132,28 +131,28 @@ class Writer:
 
     def unfinished(self) -> list[str]:
         """The labels of the jobs that have no outcome yet."""
-        return [job.label for job in (*self._taken, *self.queue.jobs()) if not job.done()]
+        return [job.label for job in (*self.queue.taken, *self.queue.jobs()) if not job.done()]
 
     # From here on, only the thread that is the writer calls ----------------------------------------------------------
 
     def write(self, jobs: list[Job[Any]]) -> None:
         """Bring ``jobs`` to their outcome."""
-        self._taken, self.queue.taken = jobs, []
         todo = jobs.copy()
         while todo:
             self._write_next(todo)
-        self._taken = []  # an idle writer keeps nothing of its last jobs alive
+        self.queue.taken = []  # an idle writer keeps nothing of its last jobs alive
 
     def begin_block(self, block: Block) -> None:
         """Begin a block that runs in the thread that is the writer; it is lent, or has its outcome."""
         todo: list[Job[Any]] = [block]
-        self._taken = todo
-        if self._is_moved():
+        self.queue.taken = todo
+        now = monotonic()
+        if now >= self.file.look_again_at and self._is_moved(now):
             return
-        batch = self._begin(todo)
+        batch = self._begin(todo, now)
         loan = None if batch is None else batch.begin_block(block)
         if loan is None:
-            self._taken = []
+            self.queue.taken = []
         else:
             self._block = batch
             block.lend(loan)
@@ -164,7 +163,7 @@ class Writer:
         assert block.transaction is not None
         error = block.end_inline(block.transaction)
         self._obey(batch, batch.end_block(error), [])
-        self._taken = []
+        self.queue.taken = []
         self._connection.restore()
 
     def broke(self, error: BaseException) -> None:
@@ -176,12 +175,16 @@ class Writer:
         self._break(error)
 
     @property
-    def idle_after(self) -> float | None:
-        """Seconds without jobs after which ``idle`` is to be called; None: it need not be."""
-        return IDLE if self._checkpointer.has_work else None
+    def idle_after(self) -> float:
+        """Seconds without jobs after which ``idle`` is to be called; -1: it need not be."""
+        if self.state.live is not None:
+            return LOOK
+        return IDLE if self._checkpointer.has_work else -1
 
     def idle(self) -> None:
         """Do what waits for a quiet moment."""
+        if self.state.live is not None:
+            call_safely(self.state, self.state.live.look, self._connection.session)
         if self._checkpointer.has_work and monotonic() - self._lock.released_at >= IDLE:
             self._checkpointer.attempt(self._checkpointer.empty, self._connection.session)
 
@@ -190,6 +193,8 @@ class Writer:
         if self.state.forked:
             return
         self.drained.set()
+        if self.state.live is not None:
+            call_safely(self.state, self.state.live.end, self._connection.session)
         # The readers before the writer: the last to close tidies up, if it may write.
         call_safely(self.state, self.readers.close, patience)
         call_safely(self.state, self._end_session)
@@ -200,10 +205,20 @@ class Writer:
     def _end_session(self) -> None:
         try:
             self._connection.roll_back()
-            if self.state.broken is None and not self._is_moved():
+            if self.state.broken is None and not self._is_moved(monotonic()):
                 self._checkpointer.at_end(self._connection.session)
         finally:
             self._connection.drop()
+
+    @property
+    def lock_attempts(self) -> int:
+        """How often BEGIN and COMMIT were tried."""
+        return self._lock.attempts
+
+    @property
+    def lock_wait(self) -> float:
+        """Seconds that it has waited for SQLite's lock, in all."""
+        return self._lock.waited
 
     @property
     def last_checkpoint(self) -> tuple[Checkpoint, float] | None:
@@ -223,43 +238,37 @@ class Writer:
 
         The only place that knows the kinds of jobs.
         """
-        first = todo[0]
+        first, now = todo[0], monotonic()
         if first._stage > RUNNING:
             self._again.pop(todo.pop(0), None)
         elif self._again and self._again.get(first) is Again.STANDS:
             self._settle_in_turn(todo.pop(0))
-        elif self._is_moved():
+        elif now >= self.file.look_again_at and self._is_moved(now):
             return
         elif self._stop.is_set() and not first.running():
             self._withdraw_itself(first)
+        elif isinstance(first, ControlJob):
+            del todo[0]
+            self._control(first)
+        elif isinstance(first, BareStatementJob | ConnectionJob):
+            del todo[0]
+            self._write_bare(first)
         else:
-            match first:
-                case ControlJob():
-                    del todo[0]
-                    self._control(first)
-                case BareStatementJob() | ConnectionJob():
-                    del todo[0]
-                    self._write_bare(first)
-                case _:
-                    batch = self._begin(todo)
-                    if batch is not None:
-                        self._obey(batch, batch.run(todo, self._again), todo)
+            batch = self._begin(todo, now)
+            if batch is not None:
+                self._obey(batch, batch.run(todo, self._again), todo)
         if self._connection.guard.settings_touched:
             self._connection.restore()
 
-    def _begin(self, todo: list[Job[Any]]) -> Batch | None:
+    def _begin(self, todo: list[Job[Any]], now: float) -> Batch | None:
         """A transaction for the first job and those behind it; None if it was refused: all that waits is told."""
-        times = Times()
+        batch = Batch(self._means)
         try:
-            batch = self._new_batch(times)
-            batch.begin(todo[0])
+            batch.begin(todo[0], now)
             return batch
         except BaseException as error:  # without a thread of its own, Ctrl-C too
-            self._refused(error, times, todo)
+            self._refused(error, batch.times, todo)
             return None
-
-    def _new_batch(self, times: Times) -> Batch:
-        return Batch(self._connection, self._lock, self.state, self._max_hold, self._outcomes.fail, times)
 
     def _refused(self, error: BaseException, times: Times, todo: list[Job[Any]]) -> None:
         """No transaction: all that waits for one fails together, since each has waited long enough by now."""
@@ -280,7 +289,14 @@ class Writer:
 
     def _obey(self, batch: Batch, verdict: Verdict, todo: list[Job[Any]]) -> None:
         """Settle what is decided, have run again what is to, and checkpoint; or go out of service."""
-        if verdict.again:
+        if verdict.is_plain:
+            self._outcomes.settle(verdict.settled, batch.times, batch.loans, verdict.commits)
+            session = self._connection.session
+            if verdict.commits and session is not None:
+                self._checkpointer.after_batch(session)
+            if self.readers.in_use:
+                self.readers.warn_if_slow()
+        elif verdict.again:
             self._run_again(batch, verdict, todo)
         elif verdict.unknown is not None:
             self._commit_unknown(batch, verdict.settled, verdict.unknown)
@@ -288,12 +304,6 @@ class Writer:
             self._moved(verdict.moved)  # which answers all jobs
             for loan in batch.loans:
                 self._outcomes.call_back(loan, committed=False)
-        else:
-            self._outcomes.settle(verdict.settled, batch.times, batch.loans, verdict.commits)
-            if verdict.commits:
-                self._checkpointer.attempt(self._checkpointer.after_batch, self._connection.session)
-            if self.readers.in_use:
-                self.readers.warn_if_slow()
 
     def _run_again(self, batch: Batch, verdict: Verdict, todo: list[Job[Any]]) -> None:
         """The transaction is undone: tell those that stand, and put the others in front."""
@@ -347,13 +357,13 @@ class Writer:
         """Run what is in no transaction of ours."""
         if not job.start(monotonic()):
             return
-        times = Times()
+        batch = Batch(self._means)
         try:
-            batch = self._new_batch(times)
-        except BaseException as error:  # it could not be opened
+            batch.open()
+        except BaseException as error:
             self._outcomes.fail(job, error)
             job.ended_at = monotonic()
-            self._outcomes.settle([job], times)
+            self._outcomes.settle([job], batch.times)
             return
         verdict = batch.run_whole(job) if isinstance(job, ConnectionJob) else batch.run_bare(job)
         self._obey(batch, verdict, [])
@@ -366,10 +376,10 @@ class Writer:
             self.withdrawn.append(job.label)
             job.run_callbacks()
 
-    def _is_moved(self) -> bool:
-        """Look, at times, whether the file is still there; if not, the gateway is out of service."""
+    def _is_moved(self, now: float) -> bool:
+        """Look whether the file is still there; if not, the gateway is out of service."""
         try:
-            self._connection.check_file(math.inf if self.drained.is_set() else monotonic())
+            self._connection.check_file(now)
         except FileMovedError as error:
             self._moved(error)
             return True
@@ -382,7 +392,7 @@ class Writer:
     def _break(self, cause: BaseException) -> None:
         """Out of service: everything that waits, and everything later, fails at once."""
         self._go_out_of_service(cause)
-        waiting = (*self._taken, *self.queue.taken, *self.queue.empty_out())
+        waiting = (*self.queue.taken, *self.queue.empty_out())
         stranded = [job for job in waiting if not job.done()]
         for job in stranded:
             job.set_outcome(None, broken_error(cause))

@@ -26,7 +26,7 @@ import pytest
 
 from helpers import CREATE, DEADLINE, parked
 from onewriter import AsyncDbWriter, DbWriter, Transaction
-from onewriter.sqlite.parameters import capture
+from onewriter.sqlite.parameters import Params, capture
 
 INSERT = "INSERT INTO t (name) VALUES (?)"
 PROTOCOL = sqlite3.PrepareProtocol
@@ -471,7 +471,7 @@ def test_a_generator_of_parameters_is_consumed_at_the_call_in_the_callers_thread
     with DbWriter(path) as names_db:
         names_db.run_script(CREATE)
         with parked(names_db):
-            names_db.enqueue(INSERT, values())
+            names_db.enqueue(INSERT, values())  # type: ignore[call-overload]
             assert threads == [threading.get_ident()]
         names_db.flush(DEADLINE)
         assert names(names_db) == ["a", "b", "c"]
@@ -544,3 +544,23 @@ def test_rows_of_run_many_may_come_from_a_map_or_a_zip(names_db: DbWriter) -> No
     assert names_db.run_many(INSERT, map(lambda name: [name], "cd")).rowcount == 2
     assert names_db.run_many("INSERT INTO t VALUES (?, ?)", zip((50, 51), "ef", strict=True)).rowcount == 2
     assert names(names_db) == list("abcdef")
+
+
+def test_a_type_checker_refuses_a_str_where_values_are_wanted(any_db: DbWriter) -> None:
+    any_db.run("CREATE TABLE t (n)")
+    calls: list[Callable[[], object]] = [
+        lambda: any_db.run("INSERT INTO t VALUES (?)", "a"),  # type: ignore[call-overload]
+        lambda: any_db.run("INSERT INTO t VALUES (?)", b"a"),  # type: ignore[call-overload]
+        lambda: any_db.run_many("INSERT INTO t VALUES (?)", ["a"]),  # type: ignore[list-item]
+        lambda: any_db.read_one("SELECT ?", "a"),  # type: ignore[arg-type]
+        lambda: any_db.read_value("SELECT ?", "a"),  # type: ignore[arg-type]
+        lambda: any_db.run(lambda tx: tx.execute("SELECT ?", "a")),  # type: ignore[arg-type]
+    ]
+    for call in calls:
+        with pytest.raises(TypeError):
+            call()
+    named: dict[str, object] = {"n": 1}
+    given: tuple[Params, ...] = ((1,), [1], collections.deque([1]), named, range(1, 2))
+    for params in given:
+        assert any_db.run("INSERT INTO t VALUES (:n)" if params is named else "INSERT INTO t VALUES (?)", params)
+    assert any_db.read("SELECT n FROM t") == [(1,)] * 5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 import tracemalloc
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from onewriter import DbWriter, Transaction
-from onewriter.sqlite.statement import _describe_long, describe_sql, script_parts, split_script
+from onewriter.sqlite.statement import _describe_long, describe_sql, inside_of_dump, script_parts, split_script
 
 INSERT = "INSERT INTO t (name) VALUES (?)"
 
@@ -192,3 +193,67 @@ def test_rows_are_counted_whatever_a_text_begins_with(table_db: DbWriter) -> Non
     assert table_db.run("; INSERT INTO t VALUES (3)").rowcount == 1
     assert table_db.run("\ufeffINSERT INTO t VALUES (4)").rowcount == 1
     assert table_db.run(";DELETE FROM t").rowcount == 4
+
+
+@pytest.mark.parametrize(
+    ("script", "inside", "turns_keys_off"),
+    [
+        ("BEGIN TRANSACTION;\nINSERT;\nCOMMIT;", "\nINSERT;", False),
+        ("PRAGMA foreign_keys=OFF;\nBEGIN TRANSACTION;\nINSERT;\nCOMMIT;\n", "\nINSERT;", True),
+        (
+            "-- by a tool\nPRAGMA foreign_keys = off;\nBEGIN;A;\nCOMMIT TRANSACTION;\nPRAGMA foreign_keys = on;\n",
+            "A;",
+            True,
+        ),
+        ("begin immediate; commit", "", False),
+        ("BEGIN;END TRANSACTION;", "", False),
+        ("BEGIN; A; B; ROLLBACK;", None, False),
+        ("A; BEGIN; B; COMMIT;", None, False),
+        ("BEGIN; A; COMMIT; B;", None, False),
+        ("BEGIN; CREATE TRIGGER x AFTER INSERT ON y BEGIN DELETE FROM z; END;", None, False),
+        ("BEGIN; INSERT INTO t VALUES ('; COMMIT');", None, False),
+        ("BEGIN; -- COMMIT", None, False),
+        ("", None, False),
+    ],
+)
+def test_a_script_that_is_one_transaction_is_known(script: str, inside: str | None, turns_keys_off: bool) -> None:
+    assert inside_of_dump(script) == (script if inside is None else inside, turns_keys_off)
+
+
+DUMPED = """
+CREATE TABLE child (id PRIMARY KEY, parent REFERENCES parent (id));
+CREATE TABLE parent (id INTEGER PRIMARY KEY, text);
+CREATE TRIGGER follow AFTER DELETE ON parent BEGIN DELETE FROM child WHERE parent = OLD.id; END;
+CREATE VIEW both AS SELECT * FROM child JOIN parent;
+INSERT INTO parent VALUES (1, 'COMMIT; it''s'), (2, 'two' || char(10) || 'lines;');
+INSERT INTO child VALUES (1, 1), (2, 2);
+"""
+
+
+def dumped() -> str:
+    with contextlib.closing(sqlite3.connect(":memory:")) as source:
+        source.executescript(DUMPED)
+        return "\n".join(source.iterdump())
+
+
+@pytest.mark.parametrize("head", ["", "PRAGMA foreign_keys=OFF;\n"])
+def test_a_dump_is_restored_by_run_script(any_db: DbWriter, head: str) -> None:
+    # Its children may come before their parents, so that the keys have to be off.
+    any_db.run_script(head + dumped(), foreign_keys=None if head else False)
+    assert any_db.read("SELECT * FROM child ORDER BY id") == [(1, 1), (2, 2)]
+    assert any_db.read_value("SELECT text FROM parent WHERE id = 1") == "COMMIT; it's"
+    assert any_db.run_without_transaction("PRAGMA foreign_keys").rows == [(1,)]
+
+
+def test_a_dump_whose_keys_are_violated_leaves_nothing(any_db: DbWriter) -> None:
+    dump = "PRAGMA foreign_keys=OFF;\n" + dumped().replace("COMMIT;", "INSERT INTO child VALUES (3, 3);\nCOMMIT;")
+    with pytest.raises(sqlite3.IntegrityError, match="FOREIGN KEY"):
+        any_db.run_script(dump)
+    assert any_db.read("SELECT * FROM sqlite_schema") == []
+
+
+@pytest.mark.parametrize("script", ["BEGIN; CREATE TABLE t (n); COMMIT; CREATE TABLE u (n)", "BEGIN; COMMIT; COMMIT;"])
+def test_a_script_with_several_transactions_is_refused(any_db: DbWriter, script: str) -> None:
+    with pytest.raises(sqlite3.DatabaseError, match="not authorized"):
+        any_db.run_script(script)
+    assert any_db.read("SELECT * FROM sqlite_schema") == []

@@ -759,3 +759,21 @@ def test_inside_a_tasks_block_that_max_hold_has_ended_the_gateways_calls_raise_t
             return await db.read("SELECT n FROM t")
 
     assert asyncio.run(main()) == [(3,), (4,), (5,)]
+
+
+def test_rollback_undoes_what_a_task_has_done_so_far(path: Path) -> None:
+    async def main() -> None:
+        async with AsyncDbWriter(path) as db:
+            await db.run("CREATE TABLE t (n)")
+            async with db.transaction() as tx:
+                await tx.execute(INSERT, (1,))
+                await tx.rollback()
+                await tx.execute(INSERT, (2,))
+                async with tx.savepoint():
+                    await tx.execute(INSERT, (3,))
+                    await tx.rollback()
+            assert await db.read("SELECT n FROM t") == [(2,)]
+            with pytest.raises(TransactionClosedError):
+                await tx.rollback()
+
+    asyncio.run(main())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import gc
 import sqlite3
 import threading
@@ -558,3 +559,93 @@ def test_a_reader_inside_a_reader_cannot_wait_for_what_that_will_never_show(path
                     pass
 
     run(main)
+
+
+NUMBERS = "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT 1000) SELECT i FROM n"
+ENDLESS_ROWS = "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT i FROM n"
+
+
+def test_rows_are_streamed_from_one_snapshot(path: Path) -> None:
+    async def main() -> None:
+        async with AsyncDbWriter(path) as db:
+            await db.run_script(f"CREATE TABLE t (n); INSERT INTO t {NUMBERS}")
+            async with db.reader() as reader:
+                seen = []
+                async for (n,) in reader.stream("SELECT n FROM t WHERE n > ? ORDER BY n", (10,)):
+                    seen.append(n)
+                    if n == 11:
+                        await db.run("DELETE FROM t")
+                        assert (await reader.execute("SELECT count(*) FROM t")).rows == [(1000,)]
+                assert seen == list(range(11, 1001))
+                assert [row async for row in reader.stream("SELECT 1 WHERE 0")] == []
+            assert await db.read("SELECT * FROM t") == []
+
+    asyncio.run(main())
+
+
+def test_two_streams_of_one_reader_go_on_side_by_side(path: Path) -> None:
+    async def main() -> None:
+        async with AsyncDbWriter(path) as db, db.reader() as reader:
+            one, other = reader.stream(NUMBERS), reader.stream(NUMBERS)
+            pairs = [(n, await anext(other)) async for n in one]
+            assert pairs == [((n,), (n,)) for n in range(1, 1001)]
+
+    asyncio.run(main())
+
+
+def test_a_stream_that_is_left_early_pins_nothing_behind_its_block(path: Path) -> None:
+    async def main() -> None:
+        async with AsyncDbWriter(path, readers=1) as db:
+            await db.run("CREATE TABLE t (n)")
+            async with db.reader() as reader:
+                async for _ in reader.stream(ENDLESS_ROWS):
+                    break
+                kept = reader.stream(ENDLESS_ROWS)
+                await anext(kept)
+                async with contextlib.aclosing(reader.stream(ENDLESS_ROWS)) as closing:
+                    await anext(closing)
+                with pytest.raises(StopAsyncIteration):
+                    await anext(closing)
+            await db.run("INSERT INTO t VALUES (1)")
+            assert await db.read("SELECT n FROM t") == [(1,)]
+            assert (await db.checkpoint()).busy is False
+            with pytest.raises(sqlite3.ProgrammingError):
+                for _ in range(1000):
+                    await anext(kept)
+
+    asyncio.run(main())
+
+
+def test_a_cancelled_stream_ends_its_statement(path: Path) -> None:
+    async def main() -> None:
+        async with AsyncDbWriter(path, readers=1) as db:
+
+            async def read() -> None:
+                async with db.reader() as reader:
+                    async for _ in reader.stream(f"SELECT count(*) FROM ({ENDLESS_ROWS}) UNION ALL SELECT 1"):
+                        pass
+
+            task = asyncio.create_task(read())
+            while not db.stats().readers_in_use:
+                await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await asyncio.wait_for(task, DEADLINE)
+            assert await db.read("SELECT 1") == [(1,)]
+
+    asyncio.run(main())
+
+
+def test_a_stream_cannot_write_and_checks_its_arguments(path: Path) -> None:
+    async def main() -> None:
+        async with AsyncDbWriter(path) as db:
+            await db.run("CREATE TABLE t (n)")
+            async with db.reader() as reader:
+                with pytest.raises(sqlite3.OperationalError, match="readonly"):
+                    await anext(reader.stream("INSERT INTO t VALUES (1) RETURNING n"))
+                with pytest.raises(TypeError):
+                    reader.stream(3)  # type: ignore[arg-type]
+                with pytest.raises(TypeError):
+                    reader.stream("SELECT ?", "a")  # type: ignore[arg-type]
+
+    asyncio.run(main())

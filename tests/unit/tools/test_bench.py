@@ -17,7 +17,7 @@ import pytest
 
 from helpers import HEARS_INTERRUPTS
 from onewriter.__main__ import main
-from onewriter.tools import bench
+from onewriter.tools import bench, contestants
 
 DEADLINE = 60  # seconds; a child that takes longer hangs
 QUICK = ["bench", "--threads", "2", "--seconds", "0.2"]
@@ -29,29 +29,29 @@ def rows_of(output: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def forgetful(path: Path) -> Iterator[bench.Session]:
+def forgetful(path: Path) -> Iterator[contestants.Session]:
     """A contestant that acknowledges what it never writes."""
-    yield bench.Session(lambda: lambda row: None)
+    yield contestants.Session(lambda: lambda row: None)
 
 
 @contextlib.contextmanager
-def failing(path: Path) -> Iterator[bench.Session]:
+def failing(path: Path) -> Iterator[contestants.Session]:
     """A contestant whose every write fails, and not because of a lock."""
 
     def write(row: int) -> None:
         raise sqlite3.OperationalError("database or disk is full")
 
-    yield bench.Session(lambda: write)
+    yield contestants.Session(lambda: write)
 
 
 @contextlib.contextmanager
-def interrupted(path: Path) -> Iterator[bench.Session]:
+def interrupted(path: Path) -> Iterator[contestants.Session]:
     raise KeyboardInterrupt
     yield
 
 
 def only(monkeypatch: pytest.MonkeyPatch, opener: object, *, gateway: bool) -> None:
-    monkeypatch.setattr(bench, "CONTESTANTS", (bench.Contestant("b", "a stand-in", gateway, opener),))  # type: ignore[arg-type]
+    monkeypatch.setattr(bench, "CONTESTANTS", (contestants.Contestant("b", "a stand-in", gateway, opener),))  # type: ignore[arg-type]
 
 
 def test_the_table_and_the_json_file_have_the_same_figures_and_every_acknowledged_write_is_found(
@@ -79,6 +79,9 @@ def test_the_table_and_the_json_file_have_the_same_figures_and_every_acknowledge
         assert outcome["acknowledged"] == outcome["found"] > 0
         assert 0 < outcome["p50_ms"] <= outcome["p99_ms"] <= outcome["max_ms"]
     assert [o["locked_errors"] for o in figures["contestants"][1:]] == [0, 0, 0]
+    refused, committed = figures["contestants"][0]["locked_errors"], figures["contestants"][2]["acknowledged"]
+    assert f"sqlite3 refused {refused:,} of " in output
+    assert f"DbWriter.run refused 0, and committed {committed:,} in the same time." in output
     assert (figures["threads"], figures["seconds"], figures["journal_mode"]) == (2, 0.2, "WAL")
     assert progress.count("running ") == 4
     assert os.listdir(tmp_path) == ["figures.json"]
@@ -143,6 +146,24 @@ def test_another_error_ends_the_load_is_named_and_fails_the_run(
     only(monkeypatch, failing, gateway=False)
     assert main(QUICK) == 1
     assert "(b): 2 other errors; the first: OperationalError: database or disk is full" in capsys.readouterr().out
+
+
+def test_a_transaction_that_looked_before_another_wrote_is_refused_and_can_begin_anew(path: Path) -> None:
+    bench._prepare(path)
+    with contextlib.closing(contestants.connect(path)) as one, contextlib.closing(contestants.connect(path)) as other:
+
+        def write_behind(sql: str, values: tuple[object, ...]) -> None:
+            one.execute(sql, values).fetchall()
+            if sql == contestants.LOOK:
+                contestants.in_transaction(other, 2)
+
+        one.execute("BEGIN")
+        with pytest.raises(sqlite3.OperationalError, match="locked") as refused:
+            contestants.operate(write_behind, 1)
+        assert bench.is_locked(refused.value)
+        one.execute("ROLLBACK")
+        contestants.in_transaction(one, 1)
+        assert one.execute("SELECT id FROM load").fetchall() == [(1,), (2,)]
 
 
 def test_a_locked_error_is_told_by_its_code() -> None:

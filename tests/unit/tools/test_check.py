@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+import onewriter
 from helpers import holding_lock
 from onewriter import DbWriter
 from onewriter.__main__ import main
@@ -406,3 +407,10 @@ def test_check_of_a_closed_damaged_file_in_wal_mode_says_wal(damaged: Path) -> N
     report = check.check(str(damaged))
     assert report.quick_check
     assert report.journal_mode == "WAL"
+
+
+def test_the_command_line_tells_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith(f"onewriter {onewriter.__version__} (SQLite {sqlite3.sqlite_version}")

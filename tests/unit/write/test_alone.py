@@ -14,13 +14,40 @@ from typing import Any, Literal, assert_type
 
 import pytest
 
-from helpers import DEADLINE, checkpointer_of, file_of, holding_lock, log_size, notes_of, parked, rows, session_of
-from onewriter import AsyncDbWriter, DbWriter, ReentrantWriteError, TransactionClosedError, WriterBrokenError
+from helpers import (
+    DEADLINE,
+    checkpointer_of,
+    eventually,
+    file_of,
+    holding_lock,
+    log_size,
+    notes_of,
+    parked,
+    rows,
+    run_child,
+    session_of,
+)
+from onewriter import (
+    AsyncDbWriter,
+    DbWriter,
+    ReentrantWriteError,
+    Transaction,
+    TransactionClosedError,
+    WriterBrokenError,
+)
 
 MODES: list[tuple[str, object]] = [("isolation_level", "IMMEDIATE"), ("isolation_level", "")]
 if sys.version_info >= (3, 12):
     MODES.append(("autocommit", False))
 ENDLESS = "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
+
+
+def error_of(call: Callable[[], object]) -> BaseException | None:
+    try:
+        call()
+    except BaseException as error:
+        return error
+    return None
 
 
 def test_a_function_begins_and_commits_by_itself(table_db: DbWriter) -> None:
@@ -93,6 +120,7 @@ def test_a_transaction_that_it_leaves_open_is_rolled_back_and_told(table_db: DbW
         connection.execute("INSERT INTO t VALUES (1)")
         connection.execute("BEGIN")
         connection.execute("INSERT INTO t VALUES (2)")
+        connection.set_progress_handler(lambda: 1, 1)
 
     with pytest.raises(sqlite3.ProgrammingError, match="left a transaction open") as caught:
         table_db.run_without_transaction(leave_open, label="half")
@@ -146,8 +174,7 @@ def test_it_waits_for_its_turn_and_those_behind_it_wait(db: DbWriter) -> None:
         db.enqueue(lambda tx: order.append("before"))
         thread = threading.Thread(target=lambda: db.run_without_transaction(lambda connection: order.append("alone")))
         thread.start()
-        while db.stats().queue_depth < 2:
-            threading.Event().wait(0.001)
+        eventually(lambda: db.stats().queue_depth == 2)
         last = db.enqueue(lambda tx: order.append("behind"))
     last.result(DEADLINE)
     thread.join(DEADLINE)
@@ -252,6 +279,65 @@ def test_a_file_that_is_replaced_meanwhile_ends_the_gateway(db: DbWriter, path: 
     with pytest.raises(WriterBrokenError):
         db.run_without_transaction(replace)
     assert db.health.startswith("broken")
+
+
+def test_a_file_that_was_replaced_just_before_is_not_opened(db: DbWriter, path: Path) -> None:
+    called: list[object] = []
+
+    def replace() -> None:
+        os.rename(path, f"{path}.old")
+        path.touch()
+
+    def replace_and_call(tx: Transaction) -> None:
+        tx.on_commit(replace)
+        db.enqueue(lambda tx: None)
+
+    with parked(db):
+        db.enqueue(replace_and_call)
+        thread = threading.Thread(target=lambda: called.append(error_of(lambda: db.run_without_transaction(print))))
+        thread.start()
+        eventually(lambda: db.stats().queue_depth == 2)
+    thread.join(DEADLINE)
+    assert isinstance(called[0], WriterBrokenError)
+    assert path.stat().st_size == 0
+
+
+def test_what_a_failing_function_has_written_is_checkpointed_too(db: DbWriter) -> None:
+    def fail(connection: sqlite3.Connection) -> None:
+        connection.execute("CREATE TABLE t (n)")
+        raise KeyError
+
+    db.checkpoint()
+    assert not checkpointer_of(db).has_work
+    with pytest.raises(KeyError):
+        db.run_without_transaction(fail)
+    assert checkpointer_of(db).has_work
+
+
+def test_a_child_that_it_forks_neither_uses_nor_closes_the_connection(path: Path) -> None:
+    code = f"""
+import os, sys
+from onewriter import DbWriter, ForkedError
+def fork(connection):
+    connection.execute("INSERT INTO t VALUES (1)")
+    child = os.fork()
+    if child:
+        assert os.waitpid(child, 0)[1] == 0
+        connection.execute("INSERT INTO t VALUES (2)")
+db = DbWriter({str(path)!r}, inline=True)
+db.run("CREATE TABLE t (n)")
+parent = os.getpid()
+try:
+    db.run_without_transaction(fork)
+except ForkedError:
+    assert os.getpid() != parent
+    sys.exit(0)
+assert os.getpid() == parent
+db.run("INSERT INTO t VALUES (3)")
+print(db.read("SELECT n FROM t"), db.health)
+"""
+    child = run_child(code)
+    assert child.stdout == "[(1,), (2,), (3,)] ok\n", child.stderr
 
 
 def test_a_task_runs_a_function_alone(path: Path) -> None:

@@ -470,7 +470,7 @@ def test_a_job_whose_file_has_gone_is_rolled_back_and_its_callbacks_are_called(p
     def job(tx: Transaction) -> None:
         tx.on_rollback(called.set)
         path.rename(path.with_name("elsewhere.db"))
-        file_of(db)._looked_at = 0.0  # the next look is due
+        file_of(db).look_again_at = 0.0  # the next look is due
 
     with DbWriter(path) as db:
         with pytest.raises(WriterBrokenError):

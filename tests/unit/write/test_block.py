@@ -370,7 +370,7 @@ def test_a_file_that_was_moved_during_a_block_is_noticed_before_it_is_committed(
     with pytest.raises(WriterBrokenError, match="moved"), db.transaction() as tx:
         tx.execute("INSERT INTO t VALUES (1)")
         path.rename(path.with_name("elsewhere.db"))
-        file_of(db)._looked_at = 0.0  # a tenth of a second ago
+        file_of(db).look_again_at = 0.0  # a tenth of a second ago
     report = db.close()
     assert (report.committed, report.failed) == (1, 1)
 

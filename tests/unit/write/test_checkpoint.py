@@ -86,7 +86,7 @@ def test_an_idle_writer_empties_the_log(path: Path) -> None:
         checkpointer_of(db).empty = tell  # type: ignore[method-assign, assignment]
         assert emptied.wait(DEADLINE)
         assert log_size(path) == 0
-        assert writer_of(db).idle_after is None
+        assert writer_of(db).idle_after == -1
 
 
 def test_without_checkpoints_of_ours_the_log_is_somebody_elses(path: Path) -> None:
@@ -94,7 +94,7 @@ def test_without_checkpoints_of_ours_the_log_is_somebody_elses(path: Path) -> No
         fill(db)
         assert update(db, 1500) > 2 * LIMIT
         assert db.run_without_transaction("PRAGMA wal_autocheckpoint").rows == [(0,)]
-        assert writer_of(db).idle_after is None
+        assert writer_of(db).idle_after == -1
 
 
 def test_a_reader_that_is_held_back_comes_in_when_the_log_has_begun_anew(path: Path) -> None:
@@ -356,8 +356,9 @@ def test_checkpoints_that_fail_are_told_once_until_one_works(
 
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
+            checkpointer_of(db)._often = 0  # one after each commit
             with monkeypatch.context() as failing:
-                failing.setattr(Checkpointer, "after_batch", fail)
+                failing.setattr(Checkpointer, "_checkpoint", fail)
                 for _ in range(5):
                     db.run("CREATE TEMP TABLE IF NOT EXISTS x (n)")
                 db.flush()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_type
 
 import pytest
 
@@ -559,3 +559,43 @@ def test_the_outcome_that_is_already_there_may_be_asked_for_inside_a_job(db: DbW
     done = db.enqueue(INSERT, (1,))
     done.result(timeout=DEADLINE)
     assert db.run(lambda tx: done.result().rowcount, timeout=DEADLINE) == 1
+
+
+def test_many_rows_are_handed_in_as_one_job_of_the_queue(any_db: DbWriter) -> None:
+    any_db.run("CREATE TABLE t (n UNIQUE)")
+    ticket = any_db.enqueue_many(INSERT, ((n,) for n in range(5)))
+    assert assert_type(ticket, Ticket[Result]).result(DEADLINE).rowcount == 5
+    failed = any_db.enqueue_many(INSERT, [(7,), (3,), (8,)], label="twice")
+    assert isinstance(failed.exception(DEADLINE), sqlite3.IntegrityError)
+    assert failed.label == "twice"
+    assert rows(any_db) == list(range(5))
+    with pytest.raises(sqlite3.ProgrammingError, match="RETURNING"):
+        any_db.enqueue_many(f"{INSERT} RETURNING n", [(9,)])
+    with pytest.raises(TypeError):
+        any_db.enqueue_many(INSERT, ["ab"])  # type: ignore[list-item]
+
+
+def test_many_rows_take_one_place_in_a_full_queue(path: Path) -> None:
+    with DbWriter(path, maxsize=2) as db:
+        db.run("CREATE TABLE t (n)")
+        with parked(db):
+            db.enqueue_many(INSERT, [(n,) for n in range(5)])
+            db.enqueue(INSERT, (5,))
+            with pytest.raises(QueueFullError):
+                db.enqueue_many(INSERT, [(9,)], timeout=BRIEFLY)
+            db.run(lambda tx: db.enqueue_many(INSERT, [(6,)]))  # inside a job it never waits
+        db.flush(DEADLINE)
+        assert rows(db) == list(range(7))
+
+
+def test_a_task_hands_in_many_rows_and_never_waits(path: Path) -> None:
+    async def main() -> None:
+        async with AsyncDbWriter(path, maxsize=1) as db:
+            await db.run("CREATE TABLE t (n)")
+            assert (await db.enqueue_many(INSERT, [(0,), (1,)])).rowcount == 2
+            async with db.transaction():
+                db.enqueue_many(INSERT, [(2,)])
+                inside = db.enqueue_many(INSERT, [(3,)])  # its own block keeps the writer from making room
+            assert (await inside).rowcount == 1
+
+    asyncio.run(main())

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, core_of, eventually, holding_lock, rows
+from helpers import DEADLINE, core_of, eventually, holding_lock, inserting, parked, rows
 from onewriter import (
     DbWriter,
     ReadTimeoutError,
@@ -600,3 +600,40 @@ def test_a_nested_block_that_ends_after_its_outer_one_was_taken_changes_nothing_
                 other.start()
                 other.join(DEADLINE)
         assert new_db.run("SELECT 'x'").rows == [("x",)]
+
+
+def test_rollback_undoes_what_was_done_so_far_and_the_block_goes_on(any_db: DbWriter) -> None:
+    any_db.run("CREATE TABLE t (n)")
+    called: list[str] = []
+
+    def work(tx: Transaction) -> None:
+        tx.execute("INSERT INTO t VALUES (1)")
+        tx.on_commit(lambda: called.append("undone"))
+        tx.on_rollback(lambda: called.append("rolled back"))
+        tx.rollback()
+        tx.execute("INSERT INTO t VALUES (2)")
+        with tx.savepoint():
+            tx.execute("INSERT INTO t VALUES (3)")
+            tx.rollback()
+            tx.execute("INSERT INTO t VALUES (4)")
+        tx.on_commit(lambda: called.append("committed"))
+
+    with any_db.transaction() as tx:
+        work(tx)
+    assert called == ["rolled back", "committed"]
+    any_db.run(work)
+    assert any_db.read("SELECT n FROM t") == [(2,), (4,), (2,), (4,)]
+    with pytest.raises(TransactionClosedError):
+        tx.rollback()
+
+
+def test_rollback_in_a_job_leaves_those_that_share_its_transaction(db: DbWriter) -> None:
+    def undo(tx: Transaction) -> None:
+        tx.execute("INSERT INTO t VALUES (9)")
+        tx.rollback()
+
+    with parked(db):
+        for job in (inserting(1), undo, inserting(2)):
+            db.enqueue(job)
+    db.flush(DEADLINE)
+    assert rows(db) == [1, 2]

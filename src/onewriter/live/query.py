@@ -1,0 +1,91 @@
+"""Query: what is watched. Watches on the same SQL and parameters have one query, and share its reads."""
+
+from __future__ import annotations
+
+import sqlite3
+from typing import Any, NamedTuple
+
+from onewriter.base.waiting import Signal
+from onewriter.live.tables import Tables, tables_read
+from onewriter.read.read import FunctionRead, Read, SqlRead, select
+from onewriter.read.reader import Reader
+
+
+class Answer(NamedTuple):
+    """What a read has given.
+
+    Attributes:
+        number: those of later reads of the query are higher.
+        raw: what is compared: the rows before the row factory.
+        rows: what the loop gets.
+    """
+
+    number: float
+    raw: Any
+    rows: Any
+    error: BaseException | None = None
+
+
+class Found(NamedTuple):
+    tables: Tables
+    raw: Any
+    rows: Any
+
+
+class Query:
+    """Locks: that of ``LiveQueries`` guards all that changes here."""
+
+    def __init__(self, read: Read[Any], key: object) -> None:
+        self.read = read
+        self.key = key
+        self.watches = 0
+        self.tables: Tables = None  # that it reads
+        self.tables_as_of = -1  # the last commit that is certainly in the schema by which that is known
+        self.as_of = -1  # the last commit that is certainly in the answer
+        self.answer: Answer | None = None
+        self.begun = 0  # reads
+        self.read_by: object = None  # the thread or task that reads it now
+        self.waiters: set[Signal] = set()
+
+    def rows_of(self, answer: Answer) -> Any:
+        """For one loop, which may change the list."""
+        return list(answer.rows) if isinstance(self.read, SqlRead) else answer.rows
+
+
+class Reading:
+    """One read of a query, as the pool and the threads of tasks want it."""
+
+    __slots__ = ("as_of", "asks_tables", "label", "number", "query")
+
+    def __init__(self, query: Query, number: float, as_of: int, asks_tables: bool) -> None:
+        self.query = query
+        self.number = number
+        self.as_of = as_of
+        self.asks_tables = asks_tables
+        self.label = query.read.label
+
+    def alone(self, reader: Reader) -> Found:
+        read = self.query.read
+        if isinstance(read, FunctionRead):
+            result = read.alone(reader)
+            return Found(None, result, result)
+        raw, rows = select(read.sql, read.parameters, _fetch, read.label, reader)
+        tables = self.query.tables
+        if self.asks_tables:  # after the read, which looks whether the schema that the connection knows still stands
+            tables = reader.attempt(read.label, tables_read, reader, read.sql, read.parameters)
+        return Found(tables, raw, rows)
+
+
+def _fetch(cursor: sqlite3.Cursor) -> tuple[list[Any], list[Any]]:
+    """The rows without and with the row factory, whose objects need not be comparable."""
+    factory, cursor.row_factory = cursor.row_factory, None
+    raw = cursor.fetchall()
+    return raw, raw if factory is None else [factory(cursor, row) for row in raw]
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether they are equal; what cannot be compared is not."""
+    try:
+        return one is other or bool(one == other)
+    except Exception:  # the objects are the user's
+        return False

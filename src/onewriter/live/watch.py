@@ -1,0 +1,247 @@
+"""Watch: the rows of a query now, and again whenever a commit has changed them."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from threading import get_ident
+from time import monotonic
+from types import TracebackType
+from typing import Any, Generic, NamedTuple, Self, TypeVar
+
+from onewriter.base.arguments import check_seconds, check_timeout
+from onewriter.base.log import warn_of_blocking
+from onewriter.base.scopes import running_task
+from onewriter.base.strict import Strict
+from onewriter.base.waiting import Signal, thread_signal, wait_in_slices
+from onewriter.errors import ReadTimeoutError, WriterClosedError, closed_error
+from onewriter.live.hub import LiveQueries
+from onewriter.live.query import Answer, Query, Reading, same
+from onewriter.read.claim import Claim
+from onewriter.read.read import Read
+from onewriter.write.outcomes import copy_of
+from onewriter.write.writer import LOOK
+
+T = TypeVar("T")
+WAIT = "waiting for a live query"
+NOT_ENTERED = "a watch needs `with`: `with db.watch(…) as live:`, or `async with` where it is a task's"
+
+
+class Step(NamedTuple):
+    """What a loop has to do next, one of four things; none: it is over.
+
+    Attributes:
+        answer: look whether these rows are new.
+        reading: read.
+        signal: wait for it, or until ``until``.
+    """
+
+    answer: Answer | None = None
+    reading: Reading | None = None
+    signal: Signal = None
+    until: float = math.inf
+
+
+class Watching(Generic[T]):
+    """What threads and tasks share: when to read, what is new, and when it is over.
+
+    States: made → open, with a query → left. Never backwards.
+    Locks:  that of ``LiveQueries`` guards _query, _last and _looked_at.
+    """
+
+    def __init__(self, live: LiveQueries, read: Read[T], key: object, every: float, gateway: object) -> None:
+        check_seconds("every", every)
+        self._live = live
+        self._read = read
+        self._key = key
+        self._every = every
+        self._gateway: object = gateway  # a DbWriter that nobody else has would close when it is collected
+        self._query: Query | None = None
+        self._is_left = False
+        self._number: float = 0  # of the last read that it knows of
+        self._last: Answer | None = None
+        self._looked_at = -math.inf
+
+    def _open(self) -> None:
+        if self._query is not None or self._is_left:
+            raise RuntimeError("a watch is entered once: call watch() again")
+        self._live.state.refuse_if_broken()
+        query = self._live.open(self._read, self._key)
+        with self._live.lock:
+            self._query, self._number = query, query.begun
+
+    def _leave(self) -> None:
+        """End it, for everybody who waits; from any thread, and again."""
+        live = self._live
+        if live.state.forked:
+            return
+        with live.lock:
+            query, was_left, self._is_left = self._query, self._is_left, True
+        if query is not None and not was_left:
+            live.close(query, _caller())
+
+    def __del__(self) -> None:
+        if getattr(self, "_query", None) is not None:
+            self._leave()
+
+    def _next_step(self, new_signal: Any) -> Step:
+        live, query = self._live, self._entered()
+        live.state.refuse_if_broken()
+        me = _caller()
+        with live.lock:
+            answer = query.answer
+            is_new = answer is not None and answer.number > self._number
+            if self._is_left or (live.is_over and not is_new):
+                return Step()
+            must_read = self._last is None or live.is_stale(query)
+            due = self._looked_at + self._every
+            if live.is_over or ((is_new or must_read) and due <= monotonic()):
+                if is_new:
+                    return Step(answer=answer)
+                if query.read_by in (None, me):  # after Ctrl-C it may be this one, which does not read now
+                    return Step(reading=live.begin(query, me))
+                due = math.inf  # the end of that read wakes it
+            elif not (is_new or must_read):
+                live.sleep(query)
+                due = math.inf
+            signal = new_signal()
+            query.waiters.add(signal)
+            return Step(signal=signal, until=due)
+
+    def _is_news(self, answer: Answer) -> bool:
+        """Whether the loop has not got these rows last; they are the last from now on."""
+        last = self._last
+        is_new = last is None or answer.error is not None or not same(last.raw, answer.raw)
+        with self._live.lock:
+            if self._last is not last or answer.number <= self._number:  # another thread has taken it, or a later one
+                return False
+            self._number, self._looked_at = answer.number, monotonic()
+            if answer.error is None:
+                self._last = answer
+        if answer.error is not None:
+            raise copy_of(answer.error)
+        return is_new
+
+    def _rows(self, answer: Answer) -> T:
+        rows: T = self._entered().rows_of(answer)
+        return rows
+
+    def _entered(self) -> Query:
+        if self._query is None:
+            raise RuntimeError(NOT_ENTERED)
+        return self._query
+
+    def _forget(self, step: Step) -> None:
+        self._live.forget(self._entered(), step.signal)
+
+    def _failed(self, reading: Reading, error: BaseException) -> None:
+        """Raises ``error``, unless the pool was closed meanwhile: then the last rows are there."""
+        with self._live.lock:
+            self._looked_at = monotonic()
+        self._live.finish(reading, None)
+        if not (isinstance(error, WriterClosedError) and self._live.is_over):
+            raise error
+
+    def _late(self, timeout: float | None) -> ReadTimeoutError:
+        return ReadTimeoutError(f"no commit has changed {self._read.label} within {timeout} s")
+
+    def _ended(self) -> Exception:
+        return RuntimeError(f"the watch of {self._read.label} has ended") if self._is_left else closed_error()
+
+
+class Watch(Strict, Watching[T]):
+    """What ``db.watch`` gives: a context manager, and in it an iterator over the states of a query's rows.
+
+    ``with db.watch(sql) as live: for rows in live: …`` gives the rows as they are, and again after each commit that has
+    changed them, of this gateway or of any other process: the newest rows, never the same twice in a row. It holds
+    nothing between two reads. The loop ends when the gateway is closed, after the last state, and when the ``with``
+    block is left, by any thread. Any thread may iterate; of several, each change is given to one.
+    """
+
+    def __enter__(self) -> Self:
+        self._open()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._leave()
+
+    def close(self) -> None:
+        """End it before the block does."""
+        self._leave()
+
+    def __iter__(self) -> Iterator[T]:
+        return self
+
+    def __next__(self) -> T:
+        answer = self._wait(None)
+        if answer is None:
+            raise StopIteration
+        return self._rows(answer)
+
+    def next(self, timeout: float | None = None) -> T:
+        """Wait for the next rows, and return them; the first call returns them as they are.
+
+        Args:
+            timeout: seconds to wait for a commit that changes them; a read that is under way is not ended by it. None:
+                for ever.
+
+        Raises:
+            ReadTimeoutError: there was none.
+            WriterClosedError: the gateway is closed, and this has given its last state.
+            RuntimeError: the block was left.
+            ReentrantWriteError: called inside a job or block, which keeps the writer from committing anything.
+            sqlite3.Error: what the query raised; a statement that writes is refused.
+        """
+        check_timeout(timeout)
+        answer = self._wait(timeout)
+        if answer is None:
+            raise self._ended()
+        return self._rows(answer)
+
+    def _wait(self, timeout: float | None) -> Answer | None:
+        warn_of_blocking()
+        until = math.inf if timeout is None else monotonic() + timeout
+        while True:
+            step = self._next_step(thread_signal)
+            if step.answer is not None:
+                if self._is_news(step.answer):
+                    return step.answer
+            elif step.reading is not None:
+                self._use_pool(step.reading)
+            elif step.signal is None:
+                return None
+            elif not self._sleep(step, until):
+                raise self._late(timeout)
+
+    def _use_pool(self, reading: Reading) -> None:
+        live = self._live
+        try:
+            if live.state.scopes.innermost() is None:
+                found = live.pool.use(Claim(reading.label), reading.alone, math.inf)
+            else:  # this thread may have the last connection, in a reader() block
+                found = live.read_beside(reading)
+        except BaseException as error:
+            self._failed(reading, error)
+        else:
+            live.finish(reading, found)
+
+    def _sleep(self, step: Step, until: float) -> bool:
+        """Wait for the signal of ``step``; False: not before ``until``."""
+        live = self._live
+        try:
+            live.state.refuse_endless_wait(WAIT)
+            if live.polls:
+                with contextlib.suppress(WriterClosedError):  # in this moment: the last state is on its way
+                    live.ask()
+            end = min(until, step.until, monotonic() + LOOK if live.polls else math.inf)
+            return wait_in_slices(step.signal, end, live.state) or monotonic() < until
+        finally:
+            self._forget(step)
+
+
+def _caller() -> object:
+    """The task, or the thread."""
+    return running_task() or get_ident()

@@ -1,0 +1,103 @@
+"""AsyncWatch: a task's ``async with db.watch(…)``."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncIterator
+from time import monotonic
+from typing import Self, TypeVar
+
+from onewriter.base.arguments import check_timeout
+from onewriter.base.strict import Strict
+from onewriter.base.waiting import resolve
+from onewriter.live.hub import LiveQueries
+from onewriter.live.query import Answer, Reading
+from onewriter.live.watch import WAIT, Step, Watching
+from onewriter.read.read import Read
+from onewriter.tasks.reader import TaskReads
+
+T = TypeVar("T")
+
+
+class AsyncWatch(Strict, Watching[T]):
+    """What ``AsyncDbWriter.watch`` gives: as ``Watch``, in ``async with`` and ``async for``.
+
+    A task that is cancelled while it waits, or reads, waits no more, and can go on with ``next``. Tasks of any loop may
+    iterate, and any may leave the block.
+    """
+
+    def __init__(
+        self, live: LiveQueries, read: Read[T], key: object, every: float, gateway: object, reads: TaskReads
+    ) -> None:
+        super().__init__(live, read, key, every, gateway)
+        self._reads = reads
+
+    async def __aenter__(self) -> Self:
+        self._open()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._leave()
+
+    def close(self) -> None:
+        """End it before the block does. Not a coroutine."""
+        self._leave()
+
+    def __aiter__(self) -> AsyncIterator[T]:
+        return self
+
+    async def __anext__(self) -> T:
+        answer = await self._wait(None)
+        if answer is None:
+            raise StopAsyncIteration
+        return self._rows(answer)
+
+    async def next(self, timeout: float | None = None) -> T:
+        """As ``Watch.next``."""
+        check_timeout(timeout)
+        answer = await self._wait(timeout)
+        if answer is None:
+            raise self._ended()
+        return self._rows(answer)
+
+    async def _wait(self, timeout: float | None) -> Answer | None:
+        until = math.inf if timeout is None else monotonic() + timeout
+        loop = asyncio.get_running_loop()
+        while True:
+            step = self._next_step(loop.create_future)
+            if step.answer is not None:
+                if self._is_news(step.answer):
+                    return step.answer
+            elif step.reading is not None:
+                await self._use_thread(step.reading)
+            elif step.signal is None:
+                return None
+            elif not await self._sleep(loop, step, until):
+                raise self._late(timeout)
+
+    async def _use_thread(self, reading: Reading) -> None:
+        try:
+            if self._reads.here() is None:
+                found = await self._reads.use(reading.label, reading.alone, math.inf)
+            else:  # this task may have the last connection, in a reader() block
+                found = await self._reads.call(self._live.read_beside, reading)
+        except BaseException as error:
+            self._failed(reading, error)
+        else:
+            self._live.finish(reading, found)
+
+    async def _sleep(self, loop: asyncio.AbstractEventLoop, step: Step, until: float) -> bool:
+        """Wait for the signal of ``step``; False: not before ``until``."""
+        timer = None
+        try:
+            self._live.state.refuse_endless_wait(WAIT, awaits=True)
+            end = min(until, step.until)
+            if end != math.inf:
+                timer = loop.call_later(end - monotonic(), resolve, [step.signal])
+            await step.signal
+            return monotonic() < until
+        finally:
+            if timer is not None:
+                timer.cancel()
+            self._forget(step)

@@ -1,0 +1,158 @@
+"""LiveQueries: who is woken for what, and by how many calls."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+
+from aio_helpers import opened, run, until
+from helpers import core_of, raising
+from onewriter import DbWriter, ReentrantWriteError, WriterClosedError
+from onewriter.live.query import Query
+from onewriter.read.claim import Claim
+from onewriter.read.read import sql_read
+
+
+def test_a_commit_wakes_each_loop_once(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        async with opened(path) as db, asyncio.TaskGroup() as group:
+            seen = [0] * 50
+
+            async def follow(number: int) -> None:
+                async with db.watch("SELECT count(*), ? FROM t", (number,), every=0) as live:
+                    async for rows in live:
+                        seen[number] = rows[0][0]
+                        if rows[0][0]:
+                            return
+
+            for number in range(50):
+                group.create_task(follow(number))
+            hub = core_of(db).live
+            await until(lambda: len(hub._asleep.get("t", ())) == 50)
+            loop, calls = asyncio.get_running_loop(), []
+            soon = loop.call_soon_threadsafe
+
+            def counted(callback: Any, *args: Any, **options: Any) -> Any:
+                if len(args) == 1 and isinstance(args[0], list) and len(args[0]) > 1:
+                    calls.append(len(args[0]))
+                return soon(callback, *args, **options)
+
+            monkeypatch.setattr(loop, "call_soon_threadsafe", counted)
+            db.enqueue("INSERT INTO t VALUES (1)")
+            await until(lambda: seen == [1] * 50)
+            assert calls == [50]
+
+    run(main)
+
+
+def test_one_that_has_to_look_again_is_not_woken_for_each_commit(new_db: DbWriter) -> None:
+    """Ten thousand writes a second cost those nothing that pause between two reads."""
+    new_db.run("CREATE TABLE t (n)")
+    hub = core_of(new_db).live
+    with new_db.watch("SELECT n FROM t", every=3600) as live:
+        live.next()
+        new_db.flush()
+        new_db.run("INSERT INTO t VALUES (1)")
+        new_db.flush()
+        assert not any(hub._asleep.values())
+
+
+def test_a_query_is_stale_only_after_a_commit_that_wrote_its_tables(new_db: DbWriter) -> None:
+    hub = core_of(new_db).live
+    query = Query(sql_read("SELECT 1", (), list, None), object())
+    assert hub.is_stale(query)  # it was never read
+    query.tables, query.as_of = frozenset("ab"), hub._commits
+    hub._touch(frozenset("c"))
+    assert not hub.is_stale(query)
+    hub._touch(frozenset("b"))
+    assert hub.is_stale(query)
+    query.as_of = hub._commits
+    hub._touch(None)
+    assert hub.is_stale(query)
+    query.as_of, query.tables = hub._commits, None
+    assert not hub.is_stale(query)
+    hub._touch(frozenset("c"))
+    assert hub.is_stale(query)
+
+
+def test_an_older_read_that_ends_late_takes_nothing_back(new_db: DbWriter) -> None:
+    new_db.run("CREATE TABLE t (n)")
+    hub = core_of(new_db).live
+    with new_db.watch("SELECT n FROM t") as live:
+        query = live._entered()
+        older = hub.begin(query, None)
+        found = hub.pool.use(Claim("test"), older.alone, 1e9)
+        new_db.run("INSERT INTO t VALUES (1)")
+        new_db.close()
+        hub.finish(older, found)
+        assert list(live) == [[(1,)]]
+
+
+def test_what_nobody_watches_any_more_is_forgotten(new_db: DbWriter) -> None:
+    new_db.run("CREATE TABLE t (n)")
+    hub = core_of(new_db).live
+    with new_db.watch("SELECT n FROM t") as other:
+        other.next()
+        with new_db.watch("SELECT n + 1 FROM t", every=0) as live:
+            while True:
+                try:
+                    live.next(0.01)
+                except TimeoutError:
+                    break
+            assert len(hub._queries) == 2
+        assert len(hub._queries) == 1
+        assert not any(hub._asleep.values())
+
+
+def test_what_ran_outside_any_transaction_may_have_written_any_table(new_db: DbWriter) -> None:
+    """A function that had the connection itself did: nobody was asked."""
+    hub = core_of(new_db).live
+    with new_db.watch("SELECT 1") as live:
+        live.next()
+        new_db.flush()
+        before = hub._all_changed
+        new_db.run("SELECT 2")
+        new_db.flush()
+        assert hub._all_changed == before
+        new_db.run_without_transaction("SELECT 3")
+        new_db.flush()
+        assert hub._all_changed > before
+
+
+def test_a_watch_that_could_not_be_opened_leaves_nothing(new_db: DbWriter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gateway was closed in this moment."""
+    hub = core_of(new_db).live
+    monkeypatch.setattr(hub, "ask", raising(WriterClosedError))
+    with pytest.raises(WriterClosedError), new_db.watch("SELECT 1"):
+        pass
+    assert (hub._queries, hub.state.live) == ({}, None)
+
+
+def test_a_lock_in_the_way_of_the_look_is_no_news(new_db: DbWriter) -> None:
+    """It looks again in a moment."""
+
+    class Locked:
+        databases = ("main",)
+
+        def internal(self, sql: str) -> NoReturn:
+            raise sqlite3.OperationalError("database is locked")
+
+    hub = core_of(new_db).live
+    before = hub._commits
+    hub.look(Locked())  # type: ignore[arg-type]
+    assert hub._commits == before
+
+
+def test_a_finalizer_or_signal_handler_that_finds_its_lock_held_does_not_wait(new_db: DbWriter) -> None:
+    """The writer may need the lock, which only the interrupted thread gives back."""
+    hub = core_of(new_db).live
+    with new_db.watch("SELECT 1"):
+        assert not hub.state.is_inside()
+        with hub.lock:
+            assert hub.state.is_inside()
+            with pytest.raises(ReentrantWriteError):
+                new_db.run("SELECT 2")
