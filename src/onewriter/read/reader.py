@@ -17,6 +17,7 @@ from onewriter.sqlite.connection import open_reader
 from onewriter.sqlite.guard import ReadGuard
 from onewriter.sqlite.lending import Lending
 from onewriter.sqlite.lent import lend, retire
+from onewriter.sqlite.lent_transaction import NoSavepoints, Savepoints
 from onewriter.sqlite.options import Settings
 from onewriter.sqlite.pragmas import database_names
 from onewriter.sqlite.result import refuse_live
@@ -185,6 +186,8 @@ class Snapshot:
     def __init__(self, reader: Reader) -> None:
         self.reader = reader
         self.connection = reader.connection
+        self.guard = reader.guard
+        self.savepoints: Savepoints = NoSavepoints()
         self._lock = threading.RLock()
         self._interrupting = threading.RLock()  # a signal handler may, too
         self._ended = False
@@ -282,11 +285,11 @@ class Snapshot:
                 "state of their entry"
             )
 
-    def savepoint(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
+    def ended(self) -> Exception:
+        return forked_error() if self.reader.is_inherited else ended_error()
 
-    def undo(self, end_cursors: Callable[[], None]) -> None:
-        pass
+    def backup(self, target: sqlite3.Connection, **options: Any) -> None:
+        self.call(sqlite3.Connection.backup, self.connection, target, **options)
 
     def mark_dirty(self, name: str) -> None:
         self.reader.guard.is_spoilt = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import os
 import sqlite3
@@ -215,6 +216,36 @@ def open_scratch() -> sqlite3.Connection:
         lambda action, *_: sqlite3.SQLITE_OK if action == sqlite3.SQLITE_SELECT else sqlite3.SQLITE_DENY
     )
     return connection
+
+
+def open_image(image: bytes) -> sqlite3.Connection:
+    """An in-memory connection with the content that ``serialize`` has returned."""
+    connection = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+    if image:
+        rollback_journal = b"\x01\x01"  # in the header: a database in memory cannot be in WAL mode
+        connection.deserialize(image[:18] + rollback_journal + image[20:])
+    return connection
+
+
+@functools.lru_cache(256)
+def read_control(sql: str) -> tuple[str, str | None]:
+    """What SQLite reads in BEGIN, COMMIT, ROLLBACK, SAVEPOINT and RELEASE: the verb, and the name of a savepoint.
+
+    The verb of SAVEPOINT is BEGIN, that of END is COMMIT. Raises what SQLite raises for what it cannot read.
+    """
+    found: list[tuple[str, str | None]] = []
+
+    def note(action: int, verb: str | None, name: str | None, *_: object) -> int:
+        found.append((verb or "", name))
+        return sqlite3.SQLITE_IGNORE
+
+    connection = sqlite3.connect(":memory:", isolation_level=None)
+    try:
+        connection.set_authorizer(note)
+        connection(sql)
+        return found[0]
+    finally:
+        connection.close()
 
 
 def open_to_look(path: str, patience: float, *, immutable: bool) -> sqlite3.Connection:

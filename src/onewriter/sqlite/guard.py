@@ -48,21 +48,27 @@ class _Refusals:
 
     refusal: str | None = None
     history = HISTORY
+    # The last PRAGMA that was asked for: name, value, schema.
+    pragma: tuple[str, str | None, str | None] = ("", None, None)
     tables: set[str] | None = None  # that statements read, or, on the write connection, write; None: nobody asks
 
     def __init__(self) -> None:
         self.authorizer = functools.lru_cache(maxsize=0)(self._ask)  # caches nothing, counts the calls
         self._answers = 0  # calls that have returned
+        self.is_deciding = False  # SQLite is in the midst of a call: a signal handler must not use the connection
         self._caught: BaseException | None = None
 
     def _ask(self, action: int, first: str | None, second: str | None, third: str | None, _: str | None) -> int:
         try:
+            self.is_deciding = True
             answer = self.decide(action, first, second, third)
             self._answers += 1
             return answer
         except BaseException as error:
             self._caught = error
             return sqlite3.SQLITE_DENY
+        finally:
+            self.is_deciding = False
 
     def _note(self, table: str) -> None:
         tables = self.tables  # looked up once: another thread may set it to None
@@ -136,6 +142,7 @@ class ReadGuard(_Refusals):
             return self.deny("a reader cannot ATTACH, DETACH or VACUUM")
         if action == sqlite3.SQLITE_PRAGMA:
             name = (first or "").lower()
+            self.pragma = name, second, third
             if name == "wal_checkpoint" or (second is not None and name in NOT_ON_A_READER):
                 return self.deny(f"PRAGMA {name} is the writer's")
             self.is_spoilt |= second is not None and not name.endswith(ASKING)
@@ -214,9 +221,6 @@ class Guard(_Refusals):
         elif self.hidden_commit and action == sqlite3.SQLITE_TRANSACTION:
             self.hidden_commit = False
             return sqlite3.SQLITE_IGNORE  # it is prepared as a no-op
-        elif action == sqlite3.SQLITE_SAVEPOINT and self.mode is Mode.LENT:
-            self.settings_touched = True  # the cached statement must not be allowed outside the loan
-            return sqlite3.SQLITE_OK  # libraries nest with it; internal savepoints have secret names
         elif action in (sqlite3.SQLITE_TRANSACTION, sqlite3.SQLITE_SAVEPOINT):
             if self.mode is not Mode.VACUUM:
                 verb = "SAVEPOINT" if action == sqlite3.SQLITE_SAVEPOINT else first
@@ -225,7 +229,8 @@ class Guard(_Refusals):
             if self.mode is not Mode.VACUUM:
                 return self.deny("ATTACH and DETACH belong in on_connect, where every connection gets them")
         elif action == sqlite3.SQLITE_PRAGMA:
-            return self._pragma((first or "").lower(), second)
+            self.pragma = (first or "").lower(), second, third
+            return self._pragma(self.pragma[0], second)
         return sqlite3.SQLITE_OK
 
     def _pragma(self, name: str, value: str | None) -> int:

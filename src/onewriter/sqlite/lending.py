@@ -12,14 +12,23 @@ import sqlite3
 from collections.abc import Callable
 from typing import Any, NoReturn, Protocol, Self
 
+from onewriter.errors import TransactionClosedError
 from onewriter.sqlite.connection import seal
+from onewriter.sqlite.lent_transaction import Asked, LentTransaction, NoSavepoints, Savepoints
+
+
+class LoanEndedError(TransactionClosedError, sqlite3.ProgrammingError):
+    """A lent connection was used after its end: for libraries, as one that is closed."""
 
 
 class Loan(Protocol):
     """The lender's side: runs one call at a time, and none after the loan has ended."""
 
     connection: sqlite3.Connection
+    savepoints: Savepoints
 
+    @property
+    def guard(self) -> Asked: ...
     @property
     def is_over(self) -> bool:
         """It has ended, or belongs to the parent process: nothing of it may be used."""
@@ -31,9 +40,11 @@ class Loan(Protocol):
     def if_free(self, function: Callable[[], None]) -> None:
         """Call it under the lock, if that is free; do not wait."""
 
+    def ended(self) -> Exception:
+        """What a use after the end raises."""
+
     def interrupt(self) -> None: ...
-    def savepoint(self) -> contextlib.AbstractContextManager[None]: ...
-    def undo(self, end_cursors: Callable[[], None]) -> None: ...
+    def backup(self, target: sqlite3.Connection, **options: Any) -> None: ...
     def mark_dirty(self, name: str) -> None: ...
 
 
@@ -52,9 +63,12 @@ class Lending:
            closed under it: the garbage collector may finalize a shell in any thread, while another is inside SQLite.
     """
 
-    def __init__(self, loan: Loan, connection: LentShell | None) -> None:
+    changes = 0  # that the connection counted before it was lent
+
+    def __init__(self, loan: Loan, connection: LentShell | None, transaction: LentTransaction) -> None:
         self.loan = loan
         self.connection = connection
+        self.transaction = transaction
         self.live: dict[sqlite3.Cursor | sqlite3.Blob, None] = {}
         self._dropped: list[sqlite3.Cursor | sqlite3.Blob] = []  # their shells were collected
 
@@ -92,7 +106,7 @@ class LentShell(sqlite3.Connection):
     """What cursors and blobs know of the connection that made them; ``LentConnection`` has the methods."""
 
     _loan: Loan = _NoLoan()  # type: ignore[assignment]
-    _lending: Lending = Lending(_loan, None)
+    _lending: Lending = Lending(_loan, None, LentTransaction(None, NoSavepoints(), None))
     row_factory: Any = None
 
     def __new__(cls, *_: Any, **__: Any) -> Self:

@@ -12,7 +12,7 @@ from typing import Any, NoReturn, Self
 from onewriter.sqlite.lending import Lender, Lending, LentShell, Loan
 from onewriter.sqlite.lent_blob import LentBlob
 from onewriter.sqlite.lent_cursor import LentCursor
-from onewriter.sqlite.statement import split_script
+from onewriter.sqlite.lent_transaction import LentTransaction
 
 MOST_SHELLS = 16  # kept for later loans
 
@@ -23,7 +23,9 @@ def lend(loan: Loan) -> Lending:
         connection = _shells.pop()
     except IndexError:
         connection = LentConnection.__new__(LentConnection)
-    lending = Lending(loan, connection)
+    raw = loan.connection
+    lending = Lending(loan, connection, LentTransaction(raw, loan.savepoints, loan.guard))
+    lending.changes = raw.total_changes
     connection._begin(lending)
     return lending
 
@@ -88,8 +90,8 @@ def _refused(name: str) -> Any:
 class LentConnection(LentShell):
     """Represents a connection of the gateway while a job, a block or a reader lasts.
 
-    The gateway commits, rolls back and closes: here ``commit``, ``close`` and ``with`` do nothing, and ``rollback``
-    undoes what this job or block has done so far. ``isolation_level`` and ``autocommit`` can be set, without effect.
+    Its transaction is a part of the job (``LentTransaction``); that of a reader has nothing to undo. ``close`` ends
+    nothing: the gateway does.
     """
 
     _classes: dict[type[sqlite3.Cursor], type[LentCursor]]  # by the library's cursor class that each extends
@@ -97,15 +99,44 @@ class LentConnection(LentShell):
     def _begin(self, lending: Lending) -> None:
         self._lending = lending
         self._loan = loan = lending.loan
-        self.isolation_level = ""
-        self.autocommit = getattr(sqlite3, "LEGACY_TRANSACTION_CONTROL", -1)
         self.row_factory = loan.connection.row_factory
         self._classes = {}
 
-    isolation_level: Any = None
-    autocommit: Any = None
-    in_transaction = property(lambda self: self._loan.call(getattr, self._loan.connection, "in_transaction"))
-    total_changes = property(lambda self: self._loan.call(getattr, self._loan.connection, "total_changes"))
+    @property
+    def isolation_level(self) -> Any:
+        return self._transaction.isolation_level
+
+    @isolation_level.setter
+    def isolation_level(self, level: Any) -> None:
+        self._loan.call(self._transaction.set_isolation_level, level)
+
+    @property
+    def autocommit(self) -> Any:
+        _since_3_12()
+        return self._transaction.autocommit
+
+    @autocommit.setter
+    def autocommit(self, value: Any) -> None:
+        _since_3_12()
+        self._loan.call(self._transaction.set_autocommit, value)
+
+    @property
+    def in_transaction(self) -> bool:
+        # Without the loan's call, which raises if SQLite has rolled back by itself.
+        return self._transaction.is_open and self._loan.connection.in_transaction
+
+    @property
+    def total_changes(self) -> int:
+        lending = self._lending
+        changes: int = self._loan.call(getattr, lending.loan.connection, "total_changes")
+        return changes - lending.changes
+
+    @property
+    def _transaction(self) -> LentTransaction:
+        loan = self._loan
+        if loan.is_over:
+            raise loan.ended()
+        return self._lending.transaction
 
     @property
     def text_factory(self) -> Any:
@@ -144,11 +175,8 @@ class LentConnection(LentShell):
         return cursor
 
     def executescript(self, sql: str, /) -> sqlite3.Cursor:
-        # Not sqlite3's, which commits first.
-        with self._loan.savepoint():
-            for statement in split_script(sql):
-                self.execute(statement).close()
-        cursor: sqlite3.Cursor = self.cursor()
+        cursor: LentCursor = self.cursor()
+        LentCursor.executescript(cursor, sql)
         return cursor
 
     def blobopen(self, *args: Any, **options: Any) -> Any:
@@ -169,21 +197,39 @@ class LentConnection(LentShell):
         return _iterdump(self, **options)
 
     def commit(self) -> None:
-        pass
+        self._loan.call(self._transaction.commit)
 
     def rollback(self) -> None:
-        self._loan.undo(self._lending.close_live)
+        # Where SQLite has rolled back by itself, there is nothing to do: an error would hide the one that says why.
+        transaction, loan = self._transaction, self._loan
+        if loan.connection.in_transaction:
+            loan.call(transaction.rollback)
 
     def close(self) -> None:
         pass
+
+    def backup(self, target: sqlite3.Connection, **options: Any) -> None:
+        if target is self:
+            raise ValueError("target cannot be the same connection instance")
+        self._loan.backup(target, **options)
 
     def interrupt(self) -> None:
         self._loan.interrupt()
 
     def __enter__(self) -> Self:
+        if self._loan.is_over:
+            raise self._loan.ended()
         return self
 
-    def __exit__(self, *_: object) -> Any:
+    def __exit__(self, kind: object = None, *_: object) -> Any:
+        if kind is not None:
+            self.rollback()
+            return False
+        try:
+            self.commit()
+        except BaseException:
+            self.rollback()
+            raise
         return False
 
     def __call__(self, sql: str, /) -> NoReturn:
@@ -205,7 +251,22 @@ class LentConnection(LentShell):
     setlimit = _refused("setlimit")
     setconfig = _refused("setconfig")
     deserialize = _refused("deserialize")
-    backup = _refused("backup")
+
+    # Those of the base are None, since it is closed.
+    Warning, Error, InterfaceError, DatabaseError = (
+        sqlite3.Warning,
+        sqlite3.Error,
+        sqlite3.InterfaceError,
+        sqlite3.DatabaseError,
+    )
+    OperationalError, IntegrityError, DataError = sqlite3.OperationalError, sqlite3.IntegrityError, sqlite3.DataError
+    ProgrammingError, InternalError = sqlite3.ProgrammingError, sqlite3.InternalError
+    NotSupportedError = sqlite3.NotSupportedError
+
+
+def _since_3_12() -> None:
+    if sys.version_info < (3, 12):
+        raise AttributeError("'sqlite3.Connection' object has no attribute 'autocommit'")
 
 
 _shells: list[Any] = []  # LentConnections for later loans

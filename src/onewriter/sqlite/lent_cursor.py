@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 import threading
 from collections.abc import Callable
 from typing import Any, Self
 
+from onewriter.errors import TransactionAbortedError
 from onewriter.sqlite.connection import open_scratch
 from onewriter.sqlite.lending import LentShell
+from onewriter.sqlite.statement import split_script
 
 
 class LentCursor(sqlite3.Cursor):
@@ -57,7 +60,7 @@ class LentCursor(sqlite3.Cursor):
 
     def __open_and_execute(self, *args: Any) -> None:
         LentCursor.__open(self)
-        sqlite3.Cursor.execute(self.__raw, *args)
+        self.__lent._lending.transaction.run(sqlite3.Cursor.execute, self.__raw, *args)
 
     @staticmethod
     def _execute_new(lent: LentShell, args: tuple[Any, ...]) -> LentCursor:
@@ -114,13 +117,15 @@ class LentCursor(sqlite3.Cursor):
 
     def execute(self, *args: Any) -> Self:
         self.__rowcount = None
-        self.__lent._loan.call(sqlite3.Cursor.execute, self.__raw, *args)
+        lent = self.__lent
+        lent._loan.call(lent._lending.transaction.run, sqlite3.Cursor.execute, self.__raw, *args)
         return self
 
     def executemany(self, sql: str, rows: Any, /) -> Self:
         self.__rowcount = None
         if type(rows) in (list, tuple):
-            self.__lent._loan.call(sqlite3.Cursor.executemany, self.__raw, sql, rows)
+            lent = self.__lent
+            lent._loan.call(lent._lending.transaction.run, sqlite3.Cursor.executemany, self.__raw, sql, rows)
         else:
             self.__execute_each(sql, iter(rows))
         return self
@@ -133,7 +138,7 @@ class LentCursor(sqlite3.Cursor):
         new, self.__raw = self.__raw, old
         try:
             new.arraysize = old.arraysize
-            call(sqlite3.Cursor.executemany, new, sql, ())
+            call(self.__lent._lending.transaction.run, sqlite3.Cursor.executemany, new, sql, ())
             count = new.rowcount
             for row in rows:
                 call(sqlite3.Cursor.executemany, new, sql, (row,))
@@ -143,8 +148,19 @@ class LentCursor(sqlite3.Cursor):
             self.__lent._lending.drop(old)
 
     def executescript(self, sql: str, /) -> Self:
-        self.__lent.executescript(sql)
+        lent = self.__lent
+        lent._loan.call(LentCursor.__run_script, self, sql)
         return self
+
+    def __run_script(self, sql: str) -> None:
+        """In one call of the loan: nobody else's statement comes between."""
+        transaction, raw = self.__lent._lending.transaction, self.__raw
+
+        def run(statement: str) -> None:
+            transaction.run_bare(sqlite3.Cursor.execute, raw, statement)
+            drain(raw)
+
+        transaction.script(split_script(sql), run)
 
     def fetchone(self) -> Any:
         row = self.__fetch(sqlite3.Cursor.fetchone)
@@ -191,7 +207,8 @@ class LentCursor(sqlite3.Cursor):
         """Reset its statement. Allowed after the loan has ended, where there is nothing left to do."""
         loan = self.__lent._loan
         if not loan.is_over:
-            loan.call(sqlite3.Cursor.close, self.__raw)
+            with contextlib.suppress(TransactionAbortedError):  # it would hide why SQLite has rolled back
+                loan.call(sqlite3.Cursor.close, self.__raw)
 
 
 def is_plain_row(factory: Any) -> bool:
@@ -203,6 +220,12 @@ def is_plain_row(factory: Any) -> bool:
         and factory.__new__ is row.__new__
         and factory.__init__ is row.__init__
     )
+
+
+def drain(cursor: sqlite3.Cursor) -> None:
+    cursor.row_factory = None
+    for _ in cursor:
+        pass
 
 
 def _scratch() -> sqlite3.Connection:

@@ -131,6 +131,24 @@ class WriteLoan:
             finally:
                 root._inside, guard.mode = 0, Mode.GATEWAY
 
+    def call_inside(self, function: Callable[..., T], *args: Any, mode: Mode) -> T:
+        """The same from code that SQLite calls in this thread, while the call around it goes on."""
+        guard = self.session.guard
+        if self.is_closed:
+            raise self._refusal()
+        if guard.is_deciding:  # a signal handler, in the midst of a statement's preparation
+            raise ReentrantWriteError(IN_STATEMENT)
+        if not self.session.connection.in_transaction:
+            raise self.aborted_error()
+        before, guard.mode = guard.mode, mode
+        try:
+            return function(*args)
+        except sqlite3.Error as error:
+            self._explain(error)
+            raise
+        finally:
+            guard.mode = before
+
     def if_free(self, function: Callable[[], None]) -> None:
         """Call it under the lock, if that is free now."""
         lock, root = self.session.lock, self._root
@@ -368,7 +386,8 @@ class WriteLoan:
     @property
     def connection(self) -> sqlite3.Connection:
         """The one that is lent, made when it is asked for first."""
-        self._check_thread()
+        if self._lent is None or not self.is_inside:
+            self._check_thread()
         if not self.session.connection.in_transaction and self.job.in_transaction:
             raise self.aborted_error()
         if self._lent is None:
@@ -408,6 +427,11 @@ class ReadLoan(WriteLoan):
     def call(self, function: Callable[..., T], *args: Any, mode: Mode = Mode.JOB) -> T:
         result: T = super().call(self._read, function, args, mode=mode)
         return result
+
+    def call_inside(self, function: Callable[..., T], *args: Any, mode: Mode) -> T:
+        if not self._root._ends_readonly:  # the statement around it is not one of this read
+            raise ReentrantWriteError(IN_STATEMENT)
+        return super().call_inside(function, *args, mode=mode)
 
     def _explain(self, error: sqlite3.Error) -> None:
         super()._explain(error)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from onewriter.base.arguments import check_callback
 from onewriter.errors import TransactionClosedError
@@ -12,12 +12,20 @@ from onewriter.write.session import WriteSession
 Callback = Callable[[], object]
 
 
-class Mark(NamedTuple):
-    """An open savepoint: how deep it is, and how many callbacks there were at its beginning."""
+class Mark:
+    """An open savepoint: its number, which rises inwards, and how many callbacks there were at its beginning.
 
-    depth: int
-    after_commit: int
-    after_rollback: int
+    Attributes:
+        of_library: a library has made it on the connection that it was lent; no part of the job ends with it.
+    """
+
+    __slots__ = ("after_commit", "after_rollback", "number", "of_library")
+
+    def __init__(self, number: int, after_commit: int, after_rollback: int, of_library: bool = False) -> None:
+        self.number = number
+        self.after_commit = after_commit
+        self.after_rollback = after_rollback
+        self.of_library = of_library
 
 
 class Parts:
@@ -44,40 +52,61 @@ class Parts:
         check_callback("the callback", fn)
         (self._after_commit if committed else self._after_rollback).append(fn)
 
-    def begin(self) -> Mark:
-        mark = Mark(len(self._marks), len(self._after_commit), len(self._after_rollback))
+    def begin(self, *, of_library: bool = False) -> Mark:
+        number = self._marks[-1].number + 1 if self._marks else 1
+        mark = Mark(number, len(self._after_commit), len(self._after_rollback), of_library)
         self._session.internal(f"SAVEPOINT {self._name_of(mark)}")
         self._marks = (*self._marks, mark)
         return mark
 
     def end(self, mark: Mark) -> None:
-        if not self._is_open(mark):
+        if mark not in self._marks:
             raise TransactionClosedError("this savepoint ended with the one around it")
-        self._marks = self._marks[: mark.depth]
         self._session.internal(f"RELEASE {self._name_of(mark)}")
+        self._marks = self._before(mark)
 
     def undo(self, mark: Mark) -> None:
         """Undo what it has done, and end it; one that has ended by now stays as it is."""
-        if self._is_open(mark):
-            self._marks = self._marks[: mark.depth]
+        if mark in self._marks:
+            self._marks = self._before(mark)
             self._forget_since(mark)
             self._session.internal(f"ROLLBACK TO {self._name_of(mark)}")
             self._session.internal(f"RELEASE {self._name_of(mark)}")
 
     def undo_innermost(self) -> None:
         """Undo what the innermost part has done so far; it stays open. Without one, all of the job."""
-        if self._marks:
-            self._forget_since(self._marks[-1])
-            self._session.internal(f"ROLLBACK TO {self._name_of(self._marks[-1])}")
+        part = next((mark for mark in reversed(self._marks) if not mark.of_library), None)
+        if part is not None:
+            self.undo_to(part, self._marks)
         else:
             self._forget_since(Mark(0, 0, 0))
+            self._marks = ()
             self._session.undo_to_mark()
 
-    def _name_of(self, mark: Mark) -> str:
-        return f"{self._session.guard.mark}_{mark.depth + 1}"
+    def undo_to(self, mark: Mark, dropped: Sequence[Mark] = ()) -> None:
+        """Undo what came since; it stays open. Of those inside it, ``dropped`` end, and the others begin anew."""
+        self._forget_since(mark)
+        self._session.internal(f"ROLLBACK TO {self._name_of(mark)}")
+        before = self._before(mark)
+        inner = self._marks[len(before) + 1 :]
+        self._marks = (*before, mark)
+        for other in inner:
+            if other not in dropped:
+                other.after_commit, other.after_rollback = len(self._after_commit), len(self._after_rollback)
+                self._session.internal(f"SAVEPOINT {self._name_of(other)}")
+                self._marks = (*self._marks, other)
 
-    def _is_open(self, mark: Mark) -> bool:
-        return len(self._marks) > mark.depth and self._marks[mark.depth] is mark
+    def is_open(self, mark: Mark) -> bool:
+        return mark in self._marks
+
+    def are_innermost(self, marks: Sequence[Mark]) -> bool:
+        return self._marks[-len(marks) :] == tuple(marks)
+
+    def _before(self, mark: Mark) -> tuple[Mark, ...]:
+        return self._marks[: self._marks.index(mark)]
+
+    def _name_of(self, mark: Mark) -> str:
+        return f"{self._session.guard.mark}_{mark.number}"
 
     def _forget_since(self, mark: Mark) -> None:
         del self._after_commit[mark.after_commit :]

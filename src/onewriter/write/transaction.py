@@ -36,8 +36,9 @@ class Transaction:
     def connection(self) -> sqlite3.Connection:
         """A ``sqlite3.Connection`` on this transaction, for libraries that want one.
 
-        ``commit``, ``close`` and ``with`` do nothing on it; ``rollback`` undoes what this job or block has done so far;
-        BEGIN, COMMIT, ROLLBACK and ATTACH are refused; SAVEPOINT works. It ends with the transaction.
+        Its own transaction is a part of this one: ``commit`` keeps, ``rollback`` goes back to that, texts and
+        attributes mean what they mean in ``sqlite3``; ``close`` ends nothing. After the end every use raises
+        ``sqlite3.ProgrammingError``.
         """
         return self._loan.connection
 

@@ -43,7 +43,6 @@ HARMLESS: dict[str, Use] = {
     "with": with_statement,
     "isolation_level": set_attribute("isolation_level", "EXCLUSIVE"),
     "isolation_level None": set_attribute("isolation_level", None),
-    "autocommit": set_attribute("autocommit", False),
     "row_factory": set_attribute("row_factory", sqlite3.Row),
     "text_factory": set_attribute("text_factory", bytes),
     "executescript": lambda c: c.executescript("INSERT INTO t VALUES (3); INSERT INTO t VALUES (4);"),
@@ -55,11 +54,10 @@ HARMLESS: dict[str, Use] = {
     "PRAGMA": lambda c: c.execute("PRAGMA recursive_triggers = 1"),
 }
 
+if sys.version_info >= (3, 12):
+    HARMLESS["autocommit"] = set_attribute("autocommit", False)
+
 REFUSED: dict[str, Use] = {
-    "BEGIN": lambda c: c.execute("begin"),
-    "COMMIT": lambda c: c.execute("/* now */ CoMMit -- at last"),
-    "END": lambda c: c.executescript("INSERT INTO t VALUES (8); END TRANSACTION;"),
-    "ROLLBACK": lambda c: c.cursor().execute("rollback"),
     "ATTACH": lambda c: c.execute("ATTACH ':memory:' AS other"),
     "VACUUM": lambda c: c.execute("VACUUM"),
     "PRAGMA foreign_keys": lambda c: c.execute("PRAGMA foreign_keys = 0"),
@@ -120,20 +118,21 @@ def test_what_would_reach_beyond_the_loan_is_refused(db: DbWriter, use: Use, way
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_rollback_undoes_what_the_job_has_done_so_far(db: DbWriter, way: Callable[..., None]) -> None:
+def test_rollback_undoes_the_librarys_transaction_and_nothing_before_it(db: DbWriter, way: Callable[..., None]) -> None:
     told: list[str] = []
 
     def job(tx: Transaction) -> None:
         tx.execute(INSERT, (1,))
-        tx.on_commit(lambda: told.append("undone"))
+        tx.connection.rollback()
         tx.connection.execute(INSERT, (2,))
+        tx.on_commit(lambda: told.append("undone"))
         tx.connection.rollback()
         tx.on_commit(lambda: told.append("done"))
         tx.connection.execute(INSERT, (3,))
         tx.connection.commit()
 
     way(db, job)
-    assert (rows(db), told) == ([3], ["done"])
+    assert (rows(db), told) == ([1, 3], ["done"])
 
 
 def test_a_failed_script_leaves_nothing_behind(db: DbWriter) -> None:
@@ -149,7 +148,7 @@ def test_it_is_a_connection_with_cursors(db: DbWriter) -> None:
         connection = tx.connection
         assert isinstance(connection, sqlite3.Connection)
         assert tx.connection is connection
-        assert connection.in_transaction
+        assert not connection.in_transaction
         cursor = connection.cursor()
         assert cursor.connection is connection
         cursor.executemany(INSERT, [(1,), (2,)])
@@ -160,7 +159,7 @@ def test_it_is_a_connection_with_cursors(db: DbWriter) -> None:
         assert connection.execute("SELECT 1 AS x").fetchone()["x"] == 1
         assert connection.execute("SELECT 1 AS x").fetchmany(2)[0]["x"] == 1
         assert connection.executemany(INSERT, []).rowcount in (0, -1)
-        assert connection.total_changes >= 3
+        assert connection.total_changes == 3
         connection.text_factory = bytes
         assert connection.text_factory is bytes
         assert connection.execute("SELECT 'a'").fetchone()[0] == b"a"
@@ -175,7 +174,6 @@ def test_it_is_a_connection_with_cursors(db: DbWriter) -> None:
 
 
 READER_USES: dict[str, Use] = {
-    "BEGIN": lambda c: c.execute("BEGIN"),
     "COMMIT": lambda c: c.execute("COMMIT"),
     "ROLLBACK": lambda c: c.execute("ROLLBACK"),
     "INSERT": lambda c: c.execute("INSERT INTO t VALUES (1)"),
@@ -248,8 +246,7 @@ def test_a_cursor_of_any_class_is_bound_to_the_loan(any_db: DbWriter, factory: t
         cursor.execute("INSERT INTO t VALUES (1)")
         assert isinstance(cursor, factory)
         assert cursor.connection is tx.connection
-        with pytest.raises(sqlite3.DatabaseError, match="not authorized"):
-            cursor.execute("COMMIT")
+        cursor.execute("COMMIT")
         cursor.executescript("INSERT INTO t VALUES (2); INSERT INTO t VALUES (3)")
         raise LookupError
 
@@ -272,11 +269,11 @@ def test_a_cursor_factory_that_is_no_class_of_cursors_is_refused(any_db: DbWrite
         connection.cursor(no_class)
 
 
-def test_rollback_undoes_the_innermost_part_and_leaves_the_rest(any_db: DbWriter) -> None:
+def test_rollback_in_a_part_leaves_what_came_before_the_librarys_transaction(any_db: DbWriter) -> None:
     any_db.run("CREATE TABLE t (n)")
 
     def nested(tx: Transaction) -> None:
-        tx.execute("INSERT INTO t VALUES (20)")
+        tx.connection.execute("INSERT INTO t VALUES (20)")
         tx.connection.rollback()
         tx.execute("INSERT INTO t VALUES (21)")
 
@@ -284,12 +281,12 @@ def test_rollback_undoes_the_innermost_part_and_leaves_the_rest(any_db: DbWriter
         told: list[str] = []
         tx.execute("INSERT INTO t VALUES (1)")
         with tx.savepoint():
+            tx.connection.execute("INSERT INTO t VALUES (2)")
             tx.on_rollback(lambda: told.append("part"))
-            tx.execute("INSERT INTO t VALUES (2)")
             tx.connection.rollback()
             tx.execute("INSERT INTO t VALUES (3)")
         with any_db.transaction() as inner:
-            inner.execute("INSERT INTO t VALUES (10)")
+            inner.connection.execute("INSERT INTO t VALUES (10)")
             inner.connection.rollback()
         any_db.run(nested)
         any_db.read(lambda connection: connection.rollback())  # the end of a read undoes nothing
@@ -478,21 +475,15 @@ def test_one_cursor_may_feed_another(blobs: DbWriter, lender: str) -> None:
         assert tx.executemany("INSERT INTO t VALUES (?)", tx.connection.execute("SELECT n FROM t")).rowcount == 12
 
 
-def test_a_function_that_reads_through_its_own_connection_is_refused_in_a_block_and_works_in_a_reader(
-    blobs: DbWriter,
-) -> None:
+@pytest.mark.parametrize("lender", LENDERS)
+def test_a_function_may_use_the_connection_that_it_runs_on(blobs: DbWriter, lender: str) -> None:
     def count() -> int:
         return int(connection.execute("SELECT count(*) FROM b").fetchone()[0])
 
-    with blobs.reader() as connection:
+    with lent_by(blobs, lender) as connection:
         connection.create_function("b_count", 0, count)
         assert connection.execute("SELECT b_count()").fetchone() == (1,)
-    with blobs.transaction() as tx:
-        connection = tx.connection
-        connection.create_function("b_count", 0, count)
-        with pytest.raises(sqlite3.OperationalError, match="user-defined function raised"):
-            connection.execute("SELECT b_count()").fetchone()
-        assert connection.execute("SELECT 1").fetchone() == (1,)
+        assert connection.execute("SELECT b_count()").fetchone() == (1,)
 
 
 @pytest.mark.parametrize("lender", LENDERS)

@@ -369,7 +369,7 @@ def test_a_job_that_swallows_a_rollback_of_sqlites_own_fails_and_later_statement
             lambda: tx.savepoint().__enter__(),
             lambda: tx.connection,
             lambda: lent.execute(INSERT, (3,)),
-            lambda: lent.rollback(),
+            lambda: lent.commit(),
             lambda: tx.on_commit(print),
             lambda: tx.on_rollback(print),
             lambda: db.run(INSERT, (3,)),
@@ -496,7 +496,7 @@ def test_every_use_in_another_thread_raises_and_changes_nothing(db: DbWriter) ->
             lambda: tx.savepoint().__enter__(),
             lambda: tx.on_commit(print),
             lambda: lent.execute(INSERT, (2,)),
-            lambda: lent.rollback(),
+            lambda: lent.commit(),
             lambda: lent.cursor(),
         ]
         tx.execute(INSERT, (1,))
