@@ -106,6 +106,13 @@ def pytest_configure(config: pytest.Config) -> None:
         replace(LentConnection, "close", close)
         replace(LentConnection, "execute", execute)
 
+    with contextlib.suppress(ImportError):
+        from hypothesis import HealthCheck, settings
+
+        # What opens a gateway for each example takes longer than Hypothesis allows.
+        settings.register_profile("foreign", deadline=None, suppress_health_check=list(HealthCheck))
+        settings.load_profile("foreign")
+
 
 def replace(owner: Any, name: str, function: Callable[..., Any]) -> None:
     setattr(owner, name, function)
