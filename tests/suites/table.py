@@ -75,7 +75,12 @@ SUITES = (
     Suite("sqlite-utils-3", ("sqlite-utils<4", "hypothesis"), ("tests",), "sqlite-utils<4"),
     Suite("sqlite-utils-4", ("sqlite-utils>=4", "hypothesis"), ("tests",), "sqlite-utils>=4"),
     Suite("alembic", ("alembic", "pytz"), ("tests",), "alembic", options=IN_MEMORY, attached="test_schema"),
-    Suite("sqlmodel", ("sqlmodel", "dirty-equals", "httpx", "fastapi", "typer", "coverage", "black", "jinja2"), ("tests",), "sqlmodel"),
+    Suite(
+        "sqlmodel",
+        ("sqlmodel", "dirty-equals", "httpx", "fastapi", "typer", "coverage", "black", "jinja2"),
+        ("tests",),
+        "sqlmodel",
+    ),
     Suite("sqlite-migrate", ("sqlite-utils<4", "sqlite-migrate==0.1b0"), ("tests",), "sqlite-migrate==0.1b0"),
     Suite("peewee", ("peewee>=4",), ("peewee_examples.py",), HERE),
     Suite("yoyo", ("yoyo-migrations",), ("yoyo_examples.py",), HERE),
