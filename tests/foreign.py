@@ -144,7 +144,17 @@ def measure(suite: Suite, tests: tuple[str, ...], python: Path, root: Path, work
         "FOREIGN_ATTACHED": suite.attached,
         "FOREIGN_EACH": str(EACH),
     }
-    quiet = ("-q", "--tb=native", "-p", "no:cacheprovider", "-p", "suites.plugin", "-W", "ignore")
+    quiet = (
+        "-q",
+        "--continue-on-collection-errors",
+        "--tb=native",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "suites.plugin",
+        "-W",
+        "ignore",
+    )
     command: list[Any] = [python, "-m", "pytest", *quiet, *suite.options, *tests]
     ran = subprocess.run(
         command, cwd=root, env=environment, capture_output=True, text=True, timeout=LONGEST, check=False
