@@ -66,9 +66,10 @@ class Refusals:
 
 
 def matches(pattern: str, test: str) -> bool:
-    """``pattern`` is a name with or without parameters; with ``*`` at its end, the beginning of one."""
-    if pattern.endswith("*"):
-        return test.startswith(pattern[:-1])
+    """``pattern`` is a name with or without parameters; one ``*`` in it is any text."""
+    head, star, tail = pattern.partition("*")
+    if star:
+        return test.startswith(head) and test.endswith(tail)
     return pattern in (test, test.partition("[")[0])
 
 
