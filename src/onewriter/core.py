@@ -39,11 +39,11 @@ from onewriter.options import Options
 from onewriter.read.pool import ReaderPool
 from onewriter.read.read import FunctionRead, Read, read_of
 from onewriter.read.reader import Snapshot
-from onewriter.sqlite.company import check_company, check_path
 from onewriter.sqlite.file import DatabaseFile
-from onewriter.sqlite.options import refuse_old_sqlite, refuse_unsafe_sqlite
 from onewriter.sqlite.parameters import capture, capture_many
+from onewriter.sqlite.path_checks import check_company, check_path
 from onewriter.sqlite.result import Result
+from onewriter.sqlite.settings import refuse_old_sqlite, refuse_unsafe_sqlite
 from onewriter.sqlite.statement import check_many, inside_of_dump
 from onewriter.write.checkpoint import Checkpoint
 from onewriter.write.driver import Driver, InlineDriver, ThreadDriver

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from onewriter.base.arguments import check_callback, check_choice, check_count, check_label, check_seconds
-from onewriter.sqlite.options import Settings, check_pragmas
+from onewriter.sqlite.settings import Settings, check_pragmas
 
 SYNCHRONOUS = ("OFF", "NORMAL", "FULL", "EXTRA")
 JOURNAL_MODES = ("WAL", "DELETE", "TRUNCATE", "PERSIST")

@@ -34,7 +34,7 @@ from onewriter import AsyncDbWriter, DbWriter, ReentrantWriteError, Ticket, Writ
 from onewriter.base import waiting as job
 from onewriter.read.pool import ReaderPool
 from onewriter.sqlite.guard import Guard, ReadGuard
-from onewriter.sqlite.watch import Watch
+from onewriter.sqlite.time_limit import TimeLimit
 from onewriter.write import block, driver
 
 ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
@@ -126,7 +126,7 @@ def test_a_watch_keeps_what_was_raised_where_it_answers_and_goes_on() -> None:
             raise answer
         return bool(answer)
 
-    watch = Watch(is_over)
+    watch = TimeLimit(is_over)
     said = [next(watch._answers) for _ in range(4)]
     assert said == [False, True, True, False]
     with pytest.raises(SignalError):

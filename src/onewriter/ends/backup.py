@@ -14,10 +14,10 @@ from typing import Any
 from onewriter.base.arguments import check_callback
 from onewriter.ends import exit as at_exit
 from onewriter.errors import forked_error
-from onewriter.sqlite.company import check_path
 from onewriter.sqlite.connection import open_new
 from onewriter.sqlite.lent import LentConnection
-from onewriter.sqlite.pragmas import database_files
+from onewriter.sqlite.path_checks import check_path
+from onewriter.sqlite.pragma_values import database_files
 
 Progress = Callable[[int, int, int], object]
 STEP = 32  # pages

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 from onewriter.read.reader import Reader
 from onewriter.sqlite.guard import ANYTHING
-from onewriter.sqlite.pragmas import decode, literal, rows_of
+from onewriter.sqlite.pragma_values import decode, literal, rows_of
 from onewriter.sqlite.statement import ASKING, Parameters, describe_sql
 from onewriter.write.jobs import StatementJob
 from onewriter.write.session import WriteSession

@@ -21,8 +21,8 @@ from onewriter.read.claim import Claim
 from onewriter.read.clock import GRACE, ReadClock
 from onewriter.read.reader import Reader, Snapshot, new_reader
 from onewriter.sqlite.file import DatabaseFile
-from onewriter.sqlite.options import Settings
 from onewriter.sqlite.retry import is_corrupt
+from onewriter.sqlite.settings import Settings
 
 T = TypeVar("T")
 LONG = 0.2  # seconds; who has a connection for longer hardly comes back in the time of a pause

@@ -18,12 +18,12 @@ from onewriter.sqlite.guard import ReadGuard
 from onewriter.sqlite.lending import Lending
 from onewriter.sqlite.lent import lend, retire
 from onewriter.sqlite.lent_transaction import NoSavepoints, Savepoints
-from onewriter.sqlite.options import Settings
-from onewriter.sqlite.pragmas import database_names
+from onewriter.sqlite.pragma_values import database_names
 from onewriter.sqlite.result import refuse_live
 from onewriter.sqlite.retry import LockPolicy, is_busy, is_corrupt, is_interrupted
+from onewriter.sqlite.settings import Settings
 from onewriter.sqlite.statement import Parameters
-from onewriter.sqlite.watch import Watch
+from onewriter.sqlite.time_limit import TimeLimit
 from onewriter.write.ticket import Ticket
 
 T = TypeVar("T")
@@ -53,7 +53,7 @@ class Reader:
         self._pins: list[str] | None = None
         self._policy = policy
         self._row_factory, self._text_factory = connection.row_factory, connection.text_factory
-        self.watch = Watch(self._is_late)
+        self.watch = TimeLimit(self._is_late)
         self.watch.set_on(connection, STEPS)
 
     def limit(self, deadline: float) -> None:

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import TypeVar
 
 from onewriter.errors import forked_error
-from onewriter.sqlite.company import cannot_open
 from onewriter.sqlite.file import INDEX
 from onewriter.sqlite.guard import HISTORY, Guard, ReadGuard
 from onewriter.sqlite.inherited import keep_open
-from onewriter.sqlite.locks import describe_lock
-from onewriter.sqlite.options import Settings
-from onewriter.sqlite.pragmas import database_names, pragma, rows_of, set_pragma
+from onewriter.sqlite.lock_holders import describe_lock
+from onewriter.sqlite.path_checks import cannot_open
+from onewriter.sqlite.pragma_values import database_names, pragma, rows_of, set_pragma
 from onewriter.sqlite.retry import LockPolicy, error_code, is_busy, note_descriptors
+from onewriter.sqlite.settings import Settings
 
 T = TypeVar("T")
 BEFORE_WAL = ("page_size", "auto_vacuum", "encoding")  # cannot be changed in WAL mode

@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from onewriter.sqlite.connection import read_control
-from onewriter.sqlite.options import normal_value
-from onewriter.sqlite.pragmas import pragma
+from onewriter.sqlite.pragma_values import pragma
 from onewriter.sqlite.retry import error_code
+from onewriter.sqlite.settings import normal_value
 from onewriter.sqlite.statement import ASKING, CHANGING, describe_sql
 
 LEGACY = -1  # sqlite3.LEGACY_TRANSACTION_CONTROL, which 3.11 does not have

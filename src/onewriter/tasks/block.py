@@ -69,7 +69,7 @@ class TaskBlock(Block):
 
     def lend(self, tx: WriteLoan) -> None:
         tx.limit(self.max_hold)
-        tx.watch()  # so that the end of the block ends a statement too
+        tx.set_time_limit()  # so that the end of the block ends a statement too
         tx.lend()
         with self._state.lock:
             others = [waiter for waiter in self._waiters or () if waiter is not self.granted]

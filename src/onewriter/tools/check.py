@@ -15,10 +15,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from onewriter.sqlite.company import SMALLEST_FILE, check_company
 from onewriter.sqlite.connection import open_to_look
 from onewriter.sqlite.file import INDEX, JOURNAL, LOG, DatabaseFile, exposure
-from onewriter.sqlite.locks import command_of, describe_process, lock_holders, readers_in_the_way, wal_readers
+from onewriter.sqlite.lock_holders import command_of, describe_process, lock_holders, readers_in_the_way, wal_readers
+from onewriter.sqlite.path_checks import SMALLEST_FILE, check_company
 
 LARGE_WAL = 4 * 2**20  # bytes; the default of wal_limit
 MOST_FINDINGS = 20

@@ -10,7 +10,7 @@ from typing import TypeVar
 from onewriter.base.state import State
 from onewriter.errors import TransactionClosedError
 from onewriter.sqlite.retry import is_interrupted
-from onewriter.sqlite.watch import Watch
+from onewriter.sqlite.time_limit import TimeLimit
 from onewriter.write.connection import WriteConnection
 from onewriter.write.jobs import ConnectionJob
 from onewriter.write.loan import STEPS, TOO_LONG
@@ -29,7 +29,7 @@ def call_alone(job: ConnectionJob[T], writer: WriteConnection, state: State, max
     connection = writer.open_whole()
     try:
         if max_hold != math.inf:
-            watch = Watch(lambda: monotonic() > until)
+            watch = TimeLimit(lambda: monotonic() > until)
             watch.set_on(connection, STEPS)
         return job.call(connection)
     except sqlite3.Error as error:

@@ -15,7 +15,7 @@ from onewriter.base.tally import Times
 from onewriter.errors import forked_error
 from onewriter.sqlite.file import FileMovedError
 from onewriter.sqlite.guard import Mode
-from onewriter.sqlite.pragmas import set_pragma
+from onewriter.sqlite.pragma_values import set_pragma
 from onewriter.sqlite.retry import error_code, is_busy, is_corrupt
 from onewriter.write.alone import call_alone
 from onewriter.write.block import Block
@@ -120,8 +120,8 @@ class Batch:
         if first.foreign_keys is not None:
             session.guard.settings_touched = True
             set_pragma(session.connection, "foreign_keys", int(first.foreign_keys))
-        if self._connection.history.wanted is not None:
-            self._connection.history.restore(session)
+        if self._connection.last_rowid.wanted is not None:
+            self._connection.last_rowid.restore(session)
         self._now = self._lock.begin(session, first, self.times, now)
 
     def run(self, todo: list[Job[Any]], again: dict[Job[Any], Again]) -> Verdict:
@@ -212,7 +212,7 @@ class Batch:
             return False
         try:
             undoes_all = self._session.schema_undoes_all()
-            self._connection.history.note(self._session)
+            self._connection.last_rowid.note(self._session)
         except sqlite3.Error:  # a damaged schema: the jobs will tell
             return False
         return not undoes_all
@@ -365,7 +365,7 @@ class Batch:
         """The transaction is gone, by what the last job did: it has its error, and the others run again."""
         if len(self._jobs) == 1:
             return Verdict(self._jobs)
-        self._connection.history.keep(self._connection.session)
+        self._connection.last_rowid.keep(self._connection.session)
         verdict = self._undo(self._jobs[:-1], Again.ALONE)
         return verdict._replace(again=[*verdict.again, (self._jobs[-1], Again.STANDS)])
 
@@ -375,7 +375,7 @@ class Batch:
         Those that failed too: what they met may have been of another, which need not do the same again.
         """
         self._connection.roll_back()
-        self._connection.history.undo()
+        self._connection.last_rowid.undo()
         early = failed_early(jobs) if how is Again.ALONE else []
         rest = jobs[len(early) :]
         for job in rest:

@@ -14,12 +14,12 @@ from onewriter.base.log import report
 from onewriter.base.state import State
 from onewriter.events import CheckpointEnded, Hook, publish
 from onewriter.sqlite.file import DatabaseFile
-from onewriter.sqlite.locks import describe_wal_readers
-from onewriter.sqlite.options import Settings
+from onewriter.sqlite.lock_holders import describe_wal_readers
 from onewriter.sqlite.retry import is_busy
+from onewriter.sqlite.settings import Settings
 from onewriter.write.session import WriteSession
 
-OFTEN = 256  # commits, or some changed rows each, after which the first checkpoint comes
+COMMITS = 256  # or some changed rows for each, after which the first checkpoint comes
 ROWS = 8  # changed rows that count as much as a commit
 PAGES = 1000  # that the log is to have at a checkpoint, as in SQLite itself
 HOLD_BACK = 0.05  # seconds that new reads wait, at most, so that the log can begin anew
@@ -88,7 +88,7 @@ class Checkpointer:
         self._again_at = self._pause = 0.0  # when to hold back reads again, and the seconds from the last time to that
         self._told_at = 0  # bytes of the log from which on there is something to warn of
         self._growth = self._changes = 0
-        self._often = OFTEN
+        self._often = COMMITS
         self._size = 0  # of the logs' files after the last checkpoint
         self._largest = 0  # bytes in one of the logs at the last checkpoint
         self._is_counting = False  # there is a log, and it is ours to empty
@@ -142,7 +142,7 @@ class Checkpointer:
             return
         pages = max(1, self.run(session, "FULL").log)
         wanted = min(PAGES, self._settings.wal_limit // session.page_size // 2)
-        self._often = max(OFTEN, min(4 * self._growth, self._growth * wanted // pages))
+        self._often = max(COMMITS, min(4 * self._growth, self._growth * wanted // pages))
         self._growth = 1
         if self._largest > self._settings.wal_limit:
             began = monotonic()

@@ -10,11 +10,11 @@ from onewriter.base.state import State
 from onewriter.sqlite.connection import close_whole, configure, open_whole, open_writer
 from onewriter.sqlite.file import DatabaseFile, exposure
 from onewriter.sqlite.guard import Guard
-from onewriter.sqlite.options import Settings
-from onewriter.sqlite.pragmas import set_pragma
+from onewriter.sqlite.pragma_values import set_pragma
 from onewriter.sqlite.retry import LockPolicy
+from onewriter.sqlite.settings import Settings
 from onewriter.write.checkpoint import Checkpointer
-from onewriter.write.history import History
+from onewriter.write.last_rowid import LastRowid
 from onewriter.write.session import WriteSession
 
 
@@ -36,7 +36,7 @@ class WriteConnection:
         self.session: WriteSession | None = None  # None: in doubt or not open yet; the next job opens one
         self.whole: sqlite3.Connection | None = None  # that a function has for its own
         self.guard = Guard(settings.journal_mode, settings.puts_back)
-        self.history = History(state, label)
+        self.last_rowid = LastRowid(state, label)
         self._settings = settings
         self._label = label
         self._policy = policy

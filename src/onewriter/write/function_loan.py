@@ -48,12 +48,12 @@ class FunctionLoan(WriteLoan):
 
     def end(self) -> None:
         self._closed, self._free_for = self._closed or ENDED, 0
-        if self._lending or self._ends_readonly or self._watch is not None:
+        if self._lending or self._ends_readonly or self._time_limit is not None:
             super().end()
 
-    def watch(self) -> None:
+    def set_time_limit(self) -> None:
         self._free_for = 0
-        super().watch()
+        super().set_time_limit()
 
     def close(self, why: str) -> None:
         self._free_for = 0

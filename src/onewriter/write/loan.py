@@ -25,8 +25,8 @@ from onewriter.sqlite.guard import Mode, explain_readonly
 from onewriter.sqlite.result import Result, refuse_live
 from onewriter.sqlite.retry import is_interrupted
 from onewriter.sqlite.statement import Parameters, describe_sql, script_parts
-from onewriter.sqlite.watch import Watch
-from onewriter.write.lending import ConnectionLoan
+from onewriter.sqlite.time_limit import TimeLimit
+from onewriter.write.connection_loan import ConnectionLoan
 from onewriter.write.parts import Callback, Mark, Parts
 from onewriter.write.session import WriteSession
 from onewriter.write.ticket import Job
@@ -55,7 +55,7 @@ class WriteLoan:
     _inside = 0  # the thread whose call is under way: code that SQLite calls back must not use the connection
     _until = math.inf
     _read_until: float | None = None  # while a read is under way
-    _watch: Watch | None = None
+    _time_limit: TimeLimit | None = None
     _ends_readonly = False
     _lending: list[WriteLoan] = NONE  # this and nested ones; never changed: a longer list takes its place
 
@@ -118,7 +118,7 @@ class WriteLoan:
                 if (
                     self._closed is not None
                     or root._closed is not None
-                    or (root._watch is not None and root._until < monotonic())
+                    or (root._time_limit is not None and root._until < monotonic())
                 ):
                     raise self._refusal()
                 if not session.connection.in_transaction and self.job.in_transaction:
@@ -198,8 +198,8 @@ class WriteLoan:
         root = self._root
         if not is_interrupted(error):
             return
-        if root._watch is not None:
-            root._watch.raise_caught()
+        if root._time_limit is not None:
+            root._time_limit.raise_caught()
         if root._closed is not None or monotonic() > root._until:
             raise self._refusal() from error
 
@@ -213,19 +213,19 @@ class WriteLoan:
         """Have statements end ``seconds`` from now."""
         self._until = monotonic() + seconds
         if self._until != math.inf:
-            self._root.watch()
+            self._root.set_time_limit()
 
-    def watch(self) -> None:
+    def set_time_limit(self) -> None:
         """Have statements end when the transaction is closed, too."""
-        if self._watch is None:
-            self._watch = Watch(self._is_late)
-            self._watch.set_on(self.session.connection, STEPS)
+        if self._time_limit is None:
+            self._time_limit = TimeLimit(self._is_late)
+            self._time_limit.set_on(self.session.connection, STEPS)
 
     def _is_late(self) -> bool:
         return self._closed is not None or monotonic() > min(self._until, self._read_until or math.inf)
 
     def close(self, why: str) -> None:
-        """Refuse every further call. From any thread; one that is under way ends by ``watch`` or ``revoke``."""
+        """Refuse every further call. From any thread; one that is under way ends by ``set_time_limit`` or ``revoke``."""
         self._closed = self._closed or why
 
     def end(self) -> None:
@@ -239,14 +239,14 @@ class WriteLoan:
                 self._refuse_inside()
                 with session.lock:
                     self._put_back()
-        elif session.lock.locked() or self._lending or self._ends_readonly or self._watch is not None:
+        elif session.lock.locked() or self._lending or self._ends_readonly or self._time_limit is not None:
             self._refuse_inside()
             with session.lock:
                 while self._lending:
                     self._lending[-1]._put_back()
                 if self._ends_readonly:
                     session.internal("PRAGMA query_only=0")
-                if self._watch is not None:
+                if self._time_limit is not None:
                     session.connection.set_progress_handler(None, 0)
 
     def _refuse_inside(self) -> None:
@@ -442,7 +442,7 @@ class ReadLoan(WriteLoan):
     def _read(self, function: Callable[..., T], args: tuple[Any, ...]) -> T:
         root, session = self._root, self.session
         if self.until != math.inf:
-            root.watch()
+            root.set_time_limit()
         session.internal("PRAGMA query_only=1")
         root._ends_readonly, root._read_until = True, self.until
         try:

@@ -10,7 +10,7 @@ from typing import Any
 from onewriter.base.state import State
 from onewriter.base.tally import Times
 from onewriter.sqlite.file import DatabaseFile
-from onewriter.sqlite.locks import describe_lock, describe_readers
+from onewriter.sqlite.lock_holders import describe_lock, describe_readers
 from onewriter.sqlite.retry import LockPolicy, is_busy
 from onewriter.write.checkpoint import Readers
 from onewriter.write.session import WriteSession

@@ -9,7 +9,7 @@ from typing import Any
 from onewriter.sqlite.execute import Executor
 from onewriter.sqlite.guard import Guard, Mode
 from onewriter.sqlite.inherited import Inherited
-from onewriter.sqlite.pragmas import database_files, decode
+from onewriter.sqlite.pragma_values import database_files, decode
 from onewriter.sqlite.statement import words_of
 
 UNDOES_ALL = ("ROLLBACK", "DEFERRED")  # in a schema: RAISE, ON CONFLICT, and keys that COMMIT checks for all

@@ -17,8 +17,8 @@ from onewriter.base.tally import Times
 from onewriter.errors import CommitUnknownError, WriterClosedError, forked_error
 from onewriter.events import Hook, WriterBroken, publish
 from onewriter.sqlite.file import DatabaseFile, FileMovedError
-from onewriter.sqlite.options import Settings
 from onewriter.sqlite.retry import LockPolicy, is_busy
+from onewriter.sqlite.settings import Settings
 from onewriter.write.batch import Again, Batch, Means, Verdict
 from onewriter.write.block import Block
 from onewriter.write.checkpoint import Checkpoint, Checkpointer, Readers
@@ -324,7 +324,7 @@ class Writer:
     def _settle_in_turn(self, job: Job[Any]) -> None:
         """It has undone those before it, which have run again by now."""
         del self._again[job]
-        self._connection.history.take_turn()
+        self._connection.last_rowid.take_turn()
         batch, self._standing = self._standing, None
         assert batch is not None
         self._outcomes.settle([job], batch.times, [loan for loan in batch.loans if loan.job is job])

@@ -6,7 +6,7 @@ import re
 import sqlite3
 from typing import Any
 
-from onewriter.sqlite.options import normal_value
+from onewriter.sqlite.settings import normal_value
 
 
 def set_pragma(connection: sqlite3.Connection, name: str, value: str | int, *, always: bool = False) -> None:

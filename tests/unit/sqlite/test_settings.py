@@ -11,7 +11,7 @@ import pytest
 
 from onewriter import DbWriter
 from onewriter.sqlite import options
-from onewriter.sqlite.options import refuse_old_sqlite
+from onewriter.sqlite.settings import refuse_old_sqlite
 
 WRONG_TYPES: dict[str, list[Any]] = {
     "readers": ["4", None, 4.0, True],

@@ -1,4 +1,4 @@
-"""Watch: interrupts a statement whose time is over."""
+"""TimeLimit: interrupts a statement whose time is over."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sqlite3
 from collections.abc import Callable, Iterator
 
 
-class Watch:
+class TimeLimit:
     """A progress handler: SQLite calls it every so many virtual machine instructions, and it interrupts the statement
     once ``is_over`` returns True.
 

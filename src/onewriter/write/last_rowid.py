@@ -1,4 +1,4 @@
-"""History: last_insert_rowid() and changes(), which SQLite does not undo, as an undone run must leave them."""
+"""LastRowid: last_insert_rowid() and changes(), which SQLite does not undo, as an undone run must leave them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from onewriter.base.state import State
 from onewriter.write.session import WriteSession
 
 
-class History:
+class LastRowid:
     """What an undone run has left of it on the connection is put back before the next job: it is to run as if alone.
 
     Threads: the writer's.
