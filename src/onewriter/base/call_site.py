@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import os
 import sys
+import threading
 import types
 from types import TracebackType
 
@@ -74,6 +75,8 @@ def without_own_frames(traceback: TracebackType | None) -> TracebackType | None:
 
 def call_of_pool() -> types.FrameType | None:
     """The call by which a thread pool's worker runs its current piece of work; None: this is no thread of a pool."""
+    if threading.current_thread() is threading.main_thread() and "multiprocessing.pool" not in sys.modules:
+        return None  # of the main thread only a process of such a pool makes a worker
     called: types.FrameType = sys._getframe(1)
     frame = called.f_back
     while frame is not None:

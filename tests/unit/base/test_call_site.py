@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
-from helpers import parked
+import pytest
+
+from helpers import in_threads, parked
 from onewriter import DbWriter
+from onewriter.base.call_site import call_of_pool
+
+WORKER = """
+def worker(call):
+    return call()
+"""
 
 
 def test_many_call_sites_of_one_long_function_are_named_without_reading_it_anew_for_each(path: Path) -> None:
@@ -24,3 +34,20 @@ def test_called_from_names_the_line_of_the_call(db: DbWriter) -> None:
     ticket = db.enqueue("SELECT 1")
     line = test_called_from_names_the_line_of_the_call.__code__.co_firstlineno + 1
     assert ticket.called_from == f"test_call_site.py:{line} in test_called_from_names_the_line_of_the_call"
+
+
+def in_a_worker_of(module: str) -> types.FrameType | None:
+    """What a piece of work finds that a pool's worker calls."""
+    names: dict[str, Any] = {"__name__": module}
+    exec(WORKER, names)
+    found: types.FrameType | None = names["worker"](lambda: call_of_pool())
+    return found
+
+
+def test_the_call_of_a_pool_is_found_in_its_threads_and_in_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process of a pool works in its main thread; any other main thread is no worker's."""
+    assert in_threads(lambda: in_a_worker_of("multiprocessing.pool") is not None) == [True]
+    monkeypatch.setitem(sys.modules, "multiprocessing.pool", types.ModuleType("multiprocessing.pool"))
+    assert in_a_worker_of("multiprocessing.pool") is not None
+    monkeypatch.delitem(sys.modules, "multiprocessing.pool")
+    assert in_a_worker_of("multiprocessing.pool") is None
