@@ -225,7 +225,7 @@ class WriteLoan:
         return self._closed is not None or monotonic() > min(self._until, self._read_until or math.inf)
 
     def close(self, why: str) -> None:
-        """Refuse every further call. From any thread; one that is under way ends by ``set_time_limit`` or ``revoke``."""
+        """Refuse every further call. From any thread; one that is under way ends by its time limit or ``revoke``."""
         self._closed = self._closed or why
 
     def end(self) -> None:
