@@ -15,7 +15,7 @@ import pytest
 
 from helpers import DEADLINE, holding_lock, in_threads, make, raises, run_child
 from onewriter import DbWriter
-from onewriter.sqlite import pragmas
+from onewriter.sqlite import pragma_values
 from onewriter.tools.check import check
 
 
@@ -452,7 +452,7 @@ def test_names_of_databases_that_are_behind_a_lock_are_waited_for(
             raise error
         return original(connection)
 
-    original = pragmas.database_names
+    original = pragma_values.database_names
     with DbWriter(path) as db:
         monkeypatch.setattr("onewriter.read.reader.database_names", names)
         if timeout > 1:

@@ -16,7 +16,7 @@ import pytest
 
 from helpers import DEADLINE, holding_lock, notes_of, policy_of, state_of, until_waiting, waiting_for_lock
 from onewriter import DbWriter, WriteTimeoutError
-from onewriter.sqlite import locks, mounts
+from onewriter.sqlite import lock_holders, mounts
 from onewriter.tools.check import check
 
 HOLDER = """
@@ -27,7 +27,7 @@ print("held", flush=True)
 sys.stdin.read()
 """
 
-linux = pytest.mark.skipif(not locks.LOCKS.exists(), reason="only Linux tells who holds a lock")
+linux = pytest.mark.skipif(not lock_holders.LOCKS.exists(), reason="only Linux tells who holds a lock")
 
 
 @contextlib.contextmanager
@@ -48,7 +48,7 @@ def test_the_error_names_the_process_and_its_command(path: Path, mode: Any) -> N
     with DbWriter(path, journal_mode=mode, lock_timeout=0.05) as db:
         db.run("CREATE TABLE t (n)")
         with held_by_a_process(path) as process:
-            assert locks.lock_holders(str(path)) == [process.pid]
+            assert lock_holders.lock_holders(str(path)) == [process.pid]
             for call in (
                 lambda: db.run("INSERT INTO t VALUES (1)"),
                 lambda: db.transaction().__enter__(),
@@ -63,7 +63,7 @@ def test_the_error_names_the_process_and_its_command(path: Path, mode: Any) -> N
             policy_of(db).lock_timeout = DEADLINE
             with pytest.raises(WriteTimeoutError, match=f"held by process {process.pid}"):
                 db.run("INSERT INTO t VALUES (1)", timeout=0.05)
-        assert process.pid not in (locks.lock_holders(str(path)) or [])  # the writer itself may be at it
+        assert process.pid not in (lock_holders.lock_holders(str(path)) or [])  # the writer itself may be at it
         db.run("INSERT INTO t VALUES (2)")
         assert db.read("SELECT n FROM t") == [(2,)]
 
@@ -78,7 +78,7 @@ def test_a_connection_of_this_process_is_told_apart(path: Path) -> None:
 
 
 def test_where_it_cannot_be_told_the_error_says_so(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(locks, "LOCKS", path.parent / "missing")
+    monkeypatch.setattr(lock_holders, "LOCKS", path.parent / "missing")
     with DbWriter(path, lock_timeout=0.02) as db:
         db.run("CREATE TABLE t (n)")
         with holding_lock(path), pytest.raises(sqlite3.OperationalError) as caught:
@@ -133,25 +133,25 @@ def test_lines_of_the_list_are_read_right(path: Path, monkeypatch: pytest.Monkey
         f"7: FLOCK  ADVISORY  WRITE 18 00:00:1 0 EOF\n"
         "nonsense\n"
     )
-    monkeypatch.setattr(locks, "LOCKS", listing)
-    assert locks.lock_holders(str(path)) == [11, 16, 17]
+    monkeypatch.setattr(lock_holders, "LOCKS", listing)
+    assert lock_holders.lock_holders(str(path)) == [11, 16, 17]
 
 
 def test_the_process_itself_is_named_as_such() -> None:
-    assert locks.describe_process(os.getpid()) == f"this process ({os.getpid()}), through another connection"
-    assert locks.describe_process(os.getppid()).startswith(f"process {os.getppid()}")
+    assert lock_holders.describe_process(os.getpid()) == f"this process ({os.getpid()}), through another connection"
+    assert lock_holders.describe_process(os.getppid()).startswith(f"process {os.getppid()}")
 
 
 def test_who_reads_the_log_is_named_once(path: Path) -> None:
     with DbWriter(path) as db:
         db.run("CREATE TABLE t (n)")
-        assert locks.describe_wal_readers([str(path)], []) == "somebody who cannot be told here"
+        assert lock_holders.describe_wal_readers([str(path)], []) == "somebody who cannot be told here"
         with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
             other.execute("BEGIN")
             other.execute("SELECT * FROM t").fetchall()
-            mine = locks.describe_process(os.getpid())
-            assert locks.describe_wal_readers([str(path)], []) == mine
-            assert locks.describe_wal_readers([str(path)], ["'a label'"]) == "'a label'"
+            mine = lock_holders.describe_process(os.getpid())
+            assert lock_holders.describe_wal_readers([str(path)], []) == mine
+            assert lock_holders.describe_wal_readers([str(path)], ["'a label'"]) == "'a label'"
 
 
 READS = """
@@ -197,7 +197,7 @@ def test_a_commit_that_readers_hold_up_names_them_and_never_the_writer(
             with pytest.raises(sqlite3.OperationalError) as caught:
                 db.run("INSERT INTO t VALUES (1)")
             cursor.close()
-        assert notes_of(caught.value).endswith(locks.UNKNOWN_READER)
+        assert notes_of(caught.value).endswith(lock_holders.UNKNOWN_READER)
 
 
 def test_a_file_system_whose_parts_have_devices_of_their_own_is_known_by_its_mount(
@@ -211,13 +211,13 @@ def test_a_file_system_whose_parts_have_devices_of_their_own_is_known_by_its_mou
     devices = ("00:2a", "00:30", "08:2a")
     listed.write_text("".join(line.format(device) for line, device in zip(lines, devices, strict=True)))
     mounted.write_text(f"22 1 8:42 / / rw - ext4 /dev/a rw\n23 22 0:42 / {path.parent} rw - btrfs /dev/b rw\n")
-    monkeypatch.setattr(locks, "LOCKS", listed)
+    monkeypatch.setattr(lock_holders, "LOCKS", listed)
     monkeypatch.setattr(mounts, "MOUNTS", mounted)
     for device, found in ((os.makedev(0, 0x31), [11]), (os.makedev(0, 0x30), [11, 12]), (os.makedev(8, 0x2A), [13])):
         fake = FakeStat(device, inode)
         with monkeypatch.context() as patch:
             patch.setattr(os, "stat", lambda name, fake=fake: fake)
-            assert locks.lock_holders(str(path)) == found
+            assert lock_holders.lock_holders(str(path)) == found
 
 
 class FakeStat(NamedTuple):
@@ -248,6 +248,6 @@ def test_who_holds_the_lock_is_looked_up_once_for_many_who_ask(path: Path, monke
 
 def test_a_holder_that_the_first_look_at_the_list_misses_is_named(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     looks = [[], [os.getppid()]]
-    monkeypatch.setattr(locks, "lock_holders", lambda path: looks.pop(0))
-    assert f"process {os.getppid()}" in locks.describe_lock(str(path))
+    monkeypatch.setattr(lock_holders, "lock_holders", lambda path: looks.pop(0))
+    assert f"process {os.getppid()}" in lock_holders.describe_lock(str(path))
     assert looks == []

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from onewriter import DbWriter
-from onewriter.sqlite import options
+from onewriter.sqlite import settings
 from onewriter.sqlite.settings import refuse_old_sqlite
 
 WRONG_TYPES: dict[str, list[Any]] = {
@@ -63,8 +63,8 @@ WRONG_VALUES: dict[str, list[Any]] = {
 
 def test_a_library_without_mutexes_is_refused() -> None:
     with pytest.raises(RuntimeError, match="SQLITE_THREADSAFE=0"):
-        options.refuse_unsafe_sqlite(0)
-    options.refuse_unsafe_sqlite(1)
+        settings.refuse_unsafe_sqlite(0)
+    settings.refuse_unsafe_sqlite(1)
 
 
 def test_an_old_sqlite_is_refused_with_the_reason() -> None:

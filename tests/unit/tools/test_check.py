@@ -18,7 +18,7 @@ import onewriter
 from helpers import holding_lock
 from onewriter import DbWriter
 from onewriter.__main__ import main
-from onewriter.sqlite import locks
+from onewriter.sqlite import lock_holders
 from onewriter.sqlite.connection import open_to_look
 from onewriter.tools import check
 
@@ -32,7 +32,7 @@ sys.stdin.read()
 """
 
 INSERT = "INSERT INTO t VALUES (?)"
-linux = pytest.mark.skipif(not locks.LOCKS.exists(), reason="only Linux tells who holds a lock")
+linux = pytest.mark.skipif(not lock_holders.LOCKS.exists(), reason="only Linux tells who holds a lock")
 
 
 def plain(path: Path, mode: str = "WAL") -> sqlite3.Connection:
@@ -149,7 +149,7 @@ def test_where_the_system_does_not_tell_it_says_so(
     path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain(path).close()
-    monkeypatch.setattr(locks, "LOCKS", path.parent / "missing")
+    monkeypatch.setattr(lock_holders, "LOCKS", path.parent / "missing")
     assert main(["check", str(path)]) == 0
     assert capsys.readouterr().out.count("cannot be told here") == 2
     assert asked(path, capsys)[1]["write_lock"] is None
