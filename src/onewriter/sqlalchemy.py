@@ -32,7 +32,7 @@ def engine(db: DbWriter, *, readonly: bool = False, **options: Any) -> Engine:
         options: of ``sqlalchemy.create_engine``.
 
     Raises:
-        WriteTimeoutError: (from the BEGIN of a transaction) the writer was not to be had in 30 s. Not committed.
+        WriteTimeoutError: (from the BEGIN of a transaction) the writer was not free within 30 s. Not committed.
         WriterClosedError: (the same) ``db`` is closed. Not committed.
         sqlalchemy.exc.DBAPIError: (from its COMMIT) as of SQLite; its ``orig`` is that error. Rolled back.
     """

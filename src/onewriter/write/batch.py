@@ -51,7 +51,6 @@ class Verdict(NamedTuple):
     Attributes:
         settled: jobs that have their outcome, in the order in which it is to be told.
         commits: how many transactions were committed.
-        is_plain: that is all.
         again: the other ones, in order.
         unknown: what COMMIT raised; whether those of ``settled`` without an error are in the file is open.
         moved: the file is not there any more; the transaction is rolled back.
@@ -59,7 +58,6 @@ class Verdict(NamedTuple):
 
     settled: list[Job[Any]]
     commits: int = 0
-    is_plain: bool = True
     again: Sequence[tuple[Job[Any], Again]] = ()
     unknown: BaseException | None = None
     moved: FileMovedError | None = None
@@ -115,8 +113,8 @@ class Batch:
 
     def begin(self, first: Job[Any], now: float) -> None:
         """Take SQLite's write lock, for ``first`` and those behind it; raises SQLite's error."""
-        self._first = first
-        self._session = session = self._connection.session or self._connection.open()
+        self.open()
+        self._first, session = first, self._session
         if first.foreign_keys is not None:
             session.guard.settings_touched = True
             set_pragma(session.connection, "foreign_keys", int(first.foreign_keys))
@@ -183,7 +181,7 @@ class Batch:
                 self._fail(job, error)
                 self._connection.roll_back()
         job.ended_at = monotonic()
-        return Verdict([job], int(unknown is None and job.failed_with is None), unknown is None, unknown=unknown)
+        return Verdict([job], int(unknown is None and job.failed_with is None), unknown=unknown)
 
     def run_whole(self, job: ConnectionJob[Any]) -> Verdict:
         """Call a function with a connection of its own, beside the idle session."""
@@ -195,7 +193,7 @@ class Batch:
             finally:
                 self._state.leave()
         except FileMovedError as error:
-            return Verdict([], is_plain=False, moved=error)
+            return Verdict([], moved=error)
         except BaseException as error:
             if self._state.forked:
                 raise
@@ -204,7 +202,7 @@ class Batch:
             else:
                 self._fail(job, error)
         job.ended_at = monotonic()
-        return Verdict([job], int(unknown is None and job.failed_with is None), unknown is None, unknown=unknown)
+        return Verdict([job], int(unknown is None and job.failed_with is None), unknown=unknown)
 
     def _may_share(self, first: Job[Any], second: Job[Any], again: dict[Job[Any], Again]) -> bool:
         """Whether these may share the transaction; called inside it, so that the schema stands."""
@@ -344,14 +342,14 @@ class Batch:
             self._lock.commit(self._session, first, self.times, self._now)
         except FileMovedError as error:
             self._connection.roll_back()
-            return Verdict([], is_plain=False, moved=error)
+            return Verdict([], moved=error)
         except BaseException as error:
             return self._commit_failed(error)
         return Verdict(jobs, 1)
 
     def _commit_failed(self, error: BaseException) -> Verdict:
         if commit_outcome_unknown(error, self._session.connection.in_transaction):
-            return Verdict(self._jobs, is_plain=False, unknown=error)
+            return Verdict(self._jobs, unknown=error)
         self._connection.roll_back()
         early = len(failed_early(self._jobs))
         if len(self._jobs) - early > 1 and not is_busy(error):
@@ -380,7 +378,7 @@ class Batch:
         rest = jobs[len(early) :]
         for job in rest:
             job.set_outcome(None, None)
-        return Verdict(early, is_plain=False, again=[(job, how) for job in rest])
+        return Verdict(early, again=[(job, how) for job in rest])
 
 
 def has_failed(job: Job[Any]) -> bool:

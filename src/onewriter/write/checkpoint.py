@@ -153,7 +153,8 @@ class Checkpointer:
 
     def count_others(self) -> None:
         """Another connection of this process has written, by how much nobody knows: look behind the next batch."""
-        self._growth += self._often
+        if self._is_counting:
+            self._growth += self._often
 
     def _count_hold_back(self, seconds: float) -> None:
         """One in vain makes the next come later, and the more so the more there were: reads wait meanwhile."""

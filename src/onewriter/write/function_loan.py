@@ -30,10 +30,10 @@ class FunctionLoan(WriteLoan):
 
     def execute(self, sql: str, parameters: Parameters) -> Result:
         session, me = self.session, get_ident()
-        if self._free_for != me or not session.connection.in_transaction:
+        if self._free_for != me or self._inside or not session.connection.in_transaction:
             return super().execute(sql, parameters)
         guard = session.guard
-        self._free_for, self._inside = 0, me
+        self._inside = me
         guard.refusal, guard.mode = None, JOB
         try:
             result = session.executor.insert(sql, parameters)
@@ -43,8 +43,6 @@ class FunctionLoan(WriteLoan):
             raise
         finally:
             guard.mode, self._inside = GATEWAY, 0
-            if self._closed is None:
-                self._free_for = me
 
     def end(self) -> None:
         self._closed, self._free_for = self._closed or ENDED, 0

@@ -289,14 +289,7 @@ class Writer:
 
     def _obey(self, batch: Batch, verdict: Verdict, todo: list[Job[Any]]) -> None:
         """Settle what is decided, have run again what is to, and checkpoint; or go out of service."""
-        if verdict.is_plain:
-            self._outcomes.settle(verdict.settled, batch.times, batch.loans, verdict.commits)
-            session = self._connection.session
-            if verdict.commits and session is not None:
-                self._checkpointer.after_batch(session)
-            if self.readers.in_use:
-                self.readers.warn_if_slow()
-        elif verdict.again:
+        if verdict.again:
             self._run_again(batch, verdict, todo)
         elif verdict.unknown is not None:
             self._commit_unknown(batch, verdict.settled, verdict.unknown)
@@ -304,6 +297,13 @@ class Writer:
             self._moved(verdict.moved)  # which answers all jobs
             for loan in batch.loans:
                 self._outcomes.call_back(loan, committed=False)
+        else:
+            self._outcomes.settle(verdict.settled, batch.times, batch.loans, verdict.commits)
+            session = self._connection.session
+            if verdict.commits and session is not None:
+                self._checkpointer.after_batch(session)
+            if self.readers.in_use:
+                self.readers.warn_if_slow()
 
     def _run_again(self, batch: Batch, verdict: Verdict, todo: list[Job[Any]]) -> None:
         """The transaction is undone: tell those that stand, and put the others in front."""

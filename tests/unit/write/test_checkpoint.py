@@ -94,7 +94,12 @@ def test_without_checkpoints_of_ours_the_log_is_somebody_elses(path: Path) -> No
         fill(db)
         assert update(db, 1500) > 2 * LIMIT
         assert db.run_without_transaction("PRAGMA wal_autocheckpoint").rows == [(0,)]
+        db.run_without_transaction(lambda connection: connection.execute("INSERT INTO t DEFAULT VALUES").close())
+        size = log_size(path)
+        update(db, 1)
+        db.flush()
         assert writer_of(db).idle_after == -1
+        assert log_size(path) >= size > 0
 
 
 def test_a_reader_that_is_held_back_comes_in_when_the_log_has_begun_anew(path: Path) -> None:

@@ -407,6 +407,40 @@ def test_an_error_of_the_job_itself_after_such_a_rollback_is_the_one_that_is_tol
     assert rows(db) == [1]
 
 
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda tx: tx.execute("INSERT INTO t SELECT call_back()"),
+        lambda tx: tx.executemany("INSERT INTO t SELECT call_back() + ?", [(0,)]),
+        lambda tx: tx.executescript("INSERT INTO t SELECT call_back(); COMMIT"),
+    ],
+)
+def test_whatever_runs_a_sql_function_the_transaction_is_not_used_in_it(
+    path: Path, run: Callable[[Transaction], object]
+) -> None:
+    """It would be used in the midst of a statement, and what follows that be allowed all that the gateway may do."""
+    current: list[Transaction] = []
+    refused: list[bool] = []
+
+    def call_back() -> int:
+        try:
+            current[0].execute("INSERT INTO t VALUES (-1)")
+        except ReentrantWriteError:
+            refused.append(True)
+        return 1
+
+    def job(tx: Transaction) -> None:
+        current[:] = [tx]
+        with contextlib.suppress(sqlite3.DatabaseError):  # COMMIT in the script
+            run(tx)
+
+    with DbWriter(path, on_connect=lambda connection, _: connection.create_function("call_back", 0, call_back)) as db:
+        db.run("CREATE TABLE t (n)")
+        db.run(job)
+        assert refused == [True]
+        assert db.read("SELECT count(*) FROM t WHERE n = -1") == [(0,)]
+
+
 @pytest.mark.parametrize("inline", [False, True])
 def test_a_sql_function_that_calls_the_gateway_gets_a_named_error(path: Path, inline: bool) -> None:
     errors: list[BaseException] = []
