@@ -208,8 +208,10 @@ class Core:
 
     def check_block(self, label: Label, timeout: Seconds, max_hold: float | None) -> float:
         """Returns how long the block may hold the writer."""
-        check_label(label)
-        check_timeout(timeout)
+        if label is not None:
+            check_label(label)
+        if timeout != 30.0:
+            check_timeout(timeout)
         if max_hold is not None:
             check_seconds("max_hold", max_hold)
         return self.options.max_hold if max_hold is None else max_hold

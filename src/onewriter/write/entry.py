@@ -134,7 +134,8 @@ def _end(block: ThreadBlock, turns: Turns, scope: Scope[Any] | None, failed: boo
         state.entering.discard(me)
         block.add_done_callback(block.call_back)
         raise
-    block.call_back()
+    if loan is not None and loan.parts is not None:
+        block.call_back()
 
 
 def _give_up(block: ThreadBlock, turns: Turns, scope: Scope[Any] | None, error: BaseException) -> None:
@@ -150,7 +151,7 @@ def _give_up(block: ThreadBlock, turns: Turns, scope: Scope[Any] | None, error: 
 
 def _forget(block: ThreadBlock, scope: Scope[Any] | None) -> None:
     block.entry = None
-    if scope is not None:
+    if scope is not None and scope.is_open:
         block._state.scopes.leave(scope)
     if block.loop is not None:
         block._state.blocks.discard(block)

@@ -49,8 +49,6 @@ class WriteLock:
 
     def begin(self, session: WriteSession, job: Job[Any], times: Times, now: float) -> float:
         """Take it, or raise SQLite's error; returns the time at which it was there."""
-        if self._held >= LONGEST_HOLD:
-            self._leave_a_gap(now)
         error = self.try_begin(session, now)
         if error is not None:
             self._keep_trying(session, "BEGIN IMMEDIATE", job, times, error)
@@ -60,6 +58,8 @@ class WriteLock:
 
     def try_begin(self, session: WriteSession, now: float) -> sqlite3.Error | None:
         """Try once; returns why it is not there."""
+        if self._held >= LONGEST_HOLD:
+            self._leave_a_gap(now)
         self._free += now - self.released_at
         policy = self.policy
         policy.attempts, policy.waited, self._is_committing = 1, 0.0, False
@@ -134,11 +134,6 @@ class WriteLock:
     def _is_undone(self, session: WriteSession) -> bool:
         """Whether a COMMIT that met a lock has rolled back: then there is nothing to try again."""
         return self._is_committing and not session.connection.in_transaction
-
-    @property
-    def owes_a_gap(self) -> bool:
-        """Whether others come first, for a moment."""
-        return self._held >= LONGEST_HOLD
 
     def _leave_a_gap(self, now: float) -> None:
         """Leave the lock free for a moment after holding it for long: other processes live in that gap."""

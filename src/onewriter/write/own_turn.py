@@ -10,7 +10,7 @@ from typing import Any
 from onewriter.base.state import State
 from onewriter.base.waiting import thread_signal
 from onewriter.events import Hook
-from onewriter.sqlite.file import DatabaseFile
+from onewriter.sqlite.file import DatabaseFile, FileMovedError
 from onewriter.sqlite.retry import is_busy
 from onewriter.write.batch import Batch, Means, Verdict
 from onewriter.write.block import ThreadBlock
@@ -58,8 +58,7 @@ class OwnTurn:
         session, state, now = self._connection.session, self._state, monotonic()
         if (
             session is None
-            or now >= self._file.look_again_at
-            or self._lock.owes_a_gap
+            or (now >= self._file.look_again_at and self._is_moved(now))
             or self._connection.last_rowid.wanted is not None
             or self._is_heard
             or block.max_hold != math.inf  # which the writer thread sees to
@@ -87,6 +86,14 @@ class OwnTurn:
         block.lend(loan)
         return True
 
+    def _is_moved(self, now: float) -> bool:
+        try:
+            self._connection.check_file(now)
+        except FileMovedError:
+            self._file.look_again_at = now  # the writer thread finds it, and answers all that waits
+            return True
+        return False
+
     def _give_way(self, block: ThreadBlock) -> bool:
         block.line_up(thread_signal())
         self._queue.give_way(block)
@@ -103,7 +110,7 @@ class OwnTurn:
             or not loan.is_at_rest()
             or not session.connection.in_transaction
             or session.guard.settings_touched
-            or (now := monotonic()) >= self._file.look_again_at
+            or ((now := monotonic()) >= self._file.look_again_at and self._is_moved(now))
             or state.live is not None
         ):
             return False
@@ -126,13 +133,13 @@ class OwnTurn:
         else:
             self._queue.give_turn()
 
-    def finish(self, block: Any) -> tuple[Batch, Verdict] | None:
-        """End what was handed over; None if it has its outcome, or has never begun."""
+    def finish(self, block: Any) -> tuple[Batch, Verdict]:
+        """End what was handed over."""
         batch, self._batch = self._batch, None
         failure, self._failure = self._failure, None
         if batch is None or block.done():
             self._connection.roll_back()  # what was begun for one that was withdrawn
-            return None
+            return Batch(self._means), Verdict([], 1)  # perhaps it is committed, and a checkpoint is due
         if self._is_committing and failure is None and not self._connection.in_transaction:
             self._lock.released()
             return batch, Verdict([block], 1)

@@ -229,9 +229,9 @@ class JobQueue(queue.Queue[Job[Any]]):
 
     def wait_for_turn(self) -> Job[Any] | None:
         """What the consumer does while there is a guest; returns the one that is to be ended here."""
-        while (guest := self.guest) is not None:
+        while (block := self.guest) is not None:
             if self.is_handed_over:
-                return guest
+                return block
             if not self._token.acquire(timeout=SLICE):
                 self._state.warn_if_slow(monotonic())
         return None

@@ -176,11 +176,7 @@ class Writer:
         guest = self.queue.wait_for_turn()
         if guest is None:
             return
-        ended = self.own_turn.finish(guest)
-        if ended is not None:
-            self._obey(*ended, [])
-        elif self._connection.session is not None:
-            self._checkpointer.after_batch(self._connection.session)
+        self._obey(*self.own_turn.finish(guest), [])
         if self._connection.guard.settings_touched:
             self._connection.restore()
         self.queue.give_turn()
