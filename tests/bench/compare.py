@@ -573,7 +573,10 @@ def fsync_ms(folder: Path) -> float:
 
 
 def is_here(module: str) -> bool:
-    return importlib.util.find_spec(module.split(".")[0]) is not None
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:  # of the package around it
+        return False
 
 
 def compare(synchronous: str, rounds: int, scale: float, only: str) -> dict[str, float]:
