@@ -19,13 +19,14 @@ from onewriter import OneWriterError, ReadTimeoutError, Watch, WriterClosedError
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>media queue</title><style>
+<link rel="icon" href="data:,"><title>media queue</title><style>
 body {{ font: 16px/1.4 system-ui, sans-serif; margin: 1rem auto; max-width: 40rem; padding: 0 1rem; color: #222 }}
 .tiles {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(6.5rem, 1fr)); gap: .5rem }}
 .tile {{ background: #eef3f8; border-radius: .5rem; padding: .6rem; text-align: center }}
-.tile b {{ display: block; font-size: 1.6rem }}
+.tile b {{ display: block; font-size: 1.4rem; font-variant-numeric: tabular-nums }}
 table {{ border-collapse: collapse; width: 100%; table-layout: fixed }}
 td, th {{ text-align: left; padding: .25rem .4rem .25rem 0; border-bottom: 1px solid #ddd; overflow-wrap: anywhere }}
+th:nth-child(n+2) {{ width: 5.2rem }}
 small {{ color: #666 }}
 .late {{ opacity: .4 }}
 </style></head><body><h1>media queue</h1><main id="now">{now}</main><script>
