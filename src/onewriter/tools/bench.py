@@ -50,16 +50,26 @@ class Load:
 def loads(threads: int, seconds: float) -> list[Load]:
     each = max(1, threads // PROCESSES)
     return [
-        Load(f"{threads} threads", contestants.THREADS, threads, seconds),
-        Load(f"{PROCESSES} processes with {each} threads each", contestants.PROCESSES, each, seconds, PROCESSES),
+        Load(_threads_in_words(threads), contestants.THREADS, threads, seconds),
         Load(
-            f"{threads} threads, while another process holds SQLite's write lock for {HOLD:g} s",
+            f"{PROCESSES} processes with {_threads_in_words(each)} each",
+            contestants.PROCESSES,
+            each,
+            seconds,
+            PROCESSES,
+        ),
+        Load(
+            f"{_threads_in_words(threads)}, while another process holds SQLite's write lock for {HOLD:g} s",
             contestants.BESIDE_A_SLOW_WRITER,
             threads,
             HOLD + AFTER,
             hold=HOLD,
         ),
     ]
+
+
+def _threads_in_words(count: int) -> str:
+    return f"{count} thread{'s' * (count != 1)}"
 
 
 class Progress:

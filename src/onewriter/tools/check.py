@@ -11,7 +11,9 @@ import sqlite3
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from typing import Any
 
 from onewriter.sqlite.connection import open_to_look
@@ -222,10 +224,24 @@ def _company(path: str) -> list[str]:
     return list(filter(None, found))
 
 
+def _interruptible(path: str) -> Report:
+    """``check`` in a thread: no signal reaches Python while SQLite looks through a large file."""
+    found: Future[Report] = Future()
+
+    def look() -> None:
+        try:
+            found.set_result(check(path))
+        except BaseException as error:
+            found.set_exception(error)
+
+    threading.Thread(target=look, daemon=True).start()
+    return found.result()
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Print the report; the exit code is for scripts."""
     try:
-        report = check(arguments.file)
+        report = _interruptible(arguments.file)
     except CannotCheckError as error:
         print(printable(f"cannot check {arguments.file or repr('')}: {error}"), file=sys.stderr)
         return NOT_CHECKED

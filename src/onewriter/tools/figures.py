@@ -96,7 +96,7 @@ def describe(setup: Setup) -> str:
     lines = (
         "onewriter bench: transactions that look, then write one row; one in 500 computes for 20 ms in between",
         f"{versions()}, journal mode {setup.journal_mode}, synchronous {setup.synchronous}",
-        f"{setup.seconds:g} s each, fsync of this disk {setup.fsync_ms:.3f} ms (median of {FSYNCS}{fast})",
+        f"{setup.seconds:g} s for each, fsync of this disk {setup.fsync_ms:.3f} ms (median of {FSYNCS}{fast})",
     )
     return "\n".join(map(wrap, lines))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 
 import onewriter
-from helpers import holding_lock
+from helpers import DEADLINE, HEARS_INTERRUPTS, eventually, holding_lock
 from onewriter import DbWriter
 from onewriter.__main__ import main
 from onewriter.sqlite import lock_holders
@@ -509,6 +510,27 @@ def test_it_ends_quietly_if_nobody_reads_what_it_says(path: Path) -> None:
     ended = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60)
     os.close(writing)
     assert (ended.returncode, ended.stderr) == (141, "")
+
+
+@linux
+def test_ctrl_c_ends_it_while_sqlite_is_at_work(path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("CREATE TABLE t (n, m NOT NULL AS (length(hex(zeroblob(n)))))")
+        connection.executemany("INSERT INTO t VALUES (?)", [(n,) for n in range(3000)])
+        connection.execute("PRAGMA writable_schema = 1")
+        connection.execute("UPDATE sqlite_schema SET sql = replace(sql, '(n)', '(2000000 + n)')")  # takes its time
+    command = [
+        sys.executable,
+        "-c",
+        HEARS_INTERRUPTS + "import runpy; runpy.run_module('onewriter', run_name='__main__', alter_sys=True)",
+        "check",
+        str(path),
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        eventually(lambda: child.pid in (lock_holders.readers_in_the_way(str(path)) or []))
+        child.send_signal(signal.SIGINT)
+        output, errors = child.communicate(timeout=DEADLINE)
+    assert (child.returncode, output, errors) == (130, "", "interrupted\n")
 
 
 def test_a_name_that_the_output_cannot_have_is_escaped(path: Path) -> None:
