@@ -161,7 +161,7 @@ def _rows(report: Report) -> Iterator[tuple[str, str]]:
     yield "read by", _nobody_or(report.wal_readers)
     yield "write lock", _nobody_or(report.write_lock)
     if report.synchronous != "unknown":
-        yield "synchronous", f"not stored in the file: a connection that does not set it has {report.synchronous}"
+        yield "synchronous", f"not stored in the file; {report.synchronous} in a connection that sets none"
     yield "foreign keys", _foreign_keys(report)
     yield "quick_check", "not done" if "quick_check" in report.not_checked else _findings(report.quick_check)
     yield "checked with", versions()

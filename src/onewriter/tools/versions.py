@@ -16,5 +16,5 @@ def gil_enabled() -> bool | None:
 
 def versions() -> str:
     """Of Python and SQLite, for people."""
-    gil = {None: "", True: " (GIL enabled)", False: " (GIL disabled)"}[gil_enabled()]
+    gil = {None: "", True: ", GIL enabled", False: ", GIL disabled"}[gil_enabled()]
     return f"Python {platform.python_version()}{gil}, SQLite {sqlite3.sqlite_version}"

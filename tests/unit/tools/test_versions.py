@@ -11,7 +11,7 @@ import pytest
 from onewriter.tools.versions import gil_enabled, versions
 
 
-@pytest.mark.parametrize(("enabled", "told"), [(True, " (GIL enabled)"), (False, " (GIL disabled)")])
+@pytest.mark.parametrize(("enabled", "told"), [(True, ", GIL enabled"), (False, ", GIL disabled")])
 def test_the_gil_is_told_where_it_is_known(enabled: bool, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "_is_gil_enabled", lambda: enabled, raising=False)
     assert gil_enabled() is enabled
