@@ -132,6 +132,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
 
 def _remarks(outcomes: Sequence[Outcome]) -> Iterator[str]:
     yield from _meaning(outcomes)
+    yield ""
     yield from EXPLANATIONS
     for one in outcomes:
         if one.other_errors:
