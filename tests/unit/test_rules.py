@@ -17,7 +17,7 @@ from onewriter import DbWriter, Result, Ticket, Transaction
 
 SOURCE = Path(onewriter.__file__).parent
 FILES = {path.relative_to(SOURCE).as_posix(): path.read_text(encoding="utf-8") for path in sorted(SOURCE.rglob("*.py"))}
-PROGRAMS = {"tools/bench.py", "tools/contestants.py", "tools/check.py"}
+PROGRAMS = {name for name in FILES if name.startswith("tools/")}
 TREES = {name: ast.parse(text) for name, text in FILES.items()}
 ARCHITECTURE = Path(__file__).parents[2] / "docs" / "contributing.md"
 
