@@ -1,6 +1,6 @@
 """The pages of the documentation, and their Python blocks as a reader would run them: from top to bottom, in a folder.
 
-``python tests/pages.py [--libraries] PAGE`` runs the blocks of one page in the current folder. A block that begins with
+``python tests/pages.py [--libraries] [--twice] PAGE`` runs the blocks of one page in the current folder. A block that begins with
 ``# needs NAME, …`` needs these packages; one that begins with ``# NAME.py`` is that file.
 """
 
@@ -46,18 +46,16 @@ def name_of(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
 
 
-def anchors_of(page: Path) -> set[str]:
-    """The anchors that a renderer of Markdown makes of the headings."""
+def anchors_of(page: Path) -> list[str]:
+    """The anchors that a renderer of Markdown makes of the headings, in order."""
     text = FENCED.sub("", page.read_text(encoding="utf-8"))
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in HEADING.findall(text)}
+    return [re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in HEADING.findall(text)]
 
 
-def run_twice(page: Path, folder: Path, *options: str, warnings: str = "error") -> None:
-    """In a process each time, since a reader who starts a program again finds the files of the first time."""
+def run(page: Path, folder: Path, *options: str, warnings: str) -> None:
     command = [sys.executable, "-W", warnings, "-X", "utf8", __file__, *options, str(page)]
-    for time in ("first", "second"):
-        ran = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=DEADLINE, check=False)
-        assert ran.returncode == 0, f"{name_of(page)}, the {time} time:\n{ran.stdout}\n{ran.stderr}"
+    ran = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=DEADLINE, check=False)
+    assert ran.returncode == 0, f"{name_of(page)}:\n{ran.stdout}\n{ran.stderr}"
 
 
 def _run(page: Path, with_libraries: bool) -> None:
@@ -79,4 +77,5 @@ def _run(page: Path, with_libraries: bool) -> None:
 
 if __name__ == "__main__":
     sys.path[0] = ""  # the folder, as for who types it, and not that of this file
-    _run(Path(sys.argv[-1]), "--libraries" in sys.argv)
+    for _ in range(2 if "--twice" in sys.argv else 1):  # who starts a program again finds the files of the first time
+        _run(Path(sys.argv[-1]), "--libraries" in sys.argv)
