@@ -74,8 +74,8 @@ class Scopes(Generic[S]):
         scope = Scope(self, what, writes)
         scope._number, scope._thread = get_ident(), threading.current_thread()
         scope._task, scope._call_of_pool = running_task(), call_of_pool()
-        scope.is_open = True
         _innermost.set((weakref.ref(scope), _first_open(_innermost.get())))
+        scope.is_open = True  # the last step: a call that Ctrl-C ends has entered nothing
         return scope
 
     def leave(self, scope: Scope[S]) -> None:

@@ -137,15 +137,19 @@ class Batch:
         finally:
             self._lock.released()
 
+    def loan_for(self, block: Block, session: WriteSession) -> WriteLoan:
+        """What a block will have, whose thread begins and ends it."""
+        loan = WriteLoan(session, block)
+        self._session, self._jobs, self.loans = session, [block], [loan]
+        return loan
+
     def begin_block(self, block: Block) -> WriteLoan | None:
-        """Start a block that runs in the thread that is the writer; None if it was withdrawn meanwhile."""
+        """Start a block whose thread is the writer; None if it was withdrawn meanwhile."""
         if not block.start(monotonic()):
             self._connection.roll_back()
             self._lock.released()
             return None
-        self._jobs.append(block)
-        loan = WriteLoan(self._session, block)
-        self.loans.append(loan)
+        loan = self.loan_for(block, self._session)
         self._state.enter(block, loan)
         self._session.set_mark()
         loan.limit(block.max_hold)
@@ -154,7 +158,8 @@ class Batch:
     def end_block(self, error: BaseException | None) -> Verdict:
         """End it; ``error``: what has failed it."""
         try:
-            self._leave(self.loans[0], None, error, savepoint=True)
+            self._leave(self.loans[0], None, error, savepoint=False)  # its mark ends with the transaction
+            self._now = self._jobs[0].ended_at
             return self._commit() if self._connection.in_transaction else self._lost()
         finally:
             self._lock.released()
@@ -344,10 +349,11 @@ class Batch:
             self._connection.roll_back()
             return Verdict([], moved=error)
         except BaseException as error:
-            return self._commit_failed(error)
+            return self.commit_failed(error)
         return Verdict(jobs, 1)
 
-    def _commit_failed(self, error: BaseException) -> Verdict:
+    def commit_failed(self, error: BaseException) -> Verdict:
+        """COMMIT raised it."""
         if commit_outcome_unknown(error, self._session.connection.in_transaction):
             return Verdict(self._jobs, unknown=error)
         self._connection.roll_back()
