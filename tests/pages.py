@@ -1,7 +1,7 @@
 """The pages of the documentation, and their Python blocks as a reader would run them: from top to bottom, in a folder.
 
-``python tests/pages.py [--libraries] [--twice] PAGE`` runs the blocks of one page in the current folder. A block that begins with
-``# needs NAME, …`` needs these packages; one that begins with ``# NAME.py`` is that file.
+``python tests/pages.py [--libraries] [--twice] PAGE`` runs the blocks of one page in the current folder. A block that
+begins with ``# needs NAME, …`` needs these packages; one that begins with ``# NAME.py`` is that file.
 """
 
 from __future__ import annotations
