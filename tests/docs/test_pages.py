@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from onewriter import DbWriter
 from pages import FENCED, PAGES, ROOT, anchors_of, blocks_of, name_of, run
 
 MOST_WORDS = 1200
@@ -31,6 +35,27 @@ def test_a_page_is_short(page: Path) -> None:
     """What a command has printed, a block without a language, is not counted."""
     text = FENCED.sub(lambda block: "" if block[0].startswith("```\n") else block[0], page.read_text(encoding="utf-8"))
     assert len(text.split()) <= MOST_WORDS
+
+
+def test_the_commands_of_the_pages_are_there(tmp_path: Path) -> None:
+    """Those of onewriter that end by themselves run; of the others, the program is there."""
+    with DbWriter(tmp_path / "app.db") as db:
+        db.run("CREATE TABLE t (n)")
+    commands = {line.split("#")[0].strip() for page in PAGES for line in shell_lines(page)}
+    own = {command for command in commands if re.match(r"python -m onewriter (check|--version)", command)}
+    assert len(own) == 2
+    for command in own:
+        arguments = [sys.executable, *shlex.split(command)[1:]]
+        ran = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert ran.returncode == 0, ran
+    programs = {name for command in commands for name in re.findall(r"python ((?:tests|docs)/\S+)", command)}
+    assert programs
+    assert [name for name in programs if not (ROOT / name).exists()] == []
+
+
+def shell_lines(page: Path) -> list[str]:
+    blocks = re.findall(r"^```sh\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return [line for block in blocks for line in block.splitlines()]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
