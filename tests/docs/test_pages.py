@@ -30,6 +30,12 @@ def test_the_readme_begins_with_a_quickstart_of_twelve_lines() -> None:
     assert len(block.text.splitlines()) <= 12
 
 
+def test_the_readme_says_when_not_to_use_it_before_what_it_guarantees() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    titles = ("Accepted ≠ committed ≠ durable", "## Try it", "## When not to use it", "## What it guarantees")
+    assert [text.index(title) for title in titles] == sorted(text.index(title) for title in titles)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_a_page_is_short(page: Path) -> None:
     """What a command has printed, a block without a language, is not counted."""
