@@ -271,9 +271,9 @@ class DbWriter(Strict):
     ) -> contextlib.AbstractContextManager[Transaction]:
         """A ``with`` block that is a transaction of its own; committed at its end, or rolled back if it raises.
 
-        It runs in the calling thread, and nobody else writes meanwhile. Any thread that has the ``Transaction`` may use it, one call at a time,
-        and any may leave the block. Inside a job or another block (in the same context, thread and task) it is a
-        savepoint of that transaction.
+        It runs in the calling thread, and nobody else writes meanwhile. Any thread that has the ``Transaction`` may
+        use it, one call at a time, and any may leave the block. Inside a job or another block (in the same context,
+        thread and task) it is a savepoint of that transaction.
 
         Args:
             label: the block's name in logs and messages.
