@@ -105,8 +105,9 @@ class State:
         self.scopes = Scopes()  # nobody is inside anything of the parent's
 
     def enter(self, job: Work, transaction: Loan | None) -> None:
+        """``job`` runs from now on; what it calls is inside ``transaction``, unless that is lent to others."""
         self.job, self.transaction = job, transaction
-        if transaction is not None and not job.lent:
+        if not job.lent and transaction is not None:
             self.scopes.enter_job(transaction)
 
     def leave(self) -> float:
@@ -115,9 +116,7 @@ class State:
         if job is not None:
             if now - job.started_at > self.slow_after:
                 self.warn_if_slow(now)
-            if self.transaction is not None and not job.lent:
-                self.scopes.leave_job()
-            self.job = self.transaction = None
+            self.job = self.transaction = self.scopes.job.what = None
         return now
 
     def warn_if_slow(self, now: float) -> None:

@@ -100,7 +100,7 @@ class Batch:
     def __init__(self, means: Means) -> None:
         self._connection, self._lock, self._state, self._max_hold, self._fail = means
         self._jobs: list[Job[Any]] = []  # that have started, in order
-        self.loans: list[WriteLoan] = []  # of those that are no plain statements
+        self.loans: list[WriteLoan] = []  # of functions that have kept callbacks; and of a block, here
         self.times = Times()
         self._shares = False
         self._session: WriteSession
@@ -162,7 +162,7 @@ class Batch:
     def run_bare(self, job: BareStatementJob) -> Verdict:
         """Run a statement outside any transaction, again while it meets BUSY, which leaves it undone."""
         loan, unknown = WriteLoan(self._session, job), None
-        self.loans.append(loan)
+        self._state.scopes.begin_jobs()
         try:
             self._state.enter(job, loan)
             self._session.guard.settings_touched = True
@@ -173,6 +173,7 @@ class Batch:
             finally:
                 loan.end()
                 self._state.leave()
+                self._state.scopes.end_jobs()
         except BaseException as error:
             # It commits by itself, if it came so far.
             if commit_outcome_unknown(error, in_transaction=True) and error_code(error) not in UNWRITTEN:
@@ -206,7 +207,7 @@ class Batch:
 
     def _may_share(self, first: Job[Any], second: Job[Any], again: dict[Job[Any], Again]) -> bool:
         """Whether these may share the transaction; called inside it, so that the schema stands."""
-        if first.must_be_alone() or second.must_be_alone() or again.get(first) is Again.ALONE:
+        if first.exclusive or second.exclusive or again.get(first) is Again.ALONE:
             return False
         try:
             undoes_all = self._session.schema_undoes_all()
@@ -229,7 +230,7 @@ class Batch:
                 sql = job.sql
                 is_new = sql is not known
                 if is_new:
-                    if shares and job.must_be_alone():  # the first may be, and is
+                    if shares and job.exclusive:  # the first may be, and is
                         break
                     known = sql
                 taken += 1
@@ -261,57 +262,76 @@ class Batch:
 
     def _run_each(self, todo: list[Job[Any]], again: dict[Job[Any], Again], until: float) -> Verdict | None:
         """Run the next jobs, whatever they are, each with a savepoint if they share the transaction."""
-        session, guard, shares, first = self._session, self._session.guard, self._shares, self._first
-        now, taken = self._now, 0
+        guard, shares, first, scopes = self._session.guard, self._shares, self._first, self._state.scopes
+        now, taken, lock = self._now, 0, self._state.lock
+        scopes.begin_jobs()
         try:
             for job in todo:
                 if job is not first and (
-                    not shares or now >= until or guard.schema_changed or guard.settings_touched or job.must_be_alone()
+                    not shares or now >= until or guard.schema_changed or guard.settings_touched or job.exclusive
                 ):
                     break
                 taken += 1
                 if again:
                     again.pop(job, None)
-                if not job.start(now):
-                    continue
+                with lock:
+                    if job._stage > RUNNING:
+                        continue
+                    job._stage = RUNNING
+                job.started_at = now
                 self._run(job)
-                now = self._now = job.ended_at
-                if self._connection.session is not session or not session.connection.in_transaction:
+                now = job.ended_at
+                if job._error is not None and self._is_gone():
                     return self._lost()
         finally:
+            scopes.end_jobs()
+            self._now = now
             del todo[:taken]
         return None
 
+    def _is_gone(self) -> bool:
+        """Whether the transaction was undone as a whole, by SQLite or with its connection."""
+        return self._connection.session is not self._session or not self._session.connection.in_transaction
+
     def _run(self, job: Job[Any]) -> None:
         """Run one job; if it fails, undo it alone where it shares the transaction."""
-        session, state, result, failure = self._session, self._state, None, None
+        session, result, failure = self._session, None, None
         savepoint = self._shares or job.needs_savepoint
         loan = WriteLoan(session, job) if job.lent else FunctionLoan(session, job)
         self._jobs.append(job)
-        self.loans.append(loan)
         try:
-            state.enter(job, loan)
+            self._state.enter(job, loan)
             if savepoint:
                 session.set_mark()
-            if self._max_hold != math.inf and not job.lent:
-                loan.limit(self._max_hold)
+            if not job.lent:
+                session.guard.mode = job.mode
+                if self._max_hold != math.inf:
+                    loan.limit(self._max_hold)
             result = job.perform(loan)
         except BaseException as error:
             failure = error
         self._leave(loan, result, failure, savepoint)
 
     def _leave(self, loan: WriteLoan, result: Any, error: BaseException | None, savepoint: bool) -> None:
-        job = loan.job
-        if self._state.forked:
+        job, session, state = loan.job, self._session, self._state
+        if state.forked:
             raise error or forked_error()  # the job has forked, and this is the child
-        job.ended_at = self._state.leave()
+        session.guard.mode = Mode.GATEWAY
+        job.ended_at = state.leave()
+        if loan.parts is not None and not job.lent:
+            self.loans.append(loan)
         try:
             loan.end()
             if error is None:
-                self._check_end(job, loan)
+                if self._max_hold != math.inf and loan.was_too_long and not job.lent:
+                    raise loan.closed_error()  # which the job has swallowed
+                if not session.connection.in_transaction:
+                    raise loan.aborted_error()
+                if job.foreign_keys is False:
+                    self._check_keys()
                 if savepoint:
-                    self._session.release_mark()
-                job._result, job._error = result, None
+                    session.release_mark()
+                job._result = result
         except Exception as failure:
             error = failure
         if error is not None:
@@ -319,12 +339,8 @@ class Batch:
             if savepoint and self._connection.in_transaction:
                 self._connection.undo_job()
 
-    def _check_end(self, job: Job[Any], loan: WriteLoan) -> None:
-        if loan.was_too_long and not job.lent:  # and the job has swallowed the error
-            raise loan.closed_error()
-        if not self._session.connection.in_transaction:
-            raise loan.aborted_error()
-        if job.foreign_keys is False and (violations := self._session.internal("PRAGMA foreign_key_check")):
+    def _check_keys(self) -> None:
+        if violations := self._session.internal("PRAGMA foreign_key_check"):
             table, rowid, parent, _ = violations[0]
             raise sqlite3.IntegrityError(
                 f"FOREIGN KEY constraint failed: {len(violations)} rows; the first: {table} (rowid {rowid}) → {parent}"
