@@ -7,7 +7,7 @@ import contextlib
 import threading
 import types
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from threading import get_ident
 from typing import Any, Generic, TypeAlias, TypeVar
@@ -93,11 +93,13 @@ class Scopes(Generic[S]):
         finally:
             self.leave(scope)
 
-    def begin_jobs(self) -> None:
-        """For the writer, which runs one job at a time: all those that it runs until ``end_jobs`` have one scope."""
+    def begin_jobs(self) -> Callable[[S], None]:
+        """For the writer, which runs one job at a time: until ``end_jobs`` all have one scope, and enter it by calling
+        what this returns."""
         self._around_job = _innermost.get()
         self._of_job = weakref.ref(self.job), self._around_job
         self.job._number = get_ident()
+        return self.enter_job
 
     def enter_job(self, what: S) -> None:
         self.job.what = what

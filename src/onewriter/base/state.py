@@ -105,10 +105,7 @@ class State:
         self.scopes = Scopes()  # nobody is inside anything of the parent's
 
     def enter(self, job: Work, transaction: Loan | None) -> None:
-        """``job`` runs from now on; what it calls is inside ``transaction``, unless that is lent to others."""
         self.job, self.transaction = job, transaction
-        if not job.lent and transaction is not None:
-            self.scopes.enter_job(transaction)
 
     def leave(self) -> float:
         """Returns the time."""

@@ -37,6 +37,9 @@ UNWRITTEN = {  # I/O errors that come before anything is written
 }
 
 
+ALONE, GATEWAY = Mode.ALONE, Mode.GATEWAY
+
+
 class Again(enum.Enum):
     """What is still to come for a job whose transaction was undone."""
 
@@ -107,14 +110,14 @@ class Batch:
         self._now: float  # the last look at the clock
         self._first: Job[Any]
 
-    def open(self) -> None:
+    def open(self) -> WriteSession:
         """See to a connection, or raise why there is none."""
-        self._session = self._connection.session or self._connection.open()
+        self._session = session = self._connection.session or self._connection.open()
+        return session
 
     def begin(self, first: Job[Any], now: float) -> None:
         """Take SQLite's write lock, for ``first`` and those behind it; raises SQLite's error."""
-        self.open()
-        self._first, session = first, self._session
+        self._first, session = first, self.open()
         if first.foreign_keys is not None:
             session.guard.settings_touched = True
             set_pragma(session.connection, "foreign_keys", int(first.foreign_keys))
@@ -165,6 +168,7 @@ class Batch:
         self._state.scopes.begin_jobs()
         try:
             self._state.enter(job, loan)
+            self._state.scopes.enter_job(loan)
             self._session.guard.settings_touched = True
             if self._max_hold != math.inf:
                 loan.limit(self._max_hold)
@@ -220,8 +224,9 @@ class Batch:
         """Run the SQL statements at the front, without a savepoint each. Functions come after: they are to run once."""
         session, state, jobs, shares = self._session, self._state, self._jobs, self._shares
         guard, lock, insert = session.guard, state.lock, session.executor.insert
-        now, known, taken = self._now, "", 0
-        guard.mode, guard.refusal = Mode.ALONE, None
+        now = began = self._now
+        known, taken = "", 0
+        guard.mode = ALONE
         # Hot path: runs once for each queued statement; avoid calls.
         try:
             for job in todo:
@@ -238,13 +243,13 @@ class Batch:
                     if job._stage > RUNNING:
                         continue
                     job._stage = RUNNING
-                job.started_at = now
+                job.started_at = began = now
                 state.job = job
                 jobs.append(job)
                 try:
                     job._result = insert(sql, job.work)
                 except BaseException as error:
-                    if shares and not session.executor.surely_had_no_effect(sql, error, session.schema_fails):
+                    if shares and not self._is_harmless(sql, error):
                         return self._undo(jobs, Again.WITH_SAVEPOINT)
                     self._fail(job, error)
                     session.forget_error()
@@ -253,18 +258,19 @@ class Batch:
                 if not shares or (is_new and (guard.schema_changed or guard.settings_touched)):
                     break
         finally:
-            guard.mode = Mode.GATEWAY
-            if jobs and now - jobs[-1].started_at > state.slow_after:
+            guard.mode = GATEWAY
+            if now - began > state.slow_after:
                 state.warn_if_slow(now)  # the one that is slow is the last: the batch ends with it
             state.job, self._now = None, now
             del todo[:taken]
-        return self._lost() if jobs and not session.connection.in_transaction else None
+        return None
 
     def _run_each(self, todo: list[Job[Any]], again: dict[Job[Any], Again], until: float) -> Verdict | None:
         """Run the next jobs, whatever they are, each with a savepoint if they share the transaction."""
-        guard, shares, first, scopes = self._session.guard, self._shares, self._first, self._state.scopes
-        now, taken, lock = self._now, 0, self._state.lock
-        scopes.begin_jobs()
+        session, state, shares, first = self._session, self._state, self._shares, self._first
+        guard, lock, jobs, limited = session.guard, state.lock, self._jobs, self._max_hold != math.inf
+        now, taken, enter_job = self._now, 0, state.scopes.begin_jobs()
+        # Hot path: runs once for each queued function; avoid calls.
         try:
             for job in todo:
                 if job is not first and (
@@ -279,51 +285,52 @@ class Batch:
                         continue
                     job._stage = RUNNING
                 job.started_at = now
-                self._run(job)
-                now = job.ended_at
+                jobs.append(job)
+                loan = WriteLoan(session, job) if job.lent else FunctionLoan(session, job)
+                savepoint, result, failure = shares or job.needs_savepoint, None, None
+                try:
+                    state.job, state.transaction = job, loan
+                    if savepoint:
+                        session.set_mark()
+                    if not job.lent:
+                        enter_job(loan)
+                        if limited:
+                            loan.limit(self._max_hold)
+                    guard.mode = loan.mode
+                    result = job.perform(loan)
+                except BaseException as error:
+                    failure = error
+                now = self._leave(loan, result, failure, savepoint)
                 if job._error is not None and self._is_gone():
                     return self._lost()
         finally:
-            scopes.end_jobs()
+            state.scopes.end_jobs()
             self._now = now
             del todo[:taken]
         return None
+
+    def _is_harmless(self, sql: str, error: BaseException) -> bool:
+        """Whether the statement that has failed so has certainly changed nothing."""
+        session = self._session
+        return not self._is_gone() and session.executor.surely_had_no_effect(sql, error, session.schema_fails)
 
     def _is_gone(self) -> bool:
         """Whether the transaction was undone as a whole, by SQLite or with its connection."""
         return self._connection.session is not self._session or not self._session.connection.in_transaction
 
-    def _run(self, job: Job[Any]) -> None:
-        """Run one job; if it fails, undo it alone where it shares the transaction."""
-        session, result, failure = self._session, None, None
-        savepoint = self._shares or job.needs_savepoint
-        loan = WriteLoan(session, job) if job.lent else FunctionLoan(session, job)
-        self._jobs.append(job)
-        try:
-            self._state.enter(job, loan)
-            if savepoint:
-                session.set_mark()
-            if not job.lent:
-                session.guard.mode = job.mode
-                if self._max_hold != math.inf:
-                    loan.limit(self._max_hold)
-            result = job.perform(loan)
-        except BaseException as error:
-            failure = error
-        self._leave(loan, result, failure, savepoint)
-
-    def _leave(self, loan: WriteLoan, result: Any, error: BaseException | None, savepoint: bool) -> None:
+    def _leave(self, loan: WriteLoan, result: Any, error: BaseException | None, savepoint: bool) -> float:
+        """End a job; if it has failed, undo it alone where it shares the transaction. Returns the time."""
         job, session, state = loan.job, self._session, self._state
         if state.forked:
             raise error or forked_error()  # the job has forked, and this is the child
-        session.guard.mode = Mode.GATEWAY
-        job.ended_at = state.leave()
+        session.guard.mode = GATEWAY
+        job.ended_at = now = state.leave()
         if loan.parts is not None and not job.lent:
             self.loans.append(loan)
         try:
             loan.end()
             if error is None:
-                if self._max_hold != math.inf and loan.was_too_long and not job.lent:
+                if loan._time_limit is not None and loan.was_too_long and not job.lent:
                     raise loan.closed_error()  # which the job has swallowed
                 if not session.connection.in_transaction:
                     raise loan.aborted_error()
@@ -338,6 +345,7 @@ class Batch:
             self._fail(job, error)
             if savepoint and self._connection.in_transaction:
                 self._connection.undo_job()
+        return now
 
     def _check_keys(self) -> None:
         if violations := self._session.internal("PRAGMA foreign_key_check"):

@@ -6,6 +6,7 @@ import sqlite3
 from threading import get_ident
 from typing import Any
 
+from onewriter.sqlite.guard import Mode
 from onewriter.sqlite.parameters import PLAIN_TYPES, Params, capture
 from onewriter.sqlite.result import Result
 from onewriter.write.loan import ENDED, WriteLoan
@@ -18,8 +19,9 @@ class FunctionLoan(WriteLoan):
 
     Unless a connection was lent: the collector may end its cursors in any thread.
 
-    Assumes: the guard's mode is the job's as long as the function runs.
     """
+
+    mode = Mode.JOB  # nothing else acts on the connection while the function runs
 
     def __init__(self, session: WriteSession, job: Job[Any]) -> None:
         self.job = job

@@ -56,9 +56,10 @@ class StatementJob(Job[Result]):
 
     def _value(self) -> Result:
         # Of a plain INSERT of one row the writer leaves the rowid: perhaps nobody asks for more.
-        if type(self._result) is int:
-            self._result = Result([], 1, self._result, None)
-        return self._result  # type: ignore[no-any-return]
+        result = self._result
+        if type(result) is int:
+            result = self._result = Result([], 1, result, None)
+        return result  # type: ignore[no-any-return]
 
 
 class BareStatementJob(StatementJob):

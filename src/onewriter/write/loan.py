@@ -49,6 +49,7 @@ class WriteLoan:
     """
 
     can_write = True
+    mode = Mode.GATEWAY  # of the guard, between two calls: others act on the connection there
     # Most jobs use none of these. What nested blocks share, the root has.
     parts: Parts | None = None
     _closed: str | None = None
@@ -113,12 +114,12 @@ class WriteLoan:
     def call(self, function: Callable[..., T], *args: Any, mode: Mode = Mode.JOB) -> T:
         """Run one call into SQLite, if the loan still holds."""
         root, session = self._around or self, self.session
-        guard = session.guard
-        me = get_ident()
+        guard, me = session.guard, get_ident()
         if self._closed is not None or root._closed is not None or root._inside or (root.thread and root.thread != me):
             self._check_thread()
         with session.lock:
-            before, root._inside = guard.mode, me  # before anything is called: a signal handler that uses it must not wait for its thread
+            # Before anything is called: a signal handler that uses it must not wait for its thread.
+            before, root._inside = guard.mode, me
             try:
                 # Looked at inside the lock: whoever takes the loan back closes it first, then waits for the lock.
                 if (

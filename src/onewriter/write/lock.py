@@ -57,7 +57,7 @@ class WriteLock:
         self.attempts += 1
         try:
             # IMMEDIATE takes the write lock here, so BUSY comes before any job has had an effect.
-            session.control("BEGIN IMMEDIATE")
+            session.control["BEGIN IMMEDIATE"]()
         except sqlite3.OperationalError as error:
             self._keep_trying(session, "BEGIN IMMEDIATE", job, times, error)
             times.lock_wait = policy.waited
@@ -68,7 +68,7 @@ class WriteLock:
         """Commit, or raise SQLite's error."""
         self.attempts += 1
         try:
-            session.control("COMMIT")
+            session.control["COMMIT"]()
         except sqlite3.OperationalError as error:
             self._is_committing = True
             self.policy.attempts, self.policy.waited = 1, 0.0
@@ -102,7 +102,7 @@ class WriteLock:
         def again() -> None:
             if self._is_undone(session):
                 raise _UndoneError from first
-            session.control(sql)
+            session.control[sql]()
 
         if not is_busy(first) or self._is_undone(session):
             raise first

@@ -34,6 +34,19 @@ def _refuse() -> NoReturn:
     raise forked_error()
 
 
+class _Calls(dict[str, Callable[[], object]]):
+    """What runs BEGIN or COMMIT, made once: each costs no more than the call of SQLite itself."""
+
+    def __init__(self, cursor: Any, texts: _Texts) -> None:
+        super().__init__()
+        self._cursor = cursor
+        self._texts = texts
+
+    def __missing__(self, sql: str) -> Callable[[], object]:
+        call = self[sql] = functools.partial(self._cursor.execute, self._texts[sql])
+        return call
+
+
 class WriteSession:
     """The open write connection with its guard and executor; reopened, it is a new session.
 
@@ -51,13 +64,10 @@ class WriteSession:
         self.lock = threading.Lock()  # held around every call into SQLite of a Transaction
         # Held around interrupt(), which does not wait for the other one. A signal handler may interrupt, too.
         self.interrupting = threading.RLock()
-        # The savepoint around a job. These are the gateway's own, too: before and after a job its mode is in force.
-        self.set_mark: Callable[[], object]
-        self.release_mark: Callable[[], object]
-        self.undo_to_mark: Callable[[], object]
-        self.set_mark, self.release_mark, self.undo_to_mark = (
-            functools.partial(self._cursor.execute, guard.internal(f"{verb} {guard.mark}_0"))
-            for verb in ("SAVEPOINT", "RELEASE", "ROLLBACK TO")
+        # Between jobs the guard's mode is the gateway's, and there are no rows to convert.
+        self.control = calls = _Calls(self._cursor, self._texts)  # BEGIN and COMMIT, by their texts
+        self.set_mark, self.release_mark, self.undo_to_mark = (  # the savepoint around a job
+            calls[f"{verb} {guard.mark}_0"] for verb in ("SAVEPOINT", "RELEASE", "ROLLBACK TO")
         )
         self.files = files = database_files(connection)
         self.databases = list(files)
@@ -76,6 +86,7 @@ class WriteSession:
         """In a forked child: nothing reaches SQLite any more; returns what must never be closed there."""
         kept = [self.connection, self._cursor, self.executor]
         self.connection = self._cursor = self.executor = Inherited()  # type: ignore[assignment]
+        self.control = _Calls(self._cursor, self._texts)
         self.set_mark = self.release_mark = self.undo_to_mark = _refuse
         return kept
 
@@ -90,10 +101,6 @@ class WriteSession:
             return cursor.fetchall()
         finally:
             guard.mode, connection.text_factory = mode, factory
-
-    def control(self, sql: str) -> None:
-        """Run BEGIN or COMMIT. Between jobs the guard's mode is the gateway's, and there are no rows to convert."""
-        self._cursor.execute(self._texts[sql])
 
     def forget_error(self) -> None:
         """Of a failed statement: sqlite3 would raise it again for the next one whose parameters cannot be bound."""
