@@ -32,8 +32,9 @@ from onewriter.read.read import FETCHALL, FETCHONE, Read, read_of, select, sql_r
 from onewriter.read.reader import Snapshot
 from onewriter.sqlite.parameters import Params, capture
 from onewriter.sqlite.result import Result, first_value
-from onewriter.write.block import ThreadBlock, nested, outermost
+from onewriter.write.block import ThreadBlock
 from onewriter.write.checkpoint import Checkpoint
+from onewriter.write.entry import Entry
 from onewriter.write.jobs import FunctionJob, StatementJob
 from onewriter.write.loan import WriteLoan
 from onewriter.write.ticket import Job, Ticket
@@ -287,19 +288,9 @@ class DbWriter(Strict):
             CommitUnknownError: COMMIT met an I/O error. Unknown.
             What COMMIT raised: Rolled back.
         """
-        return self._block(label, timeout, self._core.check_block(label, timeout, max_hold), sys._getframe(1))
-
-    @contextlib.contextmanager
-    def _block(self, label: Label, timeout: Seconds, max_hold: float, frame: types.FrameType) -> Iterator[Transaction]:
-        warn_of_blocking()
-        core, state, outer = self._core, self._state, self._transaction_here()
-        if outer is not None:
-            yield from nested(outer)
-            return
-        state.refuse_endless_wait("transaction()")
-        block = ThreadBlock(state, label, max_hold, frame)
-        del frame  # in which the block itself may be: whoever drops that drops it
-        yield from outermost(block, timeout, core.driver, core.options.on_event, core.label)
+        core = self._core
+        block = ThreadBlock(self._state, label, core.check_block(label, timeout, max_hold), sys._getframe(1))
+        return Entry(block, timeout, core.driver, core.options.on_event, core.label)
 
     @overload
     def enqueue(

@@ -38,6 +38,10 @@ class Scope(Generic[S]):
         self._task: asyncio.Task[Any] | None = None
         self._call_of_pool: types.FrameType | None = None
 
+    @property
+    def is_open(self) -> bool:
+        return self.what is not None
+
     def is_around(self) -> bool:
         """Whether the caller is inside, if its context is."""
         return (
@@ -70,10 +74,11 @@ class Scopes(Generic[S]):
 
     def enter(self, what: S, *, writes: bool) -> Scope[S]:
         """The scope is open as long as somebody keeps what this returns, and until ``leave``."""
-        scope = Scope(self, what, writes)
+        scope: Scope[S] = Scope(self, None, writes)
         scope._number, scope._thread = get_ident(), threading.current_thread()
         scope._task, scope._call_of_pool = running_task(), call_of_pool()
         _innermost.set((weakref.ref(scope), _first_open(_innermost.get())))
+        scope.what = what  # the last step: a call that Ctrl-C ends has entered nothing
         return scope
 
     def leave(self, scope: Scope[S]) -> None:
@@ -137,7 +142,7 @@ def _first_open(node: Node) -> Node:
     """Without those at the front that are over: left in another context, they could not be taken off this one."""
     while node is not None:
         scope = node[0]()
-        if scope is not None and scope.what is not None:
+        if scope is not None and scope.is_open:
             return node
         node = node[1]
     return None

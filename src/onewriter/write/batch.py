@@ -37,9 +37,6 @@ UNWRITTEN = {  # I/O errors that come before anything is written
 }
 
 
-ALONE, GATEWAY = Mode.ALONE, Mode.GATEWAY
-
-
 class Again(enum.Enum):
     """What is still to come for a job whose transaction was undone."""
 
@@ -140,15 +137,19 @@ class Batch:
         finally:
             self._lock.released()
 
+    def loan_for(self, block: Block, session: WriteSession) -> WriteLoan:
+        """What a block will have, whose thread begins and ends it."""
+        loan = WriteLoan(session, block)
+        self._session, self._jobs, self.loans = session, [block], [loan]
+        return loan
+
     def begin_block(self, block: Block) -> WriteLoan | None:
-        """Start a block that runs in the thread that is the writer; None if it was withdrawn meanwhile."""
+        """Start a block whose thread is the writer; None if it was withdrawn meanwhile."""
         if not block.start(monotonic()):
             self._connection.roll_back()
             self._lock.released()
             return None
-        self._jobs.append(block)
-        loan = WriteLoan(self._session, block)
-        self.loans.append(loan)
+        loan = self.loan_for(block, self._session)
         self._state.enter(block, loan)
         self._session.set_mark()
         loan.limit(block.max_hold)
@@ -157,7 +158,7 @@ class Batch:
     def end_block(self, error: BaseException | None) -> Verdict:
         """End it; ``error``: what has failed it."""
         try:
-            self._leave(self.loans[0], None, error, savepoint=True)
+            self._now = self._leave(self.loans[0], None, error, savepoint=False)  # its mark ends with the transaction
             return self._commit() if self._connection.in_transaction else self._lost()
         finally:
             self._lock.released()
@@ -226,7 +227,7 @@ class Batch:
         guard, lock, insert = session.guard, state.lock, session.executor.insert
         now = began = self._now
         known, taken = "", 0
-        guard.mode = ALONE
+        guard.mode = Mode.ALONE
         # Hot path: runs once for each queued statement; avoid calls.
         try:
             for job in todo:
@@ -258,7 +259,7 @@ class Batch:
                 if not shares or (is_new and (guard.schema_changed or guard.settings_touched)):
                     break
         finally:
-            guard.mode = GATEWAY
+            guard.mode = Mode.GATEWAY
             if now - began > state.slow_after:
                 state.warn_if_slow(now)  # the one that is slow is the last: the batch ends with it
             state.job, self._now = None, now
@@ -311,8 +312,8 @@ class Batch:
 
     def _is_harmless(self, sql: str, error: BaseException) -> bool:
         """Whether the statement that has failed so has certainly changed nothing."""
-        session = self._session
-        return not self._is_gone() and session.executor.surely_had_no_effect(sql, error, session.schema_fails)
+        had_no_effect = self._session.executor.surely_had_no_effect
+        return not self._is_gone() and had_no_effect(sql, error, self._session.schema_fails)
 
     def _is_gone(self) -> bool:
         """Whether the transaction was undone as a whole, by SQLite or with its connection."""
@@ -323,7 +324,7 @@ class Batch:
         job, session, state = loan.job, self._session, self._state
         if state.forked:
             raise error or forked_error()  # the job has forked, and this is the child
-        session.guard.mode = GATEWAY
+        session.guard.mode = Mode.GATEWAY
         job.ended_at = now = state.leave()
         if loan.parts is not None and not job.lent:
             self.loans.append(loan)
@@ -368,10 +369,11 @@ class Batch:
             self._connection.roll_back()
             return Verdict([], moved=error)
         except BaseException as error:
-            return self._commit_failed(error)
+            return self.commit_failed(error)
         return Verdict(jobs, 1)
 
-    def _commit_failed(self, error: BaseException) -> Verdict:
+    def commit_failed(self, error: BaseException) -> Verdict:
+        """COMMIT raised it."""
         if commit_outcome_unknown(error, self._session.connection.in_transaction):
             return Verdict(self._jobs, unknown=error)
         self._connection.roll_back()

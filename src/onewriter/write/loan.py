@@ -246,7 +246,7 @@ class WriteLoan:
                 self._refuse_inside()
                 with session.lock:
                     self._put_back()
-        elif session.lock.locked() or self._lending or self._ends_readonly or self._time_limit is not None:
+        elif not self.is_at_rest():
             self._refuse_inside()
             with session.lock:
                 while self._lending:
@@ -270,6 +270,10 @@ class WriteLoan:
         while not self.session.lock.acquire(timeout=NUDGE):
             self.session.connection.interrupt()
         self.session.lock.release()
+
+    def is_at_rest(self) -> bool:
+        """Closed, whether no call is under way, and nothing has to be put back."""
+        return not (self.session.lock.locked() or self._lending or self._ends_readonly or self._time_limit is not None)
 
     def wait_for_call(self, until: float) -> bool:
         """Closed, wait for the call that is under way; False if it is not over at the time ``until``."""
@@ -372,11 +376,8 @@ class WriteLoan:
             return refuse_live(function(view.connection))
 
     def _query(self, sql: str, parameters: Parameters, fetch: Callable[[sqlite3.Cursor], T]) -> T:
-        cursor = sqlite3.Connection.execute(self.session.connection, sql, parameters)
-        try:
+        with contextlib.closing(sqlite3.Connection.execute(self.session.connection, sql, parameters)) as cursor:
             return fetch(cursor)
-        finally:
-            cursor.close()
 
     @contextlib.contextmanager
     def reading(self, until: float) -> Iterator[ReadLoan]:
