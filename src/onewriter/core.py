@@ -17,6 +17,7 @@ from time import monotonic
 from typing import Any, TypeAlias, TypeVar
 
 from onewriter.base.arguments import (
+    NOT_PLAIN,
     check_choice,
     check_foreign_keys,
     check_job,
@@ -139,6 +140,15 @@ class Core:
         bounded: bool = False,
     ) -> StatementJob | FunctionJob[Any]:
         """A statement or a function; ``frame`` is the caller's."""
+        if (
+            type(what) is types.FunctionType
+            and not what.__code__.co_flags & NOT_PLAIN
+            and type(params) is tuple
+            and not params
+            and label is None
+            and foreign_keys is None
+        ):  # as nearly every function
+            return FunctionJob(self.state, what, what.__qualname__, frame, bounded)
         if label is not None:
             check_label(label)
         if isinstance(what, str):

@@ -106,8 +106,6 @@ class State:
 
     def enter(self, job: Work, transaction: Loan | None) -> None:
         self.job, self.transaction = job, transaction
-        if transaction is not None and not job.lent:
-            self.scopes.enter_job(transaction)
 
     def leave(self) -> float:
         """Returns the time."""
@@ -115,9 +113,7 @@ class State:
         if job is not None:
             if now - job.started_at > self.slow_after:
                 self.warn_if_slow(now)
-            if self.transaction is not None and not job.lent:
-                self.scopes.leave_job()
-            self.job = self.transaction = None
+            self.job = self.transaction = self.scopes.job.what = None
         return now
 
     def warn_if_slow(self, now: float) -> None:

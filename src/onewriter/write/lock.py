@@ -66,7 +66,7 @@ class WriteLock:
         self.attempts += 1
         try:
             # IMMEDIATE takes the write lock here, so BUSY comes before any job has had an effect.
-            session.control("BEGIN IMMEDIATE")
+            session.control["BEGIN IMMEDIATE"]()
         except sqlite3.Error as error:
             self.released_at = now
             return error
@@ -86,7 +86,7 @@ class WriteLock:
         """Try once; returns why it is not committed."""
         self.attempts += 1
         try:
-            session.control("COMMIT")
+            session.control["COMMIT"]()
         except sqlite3.Error as error:
             return error
         return None
@@ -116,7 +116,7 @@ class WriteLock:
         def again() -> None:
             if self._is_undone(session):
                 raise _UndoneError from first
-            session.control(sql)
+            session.control[sql]()
 
         if not is_busy(first) or self._is_undone(session):
             raise first

@@ -331,9 +331,6 @@ class Job(Ticket[T]):
     mode = Mode.JOB  # of its statements
     foreign_keys: bool | None = None
 
-    def must_be_alone(self) -> bool:
-        return self.exclusive
-
     def perform(self, loan: Any) -> T:
         raise NotImplementedError
 

@@ -250,16 +250,16 @@ class Writer:
             return
         elif self._stop.is_set() and not first.running():
             self._withdraw_itself(first)
+        elif first.in_transaction and first.in_stats:
+            batch = self._begin(todo, now)
+            if batch is not None:
+                self._obey(batch, batch.run(todo, self._again), todo)
         elif isinstance(first, ControlJob):
             del todo[0]
             self._control(first)
         elif isinstance(first, BareStatementJob | ConnectionJob):
             del todo[0]
             self._write_bare(first)
-        else:
-            batch = self._begin(todo, now)
-            if batch is not None:
-                self._obey(batch, batch.run(todo, self._again), todo)
         if self._connection.guard.settings_touched:
             self._connection.restore()
 
@@ -292,18 +292,19 @@ class Writer:
 
     def _obey(self, batch: Batch, verdict: Verdict, todo: list[Job[Any]]) -> None:
         """Settle what is decided, have run again what is to, and checkpoint; or go out of service."""
-        if verdict.again:
+        settled, commits, again, unknown, moved = verdict
+        if again:
             self._run_again(batch, verdict, todo)
-        elif verdict.unknown is not None:
-            self._commit_unknown(batch, verdict.settled, verdict.unknown)
-        elif verdict.moved is not None:
-            self._moved(verdict.moved)  # which answers all jobs
+        elif unknown is not None:
+            self._commit_unknown(batch, settled, unknown)
+        elif moved is not None:
+            self._moved(moved)  # which answers all jobs
             for loan in batch.loans:
                 self._outcomes.call_back(loan, committed=False)
         else:
-            self._outcomes.settle(verdict.settled, batch.times, batch.loans, verdict.commits)
+            self._outcomes.settle(settled, batch.times, batch.loans, commits)
             session = self._connection.session
-            if verdict.commits and session is not None:
+            if commits and session is not None:
                 self._checkpointer.after_batch(session)
             if self.readers.in_use:
                 self.readers.warn_if_slow()
@@ -368,8 +369,7 @@ class Writer:
             job.ended_at = monotonic()
             self._outcomes.settle([job], batch.times)
             return
-        verdict = batch.run_whole(job) if isinstance(job, ConnectionJob) else batch.run_bare(job)
-        self._obey(batch, verdict, [])
+        self._obey(batch, batch.run_whole(job) if isinstance(job, ConnectionJob) else batch.run_bare(job), [])
 
     def _withdraw(self, job: Job[Any]) -> bool:
         return job.withdraw_quietly(WithdrawnError(f"closed before job {job.describe()} started"))

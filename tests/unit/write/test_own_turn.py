@@ -146,16 +146,15 @@ def test_a_commit_that_readers_hold_up_is_tried_again(path: Path, steps: Steps) 
 class Failing:
     """COMMIT raises, after or in place of what SQLite does."""
 
-    def __init__(self, control: Callable[[str], None], code: int, commits: bool) -> None:
-        self._control, self._code, self._commits = control, code, commits
+    def __init__(self, commit: Callable[[], object], code: int, commits: bool) -> None:
+        self._commit, self._code, self._commits = commit, code, commits
 
-    def __call__(self, sql: str) -> None:
-        if sql != "COMMIT" or self._commits:
-            self._control(sql)
-        if sql == "COMMIT":
-            error = sqlite3.OperationalError("disk I/O error")
-            error.sqlite_errorcode = self._code
-            raise error
+    def __call__(self) -> None:
+        if self._commits:
+            self._commit()
+        error = sqlite3.OperationalError("disk I/O error")
+        error.sqlite_errorcode = self._code
+        raise error
 
 
 def test_a_commit_with_an_unknown_outcome_takes_the_gateway_out_of_service(path: Path) -> None:
@@ -165,7 +164,7 @@ def test_a_commit_with_an_unknown_outcome_takes_the_gateway_out_of_service(path:
         session: Any = session_of(db)
         with pytest.raises(CommitUnknownError), db.transaction() as tx:
             tx.execute(INSERT, (1,))
-            session.control = Failing(session.control, sqlite3.SQLITE_IOERR_FSYNC, commits=True)
+            session.control["COMMIT"] = Failing(session.control["COMMIT"], sqlite3.SQLITE_IOERR_FSYNC, commits=True)
         with pytest.raises(WriterBrokenError), db.transaction():
             pass
 
@@ -176,8 +175,8 @@ def test_a_commit_that_fails_for_certain_rolls_back_and_the_next_one_works(db: D
     with pytest.raises(sqlite3.OperationalError) as caught, db.transaction(label="full") as tx:
         tx.on_rollback(lambda: told.append("rolled back"))
         tx.execute(INSERT, (1,))
-        session.control = Failing(session.control, sqlite3.SQLITE_FULL, commits=False)
-    del session.control
+        session.control["COMMIT"] = Failing(session.control["COMMIT"], sqlite3.SQLITE_FULL, commits=False)
+    del session.control["COMMIT"]
     assert (told, rows(db)) == (["rolled back"], [])
     assert "job 'full'" in "".join(caught.value.__notes__)
     with db.transaction() as tx:
