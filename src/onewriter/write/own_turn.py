@@ -128,7 +128,8 @@ class OwnTurn:
         self._lock.released()
         self._outcomes.settle([block], batch.times, batch.loans, commits=1)
         self._batch = None  # nothing of it stays alive
-        if self._checkpointer.is_due(session):
+        had_work = self._checkpointer.has_work  # or else the writer thread sleeps for ever, not until it is idle
+        if self._checkpointer.is_due(session) or self._checkpointer.has_work is not had_work:
             self._queue.hand_over(block)
         else:
             self._queue.give_turn()

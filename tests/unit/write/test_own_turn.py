@@ -18,6 +18,7 @@ from helpers import (
     eventually,
     holding_lock,
     in_threads,
+    log_size,
     policy_of,
     queue_of,
     released_when_met,
@@ -193,6 +194,15 @@ def test_a_checkpoint_that_is_due_is_left_to_the_writer_thread(path: Path) -> No
             with db.transaction() as tx:
                 tx.execute("INSERT INTO t VALUES (zeroblob(20000))")
         eventually(lambda: db.stats().last_checkpoint)
+
+
+def test_the_log_is_emptied_when_nothing_comes_behind_a_block(db: DbWriter, path: Path) -> None:
+    db.checkpoint()
+    for n in range(2):
+        settle(db)
+        with db.transaction() as tx:
+            tx.execute(INSERT, (n,))
+        eventually(lambda: log_size(path) == 0)
 
 
 def test_what_a_block_has_set_is_put_back(db: DbWriter) -> None:
