@@ -66,8 +66,9 @@ class OwnTurn:
         ):
             return self._give_way(block)
         self._is_committing, self._failure = False, None
-        self._batch = batch = Batch(self._means)
+        batch = Batch(self._means)
         loan = batch.loan_for(block, session)
+        self._batch = batch
         try:
             error = self._lock.try_begin(session, now)
             if error is None:
@@ -95,6 +96,7 @@ class OwnTurn:
         return False
 
     def _give_way(self, block: ThreadBlock) -> bool:
+        self._batch = None
         block.line_up(thread_signal())
         self._queue.give_way(block)
         return False
@@ -111,6 +113,7 @@ class OwnTurn:
             or not session.connection.in_transaction
             or session.guard.settings_touched
             or ((now := monotonic()) >= self._file.look_again_at and self._is_moved(now))
+            or now > state.slow_at  # a handler of the log may want a lock whose owner waits for the writer
             or state.live is not None
         ):
             return False
