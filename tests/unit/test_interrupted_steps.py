@@ -15,7 +15,7 @@ import pytest
 
 import onewriter
 from helpers import DEADLINE, eventually, parked, pool_of, queue_of, state_of
-from onewriter import DbWriter, Transaction
+from onewriter import DbWriter, Transaction, WriterClosedError
 
 OURS = str(Path(onewriter.__file__).parent)
 INSERT = "INSERT INTO t (n) VALUES (?)"
@@ -25,12 +25,16 @@ class SignalError(Exception):
     """What the handler raises."""
 
 
-class Interrupter:
-    """Raises at the place with the number ``at``."""
+class ClosedError(WriterClosedError):
+    """The same, as from a call of a gateway that is closed."""
 
-    def __init__(self, at: int) -> None:
+
+class Interrupter:
+    """Raises at the place with the number ``at``, and again ``then`` places further on."""
+
+    def __init__(self, at: int, error: type[Exception] = SignalError, then: int = 0) -> None:
         self.where = ""
-        self._left = at
+        self._left, self._error, self._then = at, error, then
 
     def __enter__(self) -> None:
         sys.setprofile(self._look)
@@ -42,9 +46,11 @@ class Interrupter:
         if event in ("call", "c_return") and frame.f_code.co_filename.startswith(OURS):
             self._left -= 1
             if self._left == 0:
-                self.where = f"{frame.f_code.co_qualname}, line {frame.f_lineno}"
-                sys.setprofile(None)
-                raise SignalError
+                self.where += f"{frame.f_code.co_qualname}, line {frame.f_lineno}; "
+                self._left, self._then = self._then, 0
+                if not self._left:
+                    sys.setprofile(None)
+                raise self._error
 
 
 class Told:
@@ -77,6 +83,12 @@ def block_that_waits(db: DbWriter, row: int, told: Told) -> None:
         tx.execute(INSERT, (row,))
 
 
+def block_around_another(db: DbWriter, row: int, told: Told) -> None:
+    with db.transaction(), db.transaction() as tx:
+        told.of(tx, row)
+        tx.execute(INSERT, (row,))
+
+
 def statement(db: DbWriter, row: int, told: Told) -> None:
     db.run(INSERT, (row,))
 
@@ -94,7 +106,7 @@ def reader(db: DbWriter, row: int, told: Told) -> None:
         assert db.read("SELECT 1") == [(1,)]
 
 
-WRITES = {block, block_that_waits, statement, function}
+WRITES = {block, block_that_waits, block_around_another, statement, function}
 
 
 @pytest.fixture
@@ -104,27 +116,26 @@ def db(path: Path) -> Iterator[DbWriter]:
         yield db
 
 
-@pytest.mark.parametrize("call", [*sorted(WRITES, key=lambda call: call.__name__), failing_block, read, reader])
-def test_an_interrupt_at_any_step_leaves_nothing_behind(
-    db: DbWriter, call: Callable[[DbWriter, int, Told], None]
+def interrupt_each_step(
+    db: DbWriter, call: Callable[[DbWriter, int, Told], None], error: type[Exception] = SignalError, then: int = 0
 ) -> None:
     told = Told()
     call(db, 0, told)
     for row in range(1, 1000):
-        interrupter, is_through = Interrupter(row), False
+        interrupter, is_through = Interrupter(row, error, then), False
         eventually(lambda: queue_of(db)._asleep)  # so that each time the same steps come
         try:
             with interrupter:
                 call(db, row, told)
             is_through = True
-        except (SignalError, KeyboardInterrupt):  # that, where it came while SQLite asked whether it may
+        except (error, KeyboardInterrupt):  # that, where it came while SQLite asked whether it may
             pass
         db.flush(DEADLINE)
         found = bool(db.read("SELECT n FROM t WHERE n = ?", (row,), timeout=DEADLINE))
         assert found or not is_through or call not in WRITES, interrupter.where
         assert not found or call is not failing_block, interrupter.where
         assert [committed for of, committed in told.rows if of == row] in ([], [found]), interrupter.where
-        assert db.health == "ok"
+        assert db.health == "ok", interrupter.where
         assert (state_of(db).job, state_of(db).entering, queue_of(db).guest) == (None, set(), None), interrupter.where
         assert db.stats().readers_in_use == 0, interrupter.where
         if not interrupter.where:
@@ -134,3 +145,20 @@ def test_an_interrupt_at_any_step_leaves_nothing_behind(
     with parked(db), pytest.raises(onewriter.WriteTimeoutError), db.transaction(timeout=0.01):
         pass  # the turn is the writer's
     assert pool_of(db).waiting == 0
+
+
+@pytest.mark.parametrize("call", [*sorted(WRITES, key=lambda call: call.__name__), failing_block, read, reader])
+def test_an_interrupt_at_any_step_leaves_nothing_behind(
+    db: DbWriter, call: Callable[[DbWriter, int, Told], None]
+) -> None:
+    interrupt_each_step(db, call)
+
+
+@pytest.mark.parametrize("call", [block, block_that_waits, failing_block])
+def test_an_error_as_of_a_closed_gateway_does_so_too(db: DbWriter, call: Callable[[DbWriter, int, Told], None]) -> None:
+    interrupt_each_step(db, call, ClosedError)
+
+
+@pytest.mark.parametrize("then", [1, 2, 4, 8])
+def test_a_second_interrupt_while_the_first_is_seen_to_does_so_too(db: DbWriter, then: int) -> None:
+    interrupt_each_step(db, block, then=then)

@@ -67,21 +67,23 @@ class Entry:
                 return self._part.__enter__()
         if state.forked or state.would_deadlock():
             state.refuse_endless_wait("transaction()")
-        block.come(loop)
-        if self._hook is not None:
-            announce(state, self._hook, block, waits=True)
         me = get_ident()
-        try:
-            state.entering.add(me)  # in here: Ctrl-C comes behind a call
-            loan = self._turns.enter(block, self._timeout)
+        try:  # with all of it: Ctrl-C comes behind a call
             block.entry = weakref.ref(self, functools.partial(_collected, block, self._turns, self._gateway))
+            block.come(loop)
+            if self._hook is not None:
+                announce(state, self._hook, block, waits=True)
+            state.entering.add(me)
+            loan = self._turns.enter(block, self._timeout)
             self._scope = state.scopes.enter(loan, writes=True)
+            state.entering.discard(me)
             return Transaction(loan)
         except BaseException as error:
-            _give_up(block, self._turns, self._scope, error)
+            try:
+                _give_up(block, self._turns, self._scope, error)
+            finally:
+                state.entering.discard(me)
             raise
-        finally:
-            state.entering.discard(me)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: types.TracebackType | None
@@ -138,7 +140,7 @@ def _end(block: ThreadBlock, turns: Turns, scope: Scope[Any] | None, failed: boo
         block.call_back()
 
 
-def _give_up(block: ThreadBlock, turns: Turns, scope: Scope[Any] | None, error: BaseException) -> None:
+def _give_up(block: ThreadBlock, turns: Turns, scope: Scope[Any] | None, error: BaseException | None) -> None:
     """The thread was interrupted as it entered or left, or refused: the block ends without it."""
     if not isinstance(error, WriterClosedError | WriterBrokenError):
         block.abandon()
@@ -158,7 +160,9 @@ def _forget(block: ThreadBlock, scope: Scope[Any] | None) -> None:
 
 
 def _collected(block: ThreadBlock, turns: Turns, gateway: str, _: object) -> None:
-    if not block.is_given_back:
+    if block.transaction is None or block.is_given_back:  # a second interrupt has ended the end of the first
+        _give_up(block, turns, None, None)
+    else:
         _leave(block, turns, None, failed=True)
         _tell_closed(block, gateway)
 

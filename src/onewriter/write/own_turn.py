@@ -66,8 +66,9 @@ class OwnTurn:
         ):
             return self._give_way(block)
         self._is_committing, self._failure = False, None
-        self._batch = batch = Batch(self._means)
+        batch = Batch(self._means)
         loan = batch.loan_for(block, session)
+        self._batch = batch
         try:
             error = self._lock.try_begin(session, now)
             if error is None:
@@ -95,6 +96,7 @@ class OwnTurn:
         return False
 
     def _give_way(self, block: ThreadBlock) -> bool:
+        self._batch = None
         block.line_up(thread_signal())
         self._queue.give_way(block)
         return False
@@ -111,6 +113,7 @@ class OwnTurn:
             or not session.connection.in_transaction
             or session.guard.settings_touched
             or ((now := monotonic()) >= self._file.look_again_at and self._is_moved(now))
+            or now > state.slow_at  # a handler of the log may want a lock whose owner waits for the writer
             or state.live is not None
         ):
             return False
@@ -128,7 +131,8 @@ class OwnTurn:
         self._lock.released()
         self._outcomes.settle([block], batch.times, batch.loans, commits=1)
         self._batch = None  # nothing of it stays alive
-        if self._checkpointer.is_due(session):
+        had_work = self._checkpointer.has_work  # or else the writer thread sleeps for ever, not until it is idle
+        if self._checkpointer.is_due(session) or self._checkpointer.has_work is not had_work:
             self._queue.hand_over(block)
         else:
             self._queue.give_turn()

@@ -16,16 +16,29 @@ import pytest
 from helpers import (
     DEADLINE,
     eventually,
+    file_of,
+    handling,
     holding_lock,
     in_threads,
+    is_clean,
+    log_size,
     policy_of,
+    pool_of,
     queue_of,
+    raising,
     released_when_met,
     rows,
     session_of,
     writer_of,
 )
-from onewriter import CommitUnknownError, DbWriter, WriterBrokenError, WriterClosedError
+from onewriter import (
+    CommitUnknownError,
+    DbWriter,
+    TransactionAbortedError,
+    WriterBrokenError,
+    WriterClosedError,
+    WriteTimeoutError,
+)
 
 INSERT = "INSERT INTO t VALUES (?)"
 
@@ -194,21 +207,106 @@ def test_a_checkpoint_that_is_due_is_left_to_the_writer_thread(path: Path) -> No
         eventually(lambda: db.stats().last_checkpoint)
 
 
+def test_the_log_is_emptied_when_nothing_comes_behind_a_block(db: DbWriter, path: Path) -> None:
+    db.checkpoint()
+    for n in range(2):
+        settle(db)
+        with db.transaction() as tx:
+            tx.execute(INSERT, (n,))
+        eventually(lambda: log_size(path) == 0)
+
+
 def test_what_a_block_has_set_is_put_back(db: DbWriter) -> None:
     with db.transaction() as tx:
-        tx.execute("CREATE TEMP TABLE kept (n)")
         tx.connection.row_factory = sqlite3.Row
     assert type(db.run("SELECT 1").rows[0]) is tuple
+
+
+def test_what_a_block_has_made_in_the_temp_schema_goes_with_it(db: DbWriter) -> None:
+    with db.transaction() as tx:
+        tx.execute("CREATE TEMP TABLE kept (n)")
     with pytest.raises(sqlite3.OperationalError, match="no such table"):
         db.run("SELECT * FROM kept")
 
 
-def test_a_watch_that_is_opened_inside_sees_what_the_block_commits(db: DbWriter) -> None:
+def test_a_cursor_that_a_block_has_left_open_is_closed_before_its_commit(db: DbWriter) -> None:
+    with db.transaction() as tx:
+        tx.executemany(INSERT, [(1,), (2,)])
+        cursor = tx.connection.execute("SELECT n FROM t")
+        assert next(cursor) == (1,)
+    assert is_clean(db)
+
+
+def test_a_block_whose_transaction_sqlite_has_rolled_back_fails_alone(db: DbWriter) -> None:
+    with pytest.raises(TransactionAbortedError), db.transaction() as tx:
+        tx.execute(INSERT, (1,))
+        with contextlib.suppress(sqlite3.IntegrityError):
+            tx.execute("INSERT OR ROLLBACK INTO t VALUES (1)")
+    with db.transaction() as tx:
+        tx.execute(INSERT, (2,))
+    assert rows(db) == [2]
+
+
+def test_a_block_that_is_late_is_named_by_another_thread(path: Path) -> None:
+    """A handler of the log may want a lock whose owner waits for the writer."""
+    named_by: list[int] = []
+    with handling(lambda record: named_by.append(threading.get_ident())), DbWriter(path, slow_after=0.0) as db:
+        pool_of(db).clock.turn_off()  # as if it came too late
+        settle(db)
+        with db.transaction():
+            pass
+        db.close()
+        assert named_by
+        assert threading.get_ident() not in named_by
+
+
+def test_a_second_block_waits_for_the_first_and_one_that_gives_up_does_not_end_it(db: DbWriter, steps: Steps) -> None:
+    def give_up() -> None:
+        with pytest.raises(WriteTimeoutError), db.transaction(timeout=0.01):
+            pytest.fail("entered")
+
+    with db.transaction() as tx:
+        settle(db)
+        in_threads(give_up)
+        tx.execute(INSERT, (1,))
+    assert steps.take() == [("BEGIN", True), ("COMMIT", True)]
+    assert rows(db) == [1]
+
+
+def test_a_block_comes_behind_what_was_accepted_although_the_writer_was_not_woken_for_it(
+    db: DbWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(queue_of(db), "_wake", raising(LookupError))
+        with pytest.raises(LookupError):
+            db.enqueue(INSERT, (1,))
+    with db.transaction() as tx:
+        assert tx.execute("SELECT n FROM t").rows == [(1,)]
+
+
+def test_no_block_is_accepted_after_a_close_that_did_not_come_to_wake_the_writer(
+    db: DbWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(queue_of(db), "_wake", raising(LookupError))
+        with pytest.raises(LookupError):
+            db.close()
+    with pytest.raises(WriterClosedError), db.transaction():
+        pytest.fail("entered")
+    queue_of(db)._wake()
+
+
+def test_a_watch_that_is_opened_inside_sees_what_the_block_commits(db: DbWriter, steps: Steps) -> None:
     with db.transaction() as tx:
         tx.execute(INSERT, (1,))
         live = in_threads(lambda: db.watch("SELECT n FROM t").__enter__())[0]
         assert live.next(DEADLINE) == []  # type: ignore[attr-defined]
+        steps.take()
+    assert steps.take() == [("COMMIT", False)]
     assert live.next(DEADLINE) == [(1,)]  # type: ignore[attr-defined]
+    with db.transaction() as tx:
+        tx.execute(INSERT, (2,))
+    assert steps.take() == [("BEGIN", False), ("COMMIT", False)]
 
 
 def test_with_an_event_hook_the_writer_thread_begins_and_commits(path: Path, steps: Steps) -> None:
@@ -262,6 +360,22 @@ def test_a_file_that_is_gone_as_a_block_begins_takes_the_gateway_out_of_service(
         for _ in range(10_000):  # the look comes every tenth of a second
             with db.transaction() as tx:
                 tx.execute("SELECT 1")
+
+
+def test_a_file_that_is_gone_is_seen_before_a_block_is_entered(db: DbWriter, path: Path) -> None:
+    path.rename(path.with_name("elsewhere.db"))
+    file_of(db).look_again_at = 0.0
+    with pytest.raises(WriterBrokenError), db.transaction():
+        pytest.fail("entered")
+
+
+def test_nothing_of_a_block_that_has_met_a_lock_stays_alive(db: DbWriter, path: Path) -> None:
+    with released_when_met(db, path), db.transaction() as tx:
+        block = weakref.ref(tx._loan.job)
+    del tx
+    settle(db)
+    gc.collect()
+    assert block() is None
 
 
 def test_nothing_of_the_last_block_stays_alive(db: DbWriter) -> None:
