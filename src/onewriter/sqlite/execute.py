@@ -32,7 +32,7 @@ class Executor:
         self._guard = guard
         self._cursor = sqlite3.Connection.cursor(connection)  # a new one for each statement would double its cost
         self._last_rowid: int | None = None
-        self._known: str | None = None  # the text of the last plain INSERT
+        self._known: object = object()  # the text of the last plain INSERT
         self._table = ""  # of that INSERT
 
     def execute(self, sql: str, parameters: Parameters) -> Result:

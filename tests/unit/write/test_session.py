@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, inserting, parked
-from onewriter import AsyncDbWriter, DbWriter, Ticket, Transaction
+from helpers import DEADLINE, inserting, parked, session_of
+from onewriter import AsyncDbWriter, DbWriter, ForkedError, Ticket, Transaction
 
 FAILS = "INSERT INTO t VALUES (abs(-9223372036854775808))"  # of which it is not certain that it left nothing
 UNDOES = "INSERT OR ROLLBACK INTO one VALUES (1)"
@@ -362,3 +362,16 @@ def test_defer_foreign_keys_outside_a_transaction_is_refused_and_inside_works(db
 
     db.run(child_first)
     assert db.read("SELECT pid FROM c") == [(1,)]
+
+
+def test_in_a_forked_child_neither_begin_nor_commit_nor_a_savepoint_reaches_sqlite(path: Path) -> None:
+    with DbWriter(path) as db:
+        session = session_of(db)
+        db.run("CREATE TABLE t (n)")
+    kept = session.after_fork_in_child()  # as it is called there
+    with pytest.raises(ForkedError):
+        session.control["COMMIT"]()
+    for call in (session.set_mark, session.release_mark, session.undo_to_mark):
+        with pytest.raises(ForkedError):
+            call()
+    assert len(kept) == 3

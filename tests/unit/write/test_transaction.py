@@ -672,3 +672,98 @@ def test_rollback_in_a_job_leaves_those_that_share_its_transaction(db: DbWriter)
             db.enqueue(job)
     db.flush(DEADLINE)
     assert rows(db) == [1, 2]
+
+
+def nest_a_write(db: DbWriter, tx: Transaction) -> None:
+    db.run(INSERT, (2,))
+
+
+def nest_a_block(db: DbWriter, tx: Transaction) -> None:
+    with db.transaction() as inner:
+        inner.execute(INSERT, (2,))
+
+
+def use_a_savepoint(db: DbWriter, tx: Transaction) -> None:
+    with tx.savepoint():
+        tx.execute(INSERT, (2,))
+
+
+CALLS: list[Callable[[DbWriter, Transaction], object]] = [
+    lambda db, tx: tx.execute(INSERT, (2,)),
+    lambda db, tx: tx.executemany(INSERT, [(2,)]),
+    lambda db, tx: tx.executescript("INSERT INTO t VALUES (2)"),
+    lambda db, tx: tx.rollback(),
+    lambda db, tx: tx.on_commit(str),
+    lambda db, tx: tx.connection.execute(INSERT, (2,)).close(),
+    lambda db, tx: db.read("SELECT * FROM t"),
+    nest_a_write,
+    nest_a_block,
+    use_a_savepoint,
+]
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_what_a_function_must_not_do_is_refused_after_any_other_call(
+    db: DbWriter, call: Callable[[DbWriter, Transaction], object]
+) -> None:
+    refused = []
+
+    def job(tx: Transaction) -> None:
+        call(db, tx)
+        for sql in ("SAVEPOINT mine", "PRAGMA journal_mode=DELETE", "COMMIT"):
+            with pytest.raises(sqlite3.DatabaseError, match="not authorized"):
+                tx.execute(sql)
+            refused.append(sql)
+
+    db.run(job)
+    assert len(refused) == 3
+
+
+def test_a_function_whose_transaction_sqlite_has_ended_can_do_nothing_more(db: DbWriter) -> None:
+    db.run(INSERT, (1,))
+    refused = []
+
+    def job(tx: Transaction) -> None:
+        tx.execute(INSERT, (2,))
+        with pytest.raises(sqlite3.IntegrityError):
+            tx.execute("INSERT OR ROLLBACK INTO t VALUES (1)")
+        for number in (3, 4):
+            with pytest.raises(TransactionAbortedError):
+                tx.execute(INSERT, (number,))
+            refused.append(number)
+
+    with pytest.raises(TransactionAbortedError):
+        db.run(job)
+    assert (refused, rows(db)) == ([3, 4], [1])
+
+
+def test_what_a_function_leaves_open_is_around_no_other_of_its_batch(db: DbWriter) -> None:
+    kept: list[Any] = []
+
+    def leave_open(tx: Transaction) -> None:
+        kept.append(db.reader())
+        kept[-1].__enter__()
+
+    def look(tx: Transaction) -> Any:
+        tx.execute(INSERT, (1,))
+        return db.read_value("SELECT count(*) FROM t")
+
+    with parked(db):
+        first, second = db.enqueue(leave_open), db.enqueue(look)
+    assert (first.result(DEADLINE), second.result(DEADLINE)) == (None, 1)
+    db.run(leave_open)
+    db.run(INSERT, (2,))
+    assert rows(db) == [1, 2]  # nor around the caller, whose thread the writer may be
+    kept.pop().__exit__(None, None, None)
+    kept.pop().__exit__(None, None, None)
+
+
+@pytest.mark.parametrize("sql", [None, 1, b"SELECT 1", ["SELECT 1"]])
+def test_sql_that_is_no_str_is_refused_in_a_function_too(db: DbWriter, sql: Any) -> None:
+    with pytest.raises(TypeError, match="the SQL must be a str"):
+        db.run(lambda tx: tx.execute(sql))
+
+
+def test_letters_are_no_parameters_in_a_function_either(db: DbWriter) -> None:
+    with pytest.raises(TypeError, match="put a lone value into a tuple"):
+        db.run(lambda tx: tx.execute(INSERT, "x"))  # type: ignore[arg-type]
