@@ -38,13 +38,15 @@ VERSIONS = {  # of SQLite: of the package
     "3.54.1": "13.2.0",
 }
 # As Debian builds it, but for what its tools have to be built for.
-DEBIAN = """
-    ENABLE_COLUMN_METADATA ENABLE_DBSTAT_VTAB ENABLE_FTS3 ENABLE_FTS3_PARENTHESIS ENABLE_FTS3_TOKENIZER ENABLE_FTS4
-    ENABLE_FTS5 ENABLE_JSON1 ENABLE_LOAD_EXTENSION ENABLE_MATH_FUNCTIONS ENABLE_PREUPDATE_HOOK ENABLE_RTREE ENABLE_SESSION
-    ENABLE_STMTVTAB ENABLE_UNLOCK_NOTIFY LIKE_DOESNT_MATCH_BLOBS MAX_SCHEMA_RETRY=25 MAX_VARIABLE_NUMBER=250000
-    OMIT_LOOKASIDE SECURE_DELETE SOUNDEX TEMP_STORE=1 THREADSAFE=1 USE_URI
-""".split()
-SYSTEM = ["FDATASYNC", "ISNAN", "PREAD", "PREAD64", "PWRITE", "PWRITE64", "USLEEP"]  # what its configure looks for
+ENABLED = ["COLUMN_METADATA", "DBSTAT_VTAB", "FTS3", "FTS3_PARENTHESIS", "FTS3_TOKENIZER", "FTS4", "FTS5", "JSON1"]
+ENABLED += ["LOAD_EXTENSION", "MATH_FUNCTIONS", "PREUPDATE_HOOK", "RTREE", "SESSION", "STMTVTAB", "UNLOCK_NOTIFY"]
+DEBIAN = [
+    *(f"ENABLE_{name}" for name in ENABLED),
+    *(f"HAVE_{name}=1" for name in ("FDATASYNC", "ISNAN", "PREAD", "PREAD64", "PWRITE", "PWRITE64", "USLEEP")),
+    *("LIKE_DOESNT_MATCH_BLOBS", "OMIT_LOOKASIDE", "SECURE_DELETE", "SOUNDEX", "USE_URI"),
+    *("MAX_SCHEMA_RETRY=25", "MAX_VARIABLE_NUMBER=250000", "TEMP_STORE=1", "THREADSAFE=1"),
+]
+UNTOLD = ("DQS", "HAVE", "DEFAULT_FOREIGN_KEYS")  # what PRAGMA compile_options has not, at least not everywhere
 # All but pages of documentation, libraries, rules about the source, and what is beside the database.
 TESTS = [
     *("tests/acceptance", "tests/crash", "tests/property", "tests/stress"),
@@ -84,8 +86,9 @@ def library(version: str, options: Sequence[str]) -> Path:
 
 def _settings(options: Sequence[str]) -> list[str]:
     """For the compiler. A later one of the same name takes the place of an earlier one."""
-    defines = {option.partition("=")[0]: f"-DSQLITE_{option}" for option in [*DEBIAN, *options]}
-    return ["-O1", "-fPIC", "-shared", f"-Wl,-soname,{NAME}", *defines.values(), *(f"-DHAVE_{name}=1" for name in SYSTEM)]
+    by_name = {option.partition("=")[0]: option for option in [*DEBIAN, *options]}
+    defines = [f"-D{option}" if option.startswith("HAVE") else f"-DSQLITE_{option}" for option in by_name.values()]
+    return ["-O1", "-fPIC", "-shared", f"-Wl,-soname,{NAME}", *defines]
 
 
 def _source(version: str, work: Path) -> Path:
@@ -117,8 +120,9 @@ def _fetch(version: str, work: Path) -> Path:
 
 
 def _registry() -> str | None:
-    if found := os.environ.get("npm_config_registry") or os.environ.get("NPM_CONFIG_REGISTRY"):
-        return found
+    for name, value in os.environ.items():
+        if name.lower() == "npm_config_registry" and value:
+            return value
     settings = Path.home() / ".npmrc"
     for line in settings.read_text(encoding="utf-8").splitlines() if settings.exists() else []:
         name, _, value = line.partition("=")
@@ -158,9 +162,9 @@ def check_loaded(version: str, options: Sequence[str], environment: dict[str, st
     loaded, *compiled = found.stdout.split()
     if loaded != version:
         raise CannotBeHadError(f"this Python has SQLite {loaded} linked in, and loads no other")
-    told = {option for option in options if not option.startswith("DQS=")}  # which it does not tell of everywhere
-    if missing := told - set(compiled):
-        raise CannotBeHadError(f"{', '.join(sorted(missing))} came to nothing")
+    asked = [option for option in options if not option.startswith(UNTOLD)]
+    if missing := [option for option in asked if not {option, option.partition("=")[0]} & set(compiled)]:
+        raise CannotBeHadError(f"{', '.join(missing)} came to nothing")
 
 
 def run_tests(tests: Sequence[str], workers: int, environment: dict[str, str]) -> Outcome:
@@ -194,7 +198,11 @@ def main() -> int:
     for version, *options in runs:
         begin = f"{version:8} {', '.join(options) or 'as Debian builds it':50}"
         try:
-            environment = {**os.environ, "LD_LIBRARY_PATH": str(library(version, options))}
+            environment = {
+                **os.environ,
+                "LD_LIBRARY_PATH": str(library(version, options)),
+                "PYTHONPATH": str(ROOT / "src"),
+            }
             check_loaded(version, options, environment)
         except CannotBeHadError as error:
             print(f"{begin} cannot be had: {error}", flush=True)

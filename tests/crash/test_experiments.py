@@ -13,7 +13,7 @@ from experiments import Outcome, iofaults, load, migrations, powerloss, sigkill,
 @pytest.fixture
 def traced() -> None:
     if strace() is None:
-        pytest.skip("needs strace and leave to ptrace")
+        pytest.skip("needs strace, leave to ptrace, and a SQLite that writes by pwrite")
 
 
 def assert_good(outcome: Outcome, trials: int) -> None:
