@@ -26,6 +26,7 @@ from time import monotonic
 from check_skips import allowed, skipped
 
 ROOT = Path(__file__).parents[1]
+LONGEST = 300  # seconds to fetch one, and to build one
 NAME = "libsqlite3.so.0"
 PACKAGE = "better-sqlite3"
 VERSIONS = {  # of SQLite: of the package
@@ -142,7 +143,10 @@ def _build(source: Path, settings: Sequence[str]) -> Path:
 
 
 def _run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+    try:
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=LONGEST, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise CannotBeHadError(f"{command[0]} took more than {LONGEST} s") from error
 
 
 def _last_line(text: str) -> str:
