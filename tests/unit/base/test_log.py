@@ -15,7 +15,7 @@ import pytest
 
 from helpers import DEADLINE, handling, in_threads, parked, raising, run_child, state_of
 from onewriter import AsyncDbWriter, DbWriter, Transaction
-from onewriter.base import log
+from onewriter.base import log, waiting
 from onewriter.write import outcomes
 
 TABLE = "CREATE TABLE t (n)"
@@ -335,15 +335,16 @@ def test_who_has_a_later_jobs_outcome_finds_earlier_failures_in_the_log(
 def test_a_failure_is_said_before_who_waits_for_a_later_job_of_its_batch_is_woken(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    release, seen, wake = threading.Event(), [], outcomes.wake
+    release = threading.Event()
+    seen: list[tuple[bool, bool]] = []
 
     def look_and_wake(waiters: list[Any]) -> None:
+        assert reporter is not None
         seen.append((later.done(), reporter.is_behind))
-        wake(waiters)
+        waiting.wake(waiters)
 
     with handling(lambda record: release.wait(DEADLINE)), DbWriter(path) as db:
         reporter = state_of(db).reporter
-        assert reporter is not None
         with parked(db):
             db.enqueue(BAD)
             later = db.enqueue("SELECT 1")
