@@ -366,6 +366,12 @@ class ReaderPool:
         """Name those that have a connection for longer than ``slow_after``, once each."""
         self.clock.warn()
 
+    def look_at_block(self, since: float) -> None:
+        """Have it named if it is open for long; nobody else may be awake then."""
+        soon = since + self._state.slow_after - GRACE
+        if soon < self.clock.rings_at:
+            self.clock.set(soon)
+
     def is_out(self, claim: Claim) -> bool:
         return claim in self._lent
 
