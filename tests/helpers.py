@@ -226,6 +226,11 @@ def is_clean(db: DbWriter) -> bool:
     return bool(sees and db.run_without_transaction("PRAGMA wal_checkpoint(TRUNCATE)").rows[0][0] == 0)
 
 
+def names_in(folder: Path) -> list[str]:
+    """Without what FUSE keeps of files that are gone and still open."""
+    return sorted(name for name in os.listdir(folder) if not name.startswith(".fuse_hidden"))
+
+
 def log_size(path: Path) -> int:
     return os.path.getsize(f"{path}-wal")
 
