@@ -16,6 +16,22 @@ import pytest
 from onewriter import DbWriter
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--switch-interval", type=float, help="of the interpreter, in seconds: 1e-6 shakes threads up")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if (seconds := config.getoption("--switch-interval")) is not None:
+        sys.setswitchinterval(seconds)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def bytecode(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Where no bytecode is to be written, it is not written there, but each child process does not compile all anew."""
+    if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
+        os.environ["PYTHONPYCACHEPREFIX"] = str(tmp_path_factory.mktemp("bytecode"))
+
+
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     """Where a test's database is to be."""

@@ -8,7 +8,6 @@ import os
 import socket
 import sqlite3
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any, NoReturn
 
+import children
 from onewriter import AsyncDbWriter, DbWriter, Ticket, Transaction
 from onewriter.base.state import State
 from onewriter.core import Core
@@ -118,7 +118,7 @@ def parked(db: DbWriter) -> Iterator[threading.Event]:
         yield release
     finally:
         release.set()
-        ticket.exception(DEADLINE)
+        assert not isinstance(ticket.exception(DEADLINE), TimeoutError), "what waits for the writer cannot let it go"
 
 
 @contextlib.contextmanager
@@ -226,6 +226,11 @@ def is_clean(db: DbWriter) -> bool:
     return bool(sees and db.run_without_transaction("PRAGMA wal_checkpoint(TRUNCATE)").rows[0][0] == 0)
 
 
+def names_in(folder: Path) -> list[str]:
+    """Without what FUSE keeps of files that are gone and still open."""
+    return sorted(name for name in os.listdir(folder) if not name.startswith(".fuse_hidden"))
+
+
 def log_size(path: Path) -> int:
     return os.path.getsize(f"{path}-wal")
 
@@ -295,8 +300,7 @@ HEARS_INTERRUPTS = "import signal; signal.signal(signal.SIGINT, signal.default_i
 
 def run_child(code: str, timeout: float = 60.0) -> subprocess.CompletedProcess[str]:
     """Run ``code`` in a Python process of its own."""
-    command = [sys.executable, "-c", HEARS_INTERRUPTS + code]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+    return children.run(HEARS_INTERRUPTS + code, timeout)
 
 
 PRELUDE = """

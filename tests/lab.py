@@ -1,7 +1,7 @@
 """The reliability laboratory: ``python tests/lab.py --minutes N``. Prints one table; any finding is a fault.
 
-The test suite runs the same experiments with small, fixed sizes. Those that need strace, or leave to mount, are
-left out where they cannot be had, and the table says so.
+The test suite runs the same experiments with small, fixed sizes. Those that need strace (and a SQLite that writes
+by pwrite, which it can look at), or leave to mount, are left out where they cannot be had, and the table says so.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def main() -> int:
     for name, run, cost, enough, needs_strace in chosen:
         with tempfile.TemporaryDirectory(prefix="onewriter-lab-") as folder:
             if (needs_strace and strace() is None) or (name == "a full disk" and not iofaults.can_mount(Path(folder))):
-                print(f"{name:28} left out: strace, or leave to mount, cannot be had here", flush=True)
+                print(f"{name:28} left out: strace, pwrite in SQLite, or leave to mount cannot be had here", flush=True)
                 continue
             began = monotonic()
             outcome = run(max(1, min(enough, int(each / cost))), arguments.seed, Path(folder))

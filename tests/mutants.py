@@ -154,7 +154,8 @@ def survives(mutant: Mutant, tests: list[str], tree: Path) -> bool:
 def _run(module: list[str], tree: Path, variables: dict[str, str], timeout: float | None) -> bool:
     """Whether ``python -m module`` is content in ``tree``."""
     path = f"{tree / 'src'}{os.pathsep}{tree / 'tests'}"
-    environment = {**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", **variables}
+    always = {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", "NEW_INTERPRETERS": "1"}  # one: one test's lines
+    environment = {**os.environ, **always, **variables}
     options = {"cwd": tree, "env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     with subprocess.Popen([sys.executable, "-m", *module], start_new_session=True, **options) as process:  # type: ignore[call-overload]
         try:

@@ -11,7 +11,7 @@ from time import monotonic, perf_counter
 
 import pytest
 
-from helpers import DEADLINE, in_threads
+from helpers import DEADLINE, in_threads, names_in
 from onewriter import DbWriter, WriterBrokenError
 
 LIMIT = 2**20
@@ -67,7 +67,7 @@ def test_a_file_that_was_deleted_is_noticed_and_not_made_anew(path: Path) -> Non
     report = db.close()
     assert report.failed >= 1
     assert db.health.startswith("broken: ")
-    assert os.listdir(path.parent) == []
+    assert names_in(path.parent) == []
 
 
 def test_a_bulk_load_in_chunks_lets_others_in(path: Path) -> None:

@@ -7,11 +7,13 @@ the tests run each with a small, fixed size.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 import sqlite3
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,13 +50,22 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
 
 
+WRITES = "import sqlite3, sys; sqlite3.connect(sys.argv[1]).execute('PRAGMA user_version = 1')"
+
+
+@functools.cache
 def strace() -> str | None:
-    """The tool, if it is here and may trace."""
+    """The tool, if it is here, may trace, and sees where SQLite writes: one that is built without HAVE_PWRITE moves
+    there by a call of its own, and then writes.
+    """
     found = shutil.which("strace")
     if found is None:
         return None
-    probe = subprocess.run([found, "-f", "-o", os.devnull, "true"], capture_output=True, timeout=30, check=False)
-    return found if probe.returncode == 0 else None
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        prefix = (found, "-f", "-qq", "-o", str(log), "-e", "trace=pwrite64")
+        probe = subprocess.run(child(WRITES, Path(folder) / "file", prefix=prefix), capture_output=True, timeout=HANG)
+        return found if probe.returncode == 0 and "pwrite64(" in log.read_text() else None
 
 
 def integrity(path: Path, outcome: Outcome, what: str) -> bool:

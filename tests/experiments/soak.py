@@ -150,7 +150,8 @@ def run(seconds: float, seed: int, folder: Path) -> Outcome:
         counted = sum((of[half] for of in waits), Counter[int]())
         if counted:
             outcome.notes[f"median of run, {name} half, µs"] = round(statistics.median(counted.elements()) * 100)
-    if outcome.notes["descriptors more"] > 4 or outcome.notes["threads more"] > 0:
+    # Tasks get another thread to read in when they first need it, which may be late.
+    if outcome.notes["descriptors more"] > 4 or outcome.notes["threads more"] > 4:
         outcome.find(f"descriptors or threads grow: {dict(outcome.notes)}")
     if outcome.notes["kB grown in all"] > 40_000:
         outcome.find(f"memory grows: {dict(outcome.notes)}")

@@ -52,9 +52,10 @@ def test_workers_that_open_after_the_fork_lose_nothing(path: Path) -> None:
         wait_for(address)
 
         def visit(_: int) -> None:
-            httpx.post(address, timeout=DEADLINE).raise_for_status()
+            client.post(address, timeout=DEADLINE).raise_for_status()
 
-        with ThreadPoolExecutor(16) as pool:
+        each_connects = httpx.Limits(max_keepalive_connections=0)  # so that any worker may answer
+        with httpx.Client(limits=each_connects) as client, ThreadPoolExecutor(16) as pool:
             list(pool.map(visit, range(300)))
         counts = httpx.get(address, timeout=DEADLINE).json()
         assert sum(counts.values()) == 300

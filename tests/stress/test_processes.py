@@ -54,7 +54,7 @@ def start(code: str, *arguments: object) -> subprocess.Popen[str]:
 
 @pytest.mark.parametrize("mode", ["WAL", "DELETE"])
 def test_eight_processes_that_open_a_new_file_at_once_all_succeed(path: Path, mode: Any) -> None:
-    rounds = 30
+    rounds = 10
     processes = [start(OPEN_TOGETHER, path, rounds, mode) for _ in range(8)]
     for _ in range(rounds):
         for process in processes:

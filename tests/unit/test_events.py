@@ -82,10 +82,12 @@ def test_a_batch_is_one_event(path: Path) -> None:
         assert batch.commit > 0
         with released_when_met(db, path):
             db.run(INSERT, (77,))
+        db.flush()  # events come after the outcome
         assert heard.of(BatchEnded)[-1].retried
         assert heard.of(BatchEnded)[-1].lock_wait > 0
         with pytest.raises(sqlite3.IntegrityError):
             db.run(INSERT, (77,))
+        db.flush()
         assert heard.of(BatchEnded)[-1].commits == 0
         with pytest.raises(dataclasses.FrozenInstanceError):
             batch.commits = 7  # type: ignore[misc]

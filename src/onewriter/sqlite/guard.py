@@ -51,6 +51,8 @@ class _Refusals:
     # The last PRAGMA that was asked for: name, value, schema.
     pragma: tuple[str, str | None, str | None] = ("", None, None)
     tables: set[str] | None = None  # that statements read, or, on the write connection, write; None: nobody asks
+    text = ""  # the SQL of a statement that is a read or a job of its own
+    within: str | None = None  # the view or trigger that has what is asked about in its text
 
     def __init__(self) -> None:
         self.authorizer = functools.lru_cache(maxsize=0)(self._ask)  # caches nothing, counts the calls
@@ -58,9 +60,10 @@ class _Refusals:
         self.is_deciding = False  # SQLite is in the midst of a call: a signal handler must not use the connection
         self._caught: BaseException | None = None
 
-    def _ask(self, action: int, first: str | None, second: str | None, third: str | None, _: str | None) -> int:
+    def _ask(self, action: int, first: str | None, second: str | None, third: str | None, within: str | None) -> int:
         try:
             self.is_deciding = True
+            self.within = within
             answer = self.decide(action, first, second, third)
             self._answers += 1
             return answer
@@ -85,6 +88,11 @@ class _Refusals:
     def deny(self, reason: str) -> int:
         self.refusal = reason
         return sqlite3.SQLITE_DENY
+
+    def asks(self, function: str | None) -> bool:
+        """Whether the statement asks about the connection's past. From 3.54 on SQLite names a function in a column's
+        DEFAULT, too, when the column is read, and calls it then as little as before."""
+        return function in self.history and (self.within is not None or function in self.text.lower())
 
     def deny_history(self, name: str) -> int:
         return self.deny(
@@ -122,7 +130,6 @@ class ReadGuard(_Refusals):
         self._secret = secrets.token_hex(8)
         self.is_internal = False  # while an internal statement is prepared
         self.is_lent = False  # to a function or block, which may ask about its own earlier statements
-        self.text = ""  # the SQL of the read, if it is not lent
         self.must_ask_again = False  # cached statements were allowed to a lent one only: authorize them again
         self.is_spoilt = False  # a PRAGMA was set that would outlast the loan
 
@@ -149,7 +156,7 @@ class ReadGuard(_Refusals):
             # Full-text search reads it internally, with the name of the database.
             if name == "data_version" and (self.is_lent or third is None or name in self.text.lower()):
                 return self._history("PRAGMA data_version")
-        if action == sqlite3.SQLITE_FUNCTION and second in self.history:
+        if action == sqlite3.SQLITE_FUNCTION and (second in self.history if self.is_lent else self.asks(second)):
             return self._history(f"{second}()")
         if action == sqlite3.SQLITE_TRANSACTION and not self.is_internal:  # a snapshot is pinned as long as it lasts
             return self.deny("a reader's transaction is the gateway's: reader() is one")
@@ -198,6 +205,7 @@ class Guard(_Refusals):
     def asked_anew(self, sql: str) -> str:
         """The text of a job, changed so that it is in no statement cache. The comment goes in front, since one behind a
         SELECT's last expression becomes part of the column's name; it is not the secret, since jobs can see it."""
+        self.text = sql
         return f"/* {self._other} */ {sql}"
 
     def install(self, connection: sqlite3.Connection) -> None:
@@ -216,7 +224,7 @@ class Guard(_Refusals):
         elif action in SCHEMA_CHANGES:
             self.schema_changed = True
             self.note_anything()
-        elif action == sqlite3.SQLITE_FUNCTION and self.is_asking and second in self.history:
+        elif action == sqlite3.SQLITE_FUNCTION and self.is_asking and self.asks(second):
             return self.deny_history(f"{second}()")
         elif self.hidden_commit and action == sqlite3.SQLITE_TRANSACTION:
             self.hidden_commit = False

@@ -101,6 +101,8 @@ class Outcomes:
             if jobs and jobs[0].in_stats:
                 state.tally.committed = committed
                 state.tally.add_batch(moments, times, commits)
+        if unheard:
+            self._log(unheard)
         wake(wakeups)
         del works  # only now does what the jobs worked with go: it may have finalizers
         if state.live is not None:
@@ -116,6 +118,16 @@ class Outcomes:
             self._state.tally.count_failed(job.label)
         return job.logs_failure and not job._waiters and not job._callbacks
 
+    def _log(self, unheard: list[Job[Any]]) -> None:
+        """Before anybody hears of a later job of the batch, who is to find these in the log. Whatever the handlers do,
+        it costs no wait; an inline gateway, which calls them itself, does so at the end.
+        """
+        for job in unheard if self._state.reporter is not None else ():
+            self._report(job)
+
+    def _report(self, job: Job[Any]) -> None:
+        report(self._state, logging.ERROR, "job %s failed", job.describe(), error=job.failed_with)
+
     def _tell(self, called: list[Job[Any]], unheard: list[Job[Any]], loans: Sequence[WriteLoan]) -> None:
         for loan in loans:
             self.call_back(loan, committed=loan.job._error is None)
@@ -124,7 +136,8 @@ class Outcomes:
             job.run_callbacks()
         for job in unheard:
             self._state.begin_callbacks(job)
-            report(self._state, logging.ERROR, "job %s failed", job.describe(), error=job.failed_with)
+            if self._state.reporter is None:
+                self._report(job)
             if self._on_error is not None:
                 call_safely(self._state, self._on_error, job)
         self._state.end_callbacks()

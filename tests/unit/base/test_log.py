@@ -9,11 +9,14 @@ import sqlite3
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, handling, in_threads, parked, raising, run_child
+from helpers import DEADLINE, handling, in_threads, parked, raising, run_child, state_of
 from onewriter import AsyncDbWriter, DbWriter, Transaction
+from onewriter.base import log, waiting
+from onewriter.write import outcomes
 
 TABLE = "CREATE TABLE t (n)"
 INSERT = "INSERT INTO t VALUES (?)"
@@ -315,8 +318,9 @@ def test_threads_log_for_themselves(path: Path) -> None:
 
 
 def test_who_has_a_later_jobs_outcome_finds_earlier_failures_in_the_log(
-    path: Path, caplog: pytest.LogCaptureFixture
+    path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(log, "MOMENT", DEADLINE)  # however slow this machine is
     with DbWriter(path) as db:
         for n in range(50):
             db.enqueue("SELECT * FROM nowhere", label=f"first {n}")
@@ -326,3 +330,25 @@ def test_who_has_a_later_jobs_outcome_finds_earlier_failures_in_the_log(
             db.enqueue("SELECT 1").result(DEADLINE)
             db.enqueue("SELECT 1").result(DEADLINE)
             assert f"'second {n}'" in caplog.text
+
+
+def test_a_failure_is_said_before_who_waits_for_a_later_job_of_its_batch_is_woken(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = threading.Event()
+    seen: list[tuple[bool, bool]] = []
+
+    def look_and_wake(waiters: list[Any]) -> None:
+        assert reporter is not None
+        seen.append((later.done(), reporter.is_behind))
+        waiting.wake(waiters)
+
+    with handling(lambda record: release.wait(DEADLINE)), DbWriter(path) as db:
+        reporter = state_of(db).reporter
+        with parked(db):
+            db.enqueue(BAD)
+            later = db.enqueue("SELECT 1")
+            monkeypatch.setattr(outcomes, "wake", look_and_wake)
+        later.exception(DEADLINE)
+        release.set()
+    assert next(is_behind for is_done, is_behind in seen if is_done)

@@ -144,7 +144,7 @@ print(db.path)
 LEFT_OPEN = """
 import sys
 from onewriter import DbWriter
-inline = DbWriter({path!r} + ".inline", inline=True)
+inline = DbWriter({path!r} + ".inline", inline=True, lock_timeout=0.5)
 kept = inline.transaction()
 kept.__enter__()
 db = DbWriter({path!r})

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -139,8 +137,7 @@ PLACES = ["idle", "in a block", "from inside a job", "beside a job", "in a reade
 
 def run_program(path: Path, **options: object) -> None:
     program = textwrap.dedent(PROGRAM).format(path=str(path), **options)
-    command, helpers = [sys.executable, "-c", program], Path(__file__).parents[2]
-    done = subprocess.run(command, cwd=helpers, capture_output=True, text=True, timeout=60)
+    done = run_child(program)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("parent ended") == 1, done.stderr
     assert done.stderr == ""
@@ -195,8 +192,7 @@ def test_leaving_the_with_blocks_in_the_child_does_nothing_and_does_not_look_lik
     path: Path, inline: bool
 ) -> None:
     program = LEAVING.format(path=str(path), inline=inline)
-    command, helpers = [sys.executable, "-c", program], Path(__file__).parents[2]
-    done = subprocess.run(command, cwd=helpers, capture_output=True, text=True, timeout=60)
+    done = run_child(program)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["told", "committed"], done.stderr
     with contextlib.closing(sqlite3.connect(path)) as connection:
@@ -221,9 +217,7 @@ for _ in range(4):
 
 
 def test_children_that_open_after_the_parent_has_closed_write_as_any_process(path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", CLOSED_BEFORE.format(path=str(path))], capture_output=True, text=True, timeout=60
-    )
+    done = run_child(CLOSED_BEFORE.format(path=str(path)))
     assert done.returncode == 0, done.stderr
     with contextlib.closing(sqlite3.connect(path)) as connection:
         assert connection.execute("SELECT n, count(*) FROM t GROUP BY n").fetchall() == [(n, 25) for n in range(4)]
@@ -352,8 +346,7 @@ def test_whatever_forks_on_our_stack_nothing_of_ours_goes_on_in_the_child(
     path: Path, place: str, ending: str, inline: bool
 ) -> None:
     program = ON_THE_STACK.format(path=str(path), place=place, ending=ending, inline=inline)
-    command, helpers = [sys.executable, "-c", program], Path(__file__).parents[2]
-    done = subprocess.run(command, cwd=helpers, capture_output=True, text=True, timeout=60)
+    done = run_child(program)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["child 0", "parent ended"], done.stderr
     left = {name.name for name in path.parent.iterdir()}
@@ -400,8 +393,7 @@ os.write(1, b"ended\\n")
 @pytest.mark.parametrize("place", ["a block", "a read"])
 def test_a_child_forked_on_a_thread_that_works_for_tasks_ends(path: Path, place: str) -> None:
     program = IN_TASKS.format(path=str(path), place=place)
-    command, helpers = [sys.executable, "-c", program], Path(__file__).parents[2]
-    done = subprocess.run(command, cwd=helpers, capture_output=True, text=True, timeout=60)
+    done = run_child(program)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["child 0", "ended"], done.stderr
 

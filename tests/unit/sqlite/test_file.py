@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from helpers import drop_session, run_child
+from helpers import drop_session, names_in, run_child
 from onewriter import DbWriter, WriterBrokenError
 from onewriter.sqlite import file
 
@@ -51,7 +51,7 @@ def test_writes_reads_and_blocks_say_so_and_no_file_appears(
         db.run("CREATE TABLE t (n)")
         db.run(INSERT, (1,))
         away(path)
-        before = sorted(os.listdir(path.parent))
+        before = names_in(path.parent)
         with pytest.raises(WriterBrokenError, match="last writes may be lost") as caught:
             db.run(INSERT, (2,))
         assert str(path) in str(caught.value)
@@ -72,7 +72,7 @@ def test_writes_reads_and_blocks_say_so_and_no_file_appears(
         assert db.closed
         report = db.close()
         assert (report.committed, report.failed) == (2, 1)
-        assert sorted(os.listdir(path.parent)) == before
+        assert names_in(path.parent) == before
     assert len([record for record in caplog.records if record.levelno == logging.CRITICAL]) == 1
 
 

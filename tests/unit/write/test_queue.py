@@ -576,14 +576,23 @@ def test_many_rows_are_handed_in_as_one_job_of_the_queue(any_db: DbWriter) -> No
 
 
 def test_many_rows_take_one_place_in_a_full_queue(path: Path) -> None:
+    entered, release = threading.Event(), threading.Event()
     with DbWriter(path, maxsize=2) as db:
+
+        def park(tx: Transaction) -> None:
+            entered.set()
+            release.wait(DEADLINE)
+            db.enqueue_many(INSERT, [(6,)])  # inside a job it never waits
+
         db.run("CREATE TABLE t (n)")
-        with parked(db):
-            db.enqueue_many(INSERT, [(n,) for n in range(5)])
-            db.enqueue(INSERT, (5,))
-            with pytest.raises(QueueFullError):
-                db.enqueue_many(INSERT, [(9,)], timeout=BRIEFLY)
-            db.run(lambda tx: db.enqueue_many(INSERT, [(6,)]))  # inside a job it never waits
+        parks = db.enqueue(park)
+        assert entered.wait(DEADLINE)
+        db.enqueue_many(INSERT, [(n,) for n in range(5)])
+        db.enqueue(INSERT, (5,))
+        with pytest.raises(QueueFullError):
+            db.enqueue_many(INSERT, [(9,)], timeout=BRIEFLY)
+        release.set()
+        parks.result(DEADLINE)
         db.flush(DEADLINE)
         assert rows(db) == list(range(7))
 

@@ -71,6 +71,18 @@ def test_what_only_asks_the_connection_is_refused_as_a_job_or_read_of_its_own(an
         any_db.run_script(f"INSERT INTO child VALUES (5);\n{sql}\n; DELETE FROM child")
 
 
+@pytest.mark.parametrize("name", ["defaulted", "over"])
+def test_a_table_with_a_default_that_asks_can_be_read(any_db: DbWriter, name: str) -> None:
+    """SQLite 3.54 asks the authorizer about the default, too."""
+    any_db.run_script(SCHEMA + "CREATE VIEW over AS SELECT x, p FROM defaulted WHERE x > 0")
+    any_db.run("INSERT INTO parent VALUES (7, 'd')")
+    any_db.run("INSERT INTO defaulted (x) VALUES (1)")
+    for _ in range(2):
+        assert [x for x, _ in any_db.read(f"SELECT * FROM {name}")] == [1]
+        assert [x for x, _ in any_db.run(f"SELECT * FROM {name}").rows] == [1]
+        assert [x for x, _ in any_db.run_without_transaction(f"SELECT * FROM {name}").rows] == [1]
+
+
 def test_a_refused_question_does_not_make_its_batch_run_twice(db: DbWriter) -> None:
     db.run("CREATE TABLE t (a)")
     with parked(db):

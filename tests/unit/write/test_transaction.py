@@ -662,7 +662,10 @@ def test_rollback_undoes_what_was_done_so_far_and_the_block_goes_on(any_db: DbWr
         tx.rollback()
 
 
-def test_rollback_in_a_job_leaves_those_that_share_its_transaction(db: DbWriter) -> None:
+def test_rollback_in_a_job_leaves_those_that_share_its_transaction(new_db: DbWriter) -> None:
+    db = new_db
+    db.run("CREATE TABLE t (n UNIQUE)")
+
     def undo(tx: Transaction) -> None:
         tx.execute("INSERT INTO t VALUES (9)")
         tx.rollback()
