@@ -67,8 +67,7 @@ class Traffic:
                         self.looks += line.startswith(b"data: ")
                         if self._stop.is_set():
                             break
-            except TimeoutError:  # no news
-                pass
             except FAILURES as error:
-                self.errors.append(repr(error))
-                time.sleep(0.05)
+                if not isinstance(getattr(error, "reason", error), TimeoutError):  # which is no news, or a busy service
+                    self.errors.append(repr(error))
+                    time.sleep(0.05)
