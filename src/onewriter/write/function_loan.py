@@ -18,7 +18,6 @@ class FunctionLoan(WriteLoan):
     """That of a function, which runs on the writer's thread: a comparison does in place of the session's lock.
 
     Unless a connection was lent: the collector may end its cursors in any thread.
-
     """
 
     mode = Mode.JOB  # nothing else acts on the connection while the function runs
@@ -29,26 +28,21 @@ class FunctionLoan(WriteLoan):
         self.thread = self._free_for = get_ident()  # 0: it takes more than a comparison
 
     def execute(self, sql: str, params: Params) -> Result:
-        # Hot path: what is decided once for a job, or once for a text, is not looked at here.
-        if self._free_for != get_ident() or self._inside:
+        # Hot path: what is decided once for a job, or once for a text, is not looked at here. Whether the transaction is
+        # still there is: SQLite may have ended it in a call that came another way, and this one would commit by itself.
+        if self._free_for != get_ident() or self._inside or not self.session.connection.in_transaction:
             return super().execute(sql, params)
         if type(params) is not tuple or not PLAIN_TYPES.issuperset(map(type, params)):
             params = capture(sql, params)
         self._inside = self.thread
         try:
             result = self.session.executor.insert(sql, params)
-        except BaseException as error:
-            self._failed(error)
+        except sqlite3.Error as error:
+            self._explain(error)
             raise
         finally:
             self._inside = 0
         return Result([], 1, result, None) if type(result) is int else result  # type: ignore[return-value]
-
-    def _failed(self, error: BaseException) -> None:
-        if not self.session.connection.in_transaction:
-            self._free_for = 0  # so that every further call is refused
-        if isinstance(error, sqlite3.Error):
-            self._explain(error)
 
     def end(self) -> None:
         if self._free_for and not self._ends_readonly:

@@ -771,3 +771,40 @@ def test_sql_that_is_no_str_is_refused_in_a_function_too(db: DbWriter, sql: Any)
 def test_letters_are_no_parameters_in_a_function_either(db: DbWriter) -> None:
     with pytest.raises(TypeError, match="put a lone value into a tuple"):
         db.run(lambda tx: tx.execute(INSERT, "x"))  # type: ignore[arg-type]
+
+
+OR_ROLLBACK = "INSERT OR ROLLBACK INTO t VALUES (?)"
+
+
+def in_a_nested_block(db: DbWriter, tx: Transaction) -> None:
+    with db.transaction() as inner:
+        inner.execute(OR_ROLLBACK, (1,))
+
+
+@pytest.mark.parametrize(
+    "undo",
+    [
+        lambda db, tx: tx.execute(OR_ROLLBACK, (1,)),
+        lambda db, tx: tx.executemany(OR_ROLLBACK, [(2,), (1,)]),
+        lambda db, tx: tx.executescript("INSERT OR ROLLBACK INTO t VALUES (1)"),
+        lambda db, tx: db.run(OR_ROLLBACK, (1,)),
+        lambda db, tx: db.run(lambda inner: inner.execute(OR_ROLLBACK, (1,))),
+        in_a_nested_block,
+        lambda db, tx: tx.connection.execute(OR_ROLLBACK, (1,)),
+    ],
+    ids=["execute", "executemany", "executescript", "run", "run of a function", "block", "connection"],
+)
+def test_a_function_whose_transaction_sqlite_has_ended_writes_nothing_more_whatever_ended_it(
+    db: DbWriter, undo: Callable[[DbWriter, Transaction], object]
+) -> None:
+    def job(tx: Transaction) -> None:
+        with pytest.raises(sqlite3.IntegrityError):
+            undo(db, tx)
+        with pytest.raises(TransactionAbortedError):
+            tx.execute(INSERT, (3,))
+
+    db.run("CREATE UNIQUE INDEX one ON t (n)")
+    db.run(INSERT, (1,))
+    with pytest.raises(TransactionAbortedError):
+        db.run(job)
+    assert rows(db) == [1]
