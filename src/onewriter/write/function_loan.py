@@ -28,8 +28,8 @@ class FunctionLoan(WriteLoan):
         self.thread = self._free_for = get_ident()  # 0: it takes more than a comparison
 
     def execute(self, sql: str, params: Params) -> Result:
-        # Hot path: what is decided once for a job, or once for a text, is not looked at here. Whether the transaction is
-        # still there is: SQLite may have ended it in a call that came another way, and this one would commit by itself.
+        # Hot path: what is decided once for a job, or once for a text, is not looked at here. Whether there still is a
+        # transaction, is: SQLite may have ended it in a call that came another way; this one would commit by itself.
         if self._free_for != get_ident() or self._inside or not self.session.connection.in_transaction:
             return super().execute(sql, params)
         if type(params) is not tuple or not PLAIN_TYPES.issuperset(map(type, params)):

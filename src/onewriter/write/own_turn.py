@@ -129,7 +129,7 @@ class OwnTurn:
         """It is committed."""
         batch.times.commit = monotonic() - since
         self._lock.released()
-        self._outcomes.settle([block], batch.times, batch.loans, commits=1)
+        self._outcomes.settle([block], batch.times, commits=1)  # its own thread calls its callbacks
         self._batch = None  # nothing of it stays alive
         had_work = self._checkpointer.has_work  # or else the writer thread sleeps for ever, not until it is idle
         if self._checkpointer.is_due(session) or self._checkpointer.has_work is not had_work:
