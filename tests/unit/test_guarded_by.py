@@ -35,16 +35,16 @@ GUARDS = [
             "write/ticket.py": ["__init__", "expect_outcome"],
             "write/jobs.py": ["__init__"],
             "write/batch.py": [],
-            "write/outcomes.py": [],
             "write/block.py": ["__init__", "line_up"],
             "tasks/block.py": ["__init__"],
         }.items()
     ),
+    Guard("write/outcomes.py", "lock", {"_stage", "_waiters", "_callbacks"}, held=frozenset(("_resolve",))),
     *(
         Guard(file, "lock", {"tally"}, also_read=True, free=frozenset(free))
         for file, free in {
             "write/ticket.py": [],
-            "write/outcomes.py": ["_is_unheard"],
+            "write/outcomes.py": ["_is_unheard", "_resolve"],
             "write/writer.py": [],
             "base/state.py": [],
             "core.py": ["back_up"],

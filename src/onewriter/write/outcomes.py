@@ -78,26 +78,9 @@ class Outcomes:
         called: list[Job[Any]] = []
         unheard: list[Job[Any]] = []  # failures that nobody waits for: they have to be logged
         wakeups: list[Any] = []
-        # Hot path: runs once for each job; avoid calls.
         with state.lock:
             works, moments = list(map(work_of, jobs)), moments_of(jobs)
-            committed = state.tally.committed
-            for job in jobs:
-                if job._stage > RUNNING:
-                    continue
-                job._stage = DONE
-                job._times = times
-                job.work = None
-                if job._error is None:
-                    committed += 1
-                    job._sequence = committed
-                elif self._is_unheard(job):
-                    unheard.append(job)
-                if job._callbacks is not None:
-                    called.append(job)
-                if job._waiters is not None:
-                    wakeups += job._waiters
-                    job._waiters = None
+            committed = self._resolve(jobs, times, called, unheard, wakeups)
             if jobs and jobs[0].in_stats:
                 state.tally.committed = committed
                 state.tally.add_batch(moments, times, commits)
@@ -111,6 +94,34 @@ class Outcomes:
             self._tell(called, unheard, loans)
         if self._on_event is not None:
             self._publish(self._on_event, jobs, times, commits)
+
+    def _resolve(
+        self, jobs: list[Job[Any]], times: Times, called: list[Job[Any]], unheard: list[Job[Any]], wakeups: list[Any]
+    ) -> int:
+        """Under the lock; returns how many jobs are committed by now.
+
+        Apart: what a signal handler raises as a loop jumps back goes past the ``with`` around that loop, in CPython
+        3.12 and 3.13, and the lock would never be released.
+        """
+        # Hot path: runs once for each job; avoid calls.
+        committed = self._state.tally.committed
+        for job in jobs:
+            if job._stage > RUNNING:
+                continue
+            job._stage = DONE
+            job._times = times
+            job.work = None
+            if job._error is None:
+                committed += 1
+                job._sequence = committed
+            elif self._is_unheard(job):
+                unheard.append(job)
+            if job._callbacks is not None:
+                called.append(job)
+            if job._waiters is not None:
+                wakeups += job._waiters
+                job._waiters = None
+        return committed
 
     def _is_unheard(self, job: Job[Any]) -> bool:
         """Count the failure; whether nobody waits for it."""
