@@ -7,23 +7,13 @@ from collections.abc import Callable
 from typing import Any, Generic, TypeAlias, TypeVar
 
 from onewriter.base.arguments import check_read, check_sql, name_of
-from onewriter.read.reader import Fetch, Reader, Snapshot
+from onewriter.read.reader import FETCHALL, Fetch, Reader, Snapshot
 from onewriter.sqlite.parameters import capture
 from onewriter.sqlite.result import refuse_live
 from onewriter.sqlite.statement import Parameters
 from onewriter.write.loan import WriteLoan
 
 T = TypeVar("T")
-
-
-FETCHALL: Fetch[list[Any]] = sqlite3.Cursor.fetchall
-FETCHONE: Fetch[Any] = sqlite3.Cursor.fetchone
-
-
-def select(sql: str, parameters: Parameters, fetch: Fetch[T], label: str, reader: Reader) -> T:
-    """Run one SELECT with a connection of the pool."""
-    reader.guard.text = sql
-    return reader.attempt(label, reader.fetch, sql, parameters, fetch)  # type: ignore[no-any-return]
 
 
 class SqlRead(Generic[T]):
@@ -46,7 +36,7 @@ class SqlRead(Generic[T]):
 
     def alone(self, reader: Reader) -> T:
         """Read with a connection of the pool."""
-        return select(self.sql, self.parameters, self.fetch, self.label, reader)
+        return reader.select(self.sql, self.parameters, self.fetch)  # type: ignore[no-any-return]
 
 
 class FunctionRead(Generic[T]):
@@ -66,7 +56,7 @@ class FunctionRead(Generic[T]):
 
     def alone(self, reader: Reader) -> T:
         """Call it with a connection of the pool."""
-        with reader.snapshot(self.label) as snapshot:
+        with reader.snapshot() as snapshot:
             return refuse_live(reader.attempt(self.label, self.function, snapshot.to_lend, again=False))
 
 
