@@ -217,7 +217,10 @@ class AsyncDbWriter(Strict):
     def migrate(
         self, steps: Steps, *, label: Label = None, timeout: Seconds = 30.0, dry_run: bool = False
     ) -> Coroutine[Any, Any, int]:
-        """As ``DbWriter.migrate``; functions are called in the writer's thread. Cancelled, it stops behind a step."""
+        """As ``DbWriter.migrate``; functions are called in the writer's thread.
+
+        Cancelled, it stops after the step that runs.
+        """
         core = self._core()
         core.state.refuse_endless_wait("migrate", awaits=True)
         return self._migrate(core.migration(steps, label, sys._getframe(1)), label, timeout, dry_run)

@@ -17,6 +17,7 @@ from time import monotonic
 from typing import Any, TypeAlias, TypeVar
 
 from onewriter.base.arguments import (
+    NOT_PLAIN,
     check_choice,
     check_foreign_keys,
     check_job,
@@ -139,6 +140,15 @@ class Core:
         bounded: bool = False,
     ) -> StatementJob | FunctionJob[Any]:
         """A statement or a function; ``frame`` is the caller's."""
+        if (
+            type(what) is types.FunctionType
+            and not what.__code__.co_flags & NOT_PLAIN
+            and type(params) is tuple
+            and not params
+            and label is None
+            and foreign_keys is None
+        ):  # as nearly every function
+            return FunctionJob(self.state, what, what.__qualname__, frame, bounded)
         if label is not None:
             check_label(label)
         if isinstance(what, str):
@@ -208,8 +218,10 @@ class Core:
 
     def check_block(self, label: Label, timeout: Seconds, max_hold: float | None) -> float:
         """Returns how long the block may hold the writer."""
-        check_label(label)
-        check_timeout(timeout)
+        if label is not None:
+            check_label(label)
+        if timeout != 30.0:
+            check_timeout(timeout)
         if max_hold is not None:
             check_seconds("max_hold", max_hold)
         return self.options.max_hold if max_hold is None else max_hold
@@ -282,7 +294,7 @@ class Core:
 
     def report(self) -> CloseReport:
         """What has become of every job so far."""
-        unfinished = self.writer.unfinished()
+        unfinished = self.queue.unfinished()
         with self.state.lock:
             tally = self.state.tally
             return CloseReport(
@@ -299,7 +311,7 @@ class Core:
             waiting, checkpoint, backup = state.waiting, writer.last_checkpoint, tally.last_backup
             return Stats(
                 queue_depth=self.queue.depth,
-                oldest_age=writer.oldest_age(now),
+                oldest_age=self.queue.oldest_age(now),
                 running=_running(state.job, now, getattr(state.job, "started_at", now)),
                 waiting_for_lock=None if waiting is None else _running(waiting[0], now, waiting[1]),
                 committed=tally.committed,

@@ -31,8 +31,9 @@ from onewriter.read.read import Read, read_of, sql_read
 from onewriter.read.reader import FETCHONE, Reader, Snapshot
 from onewriter.sqlite.parameters import Params, capture
 from onewriter.sqlite.result import Result, first_value
-from onewriter.write.block import ThreadBlock, nested, outermost
+from onewriter.write.block import ThreadBlock
 from onewriter.write.checkpoint import Checkpoint
+from onewriter.write.entry import Entry
 from onewriter.write.jobs import FunctionJob, StatementJob
 from onewriter.write.loan import WriteLoan
 from onewriter.write.ticket import Job, Ticket
@@ -65,12 +66,12 @@ class DbWriter(Strict):
         slow_after: seconds a job, a block or a reader may last before a warning names it.
         max_hold: seconds a job's SQL or a ``transaction()`` block may hold the writer.
         wal_limit: bytes of WAL that the gateway tries to keep to.
-        auto_checkpoint: False: somebody else checkpoints.
+        auto_checkpoint: False: another program checkpoints (Litestream).
         inline: no thread: jobs run in the calling thread, through the same code (for tests).
 
     Raises:
-        sqlite3.Error: the file cannot be opened, with the path and the reason. Where that is plain before SQLite is
-            asked, nothing was created.
+        sqlite3.Error: the file cannot be opened, with the path and the reason. Nothing was created if that could be
+            seen before SQLite opened it.
         TypeError, ValueError: an invalid argument; a PRAGMA that has no effect.
         RuntimeError: SQLite is older than 3.37.2.
     """
@@ -165,10 +166,10 @@ class DbWriter(Strict):
 
         Args:
             what: one SQL statement, or a function of the ``Transaction``. A function may run a second time if
-                something else undid the transaction it shared; see "Batches" in the documentation.
+                something else undid the transaction it shared (docs/batches.md).
             params: of the statement; copied now.
             label: the job's name in logs and messages.
-            timeout: seconds from the call to the result; None: for ever.
+            timeout: seconds from the call to the result; None: no limit.
             foreign_keys: False: enforcement is off for this function, and its result is checked before COMMIT.
 
         Raises:
@@ -246,7 +247,7 @@ class DbWriter(Strict):
         Args:
             steps: SQL scripts and functions of a ``Transaction``, all there ever were, in order: new ones are
                 appended, old ones stay as they are.
-            timeout: seconds for all of them; None: for ever. Another process's step is waited for up to
+            timeout: seconds for all of them; None: no limit. Another process's step is waited for up to
                 ``lock_timeout``.
             dry_run: run none; returns the version that is there, so ``steps[version:]`` are those that would run.
 
@@ -269,13 +270,13 @@ class DbWriter(Strict):
     ) -> contextlib.AbstractContextManager[Transaction]:
         """A ``with`` block that is a transaction of its own; committed at its end, or rolled back if it raises.
 
-        The writer waits while the block runs. Any thread that has the ``Transaction`` may use it, one call at a time,
-        and any may leave the block. Inside a job or another block (in the same context, thread and task) it is a
-        savepoint of that transaction.
+        It runs in the calling thread, and nobody else writes meanwhile. Any thread that has the ``Transaction`` may
+        use it, one call at a time, and any may leave the block. Inside a job or another block (in the same context,
+        thread and task) it is a savepoint of that transaction.
 
         Args:
             label: the block's name in logs and messages.
-            timeout: seconds to wait for its turn; None: for ever. The block's own time does not count.
+            timeout: seconds to wait for its turn; None: no limit. The block's own time does not count.
             max_hold: seconds after which the transaction is taken away and rolled back; None: the gateway's. A nested
                 block has that of the outer one.
 
@@ -286,19 +287,9 @@ class DbWriter(Strict):
             CommitUnknownError: COMMIT met an I/O error. Unknown.
             What COMMIT raised: Rolled back.
         """
-        return self._block(label, timeout, self._core.check_block(label, timeout, max_hold), sys._getframe(1))
-
-    @contextlib.contextmanager
-    def _block(self, label: Label, timeout: Seconds, max_hold: float, frame: types.FrameType) -> Iterator[Transaction]:
-        warn_of_blocking()
-        core, state, outer = self._core, self._state, self._transaction_here()
-        if outer is not None:
-            yield from nested(outer)
-            return
-        state.refuse_endless_wait("transaction()")
-        block = ThreadBlock(state, label, max_hold, frame)
-        del frame  # in which the block itself may be: whoever drops that drops it
-        yield from outermost(block, timeout, core.driver, core.options.on_event, core.label)
+        core = self._core
+        block = ThreadBlock(self._state, label, core.check_block(label, timeout, max_hold), sys._getframe(1))
+        return Entry(block, timeout, core.driver, core.options.on_event, core.label)
 
     @overload
     def enqueue(
@@ -400,7 +391,7 @@ class DbWriter(Strict):
         sees one snapshot. Inside a job it sees that job's transaction.
 
         Args:
-            timeout: seconds for waiting for a connection and running the SQL; None: for ever.
+            timeout: seconds for waiting for a connection and running the SQL; None: no limit.
             after: wait until this write is committed, then read.
 
         Raises:
@@ -448,7 +439,7 @@ class DbWriter(Strict):
         A long block keeps the WAL from shrinking; after ``slow_after`` seconds a warning names it.
 
         Args:
-            timeout: seconds to wait for a connection; None: for ever.
+            timeout: seconds to wait for a connection; None: no limit.
             after: as for ``read``.
 
         Raises:
@@ -540,7 +531,7 @@ class DbWriter(Strict):
 
         Args:
             mode: https://www.sqlite.org/pragma.html#pragma_wal_checkpoint
-            timeout: seconds to wait for the writer; None: for ever.
+            timeout: seconds to wait for the writer; None: no limit.
 
         Raises:
             WriteTimeoutError: it was not its turn in time.
@@ -589,7 +580,7 @@ class DbWriter(Strict):
 
         Args:
             timeout: seconds to wait; then what has not started is withdrawn, and a job that runs is reported as
-                unfinished. None: for ever.
+                unfinished. None: no limit.
             drain: False: withdraw at once what has not started.
 
         Raises:

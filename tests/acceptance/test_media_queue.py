@@ -9,18 +9,21 @@ import logging
 import os
 import re
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, HEARS_INTERRUPTS, free_port
+from helpers import DEADLINE, HEARS_INTERRUPTS, eventually, free_port
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "media_queue"
 SECONDS = float(os.environ.get("MEDIA_QUEUE_SECONDS", "2"))
@@ -123,6 +126,88 @@ def test_the_page_is_told_of_each_change_and_an_open_one_keeps_nothing_from_endi
     assert len(seen) > 2
 
 
+def test_it_ends_at_ctrl_c_whoever_is_connected(path: Path, drive: Any) -> None:
+    port = free_port()
+    with served(path, port) as process, contextlib.ExitStack() as clients:
+
+        def sent(request: bytes) -> None:
+            client = clients.enter_context(socket.socket())
+            client.connect(("127.0.0.1", port))
+            client.sendall(request)
+
+        sent(b"")  # says nothing
+        sent(b"POST /webhook HTTP/1.1\r\nContent-Length: 100\r\n\r\n{")  # nor the rest
+        sent(b"GET /events HTTP/1.1\r\n\r\n")
+        sent(b"GET / HTTP/1.1\r\n\r\n" * 100)  # reads nothing of it
+        drive.ask(f"http://127.0.0.1:{port}/counts")
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=DEADLINE)
+    assert (process.returncode, errors) == (0, "")
+    assert sorted(os.listdir(path.parent)) == [path.name]
+
+
+@pytest.mark.parametrize(("answer", "patience"), [(b"", 3600.0), (bytes(10**8), 0.0)], ids=["idle", "unread"])
+def test_the_server_waits_for_no_request_and_not_for_ever_for_an_answer_to_be_read(
+    answer: bytes, patience: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLE))
+    server, asked = module("server"), threading.Event()
+    monkeypatch.setattr(server, "PATIENCE", patience)
+
+    def do_get(handler: Any) -> None:
+        asked.set()
+        handler.wfile.write(answer)
+
+    http = server.Server(("127.0.0.1", 0), type("Handler", (server.Handler,), {"do_GET": do_get}))
+    http.store = None
+    serving = threading.Thread(target=http.serve_forever)
+    closing = threading.Thread(target=http.server_close, daemon=True)
+    serving.start()
+    with socket.create_connection(http.server_address) as client:
+        client.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        assert asked.wait(DEADLINE)
+        http.shutdown()
+        http.hang_up()
+        closing.start()
+        closing.join(DEADLINE)
+        assert not closing.is_alive()
+    serving.join()
+
+
+def has_two(deliveries: list[str]) -> bool:
+    return len(deliveries) > 1
+
+
+def test_a_second_drive_sends_new_deliveries(path: Path, drive: Any) -> None:
+    port = free_port()
+    with served(path, port):
+        runs = [drive.Traffic(f"http://127.0.0.1:{port}", clients=2) for _ in range(2)]
+        for traffic in runs:
+            traffic.start()
+            eventually(partial(has_two, traffic.known))
+            traffic.stop()
+        sent = [delivery for traffic in runs for delivery in (*traffic.accepted, *traffic.known)]
+        drive.ask(f"{traffic.address}/webhook", "POST", {"delivery": "last", "path": "/media/last.mkv", "wait": True})
+        assert drive.ask(f"{traffic.address}/counts")["webhooks"] == len(set(sent)) + 1 == len(sent) + 1
+
+
+def test_help_says_what_each_option_is_and_its_default() -> None:
+    for command, told in (("serve", "where to listen; 0 finds a free one (default: 8000)"), ("drive", "(default: 8)")):
+        asked = [sys.executable, str(EXAMPLE), command, "--help"]
+        wide = {**os.environ, "COLUMNS": "200"}
+        assert told in subprocess.run(asked, env=wide, capture_output=True, text=True, timeout=DEADLINE).stdout
+
+
+def test_a_port_that_is_taken_is_said_in_a_line(path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        command = [sys.executable, str(EXAMPLE), "serve", "--db", str(path), "--port", str(taken.getsockname()[1])]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE)
+    assert ended.returncode == 1
+    assert "give another --port" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert not path.exists()
+
+
 def test_a_kill_in_the_middle_loses_only_what_was_accepted_and_not_yet_written(path: Path, drive: Any) -> None:
     port = free_port()
     traffic = drive.Traffic(f"http://127.0.0.1:{port}", clients=8, dashboards=2)
@@ -164,7 +249,7 @@ def test_the_store_by_itself(tmp_path: Path) -> None:
             store.begin(video, "w")
         store.fail(video, "w", f"reason {attempt}")
     assert store.counts()["states"]["failed"] == 1
-    assert store.counts()["failures"] == store_module.MOST_ATTEMPTS
+    assert store.counts()["errors"] == store_module.MOST_ATTEMPTS
     video, _ = store.claim("w")
     store.begin(video, "w")
     store.finish(video, "w", 7)

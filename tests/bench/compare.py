@@ -31,7 +31,9 @@ from onewriter import AsyncDbWriter, DbWriter, Transaction
 
 CREATE = "CREATE TABLE t (id INTEGER PRIMARY KEY, n INTEGER, text TEXT)"
 INSERT = "INSERT INTO t (n, text) VALUES (?, ?)"
+SELECT = "SELECT * FROM t WHERE id = ?"
 ROW = (1, "one row")
+LITE_INSERT, LITE_ROW = "INSERT INTO t (n, text) VALUES (:n, :text)", {"n": 1, "text": "one row"}
 Measure = Callable[[Path, str, int], float]  # folder, synchronous, how many → operations per second
 
 
@@ -131,17 +133,21 @@ def connection_each(threads: int) -> Measure:
     return measure
 
 
-def run(threads: int) -> Measure:
+def run(threads: int, write: Callable[[DbWriter], object] = lambda db: db.run(INSERT, ROW)) -> Measure:
     def measure(folder: Path, synchronous: str, count: int) -> float:
         with gateway(folder, synchronous) as db:
 
             def work(each: int) -> None:
                 for _ in range(each):
-                    db.run(INSERT, ROW)
+                    write(db)
 
             return timed(count, in_threads(threads, count, work))
 
     return measure
+
+
+def insert(tx: Transaction) -> None:
+    tx.execute(INSERT, ROW)
 
 
 def enqueue(maxsize: int) -> Measure:
@@ -159,14 +165,11 @@ def enqueue(maxsize: int) -> Measure:
 
 
 def enqueue_function(folder: Path, synchronous: str, count: int) -> float:
-    def job(tx: Transaction) -> None:
-        tx.execute(INSERT, ROW)
-
     with gateway(folder, synchronous) as db:
 
         def work() -> None:
             for _ in range(count):
-                db.enqueue(job)
+                db.enqueue(insert)
             db.flush()
 
         return timed(count, work)
@@ -190,11 +193,11 @@ def block(folder: Path, synchronous: str, count: int) -> float:
         return timed(count, work)
 
 
-def await_run(tasks: int) -> Measure:
+def await_run(tasks: int, *job: Any) -> Measure:
     def measure(folder: Path, synchronous: Any, count: int) -> float:
         async def task(db: AsyncDbWriter, each: int) -> None:
             for _ in range(each):
-                await db.run(INSERT, ROW)
+                await db.run(*job)
 
         async def work() -> float:
             async with AsyncDbWriter(folder / "gateway.db", synchronous=synchronous) as db:
@@ -208,18 +211,47 @@ def await_run(tasks: int) -> Measure:
     return measure
 
 
-def bare_read(folder: Path, synchronous: str, count: int) -> float:
-    raw_transaction(folder, synchronous, 1000)
-    with contextlib.closing(plain(folder, synchronous)) as connection:
-        sql = "SELECT * FROM t WHERE id = ?"
-        return timed(count, lambda: [connection.execute(sql, (n % 1000,)).fetchall() and None for n in range(count)])
+@contextlib.contextmanager
+def writing(write: Callable[[], object], is_on: bool) -> Iterator[None]:
+    """Another thread writes a row every millisecond."""
+    stop = threading.Event()
+
+    def work() -> None:
+        while not stop.wait(0.001):
+            write()
+
+    thread = threading.Thread(target=work)
+    if is_on:
+        thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        if is_on:
+            thread.join()
 
 
-def read(folder: Path, synchronous: str, count: int) -> float:
-    with gateway(folder, synchronous) as db:
-        db.run_many(INSERT, [ROW] * 1000)
-        sql = "SELECT * FROM t WHERE id = ?"
-        return timed(count, lambda: [db.read(sql, (n % 1000,)) and None for n in range(count)])
+def bare_read(beside_writes: bool) -> Measure:
+    def measure(folder: Path, synchronous: str, count: int) -> float:
+        raw_transaction(folder, synchronous, 1000)
+        with contextlib.ExitStack() as stack:
+            connection, writer = (stack.enter_context(contextlib.closing(plain(folder, synchronous))) for _ in "12")
+            stack.enter_context(writing(lambda: writer.execute(INSERT, ROW), beside_writes))
+            return timed(
+                count, lambda: [connection.execute(SELECT, (n % 1000,)).fetchall() and None for n in range(count)]
+            )
+
+    return measure
+
+
+def read(beside_writes: bool) -> Measure:
+    def measure(folder: Path, synchronous: str, count: int) -> float:
+        with gateway(folder, synchronous) as db:
+            db.run_many(INSERT, [ROW] * 1000)
+            with writing(lambda: db.run(INSERT, ROW), beside_writes):
+                return timed(count, lambda: [db.read(SELECT, (n % 1000,)) and None for n in range(count)])
+
+    return measure
 
 
 @contextlib.contextmanager
@@ -267,6 +299,42 @@ def aiosqlite_tasks(folder: Path, synchronous: str, count: int) -> float:
             async def task(each: int) -> None:
                 for _ in range(each):
                     await connection.execute(INSERT, ROW)
+
+            began = perf_counter()
+            await asyncio.gather(*[task(count // 64) for _ in range(64)])
+            return count / (perf_counter() - began)
+
+    return asyncio.run(work())
+
+
+def litewriter_queue(folder: Path, synchronous: str, count: int) -> float:
+    from litewriter import LiteWriter  # type: ignore[import-not-found,unused-ignore]
+
+    with LiteWriter(folder / "lite.db", schema=CREATE, hz=0) as db:
+
+        def job(tx: Any) -> None:
+            tx.execute(LITE_INSERT, **LITE_ROW)
+
+        def work() -> None:
+            for _ in range(count):
+                db.push(job)
+            db.submit(job).result()
+
+        return timed(count, work)
+
+
+def litewriter_tasks(folder: Path, synchronous: str, count: int) -> float:
+    from litewriter import LiteWriter  # type: ignore[import-not-found,unused-ignore]
+
+    def job(tx: Any) -> None:
+        tx.execute(LITE_INSERT, **LITE_ROW)
+
+    async def work() -> float:
+        async with LiteWriter(folder / "lite.db", schema=CREATE, hz=0) as db:
+
+            async def task(each: int) -> None:
+                for _ in range(each):
+                    await db.write(job)
 
             began = perf_counter()
             await asyncio.gather(*[task(count // 64) for _ in range(64)])
@@ -334,6 +402,22 @@ def apsw_and_a_lock(folder: Path, synchronous: str, count: int) -> float:
 
 def ping_pong(folder: Path, synchronous: str, count: int) -> float:
     """Two threads that wake each other, and do nothing else: what a write through another thread costs at least."""
+    return hops(count, lambda: None)
+
+
+def bare_hop(folder: Path, synchronous: str, count: int) -> float:
+    """The same, and the other one writes a row."""
+    with contextlib.closing(plain(folder, synchronous)) as connection:
+
+        def write() -> None:
+            connection.execute("BEGIN IMMEDIATE")
+            connection.execute(INSERT, ROW)
+            connection.execute("COMMIT")
+
+        return hops(count, write)
+
+
+def hops(count: int, write: Callable[[], None]) -> float:
     here, there = threading.Lock(), threading.Lock()
     here.acquire()
     there.acquire()
@@ -341,6 +425,7 @@ def ping_pong(folder: Path, synchronous: str, count: int) -> float:
     def other() -> None:
         for _ in range(count):
             there.acquire()
+            write()
             here.release()
 
     thread = threading.Thread(target=other)
@@ -368,7 +453,9 @@ CONTESTANTS: list[tuple[str, Measure, int, str, str]] = [
     ("one raw transaction with APSW", apsw_transaction, 100_000, "one raw transaction", "apsw"),
     ("two threads that only wake each other", ping_pong, 5_000, "", ""),
     ("autocommit", autocommit, 2_000, "", ""),
+    ("two threads that wake each other and write", bare_hop, 2_000, "autocommit", ""),
     ("run, 1 thread", run(1), 2_000, "autocommit", ""),
+    ("run of a function, 1 thread", run(1, lambda db: db.run(insert)), 2_000, "run, 1 thread", ""),
     ("BEGIN, 3 INSERTs, COMMIT", raw_block, 1_000, "", ""),
     ("transaction() with 3 INSERTs", block, 1_000, "BEGIN, 3 INSERTs, COMMIT", ""),
     ("one connection and a lock, 16 threads", one_and_a_lock(16), 2_000, "", ""),
@@ -380,10 +467,15 @@ CONTESTANTS: list[tuple[str, Measure, int, str, str]] = [
     ("run, 64 threads", run(64), 12_800, "one connection and a lock, 64 threads", ""),
     ("aiosqlite, 64 tasks", aiosqlite_tasks, 3_200, "", "aiosqlite"),
     ("Datasette's write thread, 64 tasks", datasette_tasks, 1_280, "aiosqlite, 64 tasks", "datasette"),
-    ("await run, 64 tasks", await_run(64), 25_600, "aiosqlite, 64 tasks", ""),
-    ("await run, 256 tasks", await_run(256), 25_600, "aiosqlite, 64 tasks", ""),
-    ("bare read of one row by key", bare_read, 20_000, "", ""),
-    ("read of one row by key", read, 20_000, "bare read of one row by key", ""),
+    ("await run, 64 tasks", await_run(64, INSERT, ROW), 25_600, "aiosqlite, 64 tasks", ""),
+    ("await run, 256 tasks", await_run(256, INSERT, ROW), 25_600, "aiosqlite, 64 tasks", ""),
+    ("await run of a function, 64 tasks", await_run(64, insert), 12_800, "aiosqlite, 64 tasks", ""),
+    ("litewriter, queued function", litewriter_queue, 30_000, "enqueue of a function", "litewriter"),
+    ("litewriter, 64 tasks", litewriter_tasks, 12_800, "await run of a function, 64 tasks", "litewriter"),
+    ("bare read of one row by key", bare_read(False), 20_000, "", ""),
+    ("read of one row by key", read(False), 20_000, "bare read of one row by key", ""),
+    ("bare read beside a writer", bare_read(True), 20_000, "", ""),
+    ("read beside a writer", read(True), 20_000, "bare read beside a writer", ""),
 ]
 
 
@@ -480,11 +572,20 @@ def fsync_ms(folder: Path) -> float:
     return statistics.median(times)
 
 
+def is_here(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:  # of the package around it
+        return False
+
+
 def compare(synchronous: str, rounds: int, scale: float, only: str) -> dict[str, float]:
     taking_part = [
         (name, measure, count)
         for name, measure, count, _, needs in CONTESTANTS
-        if only in name and (not needs or importlib.util.find_spec(needs.split(".")[0]))
+        if only in name
+        and (not needs or is_here(needs))
+        and (synchronous == "NORMAL" or needs != "litewriter")  # which knows no other
     ]
     found: dict[str, list[float]] = {name: [] for name, _, _ in taking_part}
     for number in range(rounds):
@@ -516,6 +617,9 @@ def main() -> None:
         print(f"APSW with SQLite {importlib.import_module('apsw').sqlite_lib_version()}", end=", ")
     print(f"{os.cpu_count()} cores, fsync {disk:.3f} ms; median of {arguments.rounds} rounds\n")
     figures: dict[str, Any] = {"python": platform.python_version(), "sqlite": sqlite3.sqlite_version, "fsync_ms": disk}
+    absent = sorted({needs for *_, needs in CONTESTANTS if needs and not is_here(needs)})
+    if absent:
+        print(f"not in this environment, so not measured: {', '.join(absent)}\n")
     for synchronous in ("FULL", "NORMAL"):
         found = compare(synchronous, arguments.rounds, arguments.scale, arguments.only)
         figures[synchronous] = found

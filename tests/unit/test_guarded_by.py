@@ -36,7 +36,7 @@ GUARDS = [
             "write/jobs.py": ["__init__"],
             "write/batch.py": [],
             "write/outcomes.py": [],
-            "write/block.py": ["__init__"],
+            "write/block.py": ["__init__", "line_up"],
             "tasks/block.py": ["__init__"],
         }.items()
     ),
@@ -55,8 +55,19 @@ GUARDS = [
     Guard(
         "write/queue.py",
         "mutex",
-        {"queue", "_asleep", "_bounded", "_limit", "_refusal", "_room", "_withdrawn", "is_nearly_full"},
-        held=frozenset(("_append", "_has_become_nearly_full", "_made_room", "_pop", "_tidy", "_wake")),
+        {
+            "queue",
+            "_asleep",
+            "_bounded",
+            "_limit",
+            "_refusal",
+            "_room",
+            "_withdrawn",
+            "guest",
+            "is_handed_over",
+            "is_nearly_full",
+        },
+        held=frozenset(("_append", "_end_turn", "_has_become_nearly_full", "_made_room", "_pop", "_tidy", "_wake")),
         free=frozenset(("__init__", "after_fork_in_child")),
     ),
     *(

@@ -35,7 +35,7 @@ from onewriter.base import waiting as job
 from onewriter.read.pool import ReaderPool
 from onewriter.sqlite.guard import Guard, ReadGuard
 from onewriter.sqlite.time_limit import TimeLimit
-from onewriter.write import block, driver
+from onewriter.write import block, driver, entry
 
 ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
 
@@ -163,7 +163,7 @@ def test_an_interrupt_as_a_block_is_left_gives_the_writer_back(
         db.run("CREATE TABLE t (n)")
         with pytest.raises(SignalError), db.transaction() as tx:
             tx.execute("INSERT INTO t VALUES (1)")
-            monkeypatch.setattr(block, "_leave", interrupted)
+            monkeypatch.setattr(entry, "_end", interrupted)
             if failed:
                 raise LookupError
         monkeypatch.undo()

@@ -17,9 +17,11 @@ from onewriter import DbWriter, Result, Ticket, Transaction
 
 SOURCE = Path(onewriter.__file__).parent
 FILES = {path.relative_to(SOURCE).as_posix(): path.read_text(encoding="utf-8") for path in sorted(SOURCE.rglob("*.py"))}
-PROGRAMS = {"tools/bench.py", "tools/contestants.py", "tools/check.py"}
+PROGRAMS = {name for name in FILES if name.startswith("tools/")}
 TREES = {name: ast.parse(text) for name, text in FILES.items()}
-ARCHITECTURE = Path(__file__).parents[2] / "docs" / "contributing.md"
+ROOT = Path(__file__).parents[2]
+PAGES = ("architecture", "locks", "contributing")
+ARCHITECTURE = "\n".join((ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8") for page in PAGES)
 
 # From low to high: a file imports lower floors, and its own folder.
 FLOORS = (
@@ -98,7 +100,7 @@ def test_every_type_that_a_public_call_returns_is_public() -> None:
 
 
 def test_the_version_is_that_of_the_distribution() -> None:
-    text = (ARCHITECTURE.parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert re.search(r'^version = "(.+)"$', text, re.MULTILINE)[1] == onewriter.__version__  # type: ignore[index]
 
 
@@ -109,7 +111,7 @@ def test_every_error_is_one_of_the_packages_and_says_what_became_of_the_write() 
     assert issubclass(onewriter.ReadTimeoutError, TimeoutError)
 
 
-RULES = re.findall(r"^- The only `(.+?)`: (.+)$", ARCHITECTURE.read_text(encoding="utf-8"), re.MULTILINE)
+RULES = re.findall(r"^- The only `(.+?)`: (.+)$", ARCHITECTURE, re.MULTILINE)
 
 
 @pytest.mark.parametrize(("text", "places"), RULES, ids=[text for text, _ in RULES])
@@ -294,16 +296,12 @@ def test_reach_for_private_names_is_found() -> None:
 
 
 def test_the_files_that_the_architecture_page_names_are_there() -> None:
-    named = re.findall(
-        r"`((?:base|sqlite|write|read|live|tasks|ends|tools)/\w+\.py)`", ARCHITECTURE.read_text(encoding="utf-8")
-    )
+    named = re.findall(r"`((?:base|sqlite|write|read|live|tasks|ends|tools)/\w+\.py)`", ARCHITECTURE)
     assert named
     assert set(named) - FILES.keys() == set()
 
 
-LOCK_ROWS = re.findall(
-    r"^\| `([\w/]+\.py)`: ((?:`\w+`(?:, )?)+) \|", ARCHITECTURE.read_text(encoding="utf-8"), re.MULTILINE
-)
+LOCK_ROWS = re.findall(r"^\| `([\w/]+\.py)`: ((?:`\w+`(?:, )?)+) \|", ARCHITECTURE, re.MULTILINE)
 LOCK_KINDS = {"Lock", "RLock", "Condition", "Semaphore", "BoundedSemaphore", "allocate_lock"}
 
 

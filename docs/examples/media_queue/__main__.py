@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sqlite3
 import sys
 import time
 
@@ -14,10 +15,17 @@ from server import Service
 
 
 def serve(arguments: argparse.Namespace) -> None:
-    service = Service(arguments.db, arguments.port, arguments.workers)
-    service.start()
-    print(f"{service.address}/ ({arguments.db}; {service.store.recovered} videos put back); Ctrl-C ends", flush=True)
     try:
+        service = Service(arguments.db, arguments.port, arguments.workers)
+    except OSError as error:
+        raise SystemExit(f"cannot listen on port {arguments.port} ({error}): give another --port") from None
+    except sqlite3.Error as error:
+        raise SystemExit(f"{error}: give another --db") from None
+    try:
+        service.start()
+        print(
+            f"{service.address}/ ({arguments.db}; {service.store.recovered} videos put back); Ctrl-C ends", flush=True
+        )
         while True:
             time.sleep(1)
             counts, stats = service.store.counts(), service.store.db.stats()
@@ -46,16 +54,29 @@ def drive(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="media_queue", description="A re-encoding queue on one SQLite file.")
-    commands = parser.add_subparsers(required=True)
-    serving = commands.add_parser("serve", help="the service, its scanner and its workers")
-    serving.add_argument("--db", default="media.db")
-    serving.add_argument("--port", type=int, default=8000)
-    serving.add_argument("--workers", type=int, default=4)
+    defaults = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="python docs/examples/media_queue", description="A re-encoding queue on one SQLite file."
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    serving = commands.add_parser(
+        "serve",
+        help="the service, its scanner and its workers",
+        description="Serve webhooks, settings and a live page on 127.0.0.1, and work off the queue, until Ctrl-C.",
+        formatter_class=defaults,
+    )
+    serving.add_argument("--db", default="media.db", metavar="FILE", help="the database, made if it is not there")
+    serving.add_argument("--port", type=int, default=8000, help="where to listen; 0 finds a free one")
+    serving.add_argument("--workers", type=int, default=4, metavar="N", help="threads that encode")
     serving.set_defaults(run=serve)
-    driving = commands.add_parser("drive", help="made-up traffic for it")
-    driving.add_argument("--url", default="http://127.0.0.1:8000")
-    driving.add_argument("--clients", type=int, default=8)
+    driving = commands.add_parser(
+        "drive",
+        help="made-up traffic for it",
+        description="Send webhooks to a service that runs, and look at its page, until Ctrl-C.",
+        formatter_class=defaults,
+    )
+    driving.add_argument("--url", default="http://127.0.0.1:8000", help="where the service listens")
+    driving.add_argument("--clients", type=int, default=8, metavar="N", help="threads that send webhooks")
     driving.set_defaults(run=drive)
     arguments = parser.parse_args()
     arguments.run(arguments)

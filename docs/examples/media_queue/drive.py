@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import http.client
 import json
+import secrets
 import threading
 import time
 import urllib.request
 from typing import Any
 
+NO_NEWS = 1.0  # seconds after which a dashboard asks anew, and looks whether it is to stop
 FAILURES = (OSError, http.client.HTTPException)  # while the service is being restarted
 
 
@@ -22,13 +24,13 @@ def ask(address: str, method: str = "GET", body: Any = None) -> Any:
 class Traffic:
     """``accepted`` has the deliveries that the service has answered with 202; ``known``: those it said are written."""
 
-    def __init__(self, address: str, clients: int, dashboards: int = 0, first: int = 0) -> None:
+    def __init__(self, address: str, clients: int, dashboards: int = 0) -> None:
         self.address = address
         self.accepted: list[str] = []
         self.known: list[str] = []
         self.errors: list[str] = []
         self.looks = 0
-        self._first = first
+        self._run = secrets.token_hex(4)  # deliveries are new ones each time
         self._stop = threading.Event()
         self._threads = [threading.Thread(target=self._send, args=[number]) for number in range(clients)]
         self._threads += [threading.Thread(target=self._look) for _ in range(dashboards)]
@@ -43,10 +45,10 @@ class Traffic:
             thread.join()
 
     def _send(self, client: int) -> None:
-        n = self._first
+        n = 0
         while not self._stop.is_set():
             n += 1
-            delivery = f"{client}-{n}"
+            delivery = f"{self._run}-{client}-{n}"
             body = {"delivery": delivery, "path": f"/media/hook-{delivery}.mkv", "bytes": n, "wait": n % 10 == 0}
             try:
                 ask(f"{self.address}/webhook", "POST", body)
@@ -60,7 +62,7 @@ class Traffic:
         while not self._stop.is_set():
             try:
                 ask(f"{self.address}/")
-                with urllib.request.urlopen(f"{self.address}/events", timeout=10) as events:
+                with urllib.request.urlopen(f"{self.address}/events", timeout=NO_NEWS) as events:
                     for line in events:
                         self.looks += line.startswith(b"data: ")
                         if self._stop.is_set():

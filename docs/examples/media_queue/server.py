@@ -6,6 +6,7 @@ import contextlib
 import json
 import random
 import socket
+import sys
 import threading
 import time
 from html import escape
@@ -18,13 +19,14 @@ from onewriter import OneWriterError, ReadTimeoutError, Watch, WriterClosedError
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>media queue</title><style>
+<link rel="icon" href="data:,"><title>media queue</title><style>
 body {{ font: 16px/1.4 system-ui, sans-serif; margin: 1rem auto; max-width: 40rem; padding: 0 1rem; color: #222 }}
 .tiles {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(6.5rem, 1fr)); gap: .5rem }}
 .tile {{ background: #eef3f8; border-radius: .5rem; padding: .6rem; text-align: center }}
-.tile b {{ display: block; font-size: 1.6rem }}
+.tile b {{ display: block; font-size: 1.4rem; font-variant-numeric: tabular-nums }}
 table {{ border-collapse: collapse; width: 100%; table-layout: fixed }}
 td, th {{ text-align: left; padding: .25rem .4rem .25rem 0; border-bottom: 1px solid #ddd; overflow-wrap: anywhere }}
+th:nth-child(n+2) {{ width: 5.2rem }}
 small {{ color: #666 }}
 .late {{ opacity: .4 }}
 </style></head><body><h1>media queue</h1><main id="now">{now}</main><script>
@@ -37,39 +39,63 @@ NOW = (
     '<div class="tiles">{tiles}</div><h2>Latest</h2><table><tr><th>video</th><th>state</th><th>worker</th></tr>{rows}'
     "</table><p><small>{jobs:,} writes in {commits:,} commits, {depth} waiting; writer: {health}</small></p>"
 )
+PATIENCE = 0.5  # seconds for clients to read their last answers
 HEARTBEAT = 15.0  # seconds without news after which a page that is not there any more is found out
 
 
 class Server(ThreadingHTTPServer):
-    """Knows its open connections, most of which wait for another request."""
+    """Knows its open connections, most of which wait for another request.
 
+    Each is entered before its thread starts, so ``hang_up``, once ``serve_forever`` has ended, misses none.
+    """
+
+    store: Store
     daemon_threads = False  # their last answers are given before it ends
 
     def __init__(self, *args: Any) -> None:
+        self._connections: set[Any] = set()
+        self._ended = threading.Condition()
         super().__init__(*args)
-        self.connections: set[socket.socket] = set()
 
-    def hang_up(self) -> None:
+    def process_request(self, request: Any, client_address: Any) -> None:
+        with self._ended:
+            self._connections.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        super().shutdown_request(request)
+        with self._ended:
+            self._connections.discard(request)
+            self._ended.notify_all()
+
+    def hang_up(self, direction: int = socket.SHUT_RD) -> None:
         """No further request comes on them."""
-        for connection in tuple(self.connections):
-            with contextlib.suppress(OSError):  # the other side was first
-                connection.shutdown(socket.SHUT_RD)
+        with self._ended:
+            for connection in self._connections:
+                with contextlib.suppress(OSError):  # the other side was first
+                    connection.shutdown(direction)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError):  # a client that is gone is no error
+            super().handle_error(request, client_address)
+
+    def server_close(self) -> None:
+        """Once the last answers are read, or have not been for too long."""
+        with self._ended:
+            self._ended.wait_for(lambda: not self._connections, PATIENCE)
+        self.hang_up(socket.SHUT_RDWR)
+        super().server_close()
 
 
 class Handler(BaseHTTPRequestHandler):
     """One thread for each connection; all of them write through the one store."""
 
-    store: Store
     server: Server
     protocol_version = "HTTP/1.1"
 
     def setup(self) -> None:
         super().setup()
-        self.server.connections.add(self.connection)
-
-    def finish(self) -> None:
-        self.server.connections.discard(self.connection)
-        super().finish()
+        self.store = self.server.store
 
     def _dispatch(self) -> None:
         try:
@@ -137,7 +163,7 @@ class Handler(BaseHTTPRequestHandler):
     def _now(self, counts: dict[str, Any]) -> str:
         """One line of HTML."""
         stats = self.store.db.stats()
-        figures = {**counts["states"], "webhooks": counts["webhooks"], "failures": counts["failures"]}
+        figures = {**counts["states"], "webhooks": counts["webhooks"], "errors": counts["errors"]}
         tiles = "".join(f'<div class="tile"><b>{value:,}</b>{name}</div>' for name, value in figures.items())
         rows = "".join(
             f"<tr><td>{escape(path)}</td><td>{state}</td><td>{escape(worker or '')}</td></tr>"
@@ -170,9 +196,8 @@ class Service:
     """The HTTP server, the scanner and the workers, until ``stop``."""
 
     def __init__(self, path: str, port: int, workers: int, scans: bool = True) -> None:
-        self.store = Store(path)
-        handler = type("BoundHandler", (Handler,), {"store": self.store})
-        self.http = Server(("127.0.0.1", port), handler)
+        self.http = Server(("127.0.0.1", port), Handler)
+        self.store = self.http.store = Store(path)
         self._stop = threading.Event()
         self._threads = [threading.Thread(target=self.http.serve_forever, args=[0.1], name="http")]
         if scans:

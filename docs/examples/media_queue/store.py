@@ -25,8 +25,7 @@ CREATE TABLE video (
 );
 CREATE INDEX video_state ON video (state, id);
 CREATE TABLE webhook (delivery TEXT PRIMARY KEY, path TEXT NOT NULL, at REAL NOT NULL);
-CREATE TABLE failure (video INTEGER NOT NULL REFERENCES video (id), reason TEXT NOT NULL,
-    at REAL NOT NULL);
+CREATE TABLE error (video INTEGER NOT NULL REFERENCES video (id), reason TEXT NOT NULL, at REAL NOT NULL);
 CREATE TABLE claim (video INTEGER NOT NULL REFERENCES video (id), attempt INTEGER NOT NULL,
     worker TEXT NOT NULL, PRIMARY KEY (video, attempt));
 CREATE TABLE service (name TEXT PRIMARY KEY, url TEXT NOT NULL);
@@ -71,20 +70,22 @@ class Store:
         self.db.run_many(upsert, videos, label="scan")
 
     def claim(self, worker: str) -> tuple[int, str] | None:
-        """The next video, for this worker alone: between the SELECT and the UPDATE nobody else writes."""
-        with self.db.transaction(label="claim") as tx:
+        """The next video, for this worker alone: while the function runs nobody else writes."""
+
+        def take(tx: Transaction) -> tuple[int, str] | None:
             row = tx.execute(
-                "SELECT id, path, attempts FROM video WHERE state = 'found' ORDER BY id LIMIT 1"
+                "UPDATE video SET state = 'claimed', worker = ?, attempts = attempts + 1 "
+                "WHERE id = (SELECT id FROM video WHERE state = 'found' ORDER BY id LIMIT 1) "
+                "RETURNING id, path, attempts",
+                (worker,),
             ).fetchone()
             if row is None:
                 return None
-            video, path, attempts = row
-            tx.execute(
-                "UPDATE video SET state = 'claimed', worker = ?, attempts = ? WHERE id = ?",
-                (worker, attempts + 1, video),
-            )
-            tx.execute("INSERT INTO claim VALUES (?, ?, ?)", (video, attempts + 1, worker))
+            video, path, attempt = row
+            tx.execute("INSERT INTO claim VALUES (?, ?, ?)", (video, attempt, worker))
             return video, path
+
+        return self.db.run(take, label="claim")
 
     def begin(self, video: int, worker: str) -> None:
         self._move(video, worker, "claimed", "encoding")
@@ -96,7 +97,7 @@ class Store:
         """Recorded, and tried again up to three times."""
 
         def write(tx: Transaction) -> None:
-            tx.execute("INSERT INTO failure VALUES (?, ?, ?)", (video, reason, time.time()))
+            tx.execute("INSERT INTO error VALUES (?, ?, ?)", (video, reason, time.time()))
             attempts = tx.execute("SELECT attempts FROM video WHERE id = ?", (video,)).fetchone()[0]
             self._step(tx, video, worker, "encoding", "failed" if attempts >= MOST_ATTEMPTS else "found")
 
@@ -131,7 +132,7 @@ def _counts(connection: sqlite3.Connection) -> dict[str, Any]:
     """One moment of everything."""
     states = dict(connection.execute("SELECT state, count(*) FROM video GROUP BY state").fetchall())
     rest = connection.execute(
-        "SELECT (SELECT count(*) FROM webhook), (SELECT count(*) FROM failure), "
+        "SELECT (SELECT count(*) FROM webhook), (SELECT count(*) FROM error), "
         "(SELECT coalesce(sum(saved), 0) FROM video)"
     ).fetchone()
     services = connection.execute("SELECT name, url FROM service ORDER BY name").fetchall()
@@ -141,7 +142,7 @@ def _counts(connection: sqlite3.Connection) -> dict[str, Any]:
     return {
         "states": {state: states.get(state, 0) for state in ("found", "claimed", "encoding", "done", "failed")},
         "webhooks": rest[0],
-        "failures": rest[1],
+        "errors": rest[1],
         "saved": rest[2],
         "services": services,
         "latest": latest,

@@ -7,8 +7,8 @@ import contextlib
 import threading
 import types
 import weakref
-from collections.abc import Iterator
-from contextvars import ContextVar, Token
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from threading import get_ident
 from typing import Any, Generic, TypeAlias, TypeVar
 
@@ -27,17 +27,20 @@ class Scope(Generic[S]):
     Threads: entered by its owner, who keeps it; left by anybody.
     """
 
-    __slots__ = ("__weakref__", "_call_of_pool", "_number", "_scopes", "_task", "_thread", "is_open", "what", "writes")
+    __slots__ = ("__weakref__", "_call_of_pool", "_number", "_scopes", "_task", "_thread", "what", "writes")
 
-    def __init__(self, scopes: Scopes[S], what: S, writes: bool) -> None:
-        self.what = what
+    def __init__(self, scopes: Scopes[S], what: S | None, writes: bool) -> None:
+        self.what = what  # None: it is over
         self.writes = writes  # or only reads
-        self.is_open = False
         self._scopes = scopes
         self._number = 0  # of the thread; the system gives it to another when that has ended
         self._thread: threading.Thread | None = None
         self._task: asyncio.Task[Any] | None = None
         self._call_of_pool: types.FrameType | None = None
+
+    @property
+    def is_open(self) -> bool:
+        return self.what is not None
 
     def is_around(self) -> bool:
         """Whether the caller is inside, if its context is."""
@@ -65,22 +68,22 @@ class Scopes(Generic[S]):
     """
 
     def __init__(self) -> None:
-        self._job: Scope[Any] = Scope(self, None, writes=True)
-        self._weak_job = weakref.ref(self._job)
-        self._entered: Token[Node]
+        self.job: Scope[S] = Scope(self, None, writes=True)  # of the job that the writer runs
+        self._around_job: Node = None
+        self._of_job: Node = weakref.ref(self.job), None
 
     def enter(self, what: S, *, writes: bool) -> Scope[S]:
         """The scope is open as long as somebody keeps what this returns, and until ``leave``."""
-        scope = Scope(self, what, writes)
+        scope: Scope[S] = Scope(self, None, writes)
         scope._number, scope._thread = get_ident(), threading.current_thread()
         scope._task, scope._call_of_pool = running_task(), call_of_pool()
-        scope.is_open = True
         _innermost.set((weakref.ref(scope), _first_open(_innermost.get())))
+        scope.what = what  # the last step: a call that Ctrl-C ends has entered nothing
         return scope
 
     def leave(self, scope: Scope[S]) -> None:
         """End it, for everybody. From any thread, task and context, and again."""
-        scope.is_open = False
+        scope.what = None
         scope._call_of_pool = None
         node = _innermost.get()
         if node is not None and node[0]() is scope:
@@ -95,30 +98,33 @@ class Scopes(Generic[S]):
         finally:
             self.leave(scope)
 
+    def begin_jobs(self) -> Callable[[S], None]:
+        """For the writer, which runs one job at a time: until ``end_jobs`` all have one scope, and enter it by calling
+        what this returns."""
+        self._around_job = _innermost.get()
+        self._of_job = weakref.ref(self.job), self._around_job
+        self.job._number = get_ident()
+        return self.enter_job
+
     def enter_job(self, what: S) -> None:
-        """For the writer, which runs one job at a time: once for each function, so it makes no scope."""
-        scope = self._job
-        scope.what, scope._number, scope.is_open = what, get_ident(), True
-        self._entered = _innermost.set((self._weak_job, _innermost.get()))
+        self.job.what = what
+        _innermost.set(self._of_job)  # what an earlier one has left open is around nobody any more
 
     def leave_job(self) -> None:
-        scope = self._job
-        scope.what, scope.is_open = None, False
-        _innermost.reset(self._entered)  # what the job has left open, too, is around nobody any more
+        self.job.what = None
+
+    def end_jobs(self) -> None:
+        _innermost.set(self._around_job)
 
     def innermost(self, *, writes: bool = False) -> S | None:
         """What the innermost scope that the caller is inside is of; ``writes``: of those that write."""
         node = _innermost.get()
         while node is not None:
             scope, node = node[0](), node[1]
-            if (
-                scope is not None
-                and scope._scopes is self
-                and scope.is_open
-                and (scope.writes or not writes)
-                and scope.is_around()
-            ):
-                return scope.what  # type: ignore[no-any-return]
+            if scope is not None and scope._scopes is self and (scope.writes or not writes):
+                what = scope.what  # looked up once: another thread may end it
+                if what is not None and scope.is_around():
+                    return what  # type: ignore[no-any-return]
         return None
 
     def inherited(self) -> list[S]:
@@ -126,8 +132,9 @@ class Scopes(Generic[S]):
         found, node = [], _innermost.get()
         while node is not None:
             scope, node = node[0](), node[1]
-            if scope is not None and scope._scopes is self and scope.is_open:
-                found.append(scope.what)
+            what = None if scope is None or scope._scopes is not self else scope.what
+            if what is not None:
+                found.append(what)
         return found
 
 

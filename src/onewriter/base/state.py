@@ -36,7 +36,7 @@ class Work(Protocol):
     @property
     def lent(self) -> bool: ...
     def describe(self) -> str: ...
-    def end_at_exit(self) -> None: ...
+    def end_at_exit(self) -> bool: ...
 
 
 class Block(Protocol):
@@ -85,7 +85,7 @@ class State:
         self.reporting: set[int] = set()  # threads inside our log calls: failures of what they enqueue stay unlogged
         self.reporter: Reporter | None = None  # of the writer thread; without one, the writer is a thread of the user's
         self.interrupt: BaseException | None = None  # raised in a callback there; it comes out at the end of the turn
-        self.entering: set[int] = set()  # threads that wait for the turn of a block
+        self.entering: set[int] = set()  # threads that wait for the turn of a block, have it to begin, or to end
         self.job: Work | None = None  # that runs now
         self.transaction: Loan | None = None
         self.scopes: Scopes[Any] = Scopes()
@@ -106,8 +106,6 @@ class State:
 
     def enter(self, job: Work, transaction: Loan | None) -> None:
         self.job, self.transaction = job, transaction
-        if transaction is not None and not job.lent:
-            self.scopes.enter_job(transaction)
 
     def leave(self) -> float:
         """Returns the time."""
@@ -115,9 +113,7 @@ class State:
         if job is not None:
             if now - job.started_at > self.slow_after:
                 self.warn_if_slow(now)
-            if self.transaction is not None and not job.lent:
-                self.scopes.leave_job()
-            self.job = self.transaction = None
+            self.job = self.transaction = self.scopes.job.what = None
         return now
 
     def warn_if_slow(self, now: float) -> None:
@@ -135,6 +131,14 @@ class State:
             first, self._warned_of = self._warned_of != since, since
         if first:
             report(self, logging.WARNING, "slow: %s", self.describe())
+
+    @property
+    def slow_at(self) -> float:
+        """When the block that holds the writer is to be named."""
+        job = self.job
+        if job is None or not job.lent or job.started_at == self._warned_of:
+            return math.inf
+        return job.started_at + self.slow_after
 
     def begin_callbacks(self, job: Work | None) -> None:
         """The writer calls the callbacks of ``job``, or, None, ``on_event``."""
@@ -194,7 +198,7 @@ class State:
 
     def is_inside(self) -> bool:
         """Whether this call is a finalizer's or signal handler's, which came while its thread was inside a lock of ours
-        or waits for the turn of a block: the writer needs what only the thread can give."""
+        or waits for the turn of a block, or begins or ends one: the writer needs what only the thread can give."""
         return any(map(is_owned, self.locks)) or (bool(self.entering) and threading.get_ident() in self.entering)
 
     def would_deadlock_task(self) -> bool:

@@ -104,7 +104,7 @@ def _drain(writer: Writer, driver: Driver) -> None:
             finished, since = now, monotonic()
         elif monotonic() - since > writer.lock_timeout:
             break
-    labels = writer.withdrawn + writer.unfinished()
+    labels = writer.withdrawn + writer.queue.unfinished()
     if labels:
         counts = ", ".join(f"{count} × {label!r}" for label, count in collections.Counter(labels).most_common(20))
         text = "%s: %d jobs are not written at exit, since nothing could be for %s s: %s; %s"

@@ -118,6 +118,7 @@ class ReadClock:
 
     def _next_look(self) -> float | None:
         self.warn()  # without the lock: it logs
+        self._state.warn_if_slow(monotonic())
         with self.lock:
             now = monotonic()
             if self.rings_at + GRACE <= now or self._is_stopped:
@@ -130,7 +131,7 @@ class ReadClock:
 
     def _look(self, now: float) -> float:
         """Interrupt who is late; returns when to look again."""
-        looks = [self._end_pause(now)]
+        looks = [self._end_pause(now), max(now + LOOK_AGAIN, self._state.slow_at)]
         for claim in self._lent():
             if not claim.is_named and not self._is_stopped:
                 looks.append(max(now + LOOK_AGAIN, claim.since + self._state.slow_after))

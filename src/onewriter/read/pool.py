@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from onewriter.base.state import State
 from onewriter.base.waiting import thread_signal, wake
 from onewriter.read.claim import NOBODY, Claim, new_claim
-from onewriter.read.clock import ReadClock
+from onewriter.read.clock import GRACE, ReadClock
 from onewriter.read.places import NONE_IDLE, Places
 from onewriter.read.reader import Reader, Snapshot, new_reader
 from onewriter.sqlite.file import DatabaseFile
@@ -222,6 +222,12 @@ class ReaderPool(Places):
     def warn_if_slow(self) -> None:
         """Name those that have a connection for longer than ``slow_after``, once each."""
         self.clock.warn()
+
+    def look_at_block(self, since: float) -> None:
+        """Have it named if it is open for long; nobody else may be awake then."""
+        soon = since + self._state.slow_after - GRACE
+        if soon < self.clock.rings_at:
+            self.clock.set(soon)
 
     def close(self, patience: float | None = None) -> None:
         """Refuse new claims, wait until all connections are back (or ``stop_waiting``), and close them."""

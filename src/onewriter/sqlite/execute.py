@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 from typing import cast
 
+from onewriter.base.arguments import check_sql
 from onewriter.sqlite.guard import OF_ITS_OWN, Guard
 from onewriter.sqlite.result import Result
 from onewriter.sqlite.retry import error_code
@@ -71,18 +72,20 @@ class Executor:
     def insert(self, sql: str, parameters: Parameters) -> Result | int:
         """Like ``execute``, but returns the bare rowid where a plain INSERT has added one row."""
         if sql is not self._known:
-            text = describe_sql(sql)
+            text = describe_sql(check_sql(sql))
             if not text.inserts or text.returning or text.behind_with:
                 return self._execute(sql, parameters)
             self._known, self._table = sql, text.table
         cursor, before = self._cursor, self._last_rowid
-        self._last_rowid = None  # if it fails
-        cursor.execute(sql, parameters)
+        try:
+            cursor.execute(sql, parameters)
+        except BaseException:
+            self._last_rowid = None
+            raise
         rowid = cursor.lastrowid
         if rowid != before and before is not None and cursor.rowcount == 1:  # so it is not that of an earlier INSERT
             self._last_rowid = rowid
             return rowid or 0
-        self._last_rowid = before
         rowcount = cursor.rowcount if cursor.rowcount >= 0 else self._ask("SELECT changes()")
         return Result([], rowcount, self._inserted(self._table, rowcount, rowid), None)
 

@@ -27,7 +27,7 @@ LEVELS = ("", "DEFERRED", "IMMEDIATE", "EXCLUSIVE")
 CONTROL = re.compile("BEGIN|COMMIT|END|ROLLBACK|SAVEPOINT|RELEASE")
 ROWLESS = frozenset(("foreign_keys", "synchronous", "query_only"))  # PRAGMAs that return nothing when they are set
 IN_A_TRANSACTION = "onewriter: VACUUM cannot run inside a transaction, and a job is one: use run_without_transaction"
-NO_STATEMENT = ""  # ends what the cursor had, and takes no parameters
+NO_STATEMENT = ""
 
 
 class Savepoints(Protocol):
@@ -158,7 +158,7 @@ class LentTransaction:
         verb = describe_sql(sql).verb
         if CONTROL.fullmatch(verb):
             verb, name = read_control(sql)
-            method(cursor, NO_STATEMENT, *rest)
+            run_nothing(method, cursor, rest)
             self._control(verb, name)
         elif verb == "PRAGMA":
             self._run_pragma(method, cursor, sql, rest)
@@ -234,7 +234,10 @@ class LentTransaction:
                 guard.refusal = refusal
                 raise
         guard.refusal = None
-        method(cursor, NO_STATEMENT if name in ROWLESS else f"PRAGMA {quoted}", *rest)
+        if name in ROWLESS:
+            run_nothing(method, cursor, rest)
+        else:
+            method(cursor, f"PRAGMA {quoted}", *rest)
 
     def _control(self, verb: str, name: str | None) -> None:
         """What a statement of these says; ``name`` is that of a savepoint."""
@@ -310,3 +313,13 @@ def _error(text: str) -> sqlite3.OperationalError:
     error = sqlite3.OperationalError(text)
     error.sqlite_errorcode, error.sqlite_errorname = sqlite3.SQLITE_ERROR, "SQLITE_ERROR"
     return error
+
+
+def run_nothing(method: Callable[..., Any], cursor: sqlite3.Cursor, parameters: Iterable[Any]) -> None:
+    """In place of a statement that has no rows: end what the cursor had, and take no parameters."""
+    try:
+        method(cursor, NO_STATEMENT, *parameters)
+    except sqlite3.DatabaseError as error:
+        # What sqlite3 takes for its outcome is that of the connection's last step: another cursor may have a row.
+        if error_code(error) != sqlite3.SQLITE_ROW:
+            raise

@@ -46,6 +46,15 @@ def wal_readers(path: str) -> list[int] | None:
     return sorted(set(_holders(lines, f"{path}-shm", *READ_BYTES, kinds=("READ", "WRITE"))))
 
 
+def openers(path: str) -> list[int] | None:
+    """The processes that have the database open in WAL mode, in which every connection holds SHARED; None where the
+    system does not say."""
+    lines = _all_locks()
+    if lines is None:
+        return None
+    return sorted(set(_holders(lines, os.path.realpath(path), SHARED, SHARED, kinds=("READ", "WRITE"))))
+
+
 def describe_wal_readers(paths: Iterable[str], borrowers: list[str]) -> str:
     """For messages: who keeps the logs from being reset; ``borrowers`` are readers of the calling gateway."""
     found = dict.fromkeys(process for path in paths for process in wal_readers(path) or [])

@@ -29,6 +29,7 @@ class Values(Protocol):
 Params: TypeAlias = Values | Mapping[str, Any]  # as they are given; ``Parameters``: as they are captured
 
 PLAIN = (int, float, str, bytes, bool, type(None))  # immutable, and sqlite3 binds it as it is
+PLAIN_TYPES = frozenset(PLAIN)
 EXACT: tuple[tuple[type, Callable[[Any], Any]], ...] = (
     (int, int.__index__),
     (float, float.__float__),

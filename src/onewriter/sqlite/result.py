@@ -22,20 +22,20 @@ class Result:
     """
 
     __slots__ = ("_position", "description", "lastrowid", "rowcount", "rows")
+    _position: int
 
     def __init__(self, rows: list[Any], rowcount: int, lastrowid: int | None, description: Any) -> None:
         self.rows = rows
         self.rowcount = rowcount
         self.lastrowid = lastrowid
         self.description = description
-        self._position = 0
 
     def __repr__(self) -> str:
         return f"Result(rows={len(self.rows)}, rowcount={self.rowcount}, lastrowid={self.lastrowid})"
 
     def __iter__(self) -> Iterator[Any]:
         """The rows not fetched yet."""
-        return iter(self.rows[self._position :])
+        return iter(self.rows[self._fetched :])
 
     def fetchone(self) -> Any:
         """The next row, or None."""
@@ -43,13 +43,18 @@ class Result:
 
     def fetchmany(self, size: int = 1) -> list[Any]:
         """The next ``size`` rows, or fewer at the end; as in ``sqlite3``, all of them if ``size`` is below 1."""
-        rows = self.rows[self._position : self._position + size if size > 0 else None]
-        self._position += len(rows)
+        fetched = self._fetched
+        rows = self.rows[fetched : fetched + size if size > 0 else None]
+        self._position = fetched + len(rows)
         return rows
 
     def fetchall(self) -> list[Any]:
         """The rows not fetched yet."""
         return self.fetchmany(len(self.rows))
+
+    @property
+    def _fetched(self) -> int:
+        return getattr(self, "_position", 0)  # most results are never fetched from, and have none
 
 
 LIVE_RESULTS = (sqlite3.Cursor, sqlite3.Blob, types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType)

@@ -44,7 +44,9 @@ class TaskBlock(Block):
 
     def __init__(self, state: State, label: str | None, max_hold: float, frame: types.FrameType) -> None:
         loop = asyncio.get_running_loop()
-        super().__init__(state, label, max_hold, frame, loop.create_future(), loop)
+        super().__init__(state, label, max_hold, frame)
+        self.loop = loop
+        self.line_up(loop.create_future())
         self._lock = threading.Lock()
         self._accepts = True
         self.innermost: TaskSavepoint | None = None  # of the open ones
@@ -62,10 +64,12 @@ class TaskBlock(Block):
     def needs(self, loop: asyncio.AbstractEventLoop) -> bool:
         return self.loop is loop and self._accepts
 
-    def end_at_exit(self) -> None:
+    def end_at_exit(self) -> bool:
         """Nobody ends it any more, if its loop does not run when the interpreter ends."""
-        if self.loop is None or not self.loop.is_running():
-            self.give_back(failed=True)
+        if self.loop is not None and self.loop.is_running():
+            return False
+        self.give_back(failed=True)
+        return True
 
     def lend(self, tx: WriteLoan) -> None:
         tx.limit(self.max_hold)

@@ -11,60 +11,25 @@ import sqlite3
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from concurrent.futures import Future
 from typing import Any
 
 from onewriter.sqlite.connection import open_to_look
 from onewriter.sqlite.file import INDEX, JOURNAL, LOG, DatabaseFile, exposure
-from onewriter.sqlite.lock_holders import command_of, describe_process, lock_holders, readers_in_the_way, wal_readers
-from onewriter.sqlite.path_checks import SMALLEST_FILE, check_company
+from onewriter.sqlite.lock_holders import command_of, lock_holders, openers, readers_in_the_way, wal_readers
+from onewriter.sqlite.path_checks import check_company
+from onewriter.tools.report import MOST_FINDINGS, Process, Report, describe, judge, names
+from onewriter.tools.terminal import printable
 
-LARGE_WAL = 4 * 2**20  # bytes; the default of wal_limit
-MOST_FINDINGS = 20
 PATIENCE = 5.0  # seconds to wait for a lock
-FIXED_VERSION = (3, 51, 3)
 READ_HEADER = "import sys; sys.stdout.buffer.write(open(sys.argv[1], 'rb').read(100))"
 WAL_VERSION = 2
 SYNCHRONOUS = ("OFF", "NORMAL", "FULL", "EXTRA")
 ALL_CHECKS = ("quick_check", "foreign_key_check")
-ATTENTION, NOT_CHECKED = 1, 2  # exit codes
-
-
-@dataclass(frozen=True)
-class Process:
-    """Somebody who has a lock; the command is empty where the system does not tell."""
-
-    pid: int
-    command: str
-
-
-@dataclass
-class Report:
-    """What was found. ``problems`` want attention, ``advice`` is worth a thought.
-
-    ``write_lock`` and ``wal_readers`` (in the rollback-journal modes: those who read now): None where the system does
-    not tell.
-    """
-
-    path: str
-    sqlite_version: str = sqlite3.sqlite_version
-    bytes: int = 0
-    journal_mode: str = "unknown"
-    synchronous: str = "unknown"
-    page_size: int = 0
-    pages: int = 0
-    free_pages: int = 0
-    wal_bytes: int = 0
-    can_be_checkpointed: bool = True
-    write_lock: list[Process] | None = None
-    wal_readers: list[Process] | None = None
-    foreign_keys: int = 0
-    foreign_key_violations: list[str] = field(default_factory=list)
-    quick_check: list[str] = field(default_factory=list)
-    not_checked: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-    advice: list[str] = field(default_factory=list)
+NOT_CHECKED = 2  # exit code, as for arguments that cannot be understood
+EXIT_CODES = {"ok": 0, "needs attention": 1, "damaged": 3}
 
 
 class CannotCheckError(Exception):
@@ -77,7 +42,9 @@ def check(path: str) -> Report:
     path = os.path.realpath(path)
     company = _company(path)  # before SQLite opens the file: run by root, it gives its own files to the owner of that
     if os.stat(path).st_size == 0 and DatabaseFile(path).wal_bytes() > 0:  # it would delete that log
-        return Report(path, wal_bytes=DatabaseFile(path).wal_bytes(), not_checked=[*ALL_CHECKS], problems=company)
+        report = Report(path, wal_bytes=DatabaseFile(path).wal_bytes(), not_checked=[*ALL_CHECKS], problems=company)
+        judge(report)
+        return report
     for may_be_closed in (True, True, False):
         report, before = Report(path), os.stat(path)
         is_closed_wal = may_be_closed and not _is_open(path) and _is_wal_by_header(path)
@@ -88,7 +55,7 @@ def check(path: str) -> Report:
         if not is_closed_wal or (unchanged and not _is_open(path)):  # or else somebody has opened it meanwhile
             break
     report.problems[:0] = company
-    _judge(report)
+    judge(report)
     return report
 
 
@@ -100,7 +67,11 @@ def _refuse(path: str) -> None:
     if not stat.S_ISREG(mode):
         raise CannotCheckError("it is a folder" if stat.S_ISDIR(mode) else "it is not a regular file")
     if not os.access(path, os.R_OK):
-        raise CannotCheckError("no right to read it")
+        raise CannotCheckError(_no_right(path))
+
+
+def _no_right(name: str) -> str:
+    return f"no right to read {name}: run this as its owner (user {os.stat(name).st_uid})"
 
 
 def _is_open(path: str) -> bool:
@@ -113,9 +84,12 @@ def _is_wal_by_header(path: str) -> bool:
 
     Another process reads it: closing the file here would drop all locks that this one may have on it.
     """
-    command = [sys.executable, "-I", "-S", "-c", READ_HEADER, path]
-    # What cannot be read there, SQLite will not be able to read either, and says why.
-    header = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False).stdout
+    command = [sys.executable or "", "-I", "-S", "-c", READ_HEADER, path]
+    try:
+        # What cannot be read there, SQLite will not be able to read either, and says why.
+        header = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False).stdout
+    except OSError:  # this user may not run it, or there is no such program
+        return False
     return header[18:20] == bytes([WAL_VERSION, WAL_VERSION])
 
 
@@ -123,6 +97,7 @@ def _look(report: Report, *, immutable: bool) -> None:
     path = report.path
     report.bytes, report.wal_bytes = os.stat(path).st_size, DatabaseFile(path).wal_bytes()
     report.write_lock, report.wal_readers = _processes(lock_holders(path)), _processes(wal_readers(path))
+    report.opened_by = _processes(openers(path))
     try:
         with contextlib.closing(open_to_look(path, PATIENCE, immutable=immutable)) as connection:
             report.journal_mode = "WAL" if immutable else _value(connection, "journal_mode").upper()
@@ -130,33 +105,57 @@ def _look(report: Report, *, immutable: bool) -> None:
                 report.wal_readers = _processes(readers_in_the_way(path))
             _ask(report, connection)
     except sqlite3.Error as error:
-        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-        if code == sqlite3.SQLITE_CORRUPT:
-            report.quick_check.append(str(error))
-        elif code == sqlite3.SQLITE_BUSY:
-            report.problems.append(f"not checked any further: {error}")
-            report.not_checked += ALL_CHECKS
-            report.write_lock = _processes(lock_holders(path))
-        elif code == sqlite3.SQLITE_READONLY:  # something must be written before anybody can read
-            report.problems.append(_cut_off(path))
-            report.not_checked += ALL_CHECKS
-        elif code == sqlite3.SQLITE_NOTADB:
-            encrypted = ", or it is encrypted" if report.bytes >= SMALLEST_FILE else ""
-            raise CannotCheckError(f"{error}{encrypted}") from None
-        else:
-            raise CannotCheckError(str(error)) from None
+        _explain(report, error)
+
+
+def _explain(report: Report, error: sqlite3.Error) -> None:
+    """Why SQLite did not go on. Raises CannotCheckError if nothing can be said of the file."""
+    code, path = getattr(error, "sqlite_errorcode", 0) & 0xFF, report.path
+    if code == sqlite3.SQLITE_CORRUPT:
+        report.quick_check.append(str(error))
+    elif code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_READONLY):
+        report.not_checked += ALL_CHECKS
+        report.write_lock = _processes(lock_holders(path))
+        # READONLY: something must be written before anybody can read
+        why = _locked(report, error) if code == sqlite3.SQLITE_BUSY else _cut_off(path)
+        report.problems.append(f"not checked any further: {why}")
+    elif code == sqlite3.SQLITE_NOTADB:
+        raise CannotCheckError(
+            f"{error}: it is of another kind, encrypted, or its beginning was overwritten. Look whether this is the "
+            "path that the application opens; if it is, restore a backup"
+        ) from None
+    else:
+        raise CannotCheckError(_closed_to_us(path) if code == sqlite3.SQLITE_CANTOPEN else str(error)) from None
+
+
+def _locked(report: Report, error: sqlite3.Error) -> str:
+    by = f", by {names(report.write_lock)}" if report.write_lock else ""
+    return f"{error}{by}. Check again when that transaction has ended, or end that process"
+
+
+def _closed_to_us(path: str) -> str:
+    """Why SQLite cannot open a file that this user may read."""
+    for name in (f"{path}{suffix}" for suffix in (LOG, INDEX, JOURNAL)):
+        if os.path.exists(name) and not os.access(name, os.R_OK):
+            return f"{_no_right(name)}, since rows may be in it that are not in the file"
+    if os.path.exists(f"{path}{LOG}") and not os.access(os.path.dirname(path), os.W_OK):
+        return (
+            f"to read {path}{LOG} SQLite creates {path}{INDEX}, and this user may not write in that folder: run this "
+            "as one who may, or check a copy of both files in another folder"
+        )
+    return "unable to open database file"
 
 
 def _cut_off(path: str) -> str:
     """What a crash has left, and what becomes of it."""
     if os.path.exists(f"{path}{JOURNAL}"):
         return (
-            f"not checked any further: a crash has cut a transaction off, and {path}{JOURNAL} has what was there "
+            f"a crash has cut a transaction off, and {path}{JOURNAL} has what was there "
             "before. The next connection that may write puts that back, and so undoes it: open the file once, and "
             "check again. Without that journal the file would be damaged"
         )
     return (
-        f"not checked any further: a crash has left {path}{LOG} behind. The next connection that may write reads it "
+        f"a crash has left {path}{LOG} behind. The next connection that may write reads it "
         "again: open the file once, and check again"
     )
 
@@ -169,11 +168,15 @@ def _ask(report: Report, connection: sqlite3.Connection) -> None:
         rows = connection.execute(f"PRAGMA quick_check({MOST_FINDINGS})").fetchall()
         report.quick_check = [text for (text,) in rows if text != "ok"]
     tables = [name for (name,) in connection.execute("SELECT name FROM sqlite_schema WHERE type = 'table'")]
+    report.tables = len(tables)
     count = "SELECT count(DISTINCT id) FROM pragma_foreign_key_list(?)"
     report.foreign_keys = sum(connection.execute(count, (name,)).fetchone()[0] for name in tables)
     with _as_far_as_possible(report, "foreign_key_check"):
-        for table, rowid, parent, _ in connection.execute("PRAGMA foreign_key_check").fetchmany(MOST_FINDINGS):
-            report.foreign_key_violations.append(f"{table}, rowid {rowid}, has no parent in {parent}")
+        for table, rowid, parent, _ in connection.execute("PRAGMA foreign_key_check"):
+            report.foreign_key_violation_count += 1
+            if report.foreign_key_violation_count <= MOST_FINDINGS:
+                row = f"{table}, a row" if rowid is None else f"{table}, rowid {rowid},"  # None: WITHOUT ROWID
+                report.foreign_key_violations.append(f"{row} has no parent in {parent}")
 
 
 def _value(connection: sqlite3.Connection, pragma: str) -> Any:
@@ -189,44 +192,14 @@ def _as_far_as_possible(report: Report, what: str) -> Iterator[None]:
         if getattr(error, "sqlite_errorcode", 0) & 0xFF != sqlite3.SQLITE_ERROR:
             raise
         report.not_checked.append(what)
-        report.advice.append(f"{what} could not be done here: {error}")
+        report.advice.append(
+            f"{what} could not be done here: {error}. Run `PRAGMA {what}` on a connection of the application, which "
+            "may have what is missing"
+        )
 
 
 def _processes(pids: list[int] | None) -> list[Process] | None:
     return None if pids is None else [Process(pid, command_of(pid)) for pid in pids]
-
-
-def _judge(report: Report) -> None:
-    """Say what the findings mean."""
-    problems, advice = report.problems, report.advice
-    if report.bytes == 0:
-        advice.append("the file is empty, a database without tables: if rows were expected, this is not the path")
-    if report.quick_check:
-        problems.append("the file is damaged: stop writing, keep a copy of it and its -wal, restore from a backup")
-    if report.foreign_key_violations:
-        problems.append("rows refer to rows that are not there: `PRAGMA foreign_key_check` lists them all")
-    report.can_be_checkpointed = report.journal_mode not in ("WAL", "unknown") or not report.wal_readers
-    if report.wal_bytes > LARGE_WAL:
-        if report.wal_readers:
-            problems.append(
-                f"the log is large and cannot begin anew while it is read, by {_names(report.wal_readers)}: "
-                "end that read, or keep readers short"
-            )
-        else:
-            advice.append("the log is large, and nobody reads from it now: the next checkpoint makes it small")
-    if report.write_lock:
-        advice.append(f"SQLite's write lock is held at this moment by {_names(report.write_lock)}")
-    if report.journal_mode not in ("WAL", "unknown") and report.bytes:
-        advice.append(
-            "readers and the writer wait for each other in this mode: DbWriter uses WAL unless told otherwise"
-        )
-    if report.journal_mode == "WAL" and sqlite3.sqlite_version_info < FIXED_VERSION:
-        advice.append(
-            f"SQLite {report.sqlite_version} can, very rarely, damage a log that several processes write and "
-            "checkpoint; 3.51.3 cannot: update it if several processes have this file"
-        )
-    if report.pages and report.free_pages * 2 > report.pages:
-        advice.append("more than half of the file is free pages: `VACUUM` makes it smaller")
 
 
 def _company(path: str) -> list[str]:
@@ -235,7 +208,9 @@ def _company(path: str) -> list[str]:
     try:
         check_company(path)
     except sqlite3.Error as error:
-        found.append(str(error))
+        # Who may not write the file need not be able to write its log.
+        if error.sqlite_errorcode != sqlite3.SQLITE_READONLY or os.access(path, os.W_OK):
+            found.append(str(error).removeprefix(f"cannot open {path}: "))
     file = os.stat(path)
     for name in (f"{path}{suffix}" for suffix in (LOG, INDEX, JOURNAL)):
         with contextlib.suppress(OSError):
@@ -244,59 +219,34 @@ def _company(path: str) -> list[str]:
             if other.st_uid != file.st_uid and not is_shared:
                 found.append(
                     f"{name} belongs to another user ({other.st_uid}) than the file ({file.st_uid}), who cannot write "
-                    "it, nor so the file"
+                    "it, nor so the file: give it to that user (chown)"
                 )
     return list(filter(None, found))
 
 
-def _names(processes: list[Process]) -> str:
-    return ", ".join(describe_process(process.pid) for process in processes)
+def _interruptible(path: str) -> Report:
+    """``check`` in a thread: no signal reaches Python while SQLite looks through a large file."""
+    found: Future[Report] = Future()
 
+    def look() -> None:
+        try:
+            found.set_result(check(path))
+        except BaseException as error:
+            found.set_exception(error)
 
-def describe(report: Report) -> str:
-    """The report for people."""
-    held = "nobody" if report.write_lock == [] else "cannot be told here"
-    read = "nobody" if report.wal_readers == [] else "cannot be told here"
-    keys = f"{report.foreign_keys} declared, " if report.foreign_keys else "none declared, "
-    violations = _count(report.foreign_key_violations, "violation")
-    found = "not all checked" if "foreign_key_check" in report.not_checked else "no violation"
-    well = "not done" if "quick_check" in report.not_checked else "ok"
-    rows = {
-        "size": f"{report.bytes:,} bytes",
-        "pages": f"{report.pages:,} of {report.page_size:,} bytes, {report.free_pages:,} of them free"
-        if report.page_size
-        else "unknown",
-        "journal mode": report.journal_mode if report.bytes else "none yet",
-        "log (-wal)": f"{report.wal_bytes:,} bytes"
-        + ("" if report.can_be_checkpointed else ", cannot begin anew while it is read"),
-        "read by": _names(report.wal_readers) if report.wal_readers else read,
-        "write lock": _names(report.write_lock) if report.write_lock else held,
-        "synchronous": f"{report.synchronous} in a plain connection; each has its own setting",
-        "foreign keys": keys + (violations or found),
-        "quick_check": _count(report.quick_check, "finding") or well,
-        "SQLite": report.sqlite_version,
-    }
-    lines = [report.path, *(f"  {name:<13} {text}" for name, text in rows.items())]
-    lines += [f"    {text}" for text in (*report.quick_check, *report.foreign_key_violations)]
-    lines += [f"PROBLEM: {text}" for text in report.problems] + [f"advice: {text}" for text in report.advice]
-    return "\n".join([*lines, "needs attention" if report.problems else "ok"])
-
-
-def _count(found: list[str], what: str) -> str:
-    """In words; empty: none."""
-    count = len(found)
-    return f"{count} {what}{'s' * (count > 1)}{' or more' * (count >= MOST_FINDINGS)}" if found else ""
+    threading.Thread(target=look, daemon=True).start()
+    return found.result()
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the report; the exit code is for scripts."""
     try:
-        report = check(arguments.file)
+        report = _interruptible(arguments.file)
     except CannotCheckError as error:
-        print(f"cannot check {arguments.file}: {error}", file=sys.stderr)
+        print(printable(f"cannot check {arguments.file or repr('')}: {error}"), file=sys.stderr)
         return NOT_CHECKED
     print(json.dumps(dataclasses.asdict(report), indent=2) if arguments.json else describe(report))
-    return ATTENTION if report.problems else 0
+    return EXIT_CODES[report.verdict]
 
 
 def add_command(subparsers: Any) -> None:
@@ -305,7 +255,8 @@ def add_command(subparsers: Any) -> None:
         "check",
         help="look at a database file: mode, log, locks, damage, advice",
         description="Look at a database file, also while others write to it, and change nothing. "
-        "Exit codes: 0 ok; 1 something needs attention; 2 the file cannot be checked; 130 interrupted.",
+        "Exit codes: 0 ok, perhaps with advice; 1 something needs attention; 2 the file cannot be checked; "
+        "3 it is damaged; 130 interrupted.",
     )
     parser.add_argument("file", metavar="FILE", help="the database")
     parser.add_argument("--json", action="store_true", help="print JSON")

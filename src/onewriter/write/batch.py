@@ -100,21 +100,21 @@ class Batch:
     def __init__(self, means: Means) -> None:
         self._connection, self._lock, self._state, self._max_hold, self._fail = means
         self._jobs: list[Job[Any]] = []  # that have started, in order
-        self.loans: list[WriteLoan] = []  # of those that are no plain statements
+        self.loans: list[WriteLoan] = []  # of functions that have kept callbacks; and of a block, here
         self.times = Times()
         self._shares = False
         self._session: WriteSession
         self._now: float  # the last look at the clock
         self._first: Job[Any]
 
-    def open(self) -> None:
+    def open(self) -> WriteSession:
         """See to a connection, or raise why there is none."""
-        self._session = self._connection.session or self._connection.open()
+        self._session = session = self._connection.session or self._connection.open()
+        return session
 
     def begin(self, first: Job[Any], now: float) -> None:
         """Take SQLite's write lock, for ``first`` and those behind it; raises SQLite's error."""
-        self.open()
-        self._first, session = first, self._session
+        self._first, session = first, self.open()
         if first.foreign_keys is not None:
             session.guard.settings_touched = True
             set_pragma(session.connection, "foreign_keys", int(first.foreign_keys))
@@ -137,15 +137,19 @@ class Batch:
         finally:
             self._lock.released()
 
+    def loan_for(self, block: Block, session: WriteSession) -> WriteLoan:
+        """What a block will have, whose thread begins and ends it."""
+        loan = WriteLoan(session, block)
+        self._session, self._jobs, self.loans = session, [block], [loan]
+        return loan
+
     def begin_block(self, block: Block) -> WriteLoan | None:
-        """Start a block that runs in the thread that is the writer; None if it was withdrawn meanwhile."""
+        """Start a block whose thread is the writer; None if it was withdrawn meanwhile."""
         if not block.start(monotonic()):
             self._connection.roll_back()
             self._lock.released()
             return None
-        self._jobs.append(block)
-        loan = WriteLoan(self._session, block)
-        self.loans.append(loan)
+        loan = self.loan_for(block, self._session)
         self._state.enter(block, loan)
         self._session.set_mark()
         loan.limit(block.max_hold)
@@ -154,7 +158,7 @@ class Batch:
     def end_block(self, error: BaseException | None) -> Verdict:
         """End it; ``error``: what has failed it."""
         try:
-            self._leave(self.loans[0], None, error, savepoint=True)
+            self._now = self._leave(self.loans[0], None, error, savepoint=False)  # its mark ends with the transaction
             return self._commit() if self._connection.in_transaction else self._lost()
         finally:
             self._lock.released()
@@ -162,9 +166,10 @@ class Batch:
     def run_bare(self, job: BareStatementJob) -> Verdict:
         """Run a statement outside any transaction, again while it meets BUSY, which leaves it undone."""
         loan, unknown = WriteLoan(self._session, job), None
-        self.loans.append(loan)
+        self._state.scopes.begin_jobs()
         try:
             self._state.enter(job, loan)
+            self._state.scopes.enter_job(loan)
             self._session.guard.settings_touched = True
             if self._max_hold != math.inf:
                 loan.limit(self._max_hold)
@@ -173,6 +178,7 @@ class Batch:
             finally:
                 loan.end()
                 self._state.leave()
+                self._state.scopes.end_jobs()
         except BaseException as error:
             # It commits by itself, if it came so far.
             if commit_outcome_unknown(error, in_transaction=True) and error_code(error) not in UNWRITTEN:
@@ -206,7 +212,7 @@ class Batch:
 
     def _may_share(self, first: Job[Any], second: Job[Any], again: dict[Job[Any], Again]) -> bool:
         """Whether these may share the transaction; called inside it, so that the schema stands."""
-        if first.must_be_alone() or second.must_be_alone() or again.get(first) is Again.ALONE:
+        if first.exclusive or second.exclusive or again.get(first) is Again.ALONE:
             return False
         try:
             undoes_all = self._session.schema_undoes_all()
@@ -219,8 +225,9 @@ class Batch:
         """Run the SQL statements at the front, without a savepoint each. Functions come after: they are to run once."""
         session, state, jobs, shares = self._session, self._state, self._jobs, self._shares
         guard, lock, insert = session.guard, state.lock, session.executor.insert
-        now, known, taken = self._now, "", 0
-        guard.mode, guard.refusal = Mode.ALONE, None
+        now = began = self._now
+        known, taken = "", 0
+        guard.mode = Mode.ALONE
         # Hot path: runs once for each queued statement; avoid calls.
         try:
             for job in todo:
@@ -229,7 +236,7 @@ class Batch:
                 sql = job.sql
                 is_new = sql is not known
                 if is_new:
-                    if shares and job.must_be_alone():  # the first may be, and is
+                    if shares and job.exclusive:  # the first may be, and is
                         break
                     known = sql
                 taken += 1
@@ -237,13 +244,13 @@ class Batch:
                     if job._stage > RUNNING:
                         continue
                     job._stage = RUNNING
-                job.started_at = now
+                job.started_at = began = now
                 state.job = job
                 jobs.append(job)
                 try:
                     job._result = insert(sql, job.work)
                 except BaseException as error:
-                    if shares and not session.executor.surely_had_no_effect(sql, error, session.schema_fails):
+                    if shares and not self._is_harmless(sql, error):
                         return self._undo(jobs, Again.WITH_SAVEPOINT)
                     self._fail(job, error)
                     session.forget_error()
@@ -253,78 +260,96 @@ class Batch:
                     break
         finally:
             guard.mode = Mode.GATEWAY
-            if jobs and now - jobs[-1].started_at > state.slow_after:
+            if now - began > state.slow_after:
                 state.warn_if_slow(now)  # the one that is slow is the last: the batch ends with it
             state.job, self._now = None, now
             del todo[:taken]
-        return self._lost() if jobs and not session.connection.in_transaction else None
+        return None
 
     def _run_each(self, todo: list[Job[Any]], again: dict[Job[Any], Again], until: float) -> Verdict | None:
         """Run the next jobs, whatever they are, each with a savepoint if they share the transaction."""
-        session, guard, shares, first = self._session, self._session.guard, self._shares, self._first
-        now, taken = self._now, 0
+        session, state, shares, first = self._session, self._state, self._shares, self._first
+        guard, lock, jobs, limited = session.guard, state.lock, self._jobs, self._max_hold != math.inf
+        now, taken, enter_job = self._now, 0, state.scopes.begin_jobs()
+        # Hot path: runs once for each queued function; avoid calls.
         try:
             for job in todo:
                 if job is not first and (
-                    not shares or now >= until or guard.schema_changed or guard.settings_touched or job.must_be_alone()
+                    not shares or now >= until or guard.schema_changed or guard.settings_touched or job.exclusive
                 ):
                     break
                 taken += 1
                 if again:
                     again.pop(job, None)
-                if not job.start(now):
-                    continue
-                self._run(job)
-                now = self._now = job.ended_at
-                if self._connection.session is not session or not session.connection.in_transaction:
+                with lock:
+                    if job._stage > RUNNING:
+                        continue
+                    job._stage = RUNNING
+                job.started_at = now
+                jobs.append(job)
+                loan = WriteLoan(session, job) if job.lent else FunctionLoan(session, job)
+                savepoint, result, failure = shares or job.needs_savepoint, None, None
+                try:
+                    state.job, state.transaction = job, loan
+                    if savepoint:
+                        session.set_mark()
+                    if not job.lent:
+                        enter_job(loan)
+                        if limited:
+                            loan.limit(self._max_hold)
+                    guard.mode = loan.mode
+                    result = job.perform(loan)
+                except BaseException as error:
+                    failure = error
+                now = self._leave(loan, result, failure, savepoint)
+                if job._error is not None and self._is_gone():
                     return self._lost()
         finally:
+            state.scopes.end_jobs()
+            self._now = now
             del todo[:taken]
         return None
 
-    def _run(self, job: Job[Any]) -> None:
-        """Run one job; if it fails, undo it alone where it shares the transaction."""
-        session, state, result, failure = self._session, self._state, None, None
-        savepoint = self._shares or job.needs_savepoint
-        loan = WriteLoan(session, job) if job.lent else FunctionLoan(session, job)
-        self._jobs.append(job)
-        self.loans.append(loan)
-        try:
-            state.enter(job, loan)
-            if savepoint:
-                session.set_mark()
-            if self._max_hold != math.inf and not job.lent:
-                loan.limit(self._max_hold)
-            result = job.perform(loan)
-        except BaseException as error:
-            failure = error
-        self._leave(loan, result, failure, savepoint)
+    def _is_harmless(self, sql: str, error: BaseException) -> bool:
+        """Whether the statement that has failed so has certainly changed nothing."""
+        had_no_effect = self._session.executor.surely_had_no_effect
+        return not self._is_gone() and had_no_effect(sql, error, self._session.schema_fails)
 
-    def _leave(self, loan: WriteLoan, result: Any, error: BaseException | None, savepoint: bool) -> None:
-        job = loan.job
-        if self._state.forked:
+    def _is_gone(self) -> bool:
+        """Whether the transaction was undone as a whole, by SQLite or with its connection."""
+        return self._connection.session is not self._session or not self._session.connection.in_transaction
+
+    def _leave(self, loan: WriteLoan, result: Any, error: BaseException | None, savepoint: bool) -> float:
+        """End a job; if it has failed, undo it alone where it shares the transaction. Returns the time."""
+        job, session, state = loan.job, self._session, self._state
+        if state.forked:
             raise error or forked_error()  # the job has forked, and this is the child
-        job.ended_at = self._state.leave()
+        session.guard.mode = Mode.GATEWAY
+        job.ended_at = now = state.leave()
+        if loan.parts is not None and not job.lent:
+            self.loans.append(loan)
         try:
             loan.end()
             if error is None:
-                self._check_end(job, loan)
+                if loan._time_limit is not None and loan.was_too_long and not job.lent:
+                    raise loan.closed_error()  # which the job has swallowed
+                if not session.connection.in_transaction:
+                    raise loan.aborted_error()
+                if job.foreign_keys is False:
+                    self._check_keys()
                 if savepoint:
-                    self._session.release_mark()
-                job._result, job._error = result, None
+                    session.release_mark()
+                job._result = result
         except Exception as failure:
             error = failure
         if error is not None:
             self._fail(job, error)
             if savepoint and self._connection.in_transaction:
                 self._connection.undo_job()
+        return now
 
-    def _check_end(self, job: Job[Any], loan: WriteLoan) -> None:
-        if loan.was_too_long and not job.lent:  # and the job has swallowed the error
-            raise loan.closed_error()
-        if not self._session.connection.in_transaction:
-            raise loan.aborted_error()
-        if job.foreign_keys is False and (violations := self._session.internal("PRAGMA foreign_key_check")):
+    def _check_keys(self) -> None:
+        if violations := self._session.internal("PRAGMA foreign_key_check"):
             table, rowid, parent, _ = violations[0]
             raise sqlite3.IntegrityError(
                 f"FOREIGN KEY constraint failed: {len(violations)} rows; the first: {table} (rowid {rowid}) → {parent}"
@@ -344,10 +369,11 @@ class Batch:
             self._connection.roll_back()
             return Verdict([], moved=error)
         except BaseException as error:
-            return self._commit_failed(error)
+            return self.commit_failed(error)
         return Verdict(jobs, 1)
 
-    def _commit_failed(self, error: BaseException) -> Verdict:
+    def commit_failed(self, error: BaseException) -> Verdict:
+        """COMMIT raised it."""
         if commit_outcome_unknown(error, self._session.connection.in_transaction):
             return Verdict(self._jobs, unknown=error)
         self._connection.roll_back()

@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-import logging
 import queue
 import threading
 import types
-from asyncio import AbstractEventLoop, _get_running_loop
-from collections.abc import Callable, Iterator
-from threading import get_ident
+import weakref
+from asyncio import AbstractEventLoop
+from collections.abc import Callable
 from time import monotonic
-from typing import Any, Protocol
+from typing import Any
 
-from onewriter.base.log import call_all_safely, report
-from onewriter.base.state import IN_STATEMENT, State
-from onewriter.base.waiting import thread_signal
-from onewriter.errors import (
-    ReentrantWriteError,
-    TransactionClosedError,
-    WriterBrokenError,
-    WriterClosedError,
-    WriteTimeoutError,
-    forked_error,
-)
-from onewriter.events import Hook, announce
+from onewriter.base.log import call_all_safely
+from onewriter.base.state import State
+from onewriter.errors import TransactionClosedError, WriteTimeoutError, forked_error
 from onewriter.write.loan import ENDED, TOO_LONG, WriteLoan
 from onewriter.write.ticket import Job
-from onewriter.write.transaction import Transaction
 
 
 class BlockFailedError(Exception):
@@ -45,27 +34,23 @@ class Block(Job[None]):
     """
 
     __slots__ = ("_requests", "failed", "granted", "is_given_back", "loop", "max_hold", "nested", "transaction")
+    granted: Any
     exclusive = lent = needs_savepoint = True
     logs_failure = False  # its own thread or task gets the error
 
-    def __init__(
-        self,
-        state: State,
-        label: str | None,
-        max_hold: float,
-        frame: types.FrameType,
-        granted: Any,
-        loop: AbstractEventLoop | None,
-    ) -> None:
-        super().__init__(state, label or "transaction", frame, None)
+    def __init__(self, state: State, label: str | None, max_hold: float, frame: types.FrameType) -> None:
+        Job.__init__(self, state, label or "transaction", frame, None)
         self.max_hold = max_hold
-        self.loop = loop  # in whose thread it is entered
+        self.loop: AbstractEventLoop | None = None  # in whose thread it is entered
         self.transaction: WriteLoan | None = None
         self.failed = self.is_given_back = False
         self.nested = 0  # writes that were acknowledged as a part of it
-        self.granted = granted
+        self._requests: Any = None  # to the writer, which serves it: callables, and None: it is given back
+
+    def line_up(self, granted: Any) -> None:
+        """It waits for its turn, which wakes ``granted``; before anybody else knows it."""
+        self.granted, self._requests = granted, queue.SimpleQueue()
         self._waiters = [granted]
-        self._requests: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()  # None: it is given back
 
     def needs(self, loop: AbstractEventLoop) -> bool:
         """Whether it cannot end while the thread of ``loop`` waits."""
@@ -76,7 +61,8 @@ class Block(Job[None]):
         if not self.is_given_back:
             self.failed = failed
             self._revoke(failed)
-            self._requests.put(None)
+            if self._requests is not None:
+                self._requests.put(None)
             self.is_given_back = True
 
     def abandon(self) -> None:
@@ -98,7 +84,8 @@ class Block(Job[None]):
         """Wait for it; None: the block was given back. The only place that takes a block back."""
         while True:
             try:
-                return self._requests.get(timeout=self._patience(until))
+                request: Callable[[], object] | None = self._requests.get(timeout=self._patience(until))
+                return request
             except queue.Empty:
                 pass
             self._state.warn_if_slow(monotonic())
@@ -107,8 +94,8 @@ class Block(Job[None]):
                 tx.revoke(why)
                 raise tx.closed_error()
 
-    def end_inline(self, tx: WriteLoan) -> BaseException | None:
-        """Given back, in the thread that is the writer, which has not waited: returns what has failed it."""
+    def failure_at_end(self, tx: WriteLoan) -> BaseException | None:
+        """Given back, and the writer has not served it: returns what has failed it."""
         failure: BaseException | None = None
         try:
             self.wait_for_call(tx)
@@ -161,19 +148,29 @@ class Block(Job[None]):
 class ThreadBlock(Block):
     """One whose statements the threads that have it run themselves."""
 
-    __slots__ = ("thread",)
+    __slots__ = ("entry", "thread")
+    thread: threading.Thread  # which enters it
+    entry: weakref.ref[Any] | None  # by which it is left; kept, so that one which is collected tells
 
-    def __init__(self, state: State, label: str | None, max_hold: float, frame: types.FrameType) -> None:
-        super().__init__(state, label, max_hold, frame, thread_signal(), _get_running_loop())
-        self.thread = threading.current_thread()  # which enters it
+    def come(self, loop: AbstractEventLoop | None) -> None:
+        """A thread, that of ``loop`` if there is one, is about to enter it."""
+        self.created_at, self.thread = monotonic(), threading.current_thread()
+        if loop is not None:
+            self.loop = loop
+            self._state.blocks.add(self)
 
-    def end_at_exit(self) -> None:
+    def end_at_exit(self) -> bool:
         """Nobody ends it any more, if its thread is over when the interpreter ends."""
-        if not self.thread.is_alive():
-            self.give_back(failed=True)
+        if self.thread.is_alive() or self.is_given_back:
+            return False
+        self.give_back(failed=True)
+        return True
 
     def lend(self, tx: WriteLoan) -> None:
         tx.lend()
+        if self._requests is None:  # nobody waits: its own thread has begun it
+            self.transaction = tx
+            return
         with self._state.lock:
             self.transaction, self._waiters = tx, None
         self.granted.release()
@@ -186,84 +183,6 @@ class ThreadBlock(Block):
         now, slow = monotonic(), self.started_at + self._state.slow_after
         next_look = until if slow < now else min(until, slow + 0.001)
         return max(0.0, min(next_look - now, threading.TIMEOUT_MAX))
-
-
-class Turns(Protocol):
-    """Who gives a thread the writer's turn, and takes it: the driver."""
-
-    def enter(self, job: ThreadBlock, timeout: float | None) -> WriteLoan: ...
-    def leave(self, job: ThreadBlock) -> None: ...
-
-
-def nested(outer: WriteLoan) -> Iterator[Transaction]:
-    """A ``with transaction()`` inside another, or inside a job: a savepoint of that."""
-    with outer.part():
-        inner = outer.nested()
-        try:
-            with outer.job._state.scopes.inside(inner, writes=True):
-                yield Transaction(inner)
-        finally:
-            inner.end()
-
-
-def outermost(
-    block: ThreadBlock, timeout: float | None, turns: Turns, hook: Hook | None, gateway: str
-) -> Iterator[Transaction]:
-    """A thread's ``with transaction()`` that is in no other."""
-    state, scopes, me, scope = block._state, block._state.scopes, get_ident(), None
-    announce(state, hook, block, waits=True)
-    if block.loop is not None:
-        state.blocks.add(block)
-    try:
-        try:
-            state.entering.add(me)  # in here: Ctrl-C comes behind a call
-            loan = turns.enter(block, timeout)
-            scope = scopes.enter(loan, writes=True)
-        finally:
-            state.entering.discard(me)
-        try:
-            yield Transaction(loan)
-        except BaseException as error:
-            _leave(block, scope, turns, failed=True)
-            if block.nested and isinstance(error, GeneratorExit):  # closed, or collected, perhaps long after
-                text = "%s: %d writes that were made inside %s are rolled back with it: it was closed or collected"
-                report(state, logging.WARNING, text, gateway, block.nested, block.describe())
-            raise
-        _leave(block, scope, turns, failed=False)
-    except (WriterClosedError, WriterBrokenError):  # never accepted, or answered already, or a signal handler's
-        if not block.done():
-            block.give_back(failed=True)  # if it is granted after all, it ends at once
-        raise
-    except BaseException:  # Ctrl-C, or what another signal handler raises, in the midst of entering or leaving
-        block.abandon()
-        raise
-    finally:
-        if scope is not None:
-            scopes.leave(scope)
-        state.blocks.discard(block)
-    block.result()
-
-
-def _leave(block: ThreadBlock, scope: Any, turns: Turns, failed: bool) -> None:
-    state = block._state
-    if state.forked:
-        if failed:
-            return
-        raise forked_error()  # the parent's block goes on; nothing is committed here
-    # In a function that SQLite calls: the end waits for the statement, and this cannot.
-    is_inside = block.transaction is not None and block.transaction.is_inside
-    block.give_back(failed or is_inside)
-    state.scopes.leave(scope)  # not before: a signal handler in between would wait for its own thread
-    if is_inside and not failed:
-        raise ReentrantWriteError(f"a block cannot be left here: {IN_STATEMENT}. It is rolled back")
-    if is_inside or state.cannot_wait():
-        return  # a generator that was collected there, by the writer, or inside one of its locks
-    try:
-        turns.leave(block)
-    except BaseException:  # Ctrl-C: it comes to its end all the same
-        block.add_done_callback(block.call_back)
-        raise
-    block.call_back()
 
 
 def not_entered(block: Block, timeout: float | None, state: State) -> WriteTimeoutError:

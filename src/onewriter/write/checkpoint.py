@@ -45,6 +45,7 @@ class Readers(Protocol):
     def refuse(self) -> None: ...
     def stop_waiting(self) -> None: ...
     def warn_if_slow(self) -> None: ...
+    def look_at_block(self, since: float) -> None: ...
     def close(self, patience: float | None = None) -> None: ...
     def when_all_back(self, function: Callable[[], object]) -> None: ...
     def after_fork_in_child(self) -> list[Any]: ...
@@ -128,14 +129,19 @@ class Checkpointer:
 
     def after_batch(self, session: WriteSession) -> None:
         """Count what a batch wrote, and checkpoint if it is time."""
+        if self.is_due(session):
+            self.attempt(self._checkpoint, session)
+
+    def is_due(self, session: WriteSession) -> bool:
+        """Count what a batch wrote; whether it is time for a checkpoint."""
         if self._settings.journal_mode != "WAL":  # every commit is in the file
             self.remember_size(session)
-        if self._is_counting:
-            changes = session.connection.total_changes
-            self._growth += 1 + abs(changes - self._changes) // ROWS
-            self._changes = changes
-            if self._growth >= self._often or self._file.wal_bytes() > self._size + self._room:
-                self.attempt(self._checkpoint, session)
+        if not self._is_counting:
+            return False
+        changes = session.connection.total_changes
+        self._growth += 1 + abs(changes - self._changes) // ROWS
+        self._changes = changes
+        return self._growth >= self._often or self._file.wal_bytes() > self._size + self._room
 
     def _checkpoint(self, session: WriteSession) -> None:
         if not self._can_fare_better():

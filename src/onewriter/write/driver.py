@@ -10,7 +10,7 @@ from time import monotonic
 from typing import Any, Protocol
 
 from onewriter.base.log import Reporter
-from onewriter.base.waiting import wait_in_slices
+from onewriter.base.waiting import thread_signal, wait_in_slices
 from onewriter.errors import QueueFullError, ReentrantWriteError, closed_error, forked_error
 from onewriter.write.block import ThreadBlock, not_entered
 from onewriter.write.loan import WriteLoan
@@ -30,7 +30,10 @@ class Driver(Protocol):
         """Wait for the block's turn and return its transaction."""
 
     def leave(self, job: ThreadBlock) -> None:
-        """See a block that was given back to its end: committed or rolled back."""
+        """End a block that was given back, or have it ended: the outcome may come later."""
+
+    def hand_over(self, job: ThreadBlock) -> None:
+        """Have it ended, if it is not, without waiting."""
 
     def dropped(self) -> None:
         """The gateway was collected without close."""
@@ -70,9 +73,13 @@ class ThreadDriver:
                 del failure
 
     def enter(self, job: ThreadBlock, timeout: float | None) -> WriteLoan:
-        self._writer.queue.put(job)
-        until = math.inf if timeout is None else monotonic() + timeout
-        with self._writer.queue.waiting():
+        queue, until = self._writer.queue, math.inf if timeout is None else monotonic() + timeout
+        if not queue.take_turn(job):
+            job.line_up(thread_signal())
+            queue.put(job)
+        elif self._writer.own_turn.begin(job):
+            return job.entered()
+        with queue.waiting():
             in_time = wait_in_slices(job.granted, until, self._writer.state)
         if not in_time and job.cancel():
             raise not_entered(job, timeout, self._writer.state)
@@ -81,7 +88,11 @@ class ThreadDriver:
         return job.entered()
 
     def leave(self, job: ThreadBlock) -> None:
-        job.wait(None)
+        if self._writer.queue.guest is job and not self._writer.own_turn.end(job):
+            self._writer.queue.hand_over(job)
+
+    def hand_over(self, job: ThreadBlock) -> None:
+        self._writer.queue.hand_over(job)
 
     def dropped(self) -> None:
         pass  # the thread drains the queue, and ends
@@ -184,6 +195,9 @@ class InlineDriver:
             self._drive()
         finally:
             self._give_turn()
+
+    def hand_over(self, job: ThreadBlock) -> None:
+        pass  # this thread, or one that comes, is the writer
 
     def dropped(self) -> None:
         with contextlib.suppress(ReentrantWriteError):  # this thread has left a block open

@@ -7,46 +7,53 @@ from threading import get_ident
 from typing import Any
 
 from onewriter.sqlite.guard import Mode
+from onewriter.sqlite.parameters import PLAIN_TYPES, Params, capture
 from onewriter.sqlite.result import Result
-from onewriter.sqlite.statement import Parameters
 from onewriter.write.loan import ENDED, WriteLoan
 from onewriter.write.session import WriteSession
 from onewriter.write.ticket import Job
-
-JOB, GATEWAY = Mode.JOB, Mode.GATEWAY
 
 
 class FunctionLoan(WriteLoan):
     """That of a function, which runs on the writer's thread: a comparison does in place of the session's lock.
 
     Unless a connection was lent: the collector may end its cursors in any thread.
+
     """
+
+    mode = Mode.JOB  # nothing else acts on the connection while the function runs
 
     def __init__(self, session: WriteSession, job: Job[Any]) -> None:
         self.job = job
         self.session = session
-        self._root = self
         self.thread = self._free_for = get_ident()  # 0: it takes more than a comparison
 
-    def execute(self, sql: str, parameters: Parameters) -> Result:
-        session, me = self.session, get_ident()
-        if self._free_for != me or self._inside or not session.connection.in_transaction:
-            return super().execute(sql, parameters)
-        guard = session.guard
-        self._inside = me
-        guard.refusal, guard.mode = None, JOB
+    def execute(self, sql: str, params: Params) -> Result:
+        # Hot path: what is decided once for a job, or once for a text, is not looked at here.
+        if self._free_for != get_ident() or self._inside:
+            return super().execute(sql, params)
+        if type(params) is not tuple or not PLAIN_TYPES.issuperset(map(type, params)):
+            params = capture(sql, params)
+        self._inside = self.thread
         try:
-            result = session.executor.insert(sql, parameters)
-            return Result([], 1, result, None) if type(result) is int else result  # type: ignore[return-value]
-        except sqlite3.Error as error:
-            self._explain(error)
+            result = self.session.executor.insert(sql, params)
+        except BaseException as error:
+            self._failed(error)
             raise
         finally:
-            guard.mode, self._inside = GATEWAY, 0
+            self._inside = 0
+        return Result([], 1, result, None) if type(result) is int else result  # type: ignore[return-value]
+
+    def _failed(self, error: BaseException) -> None:
+        if not self.session.connection.in_transaction:
+            self._free_for = 0  # so that every further call is refused
+        if isinstance(error, sqlite3.Error):
+            self._explain(error)
 
     def end(self) -> None:
-        self._closed, self._free_for = self._closed or ENDED, 0
-        if self._lending or self._ends_readonly or self._time_limit is not None:
+        if self._free_for and not self._ends_readonly:
+            self._closed, self._free_for = ENDED, 0
+        else:
             super().end()
 
     def set_time_limit(self) -> None:

@@ -46,7 +46,8 @@ class StatementJob(Job[Result]):
     def _is_cut(self) -> bool:
         return not self._label and len(self.sql) > LABEL_LENGTH
 
-    def must_be_alone(self) -> bool:
+    @property
+    def exclusive(self) -> bool:  # type: ignore[override]
         # A text that can roll the whole transaction back would make the jobs before it run again.
         return describe_sql(self.sql).isolated
 
@@ -55,9 +56,10 @@ class StatementJob(Job[Result]):
 
     def _value(self) -> Result:
         # Of a plain INSERT of one row the writer leaves the rowid: perhaps nobody asks for more.
-        if type(self._result) is int:
-            self._result = Result([], 1, self._result, None)
-        return self._result  # type: ignore[no-any-return]
+        result = self._result
+        if type(result) is int:
+            result = self._result = Result([], 1, result, None)
+        return result  # type: ignore[no-any-return]
 
 
 class BareStatementJob(StatementJob):
@@ -65,9 +67,7 @@ class BareStatementJob(StatementJob):
 
     __slots__ = ()
     in_transaction = False
-
-    def must_be_alone(self) -> bool:
-        return True
+    exclusive = True
 
     def perform(self, loan: WriteLoan) -> Result:
         return loan.bare_statement(self.sql, self.work)
@@ -144,10 +144,8 @@ class ConnectionJob(FunctionJob[T]):
     """A function with a connection of its own, on which it begins and commits as it likes."""
 
     __slots__ = ()
+    exclusive = True
     in_transaction = needs_savepoint = False
-
-    def must_be_alone(self) -> bool:
-        return True
 
     def call(self, connection: sqlite3.Connection) -> T:
         result: T = self.work(connection)

@@ -22,6 +22,7 @@ from onewriter.errors import (
     forked_error,
 )
 from onewriter.sqlite.guard import Mode, explain_readonly
+from onewriter.sqlite.parameters import Params, capture
 from onewriter.sqlite.result import Result, refuse_live
 from onewriter.sqlite.retry import is_interrupted
 from onewriter.sqlite.statement import Parameters, describe_sql, script_parts
@@ -48,11 +49,13 @@ class WriteLoan:
     """
 
     can_write = True
+    mode = Mode.GATEWAY  # of the guard, between two calls: others act on the connection there
     # Most jobs use none of these. What nested blocks share, the root has.
     parts: Parts | None = None
     _closed: str | None = None
     _lent: ConnectionLoan | None = None
     _inside = 0  # the thread whose call is under way: code that SQLite calls back must not use the connection
+    _around: WriteLoan | None = None  # of a nested one: that of the whole transaction
     _until = math.inf
     _read_until: float | None = None  # while a read is under way
     _time_limit: TimeLimit | None = None
@@ -63,9 +66,13 @@ class WriteLoan:
         self.job = job
         self.session = session
         self.thread = get_ident()  # which alone may use it; 0: any
-        self._root: WriteLoan = outer._root if outer else self
+        self._around = outer and outer._root
 
     # Who may call, and when -------------------------------------------------------------------------------------------
+
+    @property
+    def _root(self) -> WriteLoan:
+        return self._around or self  # not kept: what refers to itself waits for the garbage collector
 
     @property
     def is_closed(self) -> bool:
@@ -106,13 +113,13 @@ class WriteLoan:
 
     def call(self, function: Callable[..., T], *args: Any, mode: Mode = Mode.JOB) -> T:
         """Run one call into SQLite, if the loan still holds."""
-        root, session = self._root, self.session
-        guard = session.guard
-        me = get_ident()
+        root, session = self._around or self, self.session
+        guard, me = session.guard, get_ident()
         if self._closed is not None or root._closed is not None or root._inside or (root.thread and root.thread != me):
             self._check_thread()
         with session.lock:
-            root._inside = me  # before anything is called: a signal handler that uses it must not wait for its thread
+            # Before anything is called: a signal handler that uses it must not wait for its thread.
+            before, root._inside = guard.mode, me
             try:
                 # Looked at inside the lock: whoever takes the loan back closes it first, then waits for the lock.
                 if (
@@ -129,7 +136,7 @@ class WriteLoan:
                 self._explain(error)
                 raise
             finally:
-                root._inside, guard.mode = 0, Mode.GATEWAY
+                root._inside, guard.mode = 0, before
 
     def call_inside(self, function: Callable[..., T], *args: Any, mode: Mode) -> T:
         """The same from code that SQLite calls in this thread, while the call around it goes on."""
@@ -239,7 +246,7 @@ class WriteLoan:
                 self._refuse_inside()
                 with session.lock:
                     self._put_back()
-        elif session.lock.locked() or self._lending or self._ends_readonly or self._time_limit is not None:
+        elif not self.is_at_rest():
             self._refuse_inside()
             with session.lock:
                 while self._lending:
@@ -263,6 +270,10 @@ class WriteLoan:
         while not self.session.lock.acquire(timeout=NUDGE):
             self.session.connection.interrupt()
         self.session.lock.release()
+
+    def is_at_rest(self) -> bool:
+        """Closed, whether no call is under way, and nothing has to be put back."""
+        return not (self.session.lock.locked() or self._lending or self._ends_readonly or self._time_limit is not None)
 
     def wait_for_call(self, until: float) -> bool:
         """Closed, wait for the call that is under way; False if it is not over at the time ``until``."""
@@ -327,15 +338,15 @@ class WriteLoan:
     def callbacks(self, committed: bool) -> list[Callback]:
         return [] if self.parts is None else self.parts.callbacks(committed)
 
-    # Statements, whose parameters were checked and captured already, and reads ----------------------------------------
+    # Statements and reads, whose parameters were checked and captured already ----------------------------------------
 
     def statement(self, sql: str, parameters: Parameters) -> Result:
         """A job that is one statement."""
         return self.call(self.session.executor.execute, sql, parameters, mode=self.job.mode)
 
-    def execute(self, sql: str, parameters: Parameters) -> Result:
-        """One statement of a function or block."""
-        return self.call(self.session.executor.execute, sql, parameters)
+    def execute(self, sql: str, params: Params) -> Result:
+        """One statement of a function or block, whose arguments nobody has looked at."""
+        return self.call(self.session.executor.execute, sql, capture(sql, params))
 
     def bare_statement(self, sql: str, parameters: Parameters) -> Result:
         mode = Mode.VACUUM if describe_sql(sql).verb == "VACUUM" else Mode.BARE
@@ -365,11 +376,8 @@ class WriteLoan:
             return refuse_live(function(view.connection))
 
     def _query(self, sql: str, parameters: Parameters, fetch: Callable[[sqlite3.Cursor], T]) -> T:
-        cursor = sqlite3.Connection.execute(self.session.connection, sql, parameters)
-        try:
+        with contextlib.closing(sqlite3.Connection.execute(self.session.connection, sql, parameters)) as cursor:
             return fetch(cursor)
-        finally:
-            cursor.close()
 
     @contextlib.contextmanager
     def reading(self, until: float) -> Iterator[ReadLoan]:

@@ -49,31 +49,47 @@ class WriteLock:
 
     def begin(self, session: WriteSession, job: Job[Any], times: Times, now: float) -> float:
         """Take it, or raise SQLite's error; returns the time at which it was there."""
-        self._free += now - self.released_at
+        error = self.try_begin(session, now)
+        if error is not None:
+            self._keep_trying(session, "BEGIN IMMEDIATE", job, times, error)
+            times.lock_wait = self.policy.waited
+            self._begun_at = monotonic()
+        return self._begun_at
+
+    def try_begin(self, session: WriteSession, now: float) -> sqlite3.Error | None:
+        """Try once; returns why it is not there."""
         if self._held >= LONGEST_HOLD:
-            self._leave_a_gap()
+            self._leave_a_gap(now)
+        self._free += now - self.released_at
         policy = self.policy
         policy.attempts, policy.waited, self._is_committing = 1, 0.0, False
         self.attempts += 1
         try:
             # IMMEDIATE takes the write lock here, so BUSY comes before any job has had an effect.
-            session.control("BEGIN IMMEDIATE")
-        except sqlite3.OperationalError as error:
-            self._keep_trying(session, "BEGIN IMMEDIATE", job, times, error)
-            times.lock_wait = policy.waited
-        self._begun_at = began = monotonic()
-        return began
+            session.control["BEGIN IMMEDIATE"]()
+        except sqlite3.Error as error:
+            self.released_at = now
+            return error
+        self._begun_at = monotonic()
+        return None
 
     def commit(self, session: WriteSession, job: Job[Any], times: Times, now: float) -> None:
         """Commit, or raise SQLite's error."""
-        self.attempts += 1
-        try:
-            session.control("COMMIT")
-        except sqlite3.OperationalError as error:
+        error = self.try_commit(session)
+        if error is not None:
             self._is_committing = True
             self.policy.attempts, self.policy.waited = 1, 0.0
             self._keep_trying(session, "COMMIT", job, times, error)
         times.commit = monotonic() - now
+
+    def try_commit(self, session: WriteSession) -> sqlite3.Error | None:
+        """Try once; returns why it is not committed."""
+        self.attempts += 1
+        try:
+            session.control["COMMIT"]()
+        except sqlite3.Error as error:
+            return error
+        return None
 
     def released(self) -> None:
         """The transaction has ended, in one way or the other."""
@@ -96,13 +112,11 @@ class WriteLock:
             return describe_readers(self._file.unlogged, self._readers.borrowers)
         return describe_lock(self._path)
 
-    def _keep_trying(
-        self, session: WriteSession, sql: str, job: Job[Any], times: Times, first: sqlite3.OperationalError
-    ) -> None:
+    def _keep_trying(self, session: WriteSession, sql: str, job: Job[Any], times: Times, first: sqlite3.Error) -> None:
         def again() -> None:
             if self._is_undone(session):
                 raise _UndoneError from first
-            session.control(sql)
+            session.control[sql]()
 
         if not is_busy(first) or self._is_undone(session):
             raise first
@@ -121,11 +135,13 @@ class WriteLock:
         """Whether a COMMIT that met a lock has rolled back: then there is nothing to try again."""
         return self._is_committing and not session.connection.in_transaction
 
-    def _leave_a_gap(self) -> None:
+    def _leave_a_gap(self, now: float) -> None:
         """Leave the lock free for a moment after holding it for long: other processes live in that gap."""
-        if self._free < GAP:
-            self.policy.stop.wait(GAP - self._free)
+        free = self._free + now - self.released_at
+        if free < GAP:
+            self.policy.stop.wait(GAP - free)
         self._held = self._free = 0.0
+        self.released_at = now
 
 
 class _UndoneError(Exception):

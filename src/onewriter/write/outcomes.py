@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sqlite3
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -22,7 +22,7 @@ from onewriter.write.loan import WriteLoan
 from onewriter.write.lock import WriteLock
 from onewriter.write.ticket import DONE, RUNNING, Job, Ticket
 
-work_of, parts_of = attrgetter("work"), attrgetter("parts")
+work_of = attrgetter("work")
 three_moments = attrgetter("created_at", "started_at", "ended_at")
 
 
@@ -70,8 +70,8 @@ class Outcomes:
         if note not in getattr(error, "__notes__", ()):
             BaseException.add_note(error, note)
 
-    def settle(self, jobs: list[Job[Any]], times: Times, loans: Iterable[WriteLoan] = (), commits: int = 0) -> None:
-        """Make the outcomes visible, wake who waits, call the callbacks; ``loans`` are those of ``jobs``."""
+    def settle(self, jobs: list[Job[Any]], times: Times, loans: Sequence[WriteLoan] = (), commits: int = 0) -> None:
+        """Make the outcomes visible, wake who waits, call the callbacks; ``loans`` are those with callbacks."""
         state = self._state
         if state.forked:
             raise forked_error()  # by something further down the stack, and this is the child
@@ -105,7 +105,7 @@ class Outcomes:
         del works  # only now does what the jobs worked with go: it may have finalizers
         if state.live is not None:
             call_safely(state, state.live.settled, self._connection.session, jobs)
-        if called or unheard or any(map(parts_of, loans)):  # most loans have none
+        if called or unheard or loans:
             self._tell(called, unheard, loans)
         if self._on_event is not None:
             self._publish(self._on_event, jobs, times, commits)
@@ -116,10 +116,9 @@ class Outcomes:
             self._state.tally.count_failed(job.label)
         return job.logs_failure and not job._waiters and not job._callbacks
 
-    def _tell(self, called: list[Job[Any]], unheard: list[Job[Any]], loans: Iterable[WriteLoan]) -> None:
+    def _tell(self, called: list[Job[Any]], unheard: list[Job[Any]], loans: Sequence[WriteLoan]) -> None:
         for loan in loans:
-            if loan.parts is not None:
-                self.call_back(loan, committed=loan.job._error is None)
+            self.call_back(loan, committed=loan.job._error is None)
         for job in called:
             self._state.begin_callbacks(job)
             job.run_callbacks()

@@ -15,7 +15,7 @@ from typing import Any
 
 from onewriter.base.log import report
 from onewriter.base.state import State
-from onewriter.base.waiting import Signal, thread_signal, wake
+from onewriter.base.waiting import SLICE, Signal, thread_signal, wake
 from onewriter.errors import OneWriterError, QueueFullError
 from onewriter.write.ticket import Job
 
@@ -44,6 +44,8 @@ class JobQueue(queue.Queue[Job[Any]]):
         self._asleep = False
         self._bounded = 0
         self.taken: list[Job[Any]] = []  # what the consumer has now; some have their outcome
+        self.guest: Job[Any] | None = None  # it has the consumer's turn, in a thread of its own
+        self.is_handed_over = False  # what the guest has begun the consumer ends
         self._mark = maxsize - maxsize // 10  # nearly full
         self._limit = self._mark  # up to where put need not look further
         self.is_nearly_full = False  # until it is half empty
@@ -87,10 +89,12 @@ class JobQueue(queue.Queue[Job[Any]]):
             self._wait_for_room(waiter, timeout)
 
     def put_unbounded(self, job: Job[Any]) -> None:
-        """Add a bounded job although there may be no room, from inside a block: the writer is not asleep."""
+        """Add a bounded job although there may be no room."""
         with self.mutex:
             self._refuse_if_closed()
             self._append(job)
+            if self._asleep:
+                self._wake()
 
     def _append(self, job: Job[Any]) -> None:
         self._bounded += 1
@@ -159,6 +163,8 @@ class JobQueue(queue.Queue[Job[Any]]):
             self._token.acquire(timeout=timeout)
             with self.mutex:
                 self._asleep = False
+                if self.guest is not None:
+                    return None  # its turn: see to ``wait_for_turn``
                 jobs = self._pop(limit)
         # None, too, if there was a job that a finalizer has withdrawn meanwhile.
         return jobs or (None if self._refusal is None or self.queue else [])
@@ -187,6 +193,49 @@ class JobQueue(queue.Queue[Job[Any]]):
             self._made_room()
         return jobs
 
+    # The turn: the consumer's while it is awake; while it sleeps, that of a guest, if there is one ------------------
+
+    def take_turn(self, job: Job[Any]) -> bool:
+        """Have ``job`` be what was taken, without the consumer: only if that sleeps, and nobody is before it."""
+        with self.mutex:
+            if not self._asleep or self.guest is not None or self.queue or self._refusal is not None:
+                return False
+            self.guest, self.taken = job, [job]
+            return True
+
+    def give_turn(self) -> None:
+        """The guest has come to its end."""
+        with self.mutex:
+            self._end_turn()
+
+    def give_way(self, job: Job[Any]) -> None:
+        """The guest lets the consumer do it, next: it was accepted before those that are queued now."""
+        with self.mutex:
+            job._was_queued = True
+            self.queue.appendleft(job)
+            self._end_turn()
+
+    def hand_over(self, job: object) -> None:
+        """The consumer ends what the guest has begun."""
+        with self.mutex:
+            if self.guest is job:
+                self.is_handed_over = True
+                self._wake()
+
+    def _end_turn(self) -> None:
+        if not self._asleep or self.queue:
+            self._wake()
+        self.guest, self.taken, self.is_handed_over = None, [], False
+
+    def wait_for_turn(self) -> Job[Any] | None:
+        """What the consumer does while there is a guest; returns the one that is to be ended here."""
+        while (block := self.guest) is not None:
+            if self.is_handed_over:
+                return block
+            if not self._token.acquire(timeout=SLICE):
+                self._state.warn_if_slow(monotonic())
+        return None
+
     def refuse(self, error: OneWriterError) -> bool:
         """Accept nothing from now on: every later put raises a copy of ``error``. False if it was so already."""
         with self.mutex:
@@ -201,18 +250,29 @@ class JobQueue(queue.Queue[Job[Any]]):
         """In a forked child: refuse everything; another thread of the parent may have held the lock."""
         self.mutex = threading.RLock()  # type: ignore[assignment]
         self._refusal = error
+        self.guest = None
         self._room.clear()
 
-    def jobs(self) -> list[Job[Any]]:
+    def unfinished(self) -> list[str]:
+        """The labels of the jobs, queued or taken, that have no outcome yet."""
         with self.mutex:
-            return list(self.queue)
+            jobs = [*self.taken, *self.queue]
+        return [job.label for job in jobs if not job.done()]
 
     @property
     def depth(self) -> int:
         """How many jobs wait; not qsize(), whose lock inside another one could meet a finalizer's."""
         return max(0, len(self.queue) - len(self._withdrawn))
 
-    def oldest(self) -> Job[Any] | None:
+    def oldest_age(self, now: float) -> float:
+        """For how many seconds the oldest job without an outcome has been here."""
+        for job in self.taken:
+            if not job.done():
+                return max(0.0, now - job.created_at)
+        first = self._oldest()
+        return 0.0 if first is None else max(0.0, now - first.created_at)
+
+    def _oldest(self) -> Job[Any] | None:
         try:
             first: Job[Any] = self.queue[0]
         except IndexError:

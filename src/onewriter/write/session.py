@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import sqlite3
 import threading
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NoReturn
 
+from onewriter.errors import forked_error
 from onewriter.sqlite.execute import Executor
 from onewriter.sqlite.guard import Guard, Mode
 from onewriter.sqlite.inherited import Inherited
@@ -27,6 +30,23 @@ class _Texts(dict[str, str]):
         return text
 
 
+def _refuse() -> NoReturn:
+    raise forked_error()
+
+
+class _Calls(dict[str, Callable[[], object]]):
+    """What runs BEGIN or COMMIT, made once: each costs no more than the call of SQLite itself."""
+
+    def __init__(self, cursor: Any, texts: _Texts) -> None:
+        super().__init__()
+        self._cursor = cursor
+        self._texts = texts
+
+    def __missing__(self, sql: str) -> Callable[[], object]:
+        call = self[sql] = functools.partial(self._cursor.execute, self._texts[sql])
+        return call
+
+
 class WriteSession:
     """The open write connection with its guard and executor; reopened, it is a new session.
 
@@ -44,8 +64,10 @@ class WriteSession:
         self.lock = threading.Lock()  # held around every call into SQLite of a Transaction
         # Held around interrupt(), which does not wait for the other one. A signal handler may interrupt, too.
         self.interrupting = threading.RLock()
-        self._mark, self._release, self._undo = (  # around a job
-            guard.internal(f"{verb} {guard.mark}_0") for verb in ("SAVEPOINT", "RELEASE", "ROLLBACK TO")
+        # Between jobs the guard's mode is the gateway's, and there are no rows to convert.
+        self.control = calls = _Calls(self._cursor, self._texts)  # BEGIN and COMMIT, by their texts
+        self.set_mark, self.release_mark, self.undo_to_mark = (  # the savepoint around a job
+            calls[f"{verb} {guard.mark}_0"] for verb in ("SAVEPOINT", "RELEASE", "ROLLBACK TO")
         )
         self.files = files = database_files(connection)
         self.databases = list(files)
@@ -64,6 +86,8 @@ class WriteSession:
         """In a forked child: nothing reaches SQLite any more; returns what must never be closed there."""
         kept = [self.connection, self._cursor, self.executor]
         self.connection = self._cursor = self.executor = Inherited()  # type: ignore[assignment]
+        self.control = _Calls(self._cursor, self._texts)
+        self.set_mark = self.release_mark = self.undo_to_mark = _refuse
         return kept
 
     def internal(self, sql: str, parameters: tuple[Any, ...] = ()) -> list[Any]:
@@ -77,10 +101,6 @@ class WriteSession:
             return cursor.fetchall()
         finally:
             guard.mode, connection.text_factory = mode, factory
-
-    def control(self, sql: str) -> None:
-        """Run BEGIN or COMMIT. Between jobs the guard's mode is the gateway's, and there are no rows to convert."""
-        self._cursor.execute(self._texts[sql])
 
     def forget_error(self) -> None:
         """Of a failed statement: sqlite3 would raise it again for the next one whose parameters cannot be bound."""
@@ -138,17 +158,6 @@ class WriteSession:
                 if any(word in upper for word in words):
                     found |= words_of(text)
         return found
-
-    # These three are the gateway's own too; between two calls of a job the guard's mode is the gateway's.
-
-    def set_mark(self) -> None:
-        self._cursor.execute(self._mark)
-
-    def release_mark(self) -> None:
-        self._cursor.execute(self._release)
-
-    def undo_to_mark(self) -> None:
-        self._cursor.execute(self._undo)
 
     def restore_factories(self) -> None:
         self.connection.row_factory, self.connection.text_factory = self.row_factory, self.text_factory

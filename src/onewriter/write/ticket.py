@@ -331,9 +331,6 @@ class Job(Ticket[T]):
     mode = Mode.JOB  # of its statements
     foreign_keys: bool | None = None
 
-    def must_be_alone(self) -> bool:
-        return self.exclusive
-
     def perform(self, loan: Any) -> T:
         raise NotImplementedError
 
@@ -342,15 +339,14 @@ class Job(Ticket[T]):
         # Between the look and the store CPython runs neither a finalizer nor a signal handler (no call, no loop), so
         # the re-entrant lock suffices against this thread's own finalizers too.
         with self._state.lock:
-            if self._stage == PENDING:
-                self._stage = RUNNING
-            elif self._stage != RUNNING:  # running: it runs again
+            if self._stage > RUNNING:
                 return False
-        self.started_at = now
+            self.started_at, self._stage = now, RUNNING  # perhaps again
         return True
 
-    def end_at_exit(self) -> None:
-        """The interpreter ends: what only a thread or task that is over could end, ends now."""
+    def end_at_exit(self) -> bool:
+        """The interpreter ends: what only a thread or task that is over could end, ends now. Whether it did."""
+        return False
 
     def expect_outcome(self, signal: Signal) -> Any:
         """Have the outcome wake ``signal``, which is returned; before anybody else knows the job."""

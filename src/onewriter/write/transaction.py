@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 
 from onewriter.base.arguments import check_sql
 from onewriter.base.strict import CONNECTIONS_OWN, Elsewhere
-from onewriter.sqlite.parameters import Params, capture, capture_many
+from onewriter.sqlite.parameters import Params, capture_many
 from onewriter.sqlite.result import Result
 from onewriter.sqlite.statement import check_many
 from onewriter.write.loan import WriteLoan
@@ -50,7 +50,7 @@ class Transaction:
             TransactionAbortedError: SQLite rolled back by itself earlier on. Rolled back.
             TransactionClosedError: the transaction has ended, or is that of a function, and this is another thread.
         """
-        return self._loan.execute(sql if type(sql) is str else check_sql(sql), capture(sql, params))
+        return self._loan.execute(sql, params)
 
     def executemany(self, sql: str, seq_of_params: Iterable[Params], /) -> Result:
         """Run one statement for each row of parameters; ``rowcount`` is that of all. RETURNING is refused."""

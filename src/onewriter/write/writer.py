@@ -26,6 +26,7 @@ from onewriter.write.connection import WriteConnection
 from onewriter.write.jobs import BareStatementJob, ConnectionJob, ControlJob
 from onewriter.write.lock import WriteLock
 from onewriter.write.outcomes import Outcomes, copy_of
+from onewriter.write.own_turn import OwnTurn
 from onewriter.write.queue import JobQueue
 from onewriter.write.ticket import RUNNING, Job, Ticket
 
@@ -74,7 +75,8 @@ class Writer:
         self._connection = WriteConnection(settings, label, policy, state, file, self._checkpointer)
         self._lock = WriteLock(policy, settings.path, state, file, readers, self._connection.tell_waiting)
         self._outcomes = outcomes = Outcomes(state, self._connection, self._lock, on_error, on_event)
-        self._means = Means(self._connection, self._lock, state, max_hold, outcomes.fail)
+        self._means = means = Means(self._connection, self._lock, state, max_hold, outcomes.fail)
+        self.own_turn = OwnTurn(means, queue, file, outcomes, self._checkpointer, readers, on_event)
         self._again: dict[Job[Any], Again] = {}  # of jobs whose transaction was undone
         self._standing: Batch | None = None  # in which the one that stands has run
         self._block: Batch | None = None  # of a block that runs in the thread that is the writer
@@ -90,8 +92,8 @@ class Writer:
 
     def end_block_at_exit(self) -> None:
         job = self.state.job
-        if job is not None:
-            job.end_at_exit()
+        if job is not None and job.end_at_exit():
+            self.queue.hand_over(job)
 
     def after_fork_in_child(self) -> list[object]:
         """In a forked child: refuse everything; returns what must never be closed there."""
@@ -117,21 +119,9 @@ class Writer:
         text = "; ".join(filter(None, why))
         return f"degraded: {text}" if text else "ok"
 
-    def oldest_age(self, now: float) -> float:
-        """For how many seconds the oldest job without an outcome has been here."""
-        for job in self.queue.taken:
-            if not job.done():
-                return max(0.0, now - job.created_at)
-        first = self.queue.oldest()
-        return 0.0 if first is None else max(0.0, now - first.created_at)
-
     def is_on(self, file: os.stat_result) -> bool:
         """Whether ``file`` is this writer's database."""
         return self.file.identity == (file.st_dev, file.st_ino)
-
-    def unfinished(self) -> list[str]:
-        """The labels of the jobs that have no outcome yet."""
-        return [job.label for job in (*self.queue.taken, *self.queue.jobs()) if not job.done()]
 
     # From here on, only the thread that is the writer calls ----------------------------------------------------------
 
@@ -161,7 +151,7 @@ class Writer:
         batch, self._block = self._block, None
         assert batch is not None
         assert block.transaction is not None
-        error = block.end_inline(block.transaction)
+        error = block.failure_at_end(block.transaction)
         self._obey(batch, batch.end_block(error), [])
         self.queue.taken = []
         self._connection.restore()
@@ -181,8 +171,21 @@ class Writer:
             return LOOK
         return IDLE if self._checkpointer.has_work else -1
 
+    def _end_guest(self) -> None:
+        """Wait while a block has the turn in its own thread, and end what that leaves."""
+        guest = self.queue.wait_for_turn()
+        if guest is None:
+            return
+        self._obey(*self.own_turn.finish(guest), [])
+        if self._connection.guard.settings_touched:
+            self._connection.restore()
+        self.queue.give_turn()
+
     def idle(self) -> None:
-        """Do what waits for a quiet moment."""
+        """Do what is to be done while nothing is queued."""
+        if self.queue.guest is not None:
+            self._end_guest()
+            return
         if self.state.live is not None:
             call_safely(self.state, self.state.live.look, self._connection.session)
         if self._checkpointer.has_work and monotonic() - self._lock.released_at >= IDLE:
@@ -247,16 +250,16 @@ class Writer:
             return
         elif self._stop.is_set() and not first.running():
             self._withdraw_itself(first)
+        elif first.in_transaction and first.in_stats:
+            batch = self._begin(todo, now)
+            if batch is not None:
+                self._obey(batch, batch.run(todo, self._again), todo)
         elif isinstance(first, ControlJob):
             del todo[0]
             self._control(first)
         elif isinstance(first, BareStatementJob | ConnectionJob):
             del todo[0]
             self._write_bare(first)
-        else:
-            batch = self._begin(todo, now)
-            if batch is not None:
-                self._obey(batch, batch.run(todo, self._again), todo)
         if self._connection.guard.settings_touched:
             self._connection.restore()
 
@@ -289,18 +292,19 @@ class Writer:
 
     def _obey(self, batch: Batch, verdict: Verdict, todo: list[Job[Any]]) -> None:
         """Settle what is decided, have run again what is to, and checkpoint; or go out of service."""
-        if verdict.again:
+        settled, commits, again, unknown, moved = verdict
+        if again:
             self._run_again(batch, verdict, todo)
-        elif verdict.unknown is not None:
-            self._commit_unknown(batch, verdict.settled, verdict.unknown)
-        elif verdict.moved is not None:
-            self._moved(verdict.moved)  # which answers all jobs
+        elif unknown is not None:
+            self._commit_unknown(batch, settled, unknown)
+        elif moved is not None:
+            self._moved(moved)  # which answers all jobs
             for loan in batch.loans:
                 self._outcomes.call_back(loan, committed=False)
         else:
-            self._outcomes.settle(verdict.settled, batch.times, batch.loans, verdict.commits)
+            self._outcomes.settle(settled, batch.times, batch.loans, commits)
             session = self._connection.session
-            if verdict.commits and session is not None:
+            if commits and session is not None:
                 self._checkpointer.after_batch(session)
             if self.readers.in_use:
                 self.readers.warn_if_slow()
@@ -365,8 +369,7 @@ class Writer:
             job.ended_at = monotonic()
             self._outcomes.settle([job], batch.times)
             return
-        verdict = batch.run_whole(job) if isinstance(job, ConnectionJob) else batch.run_bare(job)
-        self._obey(batch, verdict, [])
+        self._obey(batch, batch.run_whole(job) if isinstance(job, ConnectionJob) else batch.run_bare(job), [])
 
     def _withdraw(self, job: Job[Any]) -> bool:
         return job.withdraw_quietly(WithdrawnError(f"closed before job {job.describe()} started"))

@@ -134,6 +134,16 @@ def test_savepoints_nest_and_the_innermost_of_a_name_is_meant(tx: Transaction) -
     assert not connection.in_transaction
 
 
+def test_a_savepoint_ends_although_another_cursor_has_a_row_to_give(tx: Transaction) -> None:
+    connection = tx.connection
+    for _ in range(2):  # the second time nothing has to be prepared
+        connection.execute("SAVEPOINT a")
+        cursor = connection.execute("SELECT 1 UNION SELECT 2")
+        assert next(cursor) == (1,)
+        connection.execute("RELEASE a")
+        assert cursor.fetchall() == [(2,)]
+
+
 def test_isolation_level_says_what_begins_by_itself(tx: Transaction) -> None:
     connection = tx.connection
     connection.isolation_level = "exclusive"  # type: ignore[assignment]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -15,12 +16,14 @@ from typing import Any
 import pytest
 
 import onewriter
-from helpers import holding_lock
+from helpers import DEADLINE, HEARS_INTERRUPTS, eventually, holding_lock
 from onewriter import DbWriter
 from onewriter.__main__ import main
 from onewriter.sqlite import lock_holders
 from onewriter.sqlite.connection import open_to_look
 from onewriter.tools import check
+from onewriter.tools.report import LARGE_WAL, Report, describe
+from onewriter.tools.versions import versions
 
 READER = """
 import sqlite3, sys
@@ -67,6 +70,12 @@ def read_by_a_process(path: Path) -> Iterator[int]:
             process.kill()
 
 
+def cannot_open(path: str, patience: float, *, immutable: bool) -> sqlite3.Connection:
+    error = sqlite3.OperationalError("unable to open database file")
+    error.sqlite_errorcode = sqlite3.SQLITE_CANTOPEN
+    raise error
+
+
 @pytest.mark.parametrize("mode", ["WAL", "DELETE"])
 def test_a_healthy_file(path: Path, mode: str, capsys: pytest.CaptureFixture[str]) -> None:
     plain(path, mode).close()
@@ -75,7 +84,7 @@ def test_a_healthy_file(path: Path, mode: str, capsys: pytest.CaptureFixture[str
     text = capsys.readouterr().out
     assert f"journal mode  {mode}" in text
     assert text.endswith("\nok\n")
-    assert "no violation" in text
+    assert "foreign keys  none declared\n" in text
     code, report = asked(path, capsys)
     assert code == 0
     assert (report["journal_mode"], report["quick_check"], report["problems"]) == (mode, [], [])
@@ -86,13 +95,19 @@ def test_a_healthy_file(path: Path, mode: str, capsys: pytest.CaptureFixture[str
     assert contents(path.parent) == before
 
 
-def test_the_fault_of_older_versions_is_told(
+@linux
+def test_processes_that_have_it_open_are_named_and_the_wal_reset_bug_is_told_if_there_are_several(
     path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain(path).close()
-    for version, told in (((3, 51, 2), True), ((3, 51, 3), False)):
-        monkeypatch.setattr(sqlite3, "sqlite_version_info", version)
-        assert any("3.51.3" in line for line in asked(path, capsys)[1]["advice"]) is told
+    monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 51, 2))
+    with contextlib.closing(plain(path)):
+        report = asked(path, capsys)[1]
+        assert ([process["pid"] for process in report["opened_by"]], report["advice"]) == ([os.getpid()], [])
+        with read_by_a_process(path) as pid:
+            code, report = asked(path, capsys)
+            assert (code, {process["pid"] for process in report["opened_by"]}) == (0, {os.getpid(), pid})
+            assert "several processes have it open" in report["advice"][0]
+    assert asked(path, capsys)[1]["opened_by"] == []
 
 
 def test_an_open_gateway_is_no_problem_and_is_not_disturbed(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -114,11 +129,11 @@ def test_an_open_gateway_is_no_problem_and_is_not_disturbed(path: Path, capsys: 
 def test_a_large_log_that_another_process_reads_from_is_named(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with contextlib.closing(plain(path)) as connection, read_by_a_process(path) as pid:
         connection.execute("PRAGMA wal_autocheckpoint = 0")
-        connection.execute("INSERT INTO t VALUES (-1, hex(zeroblob(?)))", (check.LARGE_WAL,))
+        connection.execute("INSERT INTO t VALUES (-1, hex(zeroblob(?)))", (LARGE_WAL,))
         assert main(["check", str(path)]) == 1
         text = capsys.readouterr().out
         assert f"read by       process {pid} ({sys.executable} -c" in text
-        assert f"PROBLEM: the log is large and cannot begin anew while it is read, by process {pid}" in text
+        assert f"PROBLEM: the write-ahead log is large, and cannot be reset while it is read, by process {pid}" in text
         assert text.endswith("\nneeds attention\n")
         code, report = asked(path, capsys)
         assert code == 1
@@ -128,10 +143,10 @@ def test_a_large_log_that_another_process_reads_from_is_named(path: Path, capsys
     with contextlib.closing(sqlite3.connect(path)) as connection:
         connection.execute("PRAGMA wal_autocheckpoint = 0")
         with connection:
-            connection.execute("INSERT INTO t VALUES (-2, hex(zeroblob(?)))", (check.LARGE_WAL,))
+            connection.execute("INSERT INTO t VALUES (-2, hex(zeroblob(?)))", (LARGE_WAL,))
         code, report = asked(path, capsys)
         assert (code, report["can_be_checkpointed"]) == (0, True)
-        assert any("the next checkpoint makes it small" in line for line in report["advice"])
+        assert any("wal_checkpoint(TRUNCATE)" in line for line in report["advice"])
 
 
 @linux
@@ -151,7 +166,7 @@ def test_where_the_system_does_not_tell_it_says_so(
     plain(path).close()
     monkeypatch.setattr(lock_holders, "LOCKS", path.parent / "missing")
     assert main(["check", str(path)]) == 0
-    assert capsys.readouterr().out.count("cannot be told here") == 2
+    assert capsys.readouterr().out.count("cannot be told here") == 3
     assert asked(path, capsys)[1]["write_lock"] is None
 
 
@@ -163,7 +178,9 @@ def test_a_file_that_is_locked_altogether(
         connection.execute("BEGIN EXCLUSIVE")
         code, report = asked(path, capsys)
     assert code == 1
-    assert report["problems"] == ["not checked any further: database is locked"]
+    assert report["problems"][0].startswith("not checked any further: database is locked")
+    assert report["problems"][0].endswith("Check again when that transaction has ended, or end that process")
+    assert (len(report["problems"]), [line for line in report["advice"] if "lock" in line]) == (1, [])
 
 
 def test_a_damaged_page(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -173,10 +190,10 @@ def test_a_damaged_page(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         file.write(b"\xff" * 4096)
     before = contents(path.parent)
     code, report = asked(path, capsys)
-    assert code == 1
+    assert (code, report["verdict"]) == (3, "damaged")
     assert report["quick_check"]
     assert any("damaged" in line for line in report["problems"])
-    assert main(["check", str(path)]) == 1
+    assert main(["check", str(path)]) == 3
     assert "PROBLEM: the file is damaged" in capsys.readouterr().out
     assert contents(path.parent) == before
 
@@ -187,7 +204,7 @@ def test_a_damaged_schema(path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         file.seek(100)
         file.write(b"\xff" * 3000)
     code, report = asked(path, capsys)
-    assert (code, report["quick_check"]) == (1, ["database disk image is malformed"])
+    assert (code, report["quick_check"]) == (3, ["database disk image is malformed"])
 
 
 def test_rows_without_their_parent(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -201,18 +218,19 @@ def test_rows_without_their_parent(path: Path, capsys: pytest.CaptureFixture[str
     assert "2 declared, 1 violation\n" in capsys.readouterr().out
 
 
+def test_a_row_without_rowid_is_named_by_its_table(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with contextlib.closing(plain(path)) as connection:
+        connection.execute("CREATE TABLE child (n INTEGER PRIMARY KEY REFERENCES t (n)) WITHOUT ROWID")
+        connection.execute("INSERT INTO child VALUES (-1)")
+    assert asked(path, capsys)[1]["foreign_key_violations"] == ["child, a row has no parent in t"]
+
+
 def test_many_free_pages(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with contextlib.closing(plain(path)) as connection:
         connection.execute("DELETE FROM t")
     code, report = asked(path, capsys)
     assert code == 0
     assert any("VACUUM" in line for line in report["advice"])
-
-
-def test_an_empty_file_is_an_empty_database(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path.touch()
-    assert asked(path, capsys)[0] == 0
-    assert contents(path.parent) == {path.name: b""}
 
 
 def test_a_log_that_a_crash_left_behind_is_read(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -230,13 +248,19 @@ def test_a_log_that_a_crash_left_behind_is_read(path: Path, tmp_path: Path, caps
     assert contents(copy.parent) == before
 
 
+NOT_A_DATABASE = (
+    "file is not a database: it is of another kind, encrypted, or its beginning was overwritten. Look whether this is "
+    "the path that the application opens; if it is, restore a backup"
+)
+
+
 @pytest.mark.parametrize(
     ("make", "why"),
     [
         (lambda path: None, "No such file or directory"),
         (lambda path: path.mkdir(), "it is a folder"),
-        (lambda path: path.write_text("not a database, " * 100), "file is not a database, or it is encrypted"),
-        (lambda path: path.write_text("short"), "file is not a database"),
+        (lambda path: path.write_text("not a database, " * 100), NOT_A_DATABASE),
+        (lambda path: path.write_text("short"), NOT_A_DATABASE),
         (lambda path: os.mkfifo(path), "it is not a regular file"),
     ],
 )
@@ -257,7 +281,58 @@ def test_no_right_to_read(path: Path, capsys: pytest.CaptureFixture[str], monkey
     plain(path).close()
     monkeypatch.setattr(os, "access", lambda name, mode: False)  # the tests may be run by a user who may do anything
     assert main(["check", str(path)]) == 2
-    assert capsys.readouterr().err == f"cannot check {path}: no right to read it\n"
+    assert capsys.readouterr().err.startswith(f"cannot check {path}: no right to read {path}: run this as its owner")
+
+
+def test_a_log_that_may_not_be_read_is_named(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with contextlib.closing(plain(path)):
+        monkeypatch.setattr(check, "open_to_look", cannot_open)
+        allowed = os.access
+        monkeypatch.setattr(os, "access", lambda name, mode: not f"{name}".endswith("-wal") and allowed(name, mode))
+        with pytest.raises(check.CannotCheckError, match=r"no right to read .*-wal: run this as its owner"):
+            check.check(str(path))
+
+
+def test_a_folder_that_may_not_be_written_is_named_if_there_is_a_log_to_read(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "copy.db"
+    with contextlib.closing(plain(path)):
+        for suffix in ("", "-wal"):
+            Path(f"{copy}{suffix}").write_bytes(Path(f"{path}{suffix}").read_bytes())
+    monkeypatch.setattr(check, "open_to_look", cannot_open)
+    with pytest.raises(check.CannotCheckError, match="unable to open database file"):
+        check.check(str(copy))
+    allowed = os.access
+    monkeypatch.setattr(os, "access", lambda name, mode: name != str(tmp_path) and allowed(name, mode))
+    with pytest.raises(check.CannotCheckError, match=r"creates .*-shm, and this user may not write in that folder"):
+        check.check(str(copy))
+
+
+def test_who_may_not_write_the_file_need_not_be_able_to_write_its_log(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allowed = os.access
+    with contextlib.closing(plain(path)):
+        for missing, problems in (("-wal", 1), ("", 0)):
+            monkeypatch.setattr(
+                os, "access", lambda name, mode, end=missing: not (mode & os.W_OK and f"{name}".endswith(end))
+            )
+            assert len(check.check(str(path)).problems) == problems
+    monkeypatch.setattr(os, "access", allowed)
+
+
+def test_without_a_python_to_run_it_is_opened_like_any_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain(path).close()
+    monkeypatch.setattr(sys, "executable", None)
+    assert check.check(str(path)).verdict == "ok"
+
+
+def test_a_second_name_is_told(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain(path).close()
+    os.link(path, path.with_name("other.db"))
+    code, report = asked(path, capsys)
+    assert (code, report["problems"][0][:31]) == (1, "the file has a second name (a h")
 
 
 def test_an_impossible_name(capsys: pytest.CaptureFixture[str]) -> None:
@@ -273,7 +348,7 @@ def test_a_file_that_is_opened_meanwhile_is_looked_at_again(
     looks: list[bool] = []
     with contextlib.ExitStack() as stack:
 
-        def look(report: check.Report, *, immutable: bool) -> None:
+        def look(report: Report, *, immutable: bool) -> None:
             if not looks:
                 db = stack.enter_context(DbWriter(path))
                 db.run("INSERT INTO t VALUES (-1, '')")
@@ -308,7 +383,7 @@ def test_what_only_the_application_has_is_said_to_be_missing(path: Path) -> None
     assert report.not_checked == ["quick_check", "foreign_key_check"]
     assert report.problems == []
     assert "could not be done here: no such collation sequence: mine" in report.advice[0]
-    assert "quick_check   not done" in check.describe(report)
+    assert "quick_check   not done" in describe(report)
 
 
 CUT_OFF = """
@@ -340,13 +415,21 @@ def test_a_transaction_that_a_crash_has_cut_off_is_told_and_left_alone(
     assert main(["check", str(path)]) == 0
 
 
-def test_an_empty_file_is_said_to_be_empty(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_empty_file_needs_attention(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path.touch()
-    assert main(["check", str(path)]) == 0
+    assert main(["check", str(path)]) == 1
     told = capsys.readouterr().out
     assert "journal mode  none yet" in told
-    assert "advice: the file is empty" in told
+    assert "PROBLEM: the file is empty" in told
     assert "DELETE" not in told
+    assert contents(path.parent) == {path.name: b""}
+
+
+def test_a_database_without_tables_is_told(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    DbWriter(path).close()
+    code, report = asked(path, capsys)
+    assert (code, report["tables"]) == (0, 0)
+    assert "no tables" in report["advice"][0]
 
 
 def test_a_log_beside_an_empty_file_survives_a_check(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -358,13 +441,16 @@ def test_a_log_beside_an_empty_file_survives_a_check(path: Path, capsys: pytest.
     assert log.read_bytes() == b"what there was"
 
 
-@pytest.mark.parametrize(("count", "said"), [(1, "1 violation"), (2, "2 violations"), (30, "20 violations or more")])
+@pytest.mark.parametrize(("count", "said"), [(1, "1 violation"), (2, "2 violations"), (30, "30 violations")])
 def test_violations_are_counted_in_words(path: Path, count: int, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     with contextlib.closing(plain(path)) as connection:
         connection.execute("CREATE TABLE c (n REFERENCES t (n))")
         connection.executemany("INSERT INTO c VALUES (?)", [(-n,) for n in range(1, count + 1)])
     assert main(["check", str(path)]) == 1
-    assert f"1 declared, {said}\n" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"1 declared, {said}\n" in told
+    assert told.count("has no parent in t\n") == min(count, 20)
+    assert ("    and 10 more\n" in told) is (count == 30)
 
 
 def test_check_reads_an_open_file_whose_log_is_empty_as_an_open_one(
@@ -391,7 +477,7 @@ def test_check_looks_again_at_a_file_that_was_written_and_closed_meanwhile(
     looks: list[bool] = []
     look = check._look
 
-    def watched(report: check.Report, *, immutable: bool) -> None:
+    def watched(report: Report, *, immutable: bool) -> None:
         look(report, immutable=immutable)
         looks.append(immutable)
         if immutable:
@@ -413,4 +499,46 @@ def test_the_command_line_tells_the_version(capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(SystemExit) as ended:
         main(["--version"])
     assert ended.value.code == 0
-    assert capsys.readouterr().out.startswith(f"onewriter {onewriter.__version__} (SQLite {sqlite3.sqlite_version}")
+    assert capsys.readouterr().out == f"onewriter {onewriter.__version__} ({versions()})\n"
+
+
+def test_it_ends_quietly_if_nobody_reads_what_it_says(path: Path) -> None:
+    plain(path).close()
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "onewriter", "check", str(path)]
+    ended = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(writing)
+    assert (ended.returncode, ended.stderr) == (141, "")
+
+
+@linux
+def test_ctrl_c_ends_it_while_sqlite_is_at_work(path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("CREATE TABLE t (n, m NOT NULL AS (length(hex(zeroblob(n)))))")
+        connection.executemany("INSERT INTO t VALUES (?)", [(n,) for n in range(3000)])
+        connection.execute("PRAGMA writable_schema = 1")
+        connection.execute("UPDATE sqlite_schema SET sql = replace(sql, '(n)', '(2000000 + n)')")  # takes its time
+    command = [
+        sys.executable,
+        "-c",
+        HEARS_INTERRUPTS + "import runpy; runpy.run_module('onewriter', run_name='__main__', alter_sys=True)",
+        "check",
+        str(path),
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        eventually(lambda: child.pid in (lock_holders.readers_in_the_way(str(path)) or []))
+        child.send_signal(signal.SIGINT)
+        output, errors = child.communicate(timeout=DEADLINE)
+    assert (child.returncode, output, errors) == (130, "", "interrupted\n")
+
+
+def test_a_name_that_the_output_cannot_have_is_escaped(path: Path) -> None:
+    with contextlib.closing(plain(path)) as connection:
+        connection.execute('CREATE TABLE "\N{SNOWMAN}\x1b[31m" (n REFERENCES t (n))')
+        connection.execute('INSERT INTO "\N{SNOWMAN}\x1b[31m" VALUES (-1)')
+    command = [sys.executable, "-m", "onewriter", "check", str(path)]
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    found = subprocess.run(command, env=ascii_only, capture_output=True, text=True, timeout=60)
+    assert (found.returncode, found.stderr) == (1, "")
+    assert "    \\u2603\\x1b[31m, rowid 1, has no parent in t\n" in found.stdout

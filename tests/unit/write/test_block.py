@@ -178,9 +178,11 @@ def test_an_interrupt_while_waiting_for_the_turn_leaves_nothing_behind(
         monkeypatch.setattr(driver, "wait_in_slices", interrupted)
         with pytest.raises(KeyboardInterrupt), db.transaction():
             pass
-    monkeypatch.setattr(driver, "wait_in_slices", interrupted_later)
-    with pytest.raises(KeyboardInterrupt), db.transaction():
-        pass
+    with parked(db) as release:
+        monkeypatch.setattr(driver, "wait_in_slices", interrupted_later)
+        release.set()
+        with pytest.raises(KeyboardInterrupt), db.transaction():
+            pass
     db.run(INSERT, (1,), timeout=DEADLINE)
     assert rows(db) == [1]
 

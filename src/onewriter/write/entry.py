@@ -1,0 +1,182 @@
+"""Entry: what ``db.transaction()`` gives, by which a thread enters and leaves a block."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import types
+import weakref
+from asyncio import _get_running_loop
+from collections.abc import Iterator
+from threading import get_ident
+from typing import Any, Protocol
+
+from onewriter.base.log import report, warn_of_blocking
+from onewriter.base.scopes import Scope, enclosing
+from onewriter.base.state import IN_STATEMENT
+from onewriter.errors import ReentrantWriteError, WriterBrokenError, WriterClosedError, forked_error
+from onewriter.events import Hook, announce
+from onewriter.write.block import ThreadBlock
+from onewriter.write.loan import WriteLoan
+from onewriter.write.transaction import Transaction
+
+
+class Turns(Protocol):
+    """Who gives a thread the writer's turn, and takes it: the driver."""
+
+    def enter(self, job: ThreadBlock, timeout: float | None) -> WriteLoan: ...
+    def leave(self, job: ThreadBlock) -> None: ...
+    def hand_over(self, job: ThreadBlock) -> None: ...
+
+
+class Entry:
+    """Inside another block or a job it is a savepoint of that.
+
+    One that is collected while its block is open ends it: nobody can leave it any more. So nothing that the block has
+    refers to this, but weakly. Without ``__del__``, in which the error of a signal handler would be lost each time.
+
+    States:  new → open → left.
+    Threads: entered by one, left by any.
+    """
+
+    _is_new = True
+    _scope: Scope[Any] | None = None  # as long as it is open
+    _part: contextlib.AbstractContextManager[Transaction] | None = None
+
+    def __init__(
+        self, block: ThreadBlock, timeout: float | None, turns: Turns, hook: Hook | None, gateway: str
+    ) -> None:
+        self._block = block
+        self._timeout = timeout
+        self._turns = turns
+        self._hook = hook
+        self._gateway = gateway
+
+    def __enter__(self) -> Transaction:
+        block, state = self._block, self._block._state
+        if not self._is_new:
+            raise RuntimeError("a block is entered once: call transaction() again for another one")
+        self._is_new, loop = False, _get_running_loop()
+        if loop is not None:
+            warn_of_blocking()
+        if enclosing() is not None or state.job is not None:
+            outer = state.here()
+            if isinstance(outer, WriteLoan):
+                self._part = nested(outer)
+                return self._part.__enter__()
+        if state.forked or state.would_deadlock():
+            state.refuse_endless_wait("transaction()")
+        block.come(loop)
+        if self._hook is not None:
+            announce(state, self._hook, block, waits=True)
+        me = get_ident()
+        try:
+            state.entering.add(me)  # in here: Ctrl-C comes behind a call
+            loan = self._turns.enter(block, self._timeout)
+            block.entry = weakref.ref(self, functools.partial(_collected, block, self._turns, self._gateway))
+            self._scope = state.scopes.enter(loan, writes=True)
+            return Transaction(loan)
+        except BaseException as error:
+            _give_up(block, self._turns, self._scope, error)
+            raise
+        finally:
+            state.entering.discard(me)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: types.TracebackType | None
+    ) -> bool | None:
+        if self._part is not None:
+            return self._part.__exit__(kind, error, traceback)
+        block = self._block
+        _leave(block, self._turns, self._scope, kind is not None)
+        if kind is GeneratorExit:
+            _tell_closed(block, self._gateway)
+        elif kind is None and (not block.done() or block.failed_with is not None):
+            block.result()
+        return None
+
+
+def _leave(block: ThreadBlock, turns: Turns, scope: Scope[Any] | None, failed: bool) -> None:
+    try:
+        _end(block, turns, scope, failed)
+    except BaseException as error:
+        _give_up(block, turns, scope, error)
+        raise
+    _forget(block, scope)
+
+
+def _end(block: ThreadBlock, turns: Turns, scope: Scope[Any] | None, failed: bool) -> None:
+    state, loan, me = block._state, block.transaction, get_ident()
+    if state.forked:
+        if failed:
+            return
+        raise forked_error()  # the parent's block goes on; nothing is committed here
+    # In a function that SQLite calls: the end waits for the statement, and this cannot.
+    is_inside = loan is not None and loan.is_inside
+    if is_inside or state.cannot_wait():  # as when it is collected by the writer, or inside one of its locks
+        block.give_back(failed or is_inside)
+        block.add_done_callback(block.call_back)
+        turns.hand_over(block)
+        if is_inside and not failed:
+            raise ReentrantWriteError(f"a block cannot be left here: {IN_STATEMENT}. It is rolled back")
+        return
+    try:
+        state.entering.add(me)
+        block.give_back(failed)
+        if scope is not None:
+            state.scopes.leave(scope)  # not before: a signal handler would wait for its own thread
+        turns.leave(block)
+        state.entering.discard(me)
+        if not block.done():
+            block.wait(None)
+    except BaseException:  # Ctrl-C: it comes to its end all the same
+        state.entering.discard(me)
+        block.add_done_callback(block.call_back)
+        raise
+    if loan is not None and loan.parts is not None:
+        block.call_back()
+
+
+def _give_up(block: ThreadBlock, turns: Turns, scope: Scope[Any] | None, error: BaseException) -> None:
+    """The thread was interrupted as it entered or left, or refused: the block ends without it."""
+    if not isinstance(error, WriterClosedError | WriterBrokenError):
+        block.abandon()
+    elif not block.done():  # never accepted, or a signal handler's; if it is granted after all, it ends at once
+        block.give_back(failed=True)
+    if not block._state.forked:
+        turns.hand_over(block)
+    _forget(block, scope)
+
+
+def _forget(block: ThreadBlock, scope: Scope[Any] | None) -> None:
+    block.entry = None
+    if scope is not None and scope.is_open:
+        block._state.scopes.leave(scope)
+    if block.loop is not None:
+        block._state.blocks.discard(block)
+
+
+def _collected(block: ThreadBlock, turns: Turns, gateway: str, _: object) -> None:
+    if not block.is_given_back:
+        _leave(block, turns, None, failed=True)
+        _tell_closed(block, gateway)
+
+
+def _tell_closed(block: ThreadBlock, gateway: str) -> None:
+    """It was closed or collected, perhaps long after it was entered."""
+    if block.nested:
+        text = "%s: %d writes that were made inside %s are rolled back with it: it was closed or collected"
+        report(block._state, logging.WARNING, text, gateway, block.nested, block.describe())
+
+
+@contextlib.contextmanager
+def nested(outer: WriteLoan) -> Iterator[Transaction]:
+    """A ``with transaction()`` inside another, or inside a job: a savepoint of that."""
+    with outer.part():
+        inner = outer.nested()
+        try:
+            with outer.job._state.scopes.inside(inner, writes=True):
+                yield Transaction(inner)
+        finally:
+            inner.end()

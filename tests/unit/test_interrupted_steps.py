@@ -1,0 +1,136 @@
+"""What a signal handler raises may come at any step of a call: nothing hangs, is lost, or is told twice.
+
+CPython looks for signals behind a call of C code and at the beginning of a function. Each such place of this package,
+in the calling thread, is interrupted in its turn.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import onewriter
+from helpers import DEADLINE, eventually, parked, pool_of, queue_of, state_of
+from onewriter import DbWriter, Transaction
+
+OURS = str(Path(onewriter.__file__).parent)
+INSERT = "INSERT INTO t (n) VALUES (?)"
+
+
+class SignalError(Exception):
+    """What the handler raises."""
+
+
+class Interrupter:
+    """Raises at the place with the number ``at``."""
+
+    def __init__(self, at: int) -> None:
+        self.where = ""
+        self._left = at
+
+    def __enter__(self) -> None:
+        sys.setprofile(self._look)
+
+    def __exit__(self, *_: object) -> None:
+        sys.setprofile(None)
+
+    def _look(self, frame: types.FrameType, event: str, _: object) -> None:
+        if event in ("call", "c_return") and frame.f_code.co_filename.startswith(OURS):
+            self._left -= 1
+            if self._left == 0:
+                self.where = f"{frame.f_code.co_qualname}, line {frame.f_lineno}"
+                sys.setprofile(None)
+                raise SignalError
+
+
+class Told:
+    """What the callbacks said: of which rows, and whether they are committed."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[int, bool]] = []
+
+    def of(self, tx: Transaction, row: int) -> None:
+        tx.on_commit(lambda: self.rows.append((row, True)))
+        tx.on_rollback(lambda: self.rows.append((row, False)))
+
+
+def block(db: DbWriter, row: int, told: Told) -> None:
+    with db.transaction() as tx:
+        told.of(tx, row)
+        tx.execute(INSERT, (row,))
+
+
+def failing_block(db: DbWriter, row: int, told: Told) -> None:
+    with pytest.raises(LookupError), db.transaction() as tx:
+        told.of(tx, row)
+        tx.execute(INSERT, (row,))
+        raise LookupError
+
+
+def block_that_waits(db: DbWriter, row: int, told: Told) -> None:
+    with db.transaction(max_hold=DEADLINE) as tx:  # which the writer thread sees to
+        told.of(tx, row)
+        tx.execute(INSERT, (row,))
+
+
+def statement(db: DbWriter, row: int, told: Told) -> None:
+    db.run(INSERT, (row,))
+
+
+def function(db: DbWriter, row: int, told: Told) -> None:
+    db.run(lambda tx: tx.execute(INSERT, (row,)).rowcount)
+
+
+def read(db: DbWriter, row: int, told: Told) -> None:
+    assert db.read("SELECT 1") == [(1,)]
+
+
+def reader(db: DbWriter, row: int, told: Told) -> None:
+    with db.reader():
+        assert db.read("SELECT 1") == [(1,)]
+
+
+WRITES = {block, block_that_waits, statement, function}
+
+
+@pytest.fixture
+def db(path: Path) -> Iterator[DbWriter]:
+    with DbWriter(path, synchronous="OFF", readers=1) as db:
+        db.run("CREATE TABLE t (n INTEGER PRIMARY KEY)")
+        yield db
+
+
+@pytest.mark.parametrize("call", [*sorted(WRITES, key=lambda call: call.__name__), failing_block, read, reader])
+def test_an_interrupt_at_any_step_leaves_nothing_behind(
+    db: DbWriter, call: Callable[[DbWriter, int, Told], None]
+) -> None:
+    told = Told()
+    call(db, 0, told)
+    for row in range(1, 1000):
+        interrupter, is_through = Interrupter(row), False
+        eventually(lambda: queue_of(db)._asleep)  # so that each time the same steps come
+        try:
+            with interrupter:
+                call(db, row, told)
+            is_through = True
+        except (SignalError, KeyboardInterrupt):  # that, where it came while SQLite asked whether it may
+            pass
+        db.flush(DEADLINE)
+        found = bool(db.read("SELECT n FROM t WHERE n = ?", (row,), timeout=DEADLINE))
+        assert found or not is_through or call not in WRITES, interrupter.where
+        assert not found or call is not failing_block, interrupter.where
+        assert [committed for of, committed in told.rows if of == row] in ([], [found]), interrupter.where
+        assert db.health == "ok"
+        assert (state_of(db).job, state_of(db).entering, queue_of(db).guest) == (None, set(), None), interrupter.where
+        assert db.stats().readers_in_use == 0, interrupter.where
+        if not interrupter.where:
+            break
+    else:
+        pytest.fail("there are more steps than that")
+    with parked(db), pytest.raises(onewriter.WriteTimeoutError), db.transaction(timeout=0.01):
+        pass  # the turn is the writer's
+    assert pool_of(db).waiting == 0

@@ -1,0 +1,278 @@
+"""A block that takes the writer's turn itself, in its own thread, and what it leaves to the writer thread."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import sqlite3
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers import (
+    DEADLINE,
+    eventually,
+    holding_lock,
+    in_threads,
+    policy_of,
+    queue_of,
+    released_when_met,
+    rows,
+    session_of,
+    writer_of,
+)
+from onewriter import CommitUnknownError, DbWriter, WriterBrokenError, WriterClosedError
+
+INSERT = "INSERT INTO t VALUES (?)"
+
+
+class Steps:
+    """Which thread has the write connection begin and commit."""
+
+    def __init__(self) -> None:
+        self.of_thread: list[tuple[str, int]] = []
+
+    def on_connect(self, connection: sqlite3.Connection, readonly: bool) -> None:
+        if not readonly:
+            connection.set_trace_callback(self._note)
+
+    def _note(self, sql: str) -> None:
+        verb = sql.split()[0]
+        if verb in ("BEGIN", "COMMIT", "ROLLBACK"):
+            self.of_thread.append((verb, threading.get_ident()))
+
+    def take(self) -> list[tuple[str, bool]]:
+        """Since the last time, and whether this thread did it."""
+        found, self.of_thread = self.of_thread, []
+        return [(verb, thread == threading.get_ident()) for verb, thread in found]
+
+
+@pytest.fixture
+def steps() -> Steps:
+    return Steps()
+
+
+@pytest.fixture
+def db(path: Path, steps: Steps) -> Iterator[DbWriter]:
+    with DbWriter(path, on_connect=steps.on_connect) as db:
+        db.run("CREATE TABLE t (n UNIQUE)")
+        settle(db)
+        steps.take()
+        yield db
+
+
+def settle(db: DbWriter) -> None:
+    """The writer thread sleeps."""
+    eventually(lambda: queue_of(db)._asleep)
+
+
+def test_a_block_begins_and_commits_in_its_thread_where_nothing_is_queued(db: DbWriter, steps: Steps) -> None:
+    for n in range(3):
+        with db.transaction() as tx:
+            tx.execute(INSERT, (n,))
+        assert steps.take() == [("BEGIN", True), ("COMMIT", True)]
+        assert queue_of(db)._asleep  # no hop between threads
+    assert rows(db) == [0, 1, 2]
+    assert db.stats().committed == 4
+
+
+def test_jobs_run_on_the_writer_thread(db: DbWriter, steps: Steps) -> None:
+    db.run(INSERT, (1,))
+    db.run(lambda tx: tx.execute(INSERT, (2,)))
+    assert steps.take() == [("BEGIN", False), ("COMMIT", False)] * 2
+
+
+def test_what_is_queued_while_a_block_is_open_comes_behind_it_and_before_the_next(db: DbWriter) -> None:
+    with db.transaction() as tx:
+        ticket = db.enqueue(INSERT, (2,))
+        tx.execute(INSERT, (1,))
+        assert not ticket.done()
+    with db.transaction() as tx:
+        assert ticket.done()
+        tx.execute(INSERT, (3,))
+    assert rows(db) == [1, 2, 3]
+
+
+def test_a_block_that_fails_is_rolled_back_by_the_writer_thread(db: DbWriter, steps: Steps) -> None:
+    with pytest.raises(LookupError), db.transaction() as tx:
+        tx.execute(INSERT, (1,))
+        raise LookupError
+    assert steps.take() == [("BEGIN", True), ("ROLLBACK", False)]
+    assert rows(db) == []
+
+
+def test_a_block_that_meets_a_lock_waits_for_it_and_keeps_its_place(db: DbWriter, path: Path) -> None:
+    """It was accepted before what is queued while it waits."""
+    with released_when_met(db, path), db.transaction() as tx:
+        ticket = db.enqueue(INSERT, (2,))
+        tx.execute(INSERT, (1,))
+    ticket.result(DEADLINE)
+    assert rows(db) == [1, 2]
+
+
+def test_a_block_whose_lock_is_held_elsewhere_ends_with_its_timeout(db: DbWriter, path: Path) -> None:
+    with holding_lock(path), pytest.raises(TimeoutError, match="held elsewhere"), db.transaction(timeout=0.01):
+        pass
+    assert db.run(INSERT, (1,), timeout=DEADLINE).rowcount == 1
+
+
+def test_a_commit_that_readers_hold_up_is_tried_again(path: Path, steps: Steps) -> None:
+    with DbWriter(path, journal_mode="DELETE", on_connect=steps.on_connect) as db:
+        db.run("CREATE TABLE t (n)")
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as reader:
+            settle(db)
+            policy = policy_of(db)
+            sleep = policy.sleep
+
+            def let_go(seconds: float) -> None:
+                if reader.in_transaction:
+                    reader.execute("ROLLBACK").close()
+                sleep(seconds)
+
+            policy.sleep = let_go
+            steps.take()
+            with db.transaction() as tx:
+                tx.execute(INSERT, (1,))
+                reader.execute("BEGIN")
+                reader.execute("SELECT count(*) FROM t").fetchall()
+            assert steps.take()[:2] == [("BEGIN", True), ("COMMIT", True)]
+        assert rows(db) == [1]
+
+
+class Failing:
+    """COMMIT raises, after or in place of what SQLite does."""
+
+    def __init__(self, commit: Callable[[], object], code: int, commits: bool) -> None:
+        self._commit, self._code, self._commits = commit, code, commits
+
+    def __call__(self) -> None:
+        if self._commits:
+            self._commit()
+        error = sqlite3.OperationalError("disk I/O error")
+        error.sqlite_errorcode = self._code
+        raise error
+
+
+def test_a_commit_with_an_unknown_outcome_takes_the_gateway_out_of_service(path: Path) -> None:
+    with DbWriter(path) as db:
+        db.run("CREATE TABLE t (n)")
+        settle(db)
+        session: Any = session_of(db)
+        with pytest.raises(CommitUnknownError), db.transaction() as tx:
+            tx.execute(INSERT, (1,))
+            session.control["COMMIT"] = Failing(session.control["COMMIT"], sqlite3.SQLITE_IOERR_FSYNC, commits=True)
+        with pytest.raises(WriterBrokenError), db.transaction():
+            pass
+
+
+def test_a_commit_that_fails_for_certain_rolls_back_and_the_next_one_works(db: DbWriter) -> None:
+    session: Any = session_of(db)
+    told: list[str] = []
+    with pytest.raises(sqlite3.OperationalError) as caught, db.transaction(label="full") as tx:
+        tx.on_rollback(lambda: told.append("rolled back"))
+        tx.execute(INSERT, (1,))
+        session.control["COMMIT"] = Failing(session.control["COMMIT"], sqlite3.SQLITE_FULL, commits=False)
+    del session.control["COMMIT"]
+    assert (told, rows(db)) == (["rolled back"], [])
+    assert "job 'full'" in "".join(caught.value.__notes__)
+    with db.transaction() as tx:
+        tx.execute(INSERT, (2,))
+    assert rows(db) == [2]
+
+
+def test_a_checkpoint_that_is_due_is_left_to_the_writer_thread(path: Path) -> None:
+    with DbWriter(path, synchronous="OFF", wal_limit=64 * 1024) as db:
+        db.run("CREATE TABLE t (n)")
+        settle(db)
+        for _ in range(20):
+            with db.transaction() as tx:
+                tx.execute("INSERT INTO t VALUES (zeroblob(20000))")
+        eventually(lambda: db.stats().last_checkpoint)
+
+
+def test_what_a_block_has_set_is_put_back(db: DbWriter) -> None:
+    with db.transaction() as tx:
+        tx.execute("CREATE TEMP TABLE kept (n)")
+        tx.connection.row_factory = sqlite3.Row
+    assert type(db.run("SELECT 1").rows[0]) is tuple
+    with pytest.raises(sqlite3.OperationalError, match="no such table"):
+        db.run("SELECT * FROM kept")
+
+
+def test_a_watch_that_is_opened_inside_sees_what_the_block_commits(db: DbWriter) -> None:
+    with db.transaction() as tx:
+        tx.execute(INSERT, (1,))
+        live = in_threads(lambda: db.watch("SELECT n FROM t").__enter__())[0]
+        assert live.next(DEADLINE) == []  # type: ignore[attr-defined]
+    assert live.next(DEADLINE) == [(1,)]  # type: ignore[attr-defined]
+
+
+def test_with_an_event_hook_the_writer_thread_begins_and_commits(path: Path, steps: Steps) -> None:
+    """What the hook is called with comes from one thread."""
+    threads: set[int] = set()
+
+    def hook(event: object) -> None:
+        if type(event).__name__ == "BatchEnded":
+            threads.add(threading.get_ident())
+
+    with DbWriter(path, on_event=hook, on_connect=steps.on_connect) as db:
+        settle(db)
+        with db.transaction() as tx:
+            tx.execute("CREATE TABLE t (n)")
+        assert ("BEGIN", True) not in steps.take()
+    assert threads.isdisjoint({threading.get_ident()})
+
+
+def test_close_while_a_block_has_the_turn_waits_for_its_end(db: DbWriter) -> None:
+    with db.transaction() as tx:
+        closing = threading.Thread(target=db.close)
+        closing.start()
+        eventually(lambda: queue_of(db).refusing)
+        tx.execute(INSERT, (1,))
+    closing.join(DEADLINE)
+    assert db.closed
+    with pytest.raises(WriterClosedError), db.transaction():
+        pass
+
+
+def test_close_without_drain_as_a_block_has_just_taken_the_turn_withdraws_it(
+    db: DbWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own_turn = writer_of(db).own_turn
+    begin = own_turn.begin
+
+    def after_close(block: Any) -> bool:
+        in_threads(lambda: db.close(0.01, drain=False))
+        return begin(block)
+
+    monkeypatch.setattr(own_turn, "begin", after_close)
+    with pytest.raises(WriterClosedError), db.transaction():
+        pytest.fail("entered")
+    assert db.close(DEADLINE).committed == 1
+
+
+def test_a_file_that_is_gone_as_a_block_begins_takes_the_gateway_out_of_service(db: DbWriter, path: Path) -> None:
+    path.rename(path.with_name("elsewhere.db"))
+    eventually(lambda: not path.exists())
+    with pytest.raises(WriterBrokenError):
+        for _ in range(10_000):  # the look comes every tenth of a second
+            with db.transaction() as tx:
+                tx.execute("SELECT 1")
+
+
+def test_nothing_of_the_last_block_stays_alive(db: DbWriter) -> None:
+    class Kept:
+        def __call__(self) -> None:
+            pass
+
+    kept = Kept()
+    gone = weakref.ref(kept)
+    with db.transaction() as tx:
+        tx.on_commit(kept)
+    del kept, tx
+    gc.collect()
+    assert gone() is None
