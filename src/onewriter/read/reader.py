@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
@@ -162,7 +161,6 @@ class Reader:
         """Reset for the next borrower, whatever the last one did. Returns False if it must be replaced."""
         if self.guard.is_spoilt:
             return False
-        self.claim.deadline = math.inf  # or else ROLLBACK may be interrupted
         self.guard.leaves_traces = False
         if self.guard.must_ask_again:
             self.guard.install(self.connection)

@@ -428,6 +428,23 @@ def test_an_interrupt_as_a_connection_is_closed_loses_nothing(
     assert (one.stats().readers_in_use, pool_of(one)._count, pool_of(one)._most) == (0, 1, 1)
 
 
+def test_an_interrupt_as_one_that_is_too_many_is_closed_loses_nothing(
+    one: DbWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def is_one_too_many(connection: sqlite3.Connection) -> None:
+        pool_of(one)._most = 0
+
+    def interrupted(*_: object) -> None:
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ReaderPool, "_close_place", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        one.read(is_one_too_many)
+    pool_of(one)._most = 1
+    assert one.read_value("SELECT 1", timeout=DEADLINE) == 1
+
+
 def test_who_comes_in_the_moment_a_connection_is_given_back_gets_it(one: DbWriter) -> None:
     class Meanwhile(Idle):
         def append(self, reader: Reader) -> None:
