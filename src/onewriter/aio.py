@@ -27,7 +27,8 @@ from onewriter.errors import ReentrantWriteError, WriterClosedError
 from onewriter.events import announce
 from onewriter.gateway import DbWriter
 from onewriter.options import Options
-from onewriter.read.read import FETCHONE, Read, read_of, sql_read
+from onewriter.read.read import Read, read_of, sql_read
+from onewriter.read.reader import FETCHONE
 from onewriter.sqlite.parameters import Params
 from onewriter.sqlite.result import Result, first_value
 from onewriter.tasks.block import AsyncTransaction, TaskBlock, TaskSavepoint, nested, outermost, perform_inside
@@ -449,8 +450,10 @@ class AsyncDbWriter(Strict):
 
     async def _after(self, after: After, timeout: Seconds, label: Label, here: Any) -> float:
         """Wait until the write ``after`` is committed; returns the deadline of the read."""
-        check_label(label)
-        check_timeout(timeout)
+        if label is not None:
+            check_label(label)
+        if timeout != 30.0:
+            check_timeout(timeout)
         deadline = deadline_of(timeout)
         if after is not None:
             core = self._core()

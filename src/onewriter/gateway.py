@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import os
 import sqlite3
@@ -27,9 +26,9 @@ from onewriter.ends.backup import check_backup
 from onewriter.errors import ReentrantWriteError
 from onewriter.live.watch import Watch
 from onewriter.options import Options
-from onewriter.read.claim import Claim
-from onewriter.read.read import FETCHALL, FETCHONE, Read, read_of, select, sql_read
-from onewriter.read.reader import Snapshot
+from onewriter.read.claim import Claim, new_claim
+from onewriter.read.read import Read, read_of, sql_read
+from onewriter.read.reader import FETCHONE, Reader, Snapshot
 from onewriter.sqlite.parameters import Params, capture
 from onewriter.sqlite.result import Result, first_value
 from onewriter.write.block import ThreadBlock
@@ -121,7 +120,7 @@ class DbWriter(Strict):
             inline=inline,
         )
         self._core = core = Core(path, options)
-        self._state, self._submit = core.state, core.submit  # which each write asks for
+        self._state, self._submit, self._use_reader = core.state, core.submit, core.pool.use  # which each call asks for
 
     def __repr__(self) -> str:
         return self._core.describe("DbWriter")
@@ -409,11 +408,13 @@ class DbWriter(Strict):
                 and after is None
                 and enclosing() is None
                 and _get_running_loop() is None
-                and get_ident() != self._state.writer_thread
+                and (thread := get_ident()) != self._state.writer_thread
             ):
                 # Hot path: no Read, which would only tell ``select`` its arguments.
-                plain = functools.partial(select, what, params, FETCHALL, what)
-                return self._core.pool.use(Claim(what), plain, monotonic() + 30.0)
+                now = monotonic()
+                return self._use_reader(
+                    Claim(label=what, since=now, deadline=now + 30.0, thread=thread), Reader.select, what, params
+                )
         return self._read(read_of(what, params, label), label, timeout, after)
 
     def read_one(
@@ -450,11 +451,11 @@ class DbWriter(Strict):
 
     @contextlib.contextmanager
     def _reader(self, label: str, timeout: Seconds, after: After) -> Iterator[sqlite3.Connection]:
-        here, deadline = self._wait_for(after, timeout, label)
+        here, deadline = self._wait_for(after, timeout, None)
         if isinstance(here, Snapshot):
             yield here.to_lend
             return
-        writer = self._state.scopes.innermost(writes=True)
+        writer = None if here is None else self._state.scopes.innermost(writes=True)
         # A job's SQL has its limit, wherever it runs; a block is taken away, and its thread may go on reading.
         until = writer.held_until if isinstance(writer, WriteLoan) and writer.is_of_function else math.inf
         with self._core.pool.snapshot(label, deadline, until) as snapshot:
@@ -630,7 +631,7 @@ class DbWriter(Strict):
 
     def _read(self, read: Read[T], label: Label, timeout: Seconds, after: After) -> T:
         here, until = self._wait_for(after, timeout, label)
-        return self._core.pool.use(Claim(read.label), read.alone, until) if here is None else read.inside(here, until)
+        return self._use_reader(new_claim(read.label, until), read.alone) if here is None else read.inside(here, until)
 
     def _transaction_here(self) -> WriteLoan | None:
         """The transaction that a blocking write belongs to; none inside a task's block, whose writes are awaited."""
@@ -639,10 +640,12 @@ class DbWriter(Strict):
 
     def _reads_from(self) -> WriteLoan | Snapshot | None:
         """What the innermost job, block or reader around the caller lends to a read; None: the pool does."""
-        here = self._state.scopes.innermost()
-        if here is None:
+        here = None if enclosing() is None else self._state.scopes.innermost()
+        if here is not None:
+            return here.lends()  # type: ignore[no-any-return]
+        if get_ident() == self._state.writer_thread:
             self._state.here()  # inside a statement of the writer nothing can be read
-        return here.lends() if here is not None else None
+        return None
 
     def _wait_for(self, after: After, timeout: Seconds, label: Label) -> tuple[WriteLoan | Snapshot | None, float]:
         """Wait until the write ``after`` is committed; returns where the read goes, and its deadline."""

@@ -70,36 +70,33 @@ GUARDS = [
         held=frozenset(("_append", "_end_turn", "_has_become_nearly_full", "_made_room", "_pop", "_tidy", "_wake")),
         free=frozenset(("__init__", "after_fork_in_child")),
     ),
-    Guard(
-        "read/pool.py",
-        "_lock",
-        {
-            "_closed",
-            "_count",
-            "_idle",
-            "_lent",
-            "_line",
-            "_most",
-            "_on_all_back",
-            "_paused_until",
-            "is_admitted",
-            "is_expired",
-            "is_over",
-        },
-        held=frozenset(("_admit", "_end_pause", "_may_open_or_lines_up", "_resume", "_set_if_all_back")),
-        free=frozenset(("__init__", "after_fork_in_child")),
-    ),
-    # Whoever has the connection sets its deadline; who would interrupt it has to see whose it is.
-    Guard(
-        "read/reader.py",
-        "_lock",
-        {"deadline"},
-        free=frozenset(("__init__", "limit", "narrow", "reset")),  # under the clock's name for the pool's lock
+    *(
+        Guard(
+            file,
+            "_lock",
+            {
+                "_closed",
+                "_count",
+                "_door",
+                "_idle",
+                "_is_watched",
+                "_line",
+                "_most",
+                "_on_all_back",
+                "_opening",
+                "_paused_until",
+                "_readers",
+            },
+            held=frozenset(("_end_pause", "_interrupt", "_serve")),
+            # ``use`` gives one back in one step, and looks afterwards whether somebody waits for it.
+            free=frozenset(("__init__", "after_fork_in_child", "use")),
+        )
+        for file in ("read/places.py", "read/pool.py")
     ),
     Guard(
         "read/clock.py",
         "lock",
-        {"is_named", "rings_at", "_thread"},
+        {"deadline", "is_named", "rings_at", "_thread"},
         held=frozenset(("_look",)),
         free=frozenset(("__init__", "turn_off")),
     ),

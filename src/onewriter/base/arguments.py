@@ -64,8 +64,7 @@ def check_job(what: object, params: object) -> None:
 
 
 def check_read(what: object, params: Any) -> None:
-    if isinstance(what, str):
-        return
+    """What is not SQL."""
     if not callable(what):
         raise TypeError(f"a read is SQL (str) or a function of the connection, not {type(what).__name__}")
     check_no_params(params)

@@ -14,10 +14,8 @@ from onewriter.base.state import State
 from onewriter.base.waiting import Signal, wake
 from onewriter.live.query import Answer, Found, Query, Reading, same
 from onewriter.live.tables import Tables, Written
-from onewriter.read.claim import Claim
 from onewriter.read.pool import ReaderPool
 from onewriter.read.read import Read
-from onewriter.read.reader import Reader
 from onewriter.sqlite.guard import ANYTHING, Guard
 from onewriter.write.session import WriteSession
 from onewriter.write.ticket import Job
@@ -142,14 +140,7 @@ class LiveQueries:
 
     def read_beside(self, reading: Reading) -> Found:
         """Read with a connection beside those of the pool, so that nobody has to give one back."""
-
-        def read(reader: Reader) -> Found:
-            reader.guard.is_spoilt = True  # it is not lent again
-            return reading.alone(reader)
-
-        claim = Claim(reading.label)
-        claim.is_extra = True
-        return self.pool.use(claim, read, math.inf)
+        return self.pool.use_beside(reading.label, reading.alone)
 
     def forget(self, query: Query, signal: Signal) -> None:
         """Nobody waits for it any more."""

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from onewriter.base.waiting import Signal
 from onewriter.live.tables import Tables, tables_read
-from onewriter.read.read import FunctionRead, Read, SqlRead, select
+from onewriter.read.read import FunctionRead, Read, SqlRead
 from onewriter.read.reader import Reader
 
 
@@ -69,7 +69,7 @@ class Reading:
         if isinstance(read, FunctionRead):
             result = read.alone(reader)
             return Found(None, result, result)
-        raw, rows = select(read.sql, read.parameters, _fetch, read.label, reader)
+        raw, rows = reader.select(read.sql, read.parameters, _fetch)
         tables = self.query.tables
         if self.asks_tables:  # after the read, which looks whether the schema that the connection knows still stands
             tables = reader.attempt(read.label, tables_read, reader, read.sql, read.parameters)

@@ -56,7 +56,8 @@ def _opcodes(reader: Reader, sql: str, parameters: Parameters) -> set[Any]:
     connection = reader.connection
     factory, connection.text_factory = connection.text_factory, decode
     try:
-        return reader.fetch(sql, parameters, _second_column)
+        opcodes: set[Any] = reader.select(sql, parameters, _second_column, again=False)
+        return opcodes
     finally:
         connection.text_factory = factory
 

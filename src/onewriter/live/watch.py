@@ -18,7 +18,7 @@ from onewriter.base.waiting import Signal, thread_signal, wait_in_slices
 from onewriter.errors import ReadTimeoutError, WriterClosedError, closed_error
 from onewriter.live.hub import LiveQueries
 from onewriter.live.query import Answer, Query, Reading, same
-from onewriter.read.claim import Claim
+from onewriter.read.claim import new_claim
 from onewriter.read.read import Read
 from onewriter.write.outcomes import copy_of
 from onewriter.write.writer import LOOK
@@ -220,7 +220,7 @@ class Watch(Strict, Watching[T]):
         live = self._live
         try:
             if live.state.scopes.innermost() is None:
-                found = live.pool.use(Claim(reading.label), reading.alone, math.inf)
+                found = live.pool.use(new_claim(reading.label), reading.alone)
             else:  # this thread may have the last connection, in a reader() block
                 found = live.read_beside(reading)
         except BaseException as error:

@@ -2,35 +2,41 @@
 
 from __future__ import annotations
 
+import math
 from asyncio import AbstractEventLoop
 from threading import get_ident
 from time import monotonic
+from types import SimpleNamespace
 from typing import Any
 
-from onewriter.read.reader import Reader
 
-
-class Claim:
+class Claim(SimpleNamespace):
     """The claim of one read or block on a connection of the pool.
 
-    States: waiting, in the line or on its way to it → admitted: it may open a connection → lent: it has ``reader`` →
-            over. Never backwards.
-    Locks:  the pool's guards all of it.
+    States: waiting: it is in the line of the pool → admitted: among those that may open a connection → lent: it is the
+            ``claim`` of a reader → over: nowhere. Never backwards.
 
-    Made before anything is asked for, so that, wherever Ctrl-C comes, ``ReaderPool.end`` knows what there is to end.
+    Made before anything is asked for, so that, wherever Ctrl-C comes, ``ReaderPool.end`` knows what there is to end;
+    and by a constructor in C, since every read makes one.
     """
 
-    is_admitted = False
-    is_over = False
-    reader: Reader | None = None
+    label: str
+    since: float  # it waits, and then, that it is admitted
+    deadline: float  # of its wait and of its statements
+    thread: int  # which gives it back; 0: any may
     signal: Any = None  # a lock or a future, for the end of its waiting
     is_extra = False  # for a connection beside those of the pool
-    is_expired = False  # nobody waits for its statements any more
     is_named = False  # a warning was given
     runs_in = 0  # the thread of a task's call
     loop: AbstractEventLoop | None = None  # in whose thread the block was entered
 
-    def __init__(self, label: str) -> None:
-        self.label = label
-        self.since = monotonic()  # it waits, and then, that it is admitted
-        self.thread = get_ident()  # which gives it back; 0: any may
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__  # type: ignore[assignment]
+
+
+NOBODY = Claim(label="", since=0.0, deadline=math.inf, thread=0)  # has what is idle
+
+
+def new_claim(label: str, deadline: float = math.inf) -> Claim:
+    """One of the calling thread."""
+    return Claim(label=label, since=monotonic(), deadline=deadline, thread=get_ident())

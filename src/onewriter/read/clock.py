@@ -5,38 +5,18 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import sqlite3
 import threading
 from collections.abc import Callable, Iterable
 from time import monotonic
-from typing import Any, Protocol
+from typing import Any
 
 from onewriter.base.log import report
 from onewriter.base.state import State
+from onewriter.read.claim import Claim
 
 GRACE = 0.05  # seconds: a statement whose time goes into SQLite's own steps has ended by itself by then
 INTERRUPT_AGAIN = 0.1  # seconds between two interrupts of one read, whose next statement would not know of the first
 LOOK_AGAIN = 0.01  # seconds, at least, between two looks for slow readers
-
-
-class TimedReader(Protocol):
-    @property
-    def connection(self) -> sqlite3.Connection: ...
-    @property
-    def deadline(self) -> float: ...
-
-
-class Loan(Protocol):
-    """A claim that has a connection, or is about to."""
-
-    is_named: bool
-
-    @property
-    def label(self) -> str: ...
-    @property
-    def since(self) -> float: ...
-    @property
-    def reader(self) -> TimedReader | None: ...
 
 
 class ReadClock:
@@ -44,22 +24,28 @@ class ReadClock:
 
     It interrupts those whose deadline has passed, since functions, factories and converters are no steps of SQLite's;
     names those that are open for long; and ends a pause of the pool. Python code cannot be stopped; the statement that
-    called it ends when it returns. A late interrupt hits nobody: SQLite forgets it when the next statement begins, and
-    the deadline of a reader that was given back is never.
+    called it ends when it returns.
 
-    Locks:   ``lock``, the pool's, guards ``rings_at``, ``_thread`` and ``is_named``, and is held around interrupt().
+    Locks:   ``lock``, the pool's, guards ``rings_at``, ``_thread``, ``is_named`` and ``deadline``, and is held around
+             interrupt().
     Threads: one of its own, from the first read with a time limit, or block, to the first look that finds nothing to
              wait for. A read looks at ``rings_at`` only, which comes before its own deadline unless that is an early
              one.
     """
 
     def __init__(
-        self, lock: Any, lent: Callable[[], Iterable[Loan]], state: State, end_pause: Callable[[float], float]
+        self,
+        lock: Any,
+        lent: Callable[[], Iterable[Claim]],
+        state: State,
+        interrupt: Callable[[Claim], None],
+        end_pause: Callable[[float], float],
     ) -> None:
         self.lock = lock
         self.rings_at = math.inf
         self._lent = lent
         self._state = state
+        self._interrupt = interrupt
         self._end_pause = end_pause  # if it is over at that time; returns when it will be
         self._bell = threading.Lock()  # released to have the thread look again
         self._bell.acquire()
@@ -89,9 +75,26 @@ class ReadClock:
             if not isinstance(error, RuntimeError):  # at the end of the interpreter no thread can be started
                 raise
 
-    def watch(self, loan: Loan) -> None:
-        """Look again when it is open for long."""
-        self.set(loan.since + self._state.slow_after - GRACE)
+    def limit(self, claim: Claim, deadline: float) -> None:
+        """Have its statements end then, and not because of an earlier deadline any more."""
+        with self.lock:
+            claim.deadline = deadline
+        if deadline < self.rings_at:
+            self.set(deadline)
+
+    def watch(self, claim: Claim, deadline: float) -> None:
+        """The same for a block, which is named when it is open for long."""
+        with self.lock:
+            claim.deadline = deadline
+        soon = min(deadline, claim.since + self._state.slow_after - GRACE)
+        if soon < self.rings_at:
+            self.set(soon)
+
+    def narrow(self, claim: Claim, deadline: float) -> float:
+        """Have its statements end then, but not later than they would; returns when they would have."""
+        before = claim.deadline
+        self.limit(claim, min(deadline, before))
+        return before
 
     def stop(self) -> None:
         """Have the thread end, or as soon as there is nobody to interrupt."""
@@ -129,29 +132,28 @@ class ReadClock:
     def _look(self, now: float) -> float:
         """Interrupt who is late; returns when to look again."""
         looks = [self._end_pause(now), max(now + LOOK_AGAIN, self._state.slow_at)]
-        for loan in self._lent():
-            if not loan.is_named and not self._is_stopped:
-                looks.append(max(now + LOOK_AGAIN, loan.since + self._state.slow_after))
-            if loan.reader is not None and loan.reader.deadline + GRACE <= now:
-                with contextlib.suppress(sqlite3.ProgrammingError):  # it is closed in this moment
-                    loan.reader.connection.interrupt()
+        for claim in self._lent():
+            if not claim.is_named and not self._is_stopped:
+                looks.append(max(now + LOOK_AGAIN, claim.since + self._state.slow_after))
+            if claim.deadline + GRACE <= now:
+                self._interrupt(claim)
                 looks.append(now + INTERRUPT_AGAIN)
-            elif loan.reader is not None:
-                looks.append(loan.reader.deadline + GRACE)
+            else:
+                looks.append(claim.deadline + GRACE)
         return min(looks)
 
     def warn(self) -> None:
         """Name those that have a connection for longer than ``slow_after``."""
-        for loan in self._lent():
-            self.warn_if_slow(loan, "is open")
+        for claim in self._lent():
+            self.warn_if_slow(claim, "is open")
 
-    def warn_if_slow(self, loan: Loan, state: str) -> None:
+    def warn_if_slow(self, claim: Claim, state: str) -> None:
         """Name it, once."""
-        seconds = monotonic() - loan.since
+        seconds = monotonic() - claim.since
         if seconds <= self._state.slow_after:
             return
         with self.lock:
-            first, loan.is_named = not loan.is_named, True
+            first, claim.is_named = not claim.is_named, True
         if first:
             text = "slow: %s %s since %.1f s; while it is, the WAL cannot shrink"
-            report(self._state, logging.WARNING, text, loan.label, state, seconds)
+            report(self._state, logging.WARNING, text, claim.label, state, seconds)

@@ -7,23 +7,12 @@ from collections.abc import Callable
 from typing import Any, Generic, TypeAlias, TypeVar
 
 from onewriter.base.arguments import check_read, check_sql, name_of
-from onewriter.read.reader import Fetch, Reader, Snapshot
+from onewriter.read.reader import FETCHALL, Fetch, Reader, Snapshot
 from onewriter.sqlite.parameters import capture
 from onewriter.sqlite.result import refuse_live
-from onewriter.sqlite.statement import Parameters
 from onewriter.write.loan import WriteLoan
 
 T = TypeVar("T")
-
-
-FETCHALL: Fetch[list[Any]] = sqlite3.Cursor.fetchall
-FETCHONE: Fetch[Any] = sqlite3.Cursor.fetchone
-
-
-def select(sql: str, parameters: Parameters, fetch: Fetch[T], label: str, reader: Reader) -> T:
-    """Run one SELECT with a connection of the pool."""
-    reader.guard.text = sql
-    return reader.attempt(label, reader.fetch, sql, parameters, fetch)  # type: ignore[no-any-return]
 
 
 class SqlRead(Generic[T]):
@@ -31,11 +20,11 @@ class SqlRead(Generic[T]):
 
     __slots__ = ("fetch", "label", "parameters", "sql")
 
-    def __init__(self, sql: str, parameters: Parameters, fetch: Fetch[T], label: str) -> None:
+    def __init__(self, sql: str, params: Any, fetch: Fetch[T], label: str | None) -> None:
         self.sql = sql
-        self.parameters = parameters
+        self.parameters = capture(sql, params)
         self.fetch = fetch
-        self.label = label
+        self.label = f"{label!r} ({sql})" if label else sql
 
     def inside(self, loan: WriteLoan | Snapshot, until: float) -> T:
         """Read in an open job, block or reader."""
@@ -46,7 +35,7 @@ class SqlRead(Generic[T]):
 
     def alone(self, reader: Reader) -> T:
         """Read with a connection of the pool."""
-        return select(self.sql, self.parameters, self.fetch, self.label, reader)
+        return reader.select(self.sql, self.parameters, self.fetch)  # type: ignore[no-any-return]
 
 
 class FunctionRead(Generic[T]):
@@ -66,7 +55,7 @@ class FunctionRead(Generic[T]):
 
     def alone(self, reader: Reader) -> T:
         """Call it with a connection of the pool."""
-        with reader.snapshot(self.label) as snapshot:
+        with reader.snapshot() as snapshot:
             return refuse_live(reader.attempt(self.label, self.function, snapshot.to_lend, again=False))
 
 
@@ -75,13 +64,12 @@ Read: TypeAlias = SqlRead[T] | FunctionRead[T]
 
 def sql_read(sql: str, params: Any, fetch: Fetch[T], label: str | None) -> SqlRead[T]:
     """A SELECT with its parameters as they are now."""
-    parameters = capture(check_sql(sql), params)
-    return SqlRead(sql, parameters, fetch, f"{label!r} ({sql})" if label else sql)
+    return SqlRead(check_sql(sql), params, fetch, label)
 
 
 def read_of(what: str | Callable[[sqlite3.Connection], Any], params: Any, label: str | None) -> Read[Any]:
     """What ``read`` is asked for."""
-    check_read(what, params)
     if isinstance(what, str):
-        return sql_read(what, params, FETCHALL, label)
+        return SqlRead(what, params, FETCHALL, label)
+    check_read(what, params)
     return FunctionRead(what, repr(label or name_of(what)))

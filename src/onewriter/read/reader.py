@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import math
+import functools
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from onewriter.base.state import IN_STATEMENT, State
 from onewriter.errors import ReadTimeoutError, ReentrantWriteError, forked_error
+from onewriter.read.claim import NOBODY
 from onewriter.read.clock import ReadClock
 from onewriter.sqlite.connection import open_reader
 from onewriter.sqlite.guard import ReadGuard
@@ -30,22 +31,24 @@ T = TypeVar("T")
 
 
 Fetch = Callable[[sqlite3.Cursor], T]
-NEVER = math.inf
+FETCHALL: Fetch[list[Any]] = sqlite3.Cursor.fetchall
+FETCHONE: Fetch[Any] = sqlite3.Cursor.fetchone
 STEPS = 250_000  # of SQLite's virtual machine between two looks at the clock
 
 
 class Reader:
-    """One connection of the pool. Belongs to whoever has its Claim."""
+    """One connection of the pool. Belongs to who has its ``claim``."""
 
     def __init__(
         self, connection: sqlite3.Connection, guard: ReadGuard, policy: LockPolicy, clock: ReadClock, state: State
     ) -> None:
         self.connection = connection
-        self.deadline = math.inf
+        self.claim = NOBODY  # who has it
         self.state = state
-        self._clock = clock
+        self.clock = clock
         self.is_inherited = False  # this is a child of the process that it belongs to
         self.guard = guard
+        self._mark = guard.internal("")  # of internal statements
         self.is_pinned = False
         self.inside = 0  # calls of a borrower that are under way, one in the other
         self.when_out: list[Callable[[], object]] = []  # ends of the loan that came from inside one
@@ -56,28 +59,27 @@ class Reader:
         self.watch = TimeLimit(self._is_late)
         self.watch.set_on(connection, STEPS)
 
-    def limit(self, deadline: float) -> None:
-        """Have its statements end then, and not because of an earlier deadline any more."""
-        with self._clock.lock:
-            self.deadline = deadline
-        if deadline < self._clock.rings_at:
-            self._clock.set(deadline)
+    def select(
+        self, sql: str, parameters: Parameters, fetch: Fetch[Any] = FETCHALL, label: str = "", *, again: bool = True
+    ) -> Any:
+        """Run one SELECT, and say so if it was ended because the time is over.
 
-    def narrow(self, deadline: float) -> float:
-        """The same, but not later than the deadline that it has; returns that."""
-        with self._clock.lock:
-            before = self.deadline
-            self.deadline = min(deadline, before)
-        if deadline < self._clock.rings_at:
-            self._clock.set(deadline)
-        return before
-
-    def fetch(self, sql: str, parameters: Parameters, fetch: Fetch[T]) -> T:
-        cursor = sqlite3.Connection.execute(self.connection, sql, parameters)
+        Args:
+            label: in place of that of who has the connection.
+            again: as for ``attempt``.
+        """
+        self.guard.text = sql
         try:
-            return fetch(cursor)
-        finally:
-            cursor.close()
+            cursor = self.connection.execute(sql, parameters)
+            try:
+                return fetch(cursor)
+            finally:
+                cursor.close()
+        except sqlite3.DatabaseError as error:
+            if not again:
+                raise
+            repeat = functools.partial(self.select, sql, parameters, fetch, again=False)
+            return self._recover(error, label or self.claim.label, repeat)
 
     def attempt(self, label: str, function: Callable[..., T], *args: Any, again: bool = True) -> T:
         """Call what reads here, and say so if it was ended because the time is over.
@@ -89,21 +91,21 @@ class Reader:
         try:
             return function(*args)
         except sqlite3.DatabaseError as error:
-            if is_corrupt(error):
-                self.state.note_corruption(error)
-            if again or is_interrupted(error):
-                return self._recover(error, label, (lambda: function(*args)) if again else None)
-            raise
+            if not again and not is_interrupted(error):
+                self._note(error)
+                raise
+            return self._recover(error, label, (lambda: function(*args)) if again else None)
 
     def _recover(self, error: sqlite3.DatabaseError, label: str, again: Callable[[], T] | None) -> T:
         """Try ``again`` if it was a lock; raise ``error``, or that there is no time left."""
         late: BaseException = error
         try:
+            self._note(error)
             self.watch.raise_caught()
             self.guard.explain(error)
             if again is not None and is_busy(error):
                 try:
-                    left = max(0.0, self.deadline - monotonic())
+                    left = max(0.0, self.claim.deadline - monotonic())
                     return self._policy.call(again, say_nothing, left)
                 except sqlite3.OperationalError as busy:
                     late = busy
@@ -113,21 +115,25 @@ class Reader:
         finally:
             del error, late  # the traceback holds this frame
 
+    def _note(self, error: sqlite3.DatabaseError) -> None:
+        if is_corrupt(error):
+            self.state.note_corruption(error)
+
     @contextlib.contextmanager
-    def snapshot(self, label: str) -> Iterator[Snapshot]:
+    def snapshot(self) -> Iterator[Snapshot]:
         """For the ``with`` block it sees one moment, and the caller's reads see that too."""
-        self.pin(label)
+        self.pin()
         snapshot = Snapshot(self)
         try:
-            with snapshot.inside():
+            with self.state.scopes.inside(snapshot, writes=False):
                 yield snapshot
         finally:
             snapshot.end()
 
-    def pin(self, label: str) -> None:
+    def pin(self) -> None:
         """Have it see this moment until ``reset``."""
         self.seen = self.state.tally.committed
-        self.attempt(label, self._pin)
+        self.attempt(self.claim.label, self._pin)
 
     def _pin(self) -> None:
         if not self.connection.in_transaction:  # tried again after it met a lock, it has begun already
@@ -136,13 +142,13 @@ class Reader:
             names = database_names(self.connection)
             self._pins = [self.guard.internal(f'PRAGMA "{name}".schema_version') for name in names]
         for read in self._pins:  # BEGIN alone pins no snapshot: the first read of each database does
-            self.fetch(read, (), drain)
-        self.is_pinned = self.guard.is_lent = True
+            self.select(read, (), drain, again=False)
+        self.is_pinned = self.guard.is_lent = self.guard.leaves_traces = True
 
     def _internal(self, sql: str) -> None:
         self.guard.is_internal = True
         try:
-            self.fetch(self.guard.internal(sql), (), drain)
+            self.select(sql + self._mark, (), again=False)
         finally:
             self.guard.is_internal = False
 
@@ -153,21 +159,23 @@ class Reader:
 
     def reset(self) -> bool:
         """Reset for the next borrower, whatever the last one did. Returns False if it must be replaced."""
-        self.deadline = NEVER
+        if self.guard.is_spoilt:
+            return False
+        self.guard.leaves_traces = False
+        if self.guard.must_ask_again:
+            self.guard.install(self.connection)
         if self.is_pinned:
             self.is_pinned = self.guard.is_lent = False
-            if self.guard.must_ask_again:
-                self.guard.install(self.connection)
             self.connection.row_factory, self.connection.text_factory = self._row_factory, self._text_factory
         if self.connection.in_transaction:
             try:
                 self._internal("ROLLBACK")
             except sqlite3.Error:
                 return False
-        return not self.guard.is_spoilt
+        return True
 
     def _is_late(self) -> bool:
-        return monotonic() > self.deadline
+        return monotonic() > self.claim.deadline
 
 
 def new_reader(settings: Settings, stop: threading.Event, clock: ReadClock, state: State) -> Reader:
@@ -185,6 +193,7 @@ class Snapshot:
 
     def __init__(self, reader: Reader) -> None:
         self.reader = reader
+        self._claim = reader.claim  # who has the connection may be another, once this has ended
         self.connection = reader.connection
         self.guard = reader.guard
         self.savepoints: Savepoints = NoSavepoints()
@@ -252,18 +261,14 @@ class Snapshot:
         """Where reads inside it go."""
         return self
 
-    def inside(self) -> contextlib.AbstractContextManager[None]:
-        """For the ``with`` block the caller is inside, so that its reads come here."""
-        return self.reader.state.scopes.inside(self, writes=False)
-
     def query(self, sql: str, parameters: Parameters, fetch: Fetch[T], label: str, until: float) -> T:
         """A read inside the block, which has a time of its own, within that of the block."""
         with self._until(until, label) as reader:
-            rows: T = self.call(reader.attempt, label, reader.fetch, sql, parameters, fetch)
+            rows: T = self.call(reader.select, sql, parameters, fetch, label)
             return rows
 
     def read_with(self, function: Callable[[sqlite3.Connection], T], label: str, until: float) -> T:
-        with self._until(until, label) as reader, self.inside():
+        with self._until(until, label) as reader, reader.state.scopes.inside(self, writes=False):
             return refuse_live(reader.attempt(label, function, self.to_lend, again=False))
 
     @contextlib.contextmanager
@@ -271,12 +276,12 @@ class Snapshot:
         left = max(0.0, min(until - monotonic(), threading.TIMEOUT_MAX))
         if not self._lock.acquire(timeout=left):
             raise ReadTimeoutError(f"{label} did not begin in time: another thread uses the reader() that it is in")
-        reader = self.reader
-        before = reader.narrow(until)
+        clock = self.reader.clock
+        before = clock.narrow(self._claim, until)
         try:
-            yield reader
+            yield self.reader
         finally:
-            reader.limit(before)
+            clock.limit(self._claim, before)
             self._lock.release()
 
     def refuse_later(self, write: Ticket[Any]) -> None:

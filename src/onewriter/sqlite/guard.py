@@ -132,6 +132,7 @@ class ReadGuard(_Refusals):
         self.is_lent = False  # to a function or block, which may ask about its own earlier statements
         self.must_ask_again = False  # cached statements were allowed to a lent one only: authorize them again
         self.is_spoilt = False  # a PRAGMA was set that would outlast the loan
+        self.leaves_traces = False  # what was done has to be undone before the connection is lent again
 
     def internal(self, sql: str) -> str:
         return f"{sql} /* {self._secret} */"
@@ -152,7 +153,8 @@ class ReadGuard(_Refusals):
             self.pragma = name, second, third
             if name == "wal_checkpoint" or (second is not None and name in NOT_ON_A_READER):
                 return self.deny(f"PRAGMA {name} is the writer's")
-            self.is_spoilt |= second is not None and not name.endswith(ASKING)
+            if second is not None and not name.endswith(ASKING):
+                self.is_spoilt = self.leaves_traces = True
             # Full-text search reads it internally, with the name of the database.
             if name == "data_version" and (self.is_lent or third is None or name in self.text.lower()):
                 return self._history("PRAGMA data_version")
@@ -160,6 +162,8 @@ class ReadGuard(_Refusals):
             return self._history(f"{second}()")
         if action == sqlite3.SQLITE_TRANSACTION and not self.is_internal:  # a snapshot is pinned as long as it lasts
             return self.deny("a reader's transaction is the gateway's: reader() is one")
+        if action == sqlite3.SQLITE_SAVEPOINT:  # it begins a transaction too, and so again, out of the statement cache
+            self.must_ask_again = self.leaves_traces = True
         return sqlite3.SQLITE_OK
 
     def _history(self, name: str) -> int:

@@ -15,7 +15,7 @@ from onewriter.base.scopes import enclosing
 from onewriter.base.state import State
 from onewriter.base.waiting import seconds_until
 from onewriter.errors import ReadTimeoutError
-from onewriter.read.claim import Claim
+from onewriter.read.claim import Claim, new_claim
 from onewriter.read.pool import ReaderPool
 from onewriter.read.read import Read
 from onewriter.read.reader import Reader, Snapshot, ended_error
@@ -61,9 +61,9 @@ class TaskReads:
 
     async def use(self, label: str, function: Callable[[Reader], T], until: float) -> T:
         """Wait for a connection of the pool, and call ``function`` with it in a thread."""
-        claim = Claim(label)
-        await self._admitted(claim, until)
-        return await self.call(self._pool.use, claim, function, until, claim=claim, begins=True, waits=False)
+        claim = new_claim(label, until)
+        await self._admitted(claim)
+        return await self.call(self._pool.lend, claim, function, claim=claim, begins=True, waits=False)
 
     @contextlib.asynccontextmanager
     async def lend(self, label: str, deadline: Callable[[], Awaitable[float]]) -> AsyncIterator[AsyncReader]:
@@ -73,10 +73,10 @@ class TaskReads:
         if isinstance(here, AsyncReader):
             yield here
             return
-        claim, scopes = Claim(label), self._state.scopes
-        await self._admitted(claim, until)
+        claim, scopes = new_claim(label, until), self._state.scopes
+        await self._admitted(claim)
         try:
-            snapshot = await self.call(self._begin, claim, until, claim=claim, begins=True)
+            snapshot = await self.call(self._begin, claim, claim=claim, begins=True)
         except asyncio.CancelledError:
             await self.end(claim, None)  # it has begun all the same
             raise
@@ -91,12 +91,11 @@ class TaskReads:
             scopes.leave(scope)
             await reader.end()
 
-    async def _admitted(self, claim: Claim, until: float) -> None:
+    async def _admitted(self, claim: Claim) -> None:
         """Wait for its turn."""
-        claim.signal = asyncio.get_running_loop().create_future()
         try:
-            if not self._pool.line_up(claim):
-                async with self._deadlines.within(claim.signal, seconds_until(until)):
+            if not self._pool.ask(claim, asyncio.get_running_loop().create_future):
+                async with self._deadlines.within(claim.signal, seconds_until(claim.deadline)):
                     await claim.signal
                 self._pool.check_admitted(claim)
         except BaseException:
@@ -128,7 +127,8 @@ class TaskReads:
             return await asyncio.wrap_future(future)
         except asyncio.CancelledError:
             if not future.cancel():
-                self.expire(claim)
+                if claim is not None:
+                    self.expire(claim)
                 if waits:
                     await until_done(future)
             elif claim is not None and begins:
@@ -137,14 +137,17 @@ class TaskReads:
         finally:
             del future  # an error's traceback would hold it, and it holds the error
 
-    def expire(self, claim: Claim | None) -> None:
+    def expire(self, claim: Claim) -> None:
         """Have the statement that runs there end soon."""
-        if claim is not None:
-            self._pool.expire(claim)
+        self._pool.clock.limit(claim, 0.0)
+
+    def lift(self, claim: Claim) -> None:
+        """Have its next statements take their time."""
+        self._pool.clock.limit(claim, math.inf)
 
     async def end(self, claim: Claim, snapshot: Snapshot | None) -> asyncio.CancelledError | None:
         """Give back what a block has, in a thread, even if the task is cancelled; returns that cancellation."""
-        if claim.is_over:
+        if not self._pool.is_out(claim):
             return None
         future = None
         with contextlib.suppress(RuntimeError):  # no loop runs here, or the interpreter ends: then this thread does it
@@ -157,13 +160,12 @@ class TaskReads:
         future.result()
         return cancelled
 
-    def _begin(self, claim: Claim, until: float) -> Snapshot:
+    def _begin(self, claim: Claim) -> Snapshot:
         """In a thread: open and pin its connection; without a snapshot, the claim is over."""
         try:
-            reader = self._pool.reader_of(claim, until)
-            reader.pin(claim.label)
-            reader.limit(math.inf)
-            self._pool.clock.watch(claim)
+            reader = self._pool.reader_of(claim)
+            reader.pin()
+            self._pool.clock.watch(claim, math.inf)
             return Snapshot(reader)
         except BaseException:
             self._pool.end(claim)
@@ -228,8 +230,9 @@ class AsyncReader:
                 raise ended_error()
             try:
                 return await self._reads.call(function, *args, claim=self._claim)
-            finally:
-                self._snapshot.reader.limit(math.inf)  # a cancellation has ended this call, and not the next
+            except asyncio.CancelledError:
+                self._reads.lift(self._claim)  # a cancellation has ended this call, and not the next
+                raise
         finally:
             self._turn.release()
 

@@ -408,6 +408,7 @@ class Writer:
     def _go_out_of_service(self, cause: BaseException) -> None:
         self.state.health = f"broken: {text_of(cause)}"
         self.state.broken = cause
+        self.readers.refuse()
         self.queue.refuse(broken_error(cause))
 
 

@@ -53,7 +53,7 @@ def use(tx):
     if lent is not None:
         refused(lambda: lent.execute("SELECT 1"))
         lent._loan.end()  # as leaving the block would
-        for claim in pool_of(db)._lent:
+        for claim in pool_of(db)._lent():
             pool_of(db).end(claim)
         assert lent._loan.reader.connection.in_transaction
         assert len(sqlite3.Cursor.fetchmany(live[0]._LentCursor__raw, 2)) == 2  # nothing was closed

@@ -13,7 +13,7 @@ from aio_helpers import opened, run, until
 from helpers import core_of, raising
 from onewriter import DbWriter, ReentrantWriteError, WriterClosedError
 from onewriter.live.query import Query
-from onewriter.read.claim import Claim
+from onewriter.read.claim import new_claim
 from onewriter.read.read import sql_read
 
 
@@ -85,7 +85,7 @@ def test_an_older_read_that_ends_late_takes_nothing_back(new_db: DbWriter) -> No
     with new_db.watch("SELECT n FROM t") as live:
         query = live._entered()
         older = hub.begin(query, None)
-        found = hub.pool.use(Claim("test"), older.alone, 1e9)
+        found = hub.pool.use(new_claim("test"), older.alone)
         new_db.run("INSERT INTO t VALUES (1)")
         new_db.close()
         hub.finish(older, found)

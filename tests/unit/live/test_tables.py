@@ -11,7 +11,7 @@ import pytest
 from helpers import DEADLINE, eventually, parked, pool_of, session_of, state_of
 from onewriter import DbWriter, Transaction
 from onewriter.live.tables import MOST_TEXTS, Written, tables_read
-from onewriter.read.claim import Claim
+from onewriter.read.claim import new_claim
 
 SCHEMA = """
 CREATE TABLE a (id INTEGER PRIMARY KEY, x);
@@ -33,7 +33,7 @@ def db(path: Path) -> Iterator[DbWriter]:
 
 
 def read_by(db: DbWriter, sql: str, params: Any = ()) -> set[str] | None:
-    tables = pool_of(db).use(Claim(sql), lambda reader: tables_read(reader, sql, params), 1e9)
+    tables = pool_of(db).use(new_claim(sql), tables_read, sql, params)
     return None if tables is None else set(tables)
 
 

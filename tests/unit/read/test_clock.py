@@ -318,5 +318,6 @@ def test_a_pause_that_nobody_ends_is_over_for_the_next_who_comes(path: Path) -> 
         db.read("SELECT 1")
         with pool_of(db)._lock:
             pool_of(db)._paused_until = 1.0  # as Ctrl-C may leave it
+            pool_of(db)._serve()
         assert db.read_value("SELECT 2", timeout=DEADLINE) == 2
         assert (pool_of(db)._paused_until, pool_of(db)._count, db.stats().readers_waiting) == (0.0, 1, 0)

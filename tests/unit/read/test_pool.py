@@ -13,9 +13,13 @@ from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, eventually, is_clean, pool_of
-from onewriter import DbWriter, ReadTimeoutError, ReentrantWriteError, WriterBrokenError, WriterClosedError, gateway
-from onewriter.read.claim import Claim
+from helpers import DEADLINE, eventually, is_clean, pool_of, writer_of
+from onewriter import DbWriter, ReadTimeoutError, ReentrantWriteError, WriterBrokenError, WriterClosedError
+from onewriter.base.waiting import thread_signal
+from onewriter.read import pool as pool_module
+from onewriter.read.claim import NOBODY, new_claim
+from onewriter.read.places import Idle
+from onewriter.read.pool import ReaderPool
 from onewriter.read.reader import Reader
 
 INSERT = "INSERT INTO t VALUES (?)"
@@ -42,11 +46,7 @@ def test_waiters_for_a_connection_are_served_in_order_or_told(one: DbWriter) -> 
 def test_an_interrupt_while_waiting_for_a_connection_loses_none(one: DbWriter, monkeypatch: pytest.MonkeyPatch) -> None:
     """The connection is handed over in the moment of the interrupt."""
 
-    class Interrupted(Claim):
-        def __init__(self, label: str) -> None:
-            super().__init__(label)
-            self.signal = self
-
+    class Interrupted:
         def acquire(self, timeout: float) -> bool:
             block.__exit__(None, None, None)
             raise KeyboardInterrupt
@@ -57,7 +57,7 @@ def test_an_interrupt_while_waiting_for_a_connection_loses_none(one: DbWriter, m
     with ThreadPoolExecutor(1) as pool:
         block = one.reader()
         pool.submit(block.__enter__).result(DEADLINE)
-        monkeypatch.setattr(gateway, "Claim", Interrupted)
+        monkeypatch.setattr(pool_module, "thread_signal", Interrupted)
         with pytest.raises(KeyboardInterrupt):
             one.read("SELECT 1")
         assert one.read("SELECT 1", timeout=DEADLINE) == [(1,)]
@@ -293,13 +293,13 @@ def test_close_waits_for_a_reader_and_refuses_the_next(one: DbWriter) -> None:
 def test_a_place_that_comes_in_the_moment_nobody_waits_any_more_is_free(
     one: DbWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    claim = Claim("a read")
+    claim = new_claim("a read")
     claim.thread = 0  # of another thread
     with one.reader():
-        assert not pool_of(one).line_up(claim)
+        assert not pool_of(one).ask(claim, thread_signal)
         monkeypatch.setattr(Reader, "reset", lambda reader: False)
     monkeypatch.undo()
-    assert (claim.is_admitted, claim.reader) == (True, None)  # the right to open another
+    assert (pool_of(one).is_out(claim), pool_of(one)._lent_to(claim)) == (True, None)  # the right to open another
     pool_of(one).end(claim)
     assert one.read_value(COUNT, timeout=DEADLINE) == 0
 
@@ -329,28 +329,192 @@ def test_a_connection_to_a_file_that_was_moved_meanwhile_is_closed(path: Path) -
     db.close()
 
 
-class RaisesBehind(set[Any]):
+def idle_as(db: DbWriter, kind: type[Idle]) -> None:
+    """Replace the list of connections that nobody has."""
+    pool = pool_of(db)
+    pool._idle = pool._door = kind(pool._idle)
+
+
+class RaisesBehind(Idle):
     """As Ctrl-C does, which comes behind a call."""
 
     raises = False
 
-    def discard(self, thing: Any) -> None:
-        super().discard(thing)
-        if self.raises:
-            self.raises = False
+    def append(self, reader: Reader) -> None:
+        super().append(reader)
+        if RaisesBehind.raises:
+            RaisesBehind.raises = False
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("is_good", [True, False], ids=["to be lent again", "to be closed"])
+def read(db: DbWriter) -> None:
+    db.read("SELECT 1")
+
+
+def read_by_function(db: DbWriter) -> None:
+    db.read(lambda connection: 1)
+
+
+def read_in_a_block(db: DbWriter) -> None:
+    with db.reader():
+        pass
+
+
+WAYS = [read, read_by_function, read_in_a_block]
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_an_interrupt_as_a_connection_is_given_back_loses_nothing(
-    one: DbWriter, monkeypatch: pytest.MonkeyPatch, is_good: bool
+    one: DbWriter, way: Callable[[DbWriter], None]
 ) -> None:
-    lent = pool_of(one)._lent = RaisesBehind(pool_of(one)._lent)
+    idle_as(one, RaisesBehind)
     for _ in range(3):
-        if not is_good:
-            monkeypatch.setattr(Reader, "reset", lambda reader: False)
-        with pytest.raises(KeyboardInterrupt), one.reader():
-            lent.raises = True
+        RaisesBehind.raises = True
+        with pytest.raises(KeyboardInterrupt):
+            way(one)
+        assert one.read_value("SELECT 1", timeout=DEADLINE) == 1
+    assert (one.stats().readers_in_use, pool_of(one)._count) == (0, 1)
+
+
+@pytest.mark.parametrize("is_plain", [True, False], ids=["a read", "a block"])
+def test_who_waits_is_woken_although_the_giving_back_was_interrupted(one: DbWriter, is_plain: bool) -> None:
+    def another_comes() -> None:
+        if not waiting:
+            waiting.append(others.submit(one.read, "SELECT 2", timeout=DEADLINE))
+            eventually(lambda: pool_of(one).waiting)
+
+    class Interrupted(RaisesBehind):
+        def append(self, reader: Reader) -> None:
+            if is_plain:
+                another_comes()
+            super().append(reader)
+
+    waiting: list[Any] = []
+    one.read("SELECT 1")
+    idle_as(one, Interrupted)
+    with ThreadPoolExecutor(1) as others:
+        RaisesBehind.raises = True
+        with pytest.raises(KeyboardInterrupt):
+            if is_plain:
+                one.read("SELECT 1")
+            else:
+                with one.reader():
+                    another_comes()
+        assert waiting[0].result(DEADLINE) == [(2,)]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_interrupt_as_a_connection_is_closed_loses_nothing(
+    one: DbWriter, monkeypatch: pytest.MonkeyPatch, way: Callable[[DbWriter], None]
+) -> None:
+    close_place = ReaderPool._close_place
+    interrupted: list[object] = []
+
+    def interrupted_once(pool: ReaderPool, claim: Any, reader: Reader) -> None:
+        if claim not in interrupted:
+            interrupted.append(claim)
+            raise KeyboardInterrupt
+        close_place(pool, claim, reader)
+
+    for _ in range(3):
+        one.read("SELECT 1")
+        (reader,) = pool_of(one)._readers
+        reader.guard.is_spoilt = reader.guard.leaves_traces = True
+        monkeypatch.setattr(ReaderPool, "_close_place", interrupted_once)
+        with pytest.raises(KeyboardInterrupt):
+            way(one)
         monkeypatch.undo()
         assert one.read_value("SELECT 1", timeout=DEADLINE) == 1
-    assert one.stats().readers_in_use == 0
+    assert (one.stats().readers_in_use, pool_of(one)._count, pool_of(one)._most) == (0, 1, 1)
+
+
+def test_an_interrupt_as_one_that_is_too_many_is_closed_loses_nothing(
+    one: DbWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def is_one_too_many(connection: sqlite3.Connection) -> None:
+        pool_of(one)._most = 0
+
+    def interrupted(*_: object) -> None:
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ReaderPool, "_close_place", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        one.read(is_one_too_many)
+    pool_of(one)._most = 1
+    assert one.read_value("SELECT 1", timeout=DEADLINE) == 1
+
+
+def test_who_comes_in_the_moment_a_connection_is_given_back_gets_it(one: DbWriter) -> None:
+    class Meanwhile(Idle):
+        def append(self, reader: Reader) -> None:
+            if not got:
+                got.append(others.submit(one.read, "SELECT 2", timeout=None))
+                eventually(lambda: pool_of(one).waiting)
+            super().append(reader)
+
+    got: list[Any] = []
+    one.read("SELECT 1")
+    idle_as(one, Meanwhile)
+    with ThreadPoolExecutor(1) as others:
+        assert one.read("SELECT 1") == [(1,)]
+        assert got[0].result(DEADLINE) == [(2,)]
+
+
+def test_one_that_is_given_back_in_the_moment_the_gateway_closes_is_closed(one: DbWriter) -> None:
+    class Meanwhile(Idle):
+        def append(self, reader: Reader) -> None:
+            if not closing:
+                closing.append(others.submit(one.close))
+                eventually(lambda: pool_of(one)._closed)
+            super().append(reader)
+
+    closing: list[Any] = []
+    one.read("SELECT 1")
+    (reader,) = pool_of(one)._readers
+    idle_as(one, Meanwhile)
+    with ThreadPoolExecutor(1) as others:
+        assert one.read("SELECT 1") == [(1,)]
+        closing[0].result(DEADLINE)
+    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+        reader.connection.execute("SELECT 1")
+
+
+def test_nobody_takes_a_connection_that_is_given_back_in_the_moment_it_is_interrupted(
+    one: DbWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool, late = pool_of(one), new_claim("late", 0.0)
+    reader, lent_to = pool.wait_for(late), pool._lent_to
+
+    def given_back_then(claim: Any) -> Reader | None:
+        found = lent_to(claim)
+        reader.claim = NOBODY
+        pool._idle.append(reader)
+        assert list(pool._door) == []
+        return found
+
+    monkeypatch.setattr(pool, "_lent_to", given_back_then)
+    with pool._lock:
+        pool._interrupt(late)
+    monkeypatch.undo()
+    assert one.read("SELECT 1") == [(1,)]
+    assert pool.in_use == 0
+
+
+def test_a_gateway_that_is_out_of_service_lends_no_connection_that_is_idle(one: DbWriter) -> None:
+    one.read("SELECT 1")
+    writer_of(one)._go_out_of_service(LookupError("gone"))
+    with pytest.raises(WriterBrokenError, match="gone"):
+        one.read("SELECT 1")
+
+
+def test_a_savepoint_begins_nothing_that_a_later_read_is_in(one: DbWriter) -> None:
+    one.read("SELECT 1")
+    (reader,) = pool_of(one)._readers
+    for _ in range(2):
+        with one.reader():
+            reader.select("SAVEPOINT mine", ())  # as it may be in the statement cache
+        for _ in range(2):
+            assert one.read("SAVEPOINT mine") == []
+            assert is_clean(one)
+    assert list(pool_of(one)._readers) == [reader]

@@ -18,7 +18,7 @@ import pytest
 from aio_helpers import Gate, beats, opened, rows, run, until
 from helpers import DEADLINE, pool_of, threads_of
 from onewriter import AsyncDbWriter, DbWriter, ReadTimeoutError, ReentrantWriteError, WriterClosedError
-from onewriter.read.claim import Claim
+from onewriter.read.claim import new_claim
 from onewriter.read.reader import Snapshot
 from onewriter.tasks import reader, threads
 from onewriter.tasks.reader import AsyncReader
@@ -346,11 +346,11 @@ def test_a_reader_that_is_over_leaves_the_connection_of_the_next_borrower_alone(
         async with opened(path, readers=1) as db:
             async with db.reader() as over:
                 pass
-            pool, claim = pool_of(db), Claim("next")
-            reader = pool.reader_of(claim, 100.0)
+            pool, claim = pool_of(db), new_claim("next", 100.0)
+            pool.wait_for(claim)
             with pytest.raises(sqlite3.ProgrammingError, match="has ended"):
                 await over.execute(COUNT)
-            assert reader.deadline == 100.0
+            assert claim.deadline == 100.0
             pool.end(claim)
 
     run(main)
@@ -517,15 +517,15 @@ def test_close_in_the_midst_of_an_own_reader_is_refused_where_it_would_never_end
 
 def test_a_late_cancellation_does_not_hurry_the_next_borrower(path: Path) -> None:
     with DbWriter(path, readers=1) as db:
-        pool, first, second = pool_of(db), Claim("first"), Claim("second")
-        pool.reader_of(first, 100.0)
-        pool.expire(first)
-        assert first.reader is not None
-        assert first.reader.deadline == 0.0
+        reads, pool = AsyncDbWriter.wrap(db)._task_reads(), pool_of(db)
+        first, second = new_claim("first", 1e9), new_claim("second", 1e9)
+        reader = pool.wait_for(first)
+        reads.expire(first)
+        assert reader._is_late()
         pool.end(first)
-        reader = pool.reader_of(second, 100.0)
-        pool.expire(first)
-        assert (reader is first.reader, reader.deadline) == (True, 100.0)
+        assert pool.wait_for(second) is reader
+        reads.expire(first)
+        assert not reader._is_late()
         pool.end(second)
 
 

@@ -117,10 +117,9 @@ def test_a_block_that_is_left_after_the_gateway_was_closed_closes_its_connection
     async def main() -> None:
         async with AsyncDbWriter.wrap(db).reader():
             await asyncio.to_thread(db.close, 0.0)
-            (claim,) = pool_of(db)._lent
-            assert claim.reader is not None
-            replaced.append(claim.reader.connection)
-            claim.reader.connection = connection
+            (reader,) = pool_of(db)._readers
+            replaced.append(reader.connection)
+            reader.connection = connection
 
     replaced: list[sqlite3.Connection] = []
     db = DbWriter(path, readers=1)
@@ -138,19 +137,17 @@ def test_a_claim_that_is_given_up_when_the_pool_is_closed_leaves_the_closing_to_
         reading = asyncio.create_task(gateway.read("SELECT 1"))
         while not db.stats().readers_in_use:
             await asyncio.sleep(0)
-        (claim,) = pool_of(db)._lent
-        assert claim.reader is not None
         await asyncio.to_thread(db.close, 0.0)
         reading.cancel()
         with pytest.raises(asyncio.CancelledError):
             await reading
-        assert claim.reader is not None  # its thread is still busy
+        assert pool_of(db)._readers  # its thread is still busy
         assert db.stats().readers_in_use == 1
         gate.set()
         await asyncio.wrap_future(busy)
         while db.stats().readers_in_use:
             await asyncio.sleep(0)
-        assert claim.reader is None
+        assert not pool_of(db)._readers
 
     gate = threading.Event()
     db = DbWriter(path, readers=1)

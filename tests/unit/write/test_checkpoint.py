@@ -15,7 +15,7 @@ import pytest
 from helpers import DEADLINE, checkpointer_of, in_threads, log_size, parked, pool_of, writer_of
 from onewriter import DbWriter, WriteTimeoutError
 from onewriter.events import CheckpointEnded
-from onewriter.read.claim import Claim
+from onewriter.read.claim import new_claim
 from onewriter.write import checkpoint
 from onewriter.write import writer as loop
 from onewriter.write.checkpoint import Checkpointer
@@ -173,7 +173,7 @@ def test_an_idle_writer_empties_the_log_once_after_a_while(path: Path, monkeypat
 
 def grown_old(db: DbWriter) -> None:
     """Have the readers that are out be so for long."""
-    for claim in pool_of(db)._lent:
+    for claim in pool_of(db)._lent():
         claim.since -= 0.9
 
 
@@ -212,7 +212,7 @@ def test_holding_reads_back_in_vain_makes_the_next_time_come_later_and_later(pat
     with DbWriter(path, wal_limit=LIMIT) as db:
         checkpointer = checkpointer_of(db)
         checkpointer._kept_size = 2 * LIMIT
-        checkpointer._kept_by = [Claim("one for long")]
+        checkpointer._kept_by = [new_claim("one for long")]
         checkpointer._count_hold_back(0.0)  # nobody was held back
         assert checkpointer._again_at == 0.0
         pauses = []
@@ -342,7 +342,7 @@ def test_a_checkpoint_waits_a_moment_for_those_who_read(db: DbWriter) -> None:
         with db.reader():
             inside.set()
             while not pool_of(db)._paused_until:
-                for claim in pool_of(db)._lent.copy():
+                for claim in pool_of(db)._lent():
                     claim.since = monotonic()  # as if it had just come
 
     def checkpoint() -> object:

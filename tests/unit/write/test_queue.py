@@ -28,7 +28,7 @@ from onewriter import (
     WriterClosedError,
     WriteTimeoutError,
 )
-from onewriter.read.claim import Claim
+from onewriter.read.claim import Claim, new_claim
 from onewriter.read.pool import ReaderPool
 from onewriter.write import queue as queue_module
 
@@ -218,9 +218,8 @@ def test_who_gives_up_its_place_in_a_line_is_not_looked_for(path: Path, monkeypa
         gateway = AsyncDbWriter.wrap(db)
         with parked(db):
             db.enqueue(INSERT, (0,))
-            taken = Claim("the only one")
-            taken.signal = asyncio.get_running_loop().create_future()
-            assert readers.line_up(taken)
+            taken = new_claim("the only one")
+            assert readers.ask(taken, asyncio.get_running_loop().create_future)
             tasks = [asyncio.create_task(gateway.enqueue_wait(INSERT, (n,), timeout=None)) for n in range(1, 50)]
             reads = [asyncio.create_task(gateway.read("SELECT 1", timeout=None)) for _ in range(50)]
             while len(queue_of(db)._room) < 49 or readers.waiting < 50:

@@ -1,0 +1,303 @@
+"""Places: who has a connection of the pool, who waits for one, and who comes next."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+from asyncio import _get_running_loop
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from threading import get_ident
+from time import monotonic
+from typing import Any
+
+from onewriter.base.state import State
+from onewriter.base.waiting import thread_signal, wake
+from onewriter.errors import ReadTimeoutError, closed_error
+from onewriter.read.claim import NOBODY, Claim
+from onewriter.read.clock import GRACE, ReadClock
+from onewriter.read.reader import Reader
+
+LONG = 0.2  # seconds; who has a connection for longer hardly comes back in the time of a pause
+
+
+class Idle(list[Reader]):
+    """Connections that nobody has. The last one back is lent first: its page cache is warm."""
+
+    last: Any = property(list.pop)  # taken out, and not by a call: behind one Ctrl-C comes, and what was taken is lost
+
+
+NONE_IDLE = Idle()
+
+
+class Places:
+    """The connections of a pool, as far as who has them goes. No SQLite.
+
+    One that is idle is taken and given back without the lock, each in one step, after which no Python code, of this
+    thread or of another, runs before it is noted whose it is. Who has to wait says so first, and looks then; who gives
+    back looks afterwards. So one sees the other.
+
+    Locks:   _lock guards _door, _is_watched, _readers, _opening, _count, _most, _line, _paused_until and _closed.
+             Nothing blocks while it is held.
+    Threads: any.
+    """
+
+    clock: ReadClock
+
+    def __init__(self, size: int, state: State) -> None:
+        self.size = size
+        self._state = state
+        self._lock = threading.RLock()  # a finalizer or signal handler may read while its thread is inside
+        state.locks = (*state.locks, self._lock)
+        self._idle = Idle()
+        self._door = self._idle  # where who comes takes one: nowhere, while others wait or nobody may have one
+        self._is_watched = False  # who gives one back has to look who waits for that
+        self._readers: dict[Reader, None] = {}  # open ones, idle or lent
+        self._opening: dict[Claim, None] = {}  # those that are about to open one
+        self._count = 0  # of both; above _most while threads that have one need another
+        self._most = size  # of _count, and one for each that is lent beside them; 0: closed
+        self._line: OrderedDict[Claim, None] = OrderedDict()  # in order; any may leave
+        self._closed = False
+        self._all_back = threading.Event()
+        self._on_all_back: Callable[[], object] = str  # or what is to be called then
+        self._paused_until = 0.0  # nobody is admitted until then; 0: there is no pause
+        self._returned = threading.Event()  # in a pause: one has come back
+
+    # Who waits --------------------------------------------------------------------------------------------------------
+
+    def ask(self, claim: Claim, new_signal: Callable[[], Any]) -> bool:
+        """Admit it, if there is a connection or one may be opened; if not, its signal will tell. Never waits.
+
+        Raises:
+            WriterClosedError, WriterBrokenError: the gateway is closed, or out of service.
+        """
+        try:
+            reader = self._door.last
+        except IndexError:
+            pass
+        else:
+            reader.claim = claim
+            return True
+        return self._line_up(claim, new_signal)
+
+    def _line_up(self, claim: Claim, new_signal: Callable[[], Any]) -> bool:
+        with self._lock:
+            self._refuse_if_closed()
+            if claim.is_extra:
+                self._most += 1
+                self._count += 1
+                self._opening[claim] = None
+                return True
+            self._line[claim] = None
+            self._end_pause(monotonic())
+            self._serve()
+            # It would wait for itself: a read in a row factory, say. It has one beside the others. No task does.
+            is_needed = new_signal is thread_signal and claim.thread != 0 and self._has_one(claim.thread)
+            if is_needed and claim in self._line:
+                self._count += 1
+                self._opening[claim] = None
+                del self._line[claim]
+            signal = new_signal()
+            if claim in self._line:
+                claim.signal = signal
+                return False
+            return True
+
+    def check_admitted(self, claim: Claim) -> None:
+        """To be called when the wait for its signal is over; raises why it was in vain."""
+        if not self.is_out(claim):
+            self._refuse_if_closed()
+            labels = ", ".join(self.borrowers)
+            text = f"no connection for {claim.label} in time: all {self.size} are lent, to {labels}"
+            raise ReadTimeoutError(text)
+
+    def _serve(self) -> None:
+        """Admit those in line as far as there are connections. As long as some wait, nobody takes one without them."""
+        self._door, self._is_watched = NONE_IDLE, True  # before the look: who gives one back after it looks here
+        while self._line and not self._paused_until:
+            first, now = next(iter(self._line), None), monotonic()
+            if first is None or first not in self._line:  # a signal handler was here
+                continue
+            if self._idle:  # from here on no call, until it has left the line
+                reader = self._idle.last
+                reader.claim = first
+            elif self._count < self._most:
+                self._count += 1
+                self._opening[first] = None
+            else:
+                break
+            del self._line[first]
+            first.since = now
+            if first.signal is not None:
+                wake([first.signal])
+        self._is_watched = bool(self._line or self._paused_until) or self._count > self._most
+        if not self._is_watched and self._state.broken is None:
+            self._door = self._idle
+
+    def refuse(self) -> None:
+        """Lend nothing any more: the gateway is out of service."""
+        with self._lock:
+            self._serve()
+
+    def _refuse_if_closed(self) -> None:
+        self._state.refuse_if_broken()
+        if self._closed:
+            raise closed_error()
+
+    # Who comes back ---------------------------------------------------------------------------------------------------
+
+    def _leave(self, claim: Claim) -> Reader | None:
+        """Leave the line, or give up to open a connection; returns one that it was lent in this moment."""
+        with self._lock:
+            self._line.pop(claim, None)  # first: from now on it is lent none
+            reader = self._lent_to(claim)
+            if reader is not None:
+                return reader
+            if claim in self._opening:
+                del self._opening[claim]
+                self._count -= 1
+                self._most -= claim.is_extra
+            if self._is_watched:
+                self._serve()
+        if self._paused_until or self._closed:
+            self._tell_of_return()
+        return None
+
+    def _put_back(self, claim: Claim, reader: Reader) -> bool:
+        """Give its connection to the first in line, or keep it for the next. False: it must be closed."""
+        with self._lock:
+            if reader.claim is claim:
+                if self._count > self._most:
+                    return False
+                reader.claim = NOBODY
+                self._idle.append(reader)  # and no call in between
+            if self._is_watched:
+                self._serve()
+        if self._paused_until or self._closed:
+            self._tell_of_return()
+        return True
+
+    def _close_place(self, claim: Claim, reader: Reader) -> None:
+        """There is no connection to give back: the next in line opens another."""
+        with self._lock:
+            if reader in self._readers:
+                del self._readers[reader]
+                reader.claim = NOBODY
+                self._count -= 1
+                self._most -= claim.is_extra
+            if self._is_watched:
+                self._serve()
+        if self._paused_until or self._closed:
+            self._tell_of_return()
+
+    def _tell_of_return(self) -> None:
+        if self._paused_until:
+            self._returned.set()
+        self._call_if_all_back()
+
+    def when_all_back(self, function: Callable[[], object]) -> None:
+        """Call it when the last connection has come back and is closed; now, if that is so."""
+        with self._lock:
+            self._on_all_back = function
+        self._call_if_all_back()
+
+    def _call_if_all_back(self) -> None:
+        if self._closed and not self._count:
+            self._all_back.set()
+            self.clock.end()
+            with self._lock:
+                function, self._on_all_back = self._on_all_back, str
+            function()
+
+    # Pauses -----------------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def pause(self, seconds: float) -> Iterator[None]:
+        """Admit nobody for the ``with`` block, and for no longer than that; those who are lent one come back meanwhile.
+
+        Unless one is out for long already, and would be in the way all the same.
+        """
+        if seconds <= 0.0 or self.out_for(LONG):
+            yield
+            return
+        self._returned.clear()
+        until = monotonic() + seconds
+        try:
+            with self._lock:
+                self._paused_until = until
+                self._serve()
+            self.clock.set(until - GRACE)
+            while self.in_use and (left := until - monotonic()) > 0.0:
+                self._returned.wait(left)
+                self._returned.clear()
+            yield
+        finally:
+            with self._lock:
+                self._paused_until = 0.0
+                self._serve()
+
+    def _end_pause(self, now: float) -> float:
+        """If it is over, admit those who have come in it; or else returns when it will be."""
+        if self._paused_until and now >= self._paused_until:
+            self._paused_until = 0.0
+            self._serve()
+        return self._paused_until or math.inf
+
+    # Who has one ------------------------------------------------------------------------------------------------------
+
+    @property
+    def in_use(self) -> int:
+        return self._count - len(self._idle)
+
+    @property
+    def waiting(self) -> int:
+        """How many wait for a connection."""
+        return len(self._line)
+
+    def _lent(self) -> list[Claim]:
+        """Those that have a connection, or are about to open one."""
+        opening = list(self._opening)  # first: what has one is not among these any more
+        return opening + [claim for reader in list(self._readers) if (claim := reader.claim) is not NOBODY]
+
+    def _lent_to(self, claim: Claim) -> Reader | None:
+        for reader in list(self._readers):
+            if reader.claim is claim:
+                return reader
+        return None
+
+    @property
+    def borrowers(self) -> list[str]:
+        """The labels of those that have one."""
+        return [claim.label for claim in self._lent()]
+
+    @property
+    def has_mine(self) -> bool:
+        """Whether one cannot come back while the calling thread waits."""
+        me, loop = get_ident(), _get_running_loop()
+        if self._has_one(me):
+            return True
+        claims = (*list(self._line), *self._lent())
+        return any(claim.thread == me or (loop is not None and claim.loop is loop) for claim in claims)
+
+    def _has_one(self, thread: int) -> bool:
+        return any(thread in (claim.thread, claim.runs_in) for claim in self._lent())
+
+    def out_for(self, seconds: float) -> list[Claim]:
+        """Those that have a connection for longer than that."""
+        now = monotonic()
+        return [claim for claim in self._lent() if now - claim.since > seconds]
+
+    def is_out(self, claim: Claim) -> bool:
+        return claim in self._opening or self._lent_to(claim) is not None
+
+    def after_fork_in_child(self) -> list[object]:
+        """In a forked child: lend nothing, take nothing back; returns what must never be closed there."""
+        self._lock = self.clock.lock = threading.RLock()
+        self._closed, self._door = True, NONE_IDLE
+        self._on_all_back = str
+        self._paused_until = 0.0
+        readers = list(self._readers)
+        for reader in readers:
+            reader.is_inherited = reader.guard.leaves_traces = True
+        return [thing for reader in readers for thing in (reader, reader.connection)]
