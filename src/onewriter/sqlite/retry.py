@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import sqlite3
 import threading
+import time
 from collections.abc import Callable
 from time import monotonic
 from typing import Any, TypeVar
@@ -13,8 +15,9 @@ from typing import Any, TypeVar
 import tenacity
 
 T = TypeVar("T")
-POLL = 0.001  # seconds; constant, since a back-off puts those who have waited longest at a disadvantage
-JITTER = 0.0005
+POLL, JITTER = 0.001, 0.0005  # seconds from one attempt to the next, and how much longer by chance
+SOONER, SOONEST = 20.0, 5.0  # the longer it has waited the more often it tries: each second by that; at most
+ROUND = 0.01  # seconds of attempts between two looks of tenacity, of which each costs as much as ten attempts
 NOTICEABLE = 0.1  # seconds of waiting after which it is logged, and again each time it has doubled
 
 
@@ -75,7 +78,7 @@ class LockPolicy:
     def __init__(self, lock_timeout: float, stop: threading.Event, sleep: Callable[[float], Any] | None = None) -> None:
         self.lock_timeout = lock_timeout
         self.stop = stop
-        self.sleep: Callable[[float], Any] = sleep or stop.wait
+        self.sleep: Callable[[float], Any] = sleep or time.sleep  # half the price of stop.wait
         self.attempts = 0
         self.waited = 0.0
 
@@ -101,6 +104,7 @@ class LockPolicy:
     ) -> T:
         """Go on after a first attempt, which raised ``first``. Apart: tenacity costs 7 µs even when nothing fails."""
         began, threshold = monotonic(), NOTICEABLE
+        seconds = self.lock_timeout if budget is None else budget
 
         def count(state: tenacity.RetryCallState) -> None:
             nonlocal threshold
@@ -114,15 +118,13 @@ class LockPolicy:
             if first is not None:
                 error, first = first, None
                 raise error
-            self.attempts += 1
-            return attempt()
+            return self._round(attempt, began, began + seconds)
 
         try:
             result = tenacity.Retrying(
                 retry=tenacity.retry_if_exception(is_busy),
-                stop=tenacity.stop_after_delay(self.lock_timeout if budget is None else budget)
-                | tenacity.stop_when_event_set(self.stop),
-                wait=tenacity.wait_fixed(POLL) + tenacity.wait_random(0, JITTER),
+                stop=tenacity.stop_after_delay(seconds) | tenacity.stop_when_event_set(self.stop),
+                wait=tenacity.wait_random(0, POLL),
                 sleep=self.sleep,
                 before_sleep=count,
                 reraise=True,
@@ -136,6 +138,18 @@ class LockPolicy:
         if self.waited >= NOTICEABLE:
             log(True, f"got SQLite's lock: {self._so_far()}")
         return result
+
+    def _round(self, attempt: Callable[[], T], began: float, deadline: float) -> T:
+        """Some attempts, until the deadline at the latest."""
+        until = min(monotonic() + ROUND, deadline)
+        while True:
+            self.attempts += 1
+            try:
+                return attempt()
+            except sqlite3.OperationalError as error:
+                if (now := monotonic()) >= until or self.stop.is_set() or not is_busy(error):
+                    raise
+            self.sleep((POLL + JITTER * random.random()) / min(SOONEST, 1.0 + SOONER * (now - began)))
 
     def _so_far(self) -> str:
         return f"{self.attempts} attempts in {self.waited:.3f} s"

@@ -16,8 +16,8 @@ from onewriter.write.checkpoint import Readers
 from onewriter.write.session import WriteSession
 from onewriter.write.ticket import Job
 
-LONGEST_HOLD = 0.05  # seconds after which a batch takes no further job
-GAP = 0.0015  # seconds for which the lock is left free after it was held that long
+LONGEST_HOLD = 0.02  # seconds after which a batch takes no further job
+GAP = 0.001  # seconds for which the lock is left free after it was held that long
 
 
 class WriteLock:

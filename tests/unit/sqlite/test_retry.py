@@ -48,8 +48,68 @@ def test_a_lock_is_tried_for_again_until_it_is_free(connection: sqlite3.Connecti
         policy = LockPolicy(30, threading.Event(), sleep)
         assert policy.call(lambda: begin(connection), lambda *line: told.append(line)) == "begun"
     assert (policy.attempts, len(sleeps)) == (4, 3)
-    assert all(0.001 <= seconds <= 0.0015 for seconds in sleeps)
+    assert sleeps[0] <= 0.001  # tenacity's, of a random length
+    assert all(0.0009 <= seconds <= 0.0015 for seconds in sleeps[1:])
     assert told == []
+
+
+def test_whoever_has_waited_longer_tries_more_often_but_not_without_limit(
+    connection: sqlite3.Connection, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sleeps: list[float] = []
+    now = 0.0
+    stop = threading.Event()
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        sleeps.append(seconds)
+        now += seconds
+        if now > 0.5:
+            stop.set()
+
+    monkeypatch.setattr(onewriter.sqlite.retry, "monotonic", lambda: now)
+    monkeypatch.setattr(onewriter.sqlite.retry, "JITTER", 0.0)
+    monkeypatch.setattr(onewriter.sqlite.retry, "ROUND", 1.0)
+    with holding_lock(path), pytest.raises(sqlite3.OperationalError, match="locked"):
+        LockPolicy(30, stop, sleep).call(lambda: begin(connection), lambda *line: None)
+    sleeps = sleeps[1:]  # the first is tenacity's
+    assert sleeps == sorted(sleeps, reverse=True)
+    assert sleeps[0] == pytest.approx(0.001, rel=0.1)
+    assert sleeps[-1] == pytest.approx(0.0002)
+
+
+def test_attempts_end_with_the_time_that_is_given(
+    connection: sqlite3.Connection, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onewriter.sqlite.retry, "ROUND", 3600.0)
+    with holding_lock(path), pytest.raises(sqlite3.OperationalError, match="locked"):
+        LockPolicy(0.05, threading.Event()).call(lambda: begin(connection), lambda *line: None)
+
+
+def test_tenacity_is_asked_once_for_several_attempts(
+    connection: sqlite3.Connection, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sleeps: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        sleeps.append(seconds)
+        if len(sleeps) == 5:
+            holder.execute("COMMIT")
+
+    rounds: list[object] = []
+
+    class Counted(tenacity.Retrying):
+        def iter(self, retry_state: tenacity.RetryCallState) -> Any:
+            rounds.append(retry_state.attempt_number)
+            return super().iter(retry_state)
+
+    monkeypatch.setattr(onewriter.sqlite.retry, "ROUND", 60.0)
+    monkeypatch.setattr(tenacity, "Retrying", Counted)
+    with holding_lock(path) as holder:
+        policy = LockPolicy(30, threading.Event(), sleep)
+        policy.call(lambda: begin(connection), lambda *line: None)
+    assert policy.attempts == 6
+    assert set(rounds) == {1, 2}  # the first attempt, whose error is raised again, and all the others
 
 
 def test_a_lock_that_is_free_is_had_without_tenacity(
@@ -100,18 +160,20 @@ def test_other_errors_are_not_tried_again(connection: sqlite3.Connection, path: 
     assert len(calls) == 2
 
 
-def test_an_error_midway_ends_the_wait(connection: sqlite3.Connection, path: Path) -> None:
+@pytest.mark.parametrize("error", [LookupError, sqlite3.OperationalError])
+def test_an_error_midway_ends_the_wait(connection: sqlite3.Connection, path: Path, error: type[Exception]) -> None:
     attempts = 0
 
     def attempt() -> None:
         nonlocal attempts
         attempts += 1
         if attempts == 3:
-            raise LookupError
+            raise error("midway")
         begin(connection)
 
-    with holding_lock(path), pytest.raises(LookupError):
+    with holding_lock(path), pytest.raises(error, match="midway"):
         LockPolicy(3600, threading.Event()).call(attempt, lambda *line: None)
+    assert attempts == 3
 
 
 def test_busy_is_told_by_its_code_alone() -> None:
