@@ -1,8 +1,8 @@
 """How many bytecodes an operation executes, in all threads together: a cost that a noisy machine cannot change.
 
 ``python tests/bench/bytecodes.py [--where OPERATION]``, with the package to measure on the path. Python code alone is
-counted, nothing inside SQLite; the median of several groups of calls. ``--where`` lists the functions of the operations
-whose names contain that text. After an fsync a bytecode takes about three times as long as one in a loop.
+counted, nothing inside SQLite; the median of several groups of calls. ``--where`` lists the functions and files of the
+operations whose names contain that text. After an fsync a bytecode takes about three times as long as one in a loop.
 """
 
 from __future__ import annotations
@@ -73,6 +73,11 @@ class Meter:
             for code, count in self._bytecodes.most_common(MOST_FUNCTIONS):
                 place = f"{Path(code.co_filename).name}:{code.co_qualname}"
                 print(f"    {count / calls:8.1f}  {self._calls[code] / calls:6.2f} calls  {place}", flush=True)
+            files: Counter[str] = Counter()
+            for code, count in self._bytecodes.items():
+                files["/".join(Path(code.co_filename).parts[-2:])] += count
+            for name, count in files.most_common():
+                print(f"    {count / calls:8.0f}  {name}", flush=True)
 
 
 def insert(tx: Any) -> None:

@@ -23,7 +23,7 @@ from onewriter.write.connection import WriteConnection
 from onewriter.write.function_loan import FunctionLoan
 from onewriter.write.jobs import BareStatementJob, ConnectionJob, StatementJob
 from onewriter.write.loan import WriteLoan
-from onewriter.write.lock import LONGEST_HOLD, WriteLock
+from onewriter.write.lock import WriteLock
 from onewriter.write.outcomes import copy_of
 from onewriter.write.session import WriteSession
 from onewriter.write.ticket import RUNNING, Job
@@ -125,7 +125,7 @@ class Batch:
     def run(self, todo: list[Job[Any]], again: dict[Job[Any], Again]) -> Verdict:
         """Run the jobs at the front of ``todo``, as many as may share the transaction, and commit them."""
         verdict = None
-        until = self._now + LONGEST_HOLD
+        until = self._now + self._lock.longest_hold
         try:
             if len(todo) > 1:
                 self._shares = self._may_share(todo[0], todo[1], again)

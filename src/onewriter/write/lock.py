@@ -16,7 +16,8 @@ from onewriter.write.checkpoint import Readers
 from onewriter.write.session import WriteSession
 from onewriter.write.ticket import Job
 
-LONGEST_HOLD = 0.02  # seconds after which a batch takes no further job
+LONGEST_HOLD = 0.05  # seconds after which a batch takes no further job
+SHARED_HOLD = 0.02  # the same while others want the lock too: turns of equal processes add up to equal shares sooner
 GAP = 0.001  # seconds for which the lock is left free after it was held that long
 
 
@@ -44,6 +45,7 @@ class WriteLock:
         self._readers = readers
         self._tell = tell
         self._begun_at = 0.0
+        self.longest_hold = LONGEST_HOLD
         self._held = self._free = 0.0  # seconds with and without the lock since it was last left free for others
         self._is_committing = False  # the last attempt was COMMIT
 
@@ -52,13 +54,14 @@ class WriteLock:
         error = self.try_begin(session, now)
         if error is not None:
             self._keep_trying(session, "BEGIN IMMEDIATE", job, times, error)
+            self.longest_hold = SHARED_HOLD
             times.lock_wait = self.policy.waited
             self._begun_at = monotonic()
         return self._begun_at
 
     def try_begin(self, session: WriteSession, now: float) -> sqlite3.Error | None:
         """Try once; returns why it is not there."""
-        if self._held >= LONGEST_HOLD:
+        if self._held >= self.longest_hold:
             self._leave_a_gap(now)
         self._free += now - self.released_at
         policy = self.policy
@@ -141,6 +144,7 @@ class WriteLock:
         if free < GAP:
             self.policy.stop.wait(GAP - free)
         self._held = self._free = 0.0
+        self.longest_hold = LONGEST_HOLD
         self.released_at = now
 
 

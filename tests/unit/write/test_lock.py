@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, holding_lock, parked, policy_of, rows, writer_of
+from helpers import DEADLINE, holding_lock, parked, policy_of, rows, until_waiting, waiting_for_lock, writer_of
 from onewriter import DbWriter, Transaction
 from onewriter.write import lock
 
@@ -144,16 +144,35 @@ def test_a_lone_statement_is_repeated_while_somebody_else_writes(path: Path) -> 
         assert rows(db) == [1]
 
 
-def test_the_lock_is_left_free_for_a_moment_after_long_holding(db: DbWriter, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_lock_is_left_free_for_a_moment_after_long_holding(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
     monkeypatch.setattr(lock, "LONGEST_HOLD", 0.0)
-    monkeypatch.setattr(writer_of(db)._stop, "wait", pauses.append)
-    with parked(db):
-        for n in range(3):
-            db.enqueue(f"PRAGMA user_version = {n}")  # each has a transaction of its own
-    db.flush()
+    with DbWriter(path) as db:
+        monkeypatch.setattr(writer_of(db)._stop, "wait", pauses.append)
+        with parked(db):
+            for n in range(3):
+                db.enqueue(f"PRAGMA user_version = {n}")  # each has a transaction of its own
+        db.flush()
     assert pauses
     assert all(0 < pause <= lock.GAP for pause in pauses)
+
+
+def test_a_writer_that_had_to_wait_for_the_lock_holds_it_for_a_shorter_time(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "LONGEST_HOLD", 3600.0)
+    monkeypatch.setattr(lock, "SHARED_HOLD", -1.0)  # over when it begins
+    with DbWriter(path) as db:
+        db.run("CREATE TABLE t (n)")
+        with waiting_for_lock(db, path) as go:
+            for n in range(10):
+                db.enqueue(INSERT, (n,))
+            before = db.stats().commits
+            go.set()
+            until_waiting(db)
+        db.flush()
+        # The first alone; then the gap, in which nobody takes the lock, so that the others go together.
+        assert db.stats().commits - before == 2
 
 
 def test_many_jobs_behind_a_busy_commit_wait_for_the_lock_once(path: Path) -> None:
