@@ -176,7 +176,7 @@ def waiting_for_lock(db: DbWriter, path: Path) -> Iterator[threading.Event]:
 
 def until_waiting(db: DbWriter) -> None:
     """Until the writer waits for SQLite's lock."""
-    eventually(lambda: "waits since" in state_of(db).describe())
+    eventually(lambda: "the writer has waited" in state_of(db).describe())
 
 
 # What a database, the log or an error says ----------------------------------------------------------------------------

@@ -87,7 +87,7 @@ class ReadTimeoutError(OneWriterError, TimeoutError):
 
 
 class ReentrantWriteError(OneWriterError):
-    """The call would wait for something that only this thread can bring about. Not committed."""
+    """The call would wait for something that itself waits for the caller. Not committed."""
 
 
 class TransactionClosedError(OneWriterError):

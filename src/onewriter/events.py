@@ -17,10 +17,10 @@ from onewriter.errors import Outcome
 
 @dataclass(frozen=True, slots=True)
 class JobSubmitted:
-    """A job is about to be handed in; published in the thread, and in the context, of the call.
+    """A job is about to be queued; published in the thread, and in the context, of the call.
 
     Attributes:
-        ticket: its label, call site, and later its outcome and timings.
+        ticket: its label, place of the call, and later its outcome and timings.
         waits: whether the caller waits for the outcome; False for ``enqueue``.
     """
 
@@ -84,6 +84,6 @@ def publish(state: State, hook: Hook, event: Event) -> None:
 
 
 def announce(state: State, hook: Hook | None, job: Any, waits: bool) -> None:
-    """Publish that a job is about to be handed in, unless it is one of the gateway's, such as ``flush``."""
+    """Publish that a job is about to be queued, unless it is one of the gateway's, such as ``flush``."""
     if hook is not None and job.in_stats:
         call_safely(state, hook, JobSubmitted(job, waits))

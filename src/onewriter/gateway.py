@@ -300,7 +300,7 @@ class DbWriter(Strict):
     def enqueue(
         self, what: str | Function[T], params: Params = (), /, *, label: Label = None, timeout: Seconds = 30.0
     ) -> Ticket[Any]:
-        """Hand a write in and return its ticket, without waiting for it: accepted, not committed.
+        """Queue a write and return its ticket, without waiting for it: accepted, not committed.
 
         Blocks while the queue is full, at most ``timeout`` seconds; inside a job, and in a finalizer or signal handler
         that interrupted the queue itself, it never blocks. Inside a job it is not part of that job.
@@ -334,7 +334,7 @@ class DbWriter(Strict):
     def enqueue_many(
         self, sql: str, seq_of_params: Iterable[Params], /, *, label: Label = None, timeout: Seconds = 30.0
     ) -> Ticket[Result]:
-        """Hand in one statement for many rows of parameters, all or none, as ``enqueue`` does: accepted, not committed.
+        """Queue one statement for many rows of parameters, all or none, as ``enqueue`` does: accepted, not committed.
 
         A generator is consumed now, once. It is one job, and takes one place in the queue. Raises as ``enqueue`` does,
         and sqlite3.ProgrammingError for RETURNING (Not committed).

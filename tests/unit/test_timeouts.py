@@ -16,7 +16,7 @@ from helpers import DEADLINE, in_threads, parked, state_of
 from onewriter import AsyncDbWriter, DbWriter, QueueFullError, ReadTimeoutError, Ticket, WriteTimeoutError
 
 SOON = 0.01
-HOLDER = r"the writer is held by '.*park' \(called from helpers.py:\d+ in parked\) for \d"
+HOLDER = r"the writer is held by '.*park' \(called from helpers.py:\d+ in parked\), for \d"
 LONG = "INSERT INTO t VALUES (1) -- a text that is longer than sixty characters are"
 
 CALLS: dict[str, tuple[type[Exception], Callable[[DbWriter, Ticket[Any]], object]]] = {

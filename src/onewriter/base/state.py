@@ -240,15 +240,15 @@ class State:
         """Who holds the writer, for messages: label, since when, and where it was called from."""
         job, waiting, calling_back = self.job, self.waiting, self.calling_back
         if job is not None:
-            return f"the writer is held by {job.describe()} for {monotonic() - job.started_at:.2f} s"
+            return f"the writer is held by {job.describe()}, for {monotonic() - job.started_at:.2f} s so far"
         if waiting is not None:
             if has_lock:
                 return f"to run {waiting[0].describe()}"
-            text = f"the writer waits since {monotonic() - waiting[1]:.2f} s for SQLite's lock, held elsewhere, to run"
+            text = f"the writer has waited {monotonic() - waiting[1]:.2f} s for SQLite's lock, held elsewhere, to run"
             return f"{text} {waiting[0].describe()}; {self._describe_lock()}"
         if calling_back is not None:
             whose = "on_event" if calling_back[0] is None else f"the callbacks of {calling_back[0].describe()}"
-            return f"the writer calls {whose} for {monotonic() - calling_back[1]:.2f} s"
+            return f"the writer calls {whose}, for {monotonic() - calling_back[1]:.2f} s so far"
         return "the writer is between jobs"
 
 

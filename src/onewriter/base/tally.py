@@ -82,7 +82,7 @@ class Stats:
 
     Attributes:
         queue_depth: jobs accepted and not yet taken by the writer.
-        oldest_age: since the oldest job without an outcome was handed in; 0.0: there is none.
+        oldest_age: since the oldest job without an outcome was accepted; 0.0: there is none.
         running: the job that runs now.
         waiting_for_lock: the job whose transaction waits for SQLite's lock, which somebody else holds.
         committed, failed, cancelled: jobs by outcome; cancelled ones were withdrawn before they started.
@@ -94,7 +94,7 @@ class Stats:
         queue_wait, run: of each job that has started: in the queue, the wait for the lock not counted; and running.
         commit: of each COMMIT.
         readers_in_use, readers_waiting: connections lent, and calls that wait for one.
-        wal_bytes: size of the write-ahead logs' files, attached ones counted, which stays when a log begins anew.
+        wal_bytes: size of the write-ahead logs' files, attached ones counted, which stays when a log is reset.
         last_checkpoint: None: there was none.
         last_backup_ago: since the last ``backup()`` was complete; None: there was none.
     """

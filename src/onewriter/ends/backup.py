@@ -56,7 +56,7 @@ def check_backup(target: Any, progress: Any, pages: Any) -> None:
 
 
 def copy(source: sqlite3.Connection, target: Any, progress: Progress | None, pages: int) -> None:
-    """Copy from a connection whose transaction pins what it sees, so that writes do not make it begin anew."""
+    """Copy from a connection whose transaction pins what it sees, so that writes do not make it start again."""
     if isinstance(target, sqlite3.Connection):
         source.backup(target, pages=pages, progress=progress and _in_this_process(progress))
         return

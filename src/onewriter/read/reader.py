@@ -85,7 +85,7 @@ class Reader:
         """Call what reads here, and say so if it was ended because the time is over.
 
         Args:
-            again: it may be called again, while a lock is in the way (a recovery, or a COMMIT in the rollback-journal
+            again: it may be called again, while a lock is held (a recovery, or a COMMIT in the rollback-journal
                 modes). Not so a function of the user's.
         """
         try:

@@ -96,7 +96,7 @@ class _Refusals:
 
     def deny_history(self, name: str) -> int:
         return self.deny(
-            f"{name} tells of the connection, which others have used since, or which is another one: use "
+            f"{name} depends on the connection, which others may have used since, or which may be another one: use "
             "Result.lastrowid, Result.rowcount or RETURNING, or ask in the function or block that wrote"
         )
 

@@ -99,7 +99,7 @@ class _NoLoan:
     is_over = True
 
     def __getattr__(self, name: str) -> NoReturn:
-        raise sqlite3.ProgrammingError("this connection is not lent any more")
+        raise sqlite3.ProgrammingError("the loan of this connection has ended")
 
 
 class LentShell(sqlite3.Connection):

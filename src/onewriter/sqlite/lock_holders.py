@@ -16,7 +16,7 @@ PENDING, LAST = 0x40000000, 0x40000000 + 511
 SHARED = 0x40000002
 COMMAND_LENGTH = 100
 LOOKS = 3  # at /proc/locks, which may miss lines when locks change while it is read
-UNKNOWN_READER = "somebody who cannot be told here, another connection of this process, say"
+UNKNOWN_READER = "unknown here, perhaps another connection of this process"
 
 
 def lock_holders(path: str) -> list[int] | None:
@@ -59,14 +59,14 @@ def describe_wal_readers(paths: Iterable[str], borrowers: list[str]) -> str:
     """For messages: who keeps the logs from being reset; ``borrowers`` are readers of the calling gateway."""
     found = dict.fromkeys(process for path in paths for process in wal_readers(path) or [])
     others = [process for process in found if not (borrowers and process == os.getpid())]
-    return ", ".join([*borrowers, *map(describe_process, others)]) or "somebody who cannot be told here"
+    return ", ".join([*borrowers, *map(describe_process, others)]) or "a reader that cannot be determined here"
 
 
 def describe_readers(paths: Iterable[str], borrowers: list[str]) -> str:
     """For messages: which readers COMMIT waits for; ``borrowers`` are those of the calling gateway."""
     found = dict.fromkeys(process for path in paths for process in readers_in_the_way(path) or [])
     who = ", ".join([*borrowers, *map(describe_process, found)])
-    return f"COMMIT waits for those who read: {who or UNKNOWN_READER}"
+    return f"COMMIT waits for readers: {who or UNKNOWN_READER}"
 
 
 def describe_lock(path: str) -> str:
@@ -75,9 +75,9 @@ def describe_lock(path: str) -> str:
         if holders := lock_holders(path):
             break
     if holders is None:
-        return "who holds SQLite's lock cannot be told here"
+        return "the holder of SQLite's lock cannot be determined here"
     if not holders:
-        return "nobody holds SQLite's lock at this moment, or it cannot be told here"
+        return "no holder of SQLite's lock was found: it is free at this moment, or that cannot be determined here"
     return f"SQLite's lock is held by {', '.join(map(describe_process, holders))}"
 
 

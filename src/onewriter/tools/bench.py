@@ -208,7 +208,7 @@ def add_command(subparsers: Any) -> None:
         type=_seconds,
         default=2.0,
         metavar="S",
-        help=f"seconds for each (default: 2), those beside a slow writer aside, which take {HOLD + AFTER:g}",
+        help=f"seconds for each load (default: 2); those beside a slow writer take {HOLD + AFTER:g}",
     )
     parser.add_argument("--json", type=_file, metavar="FILE", help="write the same numbers there too")
     parser.set_defaults(run=run)

@@ -17,7 +17,7 @@ MOST_FINDINGS = 20
 # https://www.sqlite.org/wal.html#walresetbug: fixed from here on, and in these older lines
 FIXED_VERSION = (3, 51, 3)
 ALSO_FIXED = ((3, 50, 7), (3, 44, 6))
-UNTOLD = "cannot be told here"
+UNTOLD = "cannot be determined here"
 LABEL = 16  # columns before a row's text
 
 

@@ -53,6 +53,6 @@ def _end(job: ConnectionJob[T], writer: WriteConnection, state: State, failure: 
     was_open = writer.close_whole()
     if was_open and failure is None:
         raise sqlite3.ProgrammingError(
-            f"the function of job {job.describe()} left a transaction open, which is rolled back: it is to end what it "
+            f"the function of job {job.describe()} left a transaction open, which is rolled back: it must end what it "
             "begins (with isolation_level or autocommit set, sqlite3 begins by itself)"
         )

@@ -22,7 +22,7 @@ from onewriter.write.session import WriteSession
 COMMITS = 256  # or some changed rows for each, after which the first checkpoint comes
 ROWS = 8  # changed rows that count as much as a commit
 PAGES = 1000  # that the log is to have at a checkpoint, as in SQLite itself
-HOLD_BACK = 0.05  # seconds that new reads wait, at most, so that the log can begin anew
+HOLD_BACK = 0.05  # seconds that new reads wait, at most, so that the log can be reset
 FAR = 2  # times wal_limit, from which on the log's size is worth a word at once
 SOON, RARELY = 0.005, 1.0  # seconds between two tries that are in vain, at first and at most
 
@@ -31,7 +31,7 @@ LONG = 0.2  # seconds; who has a connection for longer hardly comes back in the 
 
 
 class Readers(Protocol):
-    """The pool of readers, as the writer sees it: who is in the way of the log, and how to keep new ones waiting."""
+    """The pool of readers, as the writer sees it: which keep the log from being reset, and how new ones are held."""
 
     @property
     def in_use(self) -> int: ...
@@ -68,7 +68,7 @@ class Checkpoint(NamedTuple):
 class Checkpointer:
     """When, and how thoroughly. Belongs to the thread that is the writer.
 
-    By growth, since the size of the file stays although the log begins anew after a complete checkpoint. How many pages
+    By growth, since the size of the file stays although the log is reset after a complete checkpoint. How many pages
     the growth came to is known at each checkpoint only; it says how far off the next one may be. And at once when the
     file has grown by as much as the log may have: a few large values do that.
     FULL and TRUNCATE, not PASSIVE: they take the write lock where it can be had, without which another process can

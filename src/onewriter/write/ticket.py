@@ -89,7 +89,7 @@ class Ticket(Generic[T]):
 
     @property
     def called_from(self) -> str:
-        """Where the job was handed in: ``"file.py:123 in name"``."""
+        """The place of the call: ``"file.py:123 in name"``."""
         return place_of(self._code, self._instruction)
 
     @property

@@ -83,7 +83,7 @@ def test_where_it_cannot_be_told_the_error_says_so(path: Path, monkeypatch: pyte
         db.run("CREATE TABLE t (n)")
         with holding_lock(path), pytest.raises(sqlite3.OperationalError) as caught:
             db.run("INSERT INTO t VALUES (1)")
-    assert "cannot be told here" in notes_of(caught.value)
+    assert "cannot be determined here" in notes_of(caught.value)
 
 
 @linux
@@ -145,7 +145,7 @@ def test_the_process_itself_is_named_as_such() -> None:
 def test_who_reads_the_log_is_named_once(path: Path) -> None:
     with DbWriter(path) as db:
         db.run("CREATE TABLE t (n)")
-        assert lock_holders.describe_wal_readers([str(path)], []) == "somebody who cannot be told here"
+        assert lock_holders.describe_wal_readers([str(path)], []) == "a reader that cannot be determined here"
         with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
             other.execute("BEGIN")
             other.execute("SELECT * FROM t").fetchall()
@@ -177,20 +177,20 @@ def test_a_commit_that_readers_hold_up_names_them_and_never_the_writer(
             for ticket in (db.enqueue("INSERT INTO t VALUES (1)"), db.enqueue(lambda tx: tx.execute("DELETE FROM t"))):
                 with pytest.raises(sqlite3.OperationalError) as caught:
                     ticket.result(DEADLINE)
-                assert f"COMMIT waits for those who read: process {process.pid} (" in notes_of(caught.value)
+                assert f"COMMIT waits for readers: process {process.pid} (" in notes_of(caught.value)
                 assert str(os.getpid()) not in notes_of(caught.value)
-            assert f"COMMIT waits for those who read: process {process.pid} (" in caplog.text
+            assert f"COMMIT waits for readers: process {process.pid} (" in caplog.text
             assert "this process" not in caplog.text
             assert [reader.pid for reader in check(str(path)).wal_readers or []] == [process.pid]
             policy_of(db).lock_timeout = DEADLINE
-            with pytest.raises(WriteTimeoutError, match=f"those who read: process {process.pid} "):
+            with pytest.raises(WriteTimeoutError, match=f"waits for readers: process {process.pid} "):
                 db.run("INSERT INTO t VALUES (1)", timeout=0.2)
         policy_of(db).lock_timeout = 0.2
         with db.reader(label="monthly report") as connection:
             connection.execute("SELECT n FROM t").fetchone()
             with pytest.raises(sqlite3.OperationalError) as caught:
                 db.run("INSERT INTO t VALUES (1)")
-        assert notes_of(caught.value).endswith("COMMIT waits for those who read: 'monthly report'")
+        assert notes_of(caught.value).endswith("COMMIT waits for readers: 'monthly report'")
         with contextlib.closing(sqlite3.connect(path)) as other:
             cursor = other.execute("SELECT n FROM t")
             cursor.fetchone()

@@ -167,7 +167,7 @@ def test_where_the_system_does_not_tell_it_says_so(
     plain(path).close()
     monkeypatch.setattr(lock_holders, "LOCKS", path.parent / "missing")
     assert main(["check", str(path)]) == 0
-    assert capsys.readouterr().out.count("cannot be told here") == 3
+    assert capsys.readouterr().out.count("cannot be determined here") == 3
     assert asked(path, capsys)[1]["write_lock"] is None
 
 
