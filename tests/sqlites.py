@@ -24,7 +24,7 @@ from pathlib import Path
 from check_skips import allowed, skipped
 
 ROOT = Path(__file__).parents[1]
-LONGEST = 300  # seconds to fetch one, and to build one
+LONGEST = 900  # seconds to fetch one, and to build one; half a minute where nothing else runs
 NAME = "libsqlite3.so.0"
 PACKAGE = "better-sqlite3"
 VERSIONS = {  # of SQLite: of the package
