@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -15,6 +16,9 @@ import pytest
 
 from onewriter import DbWriter
 
+MEMORY = "/dev/shm"
+ROOM = 2 << 30  # bytes
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--switch-interval", type=float, help="of the interpreter, in seconds: 1e-6 shakes threads up")
@@ -23,6 +27,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if (seconds := config.getoption("--switch-interval")) is not None:
         sys.setswitchinterval(seconds)
+    # There an fsync waits for no disk. TMPDIR names another place: .ci/run does so once, with one on a disk.
+    if "TMPDIR" not in os.environ and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > ROOM:
+        os.environ["TMPDIR"] = MEMORY
+        tempfile.tempdir = None  # pytest has asked for it already
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -43,13 +43,13 @@ def test_without_a_log_reads_and_writes_are_exact(path: Path, mode: str) -> None
 
         def write() -> None:
             try:
-                for n in range(500):
+                for n in range(250):
                     db.run("INSERT INTO t VALUES (?)", (n,))
             finally:
                 stop.set()
 
         in_threads(write, read, read)
-        assert db.read_value("SELECT count(*) FROM t") == 500
+        assert db.read_value("SELECT count(*) FROM t") == 250
 
 
 def test_a_file_that_was_deleted_is_noticed_and_not_made_anew(path: Path) -> None:
