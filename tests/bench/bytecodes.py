@@ -1,7 +1,7 @@
 """How many bytecodes an operation executes, in all threads together: a cost that a noisy machine cannot change.
 
 ``python tests/bench/bytecodes.py [--where OPERATION]``, with the package to measure on the path. Python code alone is
-counted, nothing inside SQLite; the median of several groups of calls. ``--where`` lists the functions and files of the
+counted, nothing inside SQLite; the median of several groups of calls. ``--where`` lists the functions and parts of the
 operations whose names contain that text. After an fsync a bytecode takes about three times as long as one in a loop.
 """
 
@@ -26,6 +26,16 @@ SELECT = "SELECT v FROM t WHERE id = ?"
 ROUNDS = 5
 CALLS, BACKLOG, TASKS, CALLS_OF_A_TASK = 100, 1000, 64, 10
 MOST_FUNCTIONS = 25
+PARTS = {
+    "the call": ("gateway", "aio", "core", "jobs", "ticket", "block", "parameters", "arguments", "call_site"),
+    "its turn": ("queue", "waiting", "driver", "entry", "own_turn", "calls", "threads"),
+    "the batch": ("batch", "writer"),
+    "lock and file": ("lock", "file"),
+    "statements": ("execute", "statement", "result", "loan", "function_loan", "transaction", "session", "scopes"),
+    "the outcome": ("outcomes", "tally"),
+    "who looks after it": ("state", "checkpoint", "pool", "places", "clock", "log"),
+    "the event loop": ("base_events", "events", "selectors", "selector_events", "unix_events", "tasks", "futures"),
+}
 
 
 class Meter:
@@ -73,11 +83,12 @@ class Meter:
             for code, count in self._bytecodes.most_common(MOST_FUNCTIONS):
                 place = f"{Path(code.co_filename).name}:{code.co_qualname}"
                 print(f"    {count / calls:8.1f}  {self._calls[code] / calls:6.2f} calls  {place}", flush=True)
-            files: Counter[str] = Counter()
+            parts = Counter({part: 0 for part in (*PARTS, "the rest")})
             for code, count in self._bytecodes.items():
-                files["/".join(Path(code.co_filename).parts[-2:])] += count
-            for name, count in files.most_common():
-                print(f"    {count / calls:8.0f}  {name}", flush=True)
+                name = Path(code.co_filename).stem
+                parts[next((part for part, files in PARTS.items() if name in files), "the rest")] += count
+            for part, count in parts.items():
+                print(f"    {count / calls:8.0f}  {part}", flush=True)
 
 
 def insert(tx: Any) -> None:
