@@ -90,6 +90,8 @@ class Entry:
     ) -> bool | None:
         if self._part is not None:
             return self._part.__exit__(kind, error, traceback)
+        if self._is_new:  # its end would be waited for without end
+            raise RuntimeError("a block that was not entered cannot be left: use `with`")
         block = self._block
         _leave(block, self._turns, self._scope, kind is not None)
         if kind is GeneratorExit:

@@ -140,6 +140,15 @@ def test_a_callback_that_raises_is_logged_and_the_next_one_runs(
     assert [record.levelno for record in caplog.records] == [logging.ERROR]
 
 
+def test_a_block_that_was_not_entered_cannot_be_left(both: DbWriter) -> None:
+    block = both.transaction()
+    with pytest.raises(RuntimeError, match="not entered"):
+        block.__exit__(None, None, None)
+    with block as tx:
+        tx.execute(INSERT, (1,))
+    assert rows(both) == [1]
+
+
 def test_a_caller_that_gives_up_leaves_nothing_behind(db: DbWriter) -> None:
     with parked(db), pytest.raises(WriteTimeoutError) as caught, db.transaction(timeout=0.01):
         pass
