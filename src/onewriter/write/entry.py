@@ -7,6 +7,7 @@ import functools
 import logging
 import types
 import weakref
+from _thread import start_new_thread
 from asyncio import _get_running_loop
 from collections.abc import Iterator
 from threading import get_ident
@@ -81,6 +82,8 @@ class Entry:
         except BaseException as error:
             try:
                 _give_up(block, self._turns, self._scope, error)
+            except RecursionError:  # no room for a call: a thread has a stack of its own
+                start_new_thread(_give_up, (block, self._turns, self._scope, None))
             finally:
                 state.entering.discard(me)
             raise
@@ -93,7 +96,11 @@ class Entry:
         if self._is_new:  # its end would be waited for without end
             raise RuntimeError("a block that was not entered cannot be left: use `with`")
         block = self._block
-        _leave(block, self._turns, self._scope, kind is not None)
+        try:
+            _leave(block, self._turns, self._scope, kind is not None)
+        except RecursionError:  # as in ``__enter__``
+            start_new_thread(_give_up, (block, self._turns, self._scope, None))
+            raise
         if kind is GeneratorExit:
             _tell_closed(block, self._gateway)
         elif kind is None and (not block.done() or block.failed_with is not None):
