@@ -349,7 +349,7 @@ class JobQueue(queue.Queue[Job[Any]]):
         )
 
     def _made_room(self) -> None:
-        while self._room and self._bounded < self.maxsize:
+        while self._room and self._bounded < self.maxsize and self._refusal is None:
             try:
                 waiter = next(iter(self._room))
             except (StopIteration, RuntimeError):  # a finalizer that has withdrawn a job was here

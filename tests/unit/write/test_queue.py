@@ -171,6 +171,25 @@ def test_a_finalizer_may_withdraw_jobs_while_others_get_their_room(db: DbWriter,
     assert db.stats().queue_depth == 0
 
 
+def test_a_finalizer_may_withdraw_jobs_while_those_that_wait_are_refused(
+    db: DbWriter, pool: ThreadPoolExecutor
+) -> None:
+    class Room(OrderedDict[Any, None]):
+        def __iter__(self) -> Iterator[Any]:
+            first = super().__iter__()
+            queued[1].cancel()  # the garbage collector may run behind each step
+            return first
+
+    queue_of(db)._room = room = Room()
+    with parked(db):
+        queued = [db.enqueue(INSERT, (n,)) for n in range(3)]
+        waiting = pool.submit(db.enqueue, INSERT, (3,), timeout=DEADLINE)
+        eventually(lambda: len(room) == 1)
+        db.close(timeout=0)
+        with pytest.raises(WriterClosedError):
+            waiting.result(DEADLINE)
+
+
 def test_a_job_that_is_withdrawn_after_it_was_taken_gives_room_once(db: DbWriter) -> None:
     stay = Stay(100)
     with parked(db):
