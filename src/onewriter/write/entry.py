@@ -83,6 +83,8 @@ class Entry:
             try:
                 _give_up(block, self._turns, self._scope, error)
             except RecursionError:  # no room for a call: a thread has a stack of its own
+                if self._scope is not None:
+                    self._scope.what = None
                 start_new_thread(_give_up, (block, self._turns, self._scope, None))
             finally:
                 state.entering.discard(me)
@@ -99,6 +101,8 @@ class Entry:
         try:
             _leave(block, self._turns, self._scope, kind is not None)
         except RecursionError:  # as in ``__enter__``
+            if self._scope is not None:
+                self._scope.what = None  # nor is this thread inside it any more
             start_new_thread(_give_up, (block, self._turns, self._scope, None))
             raise
         if kind is GeneratorExit:
