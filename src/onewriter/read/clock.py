@@ -90,12 +90,6 @@ class ReadClock:
         if soon < self.rings_at:
             self.set(soon)
 
-    def narrow(self, claim: Claim, deadline: float) -> float:
-        """Have its statements end then, but not later than they would; returns when they would have."""
-        before = claim.deadline
-        self.limit(claim, min(deadline, before))
-        return before
-
     def stop(self) -> None:
         """Have the thread end, or as soon as there is nobody to interrupt."""
         thread = self._thread

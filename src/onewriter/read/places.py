@@ -116,8 +116,11 @@ class Places:
         """Admit those in line as far as there are connections. As long as some wait, nobody takes one without them."""
         self._door, self._is_watched = NONE_IDLE, True  # before the look: who gives one back after it looks here
         while self._line and not self._paused_until:
-            first, now = next(iter(self._line), None), monotonic()
-            if first is None or first not in self._line:  # a signal handler was here
+            try:
+                first, now = next(iter(self._line)), monotonic()
+            except (StopIteration, RuntimeError):  # a signal handler or finalizer was here
+                continue
+            if first not in self._line:
                 continue
             if self._idle:  # from here on no call, until it has left the line
                 reader = self._idle.last

@@ -276,12 +276,14 @@ class Snapshot:
         left = max(0.0, min(until - monotonic(), threading.TIMEOUT_MAX))
         if not self._lock.acquire(timeout=left):
             raise ReadTimeoutError(f"{label} did not begin in time: another thread uses the reader() that it is in")
-        clock = self.reader.clock
-        before = clock.narrow(self._claim, until)
         try:
-            yield self.reader
+            clock, before = self.reader.clock, self._claim.deadline
+            try:
+                clock.limit(self._claim, min(until, before))
+                yield self.reader
+            finally:
+                clock.limit(self._claim, before)
         finally:
-            clock.limit(self._claim, before)
             self._lock.release()
 
     def refuse_later(self, write: Ticket[Any]) -> None:

@@ -85,6 +85,14 @@ def open_whole(
     return _open(settings, policy, log, attempt)
 
 
+def is_closed(connection: sqlite3.Connection) -> bool:
+    try:
+        connection.cursor().close()
+    except sqlite3.ProgrammingError:
+        return True
+    return False
+
+
 def close_whole(connection: sqlite3.Connection, journal_mode: str) -> bool:
     """Close it, with all that was begun on it; returns whether a transaction was open, which is rolled back.
 

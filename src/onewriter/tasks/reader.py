@@ -7,6 +7,8 @@ import contextlib
 import math
 import sqlite3
 import threading
+import weakref
+from _thread import start_new_thread
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -179,6 +181,11 @@ class TaskReads:
         finally:
             self._pool.end(claim)
 
+    def end_lost(self, claim: Claim, snapshot: Snapshot) -> None:
+        """For a finalizer, which waits for nothing: end both, in a thread."""
+        with contextlib.suppress(RuntimeError):  # the interpreter ends
+            start_new_thread(self._finish, (claim, snapshot))
+
     def _end_unused(self, claim: Claim) -> None:
         if not self._pool.end_unused(claim):
             try:
@@ -195,6 +202,9 @@ class AsyncReader:
         self._snapshot = snapshot
         self._claim = claim
         self._turn = asyncio.Lock()
+        # Of a block whose loop was closed nothing runs any more, not even its end.
+        self._lost = weakref.finalize(self, reads.end_lost, claim, snapshot)
+        self._lost.atexit = False
 
     def execute(self, sql: str, params: Params = (), /) -> Coroutine[Any, Any, Result]:
         """Run one SELECT and return all its rows."""
@@ -252,6 +262,7 @@ class AsyncReader:
             try:
                 async with self._turn:
                     cancelled = await self._reads.end(self._claim, self._snapshot) or cancelled
+                    self._lost.detach()
                     break
             except asyncio.CancelledError as error:
                 cancelled = error

@@ -7,7 +7,7 @@ import sqlite3
 
 from onewriter.base.log import report
 from onewriter.base.state import State
-from onewriter.sqlite.connection import close_whole, configure, open_whole, open_writer
+from onewriter.sqlite.connection import close_whole, configure, is_closed, open_whole, open_writer
 from onewriter.sqlite.file import DatabaseFile, exposure
 from onewriter.sqlite.guard import Guard
 from onewriter.sqlite.pragma_values import set_pragma
@@ -73,6 +73,8 @@ class WriteConnection:
         assert connection is not None
         self.file.forget_size()  # VACUUM makes it smaller
         try:
+            if is_closed(connection):  # by the function, which may have changed the file's journal mode
+                connection = open_whole(self._settings, self.guard, self._policy, self.tell_waiting)
             was_open = close_whole(connection, self._settings.journal_mode)
         finally:
             self._checkpointer.count_others()

@@ -7,6 +7,7 @@ import functools
 import logging
 import types
 import weakref
+from _thread import start_new_thread
 from asyncio import _get_running_loop
 from collections.abc import Iterator
 from threading import get_ident
@@ -81,6 +82,10 @@ class Entry:
         except BaseException as error:
             try:
                 _give_up(block, self._turns, self._scope, error)
+            except RecursionError:  # no room for a call: a thread has a stack of its own
+                if self._scope is not None:
+                    self._scope.what = None
+                start_new_thread(_give_up, (block, self._turns, self._scope, None))
             finally:
                 state.entering.discard(me)
             raise
@@ -90,8 +95,16 @@ class Entry:
     ) -> bool | None:
         if self._part is not None:
             return self._part.__exit__(kind, error, traceback)
+        if self._is_new:  # its end would be waited for without end
+            raise RuntimeError("a block that was not entered cannot be left: use `with`")
         block = self._block
-        _leave(block, self._turns, self._scope, kind is not None)
+        try:
+            _leave(block, self._turns, self._scope, kind is not None)
+        except RecursionError:  # as in ``__enter__``
+            if self._scope is not None:
+                self._scope.what = None  # nor is this thread inside it any more
+            start_new_thread(_give_up, (block, self._turns, self._scope, None))
+            raise
         if kind is GeneratorExit:
             _tell_closed(block, self._gateway)
         elif kind is None and (not block.done() or block.failed_with is not None):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Set
 from typing import TypeAlias
 
 from onewriter.base.arguments import check_job, check_label, name_of
@@ -25,7 +25,8 @@ class Migration:
     def __init__(
         self, state: State, steps: Iterable[Step], label: str | None, frame: types.FrameType, enforces_keys: bool
     ) -> None:
-        if isinstance(steps, str) or not isinstance(steps, Iterable):
+        # A set has no order, and steps taken in another one would count as run.
+        if isinstance(steps, str | Set | Mapping) or not isinstance(steps, Iterable):
             raise TypeError(f"steps must be a sequence of scripts and functions, not {type(steps).__name__}")
         self.steps = tuple(steps)
         for step in self.steps:

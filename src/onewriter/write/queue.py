@@ -349,12 +349,19 @@ class JobQueue(queue.Queue[Job[Any]]):
         )
 
     def _made_room(self) -> None:
-        while self._room and self._bounded < self.maxsize:
-            waiter = next(iter(self._room))
-            self._append(waiter.job)
-            waiter.accepted = True
-            del self._room[waiter]
-            wake([waiter.signal])
+        while self._room and self._bounded < self.maxsize and self._refusal is None:
+            try:
+                waiter = next(iter(self._room))
+            except (StopIteration, RuntimeError):  # a finalizer that has withdrawn a job was here
+                continue
+            if not waiter.accepted:
+                job = waiter.job
+                self._bounded += 1
+                job._was_queued = waiter.accepted = True
+                self.queue.append(job)  # and no call since it is accepted, behind which one could come
+            if waiter in self._room:
+                del self._room[waiter]
+                wake([waiter.signal])
         if self.is_nearly_full and self._bounded <= self.maxsize // 2:
             self.is_nearly_full, self._limit = False, self._mark
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
+import sys
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +19,7 @@ from helpers import DEADLINE, eventually, is_clean, pool_of, writer_of
 from onewriter import DbWriter, ReadTimeoutError, ReentrantWriteError, WriterBrokenError, WriterClosedError
 from onewriter.base.waiting import thread_signal
 from onewriter.read import pool as pool_module
-from onewriter.read.claim import NOBODY, new_claim
+from onewriter.read.claim import NOBODY, Claim, new_claim
 from onewriter.read.places import Idle
 from onewriter.read.pool import ReaderPool
 from onewriter.read.reader import Reader
@@ -41,6 +43,51 @@ def test_waiters_for_a_connection_are_served_in_order_or_told(one: DbWriter) -> 
         for reading in waiting:
             reading.result(DEADLINE)
     assert served == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("how", ["read", "function", "reader"])
+def test_a_read_in_too_deep_a_recursion_gives_its_connection_back(one: DbWriter, how: str) -> None:
+    def block() -> None:
+        with one.reader() as connection:
+            connection.execute("SELECT 1").fetchall()
+
+    calls: dict[str, Callable[[], object]] = {
+        "read": lambda: one.read("SELECT 1"),
+        "function": lambda: one.read(lambda connection: connection.execute("SELECT 1").fetchall()),
+        "reader": block,
+    }
+
+    def at_depth(depth: int) -> None:
+        if depth:
+            at_depth(depth - 1)
+        else:
+            calls[how]()
+
+    refused = 0
+    for depth in range(sys.getrecursionlimit() - 100, sys.getrecursionlimit()):
+        try:
+            at_depth(depth)
+        except RecursionError:
+            refused += 1
+        eventually(lambda: pool_of(one).in_use == 0)
+    assert refused > 0
+    assert one.read("SELECT 1") == [(1,)]
+
+
+def test_a_finalizer_that_reads_while_the_line_is_looked_at_harms_no_other_read(one: DbWriter) -> None:
+    class Line(OrderedDict[Claim, None]):
+        looks = 0
+
+        def __iter__(self) -> Iterator[Claim]:
+            first = super().__iter__()
+            self.looks += 1
+            if self.looks == 1:
+                one.read("SELECT 2")  # the garbage collector may run behind each step
+            return first
+
+    pool_of(one)._line = line = Line()
+    assert one.read("SELECT 1") == [(1,)]
+    assert line.looks > 1
 
 
 def test_an_interrupt_while_waiting_for_a_connection_loses_none(one: DbWriter, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import math
 import sqlite3
 import threading
 from collections.abc import Callable
@@ -15,6 +16,8 @@ import pytest
 
 from helpers import DEADLINE, in_threads, is_clean, notes_of, parked, rows, writer_of
 from onewriter import AsyncDbWriter, DbWriter, ReadTimeoutError, ReentrantWriteError, Ticket, Transaction
+from onewriter.read.claim import Claim
+from onewriter.read.clock import ReadClock
 
 INSERT = "INSERT INTO t VALUES (?)"
 ENDLESS = "WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c) SELECT max(n) FROM c"
@@ -451,6 +454,27 @@ def test_a_read_of_a_function_in_an_own_reader_has_a_time_of_its_own(db: DbWrite
 
 def endless(connection: sqlite3.Connection) -> list[Any]:
     return connection.execute(ENDLESS).fetchall()
+
+
+def test_an_interrupt_as_a_read_in_a_reader_begins_leaves_that_to_other_threads(
+    db: DbWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = ReadClock.limit
+    calls: list[float] = []
+
+    def interrupted(clock: ReadClock, claim: Claim, deadline: float) -> None:
+        limit(clock, claim, deadline)
+        calls.append(deadline)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+
+    with db.reader() as connection:
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(ReadClock, "limit", interrupted)
+            db.read("SELECT 1", timeout=5.0)
+        assert calls[1] == math.inf  # of the block
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(connection.execute, "SELECT 1").result(DEADLINE).fetchone() == (1,)
 
 
 def test_a_block_inside_a_reader_inside_a_block_sees_its_own_writes(db: DbWriter) -> None:

@@ -593,6 +593,21 @@ def test_two_streams_of_one_reader_go_on_side_by_side(path: Path) -> None:
     asyncio.run(main())
 
 
+def test_a_reader_of_a_loop_that_was_closed_gives_its_connection_back(path: Path) -> None:
+    with DbWriter(path, readers=1) as db:
+        tasks = AsyncDbWriter.wrap(db)
+        loop = asyncio.new_event_loop()
+        loop.run_until_complete(tasks.open())
+        block = tasks.reader()
+        reader = loop.run_until_complete(block.__aenter__())
+        loop.run_until_complete(reader.execute("SELECT 1"))
+        loop.close()  # without shutdown_asyncgens()
+        assert pool_of(db).in_use == 1
+        del block, reader
+        gc.collect()
+        assert db.read("SELECT 1", timeout=DEADLINE) == [(1,)]
+
+
 def test_a_stream_that_is_left_early_pins_nothing_behind_its_block(path: Path) -> None:
     async def main() -> None:
         async with AsyncDbWriter(path, readers=1) as db:

@@ -142,6 +142,16 @@ def test_its_own_error_is_raised_and_what_it_had_committed_stays(table_db: DbWri
     assert rows(table_db) == [1]
 
 
+def test_it_may_close_its_connection(table_db: DbWriter) -> None:
+    def copy(connection: sqlite3.Connection) -> int:
+        with contextlib.closing(connection):
+            connection.execute("INSERT INTO t VALUES (1)")
+            return 5
+
+    assert table_db.run_without_transaction(copy) == 5
+    assert rows(table_db) == [1]
+
+
 def test_the_connection_is_closed_afterwards(table_db: DbWriter) -> None:
     kept: list[sqlite3.Connection] = []
     table_db.run_without_transaction(kept.append)
@@ -227,12 +237,16 @@ def test_sqlites_lock_is_waited_for_as_long_as_lock_timeout(path: Path) -> None:
         assert db.run("INSERT INTO t VALUES (2)").rowcount == 1
 
 
+@pytest.mark.parametrize("closes", [False, True])
 @pytest.mark.parametrize("journal_mode", ["DELETE", "TRUNCATE", "PERSIST"])
 def test_the_journal_mode_of_the_file_is_put_back(
-    path: Path, journal_mode: Literal["DELETE", "TRUNCATE", "PERSIST"]
+    path: Path, journal_mode: Literal["DELETE", "TRUNCATE", "PERSIST"], closes: bool
 ) -> None:
     def change(connection: sqlite3.Connection) -> Any:
-        return connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]
+        mode = connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]
+        if closes:
+            connection.close()
+        return mode
 
     with DbWriter(path, journal_mode=journal_mode) as db:
         db.run("CREATE TABLE t (n)")

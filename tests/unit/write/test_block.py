@@ -6,6 +6,7 @@ import contextlib
 import gc
 import logging
 import sqlite3
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -138,6 +139,33 @@ def test_a_callback_that_raises_is_logged_and_the_next_one_runs(
         tx.on_commit(lambda: told.append(1))
     assert told == [1]
     assert [record.levelno for record in caplog.records] == [logging.ERROR]
+
+
+def test_a_block_that_was_not_entered_cannot_be_left(both: DbWriter) -> None:
+    block = both.transaction()
+    with pytest.raises(RuntimeError, match="not entered"):
+        block.__exit__(None, None, None)
+    with block as tx:
+        tx.execute(INSERT, (1,))
+    assert rows(both) == [1]
+
+
+def test_a_block_in_too_deep_a_recursion_ends_although_its_error_is_kept(db: DbWriter) -> None:
+    def at_depth(depth: int) -> None:
+        if depth:
+            at_depth(depth - 1)
+        else:
+            with db.transaction() as tx:
+                tx.execute("SELECT 1")
+
+    kept = []
+    for depth in range(sys.getrecursionlimit() - 100, sys.getrecursionlimit()):
+        try:
+            at_depth(depth)
+        except RecursionError as error:
+            kept.append(error)  # and with its traceback the block
+        db.run("SELECT 1", timeout=DEADLINE)
+    assert kept
 
 
 def test_a_caller_that_gives_up_leaves_nothing_behind(db: DbWriter) -> None:

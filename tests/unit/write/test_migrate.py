@@ -136,7 +136,7 @@ def test_inside_a_job_or_block_it_is_refused(any_db: DbWriter) -> None:
 def test_its_arguments_are_checked(any_db: DbWriter) -> None:
     async def later(tx: Transaction) -> None: ...
 
-    calls: list[Any] = [FIRST, 3, [3], [later], [FIRST, b"SELECT 1"]]
+    calls: list[Any] = [FIRST, 3, [3], [later], [FIRST, b"SELECT 1"], {FIRST}, dict.fromkeys(STEPS)]
     for steps in calls:
         with pytest.raises(TypeError):
             any_db.migrate(steps)

@@ -7,7 +7,7 @@ import concurrent.futures
 import math
 import sqlite3
 import threading
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -144,6 +144,50 @@ def test_who_waits_for_room_gets_that_of_a_withdrawn_job(db: DbWriter, pool: Thr
         assert db.stats().queue_depth == 3
     db.flush(timeout=DEADLINE)
     assert rows(db) == [0, 2, 3]
+
+
+def test_a_finalizer_may_withdraw_jobs_while_others_get_their_room(db: DbWriter, pool: ThreadPoolExecutor) -> None:
+    class Room(OrderedDict[Any, None]):
+        looks = 0
+
+        def __iter__(self) -> Iterator[Any]:
+            first = super().__iter__()
+            self.looks += 1
+            if self.looks == 1:
+                queued[1].cancel()  # the garbage collector may run behind each step
+            return first
+
+    queue_of(db)._room = room = Room()
+    with parked(db):
+        queued = [db.enqueue(INSERT, (n,)) for n in range(3)]
+        waiting = []
+        for n in (3, 4):
+            waiting.append(pool.submit(db.enqueue, INSERT, (n,), timeout=DEADLINE))
+            eventually(lambda: len(room) == len(waiting))
+        assert queued[0].cancel()
+        tickets = [each.result(DEADLINE) for each in waiting]
+    assert [ticket.result(DEADLINE).rowcount for ticket in tickets] == [1, 1]
+    assert rows(db) == [2, 3, 4]
+    assert db.stats().queue_depth == 0
+
+
+def test_a_finalizer_may_withdraw_jobs_while_those_that_wait_are_refused(
+    db: DbWriter, pool: ThreadPoolExecutor
+) -> None:
+    class Room(OrderedDict[Any, None]):
+        def __iter__(self) -> Iterator[Any]:
+            first = super().__iter__()
+            queued[1].cancel()  # the garbage collector may run behind each step
+            return first
+
+    queue_of(db)._room = room = Room()
+    with parked(db):
+        queued = [db.enqueue(INSERT, (n,)) for n in range(3)]
+        waiting = pool.submit(db.enqueue, INSERT, (3,), timeout=DEADLINE)
+        eventually(lambda: len(room) == 1)
+        db.close(timeout=0)
+        with pytest.raises(WriterClosedError):
+            waiting.result(DEADLINE)
 
 
 def test_a_job_that_is_withdrawn_after_it_was_taken_gives_room_once(db: DbWriter) -> None:
