@@ -51,7 +51,7 @@ def places_read(reader: Reader, sql: str, parameters: Parameters) -> Places:
     except sqlite3.Error:
         return None  # if it is wrong, the read has told
     # SQLite itself writes its own tables, and asks nobody.
-    return None if any(table.lower().startswith("sqlite_") for table, _ in asked) else frozenset(asked)
+    return None if any(table.startswith("sqlite_") for table, _ in asked) else frozenset(asked)
 
 
 def _explain(reader: Reader, sql: str, parameters: Parameters) -> tuple[set[Place], Program]:

@@ -69,6 +69,7 @@ def read_by(db: DbWriter, sql: str, params: Any = ()) -> set[str] | None:
         ("SELECT count(*) FROM f_content", None),
         ("SELECT name FROM sqlite_schema", None),
         ("SELECT count(*) FROM SQLITE_SCHEMA", None),
+        ("SELECT 1 FROM sqlite_schema AS p JOIN sqlite_schema AS q USING (name)", None),
         ("SELECT seq FROM sqlite_sequence", None),
         ("SELECT * FROM pragma_page_count", None),
         ("PRAGMA page_count", None),
@@ -131,12 +132,14 @@ def test_a_query_with_parameters_is_no_other(db: DbWriter) -> None:
     assert read_by(db, "SELECT k FROM json_like WHERE j = :j", {"j": 1}) == places
 
 
-def test_a_text_factory_of_the_user_does_not_see_the_opcodes(path: Path) -> None:
+def test_factories_of_the_user_do_not_see_the_opcodes(path: Path) -> None:
     with DbWriter(path, on_connect=lambda connection, _: setattr(connection, "text_factory", len)) as db:
         db.run_script(SCHEMA)
         assert read_by(db, "SELECT t FROM f") is None
         assert read_by(db, "SELECT k FROM json_like") == {"json_like", "json_like.k"}
         assert db.read("SELECT 'abc'") == [(3,)]
+    with DbWriter(path, row_factory=lambda cursor, row: row[0]) as db:
+        assert read_by(db, "SELECT k FROM json_like") == {"json_like", "json_like.k"}
 
 
 class Noting:
