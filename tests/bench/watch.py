@@ -4,6 +4,7 @@
    connection of another process, whose commits are looked for 20 times a second.
 2. A thousand watches, of tasks, beside 10,000 writes a second: on the table that is written, and on another one.
 3. A lone ``run`` without a watch, beside one on another table, and beside one on its own.
+4. Bytecodes of each operation with no watch open: ``bytecodes.py``.
 """
 
 from __future__ import annotations
@@ -160,6 +161,7 @@ def main() -> None:
             }.items():
                 asyncio.run(measure_many(folder, query, watches, seconds, what))
         measure_run(folder, 2000 if quick else 20_000)
+    subprocess.run([sys.executable, str(Path(__file__).with_name("bytecodes.py"))], check=True)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,13 @@ SCHEMA = """
 CREATE TABLE IF NOT EXISTS a (id INTEGER PRIMARY KEY, x UNIQUE);
 CREATE TABLE IF NOT EXISTS b (id INTEGER PRIMARY KEY, y REFERENCES a ON DELETE CASCADE ON UPDATE SET NULL);
 CREATE TABLE IF NOT EXISTS c (z);
+CREATE TABLE IF NOT EXISTS d (p, q, r, s AS (q + 1), u UNIQUE ON CONFLICT REPLACE);
+CREATE TABLE IF NOT EXISTS e (p, q, r, k, PRIMARY KEY (k, p)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS g (p, q, r, k);
+INSERT INTO d (p, q, r, u) VALUES (1, 1, 1, 1), (2, 2, 2, 2), (3, 3, 3, 3);
+INSERT INTO e VALUES (1, 1, 1, 1), (2, 2, 2, 2), (3, 3, 3, 3);
+INSERT INTO g VALUES (1, 1, 1, 1), (2, 2, 2, 2), (3, 3, 3, 3);
+CREATE TRIGGER IF NOT EXISTS from_g AFTER UPDATE OF r ON g BEGIN UPDATE d SET p = NEW.r; END;
 CREATE VIEW IF NOT EXISTS v AS SELECT x, (SELECT count(*) FROM b) AS n FROM a;
 CREATE TRIGGER IF NOT EXISTS from_c AFTER INSERT ON c WHEN NEW.z > 2 BEGIN DELETE FROM a WHERE x = NEW.z - 2; END;
 """
@@ -33,6 +40,14 @@ WRITES = [
     "INSERT INTO c VALUES (?)",
     "DELETE FROM c WHERE z = ?",
     "INSERT INTO a (x) VALUES (?) ON CONFLICT DO UPDATE SET x = x + 10",
+    *(f"UPDATE {table} SET {column} = random() % 3 WHERE p > ?" for table in "deg" for column in "pqr"),
+    "UPDATE d SET u = ? WHERE rowid % 2",  # replaces
+    "UPDATE d SET rowid = -rowid - 3 * abs(rowid) WHERE p = ?",
+    "UPDATE OR REPLACE e SET k = ?",
+    "UPDATE OR IGNORE e SET (p, k) = (k, p) WHERE k > ?",
+    "UPDATE g SET _rowid_ = -rowid WHERE p > ?",
+    "UPDATE g SET q = d.r FROM d WHERE d.p > ?",
+    "INSERT INTO e VALUES (?, 0, 0, 0) ON CONFLICT DO UPDATE SET r = r + 1",
 ]
 CHANGES = [
     "CREATE INDEX IF NOT EXISTS i ON c (z)",
@@ -41,6 +56,12 @@ CHANGES = [
     "DROP VIEW v; CREATE VIEW v AS SELECT x, (SELECT count(*) FROM b) AS n FROM a",
     "CREATE TRIGGER IF NOT EXISTS into_b AFTER INSERT ON a BEGIN INSERT INTO b (y) VALUES (NEW.id); END",
     "DROP TRIGGER IF EXISTS into_b",
+    "CREATE INDEX IF NOT EXISTS g_i ON g (q, p)",
+    "DROP INDEX IF EXISTS g_i",
+    "CREATE INDEX IF NOT EXISTS g_e ON g (abs(r), p, k)",
+    "DROP INDEX IF EXISTS g_e",
+    "CREATE INDEX IF NOT EXISTS d_i ON d (s, p)",
+    "DROP INDEX IF EXISTS d_i",
 ]
 QUERIES = [
     "SELECT x FROM a ORDER BY x",
@@ -50,6 +71,19 @@ QUERIES = [
     "SELECT x, n FROM v ORDER BY x",
     "SELECT id FROM a WHERE EXISTS (SELECT 1 FROM c WHERE z = a.x) ORDER BY id",
     "SELECT value FROM json_each('[1]') WHERE value IN (SELECT x FROM a)",
+    "SELECT p FROM d",  # in any order, and yet as a read would have them
+    "SELECT s FROM d ORDER BY rowid",
+    "SELECT count(*) FROM D",
+    "SELECT r FROM e",
+    "SELECT q FROM e LIMIT 1",
+    "SELECT p FROM g",
+    "SELECT k FROM g LIMIT 1",
+    "SELECT rowid FROM g",
+    "SELECT count(*) FROM d JOIN g USING (q)",
+    "SELECT 1 FROM e NATURAL JOIN g",
+    "SELECT d.p FROM d JOIN e ON d.r = e.r ORDER BY e.q",
+    "SELECT sum(q) OVER (ORDER BY r) FROM g",
+    "SELECT 1 FROM (SELECT DISTINCT r FROM g)",
 ]
 write = st.tuples(st.sampled_from(WRITES), st.integers(0, 4))
 

@@ -1,1 +1,1 @@
-"""Live queries: who watches which query, which tables it reads, and which a commit has written."""
+"""Live queries: who watches which query, what it reads, and what a commit has written."""

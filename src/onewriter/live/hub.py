@@ -1,4 +1,4 @@
-"""LiveQueries: which tables have changed since each query was read, and who is to be woken for that."""
+"""LiveQueries: what has changed since each query was read, and who is to be woken for that."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 from onewriter.base.log import call_safely
 from onewriter.base.state import State
 from onewriter.base.waiting import Signal, wake
+from onewriter.live.places import Places, Written
 from onewriter.live.query import Answer, Found, Query, Reading, same
-from onewriter.live.tables import Tables, Written
 from onewriter.read.pool import ReaderPool
 from onewriter.read.read import Read
-from onewriter.sqlite.guard import ANYTHING, Guard
+from onewriter.sqlite.guard import ANYTHING, Guard, Place
 from onewriter.write.session import WriteSession
 from onewriter.write.ticket import Job
 from onewriter.write.writer import LOOK
@@ -25,7 +25,7 @@ from onewriter.write.writer import LOOK
 class LiveQueries:
     """What is watched. It costs something while at least one watch is open, and only then ``state.live``.
 
-    Commits are counted; each table has the number of the last one that may have written it, and each query that of the
+    Commits are counted; each place has the number of the last one that may have written it, and each query that of the
     last one that was there before it was read. ``PRAGMA data_version`` on the write connection tells of the commits of
     all others, and only of those. While the writer holds SQLite's lock there are none, and when it is idle it looks.
 
@@ -46,9 +46,9 @@ class LiveQueries:
         self.lock = threading.RLock()
         self._queries: dict[object, Query] = {}
         self._commits = 0
-        self._changed: dict[str, int] = {}  # by table
-        self._all_changed = 0  # the last commit that may have written any table, or the schema
-        self._asleep: dict[str, set[Query]] = {}  # by table; who waits there has seen all that there is
+        self._changed: dict[Place, int] = {}
+        self._all_changed = 0  # the last commit that may have written anything, or the schema
+        self._asleep: dict[Place, set[Query]] = {}  # who waits there has seen all that there is
         self._written = Written()
         self._guard: Guard | None = None
         self._session: WriteSession | None = None
@@ -88,31 +88,31 @@ class LiveQueries:
             if not self._queries:
                 self.state.live = None
                 if self._guard is not None:
-                    self._guard.tables = None
+                    self._guard.places = None
             wake(_waiters_of([query]))
 
     # Reads, under the lock --------------------------------------------------------------------------------------------
 
     def is_stale(self, query: Query) -> bool:
-        if query.tables is None:
+        if query.places is None:
             return self._commits > query.as_of
-        return max((self._changed.get(table, 0) for table in query.tables), default=0) > query.as_of or (
+        return max((self._changed.get(place, 0) for place in query.places), default=0) > query.as_of or (
             self._all_changed > query.as_of
         )
 
     def begin(self, query: Query, reader: object) -> Reading:
         query.read_by = reader
         query.begun += 1
-        return Reading(query, query.begun, self._commits, query.tables_as_of < self._all_changed)
+        return Reading(query, query.begun, self._commits, query.places_as_of < self._all_changed)
 
     def sleep(self, query: Query) -> None:
         """Who waits for it is to be woken by the next commit that touches it."""
-        for table in _places(query):
-            self._asleep.setdefault(table, set()).add(query)
+        for place in _places(query):
+            self._asleep.setdefault(place, set()).add(query)
 
     def _is_awake(self, query: Query) -> None:
-        for table in _places(query):
-            self._asleep.get(table, set()).discard(query)
+        for place in _places(query):
+            self._asleep.get(place, set()).discard(query)
 
     # ------------------------------------------------------------------------------------------------------------------
 
@@ -131,9 +131,9 @@ class LiveQueries:
 
     def _keep(self, query: Query, reading: Reading, found: Found | None, error: BaseException | None) -> None:
         if found is not None:
-            query.tables, query.as_of = found.tables, reading.as_of
-            if reading.asks_tables:
-                query.tables_as_of = reading.as_of
+            query.places, query.as_of = found.places, reading.as_of
+            if reading.asks_places:
+                query.places_as_of = reading.as_of
             query.answer = Answer(reading.number, found.raw, found.rows)
         elif error is not None:
             query.answer = Answer(reading.number, None, None, error)
@@ -155,11 +155,11 @@ class LiveQueries:
             self._touch(None)
             return
         self._guard = session.guard
-        tables = self._written.take(session, jobs)
+        places = self._written.take(session, jobs)
         if not all(job.in_transaction for job in jobs):  # nobody is asked what a function does there
-            tables = None
-        if tables != frozenset():
-            self._touch(tables)
+            places = None
+        if places != frozenset():
+            self._touch(places)
         if monotonic() >= self._look_at:
             self.look(session)
 
@@ -177,17 +177,17 @@ class LiveQueries:
             self._written.forget()
             self._touch(None)
 
-    def _touch(self, tables: Tables) -> None:
+    def _touch(self, places: Places) -> None:
         """These were written: wake who has to look again, with one call for each of their loops."""
         with self.lock:
             self._commits += 1
-            if tables is None:
+            if places is None:
                 self._all_changed = self._commits
                 woken = set[Query]().union(*self._asleep.values())
                 self._asleep.clear()
             else:
-                self._changed.update(dict.fromkeys(tables, self._commits))
-                woken = set[Query]().union(*(self._asleep.get(table, ()) for table in (ANYTHING, *tables)))
+                self._changed.update(dict.fromkeys(places, self._commits))
+                woken = set[Query]().union(*(self._asleep.get(place, ()) for place in (ANYTHING, *places)))
                 for query in woken:
                     self._is_awake(query)
             signals = _waiters_of(woken)
@@ -226,8 +226,8 @@ class LiveQueries:
         self.finish(reading, found, failure)
 
 
-def _places(query: Query) -> Iterable[str]:
-    return (ANYTHING,) if query.tables is None else query.tables
+def _places(query: Query) -> Iterable[Place]:
+    return (ANYTHING,) if query.places is None else query.places
 
 
 def _waiters_of(queries: Iterable[Query]) -> list[Signal]:

@@ -6,7 +6,7 @@ import sqlite3
 from typing import Any, NamedTuple
 
 from onewriter.base.waiting import Signal
-from onewriter.live.tables import Tables, tables_read
+from onewriter.live.places import Places, places_read
 from onewriter.read.read import FunctionRead, Read, SqlRead
 from onewriter.read.reader import Reader
 
@@ -27,7 +27,7 @@ class Answer(NamedTuple):
 
 
 class Found(NamedTuple):
-    tables: Tables
+    places: Places
     raw: Any
     rows: Any
 
@@ -39,8 +39,8 @@ class Query:
         self.read = read
         self.key = key
         self.watches = 0
-        self.tables: Tables = None  # that it reads
-        self.tables_as_of = -1  # the last commit that is certainly in the schema by which that is known
+        self.places: Places = None  # that it reads
+        self.places_as_of = -1  # the last commit that is certainly in the schema by which that is known
         self.as_of = -1  # the last commit that is certainly in the answer
         self.answer: Answer | None = None
         self.begun = 0  # reads
@@ -55,13 +55,13 @@ class Query:
 class Reading:
     """One read of a query, as the pool and the threads of tasks want it."""
 
-    __slots__ = ("as_of", "asks_tables", "label", "number", "query")
+    __slots__ = ("as_of", "asks_places", "label", "number", "query")
 
-    def __init__(self, query: Query, number: float, as_of: int, asks_tables: bool) -> None:
+    def __init__(self, query: Query, number: float, as_of: int, asks_places: bool) -> None:
         self.query = query
         self.number = number
         self.as_of = as_of
-        self.asks_tables = asks_tables
+        self.asks_places = asks_places
         self.label = query.read.label
 
     def alone(self, reader: Reader) -> Found:
@@ -70,10 +70,10 @@ class Reading:
             result = read.alone(reader)
             return Found(None, result, result)
         raw, rows = reader.select(read.sql, read.parameters, _fetch)
-        tables = self.query.tables
-        if self.asks_tables:  # after the read, which looks whether the schema that the connection knows still stands
-            tables = reader.attempt(read.label, tables_read, reader, read.sql, read.parameters)
-        return Found(tables, raw, rows)
+        places = self.query.places
+        if self.asks_places:  # after the read, which looks whether the schema that the connection knows still stands
+            places = reader.attempt(read.label, places_read, reader, read.sql, read.parameters)
+        return Found(places, raw, rows)
 
 
 def _fetch(cursor: sqlite3.Cursor) -> tuple[list[Any], list[Any]]:

@@ -13,7 +13,10 @@ from collections.abc import Callable
 SCHEMA_CHANGES = frozenset((*range(1, 9), *range(10, 18), 26, 29, 30))  # CREATE, DROP, ALTER
 USES = frozenset((sqlite3.SQLITE_READ, sqlite3.SQLITE_SELECT, sqlite3.SQLITE_UPDATE, sqlite3.SQLITE_DELETE))
 WRITES = frozenset((sqlite3.SQLITE_INSERT, sqlite3.SQLITE_UPDATE, sqlite3.SQLITE_DELETE))
-ANYTHING = ""  # among ``tables``: it is not known which
+# What is read or written: a column of a table; without one, the table's rows as such, as count(*) reads them and INSERT
+# writes them. Changed rows may stand elsewhere, so whoever reads a table reads the columns that order it, too.
+Place = tuple[str, str]
+ANYTHING = ("", "")  # among places: it is not known which
 # Inside a transaction these have no effect, and SQLite does not say so.
 NOT_IN_A_TRANSACTION = frozenset(("foreign_keys", "journal_mode", "synchronous", "locking_mode"))
 # The gateway depends on the values that it has set for these.
@@ -50,7 +53,7 @@ class _Refusals:
     history = HISTORY
     # The last PRAGMA that was asked for: name, value, schema.
     pragma: tuple[str, str | None, str | None] = ("", None, None)
-    tables: set[str] | None = None  # that statements read, or, on the write connection, write; None: nobody asks
+    places: set[Place] | None = None  # that statements read, or, on the write connection, write; None: nobody asks
     text = ""  # the SQL of a statement that is a read or a job of its own
     within: str | None = None  # the view or trigger that has what is asked about in its text
 
@@ -73,10 +76,10 @@ class _Refusals:
         finally:
             self.is_deciding = False
 
-    def _note(self, table: str) -> None:
-        tables = self.tables  # looked up once: another thread may set it to None
-        if tables is not None:
-            tables.add(table)
+    def _note(self, place: Place) -> None:
+        places = self.places  # looked up once: another thread may set it to None
+        if places is not None:
+            places.add(place)
 
     def note_anything(self) -> None:
         """What is written, or changed for later, is not known by tables."""
@@ -144,7 +147,7 @@ class ReadGuard(_Refusals):
 
     def decide(self, action: int, first: str | None, second: str | None, third: str | None) -> int:
         if action == sqlite3.SQLITE_READ:
-            self._note(first or ANYTHING)
+            self._note((first or "", second or ""))
             return sqlite3.SQLITE_OK
         if action in (sqlite3.SQLITE_ATTACH, sqlite3.SQLITE_DETACH):  # VACUUM INTO is an ATTACH too
             return self.deny("a reader cannot ATTACH, DETACH or VACUUM")
@@ -219,7 +222,9 @@ class Guard(_Refusals):
 
     def decide(self, action: int, first: str | None, second: str | None, third: str | None) -> int:
         if action in WRITES:
-            self._note(first or ANYTHING)
+            # ROWID, whatever the column is called that is one with it.
+            is_whole = action != sqlite3.SQLITE_UPDATE or second in (None, "ROWID")
+            self._note((first or "", "" if is_whole else second or ""))
         if action in USES or self.mode is Mode.GATEWAY:
             return sqlite3.SQLITE_OK
         if action == sqlite3.SQLITE_INSERT:

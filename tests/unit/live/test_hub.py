@@ -32,7 +32,7 @@ def test_a_commit_wakes_each_loop_once(path: Path, monkeypatch: pytest.MonkeyPat
             for number in range(50):
                 group.create_task(follow(number))
             hub = core_of(db).live
-            await until(lambda: len(hub._asleep.get("t", ())) == 50)
+            await until(lambda: len(hub._asleep.get(("t", ""), ())) == 50)
             loop, calls = asyncio.get_running_loop(), []
             soon = loop.call_soon_threadsafe
 
@@ -61,21 +61,21 @@ def test_one_that_has_to_look_again_is_not_woken_for_each_commit(new_db: DbWrite
         assert not any(hub._asleep.values())
 
 
-def test_a_query_is_stale_only_after_a_commit_that_wrote_its_tables(new_db: DbWriter) -> None:
+def test_a_query_is_stale_only_after_a_commit_that_wrote_what_it_reads(new_db: DbWriter) -> None:
     hub = core_of(new_db).live
     query = Query(sql_read("SELECT 1", (), list, None), object())
     assert hub.is_stale(query)  # it was never read
-    query.tables, query.as_of = frozenset("ab"), hub._commits
-    hub._touch(frozenset("c"))
+    query.places, query.as_of = frozenset({("a", ""), ("a", "b")}), hub._commits
+    hub._touch(frozenset({("a", "c")}))
     assert not hub.is_stale(query)
-    hub._touch(frozenset("b"))
+    hub._touch(frozenset({("a", "b")}))
     assert hub.is_stale(query)
     query.as_of = hub._commits
     hub._touch(None)
     assert hub.is_stale(query)
-    query.as_of, query.tables = hub._commits, None
+    query.as_of, query.places = hub._commits, None
     assert not hub.is_stale(query)
-    hub._touch(frozenset("c"))
+    hub._touch(frozenset({("a", "c")}))
     assert hub.is_stale(query)
 
 

@@ -848,14 +848,14 @@ def test_with_none_open_nothing_is_noted(db: DbWriter) -> None:
     assert state_of(db).live is None
     with db.watch(N) as live, db.watch(N) as other:
         settle(db, live)
-        assert session_of(db).guard.tables is not None
+        assert session_of(db).guard.places is not None
         other.close()
         other.close()
         assert state_of(db).live is not None
     assert state_of(db).live is None
-    assert session_of(db).guard.tables is None
+    assert session_of(db).guard.places is None
     db.run("INSERT INTO t VALUES (1)")
-    assert session_of(db).guard.tables is None
+    assert session_of(db).guard.places is None
 
 
 def test_in_a_forked_child_it_raises_and_can_be_left(path: Path) -> None:
@@ -883,3 +883,27 @@ def test_the_writer_goes_on_if_the_last_read_is_interrupted(db: DbWriter) -> Non
         db.close()
         with pytest.raises(RuntimeError, match="making"):
             live.next()
+
+
+@pytest.mark.parametrize("sql", ["SELECT count(*) FROM T", "SELECT 1 FROM t JOIN other USING (n)"])
+def test_a_change_of_a_table_whose_columns_sqlite_does_not_tell_is_seen(counted: DbWriter, sql: str) -> None:
+    counted.run("INSERT INTO other VALUES (1)")
+    with counted.watch(sql, every=0) as live:
+        settle(counted, live)
+        counted.run("INSERT INTO t VALUES (1)")
+        assert live.next(DEADLINE) == [(1,)]
+
+
+def test_an_update_of_a_column_that_it_does_not_read_wakes_no_watch(counted: DbWriter, looks: Looks) -> None:
+    counted.run_script("CREATE TABLE wide (a, b); INSERT INTO wide VALUES (1, 1)")
+    with counted.watch("SELECT a, look() FROM wide", every=0) as live:
+        settle(counted, live)
+        for n in range(2, 5):
+            counted.run("UPDATE wide SET b = ?", (n,))
+        settle(counted, live)
+        before = looks.count
+        counted.run("UPDATE wide SET b = 7")
+        assert nothing_new(counted, live)
+        assert looks.count == before
+        counted.run("UPDATE wide SET a = 7")
+        assert live.next(DEADLINE)[0][0] == 7
