@@ -319,7 +319,8 @@ def run_nothing(method: Callable[..., Any], cursor: sqlite3.Cursor, parameters: 
     """In place of a statement that has no rows: end what the cursor had, and take no parameters."""
     try:
         method(cursor, NO_STATEMENT, *parameters)
-    except sqlite3.DatabaseError as error:
-        # What sqlite3 takes for its outcome is that of the connection's last step: another cursor may have a row.
-        if error_code(error) != sqlite3.SQLITE_ROW:
+    except sqlite3.Error as error:
+        # What sqlite3 takes for its outcome is that of the connection's last step, which has failed, or has a row for
+        # another cursor. What is wrong with the parameters has no code.
+        if not error_code(error):
             raise
