@@ -143,6 +143,13 @@ def test_a_failed_script_leaves_nothing_behind(db: DbWriter) -> None:
     assert rows(db) == [2]
 
 
+def test_a_null_character_in_a_script_is_refused_before_any_of_it_has_run(db: DbWriter) -> None:
+    with db.transaction() as tx:
+        with pytest.raises(ValueError, match="embedded null character"):
+            tx.connection.executescript("INSERT INTO t VALUES (1);\0 INSERT INTO t VALUES (2)")
+    assert rows(db) == []
+
+
 def test_it_is_a_connection_with_cursors(db: DbWriter) -> None:
     with db.transaction() as tx:
         connection = tx.connection
@@ -169,6 +176,8 @@ def test_it_is_a_connection_with_cursors(db: DbWriter) -> None:
         rowid = tx.execute("INSERT INTO blobs VALUES (zeroblob(3))").lastrowid
         blob = tx.connection.blobopen("blobs", "data", rowid or 0)
         blob.write(b"abc")
+        with pytest.raises(TypeError, match="is not iterable"):
+            b"a" in blob  # type: ignore[operator]
     assert db.read_value("SELECT data FROM blobs") == b"abc"
     assert db.run("SELECT 'a'").rows == [("a",)]
 

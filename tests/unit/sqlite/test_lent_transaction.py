@@ -400,6 +400,7 @@ def test_after_its_end_a_connection_is_a_closed_one(db: DbWriter) -> None:
         *(lambda c: c.__enter__(), lambda c: c.in_transaction, lambda c: c.total_changes, lambda c: c.isolation_level),
         *(lambda c: setattr(c, "isolation_level", None), lambda c: c.interrupt(), lambda c: cursor.fetchall()),
         *(lambda c: c.executescript("SELECT 1"), lambda c: c.backup(c), lambda c: c.serialize()),
+        lambda c: c(),
     ]
     for use in uses:
         with pytest.raises((sqlite3.ProgrammingError, ValueError)):
