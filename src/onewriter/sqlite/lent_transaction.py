@@ -27,7 +27,9 @@ LEVELS = ("", "DEFERRED", "IMMEDIATE", "EXCLUSIVE")
 CONTROL = re.compile("BEGIN|COMMIT|END|ROLLBACK|SAVEPOINT|RELEASE")
 ROWLESS = frozenset(("foreign_keys", "synchronous", "query_only"))  # PRAGMAs that return nothing when they are set
 IN_A_TRANSACTION = "onewriter: VACUUM cannot run inside a transaction, and a job is one: use run_without_transaction"
-NO_STATEMENT = ""
+# SQLite ignores a PRAGMA that it does not know. It cannot be an empty text: of one, sqlite3 takes the outcome from the
+# connection's last step, which may have failed.
+NO_STATEMENT = "PRAGMA onewriter"
 
 
 class Savepoints(Protocol):
@@ -317,10 +319,4 @@ def _error(text: str) -> sqlite3.OperationalError:
 
 def run_nothing(method: Callable[..., Any], cursor: sqlite3.Cursor, parameters: Iterable[Any]) -> None:
     """In place of a statement that has no rows: end what the cursor had, and take no parameters."""
-    try:
-        method(cursor, NO_STATEMENT, *parameters)
-    except sqlite3.Error as error:
-        # What sqlite3 takes for its outcome is that of the connection's last step, which has failed, or has a row for
-        # another cursor. What is wrong with the parameters has no code.
-        if not error_code(error):
-            raise
+    method(cursor, NO_STATEMENT, *parameters)
