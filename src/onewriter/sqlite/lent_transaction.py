@@ -129,6 +129,8 @@ class LentTransaction:
             self.commit()
         elif not isinstance(level, str):
             raise TypeError("isolation_level must be str or None")
+        elif "\0" in level:
+            raise ValueError("embedded null character")
         elif str.upper(level) not in LEVELS:
             raise ValueError("isolation_level string must be '', 'DEFERRED', 'IMMEDIATE', or 'EXCLUSIVE'")
         self.isolation_level = None if level is None else str.upper(level)
@@ -159,7 +161,11 @@ class LentTransaction:
         """The same without a transaction that begins by itself, as in a script."""
         verb = describe_sql(sql).verb
         if CONTROL.fullmatch(verb):
-            verb, name = read_control(sql)
+            try:
+                verb, name = read_control(sql)
+            except sqlite3.Error:
+                run_nothing(sqlite3.Cursor.execute, cursor, ())  # what the cursor had is over all the same
+                raise
             run_nothing(method, cursor, rest)
             self._control(verb, name)
         elif verb == "PRAGMA":
