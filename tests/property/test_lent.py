@@ -193,7 +193,8 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: not self.is_undone)
     @rule(factory=st.sampled_from(ROW_FACTORIES), text=st.sampled_from([str, bytes]))
     def set_factories(self, factory: Any, text: Any) -> None:
-        self.both(lambda c: (setattr(c, "row_factory", factory), setattr(c, "text_factory", text)))
+        for name, value in (("row_factory", factory), ("text_factory", text)):
+            self.both(lambda c, name=name, value=value: setattr(c, name, value))  # type: ignore[misc]
 
     @precondition(lambda self: not self.is_undone)
     @rule(level=st.sampled_from(LEVELS))
@@ -263,20 +264,23 @@ class Machine(RuleBasedStateMachine):
 
 
 def outcomes(connection: Any, calls: list[tuple[Any, ...]], size: int | None, then: str) -> Iterator[Any]:
-    cursor, last = connection.cursor(), connection.total_changes
+    cursor, before, has_failed = connection.cursor(), connection.total_changes, False
     for call in calls:
-        method = cursor.executemany if call in MANY else cursor.execute
-        found = outcome_of(lambda _, method=method, call=call: method(*call) is cursor, connection, Exception)
+        bound = [cursor.executemany if call in MANY else cursor.execute, *call]
+        found = outcome_of(lambda bound: bound[0](*bound[1:]) is cursor, bound, Exception)
         yield found
         if found is True:
-            yield cursor.description, cursor.rowcount, cursor.lastrowid
+            yield cursor.description, cursor.rowcount
+        has_failed |= found is not True
+        if not has_failed:  # a BEGIN that fails has run something else
+            yield cursor.lastrowid
         if size is not None:
-            yield outcome_of(lambda cursor: listed(cursor.fetchmany(size)), cursor, Exception)
+            yield outcome_of(lambda size: listed(cursor.fetchmany(size)), size, Exception)
         # A BEGIN while a RETURNING is half read is refused.
         name = "fetchall" if "RETURNING" in str(call[0]) else then
         on = connection if name in ("commit", "rollback") else cursor
-        yield outcome_of(lambda on, name=name: listed(getattr(on, name)()), on, Exception)
-        yield connection.in_transaction, connection.total_changes - last
+        yield outcome_of(lambda method: listed(method()), getattr(on, name), Exception)
+        yield connection.in_transaction, connection.total_changes - before
 
 
 def listed(rows: Any) -> Any:
