@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,9 +16,12 @@ from sqlalchemy.dialects import registry
 from sqlalchemy.dialects.sqlite.pysqlite import SQLiteDialect_pysqlite
 from sqlalchemy.pool import NullPool
 
+from onewriter.base.call_site import called_from
 from onewriter.gateway import DbWriter
 from onewriter.write.transaction import Transaction
 
+# Between the user's code and this.
+LIBRARIES = ("onewriter.", "contextlib.", "sqlalchemy.", "sqlmodel.", "alembic.", "pandas.")
 Borrow = Callable[[], contextlib.AbstractContextManager[sqlite3.Connection]]
 
 
@@ -39,11 +43,11 @@ def engine(db: DbWriter, *, readonly: bool = False, **options: Any) -> Engine:
 
     @contextlib.contextmanager
     def write() -> Iterator[sqlite3.Connection]:
-        with db.transaction(label="SQLAlchemy") as tx:
+        with db.transaction(label=_label()) as tx:
             yield tx.connection
 
     def read() -> contextlib.AbstractContextManager[sqlite3.Connection]:
-        return db.reader(label="SQLAlchemy")
+        return db.reader(label=_label())
 
     return _create(read if readonly else write, read, options)
 
@@ -70,6 +74,11 @@ def engine_on(tx: Transaction, **options: Any) -> Engine:
 def on_connect(connection: sqlite3.Connection, readonly: bool = False) -> None:
     """Make the SQL functions that SQLAlchemy counts on, ``regexp`` and ``floor``: give it to ``DbWriter``."""
     SQLiteDialect_pysqlite(dbapi=sqlite3).on_connect()(connection)  # type: ignore[arg-type]
+
+
+def _label() -> str:
+    """For messages: the line of the user's code whose session or connection begins, far below."""
+    return f"SQLAlchemy in {called_from(sys._getframe(1), LIBRARIES)}"
 
 
 def _create(transaction: Borrow, outside: Borrow, options: dict[str, Any]) -> Engine:

@@ -94,7 +94,7 @@ def test_begin_is_a_block_from_its_first_statement_to_its_commit(db: DbWriter) -
         other = threading.Thread(target=write)
         other.start()
         other.join(DEADLINE)
-        assert "SQLAlchemy" in str(refused[0])  # names who holds the writer
+        assert "SQLAlchemy in test_sqlalchemy.py" in str(refused[0])  # names who holds the writer
         assert db.run("UPDATE user SET boss_id = 1 WHERE id = 2").rowcount == 1  # the same context is inside
     assert db.read("SELECT name, boss_id FROM user") == [("ada", None), ("grace", 1)]
 

@@ -6,7 +6,7 @@ import contextlib
 import sqlite3
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,40 @@ SCRIPT = st.lists(
     ),
     max_size=4,
 )
+STATEMENTS: list[tuple[Any, ...]] = [
+    *(("INSERT INTO t VALUES (1)",), ("INSERT INTO t VALUES (:n)", {"n": 2}), ("INSERT INTO t VALUES (?)", (3,))),
+    *(("INSERT OR IGNORE INTO t VALUES (1), (4)",), ("UPDATE t SET n = n + 9 WHERE n < 2",), ("DELETE FROM t",)),
+    *(("REPLACE INTO t VALUES (5) RETURNING n",), ("INSERT INTO t VALUES (6), (7), (8) RETURNING n AS m",)),
+    *(("WITH x AS (SELECT 6) INSERT INTO t SELECT * FROM x",), ("SELECT n, n * 2 AS m FROM t ORDER BY n",)),
+    *(("SELECT changes(), last_insert_rowid()",), ("VALUES (1), (2)",), ("SELECT ?", (1, 2))),
+    *(("SELECT :a", {}), ("SELECT ?", 5), ("SELECT ?",), ("INSERT INTO t VALUES ('x')",)),
+    *(("SELECT 1; SELECT 2",), ("/* first */ BEGIN",), ("begin -- it",), ("BEGIN;",)),
+    *(("BEGIN; SELECT 1",), ("COMMIT; SELECT 1",), (" \n commit ;; ",), ("COMMIT", (1,)), (5,)),
+    *(("INSERT INTO t VALUES (1);",), ("SELECT '\0'",), ("SELECT '\ud800'",), ("\0",), (b"SELECT 1",), (None,)),
+    *(("PRAGMA user_version",), ("PRAGMA user_version = 3",), ("PRAGMA table_info(t)",), ("PRAGMA foreign_keys",)),
+    *(("CREATE TABLE u (a, b)",), ("DROP TABLE u",), ("ALTER TABLE u ADD COLUMN c",), ("CREATE INDEX i ON u (a)",)),
+    *(("INSERT INTO u SELECT n, n FROM t RETURNING *",), ("EXPLAIN QUERY PLAN INSERT INTO t VALUES (1)",), ("x y",)),
+    *(
+        ("SELECT abs(-9223372036854775808)",),
+        ("SELECT n, abs(n - 9223372036854775807 - 2) FROM t",),
+        ("VALUES (1)", []),
+    ),
+    *(('SAVEPOINT "A b"',), ("RELEASE 'A b'",), ("ROLLBACK TO [a B]",), ("SELECT 1", (), ()), ("SELECT 1", None)),
+]
+MANY: list[tuple[Any, ...]] = [
+    *(("INSERT INTO t VALUES (?)", [(1,), (11,)]), ("INSERT OR IGNORE INTO t VALUES (?)", [(1,), (12,)])),
+    *(("INSERT INTO t VALUES (?)", []), ("SELECT ?", [(1,)]), ("INSERT INTO t VALUES (?) RETURNING n", [(13,)])),
+    *(("INSERT INTO t VALUES (?)", [(14,), (1, 2)]), ("BEGIN", [()]), ("x y", [])),
+    *(("DELETE FROM t WHERE n = ?", ((1,), (2,), (3,))), ("INSERT INTO t VALUES (:n)", [{"n": 15}]), ("COMMIT", [])),
+    *(("INSERT INTO nowhere VALUES (?)", [(1,)]), (None, []), ("", [()]), ("SELECT 1", [])),
+    *(
+        ("CREATE TABLE u (a, b)", [()]),
+        ("PRAGMA user_version = 4", [()]),
+        ("WITH x AS (SELECT ?) SELECT * FROM x", [(1,)]),
+    ),
+]
+ROW_FACTORIES = [None, sqlite3.Row, lambda cursor, row: [column[0] for column in cursor.description] + list(row)]
+LEVELS: list[Any] = ["deferred", "Exclusive", "x", 1, b"", "IMMEDIATE\0", "\xe9", "BEGIN"]
 MODES: list[tuple[str, Any]] = [("isolation_level", level) for level in ("", None, "IMMEDIATE")]
 if sys.version_info >= (3, 12):
     MODES += [("autocommit", value) for value in (True, False, sqlite3.LEGACY_TRANSACTION_CONTROL)]
@@ -56,6 +90,7 @@ class Machine(RuleBasedStateMachine):
         self.db = DbWriter(Path(self.folder.name) / "app.db", inline=True, synchronous="OFF")
         self.db.run(TABLE)
         self.plain = sqlite3.connect(":memory:")
+        self.plain.execute("PRAGMA foreign_keys = ON")
         self.plain.execute(TABLE)
         self.block = self.db.transaction()
         self.lent = self.block.__enter__().connection
@@ -64,7 +99,7 @@ class Machine(RuleBasedStateMachine):
 
     def both(self, call: Callable[[sqlite3.Connection], Any]) -> None:
         expected, found = (outcome_of(call, connection) for connection in (self.plain, self.lent))
-        assert found == expected
+        assert found == expected, (found, expected)
 
     @initialize(mode=st.sampled_from(MODES))
     def begin(self, mode: tuple[str, Any]) -> None:
@@ -97,7 +132,7 @@ class Machine(RuleBasedStateMachine):
     @rule(n=NUMBERS)
     def change(self, n: int) -> None:
         self.both(lambda c: c.execute("DELETE FROM t WHERE n > ?", (n,)).rowcount)
-        self.both(lambda c: c.execute("INSERT OR REPLACE INTO t VALUES (?) RETURNING n", (n,)).fetchall())
+        self.both(lambda c: c.execute("INSERT OR REPLACE INTO t VALUES (?) RETURNING n", (n,)).fetchone()[0])
         self.both(lambda c: c.execute("INSERT INTO nowhere VALUES (1)"))
 
     # With autocommit=False a text that ends the transaction leaves sqlite3 without one, and its commit() raises.
@@ -141,18 +176,60 @@ class Machine(RuleBasedStateMachine):
                 if getattr(self.plain, "autocommit", -1) == -1:
                     self.both(lambda c: c.executescript(";".join(script)).fetchall())
 
+    @precondition(lambda self: not self.is_undone and getattr(self.plain, "autocommit", None) is not False)
+    @rule(
+        calls=st.lists(st.sampled_from(STATEMENTS + MANY), min_size=1, max_size=4),
+        size=st.sampled_from([0, 1, 2, None]),
+        then=st.sampled_from(["fetchall", "fetchone", "__next__", "close", "commit", "rollback"]),
+    )
+    def one_cursor(self, calls: list[tuple[Any, ...]], size: int | None, then: str) -> None:
+        """Several statements on one cursor, some of which are not read to their end."""
+
+        def use(connection: sqlite3.Connection) -> list[Any]:
+            return list(outcomes(connection, calls, size, then))
+
+        self.both(use)
+
+    @precondition(lambda self: not self.is_undone)
+    @rule(factory=st.sampled_from(ROW_FACTORIES), text=st.sampled_from([str, bytes]))
+    def set_factories(self, factory: Any, text: Any) -> None:
+        for name, value in (("row_factory", factory), ("text_factory", text)):
+            self.both(lambda c, name=name, value=value: setattr(c, name, value))  # type: ignore[misc]
+
+    @precondition(lambda self: not self.is_undone)
+    @rule(level=st.sampled_from(LEVELS))
+    def set_level(self, level: Any) -> None:
+        self.both(lambda c: outcome_of(lambda c: setattr(c, "isolation_level", level), c, Exception))
+        assert self.lent.isolation_level == self.plain.isolation_level
+
+    @precondition(lambda self: not self.is_undone)
+    @rule(function=st.sampled_from([lambda: 1, lambda n: 1 // n, lambda *a: None, 5, None]), arity=st.integers(-2, 2))
+    def make_functions(self, function: Any, arity: int) -> None:
+        def use(connection: sqlite3.Connection) -> list[Any]:
+            made = outcome_of(lambda c: c.create_function("f", arity, function), connection, Exception)
+            called = outcome_of(lambda c: listed(c.execute("SELECT f(0), f(1)").fetchall()), connection, Exception)
+            return [made, called, connection.in_transaction]
+
+        self.both(use)
+
+    @precondition(lambda self: not self.is_undone and not self.plain.in_transaction)
+    @rule()
+    def dump(self) -> None:
+        self.both(lambda c: outcome_of(lambda c: list(c.iterdump()), c, Exception))
+
     @precondition(lambda self: not self.is_undone and len(self.cursors) < 3)
     @rule()
     def open_cursors(self) -> None:
         cursors = [c.execute(ALL) for c in (self.plain, self.lent)]
-        assert cursors[0].fetchone() == cursors[1].fetchone()
+        assert listed(cursors[0].fetchone()) == listed(cursors[1].fetchone())
         self.cursors.append(cursors)
 
     @precondition(lambda self: not self.is_undone and self.cursors)
     @rule()
     def fetch(self) -> None:
         plain, lent = self.cursors.pop()
-        assert outcome_of(sqlite3.Cursor.fetchmany, plain) == outcome_of(lambda c: c.fetchmany(), lent)
+        plain_rows, lent_rows = (outcome_of(lambda c: listed(c.fetchmany()), cursor) for cursor in (plain, lent))
+        assert plain_rows == lent_rows
 
     @precondition(lambda self: not self.is_undone)
     @rule(n=NUMBERS)
@@ -172,9 +249,10 @@ class Machine(RuleBasedStateMachine):
         assert self.lent.in_transaction == self.plain.in_transaction
         if not self.is_undone:
             assert self.lent.total_changes == self.plain.total_changes
-            assert self.lent.execute(ALL).fetchall() == self.plain.execute(ALL).fetchall()
+            assert listed(self.lent.execute(ALL).fetchall()) == listed(self.plain.execute(ALL).fetchall())
 
     def teardown(self) -> None:
+        self.plain.row_factory = None
         expected = self.plain.execute(ALL).fetchall()
         self.cursors.clear()
         with pytest.raises(TransactionAbortedError) if self.is_undone else contextlib.nullcontext():
@@ -185,11 +263,36 @@ class Machine(RuleBasedStateMachine):
         self.folder.cleanup()
 
 
-def outcome_of(call: Callable[[Any], Any], connection: Any) -> Any:
+def outcomes(connection: Any, calls: list[tuple[Any, ...]], size: int | None, then: str) -> Iterator[Any]:
+    cursor, before, has_failed = connection.cursor(), connection.total_changes, False
+    for call in calls:
+        bound = [cursor.executemany if call in MANY else cursor.execute, *call]
+        found = outcome_of(lambda bound: bound[0](*bound[1:]) is cursor, bound, Exception)
+        yield found
+        if found is True:
+            yield cursor.description, cursor.rowcount
+        has_failed |= found is not True
+        if not has_failed:  # a BEGIN that fails has run something else
+            yield cursor.lastrowid
+        if size is not None:
+            yield outcome_of(lambda size: listed(cursor.fetchmany(size)), size, Exception)
+        # A BEGIN while a RETURNING is half read is refused.
+        name = "fetchall" if "RETURNING" in str(call[0]) else then
+        on = connection if name in ("commit", "rollback") else cursor
+        yield outcome_of(lambda method: listed(method()), getattr(on, name), Exception)
+        yield connection.in_transaction, connection.total_changes - before
+
+
+def listed(rows: Any) -> Any:
+    """Rows of any factory."""
+    return [listed(row) for row in rows] if isinstance(rows, list | tuple | sqlite3.Row) else rows
+
+
+def outcome_of(call: Callable[[Any], Any], connection: Any, errors: Any = (sqlite3.Error, CaughtError)) -> Any:
     """What it returned, or what it raised."""
     try:
         return call(connection)
-    except (sqlite3.Error, CaughtError) as error:
+    except errors as error:
         return type(error), str(error), getattr(error, "sqlite_errorcode", None)
 
 

@@ -15,9 +15,9 @@ OURS_AND_CONTEXTLIB = (*OURS, "contextlib.")
 POOL_LOOPS = (("_worker", "concurrent.futures.thread"), ("worker", "multiprocessing.pool"))
 
 
-def called_from(frame: types.FrameType) -> str:
-    """The line of the user's code: ``"file.py:123 in name"``."""
-    frame = user_frame(frame)
+def called_from(frame: types.FrameType, packages: tuple[str, ...] = OURS) -> str:
+    """The line of the user's code, outside ``packages``: ``"file.py:123 in name"``."""
+    frame = user_frame(frame, packages)
     return place_of(frame.f_code, frame.f_lasti)
 
 

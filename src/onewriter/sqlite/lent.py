@@ -232,7 +232,9 @@ class LentConnection(LentShell):
             raise
         return False
 
-    def __call__(self, sql: str, /) -> NoReturn:
+    def __call__(self, *_: Any) -> NoReturn:
+        if self._loan.is_over:
+            raise self._loan.ended()
         raise sqlite3.NotSupportedError("statements are prepared by execute")
 
     create_function = _outlasting("create_function")

@@ -61,3 +61,4 @@ class LentBlob:
     __getitem__ = _of_blob("__getitem__")
     __setitem__ = _of_blob("__setitem__")
     __delitem__ = _of_blob("__delitem__")
+    __iter__ = None  # as of sqlite3.Blob: Python would call __getitem__ again and again

@@ -154,6 +154,8 @@ class LentCursor(sqlite3.Cursor):
 
     def __run_script(self, sql: str) -> None:
         """In one call of the loan: nobody else's statement comes between."""
+        if "\0" in sql:
+            raise ValueError("embedded null character")
         transaction, raw = self.__lent._lending.transaction, self.__raw
 
         def run(statement: str) -> None:

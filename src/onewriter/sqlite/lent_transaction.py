@@ -27,7 +27,9 @@ LEVELS = ("", "DEFERRED", "IMMEDIATE", "EXCLUSIVE")
 CONTROL = re.compile("BEGIN|COMMIT|END|ROLLBACK|SAVEPOINT|RELEASE")
 ROWLESS = frozenset(("foreign_keys", "synchronous", "query_only"))  # PRAGMAs that return nothing when they are set
 IN_A_TRANSACTION = "onewriter: VACUUM cannot run inside a transaction, and a job is one: use run_without_transaction"
-NO_STATEMENT = ""
+# SQLite ignores a PRAGMA that it does not know. It cannot be an empty text: of one, sqlite3 takes the outcome from the
+# connection's last step, which may have failed.
+NO_STATEMENT = "PRAGMA onewriter"
 
 
 class Savepoints(Protocol):
@@ -127,6 +129,8 @@ class LentTransaction:
             self.commit()
         elif not isinstance(level, str):
             raise TypeError("isolation_level must be str or None")
+        elif "\0" in level:
+            raise ValueError("embedded null character")
         elif str.upper(level) not in LEVELS:
             raise ValueError("isolation_level string must be '', 'DEFERRED', 'IMMEDIATE', or 'EXCLUSIVE'")
         self.isolation_level = None if level is None else str.upper(level)
@@ -157,7 +161,11 @@ class LentTransaction:
         """The same without a transaction that begins by itself, as in a script."""
         verb = describe_sql(sql).verb
         if CONTROL.fullmatch(verb):
-            verb, name = read_control(sql)
+            try:
+                verb, name = read_control(sql)
+            except sqlite3.Error:
+                run_nothing(sqlite3.Cursor.execute, cursor, ())  # what the cursor had is over all the same
+                raise
             run_nothing(method, cursor, rest)
             self._control(verb, name)
         elif verb == "PRAGMA":
@@ -317,9 +325,4 @@ def _error(text: str) -> sqlite3.OperationalError:
 
 def run_nothing(method: Callable[..., Any], cursor: sqlite3.Cursor, parameters: Iterable[Any]) -> None:
     """In place of a statement that has no rows: end what the cursor had, and take no parameters."""
-    try:
-        method(cursor, NO_STATEMENT, *parameters)
-    except sqlite3.DatabaseError as error:
-        # What sqlite3 takes for its outcome is that of the connection's last step: another cursor may have a row.
-        if error_code(error) != sqlite3.SQLITE_ROW:
-            raise
+    method(cursor, NO_STATEMENT, *parameters)

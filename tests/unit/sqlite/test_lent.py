@@ -143,6 +143,21 @@ def test_a_failed_script_leaves_nothing_behind(db: DbWriter) -> None:
     assert rows(db) == [2]
 
 
+def test_a_null_character_in_a_script_is_refused_before_any_of_it_has_run(db: DbWriter) -> None:
+    with db.transaction() as tx, pytest.raises(ValueError, match="embedded null character"):
+        tx.connection.executescript("INSERT INTO t VALUES (1);\0 INSERT INTO t VALUES (2)")
+    assert rows(db) == []
+
+
+def test_a_control_statement_that_cannot_be_read_has_ended_what_the_cursor_had(db: DbWriter) -> None:
+    with contextlib.closing(sqlite3.connect(":memory:")) as plain, db.transaction() as tx:
+        for connection in (plain, tx.connection):
+            cursor = connection.execute("VALUES (1), (2)")
+            with pytest.raises((sqlite3.ProgrammingError, sqlite3.Warning)):
+                cursor.execute("COMMIT; SELECT 1")
+            assert (cursor.fetchone(), cursor.description, cursor.rowcount) == (None, None, -1)
+
+
 def test_it_is_a_connection_with_cursors(db: DbWriter) -> None:
     with db.transaction() as tx:
         connection = tx.connection
@@ -169,6 +184,8 @@ def test_it_is_a_connection_with_cursors(db: DbWriter) -> None:
         rowid = tx.execute("INSERT INTO blobs VALUES (zeroblob(3))").lastrowid
         blob = tx.connection.blobopen("blobs", "data", rowid or 0)
         blob.write(b"abc")
+        with pytest.raises(TypeError, match="is not iterable"):
+            assert b"a" in blob  # type: ignore[operator]
     assert db.read_value("SELECT data FROM blobs") == b"abc"
     assert db.run("SELECT 'a'").rows == [("a",)]
 

@@ -120,6 +120,20 @@ def test_text_at_the_wrong_time_raises_what_sqlite_raises(tx: Transaction, sql: 
     plain.close()
 
 
+@pytest.mark.parametrize("failing", [INSERT, "SELECT n FROM nowhere", "SELECT abs(-9223372036854775808)"])
+def test_a_statement_that_failed_is_no_error_of_the_next(tx: Transaction, failing: str) -> None:
+    connection = tx.connection
+    connection.isolation_level = None
+    connection.execute("CREATE UNIQUE INDEX one_of_each ON t (n)")
+    connection.execute(INSERT, (1,))
+    for sql in ("BEGIN", "SAVEPOINT a", "ROLLBACK TO a", "RELEASE a", "COMMIT", "BEGIN", "ROLLBACK"):
+        with pytest.raises(sqlite3.Error):
+            connection.execute(failing, (1,) if failing is INSERT else ()).fetchall()
+        assert connection.execute(sql).fetchall() == []
+    with pytest.raises(sqlite3.ProgrammingError, match="bindings"):
+        connection.execute("BEGIN", (1,))
+
+
 def test_savepoints_nest_and_the_innermost_of_a_name_is_meant(tx: Transaction) -> None:
     connection = tx.connection
     for sql in ("SAVEPOINT a", "INSERT INTO t VALUES (1)", "SAVEPOINT b", "SAVEPOINT A", "INSERT INTO t VALUES (2)"):
@@ -386,6 +400,7 @@ def test_after_its_end_a_connection_is_a_closed_one(db: DbWriter) -> None:
         *(lambda c: c.__enter__(), lambda c: c.in_transaction, lambda c: c.total_changes, lambda c: c.isolation_level),
         *(lambda c: setattr(c, "isolation_level", None), lambda c: c.interrupt(), lambda c: cursor.fetchall()),
         *(lambda c: c.executescript("SELECT 1"), lambda c: c.backup(c), lambda c: c.serialize()),
+        lambda c: c(),
     ]
     for use in uses:
         with pytest.raises((sqlite3.ProgrammingError, ValueError)):
