@@ -250,7 +250,6 @@ class JobQueue(queue.Queue[Job[Any]]):
         """In a forked child: refuse everything; another thread of the parent may have held the lock."""
         self.mutex = threading.RLock()  # type: ignore[assignment]
         self._refusal = error
-        self.guest = None
         self._room.clear()
 
     def unfinished(self) -> list[str]:

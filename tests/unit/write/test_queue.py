@@ -16,7 +16,7 @@ from typing import Any, assert_type
 
 import pytest
 
-from helpers import BRIEFLY, DEADLINE, eventually, holding_lock, parked, pool_of, queue_of, rows
+from helpers import BRIEFLY, DEADLINE, eventually, holding_lock, parked, pool_of, queue_of, raising, rows, state_of
 from onewriter import (
     AsyncDbWriter,
     DbWriter,
@@ -237,6 +237,23 @@ def test_who_gives_up_its_place_in_a_line_is_not_looked_for(path: Path, monkeypa
         asyncio.run(main(db, pool_of(db)))
         db.flush(timeout=DEADLINE)
         assert db.read("SELECT n FROM t") == [(0,)]
+
+
+def test_what_goes_over_maxsize_wakes_a_writer_that_an_interrupt_has_left_asleep(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with DbWriter(path, maxsize=1) as db:
+        db.run("CREATE TABLE t (n)")
+        db.checkpoint()  # so that it sleeps until it is woken
+        eventually(lambda: queue_of(db)._asleep)
+        with monkeypatch.context() as patch:
+            patch.setattr(queue_of(db), "_wake", raising(LookupError))
+            with pytest.raises(LookupError):
+                db.enqueue(INSERT, (1,))
+        with state_of(db).lock:  # as in a finalizer inside it, which does not wait for room
+            ticket = db.enqueue(INSERT, (2,))
+        ticket.result(DEADLINE)
+        assert rows(db) == [1, 2]
 
 
 def test_a_caller_that_waits_for_its_result_needs_no_room(db: DbWriter, pool: ThreadPoolExecutor) -> None:
