@@ -441,11 +441,11 @@ def test_a_block_that_was_interrupted_behind_its_begin_leaves_no_transaction_to_
     assert rows(db) == [1]
 
 
-def test_what_a_block_takes_back_by_its_connection_is_undone_and_the_rest_is_committed(db: DbWriter) -> None:
+def test_what_a_block_takes_back_is_undone_and_the_rest_is_committed(db: DbWriter) -> None:
     with db.transaction() as tx:
-        tx.connection.execute(INSERT, (1,))
-        tx.connection.rollback()
-        tx.connection.execute(INSERT, (2,))
+        tx.execute(INSERT, (1,))
+        tx.rollback()
+        tx.execute(INSERT, (2,))
     assert rows(db) == [2]
 
 

@@ -6,6 +6,7 @@ import asyncio
 import concurrent.futures
 import math
 import sqlite3
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -28,9 +29,12 @@ from onewriter import (
     WriterClosedError,
     WriteTimeoutError,
 )
+from onewriter.base.state import State
 from onewriter.read.claim import Claim, new_claim
 from onewriter.read.pool import ReaderPool
 from onewriter.write import queue as queue_module
+from onewriter.write.jobs import StatementJob
+from onewriter.write.queue import JobQueue
 
 INSERT = "INSERT INTO t VALUES (?)"
 
@@ -254,6 +258,58 @@ def test_what_goes_over_maxsize_wakes_a_writer_that_an_interrupt_has_left_asleep
             ticket = db.enqueue(INSERT, (2,))
         ticket.result(DEADLINE)
         assert rows(db) == [1, 2]
+
+
+@pytest.fixture
+def bare() -> JobQueue:
+    """A queue that no writer takes from."""
+    return JobQueue(3, State(math.inf))
+
+
+def job_for(queue: JobQueue) -> StatementJob:
+    return StatementJob(queue._state, "SELECT 1", (), None, sys._getframe(), bounded=True)
+
+
+def test_a_writer_that_wakes_and_a_block_that_takes_its_turn_do_not_both_have_it(
+    bare: JobQueue, pool: ThreadPoolExecutor
+) -> None:
+    block = job_for(bare)
+    taking = pool.submit(bare.take, 1)
+    eventually(lambda: bare._asleep)
+    with bare.mutex:  # as the block's thread is inside take_turn
+        bare._token.release()
+        with pytest.raises(TimeoutError):
+            taking.result(BRIEFLY)
+        assert bare.take_turn(block)
+    assert taking.result(DEADLINE) is None
+    assert bare.guest is block
+
+
+def test_a_turn_is_given_back_at_once_for_who_looks_inside_the_lock(bare: JobQueue, pool: ThreadPoolExecutor) -> None:
+    """The writer would take the next jobs, and the rest of the giving back would forget them."""
+    block = job_for(bare)
+    bare._asleep = True
+    assert bare.take_turn(block)
+    with bare.mutex:
+        giving = pool.submit(bare.give_turn)
+        with pytest.raises(TimeoutError):
+            giving.result(BRIEFLY)
+        assert (bare.guest, bare.taken) == (block, [block])
+    giving.result(DEADLINE)
+    assert (bare.guest, bare.taken) == (None, [])
+
+
+def test_the_oldest_job_is_one_that_is_not_withdrawn(bare: JobQueue) -> None:
+    jobs = [job_for(bare) for _ in range(3)]
+    for age, job in enumerate(jobs):
+        job.created_at = -float(age)
+        bare.put(job)
+    assert bare.oldest_age(0.0) == 0.0
+    assert jobs[0].cancel()
+    assert bare.oldest_age(0.0) == 1.0
+    assert jobs[1].cancel()
+    assert jobs[2].cancel()
+    assert bare.oldest_age(0.0) == 0.0
 
 
 def test_a_caller_that_waits_for_its_result_needs_no_room(db: DbWriter, pool: ThreadPoolExecutor) -> None:
