@@ -175,7 +175,7 @@ class Tests:
                     yield line - new + start
 
     def of(self, mutant: Mutant) -> list[str]:
-        """The ones of the same name first, then the quickest; none that takes so long that it would be ended."""
+        """The ones of the same name first, then the quickest of each file; none that could be taken for hanging."""
         passing = self._passing.get(mutant.file, {})
         found = {place for line in self._lines_before(mutant) for place in passing.get(str(line), ())}
         if not found:  # the line is new, or nobody comes by
@@ -184,7 +184,13 @@ class Tests:
         folder, _, own = mutant.file.rpartition("/")
         first = f"tests/unit/{folder}/test_{own}"
         names |= {name for name in self.seconds if name.startswith(READERS)}
-        ordered = sorted(names, key=lambda name: (not name.startswith(first), self.seconds[name]))
+        seen: Counter[str] = Counter()  # of each file of tests; the next of each in turn, for they are alike in one
+        ranks: dict[str, int] = {}
+        for name in sorted(names, key=lambda name: self.seconds[name]):
+            file = name.partition("::")[0]
+            ranks[name] = seen[file]
+            seen[file] += 1
+        ordered = sorted(names, key=lambda name: (not name.startswith(first), ranks[name], self.seconds[name]))
         ordered = [name for name in ordered if self.seconds[name] < HANG / 2]
         sums = list(itertools.accumulate(self.seconds[name] for name in ordered))
         return [*self._also, *(name for name, total in zip(ordered, sums, strict=True) if total <= self._most)]
