@@ -110,12 +110,13 @@ def _leave(block: ThreadBlock, turns: Turns, scope: Scope[Any] | None, failed: b
 
 def _end(block: ThreadBlock, turns: Turns, scope: Scope[Any] | None, failed: bool) -> None:
     state, loan, me = block._state, block.transaction, get_ident()
+    assert loan is not None  # it was entered
     if state.forked:
         if failed:
             return
         raise forked_error()  # the parent's block goes on; nothing is committed here
     # In a function that SQLite calls: the end waits for the statement, and this cannot.
-    is_inside = loan is not None and loan.is_inside
+    is_inside = loan.is_inside
     if is_inside or state.cannot_wait():  # as when it is collected by the writer, or inside one of its locks
         block.give_back(failed or is_inside)
         block.add_done_callback(block.call_back)
@@ -136,7 +137,7 @@ def _end(block: ThreadBlock, turns: Turns, scope: Scope[Any] | None, failed: boo
         state.entering.discard(me)
         block.add_done_callback(block.call_back)
         raise
-    if loan is not None and loan.parts is not None:
+    if loan.parts is not None:
         block.call_back()
 
 
