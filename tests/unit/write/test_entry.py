@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import sqlite3
 from pathlib import Path
 
@@ -88,3 +89,17 @@ def test_a_block_in_a_function_that_runs_alone_is_refused_with_the_reason(table_
             table_db.transaction().__enter__()
 
     table_db.run_without_transaction(nest)
+
+
+def test_a_block_that_is_collected_while_it_is_open_calls_its_callbacks_and_names_what_is_lost(
+    db: DbWriter, caplog: pytest.LogCaptureFixture
+) -> None:
+    db.run("CREATE TABLE t (n)")
+    told: list[str] = []
+    block = db.transaction(label="dropped")
+    block.__enter__().on_rollback(lambda: told.append("rolled back"))
+    db.run(INSERT, (1,))
+    del block
+    gc.collect()
+    assert (told, rows(db)) == (["rolled back"], [])
+    eventually(lambda: "1 writes that were made inside 'dropped'" in caplog.text)
