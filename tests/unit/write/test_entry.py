@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gc
 import sqlite3
@@ -103,3 +104,12 @@ def test_a_block_that_is_collected_while_it_is_open_calls_its_callbacks_and_name
     gc.collect()
     assert (told, rows(db)) == (["rolled back"], [])
     eventually(lambda: "1 writes that were made inside 'dropped'" in caplog.text)
+
+
+def test_a_block_that_was_left_in_the_thread_of_a_loop_is_not_kept(db: DbWriter) -> None:
+    async def main() -> None:
+        with db.transaction():
+            assert len(state_of(db).blocks) == 1
+        assert state_of(db).blocks == set()
+
+    asyncio.run(main())
