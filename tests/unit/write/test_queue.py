@@ -282,21 +282,62 @@ def test_a_writer_that_wakes_and_a_block_that_takes_its_turn_do_not_both_have_it
             taking.result(BRIEFLY)
         assert bare.take_turn(block)
     assert taking.result(DEADLINE) is None
-    assert bare.guest is block
+    assert (bare.guest, bare.taken) == (block, [block])
 
 
-def test_a_turn_is_given_back_at_once_for_who_looks_inside_the_lock(bare: JobQueue, pool: ThreadPoolExecutor) -> None:
-    """The writer would take the next jobs, and the rest of the giving back would forget them."""
+@pytest.mark.parametrize("end", [lambda queue, block: queue.give_turn(), JobQueue.give_way, JobQueue.hand_over])
+def test_a_turn_ends_at_once_for_who_looks_inside_the_lock(
+    bare: JobQueue, pool: ThreadPoolExecutor, end: Callable[[JobQueue, StatementJob], None]
+) -> None:
+    """The writer would take the next jobs, and the rest of the ending would forget them; or end the next turn."""
     block = job_for(bare)
     bare._asleep = True
     assert bare.take_turn(block)
     with bare.mutex:
-        giving = pool.submit(bare.give_turn)
+        ending = pool.submit(end, bare, block)
         with pytest.raises(TimeoutError):
-            giving.result(BRIEFLY)
-        assert (bare.guest, bare.taken) == (block, [block])
-    giving.result(DEADLINE)
-    assert (bare.guest, bare.taken) == (None, [])
+            ending.result(BRIEFLY)
+        assert (bare.guest, bare.taken, bare.is_handed_over) == (block, [block], False)
+        assert not bare.queue
+    ending.result(DEADLINE)
+    assert bare.is_handed_over or bare.guest is None
+
+
+STEPS: dict[str, Callable[[JobQueue, StatementJob], object]] = {
+    "put": JobQueue.put,
+    "put_unbounded": JobQueue.put_unbounded,
+    "line_up": lambda queue, job: queue.line_up(job, threading.Lock()),
+    "leave_line": lambda queue, job: queue.leave_line(queue_module._Waiter(job, threading.Lock())),
+    "forget": JobQueue.forget,
+    "take": lambda queue, job: queue.take(1, 0.0),
+    "take_now": lambda queue, job: queue.take_now(1),
+    "take_turn": JobQueue.take_turn,
+    "refuse": lambda queue, job: queue.refuse(WriterClosedError("closed")),
+    "unfinished": lambda queue, job: queue.unfinished(),
+    "empty_out": lambda queue, job: queue.empty_out(),
+}
+
+
+@pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
+def test_no_step_is_done_while_somebody_is_inside_the_queue(
+    bare: JobQueue, pool: ThreadPoolExecutor, step: Callable[[JobQueue, StatementJob], object]
+) -> None:
+    with bare.mutex:
+        other = pool.submit(step, bare, job_for(bare))
+        with pytest.raises(TimeoutError):
+            other.result(BRIEFLY)
+    other.result(DEADLINE)
+
+
+def test_the_place_of_a_withdrawn_job_is_not_looked_for_as_long_as_there_are_few(bare: JobQueue) -> None:
+    """Each of thousands that give up at once would walk through the queue."""
+    jobs = [job_for(bare) for _ in range(3)]
+    for job in jobs:
+        bare.put(job)
+    assert jobs[1].cancel()
+    assert (len(bare.queue), bare.depth) == (3, 2)
+    assert bare.take_now(3) == jobs
+    assert (bare.depth, bare._bounded, bare._withdrawn) == (0, 0, set())
 
 
 def test_the_oldest_job_is_one_that_is_not_withdrawn(bare: JobQueue) -> None:
