@@ -3,15 +3,19 @@
 Takes out or inverts, one at a time, each guard, lock, ``except``, ``del`` and comparison, runs the fast tests that come
 by there, the quickest first, and lists what nothing noticed. ``tests/equal_mutants.txt`` has those that change nothing
 that can be seen, with the reason. Which tests come by is found out first, in one run of all; this file is the plugin
-of that run. Needs ``pip install coverage``.
+of that run. ``--map FOLDER`` keeps what was found out for the next time: what has moved since is found again by its
+text, and new tests are named with ``--also``. Needs ``pip install coverage``.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import difflib
 import importlib
+import itertools
 import json
+import math
 import os
 import queue
 import random
@@ -116,28 +120,80 @@ def mutants_of(path: Path) -> Iterator[Mutant]:
 class Tests:
     """Which fast tests come by which line, and how long each takes."""
 
-    def __init__(self, tree: Path, folder: Path) -> None:
-        self.passing: dict[tuple[str, int], set[str]] = {}
-        folder.mkdir()
-        (folder / "coveragerc").write_text(COVERAGE.format(folder=folder))
-        command = ["coverage", "run", f"--rcfile={folder / 'coveragerc'}", "-m", "pytest", "-q", "-p", "mutants"]
-        _run([*command, *(f"tests/{name}" for name in FAST)], tree, {MAP: str(folder)}, None)
-        self.seconds: dict[str, float] = json.loads((folder / "seconds.json").read_text())
+    def __init__(self, folder: Path, also: list[str], most: float) -> None:
+        self._also, self._most = also, most
+        self._former = folder / "onewriter"
+        known = json.loads((folder / "tests.json").read_text())
+        self.seconds: dict[str, float] = known["seconds"]
+        self._names = list(self.seconds)
+        self._passing: dict[str, dict[str, list[int]]] = known["passing"]
+
+    @classmethod
+    def find(cls, tree: Path, folder: Path, also: list[str], most: float) -> Tests:
+        """From ``folder``, or by a run of all if it is not there."""
+        if not (folder / "tests.json").exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "coveragerc").write_text(COVERAGE.format(folder=folder))
+            command = ["coverage", "run", f"--rcfile={folder / 'coveragerc'}", "-m", "pytest", "-q", "-p", "mutants"]
+            # A new interpreter for each child: one that is forked from another's would tell of the other's test.
+            _run(
+                [*command, *(f"tests/{name}" for name in FAST)], tree, {MAP: str(folder), "NEW_INTERPRETERS": "1"}, None
+            )
+            shutil.copytree(tree / "src" / "onewriter", folder / "onewriter")
+            seconds = json.loads((folder / "seconds.json").read_text())
+            known = {"seconds": seconds, "passing": cls._read(folder, list(seconds))}
+            (folder / "tests.json").write_text(json.dumps(known))
+        return cls(folder, also, most)
+
+    @staticmethod
+    def _read(folder: Path, tests: list[str]) -> dict[str, dict[int, list[int]]]:
+        """Of each file, the lines, and which of ``tests`` come by, as their places in it."""
+        passing: dict[str, dict[int, set[int]]] = {}
+        places = {name: place for place, name in enumerate(tests)}
         coverage = importlib.import_module("coverage")
         for part in folder.glob("data*"):
             data = coverage.CoverageData(part)
-            data.read()
+            try:
+                data.read()
+            except coverage.exceptions.DataError:  # its process was killed while it wrote this
+                continue
             for file in data.measured_files():
-                name = Path(file).resolve().relative_to((tree / "src" / "onewriter").resolve()).as_posix()
+                lines = passing.setdefault("/".join(Path(file).parts[Path(file).parts.index("onewriter") + 1 :]), {})
                 for line, contexts in data.contexts_by_lineno(file).items():
                     names = {context.split("|")[-1].rsplit(" (", 1)[0] for context in contexts}
-                    self.passing.setdefault((name, line), set()).update(names & self.seconds.keys())
+                    lines.setdefault(line, set()).update(places[name] for name in names & places.keys())
+            part.unlink()
+        return {file: {line: sorted(found) for line, found in lines.items()} for file, lines in passing.items()}
+
+    def _lines_before(self, mutant: Mutant) -> Iterator[int]:
+        """Where the lines of ``mutant`` were when the tests were watched."""
+        former = (self._former / mutant.file).read_text(encoding="utf-8").splitlines()
+        current = (SOURCE / mutant.file).read_text(encoding="utf-8").splitlines()
+        for start, new, size in difflib.SequenceMatcher(None, former, current, autojunk=False).get_matching_blocks():
+            for line in range(mutant.line, mutant.last + 1):
+                if new < line <= new + size:
+                    yield line - new + start
 
     def of(self, mutant: Mutant) -> list[str]:
-        lines = range(mutant.line, mutant.last + 1)
-        names: set[str] = set().union(*(self.passing.get((mutant.file, line), ()) for line in lines))
-        names |= {name for name in self.seconds if not names or name.startswith(READERS)}
-        return sorted(names, key=lambda name: self.seconds[name])
+        """The ones of the same name first, then the quickest of each file; none that could be taken for hanging."""
+        passing = self._passing.get(mutant.file, {})
+        found = {place for line in self._lines_before(mutant) for place in passing.get(str(line), ())}
+        if not found:  # the line is new, or nobody comes by
+            found = {place for tests in passing.values() for place in tests} or set(range(len(self._names)))
+        names = {self._names[place] for place in found}
+        folder, _, own = mutant.file.rpartition("/")
+        first = f"tests/unit/{folder}/test_{own}"
+        names |= {name for name in self.seconds if name.startswith(READERS)}
+        seen: Counter[str] = Counter()  # of each file of tests; the next of each in turn, for they are alike in one
+        ranks: dict[str, int] = {}
+        for name in sorted(names, key=lambda name: self.seconds[name]):
+            file = name.partition("::")[0]
+            ranks[name] = seen[file]
+            seen[file] += 1
+        ordered = sorted(names, key=lambda name: (not name.startswith(first), ranks[name], self.seconds[name]))
+        ordered = [name for name in ordered if self.seconds[name] < HANG / 2]
+        sums = list(itertools.accumulate(self.seconds[name] for name in ordered))
+        return [*self._also, *(name for name, total in zip(ordered, sums, strict=True) if total <= self._most)]
 
 
 def survives(mutant: Mutant, tests: list[str], tree: Path) -> bool:
@@ -154,7 +210,7 @@ def survives(mutant: Mutant, tests: list[str], tree: Path) -> bool:
 def _run(module: list[str], tree: Path, variables: dict[str, str], timeout: float | None) -> bool:
     """Whether ``python -m module`` is content in ``tree``."""
     path = f"{tree / 'src'}{os.pathsep}{tree / 'tests'}"
-    always = {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", "NEW_INTERPRETERS": "1"}  # one: one test's lines
+    always = {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
     environment = {**os.environ, **always, **variables}
     options = {"cwd": tree, "env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     with subprocess.Popen([sys.executable, "-m", *module], start_new_session=True, **options) as process:  # type: ignore[call-overload]
@@ -195,6 +251,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1, help="of the order in which they are tried")
     parser.add_argument("--workers", type=int, default=2 * (os.cpu_count() or 1), help="many mutants hang")
     parser.add_argument("--only", default="", help="mutants whose name has this in it")
+    parser.add_argument("--map", default="", help="folder that keeps which tests come by; default: found out anew")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="of tests for each, as long as the map's took")
+    parser.add_argument("--also", default="", help="comma-separated tests that are run each time, first")
     parser.add_argument("--list", action="store_true", help="only count them")
     arguments = parser.parse_args()
     files = (
@@ -216,8 +275,10 @@ def main() -> int:
             tree = Path(folder) / f"tree{number}"
             shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", ".venv", "__pycache__", ".*_cache"))
             trees.put(tree)
-        tests = Tests(tree, Path(folder) / "map")
-        print(f"{len(tests.seconds)} tests come by {len(tests.passing)} lines", flush=True)
+        kept = Path(arguments.map or Path(folder) / "map").resolve()
+        also = [name for name in arguments.also.split(",") if name]
+        tests = Tests.find(tree, kept, also, arguments.seconds)
+        print(f"{len(tests.seconds)} tests are known", flush=True)
         end = monotonic() + arguments.minutes * 60
         outcomes: Counter[str] = Counter()
 

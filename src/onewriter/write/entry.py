@@ -95,7 +95,7 @@ class Entry:
     ) -> bool | None:
         if self._part is not None:
             return self._part.__exit__(kind, error, traceback)
-        if self._is_new:  # its end would be waited for without end
+        if self._scope is None:  # its end would be waited for without end
             raise RuntimeError("a block that was not entered cannot be left: use `with`")
         block = self._block
         try:
@@ -123,12 +123,13 @@ def _leave(block: ThreadBlock, turns: Turns, scope: Scope[Any] | None, failed: b
 
 def _end(block: ThreadBlock, turns: Turns, scope: Scope[Any] | None, failed: bool) -> None:
     state, loan, me = block._state, block.transaction, get_ident()
+    assert loan is not None  # it was entered
     if state.forked:
         if failed:
             return
         raise forked_error()  # the parent's block goes on; nothing is committed here
     # In a function that SQLite calls: the end waits for the statement, and this cannot.
-    is_inside = loan is not None and loan.is_inside
+    is_inside = loan.is_inside
     if is_inside or state.cannot_wait():  # as when it is collected by the writer, or inside one of its locks
         block.give_back(failed or is_inside)
         block.add_done_callback(block.call_back)
@@ -149,7 +150,7 @@ def _end(block: ThreadBlock, turns: Turns, scope: Scope[Any] | None, failed: boo
         state.entering.discard(me)
         block.add_done_callback(block.call_back)
         raise
-    if loan is not None and loan.parts is not None:
+    if loan.parts is not None:
         block.call_back()
 
 

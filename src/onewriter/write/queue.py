@@ -91,7 +91,7 @@ class JobQueue(queue.Queue[Job[Any]]):
     def put_unbounded(self, job: Job[Any]) -> None:
         """Add a bounded job although there may be no room."""
         with self.mutex:
-            self._refuse_if_closed()
+            self.check_open()
             self._append(job)
             if self._asleep:
                 self._wake()
@@ -104,7 +104,7 @@ class JobQueue(queue.Queue[Job[Any]]):
     def line_up(self, job: Job[Any], signal: Signal) -> _Waiter | None:
         """Add a bounded job; returns None, or, if there is no room, who waits in line: its turn wakes ``signal``."""
         with self.mutex:
-            self._refuse_if_closed()
+            self.check_open()
             waiter = None
             if self._bounded >= self.maxsize or self._room:
                 waiter = _Waiter(job, signal)
@@ -250,7 +250,6 @@ class JobQueue(queue.Queue[Job[Any]]):
         """In a forked child: refuse everything; another thread of the parent may have held the lock."""
         self.mutex = threading.RLock()  # type: ignore[assignment]
         self._refusal = error
-        self.guest = None
         self._room.clear()
 
     def unfinished(self) -> list[str]:
@@ -289,10 +288,6 @@ class JobQueue(queue.Queue[Job[Any]]):
             self._withdrawn.clear()
             self._bounded = 0
             return jobs
-
-    def check_open(self) -> None:
-        with self.mutex:
-            self._refuse_if_closed()
 
     @property
     def refusing(self) -> bool:
@@ -343,7 +338,7 @@ class JobQueue(queue.Queue[Job[Any]]):
             raise self.full_error(waiter.job, timeout)
 
     def full_error(self, job: Job[Any], timeout: float | None) -> QueueFullError:
-        self._refuse_if_closed()
+        self.check_open()
         return QueueFullError(
             f"no room for job {job.describe()} within {timeout} s: {self.fill}; {self._state.describe()}"
         )
@@ -365,7 +360,8 @@ class JobQueue(queue.Queue[Job[Any]]):
         if self.is_nearly_full and self._bounded <= self.maxsize // 2:
             self.is_nearly_full, self._limit = False, self._mark
 
-    def _refuse_if_closed(self) -> None:
+    def check_open(self) -> None:
+        """Raise why nothing is accepted any more, if so."""
         if self._refusal is not None:
             raise type(self._refusal)(*self._refusal.args) from self._refusal.__cause__
 

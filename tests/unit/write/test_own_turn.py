@@ -39,6 +39,7 @@ from onewriter import (
     WriterClosedError,
     WriteTimeoutError,
 )
+from onewriter.write.block import ThreadBlock
 
 INSERT = "INSERT INTO t VALUES (?)"
 
@@ -390,3 +391,68 @@ def test_nothing_of_the_last_block_stays_alive(db: DbWriter) -> None:
     del kept, tx
     gc.collect()
     assert gone() is None
+
+
+def test_a_block_whose_savepoint_is_refused_is_begun_anew_by_the_writer_thread(db: DbWriter, steps: Steps) -> None:
+    session: Any = session_of(db)
+    set_mark = session.set_mark
+
+    def refuse() -> None:
+        session.set_mark = set_mark
+        raise sqlite3.OperationalError("out of memory")
+
+    session.set_mark = refuse
+    with db.transaction() as tx:
+        tx.execute(INSERT, (1,))
+    assert steps.take() == [("BEGIN", True), ("ROLLBACK", True), ("BEGIN", False), ("COMMIT", False)]
+    assert rows(db) == [1]
+
+
+class SignalError(Exception):
+    """What a signal handler raises."""
+
+
+def test_what_a_signal_handler_raises_while_sqlite_asks_about_begin_comes_out(
+    db: DbWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session: Any = session_of(db)
+    decide = session.guard.decide
+
+    def interrupted(*_: object) -> int:
+        monkeypatch.setattr(session.guard, "decide", decide)
+        raise SignalError
+
+    monkeypatch.setattr(session.guard, "decide", interrupted)
+    session.guard.install(session.connection)  # BEGIN is asked about again
+    with pytest.raises(SignalError), db.transaction():
+        pytest.fail("entered")
+    db.run(INSERT, (1,))
+    assert rows(db) == [1]
+
+
+def test_a_block_that_was_interrupted_behind_its_begin_leaves_no_transaction_to_the_job_behind_it(
+    db: DbWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(ThreadBlock, "start", raising(SignalError))
+        with pytest.raises(SignalError), db.transaction():
+            pytest.fail("entered")
+    db.run(INSERT, (1,))
+    assert rows(db) == [1]
+
+
+def test_what_a_block_takes_back_is_undone_and_the_rest_is_committed(db: DbWriter) -> None:
+    with db.transaction() as tx:
+        tx.execute(INSERT, (1,))
+        tx.rollback()
+        tx.execute(INSERT, (2,))
+    assert rows(db) == [2]
+
+
+def test_a_block_looks_itself_at_whether_the_file_is_there(db: DbWriter, steps: Steps) -> None:
+    file_of(db).look_again_at = 0.0
+    with db.transaction() as tx:
+        tx.execute(INSERT, (1,))
+        file_of(db).look_again_at = 0.0
+    assert steps.take() == [("BEGIN", True), ("COMMIT", True)]
+    assert file_of(db).look_again_at > 0.0

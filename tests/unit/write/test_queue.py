@@ -6,6 +6,7 @@ import asyncio
 import concurrent.futures
 import math
 import sqlite3
+import sys
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from typing import Any, assert_type
 
 import pytest
 
-from helpers import BRIEFLY, DEADLINE, eventually, holding_lock, parked, pool_of, queue_of, rows
+from helpers import BRIEFLY, DEADLINE, eventually, holding_lock, parked, pool_of, queue_of, raising, rows, state_of
 from onewriter import (
     AsyncDbWriter,
     DbWriter,
@@ -28,9 +29,12 @@ from onewriter import (
     WriterClosedError,
     WriteTimeoutError,
 )
+from onewriter.base.state import State
 from onewriter.read.claim import Claim, new_claim
 from onewriter.read.pool import ReaderPool
 from onewriter.write import queue as queue_module
+from onewriter.write.jobs import StatementJob
+from onewriter.write.queue import JobQueue
 
 INSERT = "INSERT INTO t VALUES (?)"
 
@@ -281,6 +285,116 @@ def test_who_gives_up_its_place_in_a_line_is_not_looked_for(path: Path, monkeypa
         asyncio.run(main(db, pool_of(db)))
         db.flush(timeout=DEADLINE)
         assert db.read("SELECT n FROM t") == [(0,)]
+
+
+def test_what_goes_over_maxsize_wakes_a_writer_that_an_interrupt_has_left_asleep(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with DbWriter(path, maxsize=1) as db:
+        db.run("CREATE TABLE t (n)")
+        db.checkpoint()  # so that it sleeps until it is woken
+        eventually(lambda: queue_of(db)._asleep)
+        with monkeypatch.context() as patch:
+            patch.setattr(queue_of(db), "_wake", raising(LookupError))
+            with pytest.raises(LookupError):
+                db.enqueue(INSERT, (1,))
+        with state_of(db).lock:  # as in a finalizer inside it, which does not wait for room
+            ticket = db.enqueue(INSERT, (2,))
+        ticket.result(DEADLINE)
+        assert rows(db) == [1, 2]
+
+
+@pytest.fixture
+def bare() -> JobQueue:
+    """A queue that no writer takes from."""
+    return JobQueue(3, State(math.inf))
+
+
+def job_for(queue: JobQueue) -> StatementJob:
+    return StatementJob(queue._state, "SELECT 1", (), None, sys._getframe(), bounded=True)
+
+
+def test_a_writer_that_wakes_and_a_block_that_takes_its_turn_do_not_both_have_it(
+    bare: JobQueue, pool: ThreadPoolExecutor
+) -> None:
+    block = job_for(bare)
+    taking = pool.submit(bare.take, 1)
+    eventually(lambda: bare._asleep)
+    with bare.mutex:  # as the block's thread is inside take_turn
+        bare._token.release()
+        with pytest.raises(TimeoutError):
+            taking.result(BRIEFLY)
+        assert bare.take_turn(block)
+    assert taking.result(DEADLINE) is None
+    assert (bare.guest, bare.taken) == (block, [block])
+
+
+@pytest.mark.parametrize("end", [lambda queue, block: queue.give_turn(), JobQueue.give_way, JobQueue.hand_over])
+def test_a_turn_ends_at_once_for_who_looks_inside_the_lock(
+    bare: JobQueue, pool: ThreadPoolExecutor, end: Callable[[JobQueue, StatementJob], None]
+) -> None:
+    """The writer would take the next jobs, and the rest of the ending would forget them; or end the next turn."""
+    block = job_for(bare)
+    bare._asleep = True
+    assert bare.take_turn(block)
+    with bare.mutex:
+        ending = pool.submit(end, bare, block)
+        with pytest.raises(TimeoutError):
+            ending.result(BRIEFLY)
+        assert (bare.guest, bare.taken, bare.is_handed_over) == (block, [block], False)
+        assert not bare.queue
+    ending.result(DEADLINE)
+    assert bare.is_handed_over or bare.guest is None
+
+
+STEPS: dict[str, Callable[[JobQueue, StatementJob], object]] = {
+    "put": JobQueue.put,
+    "put_unbounded": JobQueue.put_unbounded,
+    "line_up": lambda queue, job: queue.line_up(job, threading.Lock()),
+    "leave_line": lambda queue, job: queue.leave_line(queue_module._Waiter(job, threading.Lock())),
+    "forget": JobQueue.forget,
+    "take": lambda queue, job: queue.take(1, 0.0),
+    "take_now": lambda queue, job: queue.take_now(1),
+    "take_turn": JobQueue.take_turn,
+    "refuse": lambda queue, job: queue.refuse(WriterClosedError("closed")),
+    "unfinished": lambda queue, job: queue.unfinished(),
+    "empty_out": lambda queue, job: queue.empty_out(),
+}
+
+
+@pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
+def test_no_step_is_done_while_somebody_is_inside_the_queue(
+    bare: JobQueue, pool: ThreadPoolExecutor, step: Callable[[JobQueue, StatementJob], object]
+) -> None:
+    with bare.mutex:
+        other = pool.submit(step, bare, job_for(bare))
+        with pytest.raises(TimeoutError):
+            other.result(BRIEFLY)
+    other.result(DEADLINE)
+
+
+def test_the_place_of_a_withdrawn_job_is_not_looked_for_as_long_as_there_are_few(bare: JobQueue) -> None:
+    """Each of thousands that give up at once would walk through the queue."""
+    jobs = [job_for(bare) for _ in range(3)]
+    for job in jobs:
+        bare.put(job)
+    assert jobs[1].cancel()
+    assert (len(bare.queue), bare.depth) == (3, 2)
+    assert bare.take_now(3) == jobs
+    assert (bare.depth, bare._bounded, bare._withdrawn) == (0, 0, set())
+
+
+def test_the_oldest_job_is_one_that_is_not_withdrawn(bare: JobQueue) -> None:
+    jobs = [job_for(bare) for _ in range(3)]
+    for age, job in enumerate(jobs):
+        job.created_at = -float(age)
+        bare.put(job)
+    assert bare.oldest_age(0.0) == 0.0
+    assert jobs[0].cancel()
+    assert bare.oldest_age(0.0) == 1.0
+    assert jobs[1].cancel()
+    assert jobs[2].cancel()
+    assert bare.oldest_age(0.0) == 0.0
 
 
 def test_a_caller_that_waits_for_its_result_needs_no_room(db: DbWriter, pool: ThreadPoolExecutor) -> None:

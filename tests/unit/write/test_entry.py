@@ -1,0 +1,115 @@
+"""By what a thread enters and leaves a block."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from helpers import eventually, rows, state_of
+from onewriter import DbWriter, ReentrantWriteError
+
+INSERT = "INSERT INTO t VALUES (?)"
+
+
+def test_a_block_is_entered_once(table_db: DbWriter) -> None:
+    block = table_db.transaction()
+    with block as tx:
+        tx.execute(INSERT, (1,))
+        with pytest.raises(RuntimeError, match="entered once"):
+            block.__enter__()
+    with pytest.raises(RuntimeError, match="entered once"):
+        block.__enter__()
+    assert rows(table_db) == [1]
+
+
+def test_a_block_whose_end_cannot_be_waited_for_calls_its_callbacks(db: DbWriter) -> None:
+    db.run("CREATE TABLE t (n)")
+    told: list[str] = []
+    block = db.transaction()
+    tx = block.__enter__()
+    tx.on_commit(lambda: told.append("committed"))
+    tx.execute(INSERT, (1,))
+    with pytest.raises(ReentrantWriteError, match="finalizer"), state_of(db).lock:  # as in a finalizer inside it
+        block.__exit__(None, None, None)
+    eventually(lambda: told)
+    assert (told, rows(db)) == (["committed"], [1])
+
+
+class Leaving:
+    """A gateway whose SQL function ``leave()`` leaves the block that was opened last."""
+
+    def __init__(self, path: Path, error: BaseException | None = None) -> None:
+        self.raised: list[BaseException] = []
+        self.told: list[str] = []
+        self._error = error
+        self.db = DbWriter(path, on_connect=self._on_connect)
+        self.db.run("CREATE TABLE t (n)")
+        self.block = self.db.transaction()
+
+    def _on_connect(self, connection: sqlite3.Connection, readonly: bool) -> None:
+        connection.create_function("leave", 0, self._leave)
+
+    def _leave(self) -> None:
+        try:
+            self.block.__exit__(None if self._error is None else type(self._error), self._error, None)
+        except BaseException as error:
+            self.raised.append(error)
+
+    def run(self) -> None:
+        with self.db:
+            tx = self.block.__enter__()
+            tx.on_rollback(lambda: self.told.append("rolled back"))
+            tx.execute(INSERT, (1,))
+            with contextlib.suppress(sqlite3.OperationalError):  # interrupted
+                tx.execute("SELECT leave()")
+            eventually(lambda: self.told)
+            assert rows(self.db) == []
+
+
+def test_a_block_that_is_left_inside_a_function_of_sql_is_rolled_back_and_calls_its_callbacks(path: Path) -> None:
+    leaving = Leaving(path)
+    leaving.run()
+    assert leaving.told == ["rolled back"]
+    assert "cannot be left here" in str(leaving.raised[0])
+
+
+def test_the_own_error_of_a_block_that_is_left_inside_a_function_of_sql_is_not_hidden(path: Path) -> None:
+    leaving = Leaving(path, LookupError("of the block"))
+    leaving.run()
+    assert leaving.raised == []
+
+
+def test_a_block_in_a_function_that_runs_alone_is_refused_with_the_reason(table_db: DbWriter) -> None:
+    def nest(connection: sqlite3.Connection) -> None:
+        with pytest.raises(ReentrantWriteError, match="reads and writes on its connection"):
+            table_db.transaction().__enter__()
+
+    table_db.run_without_transaction(nest)
+
+
+def test_a_block_that_is_collected_while_it_is_open_calls_its_callbacks_and_names_what_is_lost(
+    db: DbWriter, caplog: pytest.LogCaptureFixture
+) -> None:
+    db.run("CREATE TABLE t (n)")
+    told: list[str] = []
+    block = db.transaction(label="dropped")
+    block.__enter__().on_rollback(lambda: told.append("rolled back"))
+    db.run(INSERT, (1,))
+    del block
+    gc.collect()
+    assert (told, rows(db)) == (["rolled back"], [])
+    eventually(lambda: "1 writes that were made inside 'dropped'" in caplog.text)
+
+
+def test_a_block_that_was_left_in_the_thread_of_a_loop_is_not_kept(db: DbWriter) -> None:
+    async def main() -> None:
+        with db.transaction():
+            assert len(state_of(db).blocks) == 1
+        assert state_of(db).blocks == set()
+
+    asyncio.run(main())
