@@ -442,6 +442,29 @@ def test_a_wait_in_a_handler_that_came_as_its_thread_waits_for_the_turn_of_a_blo
         assert db.read("SELECT n FROM t") == [(1,)]
 
 
+@pytest.mark.parametrize("call", WAITS)
+def test_a_wait_in_a_handler_that_came_as_its_thread_leaves_a_block_is_refused(
+    path: Path, call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    revoke, refused = block.ThreadBlock._revoke, []
+
+    def interrupted(of: block.ThreadBlock, failed: bool) -> None:
+        revoke(of, failed)
+        with pytest.raises(ReentrantWriteError, match=r"signal handler|inside a job") as caught:
+            WAITS[call](db)
+        refused.append(caught)
+
+    with DbWriter(path) as db:
+        db.run("CREATE TABLE t (n)")
+        with monkeypatch.context() as patched:
+            patched.setattr(block.ThreadBlock, "_revoke", interrupted)
+            with db.transaction() as tx:
+                tx.execute(INSERT, (1,))
+        assert len(refused) == 1
+        assert db.run(INSERT, (2,), timeout=DEADLINE).rowcount == 1
+        assert db.read("SELECT n FROM t WHERE n < 3") == [(1,), (2,)]
+
+
 def test_close_in_a_handler_that_came_as_a_connection_is_opened_or_closed_is_refused(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -173,6 +173,8 @@ class State:
         here = self.scopes.innermost(writes=True)
         if here is None and self.job is not None and self.writer_thread == threading.get_ident():
             raise ReentrantWriteError(HAS_ITS_OWN if self.transaction is None else IN_STATEMENT)
+        if here is not None and self.entering and threading.get_ident() in self.entering:
+            self.refuse_endless_wait("a write")  # by a signal handler, as its thread begins or ends the block
         return here
 
     def is_mine(self) -> bool:
