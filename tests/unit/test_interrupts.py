@@ -446,7 +446,8 @@ def test_a_wait_in_a_handler_that_came_as_its_thread_waits_for_the_turn_of_a_blo
 def test_a_wait_in_a_handler_that_came_as_its_thread_leaves_a_block_is_refused(
     path: Path, call: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    revoke, refused = block.ThreadBlock._revoke, []
+    refused: list[object] = []
+    revoke = block.ThreadBlock._revoke
 
     def interrupted(of: block.ThreadBlock, failed: bool) -> None:
         revoke(of, failed)
