@@ -46,7 +46,11 @@ def test_waiters_for_a_connection_are_served_in_order_or_told(one: DbWriter) -> 
 
 
 @pytest.mark.parametrize("how", ["read", "function", "reader"])
-def test_a_read_in_too_deep_a_recursion_gives_its_connection_back(one: DbWriter, how: str) -> None:
+def test_a_read_in_too_deep_a_recursion_gives_its_connection_back(
+    one: DbWriter, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)  # pytest's needs more room than there is
+
     def block() -> None:
         with one.reader() as connection:
             connection.execute("SELECT 1").fetchall()

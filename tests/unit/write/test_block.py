@@ -150,7 +150,11 @@ def test_a_block_that_was_not_entered_cannot_be_left(both: DbWriter) -> None:
     assert rows(both) == [1]
 
 
-def test_a_block_in_too_deep_a_recursion_ends_although_its_error_is_kept(db: DbWriter) -> None:
+def test_a_block_in_too_deep_a_recursion_ends_although_its_error_is_kept(
+    db: DbWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)  # pytest's needs more room than there is
+
     def at_depth(depth: int) -> None:
         if depth:
             at_depth(depth - 1)
