@@ -17,7 +17,7 @@ from onewriter import AsyncDbWriter
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    """Open when a worker starts, close when it stops: what was accepted is written before it ends."""
+    """Open when a worker starts, close when it stops: what was accepted is committed before that."""
     async with AsyncDbWriter(os.environ.get("NOTES_DB", "notes.db")) as db:
         await db.run("CREATE TABLE IF NOT EXISTS note (id INTEGER PRIMARY KEY, text TEXT NOT NULL)")
         await db.run("CREATE TABLE IF NOT EXISTS visit (path TEXT NOT NULL)")
@@ -30,7 +30,7 @@ app = FastAPI(lifespan=lifespan)
 
 @app.post("/notes")
 async def add_note(request: Request) -> dict[str, Any]:
-    """Committed before the answer goes out."""
+    """Committed before the response is sent."""
     db: AsyncDbWriter = request.app.state.db
     result = await db.run("INSERT INTO note (text) VALUES (?)", ((await request.json())["text"],))
     return {"id": result.lastrowid}

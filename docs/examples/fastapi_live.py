@@ -1,7 +1,7 @@
-"""A page that shows notes as they are written, whoever writes them: server-sent events, and a WebSocket.
+"""A page that shows notes as they are written, by any process: server-sent events, and a WebSocket.
 
-``uvicorn --app-dir docs/examples --timeout-graceful-shutdown 1 fastapi_live:app`` starts it. Without that option it
-waits at its end for the pages that are open.
+``uvicorn --app-dir docs/examples --timeout-graceful-shutdown 1 fastapi_live:app`` starts it. Without that option
+it does not stop while a page is open.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     gunicorn --config docs/examples/gunicorn_conf.py --pythonpath docs/examples gunicorn_app:app
 
-POST counts a visit, GET tells how many there were for each worker. The database is ``$APP_DB``, or ``app.db``.
+POST counts a visit, GET returns the number of visits of each worker. The database is ``$APP_DB``, or ``app.db``.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     DbWriter(path, on_event=Spans(trace.get_tracer("app.db")))
 
-A job that its caller waits for is a part of the caller's trace. One that was handed in by ``enqueue`` may run long
-after that trace has ended: it begins a trace of its own, with a link to the one it came from.
+A job that its caller waits for is part of the caller's trace. One that was queued by ``enqueue`` may run long after
+that trace has ended: it begins a trace of its own, with a link to the first.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ PARTS = {
     "lock and file": ("lock", "file"),
     "statements": ("execute", "statement", "result", "loan", "function_loan", "transaction", "session", "scopes"),
     "the outcome": ("outcomes", "tally"),
-    "who looks after it": ("state", "checkpoint", "pool", "places", "clock", "log"),
+    "supervision": ("state", "checkpoint", "pool", "places", "clock", "log"),
     "the event loop": ("base_events", "events", "selectors", "selector_events", "unix_events", "tasks", "futures"),
 }
 

@@ -61,21 +61,21 @@ def main() -> None:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     serving = commands.add_parser(
         "serve",
-        help="the service, its scanner and its workers",
-        description="Serve webhooks, settings and a live page on 127.0.0.1, and work off the queue, until Ctrl-C.",
+        help="run the service, its scanner and its workers",
+        description="Serve webhooks, settings and a live page on 127.0.0.1, and process the queue, until Ctrl-C.",
         formatter_class=defaults,
     )
-    serving.add_argument("--db", default="media.db", metavar="FILE", help="the database, made if it is not there")
-    serving.add_argument("--port", type=int, default=8000, help="where to listen; 0 finds a free one")
+    serving.add_argument("--db", default="media.db", metavar="FILE", help="the database; created if it does not exist")
+    serving.add_argument("--port", type=int, default=8000, help="port to listen on; 0: any free one")
     serving.add_argument("--workers", type=int, default=4, metavar="N", help="threads that encode")
     serving.set_defaults(run=serve)
     driving = commands.add_parser(
         "drive",
-        help="made-up traffic for it",
-        description="Send webhooks to a service that runs, and look at its page, until Ctrl-C.",
+        help="send simulated traffic to it",
+        description="Send webhooks to a running service, and read its page, until Ctrl-C.",
         formatter_class=defaults,
     )
-    driving.add_argument("--url", default="http://127.0.0.1:8000", help="where the service listens")
+    driving.add_argument("--url", default="http://127.0.0.1:8000", help="URL of the service")
     driving.add_argument("--clients", type=int, default=8, metavar="N", help="threads that send webhooks")
     driving.set_defaults(run=drive)
     arguments = parser.parse_args()

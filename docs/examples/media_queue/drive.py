@@ -1,4 +1,4 @@
-"""Made-up traffic: clients that send webhooks, and somebody who looks at the dashboard."""
+"""Simulated traffic: clients that send webhooks, and a reader of the dashboard."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import time
 import urllib.request
 from typing import Any
 
-NO_NEWS = 1.0  # seconds after which a dashboard asks anew, and looks whether it is to stop
+NO_NEWS = 1.0  # seconds after which a dashboard asks again, and checks whether it must stop
 FAILURES = (OSError, http.client.HTTPException)  # while the service is being restarted
 
 
