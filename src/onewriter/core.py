@@ -71,7 +71,7 @@ After: TypeAlias = Ticket[Any] | None
 Steps: TypeAlias = Sequence[Step]
 VERSION = "PRAGMA user_version"  # of the steps of migrate that have run
 
-OWN_READER = "close waits for all readers, and this thread or task has one: end its read or block first"
+OWN_READER = "close waits for all readers, and this thread or task has one: end that read or block first"
 GRACE = 0.25  # seconds that close leaves a writer whose wait for SQLite's lock it has just ended
 CHECKPOINTS = ("PASSIVE", "FULL", "RESTART", "TRUNCATE")
 

@@ -335,7 +335,7 @@ def test_a_write_that_does_not_start_in_time_never_runs(path: Path, timeout: flo
                 with pytest.raises(WriteTimeoutError, match=r"is withdrawn.*park") as caught:
                     await db.run(INSERT, (1,), timeout=timeout)
                 assert not caught.value.started
-                with pytest.raises(WriteTimeoutError, match="did not get its turn") as caught:
+                with pytest.raises(WriteTimeoutError, match="did not begin within") as caught:
                     async with db.transaction(timeout=timeout):
                         pytest.fail("entered")
             await db.flush()

@@ -291,4 +291,4 @@ def test_a_commit_with_an_unknown_outcome_is_told_in_the_log_too(
             db.run("INSERT INTO t VALUES (1)")
         assert db.health.startswith("broken: ")
     told = [record for record in caplog.records if record.levelname == "CRITICAL"]
-    assert [record.getMessage() for record in told] == ["app.db: out of service, since COMMIT met disk I/O error"]
+    assert [record.getMessage() for record in told] == ["app.db: out of service: COMMIT failed: disk I/O error"]

@@ -300,17 +300,17 @@ def test_a_log_that_readers_keep_from_shrinking_is_told_with_their_names(
         with db.reader(label="the long reader"), contextlib.closing(sqlite3.connect(path)) as other:
             other.execute("BEGIN")
             other.execute("SELECT count(*) FROM t").fetchone()
-            while not warnings_of(caplog, "checkpoint starved: "):
+            while not warnings_of(caplog, "the log cannot be reset: "):
                 db.run("INSERT INTO t VALUES (randomblob(3000))")
             assert db.health.startswith("degraded")
             assert "the WAL has grown to" in db.health
             assert "read by 'the long reader'" in db.health
             db.flush()  # behind it, the log is out
-            told = warnings_of(caplog, "checkpoint starved: ")
+            told = warnings_of(caplog, "the log cannot be reset: ")
             assert len(told) == 1
             while len(told) < 2:  # again when it has doubled
                 db.run("INSERT INTO t VALUES (randomblob(30000))")
-                told = warnings_of(caplog, "checkpoint starved: ")
+                told = warnings_of(caplog, "the log cannot be reset: ")
         sizes = [int(text.split("grown to ")[1].split(" bytes")[0].replace(",", "")) for text in told]
         assert sizes[0] > 200_000
         assert sizes[1] >= 2 * sizes[0]

@@ -83,7 +83,7 @@ def test_who_holds_the_connections_is_named(path: Path) -> None:
                 await asyncio.create_task(wait())
 
         asyncio.run(hold())
-        assert outcome == ["no connection for SELECT 1 in time: all 1 are lent, to 'the long one'"]
+        assert outcome == ["no connection for SELECT 1 in time: all 1 are in use, by 'the long one'"]
 
 
 def test_the_message_of_a_timeout_has_the_sign_of_a_cut_label(path: Path) -> None:

@@ -213,7 +213,7 @@ class State:
         if self.is_inside():
             raise ReentrantWriteError(
                 f"{what} in a finalizer or signal handler that interrupted a call of this gateway waits for that call, "
-                "so it would never end: leave a note there, and call it outside"
+                "so it would never end: set a flag there, and make the call elsewhere"
             )
         if self.would_deadlock_task() if awaits else self.would_deadlock(since):
             raise ReentrantWriteError(

@@ -49,7 +49,9 @@ def check_backup(target: Any, progress: Any, pages: Any) -> None:
         raise ValueError(f"the target {path} is the file of a gateway that is open in this process")
     for suffix in ("-wal", "-shm", "-journal"):
         if path.endswith(suffix) and os.path.exists(path.removesuffix(suffix)):
-            raise ValueError(f"the target {path} is SQLite's own beside {path.removesuffix(suffix)}")
+            raise ValueError(
+                f"the target {path} is the name of a file that SQLite keeps for {path.removesuffix(suffix)}"
+            )
     for name in (f"{path}-wal", f"{path}-journal"):
         if os.path.exists(name) and not isinstance(target, sqlite3.Connection):
             raise ValueError(f"the target {path} is in use, or was not closed cleanly: there is {name}")

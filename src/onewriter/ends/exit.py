@@ -107,7 +107,7 @@ def _drain(writer: Writer, driver: Driver) -> None:
     labels = writer.withdrawn + writer.queue.unfinished()
     if labels:
         counts = ", ".join(f"{count} × {label!r}" for label, count in collections.Counter(labels).most_common(20))
-        text = "%s: %d jobs are not written at exit, since nothing could be for %s s: %s; %s"
+        text = "%s: %d jobs were not written at exit, since no job has finished for %s s: %s; %s"
         arguments = (writer.label, len(labels), writer.lock_timeout, counts, writer.state.describe())
         report(writer.state, logging.CRITICAL, text, *arguments)
     if writer.drained.is_set():

@@ -139,7 +139,7 @@ class ReadClock:
     def warn(self) -> None:
         """Name those that have a connection for longer than ``slow_after``."""
         for claim in self._lent():
-            self.warn_if_slow(claim, "is open")
+            self.warn_if_slow(claim, "has been open")
 
     def warn_if_slow(self, claim: Claim, state: str) -> None:
         """Name it, once."""
@@ -149,5 +149,5 @@ class ReadClock:
         with self.lock:
             first, claim.is_named = not claim.is_named, True
         if first:
-            text = "slow: %s %s since %.1f s; while it is, the WAL cannot shrink"
+            text = "slow: %s %s for %.1f s; meanwhile the WAL cannot be reset"
             report(self._state, logging.WARNING, text, claim.label, state, seconds)

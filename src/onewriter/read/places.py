@@ -105,11 +105,11 @@ class Places:
             return True
 
     def check_admitted(self, claim: Claim) -> None:
-        """To be called when the wait for its signal is over; raises why it was in vain."""
+        """To be called when the wait for its signal is over; raises the error if it has no connection."""
         if not self.is_out(claim):
             self._refuse_if_closed()
             labels = ", ".join(self.borrowers)
-            text = f"no connection for {claim.label} in time: all {self.size} are lent, to {labels}"
+            text = f"no connection for {claim.label} in time: all {self.size} are in use, by {labels}"
             raise ReadTimeoutError(text)
 
     def _serve(self) -> None:

@@ -110,7 +110,7 @@ class Reader:
                 except sqlite3.OperationalError as busy:
                     late = busy
             if self._is_late() and (is_busy(late) or is_interrupted(late)):
-                raise ReadTimeoutError(f"{label} did not end in time") from late
+                raise ReadTimeoutError(f"{label} did not finish in time") from late
             raise late
         finally:
             del error, late  # the traceback holds this frame
@@ -291,7 +291,7 @@ class Snapshot:
         if not write.done() or (write.sequence or 0) > self.reader.seen:
             raise ReentrantWriteError(
                 f"after={write!r} would never be seen here: a reader() block, and a read() of a function, see the "
-                "state of their entry"
+                "snapshot with which they began"
             )
 
     def ended(self) -> Exception:

@@ -25,7 +25,7 @@ from onewriter.sqlite.settings import Settings
 T = TypeVar("T")
 BEFORE_WAL = ("page_size", "auto_vacuum", "encoding")  # cannot be changed in WAL mode
 LONGEST_TIMEOUT = 2**31 - 1  # milliseconds, of SQLite's own
-NO_WAL = 'as on network file systems: journal_mode="DELETE" is the way out'
+NO_WAL = 'as on network file systems: use journal_mode="DELETE" there'
 NO_INDEX = {  # the -shm file, or its locks, cannot be used here
     getattr(sqlite3, f"SQLITE_{name}")
     for name in ("IOERR_SHMOPEN", "IOERR_SHMSIZE", "IOERR_SHMLOCK", "IOERR_SHMMAP", "PROTOCOL")

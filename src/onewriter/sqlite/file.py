@@ -133,9 +133,9 @@ class DatabaseFile:
         """Raise FileMovedError: the file is smaller than what was written to it."""
         found = _size(self.path) if size is None else size
         self.overwritten = (
-            f"{self.path} has {found:,} bytes, less than the {self.size:,} that were in it: it was overwritten while "
-            f"it was open, as by a copy of a backup, so the last writes may be lost. {self.path}{LOG} may belong to "
-            "what was there before. Close all that has the file open; to restore a backup, remove the log, then copy it"
+            f"{self.path} has {found:,} bytes, less than the {self.size:,} that it had: it was overwritten while it "
+            f"was open, as by a copy of a backup, so the last writes may be lost. {self.path}{LOG} may belong to the "
+            "file that was there before. Close all connections; to restore a backup, remove the log, then copy the backup"
         )
         raise FileMovedError(self.overwritten)
 
@@ -191,8 +191,8 @@ def _refuse_others(files: dict[str, Identity]) -> None:
 def exposure(paths: Iterable[str]) -> str:
     """Why commits to these files may be lost with the file system that they are on; empty: they are not."""
     return "; ".join(
-        f"{path} is mounted alone, without its folder: SQLite keeps the log beside it, where it goes with the "
-        "container, and what is still in it is lost. Mount the folder"
+        f"{path} is mounted without its folder: SQLite keeps the log in that folder, so it is deleted with the "
+        "container, and commits that are only in the log are lost. Mount the folder"
         for path in paths
         if is_mounted_alone(path)
     )

@@ -99,8 +99,8 @@ class _Refusals:
 
     def deny_history(self, name: str) -> int:
         return self.deny(
-            f"{name} depends on the connection, which others may have used since, or which may be another one: use "
-            "Result.lastrowid, Result.rowcount or RETURNING, or ask in the function or block that wrote"
+            f"{name} belongs to the connection, which other jobs use too, and the next call may use another one: use "
+            "Result.lastrowid, Result.rowcount or RETURNING, or call it in the function or block that wrote"
         )
 
     def explain(self, error: BaseException) -> None:
@@ -155,7 +155,7 @@ class ReadGuard(_Refusals):
             name = (first or "").lower()
             self.pragma = name, second, third
             if name == "wal_checkpoint" or (second is not None and name in NOT_ON_A_READER):
-                return self.deny(f"PRAGMA {name} is the writer's")
+                return self.deny(f"PRAGMA {name} is refused on a reader")
             if second is not None and not name.endswith(ASKING):
                 self.is_spoilt = self.leaves_traces = True
             # Full-text search reads it internally, with the name of the database.
@@ -164,7 +164,7 @@ class ReadGuard(_Refusals):
         if action == sqlite3.SQLITE_FUNCTION and (second in self.history if self.is_lent else self.asks(second)):
             return self._history(f"{second}()")
         if action == sqlite3.SQLITE_TRANSACTION and not self.is_internal:  # a snapshot is pinned as long as it lasts
-            return self.deny("a reader's transaction is the gateway's: reader() is one")
+            return self.deny("the gateway begins and ends a reader's transaction: a reader() block is one")
         if action == sqlite3.SQLITE_SAVEPOINT:  # it begins a transaction too, and so again, out of the statement cache
             self.must_ask_again = self.leaves_traces = True
         return sqlite3.SQLITE_OK
@@ -241,7 +241,9 @@ class Guard(_Refusals):
         elif action in (sqlite3.SQLITE_TRANSACTION, sqlite3.SQLITE_SAVEPOINT):
             if self.mode is not Mode.VACUUM:
                 verb = "SAVEPOINT" if action == sqlite3.SQLITE_SAVEPOINT else first
-                return self.deny(f"{verb} is the gateway's: it begins, commits and rolls back (tx.savepoint() nests)")
+                return self.deny(
+                    f"{verb} is refused: the gateway begins, commits and rolls back (to nest, use tx.savepoint())"
+                )
         elif action in (sqlite3.SQLITE_ATTACH, sqlite3.SQLITE_DETACH):
             if self.mode is not Mode.VACUUM:
                 return self.deny("ATTACH and DETACH belong in on_connect, where every connection gets them")
@@ -261,11 +263,13 @@ class Guard(_Refusals):
                 "foreign_keys=False on a job is for rebuilding a table"
             )
         if self.mode is Mode.BARE and name == "defer_foreign_keys":  # it would apply to the next job
-            return self.deny(f"PRAGMA {name} lasts until a transaction ends, and here is none: use it inside a job")
+            return self.deny(
+                f"PRAGMA {name} lasts until the transaction ends, and there is none here: use it inside a job"
+            )
         if name == "count_changes" and value.lower() not in OFF:
             return self.deny("PRAGMA count_changes would leave a row of each write unread: use Result.rowcount")
         if name in NEVER or (name == "journal_mode" and value.upper() != self._journal_mode):
-            return self.deny(f"PRAGMA {name} is the gateway's: use the argument of DbWriter")
+            return self.deny(f"PRAGMA {name} is refused: use the argument of DbWriter")
         if self.mode is Mode.BARE and self._puts_back(name, value):
             self.in_vain = name
         self.settings_touched = True

@@ -99,7 +99,7 @@ class _NoLoan:
     is_over = True
 
     def __getattr__(self, name: str) -> NoReturn:
-        raise sqlite3.ProgrammingError("the loan of this connection has ended")
+        raise sqlite3.ProgrammingError("this connection is no longer lent: its job or block has ended")
 
 
 class LentShell(sqlite3.Connection):
@@ -115,4 +115,4 @@ class LentShell(sqlite3.Connection):
         return self
 
     def __init__(self, *_: Any, **__: Any) -> None:
-        raise sqlite3.NotSupportedError("this connection is lent: it cannot be opened")
+        raise sqlite3.NotSupportedError("this connection is lent: it cannot be opened again")

@@ -81,7 +81,9 @@ def _note_and_call(loan: Loan, name: str, /, *args: Any, **options: Any) -> Any:
 
 def _refused(name: str) -> Any:
     def call(self: LentConnection, *args: Any, **options: Any) -> NoReturn:
-        raise sqlite3.NotSupportedError(f"{name} would outlast the loan of this connection: it belongs in on_connect")
+        raise sqlite3.NotSupportedError(
+            f"{name} would stay in effect after this connection is given back: use on_connect"
+        )
 
     call.__name__ = name
     return call

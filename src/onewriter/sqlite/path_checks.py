@@ -41,21 +41,21 @@ def check_company(path: str) -> None:
     if os.path.exists(path) and os.stat(path).st_nlink > 1:
         raise cannot_open(
             path,
-            "the file has a second name (a hard link), and SQLite keeps a log beside each name: what is written "
-            "under one would be lost under the other. Remove all names but one; a symbolic link may stand for it",
+            "the file has a second name (a hard link), and SQLite keeps a log for each name: what is written "
+            "under one would be lost under the other. Remove all names but one; use a symbolic link instead",
         )
     for suffix in (LOG, INDEX, JOURNAL):
         owner = path.removesuffix(suffix)
         if owner != path and os.path.basename(owner) and os.path.exists(owner):
-            raise cannot_open(path, f"it is SQLite's own file beside the database {owner}")
+            raise cannot_open(path, f"SQLite keeps it for the database {owner}")
         name = f"{path}{suffix}"
         if _stays_unusable(name, os.path.isfile):
             raise cannot_open(path, f"{name}, which SQLite keeps beside the database, is not a regular file")
         if _stays_unusable(name, lambda name: os.access(name, os.R_OK | os.W_OK)):
             raise cannot_open(
                 path,
-                f"{name}, which SQLite keeps beside the database, is not writable: another user has made it. Give this "
-                "one the right to write it, or let one who may write the file and it open and close the database",
+                f"{name}, which SQLite keeps beside the database, is not writable: another user created it. Give this "
+                "user permission to write it, or open and close the database once as a user who may write both",
                 sqlite3.SQLITE_READONLY,
                 "SQLITE_READONLY",
             )

@@ -1,4 +1,4 @@
-"""Result: what a statement returns; and a check that no live cursor leaves its transaction."""
+"""Result: what a statement returns; and a check that no live cursor outlives its transaction."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def note_descriptors(error: BaseException) -> None:
         except OSError as reason:
             if reason.errno in (errno.EMFILE, errno.ENFILE):
                 name = errno.errorcode[reason.errno]
-                text = "every file, socket and pipe counts; `ulimit -n` is the limit of a process"
+                text = "each open file, socket and pipe counts; `ulimit -n` shows the limit of a process"
                 error.add_note(f"onewriter: {name}, {reason.strerror}: {text}")
 
 
@@ -132,7 +132,7 @@ class LockPolicy:
         except BaseException as error:
             self.waited = monotonic() - began
             if is_busy(error):
-                log(False, f"gave up on SQLite's lock: {self._so_far()}")
+                log(False, f"did not get SQLite's lock: {self._so_far()}")
             raise
         self.waited = monotonic() - began
         if self.waited >= NOTICEABLE:

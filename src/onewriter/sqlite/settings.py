@@ -74,7 +74,7 @@ def refuse_old_sqlite(version: tuple[int, ...] = sqlite3.sqlite_version_info) ->
 
 def refuse_unsafe_sqlite(threadsafety: int = sqlite3.threadsafety) -> None:
     if threadsafety == 0:
-        raise RuntimeError("SQLite was built without mutexes (SQLITE_THREADSAFE=0): threads cannot use it side by side")
+        raise RuntimeError("SQLite was built without mutexes (SQLITE_THREADSAFE=0): threads cannot use it")
 
 
 def check_pragmas(pragmas: Mapping[str, str | int]) -> None:

@@ -188,5 +188,5 @@ class ThreadBlock(Block):
 def not_entered(block: Block, timeout: float | None, state: State) -> WriteTimeoutError:
     """The error of who waited for its turn in vain."""
     state.count_timeout()
-    message = f"{block.describe()} did not get its turn within {timeout} s and is withdrawn: {state.describe()}"
+    message = f"{block.describe()} did not begin within {timeout} s and is withdrawn: {state.describe()}"
     return WriteTimeoutError(message, ticket=block, started=False)

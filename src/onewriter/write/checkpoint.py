@@ -55,7 +55,7 @@ class Checkpoint(NamedTuple):
     """What a checkpoint did; https://www.sqlite.org/pragma.html#pragma_wal_checkpoint
 
     Attributes:
-        busy: somebody was in the way, so that it is not complete.
+        busy: a reader or another writer kept it from completing.
         log: pages in the logs of the database and of attached ones; -1 in the rollback-journal modes, which have none.
         checkpointed: pages of them that are in the database files.
     """
@@ -212,12 +212,12 @@ class Checkpointer:
         return f"the WAL has grown to {size:,} bytes (wal_limit: {limit:,}), read by {who}"
 
     def _warn(self) -> None:
-        """Say who keeps the log over its limit for longer than ``slow_after``; again when it has doubled."""
+        """Name the readers that keep the log over its limit longer than ``slow_after``; again when it has doubled."""
         if monotonic() - self._kept_since >= self._state.slow_after and self._largest_file() >= self._told_at:
             text = self.starved
             if text:
                 self._told_at = 2 * self._largest_file()
-                report(self._state, logging.WARNING, "checkpoint starved: %s", text)
+                report(self._state, logging.WARNING, "the log cannot be reset: %s", text)
 
     def ask_for(self, session: WriteSession, mode: str) -> Checkpoint:
         """What a user has asked for."""

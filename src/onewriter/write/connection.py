@@ -154,7 +154,7 @@ class WriteConnection:
     def _tell_what_was_in_vain(self) -> None:
         if self.guard.in_vain:
             text = (
-                "%s: PRAGMA %s of run_without_transaction is put back at once, since the gateway has set it: use the "
+                "%s: PRAGMA %s of run_without_transaction was reset at once, since the gateway sets it: use the "
                 "argument of DbWriter, or foreign_keys=False on a job that rebuilds a table"
             )
             report(self._state, logging.WARNING, text, self._label, self.guard.in_vain)

@@ -161,7 +161,7 @@ class InlineDriver:
             return
         if not self._take_turn(timeout):
             if job.bounded:
-                raise QueueFullError(f"no turn for job {job.describe()}: {self._writer.state.describe()}")
+                raise QueueFullError(f"job {job.describe()} could not run in time: {self._writer.state.describe()}")
             return  # whoever waits for it finds it not started
         try:
             self._writer.queue.put(job)

@@ -46,5 +46,5 @@ class LastRowid:
             if wanted is not None and session.history() != wanted:
                 session.set_history(*wanted)
         except sqlite3.Error as error:  # no room for a temporary file
-            text = "%s: last_insert_rowid() is of an undone run: %s"
+            text = "%s: last_insert_rowid() could not be restored after a rollback: %s"
             report(self._state, logging.WARNING, text, self._label, error)

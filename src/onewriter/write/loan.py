@@ -185,7 +185,7 @@ class WriteLoan:
         # Without it, the statements that follow would be committed one by one.
         return TransactionAbortedError(
             f"SQLite has rolled back the transaction of job {self.job.describe()} (OR ROLLBACK, RAISE(ROLLBACK), "
-            "a full disk, an interrupt): let the error that it raised end the job"
+            "a full disk, an interrupt): do not catch the error that it raised"
         )
 
     def _check_thread(self) -> None:
@@ -445,7 +445,7 @@ class ReadLoan(WriteLoan):
         super()._explain(error)
         explain_readonly(error)
         if is_interrupted(error) and monotonic() > self.until:
-            raise ReadTimeoutError(f"a read in job {self.job.describe()} did not end in time") from error
+            raise ReadTimeoutError(f"a read in job {self.job.describe()} did not finish in time") from error
 
     def _read(self, function: Callable[..., T], args: tuple[Any, ...]) -> T:
         root, session = self._root, self.session

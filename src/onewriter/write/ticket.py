@@ -28,7 +28,7 @@ LABEL_LENGTH = 60
 
 
 class Ticket(Generic[T]):
-    """The handle of a write's outcome, as a ``concurrent.futures.Future`` is; it resolves only after COMMIT.
+    """A handle for the outcome of a write, like a ``concurrent.futures.Future``; set only after COMMIT or ROLLBACK.
 
     States:  PENDING → RUNNING → DONE; PENDING → CANCELLED or DONE. Never backwards.
     Locks:   the gateway's one ``state.lock`` guards _stage, _waiters and _callbacks. Whoever waits looks at the state
@@ -89,7 +89,7 @@ class Ticket(Generic[T]):
 
     @property
     def called_from(self) -> str:
-        """The place of the call: ``"file.py:123 in name"``."""
+        """Where the call was made: ``"file.py:123 in name"``."""
         return place_of(self._code, self._instruction)
 
     @property
@@ -104,7 +104,7 @@ class Ticket(Generic[T]):
 
     @property
     def sequence(self) -> int | None:
-        """The job's place in the order of commits, rising; None until it is committed."""
+        """The job's position in the order of commits, a rising number; None until it is committed."""
         return getattr(self, "_sequence", None) if self.in_stats else None
 
     def _is_cut(self) -> bool:
@@ -119,7 +119,7 @@ class Ticket(Generic[T]):
         return self._state is state
 
     def done(self) -> bool:
-        """Whether the outcome is there: committed, failed or cancelled."""
+        """Whether the job has an outcome: committed, failed or cancelled."""
         return self._stage >= CANCELLED
 
     def running(self) -> bool:
@@ -131,7 +131,7 @@ class Ticket(Generic[T]):
         return self._stage == CANCELLED
 
     def cancel(self) -> bool:
-        """Withdraw the job if it has not started. Returns True if it never runs, False if it runs or ran.
+        """Withdraw the job if it has not started. Returns True if it will never run, False if it is running or has run.
 
         Raises ForkedError in a child process: the job is the parent's.
         """
@@ -160,12 +160,12 @@ class Ticket(Generic[T]):
         return True
 
     def result(self, timeout: float | None = None) -> T:
-        """Wait for the outcome and return it, at most ``timeout`` seconds (None: for ever).
+        """Wait for the outcome and return it, at most ``timeout`` seconds (None: no limit).
 
         Raises:
             TimeoutError: no outcome yet; the job is not withdrawn.
             concurrent.futures.CancelledError: withdrawn. Not committed.
-            ReentrantWriteError: called inside a job, before the outcome is there.
+            ReentrantWriteError: called inside a job, before there is an outcome.
             What the job raised: Rolled back.
         """
         self._wait_for_outcome(timeout)
@@ -196,7 +196,7 @@ class Ticket(Generic[T]):
         return self._error
 
     def add_done_callback(self, fn: Callable[[Ticket[T]], object]) -> None:
-        """Call ``fn(ticket)`` once the outcome is there: on the writer thread, or now if it is there already."""
+        """Call ``fn(ticket)`` when the job has its outcome, on the writer thread; now, if it has one already."""
         check_callback("the callback", fn)
         with self._state.lock:
             if self._stage < CANCELLED or self._callbacks:
@@ -205,7 +205,7 @@ class Ticket(Generic[T]):
         call_safely(self._state, fn, self)
 
     def future(self) -> concurrent.futures.Future[T]:
-        """A real ``concurrent.futures.Future`` of the same outcome; cancelling it withdraws the job."""
+        """A ``concurrent.futures.Future`` for the same outcome; cancelling it withdraws the job."""
         future = _TicketFuture(self)
         self.add_done_callback(future.resolve)
         return future
@@ -269,7 +269,7 @@ class Ticket(Generic[T]):
             warn_of_blocking()
             if not self.wait(timeout) and self._stage < CANCELLED:
                 raise TimeoutError(
-                    f"no outcome of job {self.describe()} within {timeout} s; it was not withdrawn: "
+                    f"job {self.describe()} has no outcome after {timeout} s; it was not withdrawn: "
                     f"{self._state.describe()}"
                 )
             if self._state.reporter is not None and self._state.reporter.is_behind:

@@ -15,10 +15,10 @@ from onewriter.write.loan import WriteLoan
 
 
 class Transaction:
-    """What a job's function and a ``with`` block get: statements of one transaction, committed or undone as a whole.
+    """What a job's function and a ``with`` block get: runs statements in one transaction.
 
-    After the function or block every use raises ``TransactionClosedError``. That of a block may be used by any thread
-    that has it, one call at a time; that of a function in this function only, and not by other threads.
+    After the function or block every use raises ``TransactionClosedError``. That of a block may be used by any thread,
+    one call at a time; that of a function only inside that function, in its own thread.
     """
 
     __slots__ = ("__weakref__", "_loan")  # what is set on one by mistake is not lost without a word
@@ -34,10 +34,10 @@ class Transaction:
 
     @property
     def connection(self) -> sqlite3.Connection:
-        """A ``sqlite3.Connection`` on this transaction, for libraries that want one.
+        """A ``sqlite3.Connection`` on this transaction, for libraries that need one.
 
-        Its own transaction is a part of this one: ``commit`` keeps, ``rollback`` goes back to that, texts and
-        attributes mean what they mean in ``sqlite3``; ``close`` ends nothing. After the end every use raises
+        Its own transaction is a part of this one: ``commit`` keeps what was done so far, ``rollback`` undoes what was
+        done since, ``close`` has no effect; all else is as in ``sqlite3``. After the end every use raises
         ``sqlite3.ProgrammingError``.
         """
         return self._loan.connection
@@ -62,15 +62,15 @@ class Transaction:
         self._loan.whole_script(check_sql(sql))
 
     def savepoint(self) -> contextlib.AbstractContextManager[None]:
-        """A part of the transaction that is undone alone if the ``with`` block raises."""
+        """A ``with`` block that is a part of the transaction; if it raises, only this part is undone."""
         return self._loan.savepoint()
 
     def rollback(self) -> None:
-        """Undo what this job or block, or the ``savepoint()`` it is in, has done so far; it goes on."""
+        """Undo what this job or block, or the ``savepoint()`` it is in, has done so far; the transaction goes on."""
         self._loan.undo()
 
     def on_commit(self, fn: Callable[[], object], /) -> None:
-        """Call ``fn()`` once, after COMMIT, when the lock is free. Not if the transaction is rolled back."""
+        """Call ``fn()`` once, after COMMIT, when SQLite's lock is released; not if the transaction is rolled back."""
         self._loan.keep(True, fn)
 
     def on_rollback(self, fn: Callable[[], object], /) -> None:

@@ -337,11 +337,11 @@ class Writer:
         for job in jobs:
             if job.failed_with is None:
                 unknown = CommitUnknownError(
-                    f"COMMIT of job {job.describe()} met {text_of(error)}: it may or may not be done"
+                    f"COMMIT of job {job.describe()} failed with {text_of(error)}: it may or may not be committed"
                 )
                 unknown.__cause__ = copy_of(error)
                 self._outcomes.fail(job, unknown)
-        report(self.state, logging.CRITICAL, "%s: out of service, since COMMIT met %s", self.label, text_of(error))
+        report(self.state, logging.CRITICAL, "%s: out of service: COMMIT failed: %s", self.label, text_of(error))
         self._go_out_of_service(error)  # before anybody hears, and asks
         self._outcomes.settle(jobs, batch.times, batch.loans)
         self._break(error)

@@ -340,7 +340,7 @@ def test_a_task_can_back_up_into_a_connection_of_its_thread(path: Path) -> None:
 def test_a_backup_never_takes_the_place_of_a_file_of_sqlites_own(db: DbWriter, suffix: str) -> None:
     db.run("CREATE TABLE t (n)")
     db.checkpoint()
-    with pytest.raises(ValueError, match="SQLite's own"):
+    with pytest.raises(ValueError, match="SQLite keeps"):
         db.backup(db.path + suffix)
     db.run(INSERT_ONE, (1,))
     with contextlib.closing(sqlite3.connect(db.path)) as other:

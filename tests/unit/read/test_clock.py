@@ -286,7 +286,7 @@ def test_a_slow_reader_is_named_once_while_it_is_open_and_the_writer_sleeps(
         queue_of(db)._wake = lambda: wakes.append(wake())  # type: ignore[method-assign]
         with lent(db):
             until = monotonic() + DEADLINE
-            while not any("is open since" in message for message in caplog.messages) and monotonic() < until:
+            while not any("has been open for" in message for message in caplog.messages) and monotonic() < until:
                 threading.Event().wait(0.01)
         assert wakes == []
     assert len([message for message in caplog.messages if message.startswith("slow: ")]) == 1

@@ -618,7 +618,7 @@ def test_a_connection_that_somebody_keeps_is_never_that_of_a_later_loan(any_db: 
         assert any_db.read(lambda connection: connection is kept) is False
         with any_db.reader() as connection:
             assert connection is not kept
-    with pytest.raises(sqlite3.ProgrammingError, match="the loan of this connection has ended"):
+    with pytest.raises(sqlite3.ProgrammingError, match="this connection is no longer lent"):
         kept.execute("SELECT 1")
     sqlite3.Connection.close(kept)
 

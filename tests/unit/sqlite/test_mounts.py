@@ -75,6 +75,6 @@ def test_a_real_mount_of_the_one_file_is_seen(tmp_path: Path) -> None:
     assert child.returncode == 0, child.stderr
     health, there, here = child.stdout.splitlines()
     assert health.startswith("degraded: ")
-    assert "mounted alone" in there
-    assert "mounted alone" in child.stderr
+    assert "mounted without its folder" in there
+    assert "mounted without its folder" in child.stderr
     assert here == "[]"

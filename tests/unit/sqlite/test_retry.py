@@ -127,7 +127,7 @@ def test_the_end_of_patience_is_sqlites_own_error_and_is_told(connection: sqlite
         LockPolicy(0.25, threading.Event()).call(lambda: begin(connection), lambda *line: told.append(line))
     assert caught.value.sqlite_errorcode == sqlite3.SQLITE_BUSY
     # Noticeable after 0.1 s, then whenever the wait has doubled, then the end.
-    assert [text.split(":")[0] for _, text in told] == ["waits for SQLite's lock"] * 2 + ["gave up on SQLite's lock"]
+    assert [text.split(":")[0] for _, text in told] == ["waits for SQLite's lock"] * 2 + ["did not get SQLite's lock"]
     assert not any(has_it for has_it, _ in told)
     assert all("attempts" in text for _, text in told)
 
