@@ -1,4 +1,4 @@
-"""AsyncDbWriter: the gateway for asyncio. Nothing here ever blocks the event loop.
+"""AsyncDbWriter: the gateway for asyncio. Nothing here blocks the event loop.
 
 A write is a job with a future of the loop in place of a lock, so a batch wakes each loop once. A read runs in a small
 pool of threads. A ``transaction()`` block's statements run on the writer thread, one after the other.
@@ -85,7 +85,7 @@ class AsyncDbWriter(Strict):
     async def open(self) -> Self:
         """Open the database; raises what ``DbWriter`` raises."""
         if self._is_closed:
-            raise WriterClosedError("the gateway is closed: make a new AsyncDbWriter")
+            raise WriterClosedError("the gateway is closed: open a new AsyncDbWriter")
         while True:
             future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             with self._lock:
@@ -178,7 +178,7 @@ class AsyncDbWriter(Strict):
         timeout: Seconds = 30.0,
         foreign_keys: bool | None = None,
     ) -> Coroutine[Any, Any, Any]:
-        """As ``DbWriter.run``. Cancelled before the job starts, it never runs; after that, it finishes whole."""
+        """As ``DbWriter.run``. If cancelled before the job starts, it never runs; after that, it finishes."""
         return self._execute(self._core().job(what, params, label, foreign_keys, sys._getframe(1)), timeout)
 
     def run_many(
@@ -210,16 +210,16 @@ class AsyncDbWriter(Strict):
         label: Label = None,
         timeout: Seconds = 30.0,
     ) -> Coroutine[Any, Any, Any]:
-        """As ``DbWriter.run_without_transaction``; a function is called in the writer's thread."""
+        """As ``DbWriter.run_without_transaction``; a function is called on the writer thread."""
         job = self._core().bare(what, params, label, sys._getframe(1))
         return self._execute(job, timeout, alone="run_without_transaction")
 
     def migrate(
         self, steps: Steps, *, label: Label = None, timeout: Seconds = 30.0, dry_run: bool = False
     ) -> Coroutine[Any, Any, int]:
-        """As ``DbWriter.migrate``; functions are called in the writer's thread.
+        """As ``DbWriter.migrate``; functions are called on the writer thread.
 
-        Cancelled, it stops after the step that runs.
+        If it is cancelled, it stops after the step that is running.
         """
         core = self._core()
         core.state.refuse_endless_wait("migrate", awaits=True)
@@ -237,14 +237,14 @@ class AsyncDbWriter(Strict):
     @overload
     def enqueue(self, fn: Function[T], /, *, label: Label = None) -> Ticket[T]: ...
     def enqueue(self, what: str | Function[T], params: Params = (), /, *, label: Label = None) -> Ticket[Any]:
-        """As ``DbWriter.enqueue``, but never waits: QueueFullError at once if there is no room. Not a coroutine."""
+        """As ``DbWriter.enqueue``, but never blocks: raises QueueFullError if there is no room. Not a coroutine."""
         core = self._core()
         job = core.job(what, params, label, None, sys._getframe(1), bounded=not core.state.would_deadlock_task())
         core.accept(job, 0.0)
         return job
 
     def enqueue_many(self, sql: str, seq_of_params: Iterable[Params], /, *, label: Label = None) -> Ticket[Result]:
-        """As ``DbWriter.enqueue_many``, but never waits: QueueFullError at once without room. Not a coroutine."""
+        """As ``DbWriter.enqueue_many``, but never blocks: raises QueueFullError without room. Not a coroutine."""
         core = self._core()
         bounded = not core.state.would_deadlock_task()
         job = core.many(sql, seq_of_params, label, sys._getframe(1), bounded)
@@ -344,10 +344,10 @@ class AsyncDbWriter(Strict):
     async def transaction(
         self, *, label: Label = None, timeout: Seconds = 30.0, max_hold: float | None = None
     ) -> AsyncIterator[AsyncTransaction]:
-        """As ``DbWriter.transaction``, in ``async with``.
+        """As ``DbWriter.transaction``, for ``async with``.
 
-        A cancelled block is rolled back, and its statement interrupted. A block whose COMMIT has begun ends with the
-        outcome of COMMIT first; a cancellation that came meanwhile is raised after it, with a note that says so.
+        A cancelled block is rolled back, and its statement interrupted. If its COMMIT has begun, the block waits for
+        that; a cancellation that came meanwhile is raised after it, with a note that gives the outcome.
         """
         core = self._core()
         hold = core.check_block(label, timeout, max_hold)
@@ -405,7 +405,7 @@ class AsyncDbWriter(Strict):
     def reader(
         self, *, label: Label = None, timeout: Seconds = 30.0, after: After = None
     ) -> contextlib.AbstractAsyncContextManager[AsyncReader]:
-        """As ``DbWriter.reader``, in ``async with``."""
+        """As ``DbWriter.reader``, for ``async with``."""
         place = repr(label) if label else f"reader() in {called_from(sys._getframe(1))}"
         reads = self._task_reads()
         return reads.lend(place, lambda: self._after(after, timeout, label, reads.here()))
@@ -427,7 +427,7 @@ class AsyncDbWriter(Strict):
         label: Label = None,
         every: float = 0.05,
     ) -> AsyncWatch[Any]:
-        """As ``DbWriter.watch``, in ``async with`` and ``async for``; a function runs in a thread."""
+        """As ``DbWriter.watch``, for ``async with`` and ``async for``; a function runs in a thread."""
         core = self._core()
         return AsyncWatch(core.live, *core.watched(what, params, label), every, self, self._task_reads())
 

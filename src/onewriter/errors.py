@@ -2,17 +2,17 @@
 
 OneWriterError
 ├── WriterClosedError          closed or closing: the work was not accepted
-├── WriterBrokenError          the gateway is out of service; ``__cause__`` is why
+├── WriterBrokenError          the gateway is out of service; ``__cause__`` is the reason
 ├── CommitUnknownError         COMMIT met an I/O error that leaves the outcome open
 ├── QueueFullError             no room in the queue within the timeout
 ├── WriteTimeoutError          (also a TimeoutError) the wait for a write ended first
 ├── ReadTimeoutError           (also a TimeoutError) the wait for a read ended first
-├── ReentrantWriteError        a wait that this thread itself would make endless
-├── TransactionClosedError     a Transaction used after its end, or a function's elsewhere
+├── ReentrantWriteError        the call would be a deadlock
+├── TransactionClosedError     a Transaction used after its end, or a function's in another thread
 ├── TransactionAbortedError    SQLite rolled back by itself and the job went on
 └── ForkedError                used in a child process, after a fork
 
-What a job or SQLite raised reaches the caller as it is, with a note that names the job.
+What a job or SQLite raised reaches the caller unchanged, with a note that names the job.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ class WriterClosedError(OneWriterError):
 
 
 class WriterBrokenError(OneWriterError):
-    """The gateway is out of service; ``__cause__`` is why. Not committed. Make a new ``DbWriter``."""
+    """The gateway is out of service; ``__cause__`` is the reason. Not committed. Open a new ``DbWriter``."""
 
 
 class CommitUnknownError(OneWriterError):
-    """COMMIT met an I/O error (``__cause__``) that leaves open whether the write is in the file. Unknown."""
+    """COMMIT failed with an I/O error (``__cause__``), and the write may or may not be in the file. Unknown."""
 
 
 class QueueFullError(OneWriterError):
@@ -68,7 +68,7 @@ class WriteTimeoutError(OneWriterError, TimeoutError):
 
     Attributes:
         ticket: the job's ticket; None in a pickled copy.
-        started: False: the job was withdrawn and will never run (Not committed). True: it goes on, whole, and
+        started: False: the job was withdrawn and will never run (Not committed). True: it goes on to its end, and
             ``ticket`` will have its outcome.
     """
 
@@ -91,7 +91,7 @@ class ReentrantWriteError(OneWriterError):
 
 
 class TransactionClosedError(OneWriterError):
-    """A ``Transaction`` was used after its end, or a function's outside the function."""
+    """A ``Transaction`` was used after its end, or that of a function in another thread."""
 
 
 class TransactionAbortedError(OneWriterError):

@@ -1,7 +1,7 @@
 """What ``on_event`` is called with: one frozen dataclass for each kind of event. Times are seconds.
 
-Without ``on_event`` none of them is made. What the callable raises is logged and goes no further; one that waits for
-the gateway on the writer thread meets ``ReentrantWriteError``. Values of parameters are in none of them.
+Without ``on_event`` none of them is created. What the callable raises is logged; if it waits for the gateway on the
+writer thread, that raises ``ReentrantWriteError``. No event has values of parameters.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class JobSubmitted:
 
 @dataclass(frozen=True, slots=True)
 class BatchEnded:
-    """Jobs that shared a transaction have their outcome, and their waiters were notified; on the writer thread.
+    """Jobs that shared a transaction have their outcome, and callers that wait were woken; on the writer thread.
 
     Attributes:
         tickets: the jobs, in order; each has its ``timings``, and its ``exception()`` if it failed.
         commits: 1, or 0 if nothing was committed.
-        lock_wait: for SQLite's lock. commit: that COMMIT took.
-        retried: whether somebody else held that lock.
+        lock_wait: seconds of waiting for SQLite's lock. commit: seconds that COMMIT took.
+        retried: whether another connection held that lock.
     """
 
     tickets: tuple[Outcome, ...]

@@ -1,4 +1,4 @@
-"""DbWriter: what callers construct. Checks arguments, hands jobs in, waits; no SQL of its own."""
+"""DbWriter: what callers construct. Checks arguments, queues jobs, waits; no SQL of its own."""
 
 from __future__ import annotations
 
@@ -45,15 +45,15 @@ T = TypeVar("T")
 class DbWriter(Strict):
     """The single writer of a SQLite database, and a pool of read-only connections to it.
 
-    Returns once the write connection is open and configured. All methods may be called from any thread.
+    Returns when the write connection is open and configured. All methods may be called from any thread.
     ``with DbWriter(path) as db:`` closes at the end.
 
     Args:
-        path: the database file, created if it is not there. ``":memory:"`` and ``""``: a private temporary file,
+        path: the database file, created if it does not exist. ``":memory:"`` and ``""``: a private temporary file,
             removed at close.
-        label: names threads and log lines; default: the file name.
-        readers: most read-only connections.
-        maxsize: most queued ``enqueue`` jobs.
+        label: name used for threads and in the log; default: the file name.
+        readers: maximum number of read-only connections.
+        maxsize: maximum number of ``enqueue`` jobs in the queue.
         lock_timeout: seconds to keep trying for SQLite's write lock.
         synchronous: https://www.sqlite.org/pragma.html#pragma_synchronous; FULL survives power loss.
         journal_mode: https://www.sqlite.org/pragma.html#pragma_journal_mode
@@ -62,16 +62,16 @@ class DbWriter(Strict):
         on_connect: called with (connection, readonly) for every connection: functions, collations, ATTACH.
         row_factory, detect_types: as in ``sqlite3``, for reads and writes.
         on_error: called on the writer thread with the ticket of a failed ``enqueue`` job that nobody waits for.
-        on_event: called with what ``onewriter.events`` has, for telemetry; in the thread that each of them names.
+        on_event: called with objects of ``onewriter.events``, for telemetry; in the thread that each of them names.
         slow_after: seconds a job, a block or a reader may last before a warning names it.
         max_hold: seconds a job's SQL or a ``transaction()`` block may hold the writer.
-        wal_limit: bytes of WAL that the gateway tries to keep to.
+        wal_limit: size in bytes below which the gateway tries to keep the WAL.
         auto_checkpoint: False: another program checkpoints (Litestream).
-        inline: no thread: jobs run in the calling thread, through the same code (for tests).
+        inline: no writer thread: jobs run in the calling thread, through the same code (for tests).
 
     Raises:
-        sqlite3.Error: the file cannot be opened, with the path and the reason. Nothing was created if that could be
-            seen before SQLite opened it.
+        sqlite3.Error: the file cannot be opened, with the path and the reason. A file that is refused before SQLite
+            opens it is not created.
         TypeError, ValueError: an invalid argument; a PRAGMA that has no effect.
         RuntimeError: SQLite is older than 3.37.2.
     """
@@ -162,18 +162,18 @@ class DbWriter(Strict):
     ) -> Any:
         """Write in a transaction of its own; returns after COMMIT.
 
-        Blocks. Inside a job of this gateway it acts on that job's transaction, as a savepoint.
+        Blocks. Inside a job of this gateway it is a savepoint of that job's transaction.
 
         Args:
             what: one SQL statement, or a function of the ``Transaction``. A function may run a second time if
-                something else undid the transaction it shared (docs/batches.md).
+                another job rolled back the transaction that they shared (docs/batches.md).
             params: of the statement; copied now.
             label: the job's name in logs and messages.
             timeout: seconds from the call to the result; None: no limit.
-            foreign_keys: False: enforcement is off for this function, and its result is checked before COMMIT.
+            foreign_keys: False: they are not enforced during this function, and are checked before COMMIT.
 
         Raises:
-            WriteTimeoutError: no result in time. ``started`` False: Not committed. True: it goes on, see ``ticket``.
+            WriteTimeoutError: no result in time. ``started`` False: Not committed. True: it goes on; see ``ticket``.
             sqlite3.OperationalError: SQLite's lock could not be acquired within ``lock_timeout`` (SQLITE_BUSY). Not
                 committed.
             CommitUnknownError: COMMIT met an I/O error. Unknown.
@@ -200,8 +200,8 @@ class DbWriter(Strict):
     ) -> None:
         """Run many statements, all or none, without a hidden COMMIT; returns after COMMIT. Raises as ``run`` does.
 
-        BEGIN at the beginning and COMMIT at the end, as in the output of ``.dump`` and ``iterdump()``, are the job's
-        own. After a first ``PRAGMA foreign_keys=OFF`` it is as with ``foreign_keys=False``: checked before COMMIT.
+        BEGIN at the beginning and COMMIT at the end, as in the output of ``.dump`` and ``iterdump()``, are those of the
+        job. ``PRAGMA foreign_keys=OFF`` before them is as ``foreign_keys=False``: checked before COMMIT.
         """
         self._execute(self._core.script(sql, label, foreign_keys, sys._getframe(1)), timeout)
 
@@ -225,9 +225,9 @@ class DbWriter(Strict):
         """Run one statement, or a function, alone and outside any transaction; returns when it is done.
 
         A statement is for VACUUM and PRAGMA; BEGIN, COMMIT, ROLLBACK, SAVEPOINT and ATTACH are refused.
-        A function is for what has transactions of its own: migration tools, dumps. It gets an ordinary
-        ``sqlite3.Connection`` in autocommit, on which nothing is refused, in the writer's thread, while no job runs.
-        The connection is closed after it, so that of what it sets nothing stays. It is called once.
+        A function is for code with transactions of its own: migration tools, dumps. It gets an ordinary
+        ``sqlite3.Connection`` in autocommit, on which nothing is refused, on the writer thread, while no job runs.
+        The connection is closed after the call, so its settings do not remain. The function is called once.
 
         Raises:
             sqlite3.ProgrammingError: the function left a transaction open. Rolled back; what it had committed before
@@ -241,21 +241,21 @@ class DbWriter(Strict):
     def migrate(self, steps: Steps, *, label: Label = None, timeout: Seconds = 30.0, dry_run: bool = False) -> int:
         """Bring the schema to the newest version; returns that, after the COMMIT of the last step.
 
-        ``PRAGMA user_version`` counts the steps that have run. Each further one runs in a transaction of its own, with
-        the new version, once, whichever process starts first; foreign keys are off in it, and checked before COMMIT.
+        ``PRAGMA user_version`` is the number of steps that have run. Each of the others runs once, in a transaction
+        that also sets the version, whichever process starts first; foreign keys are off, and checked before COMMIT.
 
         Args:
-            steps: SQL scripts and functions of a ``Transaction``, all there ever were, in order: new ones are
-                appended, old ones stay as they are.
+            steps: SQL scripts and functions of a ``Transaction``, in order, all since the first version: append new
+                ones, and never change old ones.
             timeout: seconds for all of them; None: no limit. Another process's step is waited for up to
                 ``lock_timeout``.
-            dry_run: run none; returns the version that is there, so ``steps[version:]`` are those that would run.
+            dry_run: run none; returns the current version, so ``steps[version:]`` are those that would run.
 
         Raises:
             ValueError: the database is newer than ``steps``. Nothing has run.
             ReentrantWriteError: called inside a job or block. Nothing has run.
             What a step raised, with a note that names it: Rolled back; those before it are committed, and the next
-                call goes on there.
+                call goes on with that step.
             The others as ``run`` does, for one step.
         """
         migration, until = self._core.migration(steps, label, sys._getframe(1)), deadline_of(timeout)
@@ -270,18 +270,18 @@ class DbWriter(Strict):
     ) -> contextlib.AbstractContextManager[Transaction]:
         """A ``with`` block that is a transaction of its own; committed at its end, or rolled back if it raises.
 
-        It runs in the calling thread, and nobody else writes meanwhile. Any thread that has the ``Transaction`` may
-        use it, one call at a time, and any may leave the block. Inside a job or another block (in the same context,
+        It runs in the calling thread, and nothing else writes meanwhile. Any thread may use the ``Transaction``, one
+        call at a time, and any may leave the block. Inside a job or another block (in the same context,
         thread and task) it is a savepoint of that transaction.
 
         Args:
             label: the block's name in logs and messages.
-            timeout: seconds to wait for its turn; None: no limit. The block's own time does not count.
-            max_hold: seconds after which the transaction is taken away and rolled back; None: the gateway's. A nested
+            timeout: seconds to wait until it begins; None: no limit. The block's own time does not count.
+            max_hold: seconds after which the transaction is ended and rolled back; None: the gateway's. A nested
                 block has that of the outer one.
 
         Raises:
-            WriteTimeoutError: at entry: it was not its turn in time. Not committed.
+            WriteTimeoutError: it did not begin in time. Not committed.
             TransactionClosedError: it held the writer longer than ``max_hold``. Rolled back.
             sqlite3.OperationalError: SQLite's lock could not be acquired within ``lock_timeout``. Not committed.
             CommitUnknownError: COMMIT met an I/O error. Unknown.
@@ -397,8 +397,8 @@ class DbWriter(Strict):
         Raises:
             ReadTimeoutError: not in time.
             sqlite3.Error: what SQLite raised; a statement that writes is refused.
-            What ``after`` failed with; ValueError if it is another gateway's.
-            ReentrantWriteError: inside a ``reader()`` block that will never show ``after``.
+            The error of ``after``; ValueError if it is another gateway's.
+            ReentrantWriteError: inside a ``reader()`` block, whose snapshot will never have ``after``.
         """
         if isinstance(what, str):
             params = capture(what, params)
@@ -432,11 +432,11 @@ class DbWriter(Strict):
     def reader(
         self, *, label: Label = None, timeout: Seconds = 30.0, after: After = None
     ) -> contextlib.AbstractContextManager[sqlite3.Connection]:
-        """Lend a read-only ``sqlite3.Connection`` that sees one state, that of the entry, for the whole ``with`` block.
+        """A ``with`` block that gives a read-only ``sqlite3.Connection`` on one snapshot, taken when it is entered.
 
-        Its ``commit``, ``rollback`` and ``close`` do nothing. Reads in the block (in the same
-        context, thread and task) see the same state. Any thread may use the connection, and leave the block.
-        A long block keeps the WAL from shrinking; after ``slow_after`` seconds a warning names it.
+        Its ``commit``, ``rollback`` and ``close`` have no effect. Reads in the block (in the same
+        context, thread and task) see the same snapshot. Any thread may use the connection, and leave the block.
+        A long block keeps the WAL from being reset; after ``slow_after`` seconds a warning names it.
 
         Args:
             timeout: seconds to wait for a connection; None: no limit.
@@ -483,10 +483,10 @@ class DbWriter(Strict):
 
         Args:
             params: of the SELECT; copied now.
-            every: seconds; it reads once in so many at most, and gives the newest rows then.
+            every: seconds between two reads, at least; each gives the newest rows.
 
         Raises:
-            WriterClosedError, WriterBrokenError: at the entry.
+            WriterClosedError, WriterBrokenError: when the block is entered.
         """
         return Watch(self._core.live, *self._core.watched(what, params, label), every, self)
 
@@ -504,10 +504,10 @@ class DbWriter(Strict):
 
     @property
     def health(self) -> str:
-        """``"ok"``, ``"degraded: why"``, ``"broken: why"`` or ``"closed"``, at this moment. Never touches the database.
+        """``"ok"``, ``"degraded: reason"``, ``"broken: reason"`` or ``"closed"``, now. Never touches the database.
 
-        Degraded: the file is damaged or mounted alone, the writer is held by a job or its callbacks, or waits for
-        SQLite's lock, longer than ``slow_after``, the queue is nearly full, or readers keep the WAL over ``wal_limit``.
+        Degraded: the file is damaged or mounted without its folder, a job or its callbacks hold the writer, or it waits
+        for SQLite's lock, longer than ``slow_after``, the queue is nearly full, or readers keep the log over its limit.
         Broken: out of service, see WriterBrokenError.
         """
         return self._core.writer.health
@@ -518,23 +518,23 @@ class DbWriter(Strict):
         return self._core.is_closed
 
     def in_writer(self) -> bool:
-        """Whether the caller is inside a job or block of this gateway, or in the writer's thread."""
+        """Whether the caller is inside a job or block of this gateway, or on its writer thread."""
         return self._state.is_in_writer()
 
     def checkpoint(
         self, mode: Literal["PASSIVE", "FULL", "RESTART", "TRUNCATE"] = "TRUNCATE", *, timeout: Seconds = 30.0
     ) -> Checkpoint:
-        """Copy the write-ahead log into the database file, now, and say what came of it.
+        """Copy the write-ahead log into the database file, now, and return what was done.
 
-        The gateway does so by itself, unless ``auto_checkpoint`` is False. New reads wait for at most 50 ms, so that
-        the log can be reset; ``busy`` in the answer says that a reader or another writer prevented it all the same.
+        The gateway does so by itself, unless ``auto_checkpoint`` is False. With RESTART and TRUNCATE new reads wait for
+        at most 50 ms, so that the log can be reset; ``busy`` says that a reader or another writer prevented it.
 
         Args:
             mode: https://www.sqlite.org/pragma.html#pragma_wal_checkpoint
             timeout: seconds to wait for the writer; None: no limit.
 
         Raises:
-            WriteTimeoutError: it was not its turn in time.
+            WriteTimeoutError: it was not done in time; ``started`` says whether it goes on.
             ReentrantWriteError: called inside a job.
         """
         job = self._core.checkpoint(mode, sys._getframe(1))
@@ -551,7 +551,7 @@ class DbWriter(Strict):
         """Copy the database as it is now, while it is read and written.
 
         Blocks the calling thread only, through a connection of its own. In the rollback-journal modes a COMMIT waits
-        for it, as for every reader. A path appears when the copy is complete, replacing what was there.
+        for it, as for every reader. The copy replaces what is at the target path when it is complete.
 
         Args:
             target: a path, or an open ``sqlite3.Connection``.
@@ -560,9 +560,9 @@ class DbWriter(Strict):
 
         Raises:
             ValueError, TypeError: an invalid target: the database itself, or one that is in use.
-            sqlite3.Error, OSError: what SQLite or the file system raised. The target is as it was.
+            sqlite3.Error, OSError: what SQLite or the file system raised. The target is unchanged.
             ReentrantWriteError: called inside a job.
-            What ``progress`` raised: The target is as it was.
+            What ``progress`` raised: The target is unchanged.
         """
         self._state.refuse_endless_wait("backup")
         check_backup(target, progress, pages)
@@ -574,14 +574,14 @@ class DbWriter(Strict):
         return self._core.stats()
 
     def close(self, timeout: Seconds = None, *, drain: bool = True) -> CloseReport:
-        """Refuse new work, finish what was accepted, close all connections, and say what became of every job.
+        """Refuse new work, finish what was accepted, close all connections, and report the outcome of every job.
 
         May be called again, and from several threads.
 
         Args:
-            timeout: seconds to wait; then what has not started is withdrawn, and a job that runs is reported as
+            timeout: seconds to wait; then jobs that have not started are withdrawn, and a running job is reported as
                 unfinished. None: no limit.
-            drain: False: withdraw at once what has not started.
+            drain: False: withdraw jobs that have not started at once.
 
         Raises:
             ReentrantWriteError: called inside a job, or, without a ``timeout``, inside a read or ``reader()`` block
@@ -593,7 +593,7 @@ class DbWriter(Strict):
     # Behind them ------------------------------------------------------------------------------------------------------
 
     def _execute(self, job: Job[T], timeout: Seconds) -> T:
-        """Have a job done and return its result: by the writer, or here if this thread is inside a transaction."""
+        """Run a job and return its result: by the writer, or here if this thread is inside a transaction."""
         if timeout != 30.0:
             check_timeout(timeout)
         state = self._state
@@ -639,7 +639,7 @@ class DbWriter(Strict):
         return here if isinstance(here, WriteLoan) else None
 
     def _reads_from(self) -> WriteLoan | Snapshot | None:
-        """What the innermost job, block or reader around the caller lends to a read; None: the pool does."""
+        """The loan that a read in the innermost job, block or reader uses; None: it takes a connection of the pool."""
         here = None if enclosing() is None else self._state.scopes.innermost()
         if here is not None:
             return here.lends()  # type: ignore[no-any-return]

@@ -17,7 +17,7 @@ JOURNAL_MODES = ("WAL", "DELETE", "TRUNCATE", "PERSIST")
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What a gateway is opened with, but for its path; ``DbWriter`` says what each means."""
+    """What a gateway is opened with, except its path; ``DbWriter`` says what each means."""
 
     label: str | None = None
     readers: int = 4

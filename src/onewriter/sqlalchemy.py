@@ -28,17 +28,17 @@ Borrow = Callable[[], contextlib.AbstractContextManager[sqlite3.Connection]]
 def engine(db: DbWriter, *, readonly: bool = False, **options: Any) -> Engine:
     """An engine whose transactions are ``transaction()`` blocks of ``db``, committed when SQLAlchemy commits.
 
-    A transaction has the writer to itself, from SQLAlchemy's BEGIN (the first statement, or ``begin()``) to the end.
+    Nothing else writes from the beginning of a transaction (the first statement, or ``begin()``) to its end.
     Inside a job or block of the same context, thread and task it is a savepoint of that. May be used by any thread.
 
     Args:
-        readonly: transactions are ``reader()`` blocks instead: each sees one state, and waits for no writer.
+        readonly: transactions are ``reader()`` blocks instead: each sees one snapshot, and waits for no writer (WAL).
         options: of ``sqlalchemy.create_engine``.
 
     Raises:
-        WriteTimeoutError: (from the BEGIN of a transaction) the writer was not free within 30 s. Not committed.
-        WriterClosedError: (the same) ``db`` is closed. Not committed.
-        sqlalchemy.exc.DBAPIError: (from its COMMIT) as of SQLite; its ``orig`` is that error. Rolled back.
+        WriteTimeoutError: a transaction could not begin within 30 s. Not committed.
+        WriterClosedError: ``db`` is closed. Not committed.
+        sqlalchemy.exc.DBAPIError: COMMIT failed; ``orig`` is SQLite's error. Rolled back.
     """
 
     @contextlib.contextmanager
@@ -53,11 +53,11 @@ def engine(db: DbWriter, *, readonly: bool = False, **options: Any) -> Engine:
 
 
 def engine_on(tx: Transaction, **options: Any) -> Engine:
-    """An engine on the transaction of a block or job: what SQLAlchemy commits is a part of it, and ends with it.
+    """An engine on the transaction of a block or job: what SQLAlchemy commits becomes part of it.
 
-    A commit keeps what was done so far, a rollback undoes what came after that; the block or job commits, or undoes all
-    of it. The engine is to be used where ``tx`` may be used, and while it may; connections that are open at the same
-    time are one and the same transaction.
+    A commit keeps what was done so far, a rollback undoes what was done since; the end of the block or job commits or
+    rolls back all of it. The engine can be used where and while ``tx`` can; connections that are open at the same time
+    share the transaction.
 
     Args:
         options: of ``sqlalchemy.create_engine``.
@@ -72,7 +72,7 @@ def engine_on(tx: Transaction, **options: Any) -> Engine:
 
 
 def on_connect(connection: sqlite3.Connection, readonly: bool = False) -> None:
-    """Make the SQL functions that SQLAlchemy counts on, ``regexp`` and ``floor``: give it to ``DbWriter``."""
+    """Create the SQL functions that SQLAlchemy expects, ``regexp`` and ``floor``: give it to ``DbWriter``."""
     SQLiteDialect_pysqlite(dbapi=sqlite3).on_connect()(connection)  # type: ignore[arg-type]
 
 
@@ -92,7 +92,7 @@ class _Undo(Exception):
 
 
 class _Borrowed:
-    """What SQLAlchemy takes for a connection: one that is borrowed anew for each transaction.
+    """What SQLAlchemy takes for a connection: another one is borrowed for each transaction.
 
     States: outside ⇄ in a transaction; in each with a borrowed connection or without one.
     """

@@ -19,7 +19,7 @@ CLOSE_TIMEOUT = 10.0  # seconds
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make the mark known."""
+    """Register the marker."""
     config.addinivalue_line("markers", "db_writer(**options): arguments for the DbWriter of the fixture db_writer")
 
 
@@ -27,8 +27,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def db_writer(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[DbWriter]:
     """A ``DbWriter`` on a new file, ``tmp_path / "test.db"``.
 
-    At the end of the test it is closed, and the test fails if a job is still running then or if the file is damaged
-    or breaks a foreign key. The test may close it itself.
+    At the end of the test it is closed, and the test fails if a job is still running then, or if the file is damaged
+    or violates a foreign key. The test may close it itself.
     """
     mark = request.node.get_closest_marker("db_writer")
     db = DbWriter(tmp_path / "test.db", **({} if mark is None else mark.kwargs))

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 
 class Timings(NamedTuple):
-    """Where a job's time went, in seconds."""
+    """How a job's time was spent, in seconds."""
 
     queued: float
     lock_wait: float
@@ -26,11 +26,11 @@ class Times:
 
     lock_wait = 0.0
     commit = 0.0
-    retried = False  # somebody else held SQLite's lock
+    retried = False  # another connection held SQLite's lock
 
 
 KEPT_LABELS = 1000
-UNCOUNTED = 1000  # jobs and batches whose times are kept one by one until somebody asks
+UNCOUNTED = 1000  # jobs and batches whose times are kept one by one until they are asked for
 BOUNDS = tuple(float(f"{digit}e{power}") for power in range(-5, 2) for digit in (1, 2, 5))  # seconds: 10 µs … 50 s
 
 
@@ -40,8 +40,8 @@ class Latency:
 
     Attributes:
         count: how often. sum: of all together. max: the longest.
-        buckets: for each bound, how often it took at most that long, from 10 µs to 50 s; ``count`` has
-            those above the last bound, too.
+        buckets: for each bound, how often it took at most that long, from 10 µs to 50 s; ``count`` also
+            has those above the last bound.
     """
 
     count: int
@@ -50,7 +50,7 @@ class Latency:
     buckets: tuple[tuple[float, int], ...]
 
     def percentile(self, percent: float) -> float:
-        """The bound of the bucket that holds that percentile, or ``max`` if that is less; 0.0 of nothing."""
+        """The upper bound of the bucket that holds that percentile, or ``max`` if that is less; 0.0 without any."""
         if not 0 <= percent <= 100:
             raise ValueError(f"percent must be from 0 to 100, not {percent}")
         wanted = max(1.0, self.count * percent / 100)
@@ -59,7 +59,7 @@ class Latency:
 
 @dataclass(frozen=True)
 class Running:
-    """A job that has the writer: its label, where it was called from, and for how many seconds it has been at it."""
+    """A job that is running, or waits for the lock: its label, where it was called from, and for how many seconds."""
 
     label: str
     called_from: str
@@ -78,25 +78,25 @@ class CheckpointResult:
 
 @dataclass(frozen=True)
 class Stats:
-    """A gateway's state at one moment; the counts are those of its whole life. All times are seconds.
+    """A gateway's figures at one moment; counts are since it was opened, times are in seconds.
 
     Attributes:
         queue_depth: jobs accepted and not yet taken by the writer.
-        oldest_age: since the oldest job without an outcome was accepted; 0.0: there is none.
+        oldest_age: time since the oldest job without an outcome was accepted; 0.0: there is none.
         running: the job that runs now.
-        waiting_for_lock: the job whose transaction waits for SQLite's lock, which somebody else holds.
+        waiting_for_lock: the job whose transaction waits for SQLite's lock, which another connection holds.
         committed, failed, cancelled: jobs by outcome; cancelled ones were withdrawn before they started.
-        timed_out: calls that ended with ``WriteTimeoutError``; those withdrawn are among the cancelled, too.
-        retried: jobs that have run in a transaction that met a lock first, and was tried again.
-        run_twice: jobs that ran a second time, because something undid the transaction they shared.
+        timed_out: calls that raised ``WriteTimeoutError``; withdrawn jobs are counted as cancelled too.
+        retried: jobs whose transaction had to wait for SQLite's lock.
+        run_twice: jobs that ran again because the transaction that they shared was rolled back.
         commits: transactions committed. jobs_per_commit: jobs committed / commits.
-        lock_attempts: attempts at BEGIN and COMMIT. lock_wait: spent waiting for SQLite's lock.
+        lock_attempts: attempts at BEGIN and COMMIT. lock_wait: time spent waiting for SQLite's lock.
         queue_wait, run: of each job that has started: in the queue, the wait for the lock not counted; and running.
         commit: of each COMMIT.
-        readers_in_use, readers_waiting: connections lent, and calls that wait for one.
-        wal_bytes: size of the write-ahead logs' files, attached ones counted, which stays when a log is reset.
+        readers_in_use, readers_waiting: connections in use, and calls that wait for one.
+        wal_bytes: size of the write-ahead log files, also of attached databases; resetting a log does not shrink it.
         last_checkpoint: None: there was none.
-        last_backup_ago: since the last ``backup()`` was complete; None: there was none.
+        last_backup_ago: time since the last ``backup()`` was complete; None: there was none.
     """
 
     queue_depth: int
@@ -129,7 +129,7 @@ class Stats:
 
 @dataclass(frozen=True)
 class CloseReport:
-    """What became of every job of the gateway's life.
+    """The outcomes of all jobs since the gateway was opened.
 
     Attributes:
         committed, failed, cancelled, unfinished: counts. Unfinished: still running when ``timeout`` ran out.

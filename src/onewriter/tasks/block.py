@@ -226,9 +226,9 @@ def open_one(savepoint: TaskSavepoint | None) -> TaskSavepoint | None:
 
 
 class AsyncTransaction(Strict):
-    """What ``async with db.transaction()`` gives: a ``Transaction`` whose statements run on the writer thread.
+    """What ``async with db.transaction()`` returns: a ``Transaction`` whose statements run on the writer thread.
 
-    Tasks that share one are served one after the other.
+    Calls of several tasks run one at a time.
     """
 
     def __init__(self, block: TaskBlock, transaction: WriteLoan) -> None:
@@ -255,10 +255,10 @@ class AsyncTransaction(Strict):
 
     @contextlib.asynccontextmanager
     async def savepoint(self) -> AsyncIterator[None]:
-        """A part of the transaction that is undone alone if the ``async with`` block raises.
+        """An ``async with`` block that is a part of the transaction; if it raises, only this part is undone.
 
-        Tasks that share the transaction have their savepoints one after the other; those of a task that was made inside
-        a savepoint are inside it.
+        Of tasks that share the transaction, one at a time can be in a savepoint; a task that was created inside a
+        savepoint is part of it.
         """
         block, scopes = self._block, self._block._state.scopes
         around = (one for one in scopes.inherited() if isinstance(one, TaskSavepoint) and one.block is block)
@@ -286,11 +286,11 @@ class AsyncTransaction(Strict):
         return self._block.call(self._transaction.undo)
 
     def on_commit(self, fn: Callable[[], object], /) -> None:
-        """Call ``fn()`` once, on the loop, after COMMIT. Not if the transaction is rolled back."""
+        """Call ``fn()`` once, on the event loop, after COMMIT; not if the transaction is rolled back."""
         self._block.keep(self._transaction, True, fn)
 
     def on_rollback(self, fn: Callable[[], object], /) -> None:
-        """Call ``fn()`` once, on the loop, after the transaction, if this part of it was rolled back."""
+        """Call ``fn()`` once, on the event loop, after the transaction, if this part of it was rolled back."""
         self._block.keep(self._transaction, False, fn)
 
 

@@ -195,7 +195,7 @@ class TaskReads:
 
 
 class AsyncReader:
-    """What ``async with db.reader()`` gives: SELECTs on one state of the database."""
+    """What ``async with db.reader()`` returns: it runs SELECTs on one snapshot of the database."""
 
     def __init__(self, reads: TaskReads, snapshot: Snapshot, claim: Claim) -> None:
         self._reads = reads
@@ -211,10 +211,10 @@ class AsyncReader:
         return self.call(math.inf, fetch_result, self._snapshot, check_sql(sql), capture(sql, params))
 
     def stream(self, sql: str, params: Params = (), /) -> AsyncGenerator[Any, None]:
-        """Run one SELECT and give its rows one by one, in ``async for``: some hundred at a time are in memory.
+        """Run one SELECT and yield its rows in ``async for``; only a few hundred are in memory at a time.
 
-        Other calls on this reader come in between. Left early, it is closed soon, at the latest with the block;
-        ``contextlib.aclosing`` closes it at once.
+        Other calls on this reader may run in between. If the loop is left early, the statement is closed at the end of
+        the block at the latest; ``contextlib.aclosing`` closes it at once.
         """
         return self._stream(check_sql(sql), capture(sql, params))
 
