@@ -135,7 +135,7 @@ class DatabaseFile:
         self.overwritten = (
             f"{self.path} has {found:,} bytes, less than the {self.size:,} that it had: it was overwritten while it "
             f"was open, as by a copy of a backup, so the last writes may be lost. {self.path}{LOG} may belong to the "
-            "file that was there before. Close all connections; to restore a backup, remove the log, then copy the backup"
+            "file that was there before. Close all connections; to restore a backup, remove the log, then copy it"
         )
         raise FileMovedError(self.overwritten)
 
