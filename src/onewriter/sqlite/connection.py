@@ -39,7 +39,7 @@ def open_writer(
     log: Callable[[bool, str], object],
     make: Callable[[sqlite3.Connection, Guard], T],
 ) -> T:
-    """Open and configure the write connection, and return what ``make``, which may read, makes of it.
+    """Open and configure the write connection; returns ``make(connection, guard)``, which may read.
 
     Retries while other connections that open or close hold a lock.
     """
@@ -67,9 +67,9 @@ def open_reader(settings: Settings, guard: ReadGuard, policy: LockPolicy) -> sql
 def open_whole(
     settings: Settings, guard: Guard, policy: LockPolicy, log: Callable[[bool, str], object]
 ) -> sqlite3.Connection:
-    """Open a connection like the writer's on which transactions are whose it is: nothing is refused on it.
+    """Open a connection like the writer's, but nothing is refused on it, not even transactions.
 
-    It waits for locks inside SQLite, for up to ``lock_timeout`` seconds, since its statements are not ours to repeat.
+    It waits for locks inside SQLite, up to ``lock_timeout`` seconds, since the gateway cannot repeat its statements.
     """
 
     def attempt() -> sqlite3.Connection:
@@ -94,9 +94,9 @@ def is_closed(connection: sqlite3.Connection) -> bool:
 
 
 def close_whole(connection: sqlite3.Connection, journal_mode: str) -> bool:
-    """Close it, with all that was begun on it; returns whether a transaction was open, which is rolled back.
+    """Close it; returns whether a transaction was open, which is rolled back.
 
-    Raises SQLite's error if ``journal_mode``, which is the file's, was changed and cannot be put back.
+    Raises SQLite's error if ``journal_mode``, which is stored in the file, was changed and cannot be restored.
     """
     try:
         # A statement that was not read to its end would outlive the connection, and with it its lock.
@@ -126,7 +126,7 @@ def configure(connection: sqlite3.Connection, settings: Settings, databases: Ite
     set_pragma(connection, "journal_size_limit", settings.wal_limit)
     pragma(
         connection, "count_changes", 0
-    )  # a write would return a row that nobody fetches; not in every build of SQLite
+    )  # a write would return a row that is never fetched; not in every build of SQLite
     set_pragma(connection, "wal_autocheckpoint", 0)  # it would run inside a COMMIT, and keep the caller waiting
     _apply_pragmas(connection, settings)
 
@@ -257,7 +257,7 @@ def read_control(sql: str) -> tuple[str, str | None]:
 
 
 def open_to_look(path: str, patience: float, *, immutable: bool) -> sqlite3.Connection:
-    """A plain read-only connection. ``immutable``: it takes no locks, for a file that nobody has open."""
+    """A plain read-only connection. ``immutable``: it takes no locks, for a file that is not open anywhere."""
     flags = "mode=ro&immutable=1" if immutable else "mode=ro"
     return sqlite3.connect(f"{Path(path).as_uri()}?{flags}", uri=True, timeout=patience)
 
@@ -290,7 +290,7 @@ def _connect(settings: Settings, mode: str, *, any_thread: bool = True) -> sqlit
 
 
 def _disable_implicit_transactions(connection: sqlite3.Connection) -> None:
-    """Whatever ``on_connect`` has set: only explicit statements begin and end transactions."""
+    """Only explicit statements begin and end transactions, whatever ``on_connect`` has set."""
     if sys.version_info >= (3, 12):
         connection.autocommit = sqlite3.LEGACY_TRANSACTION_CONTROL
     connection.isolation_level = None

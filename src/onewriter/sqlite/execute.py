@@ -70,7 +70,7 @@ class Executor:
         return Result(rows or [], rowcount, lastrowid, description)
 
     def insert(self, sql: str, parameters: Parameters) -> Result | int:
-        """Like ``execute``, but returns the bare rowid where a plain INSERT has added one row."""
+        """Like ``execute``, but returns only the rowid if a plain INSERT has added one row."""
         if sql is not self._known:
             text = describe_sql(check_sql(sql))
             if not text.inserts or text.returning or text.behind_with:
@@ -95,7 +95,7 @@ class Executor:
             BaseException.add_note(error, f"onewriter: {text}")
 
     def forget_rowid(self) -> None:
-        """Somebody else is going to use the connection."""
+        """Another job is about to use the connection."""
         self._last_rowid = None
 
     def execute_script(self, sql: str) -> None:
@@ -141,7 +141,7 @@ class Executor:
             cursor.close()
 
     def surely_had_no_effect(self, sql: str, error: BaseException, schema_fails: bool) -> bool:
-        """Whether the statement that raised ``error`` has certainly changed nothing."""
+        """Whether it is certain that the statement that raised ``error`` has changed nothing."""
         text = describe_sql(sql)
         if text.returning or not issubclass(type(error), sqlite3.Error):
             return False  # it may have completed, and reading its rows have raised

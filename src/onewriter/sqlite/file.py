@@ -42,7 +42,7 @@ class DatabaseFile:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        # The databases in WAL mode. SQLite follows symbolic links, and keeps the log beside the target.
+        # The databases in WAL mode. SQLite follows symbolic links, and keeps the log in the target's folder.
         self.logged = self.files = [os.path.realpath(path)]
         self._log_names = [f"{name}{LOG}" for name in self.logged]
         self.exposed = ""  # why commits may be lost with this file system; empty: they are not
@@ -105,7 +105,7 @@ class DatabaseFile:
     def check(self) -> None:
         """Raise FileMovedError if the path, or that of a log, now names another file or none.
 
-        Any other error of stat, such as a permission that is missing for a moment, says nothing about the file.
+        Any other error of stat, such as a permission that is missing for a moment, proves nothing about the file.
         """
         if self.overwritten:
             raise FileMovedError(self.overwritten)
@@ -189,7 +189,7 @@ def _refuse_others(files: dict[str, Identity]) -> None:
 
 
 def exposure(paths: Iterable[str]) -> str:
-    """Why commits to these files may be lost with the file system that they are on; empty: they are not."""
+    """Why commits to these files may be lost with their file system; empty: they cannot."""
     return "; ".join(
         f"{path} is mounted without its folder: SQLite keeps the log in that folder, so it is deleted with the "
         "container, and commits that are only in the log are lost. Mount the folder"

@@ -14,7 +14,7 @@ SCHEMA_CHANGES = frozenset((*range(1, 9), *range(10, 18), 26, 29, 30))  # CREATE
 USES = frozenset((sqlite3.SQLITE_READ, sqlite3.SQLITE_SELECT, sqlite3.SQLITE_UPDATE, sqlite3.SQLITE_DELETE))
 WRITES = frozenset((sqlite3.SQLITE_INSERT, sqlite3.SQLITE_UPDATE, sqlite3.SQLITE_DELETE))
 # What is read or written: a column of a table; without one, the table's rows as such, as count(*) reads them and INSERT
-# writes them. Changed rows may stand elsewhere, so whoever reads a table reads the columns that order it, too.
+# writes them. A changed row may be in another place, so reading a table reads the columns that order it, too.
 Place = tuple[str, str]
 ANYTHING = ("", "")  # among places: it is not known which
 # Inside a transaction these have no effect, and SQLite does not say so.
@@ -44,16 +44,16 @@ OF_ITS_OWN = (Mode.ALONE, Mode.BARE)
 class _Refusals:
     """Why an authorizer has refused a statement: SQLite says only "not authorized".
 
-    A signal handler may raise wherever Python code runs, so also in an authorizer: sqlite3 discards the exception and
-    refuses the statement. One that is raised where the function is entered, before its ``try``, cannot be caught. So
-    the calls are counted by C code (lru_cache) and the answers by ours: a difference tells that one was cut off.
+    A signal handler may raise wherever Python code runs, also in an authorizer: sqlite3 discards the exception and
+    refuses the statement. One that is raised where the function is entered, before its ``try``, cannot be caught. So C
+    code (lru_cache) counts the calls, and our code the answers: a difference shows that a call was interrupted.
     """
 
     refusal: str | None = None
     history = HISTORY
     # The last PRAGMA that was asked for: name, value, schema.
     pragma: tuple[str, str | None, str | None] = ("", None, None)
-    places: set[Place] | None = None  # that statements read, or, on the write connection, write; None: nobody asks
+    places: set[Place] | None = None  # that statements read, or, on the write connection, write; None: not recorded
     text = ""  # the SQL of a statement that is a read or a job of its own
     within: str | None = None  # the view or trigger that has what is asked about in its text
 
@@ -82,7 +82,7 @@ class _Refusals:
             places.add(place)
 
     def note_anything(self) -> None:
-        """What is written, or changed for later, is not known by tables."""
+        """Which tables are written, or what is changed for later statements, is not known."""
         self._note(ANYTHING)
 
     def decide(self, action: int, first: str | None, second: str | None, third: str | None) -> int:
@@ -93,8 +93,8 @@ class _Refusals:
         return sqlite3.SQLITE_DENY
 
     def asks(self, function: str | None) -> bool:
-        """Whether the statement asks about the connection's past. From 3.54 on SQLite names a function in a column's
-        DEFAULT, too, when the column is read, and calls it then as little as before."""
+        """Whether the statement asks about the connection's past. From 3.54 on SQLite also names a function in the
+        DEFAULT of a column that is read, although it does not call it then."""
         return function in self.history and (self.within is not None or function in self.text.lower())
 
     def deny_history(self, name: str) -> int:

@@ -15,7 +15,7 @@ def keep_open(thing: object) -> None:
 
 
 class Inherited:
-    """Replaces the parent's connection: whatever uses it raises ForkedError."""
+    """Replaces the parent's connection: every use raises ForkedError."""
 
     def __getattr__(self, name: str) -> Any:
         raise forked_error()

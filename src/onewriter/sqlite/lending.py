@@ -1,7 +1,7 @@
-"""Lending: what was made through one loan of a connection, and ends with it.
+"""Lending: what was created through one loan of a connection, and ends with it.
 
 What a library gets are shells: SQLite's own connection, cursors and blobs stay inside, and every call on a shell asks
-the loan, which has a lock. The methods of ``sqlite3`` itself, called on a shell past its class
+the loan, which has a lock. The methods of ``sqlite3``'s own classes, called on a shell
 (``sqlite3.Cursor.execute(cursor, …)``), find a base without a database, and raise ``sqlite3.ProgrammingError``.
 """
 
@@ -18,7 +18,7 @@ from onewriter.sqlite.lent_transaction import Asked, LentTransaction, NoSavepoin
 
 
 class LoanEndedError(TransactionClosedError, sqlite3.ProgrammingError):
-    """A lent connection was used after its end: for libraries, as one that is closed."""
+    """A lent connection was used after its end; to libraries it looks like a closed one."""
 
 
 class Loan(Protocol):
@@ -49,13 +49,13 @@ class Loan(Protocol):
 
 
 class Lender(Protocol):
-    """Who has lent, and clears it at the end."""
+    """Lends the connection, and clears what was lent at the end."""
 
     lent: Lending | None
 
 
 class Lending:
-    """The connection that was lent, and the cursors and blobs made through it, which end with the loan.
+    """The connection that was lent, and the cursors and blobs created through it, which end with the loan.
 
     Not kept in the shell: a second call of sqlite3.Connection.__init__ would clear that.
 

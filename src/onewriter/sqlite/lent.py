@@ -31,7 +31,7 @@ def lend(loan: Loan) -> Lending:
 
 
 def retire(lender: Lender) -> None:
-    """End what ``lender`` has lent; called under the loan's lock. A shell that nobody else refers to is reused for a
+    """End what ``lender`` has lent; called under the loan's lock. A shell without other references is reused for a
     later loan, since creating one takes longer than a read.
     """
     lending, lender.lent = lender.lent, None
@@ -90,10 +90,10 @@ def _refused(name: str) -> Any:
 
 
 class LentConnection(LentShell):
-    """Represents a connection of the gateway while a job, a block or a reader lasts.
+    """Stands in for a connection of the gateway during a job, a block or a reader.
 
-    Its transaction is a part of the job (``LentTransaction``); that of a reader has nothing to undo. ``close`` ends
-    nothing: the gateway does.
+    Its transaction is a part of the job (``LentTransaction``); that of a reader has nothing to undo. ``close`` has
+    no effect: the gateway closes connections.
     """
 
     _classes: dict[type[sqlite3.Cursor], type[LentCursor]]  # by the library's cursor class that each extends

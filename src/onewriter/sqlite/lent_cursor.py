@@ -153,7 +153,7 @@ class LentCursor(sqlite3.Cursor):
         return self
 
     def __run_script(self, sql: str) -> None:
-        """In one call of the loan: nobody else's statement comes between."""
+        """In one call of the loan, so that no other statement comes between."""
         if "\0" in sql:
             raise ValueError("embedded null character")
         transaction, raw = self.__lent._lending.transaction, self.__raw

@@ -5,7 +5,7 @@ The library's transaction is a savepoint inside that of the job, and its savepoi
     no transaction ──BEGIN, SAVEPOINT, INSERT …──► open ──COMMIT: released, so that the job keeps it──► no transaction
                                                         ──ROLLBACK: undone, and released──────────────► no transaction
 
-Nothing else knows of it: the methods of the connection, the text of statements and scripts all come here.
+The methods of the connection, statements and scripts all come here; nothing else knows of it.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ NO_STATEMENT = "PRAGMA onewriter"
 
 
 class Savepoints(Protocol):
-    """The savepoints of the job, among which the library's are. A mark stands for one."""
+    """The savepoints of the job, including the library's. A mark identifies one."""
 
     def begin(self, *, of_library: bool = False) -> Any: ...
     def end(self, mark: Any) -> None: ...
     def is_open(self, mark: Any) -> bool: ...
     def are_innermost(self, marks: Sequence[Any]) -> bool: ...
     def undo_to(self, mark: Any, dropped: Sequence[Any] = ()) -> None:
-        """Undo what came since. ``dropped`` end; other ones inside it begin anew."""
+        """Undo what was done since. ``dropped`` end; others inside it begin again."""
 
 
 class NoSavepoints:
@@ -226,7 +226,7 @@ class LentTransaction:
         return True
 
     def _run_pragma(self, method: Callable[..., Any], cursor: sqlite3.Cursor, sql: str, rest: Any) -> None:
-        """One that is refused, but sets what is in force already, is not run: it would change nothing."""
+        """A refused one that sets the present value is ignored: it would change nothing."""
         guard = self._guard
         try:
             method(cursor, sql, *rest)
@@ -308,8 +308,8 @@ class LentTransaction:
     def _release(self, savepoint: _Savepoint) -> None:
         """End it, and those inside it.
 
-        Where a part of the job began inside it and is open still, it stays: an end of it would be one of that part. It
-        ends with what is around it, and nobody goes back to it.
+        If a part of the job that began inside it is still open, it stays: ending it would end that part. It ends with
+        what is around it, and is not rolled back to.
         """
         place = self._place(savepoint)
         if self._savepoints.are_innermost([other.mark for other in self._open[place:]]):

@@ -56,7 +56,7 @@ def openers(path: str) -> list[int] | None:
 
 
 def describe_wal_readers(paths: Iterable[str], borrowers: list[str]) -> str:
-    """For messages: who keeps the logs from being reset; ``borrowers`` are readers of the calling gateway."""
+    """For messages: which readers keep the logs from being reset; ``borrowers`` are readers of the calling gateway."""
     found = dict.fromkeys(process for path in paths for process in wal_readers(path) or [])
     others = [process for process in found if not (borrowers and process == os.getpid())]
     return ", ".join([*borrowers, *map(describe_process, others)]) or "a reader that cannot be determined here"
@@ -70,7 +70,7 @@ def describe_readers(paths: Iterable[str], borrowers: list[str]) -> str:
 
 
 def describe_lock(path: str) -> str:
-    """For messages: who holds the lock."""
+    """For messages: which process holds the lock."""
     for _ in range(LOOKS):
         if holders := lock_holders(path):
             break

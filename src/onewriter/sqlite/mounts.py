@@ -36,7 +36,7 @@ def mount_of(path: str) -> Mount | None:
 
 
 def is_mounted_alone(path: str) -> bool:
-    """Whether the file alone is mounted, so that the log, beside it, is on another file system.
+    """Whether the file is mounted without its folder, so that the log in that folder is on another file system.
 
     Where the mounts are unknown, its device decides; on a layered file system that may differ from the folder's anyway.
     """

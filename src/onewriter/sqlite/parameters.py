@@ -18,7 +18,7 @@ from onewriter.sqlite.statement import COMMENT, LONG, QUOTED, Parameters
 
 
 class Values(Protocol):
-    """A sequence of values. To a type checker a ``str`` is none: what can be *in* one is a ``str`` only."""
+    """A sequence of values. For a type checker a ``str`` is not one: only a ``str`` can be *in* a ``str``."""
 
     def __len__(self) -> int: ...
     def __iter__(self) -> Iterator[Any]: ...
@@ -179,8 +179,8 @@ def _stand_in(filename: str, line: int, name: str, qualname: str) -> types.CodeT
 class _Caller:
     """Calls adapters as if from the line outside this package that made the call.
 
-    An adapter's warning (``stacklevel=2``) names the line of Python that called the adapter, which would be ours. So a
-    function calls it that has the file, line and module of the caller's.
+    An adapter's warning (``stacklevel=2``) names the line of Python that called the adapter, which would be ours. So it
+    is called by a function that has the file, line and module of the caller.
     """
 
     _function: Callable[..., Any] | None = None

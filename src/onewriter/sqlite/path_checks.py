@@ -1,4 +1,4 @@
-"""Checks of the path and of the files beside the database, before SQLite opens it."""
+"""Checks of the path and of SQLite's other files, before it opens the database."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from onewriter.sqlite.file import INDEX, JOURNAL, LOG
 
-LOOKS = 3  # at a file beside the database that other processes may create and delete meanwhile
+LOOKS = 3  # at a -wal, -shm or -journal file, which other processes may create and delete meanwhile
 SMALLEST_FILE = 512  # bytes; SQLite treats a smaller file as empty, and would overwrite it
 
 
@@ -37,7 +37,7 @@ def check_path(path: str) -> None:
 
 
 def check_company(path: str) -> None:
-    """Raise if the file has a second name, or if a file that SQLite keeps beside it cannot be used."""
+    """Raise if the file has a second name, or if its -wal, -shm or -journal file cannot be used."""
     if os.path.exists(path) and os.stat(path).st_nlink > 1:
         raise cannot_open(
             path,

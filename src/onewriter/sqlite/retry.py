@@ -102,7 +102,7 @@ class LockPolicy:
         first: BaseException | None,
         budget: float | None = None,
     ) -> T:
-        """Go on after a first attempt, which raised ``first``. Apart: tenacity costs 7 µs even when nothing fails."""
+        """Go on after a first attempt, which raised ``first``. Separate, since tenacity always costs 7 µs."""
         began, threshold = monotonic(), NOTICEABLE
         seconds = self.lock_timeout if budget is None else budget
 

@@ -132,8 +132,8 @@ def _target(sql: str) -> str:
 
 
 def inside_of_dump(script: str) -> tuple[str, bool]:
-    """What stands between the BEGIN and the COMMIT of a script that is one transaction, and whether it turns foreign
-    keys off; another script as it is.
+    """The statements between BEGIN and COMMIT of a script that is one transaction, and whether it turns foreign keys
+    off; any other script unchanged.
     """
     head = DUMP_HEAD.match(script)
     tail = DUMP_TAIL.search(script, max(head.end(), len(script) - LONGEST_TAIL)) if head else None

@@ -10,7 +10,7 @@ class TimeLimit:
     """A progress handler: SQLite calls it every so many virtual machine instructions, and it interrupts the statement
     once ``is_over`` returns True.
 
-    Not ``interrupt()``: one that comes late would hit the next statement. Each call needs the GIL.
+    Not ``interrupt()``: a late one would interrupt the next statement. Each call needs the GIL.
 
     A generator, because sqlite3 discards what a progress handler raises. CPython may run a signal handler, which may
     raise, where a function is entered, before its ``try``; a generator is resumed inside its ``try``, and so catches
