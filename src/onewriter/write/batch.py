@@ -1,4 +1,4 @@
-"""Batch: the jobs that share one transaction, what each of them does, and what becomes of them."""
+"""Batch: the jobs that share one transaction, what each of them does, and their outcomes."""
 
 from __future__ import annotations
 
@@ -38,21 +38,21 @@ UNWRITTEN = {  # I/O errors that come before anything is written
 
 
 class Again(enum.Enum):
-    """What is still to come for a job whose transaction was undone."""
+    """What happens next to a job whose transaction was rolled back."""
 
-    WITH_SAVEPOINT = "runs again: a failed statement may have left something behind, so each has a savepoint this time"
+    WITH_SAVEPOINT = "runs again, each with a savepoint: a failed statement may have kept part of its changes"
     ALONE = "runs again, in a transaction of its own"
-    STANDS = "has undone the others: its error stands, and is told in its turn, after theirs"
+    STANDS = "has rolled back the others: its error is final, and is set after their outcomes"
 
 
 class Verdict(NamedTuple):
-    """What has become of a batch.
+    """The result of a batch.
 
     Attributes:
-        settled: jobs that have their outcome, in the order in which it is to be told.
+        settled: jobs that have their outcome, in the order in which callers are to learn it.
         commits: how many transactions were committed.
         again: the other ones, in order.
-        unknown: what COMMIT raised; whether those of ``settled`` without an error are in the file is open.
+        unknown: what COMMIT raised; those of ``settled`` without an error may or may not be in the file.
         moved: the file is not there any more; the transaction is rolled back.
     """
 
@@ -74,9 +74,9 @@ class Means(NamedTuple):
 
 
 class Batch:
-    """One transaction: from BEGIN IMMEDIATE to the moment in which it is known what becomes of each of its jobs.
+    """One transaction: from BEGIN IMMEDIATE until the outcome of each of its jobs is known.
 
-    It decides, and tells nobody: outcomes are made visible by whoever obeys its verdict.
+    It only decides: the caller, which gets the verdict, makes the outcomes visible.
 
     States:  new → begun → over, with the verdict.
     Threads: the writer's.
@@ -190,7 +190,7 @@ class Batch:
         return Verdict([job], int(unknown is None and job.failed_with is None), unknown=unknown)
 
     def run_whole(self, job: ConnectionJob[Any]) -> Verdict:
-        """Call a function with a connection of its own, beside the idle session."""
+        """Call a function with a connection of its own, while the session is idle."""
         unknown = None
         try:
             self._state.enter(job, None)

@@ -25,9 +25,9 @@ class BlockFailedError(Exception):
 class Block(Job[None]):
     """A ``transaction()`` block: the writer begins, serves it until it is given back, and commits or rolls back.
 
-    Any thread or task that has its transaction may use it, and any may leave it. That the one which entered it has
-    ended means nothing: web frameworks and fixtures enter, use and leave in different ones. One that nobody can reach
-    any more is left when its generator is collected.
+    Any thread or task may use its transaction, and any may leave it. It does not end with the thread or task that
+    entered it: web frameworks and fixtures enter, use and leave in different ones. A block that is not reachable any
+    more is left when its generator is collected.
 
     States: waiting → granted (``transaction`` is there) → given back. ``granted`` is resolved once: by the loan, or by
             an outcome without one (withdrawn, no lock to be acquired).
@@ -141,7 +141,7 @@ class Block(Job[None]):
         raise NotImplementedError
 
     def _is_lost(self) -> str:
-        """Why nobody can ever give it back; empty: somebody may."""
+        """Why it can never be given back; empty: it can."""
         return ""
 
 
@@ -168,7 +168,7 @@ class ThreadBlock(Block):
 
     def lend(self, tx: WriteLoan) -> None:
         tx.lend()
-        if self._requests is None:  # nobody waits: its own thread has begun it
+        if self._requests is None:  # no thread waits: its own has begun it
             self.transaction = tx
             return
         with self._state.lock:
@@ -186,7 +186,7 @@ class ThreadBlock(Block):
 
 
 def not_entered(block: Block, timeout: float | None, state: State) -> WriteTimeoutError:
-    """The error of who waited for its turn in vain."""
+    """The error of a block that could not begin in time."""
     state.count_timeout()
     message = f"{block.describe()} did not begin within {timeout} s and is withdrawn: {state.describe()}"
     return WriteTimeoutError(message, ticket=block, started=False)

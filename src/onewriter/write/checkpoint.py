@@ -1,4 +1,4 @@
-"""Checkpointer: keeps the write-ahead log small, between batches, after the waiters were told."""
+"""Checkpointer: keeps the write-ahead log small, between batches, after waiting callers were woken."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from onewriter.write.session import WriteSession
 
 COMMITS = 256  # or some changed rows for each, after which the first checkpoint comes
 ROWS = 8  # changed rows that count as much as a commit
-PAGES = 1000  # that the log is to have at a checkpoint, as in SQLite itself
+PAGES = 1000  # size of the log at which it is checkpointed, as in SQLite itself
 HOLD_BACK = 0.05  # seconds that new reads wait, at most, so that the log can be reset
-FAR = 2  # times wal_limit, from which on the log's size is worth a word at once
-SOON, RARELY = 0.005, 1.0  # seconds between two tries that are in vain, at first and at most
+FAR = 2  # times wal_limit: a larger log is reported at once
+SOON, RARELY = 0.005, 1.0  # seconds after an attempt that failed until the next, at first and at most
 
 
-LONG = 0.2  # seconds; who has a connection for longer hardly comes back in the time that new reads wait
+LONG = 0.2  # seconds; a read that lasts longer will hardly end while new reads wait
 
 
 class Readers(Protocol):
@@ -97,7 +97,7 @@ class Checkpointer:
         self._room = 0  # bytes that they may grow by before the next one
         self._schema: list[object] = []
         self._version: list[object] = []  # PRAGMA data_version, when the size of the file was remembered
-        self._failed = False  # the last attempt, and that was told
+        self._failed = False  # the last attempt, and that was logged
         self.last: tuple[Checkpoint, float] | None = None
 
     @property
@@ -159,12 +159,12 @@ class Checkpointer:
         self._size = self._file.wal_bytes()
 
     def count_others(self) -> None:
-        """Another connection of this process has written, by how much nobody knows: look behind the next batch."""
+        """Another connection of this process has written, it is not known how much: look after the next batch."""
         if self._is_counting:
             self._growth += self._often
 
     def _count_hold_back(self, seconds: float) -> None:
-        """One in vain makes the next come later, and the more so the more there were: reads wait meanwhile."""
+        """After an attempt that failed the next one comes later, each time more so, since reads wait meanwhile."""
         if not self._kept_size:
             self._pause = self._again_at = 0.0
         elif seconds >= HOLD_BACK or not self._kept_by:
@@ -172,15 +172,15 @@ class Checkpointer:
             self._again_at = monotonic() + self._pause
 
     def _can_fare_better(self) -> bool:
-        """Whether something has changed since the log could not be emptied: each try costs more, the longer it is."""
+        """Whether another attempt at emptying the log may succeed: the longer the log, the more each one costs."""
         if not self._kept_size or self._largest_file() >= 2 * self._kept_size:
             return True
         if self._kept_by:
             return not all(self._readers.is_out(claim) for claim in self._kept_by)
-        return monotonic() >= self._again_at  # it was one that has gone by now, or a reader of another process
+        return monotonic() >= self._again_at  # the reader has ended since, or is of another process
 
     def empty(self, session: WriteSession) -> None:
-        """Cut the log off, unless somebody reads from it."""
+        """Truncate the log, unless a reader uses it."""
         found = self.run(session, "TRUNCATE")
         if not found.busy:
             self._growth = 0
@@ -272,6 +272,6 @@ class Checkpointer:
         self._file.refuse_smaller()
 
     def _is_put_back(self, session: WriteSession) -> bool:
-        """In the rollback-journal modes, where SQLite takes whatever is in the file for somebody's commit: whether that
-        cannot be VACUUM, which counts up the version of the schema."""
+        """In the rollback-journal modes, where SQLite takes any change of the file for a commit: whether it cannot have
+        been VACUUM, which increments the version of the schema."""
         return self._settings.journal_mode != "WAL" and session.internal("PRAGMA schema_version") <= self._schema

@@ -46,7 +46,7 @@ class WriteConnection:
 
     def open(self) -> WriteSession:
         """Open it, or raise why that cannot be."""
-        self.file.check()  # SQLite would create it anew
+        self.file.check()  # SQLite would create it again
         session = open_writer(self._settings, self.guard, self._policy, self.tell_waiting, WriteSession)
         self.session = session
         try:
@@ -60,8 +60,8 @@ class WriteConnection:
         return session
 
     def open_whole(self) -> sqlite3.Connection:
-        """Open another one, for a function that has it all; ``close_whole`` ends it. The session stays open beside it,
-        idle, so that the other is not the last one: that would checkpoint, and delete the log.
+        """Open a connection that a function has for itself; ``close_whole`` closes it. The session stays open
+        meanwhile, idle, so that the other one is not the last: closing that would checkpoint, and delete the log.
         """
         self.file.check()  # a file that has taken the place of ours must not be opened
         self.whole = open_whole(self._settings, self.guard, self._policy, self.tell_waiting)

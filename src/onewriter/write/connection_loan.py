@@ -35,9 +35,9 @@ class Lender(Protocol):
 
 
 class ConnectionLoan:
-    """As the transaction, and savepoints of its own besides.
+    """The transaction as its ``connection`` uses it, with savepoints of its own.
 
-    Locks: made and put back under the session's lock.
+    Locks: created and given back under the session's lock.
     """
 
     def __init__(self, loan: Lender) -> None:

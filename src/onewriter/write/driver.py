@@ -153,7 +153,7 @@ class InlineDriver:
             raise
 
     def submit(self, job: Job[Any], timeout: float | None) -> None:
-        if self._writer.state.is_mine():  # whoever is the writer runs it next
+        if self._writer.state.is_mine():  # the thread that is the writer runs it next
             self._writer.queue.put(job)
             return
         if job.bounded and threading.get_ident() in self._inside:  # a signal handler's or finalizer's
@@ -162,7 +162,7 @@ class InlineDriver:
         if not self._take_turn(timeout):
             if job.bounded:
                 raise QueueFullError(f"job {job.describe()} could not run in time: {self._writer.state.describe()}")
-            return  # whoever waits for it finds it not started
+            return  # the wait for it finds it not started
         try:
             self._writer.queue.put(job)
             self._drive()

@@ -34,8 +34,8 @@ class Turns(Protocol):
 class Entry:
     """Inside another block or a job it is a savepoint of that.
 
-    One that is collected while its block is open ends it: nobody can leave it any more. So nothing that the block has
-    refers to this, but weakly. Without ``__del__``, in which the error of a signal handler would be lost each time.
+    If it is collected while its block is open, the block ends, since it cannot be left any more. So what the block has
+    refers to this only weakly. Without ``__del__``, in which the error of a signal handler would be lost each time.
 
     States:  new → open → left.
     Threads: entered by one, left by any.

@@ -55,7 +55,7 @@ class StatementJob(Job[Result]):
         return loan.statement(self.sql, self.work)
 
     def _value(self) -> Result:
-        # Of a plain INSERT of one row the writer leaves the rowid: perhaps nobody asks for more.
+        # For a plain INSERT of one row the writer sets the rowid only: the rest may never be asked for.
         result = self._result
         if type(result) is int:
             result = self._result = Result([], 1, result, None)

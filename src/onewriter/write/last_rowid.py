@@ -1,4 +1,4 @@
-"""LastRowid: last_insert_rowid() and changes(), which SQLite does not undo, as an undone run must leave them."""
+"""LastRowid: restores last_insert_rowid() and changes() after a run that was undone, since ROLLBACK does not."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from onewriter.write.session import WriteSession
 
 
 class LastRowid:
-    """What an undone run has left of it on the connection is put back before the next job: it is to run as if alone.
+    """Restores what an undone run has changed of them before the next job, which must run as if it were alone.
 
     Threads: the writer's.
     """
 
     def __init__(self, state: State, label: str) -> None:
-        self.wanted: tuple[int, int] | None = None  # that the next transaction is to find; None: what is there
+        self.wanted: tuple[int, int] | None = None  # to be restored for the next transaction; None: nothing
         self._state = state
         self._label = label
         self._before: tuple[int, int] | None = None
@@ -28,19 +28,19 @@ class LastRowid:
         self._before = session.history()
 
     def undo(self) -> None:
-        """The shared transaction is undone."""
+        """The shared transaction was rolled back."""
         self.wanted = self._before
 
     def keep(self, session: WriteSession | None) -> None:
-        """Remember what the job that undid the others has left: its turn comes after theirs."""
+        """Remember what the job that rolled back the others has left: it comes after them."""
         self._left = None if session is None else session.history()
 
     def take_turn(self) -> None:
-        """It is that job's turn."""
+        """That job comes next."""
         self.wanted, self._left = self._left, None
 
     def restore(self, session: WriteSession) -> None:
-        """Outside any transaction, have the connection say what is wanted."""
+        """Outside any transaction, have the connection return the wanted values."""
         wanted, self.wanted = self.wanted, None
         try:
             if wanted is not None and session.history() != wanted:

@@ -44,8 +44,8 @@ class WriteLoan:
     """The write connection, lent to one job; nested blocks and reads in it have one each, with an end of its own.
 
     States:  open → closed; ``_closed`` says why.
-    Locks:   the session's lock is held around every call into SQLite, so that there is one at a time, and whoever ends
-             the loan never enters SQLite beside one. It guards _inside, _lending and the parts.
+    Locks:   the session's lock is held around every call into SQLite, so that there is one at a time, and the thread
+             that ends the loan never calls SQLite during one. It guards _inside, _lending and the parts.
     """
 
     can_write = True
@@ -85,7 +85,7 @@ class WriteLoan:
 
     @property
     def is_overdue(self) -> bool:
-        """Whether ``max_hold`` is over, and nobody has revoked it for that."""
+        """Whether ``max_hold`` is over, and it was not revoked for that."""
         return monotonic() > self._until and self._closed in (None, ENDED)
 
     @property
@@ -121,7 +121,7 @@ class WriteLoan:
             # Before anything is called: a signal handler that uses it must not wait for its thread.
             before, root._inside = guard.mode, me
             try:
-                # Looked at inside the lock: whoever takes the loan back closes it first, then waits for the lock.
+                # Checked inside the lock: the thread that takes the loan back closes it first, then waits for the lock.
                 if (
                     self._closed is not None
                     or root._closed is not None
@@ -237,7 +237,7 @@ class WriteLoan:
 
     def end(self) -> None:
         """End the loan, and with it what was lent in nested parts. Waits for the call that is inside SQLite."""
-        self._closed = self._closed or ENDED  # first, so that whoever comes behind this finds it inside the lock
+        self._closed = self._closed or ENDED  # first, so that a later call finds it inside the lock
         root, session = self._root, self.session
         if INHERITED in (self._closed, root._closed):
             return
@@ -345,7 +345,7 @@ class WriteLoan:
         return self.call(self.session.executor.execute, sql, parameters, mode=self.job.mode)
 
     def execute(self, sql: str, params: Params) -> Result:
-        """One statement of a function or block, whose arguments nobody has looked at."""
+        """One statement of a function or block, whose arguments were not checked."""
         return self.call(self.session.executor.execute, sql, capture(sql, params))
 
     def bare_statement(self, sql: str, parameters: Parameters) -> Result:

@@ -17,7 +17,7 @@ from onewriter.write.session import WriteSession
 from onewriter.write.ticket import Job
 
 LONGEST_HOLD = 0.05  # seconds after which a batch takes no further job
-SHARED_HOLD = 0.02  # the same while others want the lock too: turns of equal processes add up to equal shares sooner
+SHARED_HOLD = 0.02  # the same while other processes want the lock too: shorter turns make equal shares sooner
 GAP = 0.001  # seconds for which the lock is left free after it was held that long
 
 
@@ -110,7 +110,7 @@ class WriteLock:
                 times.retried = True
 
     def in_the_way(self) -> str:
-        """For messages: who has the lock that the last attempt met."""
+        """For messages: which process holds the lock that the last attempt met."""
         if self._is_committing:  # which readers hold up, in the rollback-journal modes
             return describe_readers(self._file.unlogged, self._readers.borrowers)
         return describe_lock(self._path)

@@ -1,4 +1,4 @@
-"""Outcomes: what a job's error tells of it, and how everybody hears what became of the jobs."""
+"""Outcomes: what a job's error says of it, and how callers, callbacks and the log learn the outcomes."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Outcomes:
         self._on_event = on_event
 
     def fail(self, job: Job[Any], error: BaseException) -> None:
-        """Keep ``error`` as the outcome of ``job``, with a note that names it; nobody sees it before ``settle``."""
+        """Keep ``error`` as the outcome of ``job``, with a note that names it; it is visible after ``settle``."""
         try:
             self._connection.guard.explain(error)
         except BaseException as raised:  # while SQLite asked whether it may
@@ -76,7 +76,7 @@ class Outcomes:
         if state.forked:
             raise forked_error()  # by something further down the stack, and this is the child
         called: list[Job[Any]] = []
-        unheard: list[Job[Any]] = []  # failures that nobody waits for: they have to be logged
+        unheard: list[Job[Any]] = []  # failures that no caller waits for: they have to be logged
         wakeups: list[Any] = []
         with state.lock:
             works, moments = list(map(work_of, jobs)), moments_of(jobs)
@@ -124,7 +124,7 @@ class Outcomes:
         return committed
 
     def _is_unheard(self, job: Job[Any]) -> bool:
-        """Count the failure; whether nobody waits for it."""
+        """Count the failure; whether no caller waits for it."""
         if job.in_stats:
             self._state.tally.count_failed(job.label)
         return job.logs_failure and not job._waiters and not job._callbacks

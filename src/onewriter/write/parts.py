@@ -84,7 +84,7 @@ class Parts:
             self._session.undo_to_mark()
 
     def undo_to(self, mark: Mark, dropped: Sequence[Mark] = ()) -> None:
-        """Undo what came since; it stays open. Of those inside it, ``dropped`` end, and the others begin anew."""
+        """Undo what was done since; it stays open. Of those inside it, ``dropped`` end, and the others begin again."""
         self._forget_since(mark)
         self._session.internal(f"ROLLBACK TO {self._name_of(mark)}")
         before = self._before(mark)

@@ -31,7 +31,7 @@ class JobQueue(queue.Queue[Job[Any]]):
              handler may put while its thread is inside; such a call never waits. There is no Condition on it: between
              "is it empty?" and wait() a finalizer's put would be lost, and wait() would give up the outer hold too.
     Wake-up: ``_token`` is a lock used as a one-token semaphore. The consumer announces its sleep (_asleep) *before* it
-             looks; whoever puts, even a finalizer between the look and the sleep, sees that and leaves the token.
+             looks; each put, even a finalizer's between the look and the sleep, sees that and leaves the token.
     """
 
     def __init__(self, maxsize: int, state: State) -> None:
@@ -67,7 +67,7 @@ class JobQueue(queue.Queue[Job[Any]]):
         """
         bounded = item.bounded
         with self.mutex:
-            # Who waits for room is admitted as soon as there is any, so where somebody waits there is none.
+            # Producers that wait are admitted as soon as there is room, so if any wait there is none.
             if self._refusal is None and (not bounded or self._bounded < self._limit):
                 if bounded:
                     self._bounded += 1
@@ -196,7 +196,7 @@ class JobQueue(queue.Queue[Job[Any]]):
     # The turn: the consumer's while it is awake; while it sleeps, that of a guest, if there is one ------------------
 
     def take_turn(self, job: Job[Any]) -> bool:
-        """Have ``job`` be what was taken, without the consumer: only if that sleeps, and nobody is before it."""
+        """Take ``job`` in place of the consumer; only if that sleeps, and no other job is before it."""
         with self.mutex:
             if not self._asleep or self.guest is not None or self.queue or self._refusal is not None:
                 return False
@@ -308,7 +308,7 @@ class JobQueue(queue.Queue[Job[Any]]):
         return f"{self._bounded:,} of {self.maxsize:,} jobs are queued"
 
     def _wake(self) -> None:
-        # In this order: Ctrl-C in between leaves a token, and whoever puts next finds it.
+        # In this order: Ctrl-C in between leaves a token, which the next put finds.
         try:
             self._token.release()
         except RuntimeError:
@@ -367,7 +367,7 @@ class JobQueue(queue.Queue[Job[Any]]):
 
 
 class _Waiter:
-    """A producer that waits for room; whoever makes room moves its job and says so in ``accepted``."""
+    """A producer that waits for room; the thread that makes room queues its job and sets ``accepted``."""
 
     def __init__(self, job: Job[Any], signal: Signal) -> None:
         self.job = job

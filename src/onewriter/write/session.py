@@ -91,7 +91,7 @@ class WriteSession:
         return kept
 
     def internal(self, sql: str, parameters: tuple[Any, ...] = ()) -> list[Any]:
-        """Run a statement of the gateway's own, which no job's text can stand for."""
+        """Run a statement of the gateway's own, which no job's text can be mistaken for."""
         text = self._texts[sql]
         guard, cursor, connection = self.guard, self._cursor, self.connection
         mode, guard.mode = guard.mode, Mode.GATEWAY
@@ -131,7 +131,7 @@ class WriteSession:
         )
 
     def drop_temp_objects(self) -> None:
-        """Those that jobs have made; outside any transaction, and with foreign keys that nobody enforces."""
+        """Those that jobs have created; outside any transaction, and without enforcing foreign keys."""
         for kind, name in self._temp_objects():
             if (kind, name) not in self._kept:
                 quoted = name.replace('"', '""')

@@ -31,13 +31,13 @@ class Ticket(Generic[T]):
     """A handle for the outcome of a write, like a ``concurrent.futures.Future``; set only after COMMIT or ROLLBACK.
 
     States:  PENDING → RUNNING → DONE; PENDING → CANCELLED or DONE. Never backwards.
-    Locks:   the gateway's one ``state.lock`` guards _stage, _waiters and _callbacks. Whoever waits looks at the state
+    Locks:   the gateway's one ``state.lock`` guards _stage, _waiters and _callbacks. A wait checks the state
              and leaves its wake-up lock in one hold of it, and the outcome is set and the wake-ups are taken in one
              hold: with or without a GIL, a wait either sees the outcome or is woken.
     Threads: every method may be called from any thread; the outcome is written by the writer thread before DONE.
     """
 
-    # No locks, no lists, no times as objects before somebody asks: the garbage collector visits every queued job.
+    # No locks, lists or objects for times before they are needed: the garbage collector visits every queued job.
     __slots__ = (
         "__weakref__",
         "_callbacks",
@@ -175,7 +175,7 @@ class Ticket(Generic[T]):
             del self  # the traceback would hold the ticket, and the ticket the traceback
 
     def outcome(self) -> T:
-        """What ``result`` gives or raises, now that it is there."""
+        """What ``result`` returns or raises, once there is an outcome."""
         if self._stage == CANCELLED:
             self._raise_withdrawn()
         if self._error is not None:
@@ -229,7 +229,7 @@ class Ticket(Generic[T]):
 
     @contextlib.contextmanager
     def arrival(self) -> Iterator[asyncio.Future[None]]:
-        """A future of the running loop that is done when the outcome is there."""
+        """A future of the running loop that is done when there is an outcome."""
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         with self._state.lock:
             if self._stage < CANCELLED:
@@ -345,22 +345,22 @@ class Job(Ticket[T]):
         return True
 
     def end_at_exit(self) -> bool:
-        """The interpreter ends: what only a thread or task that is over could end, ends now. Whether it did."""
+        """The interpreter ends: end now what only a thread or task that has ended could end. Whether it did."""
         return False
 
     def expect_outcome(self, signal: Signal) -> Any:
-        """Have the outcome wake ``signal``, which is returned; before anybody else knows the job."""
+        """Have the outcome wake ``signal``, which is returned; to be called before the job is queued."""
         self._waiters = [signal]
         return signal
 
     def stop_waiting_for(self) -> bool:
-        """Wait no more, so that a failure is logged; False if the outcome is there already."""
+        """Stop waiting, so that a failure is logged; False if there is an outcome already."""
         with self._state.lock:
             self._waiters = None
             return self._stage < CANCELLED
 
     def set_outcome(self, result: Any, error: BaseException | None) -> None:
-        """Keep the outcome; nobody sees it before ``settle``."""
+        """Keep the outcome; it is visible after ``settle``."""
         self._result, self._error = result, error
 
     @property

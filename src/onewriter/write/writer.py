@@ -264,7 +264,7 @@ class Writer:
             self._connection.restore()
 
     def _begin(self, todo: list[Job[Any]], now: float) -> Batch | None:
-        """A transaction for the first job and those behind it; None if it was refused: all that waits is told."""
+        """A transaction for the first job and those behind it; None if it was refused: all that wait fail."""
         batch = Batch(self._means)
         try:
             batch.begin(todo[0], now)
