@@ -1,4 +1,4 @@
-"""Claim: what one read or block has, or waits for, of the pool's connections."""
+"""Claim: the connection of the pool that one read or block has or waits for."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Claim(SimpleNamespace):
     States: waiting: it is in the line of the pool → admitted: among those that may open a connection → lent: it is the
             ``claim`` of a reader → over: nowhere. Never backwards.
 
-    Made before anything is asked for, so that, wherever Ctrl-C comes, ``ReaderPool.end`` knows what there is to end;
-    and by a constructor in C, since every read makes one.
+    Created before a connection is asked for, so that, wherever Ctrl-C comes, ``ReaderPool.end`` knows what to end; and
+    by a constructor in C, since every read creates one.
     """
 
     label: str
@@ -25,7 +25,7 @@ class Claim(SimpleNamespace):
     deadline: float  # of its wait and of its statements
     thread: int  # which gives it back; 0: any may
     signal: Any = None  # a lock or a future, for the end of its waiting
-    is_extra = False  # for a connection beside those of the pool
+    is_extra = False  # for a connection in addition to the pool's
     is_named = False  # a warning was given
     runs_in = 0  # the thread of a task's call
     loop: AbstractEventLoop | None = None  # in whose thread the block was entered
@@ -38,5 +38,5 @@ NOBODY = Claim(label="", since=0.0, deadline=math.inf, thread=0)  # has what is 
 
 
 def new_claim(label: str, deadline: float = math.inf) -> Claim:
-    """One of the calling thread."""
+    """A claim of the calling thread."""
     return Claim(label=label, since=monotonic(), deadline=deadline, thread=get_ident())

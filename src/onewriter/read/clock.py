@@ -1,4 +1,4 @@
-"""ReadClock: the thread that looks after reads which cannot look at the time themselves."""
+"""ReadClock: the thread that watches the time for reads that cannot do so themselves."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ LOOK_AGAIN = 0.01  # seconds, at least, between two looks for slow readers
 
 
 class ReadClock:
-    """Does for reads what they cannot do for themselves when it is time.
+    """Does at its time what reads cannot do themselves.
 
-    It interrupts those whose deadline has passed, since functions, factories and converters are no steps of SQLite's;
-    names those that are open for long; and ends a pause of the pool. Python code cannot be stopped; the statement that
+    It interrupts those whose deadline has passed, since SQLite counts no steps in functions, factories and converters;
+    logs those that are open for long; and ends a pause of the pool. Python code cannot be stopped; the statement that
     called it ends when it returns.
 
     Locks:   ``lock``, the pool's, guards ``rings_at``, ``_thread``, ``is_named`` and ``deadline``, and is held around
@@ -76,14 +76,14 @@ class ReadClock:
                 raise
 
     def limit(self, claim: Claim, deadline: float) -> None:
-        """Have its statements end then, and not because of an earlier deadline any more."""
+        """Have its statements end then, in place of an earlier deadline."""
         with self.lock:
             claim.deadline = deadline
         if deadline < self.rings_at:
             self.set(deadline)
 
     def watch(self, claim: Claim, deadline: float) -> None:
-        """The same for a block, which is named when it is open for long."""
+        """The same for a block, which is logged when it is open for long."""
         with self.lock:
             claim.deadline = deadline
         soon = min(deadline, claim.since + self._state.slow_after - GRACE)
@@ -91,7 +91,7 @@ class ReadClock:
             self.set(soon)
 
     def stop(self) -> None:
-        """Have the thread end, or as soon as there is nobody to interrupt."""
+        """Have the thread end, as soon as there is no read to interrupt."""
         thread = self._thread
         self.end()
         if thread is not None and thread.ident is not None:
@@ -124,7 +124,7 @@ class ReadClock:
             return self.rings_at + GRACE
 
     def _look(self, now: float) -> float:
-        """Interrupt who is late; returns when to look again."""
+        """Interrupt reads that are late; returns when to look again."""
         looks = [self._end_pause(now), max(now + LOOK_AGAIN, self._state.slow_at)]
         for claim in self._lent():
             if not claim.is_named and not self._is_stopped:
@@ -137,12 +137,12 @@ class ReadClock:
         return min(looks)
 
     def warn(self) -> None:
-        """Name those that have a connection for longer than ``slow_after``."""
+        """Log those that have had a connection for longer than ``slow_after``."""
         for claim in self._lent():
             self.warn_if_slow(claim, "has been open")
 
     def warn_if_slow(self, claim: Claim, state: str) -> None:
-        """Name it, once."""
+        """Log it, once."""
         seconds = monotonic() - claim.since
         if seconds <= self._state.slow_after:
             return

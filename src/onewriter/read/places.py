@@ -1,4 +1,4 @@
-"""Places: who has a connection of the pool, who waits for one, and who comes next."""
+"""Places: which claims have a connection of the pool, which wait for one, and which is next."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from onewriter.read.claim import NOBODY, Claim
 from onewriter.read.clock import GRACE, ReadClock
 from onewriter.read.reader import Reader
 
-LONG = 0.2  # seconds; who has a connection for longer hardly comes back in the time of a pause
+LONG = 0.2  # seconds; a read that lasts longer will hardly end during a pause
 
 
 class Idle(list[Reader]):
-    """Connections that nobody has. The last one back is lent first: its page cache is warm."""
+    """Connections that are not in use. The last one given back is lent first: its page cache is warm."""
 
     last: Any = property(list.pop)  # taken out, and not by a call: behind one Ctrl-C comes, and what was taken is lost
 
@@ -32,11 +32,11 @@ NONE_IDLE = Idle()
 
 
 class Places:
-    """The connections of a pool, as far as who has them goes. No SQLite.
+    """Which claim has which connection of a pool. No SQLite.
 
-    One that is idle is taken and given back without the lock, each in one step, after which no Python code, of this
-    thread or of another, runs before it is noted whose it is. Who has to wait says so first, and looks then; who gives
-    back looks afterwards. So one sees the other.
+    An idle one is taken and given back without the lock, each in one step, after which no Python code, of this thread
+    or of another, runs before its claim is noted. A thread that has to wait says so first, and looks then; one that
+    gives a connection back looks afterwards. So one of them sees the other.
 
     Locks:   _lock guards _door, _is_watched, _readers, _opening, _count, _most, _line, _paused_until and _closed.
              Nothing blocks while it is held.
@@ -51,23 +51,23 @@ class Places:
         self._lock = threading.RLock()  # a finalizer or signal handler may read while its thread is inside
         state.locks = (*state.locks, self._lock)
         self._idle = Idle()
-        self._door = self._idle  # where who comes takes one: nowhere, while others wait or nobody may have one
-        self._is_watched = False  # who gives one back has to look who waits for that
+        self._door = self._idle  # where a claim takes one; empty while others wait or none may be lent
+        self._is_watched = False  # a thread that gives one back must look for claims that wait
         self._readers: dict[Reader, None] = {}  # open ones, idle or lent
         self._opening: dict[Claim, None] = {}  # those that are about to open one
         self._count = 0  # of both; above _most while threads that have one need another
-        self._most = size  # of _count, and one for each that is lent beside them; 0: closed
+        self._most = size  # of _count; one more for each that is lent in addition; 0: closed
         self._line: OrderedDict[Claim, None] = OrderedDict()  # in order; any may leave
         self._closed = False
         self._all_back = threading.Event()
         self._on_all_back: Callable[[], object] = str  # or what is to be called then
-        self._paused_until = 0.0  # nobody is admitted until then; 0: there is no pause
+        self._paused_until = 0.0  # no claim is admitted until then; 0: there is no pause
         self._returned = threading.Event()  # in a pause: one has come back
 
     # Who waits --------------------------------------------------------------------------------------------------------
 
     def ask(self, claim: Claim, new_signal: Callable[[], Any]) -> bool:
-        """Admit it, if there is a connection or one may be opened; if not, its signal will tell. Never waits.
+        """Admit it, if there is a connection or one may be opened; if not, its signal is set later. Never waits.
 
         Raises:
             WriterClosedError, WriterBrokenError: the gateway is closed, or out of service.
@@ -92,7 +92,7 @@ class Places:
             self._line[claim] = None
             self._end_pause(monotonic())
             self._serve()
-            # It would wait for itself: a read in a row factory, say. It has one beside the others. No task does.
+            # It would wait for itself: a read in a row factory, say. It gets an additional one. A task never needs it.
             is_needed = new_signal is thread_signal and claim.thread != 0 and self._has_one(claim.thread)
             if is_needed and claim in self._line:
                 self._count += 1
@@ -113,7 +113,7 @@ class Places:
             raise ReadTimeoutError(text)
 
     def _serve(self) -> None:
-        """Admit those in line as far as there are connections. As long as some wait, nobody takes one without them."""
+        """Admit those in line while there are connections. As long as some wait, others cannot take one."""
         self._door, self._is_watched = NONE_IDLE, True  # before the look: who gives one back after it looks here
         while self._line and not self._paused_until:
             try:
@@ -139,7 +139,7 @@ class Places:
             self._door = self._idle
 
     def refuse(self) -> None:
-        """Lend nothing any more: the gateway is out of service."""
+        """Stop lending: the gateway is out of service."""
         with self._lock:
             self._serve()
 
@@ -151,7 +151,7 @@ class Places:
     # Who comes back ---------------------------------------------------------------------------------------------------
 
     def _leave(self, claim: Claim) -> Reader | None:
-        """Leave the line, or give up to open a connection; returns one that it was lent in this moment."""
+        """Leave the line, or give up opening a connection; returns one that it was lent in this moment."""
         with self._lock:
             self._line.pop(claim, None)  # first: from now on it is lent none
             reader = self._lent_to(claim)
@@ -217,9 +217,9 @@ class Places:
 
     @contextlib.contextmanager
     def pause(self, seconds: float) -> Iterator[None]:
-        """Admit nobody for the ``with`` block, and for no longer than that; those who are lent one come back meanwhile.
+        """Admit no claim during the ``with`` block, so that all connections come back meanwhile; ``seconds`` at most.
 
-        Unless one is out for long already, and would be in the way all the same.
+        Not if one has been in use for long already: it would not come back in time.
         """
         if seconds <= 0.0 or self.out_for(LONG):
             yield
@@ -241,7 +241,7 @@ class Places:
                 self._serve()
 
     def _end_pause(self, now: float) -> float:
-        """If it is over, admit those who have come in it; or else returns when it will be."""
+        """If it is over, admit claims that came during it; otherwise return when it will be."""
         if self._paused_until and now >= self._paused_until:
             self._paused_until = 0.0
             self._serve()
@@ -255,11 +255,11 @@ class Places:
 
     @property
     def waiting(self) -> int:
-        """How many wait for a connection."""
+        """The number of claims that wait for a connection."""
         return len(self._line)
 
     def _lent(self) -> list[Claim]:
-        """Those that have a connection, or are about to open one."""
+        """The claims that have a connection, or are about to open one."""
         opening = list(self._opening)  # first: what has one is not among these any more
         return opening + [claim for reader in list(self._readers) if (claim := reader.claim) is not NOBODY]
 
@@ -271,7 +271,7 @@ class Places:
 
     @property
     def borrowers(self) -> list[str]:
-        """The labels of those that have one."""
+        """The labels of those that have a connection."""
         return [claim.label for claim in self._lent()]
 
     @property
@@ -287,7 +287,7 @@ class Places:
         return any(thread in (claim.thread, claim.runs_in) for claim in self._lent())
 
     def out_for(self, seconds: float) -> list[Claim]:
-        """Those that have a connection for longer than that."""
+        """Those that have had a connection for longer than that."""
         now = monotonic()
         return [claim for claim in self._lent() if now - claim.since > seconds]
 

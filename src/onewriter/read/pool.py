@@ -104,7 +104,7 @@ class ReaderPool(Places):
             raise
 
     def use_beside(self, label: str, function: Callable[[Reader], T]) -> T:
-        """The same with a connection beside those of the pool, so that nobody has to wait for it."""
+        """The same with a connection in addition to the pool's, so that no read has to wait for it."""
 
         def call(reader: Reader) -> T:
             reader.guard.is_spoilt = True  # it is not lent again
@@ -120,7 +120,7 @@ class ReaderPool(Places):
 
     @contextlib.contextmanager
     def snapshot(self, label: str, until: float, end_at: float = math.inf) -> Iterator[Snapshot]:
-        """Lend, for the ``with`` block, a connection that sees one moment; its statements end at ``end_at``. Raises as
+        """Lend, for the ``with`` block, a connection with one snapshot; its statements end at ``end_at``. Raises as
         ``use`` does.
         """
         claim = new_claim(label, until)
@@ -149,7 +149,7 @@ class ReaderPool(Places):
             raise
 
     def backup(self, label: str, copy: Callable[[sqlite3.Connection], T]) -> T:
-        """Call ``copy`` with a pinned connection beside those of the pool, for it takes long."""
+        """Call ``copy`` with a pinned connection in addition to the pool's, since it takes long."""
 
         def copy_from(reader: Reader) -> T:
             reader.pin()
@@ -169,7 +169,7 @@ class ReaderPool(Places):
         return self.reader_of(claim)
 
     def reader_of(self, claim: Claim) -> Reader:
-        """The connection of one that is admitted, which may have to be opened; its time is limited from now on."""
+        """The connection of an admitted claim, which may have to be opened; its time is limited from now on."""
         reader = self._lent_to(claim)
         if reader is None:
             reader = self._new()
@@ -192,7 +192,7 @@ class ReaderPool(Places):
         return reader
 
     def _interrupt(self, claim: Claim) -> None:
-        """End the statement that runs there, and nobody else's: what is given back now is not lent before the end."""
+        """End the statement of this claim, and no other: a connection given back now is not lent before the end."""
         self._door, self._is_watched = NONE_IDLE, True
         reader = self._lent_to(claim)
         if reader is not None:
@@ -233,11 +233,11 @@ class ReaderPool(Places):
     # The end of the pool ----------------------------------------------------------------------------------------------
 
     def warn_if_slow(self) -> None:
-        """Name those that have a connection for longer than ``slow_after``, once each."""
+        """Log those that have had a connection for longer than ``slow_after``, once each."""
         self.clock.warn()
 
     def look_at_block(self, since: float) -> None:
-        """Have it named if it is open for long; nobody else may be awake then."""
+        """Have it logged if it is open for long; perhaps no other thread is awake then."""
         soon = since + self._state.slow_after - GRACE
         if soon < self.clock.rings_at:
             self.clock.set(soon)

@@ -1,4 +1,4 @@
-"""SqlRead, FunctionRead: one read, not yet where. Made once, by either face."""
+"""SqlRead, FunctionRead: one read, before it is known which connection runs it. For both faces."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 class SqlRead(Generic[T]):
-    """One SELECT, and what of its rows is wanted."""
+    """One SELECT, and which part of its rows is wanted."""
 
     __slots__ = ("fetch", "label", "parameters", "sql")
 
@@ -63,12 +63,12 @@ Read: TypeAlias = SqlRead[T] | FunctionRead[T]
 
 
 def sql_read(sql: str, params: Any, fetch: Fetch[T], label: str | None) -> SqlRead[T]:
-    """A SELECT with its parameters as they are now."""
+    """A SELECT with its parameters, copied now."""
     return SqlRead(check_sql(sql), params, fetch, label)
 
 
 def read_of(what: str | Callable[[sqlite3.Connection], Any], params: Any, label: str | None) -> Read[Any]:
-    """What ``read`` is asked for."""
+    """The read that ``read`` was called for."""
     if isinstance(what, str):
         return SqlRead(what, params, FETCHALL, label)
     check_read(what, params)

@@ -37,13 +37,13 @@ STEPS = 250_000  # of SQLite's virtual machine between two looks at the clock
 
 
 class Reader:
-    """One connection of the pool. Belongs to who has its ``claim``."""
+    """One connection of the pool. Belongs to the thread or task of its ``claim``."""
 
     def __init__(
         self, connection: sqlite3.Connection, guard: ReadGuard, policy: LockPolicy, clock: ReadClock, state: State
     ) -> None:
         self.connection = connection
-        self.claim = NOBODY  # who has it
+        self.claim = NOBODY  # the read or block that has it
         self.state = state
         self.clock = clock
         self.is_inherited = False  # this is a child of the process that it belongs to
@@ -62,10 +62,10 @@ class Reader:
     def select(
         self, sql: str, parameters: Parameters, fetch: Fetch[Any] = FETCHALL, label: str = "", *, again: bool = True
     ) -> Any:
-        """Run one SELECT, and say so if it was ended because the time is over.
+        """Run one SELECT; raise ReadTimeoutError if it was ended because its time was over.
 
         Args:
-            label: in place of that of who has the connection.
+            label: in place of that of the claim.
             again: as for ``attempt``.
         """
         self.guard.text = sql
@@ -82,11 +82,11 @@ class Reader:
             return self._recover(error, label or self.claim.label, repeat)
 
     def attempt(self, label: str, function: Callable[..., T], *args: Any, again: bool = True) -> T:
-        """Call what reads here, and say so if it was ended because the time is over.
+        """Call a function that reads here; raise ReadTimeoutError if it was ended because its time was over.
 
         Args:
-            again: it may be called again, while a lock is held (a recovery, or a COMMIT in the rollback-journal
-                modes). Not so a function of the user's.
+            again: it may be called again, if a lock is held (a recovery, or a COMMIT in the rollback-journal
+                modes). False for a function of the user's.
         """
         try:
             return function(*args)
@@ -97,7 +97,7 @@ class Reader:
             return self._recover(error, label, (lambda: function(*args)) if again else None)
 
     def _recover(self, error: sqlite3.DatabaseError, label: str, again: Callable[[], T] | None) -> T:
-        """Try ``again`` if it was a lock; raise ``error``, or that there is no time left."""
+        """Try ``again`` if it was a lock; raise ``error``, or ReadTimeoutError if there is no time left."""
         late: BaseException = error
         try:
             self._note(error)
@@ -121,7 +121,7 @@ class Reader:
 
     @contextlib.contextmanager
     def snapshot(self) -> Iterator[Snapshot]:
-        """For the ``with`` block it sees one moment, and the caller's reads see that too."""
+        """For the ``with`` block it has one snapshot, which the caller's reads see too."""
         self.pin()
         snapshot = Snapshot(self)
         try:
@@ -131,14 +131,14 @@ class Reader:
             snapshot.end()
 
     def pin(self) -> None:
-        """Have it see this moment until ``reset``."""
+        """Have it keep the present snapshot until ``reset``."""
         self.seen = self.state.tally.committed
         self.attempt(self.claim.label, self._pin)
 
     def _pin(self) -> None:
         if not self.connection.in_transaction:  # tried again after it met a lock, it has begun already
             self._internal("BEGIN")
-        if self._pins is None:  # not before there is somebody who waits: the names may be behind a lock
+        if self._pins is None:  # here, where a read waits: reading the names may meet a lock
             names = database_names(self.connection)
             self._pins = [self.guard.internal(f'PRAGMA "{name}".schema_version') for name in names]
         for read in self._pins:  # BEGIN alone pins no snapshot: the first read of each database does
@@ -158,7 +158,7 @@ class Reader:
             function()
 
     def reset(self) -> bool:
-        """Reset for the next borrower, whatever the last one did. Returns False if it must be replaced."""
+        """Reset it for the next claim, whatever the last one did. Returns False if it must be replaced."""
         if self.guard.is_spoilt:
             return False
         self.guard.leaves_traces = False
@@ -193,7 +193,7 @@ class Snapshot:
 
     def __init__(self, reader: Reader) -> None:
         self.reader = reader
-        self._claim = reader.claim  # who has the connection may be another, once this has ended
+        self._claim = reader.claim  # another claim may have the connection, once this has ended
         self.connection = reader.connection
         self.guard = reader.guard
         self.savepoints: Savepoints = NoSavepoints()
@@ -262,7 +262,7 @@ class Snapshot:
         return self
 
     def query(self, sql: str, parameters: Parameters, fetch: Fetch[T], label: str, until: float) -> T:
-        """A read inside the block, which has a time of its own, within that of the block."""
+        """A read inside the block, which has a deadline of its own, within that of the block."""
         with self._until(until, label) as reader:
             rows: T = self.call(reader.select, sql, parameters, fetch, label)
             return rows
@@ -287,7 +287,7 @@ class Snapshot:
             self._lock.release()
 
     def refuse_later(self, write: Ticket[Any]) -> None:
-        """Raise at once if nobody who reads here will ever see ``write``."""
+        """Raise at once if no read here will ever see ``write``."""
         if not write.done() or (write.sequence or 0) > self.reader.seen:
             raise ReentrantWriteError(
                 f"after={write!r} would never be seen here: a reader() block, and a read() of a function, see the "
@@ -304,10 +304,10 @@ class Snapshot:
         self.reader.guard.is_spoilt = True
 
     def end(self) -> None:
-        """End the loan: once the call that is under way in another thread is over."""
+        """End the loan, after a call that another thread is in has returned."""
         if self.reader.is_inherited:
             return
-        self.is_left = True  # first, so that whoever comes behind this finds it inside the lock
+        self.is_left = True  # first, so that a later call finds it inside the lock
         with self._lock, self._interrupting:
             self._ended = True
             if self.reader.inside:  # code that SQLite calls ends the loan in which it is called
