@@ -1,1 +1,1 @@
-"""What everything else stands on: no SQLite, no jobs."""
+"""What everything else is built on: no SQLite, no jobs."""

@@ -31,12 +31,12 @@ def check_function(function: Callable[..., object]) -> None:
 
 
 def check_callback(name: str, function: object) -> None:
-    """The same for what is called when something has happened: nobody would await, or go through, what it makes."""
+    """The same for callbacks: the coroutine or generator would never be awaited or iterated over."""
     if not callable(function):
         raise TypeError(f"{name} must be callable, not {type(function).__name__}")
     if not is_plain(function):
         what = name_of(function)
-        raise TypeError(f"{name} {what!r} is an async or generator function, which nobody would run: give a plain one")
+        raise TypeError(f"{name} {what!r} is an async or generator function, which would never run: give a plain one")
 
 
 def is_plain(function: Callable[..., object]) -> bool:
@@ -64,7 +64,7 @@ def check_job(what: object, params: object) -> None:
 
 
 def check_read(what: object, params: Any) -> None:
-    """What is not SQL."""
+    """For a read that is not SQL."""
     if not callable(what):
         raise TypeError(f"a read is SQL (str) or a function of the connection, not {type(what).__name__}")
     check_no_params(params)

@@ -1,4 +1,4 @@
-"""Call sites: from where in the user's code a call came. The only place that walks over frames."""
+"""Call sites: where in the user's code a call was made. The only file that walks frames."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ def user_frame(frame: types.FrameType, packages: tuple[str, ...] = OURS) -> type
 
 
 def frame_around() -> types.FrameType:
-    """That of the user's code which enters this block, with ``async with`` or an AsyncExitStack."""
+    """The frame of the user's code that enters this block, with ``async with`` or an AsyncExitStack."""
     return user_frame(sys._getframe(1), OURS_AND_CONTEXTLIB)
 
 
 def level_around() -> int:
-    """The ``stacklevel`` by which a warning of the caller's names the line of the user's code."""
+    """The ``stacklevel`` with which a warning of the caller's names the line of the user's code."""
     frame: types.FrameType | None = sys._getframe(1)
     level, outside = 1, user_frame(sys._getframe(1), OURS_AND_CONTEXTLIB)
     while frame is not None and frame is not outside:

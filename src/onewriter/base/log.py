@@ -1,4 +1,4 @@
-"""The log, a warning, and the one way to call the user's code where nobody waits for its errors."""
+"""The log, a warning, and the one way to call the user's code where no caller waits for its errors."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from onewriter.errors import forked_error
 
 logger = logging.getLogger("onewriter")
 INTERRUPTS = (KeyboardInterrupt, SystemExit)
-PATIENCE = 2.0  # seconds without any line coming out, after which nobody waits for the log any more
-MOMENT = 0.1  # seconds that who has an outcome waits for the log of what was before it
+PATIENCE = 2.0  # seconds without any line being logged, after which nothing waits for the log any more
+MOMENT = 0.1  # seconds that a caller with an outcome waits until earlier failures are logged
 MOST_LINES = 100_000  # that wait: a handler that hangs must not take all the memory
 
 
@@ -38,9 +38,9 @@ class State(Protocol):
 
 
 class Reporter:
-    """Logs what the writer thread reports, in a thread of its own, which lives from the first line to ``close``.
+    """Logs what the writer thread reports, in a thread of its own, which runs from the first line to ``close``.
 
-    A handler may block, want a lock whose owner waits for the writer, or enqueue: the writer must not wait for it.
+    A handler may block, need a lock whose owner waits for the writer, or enqueue: the writer must not wait for it.
 
     Threads: ``say`` is called by the writer thread, also by a finalizer inside ``say``; ``wait`` by any.
     """
@@ -57,7 +57,7 @@ class Reporter:
 
     @property
     def is_behind(self) -> bool:
-        """Whether something has not come out yet."""
+        """Whether something is not logged yet."""
         return self._logged < self._reported
 
     def say(self, level: int, message: str, args: tuple[object, ...], error: BaseException | None) -> None:
@@ -70,7 +70,7 @@ class Reporter:
             self._start()
 
     def wait(self, until: float = math.inf) -> None:
-        """Wait until all that was said is out, or a handler hangs."""
+        """Wait until everything is logged, or a handler hangs."""
         if not self.is_behind or get_ident() in self._state.reporting:  # a handler waits for no handler
             return
         out, logged = threading.Lock(), -1
@@ -82,13 +82,13 @@ class Reporter:
                 return
 
     def catch_up(self) -> None:
-        """Wait for a moment, so that who has a later job's outcome finds the failures of earlier ones in the log."""
+        """Wait for a moment, so that a caller with a later job's outcome finds earlier failures in the log."""
         if self._stuck_at != self._logged:
             self.wait(monotonic() + MOMENT)
             self._stuck_at = self._logged if self.is_behind else -1
 
     def close(self) -> None:
-        """The writer has nothing more to say."""
+        """The writer will report nothing more."""
         self.wait()
         if self._thread is not None:
             self._lines.put(None)
@@ -124,9 +124,9 @@ class Reporter:
 
 
 def report(state: State, level: int, message: str, *args: object, error: BaseException | None = None) -> None:
-    """Log a line. No handler keeps the writer thread waiting, and what one raises goes no further.
+    """Log a line. No handler keeps the writer thread waiting, and what one raises does not propagate.
 
-    In a thread of the user's, KeyboardInterrupt and SystemExit come out.
+    In a thread of the user's, KeyboardInterrupt and SystemExit propagate.
     """
     if state.reporter is not None and get_ident() == state.writer_thread:
         state.reporter.say(level, message, args, error)
@@ -135,10 +135,10 @@ def report(state: State, level: int, message: str, *args: object, error: BaseExc
 
 
 def call_safely(state: State, function: Callable[..., object], *args: Any) -> None:
-    """Call ``function``; what it raises is logged and goes no further.
+    """Call ``function``; what it raises is logged, and does not propagate.
 
-    KeyboardInterrupt and SystemExit come out of a thread of the user's: at once, or, if that is the writer, at the end
-    of its turn. In a child that ``function`` has forked on the writer's stack nothing goes on: ForkedError.
+    KeyboardInterrupt and SystemExit propagate in a thread of the user's: at once, or, if that is the writer, at the end
+    of its turn. In a child that ``function`` has forked on the writer's stack: ForkedError.
     """
     _run(
         state, lambda error: report(state, logging.ERROR, "callback %r failed", function, error=error), function, *args
@@ -146,7 +146,7 @@ def call_safely(state: State, function: Callable[..., object], *args: Any) -> No
 
 
 def call_all_safely(state: State, calls: Iterable[tuple[Any, ...]]) -> None:
-    """``call_safely`` each function with its arguments; an interrupt comes out when all were called."""
+    """``call_safely`` each function with its arguments; an interrupt propagates when all were called."""
     rest = iter(calls)
     try:
         for call in rest:
@@ -200,7 +200,7 @@ def _print(failure: BaseException) -> None:
 
 
 def traceback_of(error: BaseException) -> TracebackType | None:
-    """What Python itself sees, whatever the class has put in its place."""
+    """The one that Python itself uses, whatever the class has put in its place."""
     found: TracebackType | None = vars(BaseException)["__traceback__"].__get__(error)
     return found
 
@@ -222,7 +222,7 @@ def _can_be_shown(error: BaseException) -> bool:
 
 
 def warn_of_blocking() -> None:
-    """In debug mode of asyncio, say that a call keeps the event loop from everything else."""
+    """In debug mode of asyncio, warn that a call blocks the event loop."""
     loop = _get_running_loop()
     if loop is not None and loop.get_debug():
         text = "a DbWriter call blocks the event loop: await the one of AsyncDbWriter.wrap(db)"

@@ -1,4 +1,4 @@
-"""Scopes: who is inside which open job, block or reader. One stack for threads and tasks."""
+"""Scopes: which calls are inside which open job, block or reader. One stack for threads and tasks."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ S = TypeVar("S")
 
 
 class Scope(Generic[S]):
-    """One open job, block, savepoint or reader, as those who are inside it see it.
+    """One open job, block, savepoint or reader, as calls inside it see it.
 
-    Inside is who calls in the same context, the same thread and the same task (any, if there was none at the entry).
-    All three, because others run meanwhile in the same thread: the tasks of its loop, and what a thread pool does there
-    next, without a context of its own. A context that was copied has the scope too, so the context alone says little.
+    A call is inside if it is made in the same context, thread and task (any task, if there was none at the entry). All
+    three, because other code runs in the same thread meanwhile: tasks of its loop, and what a thread pool runs there
+    next, without a context of its own. A copied context has the scope too, so the context alone is not enough.
 
-    Threads: entered by its owner, who keeps it; left by anybody.
+    Threads: entered by its owner, which keeps it; left by any.
     """
 
     __slots__ = ("__weakref__", "_call_of_pool", "_number", "_scopes", "_task", "_thread", "what", "writes")
@@ -43,7 +43,7 @@ class Scope(Generic[S]):
         return self.what is not None
 
     def is_around(self) -> bool:
-        """Whether the caller is inside, if its context is."""
+        """Whether the caller is inside, given that its context is."""
         return (
             self._number == get_ident()
             and (self._thread is None or self._thread is threading.current_thread())
@@ -53,7 +53,7 @@ class Scope(Generic[S]):
 
 
 # A scope, and what is around it. Weak: a context may live as long as its thread, and would keep a block from being
-# collected that nobody can leave any more.
+# collected that cannot be left any more.
 Node: TypeAlias = "tuple[weakref.ref[Scope[Any]], Node] | None"
 _innermost: ContextVar[Node] = ContextVar("onewriter_scope", default=None)  # of all gateways: a variable is for ever
 enclosing = _innermost.get  # None: the caller is certainly inside none
@@ -63,8 +63,8 @@ class Scopes(Generic[S]):
     """The open scopes of one gateway.
 
     The innermost one that the caller is inside decides what a call acts on. One whose loan was taken back stays the
-    innermost until its ``with`` ends, and what it lends says why it is closed. One that was left elsewhere is passed
-    over.
+    innermost until its ``with`` block ends, and its loan says why it is closed. One that was left elsewhere is
+    ignored.
     """
 
     def __init__(self) -> None:
@@ -73,7 +73,7 @@ class Scopes(Generic[S]):
         self._of_job: Node = weakref.ref(self.job), None
 
     def enter(self, what: S, *, writes: bool) -> Scope[S]:
-        """The scope is open as long as somebody keeps what this returns, and until ``leave``."""
+        """The scope is open until ``leave``, and as long as there is a reference to what this returns."""
         scope: Scope[S] = Scope(self, None, writes)
         scope._number, scope._thread = get_ident(), threading.current_thread()
         scope._task, scope._call_of_pool = running_task(), call_of_pool()
@@ -82,7 +82,7 @@ class Scopes(Generic[S]):
         return scope
 
     def leave(self, scope: Scope[S]) -> None:
-        """End it, for everybody. From any thread, task and context, and again."""
+        """End it, for all calls. From any thread, task and context, more than once."""
         scope.what = None
         scope._call_of_pool = None
         node = _innermost.get()
@@ -99,8 +99,8 @@ class Scopes(Generic[S]):
             self.leave(scope)
 
     def begin_jobs(self) -> Callable[[S], None]:
-        """For the writer, which runs one job at a time: until ``end_jobs`` all have one scope, and enter it by calling
-        what this returns."""
+        """For the writer, which runs one job at a time: until ``end_jobs`` all jobs share one scope, and enter it by
+        calling what this returns."""
         self._around_job = _innermost.get()
         self._of_job = weakref.ref(self.job), self._around_job
         self.job._number = get_ident()
@@ -108,7 +108,7 @@ class Scopes(Generic[S]):
 
     def enter_job(self, what: S) -> None:
         self.job.what = what
-        _innermost.set(self._of_job)  # what an earlier one has left open is around nobody any more
+        _innermost.set(self._of_job)  # a scope that an earlier job has left open does not count any more
 
     def leave_job(self) -> None:
         self.job.what = None
@@ -117,7 +117,7 @@ class Scopes(Generic[S]):
         _innermost.set(self._around_job)
 
     def innermost(self, *, writes: bool = False) -> S | None:
-        """What the innermost scope that the caller is inside is of; ``writes``: of those that write."""
+        """The owner of the innermost scope that the caller is inside; ``writes``: of those that write."""
         node = _innermost.get()
         while node is not None:
             scope, node = node[0](), node[1]
@@ -128,7 +128,7 @@ class Scopes(Generic[S]):
         return None
 
     def inherited(self) -> list[S]:
-        """What the caller's context is in, innermost first: its own, and those in which its task was made."""
+        """The scopes of the caller's context, innermost first: its own, and those in which its task was created."""
         found, node = [], _innermost.get()
         while node is not None:
             scope, node = node[0](), node[1]
@@ -139,7 +139,7 @@ class Scopes(Generic[S]):
 
 
 def _first_open(node: Node) -> Node:
-    """Without those at the front that are over: left in another context, they could not be taken off this one."""
+    """Without those at the front that are over: they were left in another context, so could not be removed here."""
     while node is not None:
         scope = node[0]()
         if scope is not None and scope.is_open:

@@ -1,4 +1,4 @@
-"""State: who is on the write connection now."""
+"""State: which job is on the write connection now."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FRESH = 0.05  # seconds for which a look at who holds SQLite's lock is good
 
 
 class Work(Protocol):
-    """A job, as who asks what the writer does sees it."""
+    """A job, as messages and figures need it."""
 
     created_at: float
     started_at: float
@@ -48,7 +48,7 @@ class Block(Protocol):
 
 
 class Loan(Protocol):
-    """What the job that runs has of the connection."""
+    """The running job's loan of the connection."""
 
     def close(self, why: str) -> None: ...
 
@@ -71,7 +71,7 @@ class State:
 
     def __init__(self, slow_after: float) -> None:
         self.slow_after = slow_after
-        self._in_the_way: Callable[[], str] = str  # says who has the lock that ``waiting`` waits for
+        self._in_the_way: Callable[[], str] = str  # says which process holds the lock that ``waiting`` waits for
         self._lock_described = -FRESH, ""  # who holds SQLite's lock, and when that was looked up
         self._warned_of = 0.0  # the job that a warning has named: when it started
         self.lock = threading.RLock()
@@ -102,13 +102,13 @@ class State:
         if self.transaction is not None:
             self.transaction.close(INHERITED)
         self.writer_thread, self.job, self.transaction, self.blocks = 0, None, None, set()
-        self.scopes = Scopes()  # nobody is inside anything of the parent's
+        self.scopes = Scopes()  # no call is inside a scope of the parent's
 
     def enter(self, job: Work, transaction: Loan | None) -> None:
         self.job, self.transaction = job, transaction
 
     def leave(self) -> float:
-        """Returns the time."""
+        """The job has ended. Returns the time."""
         now, job = monotonic(), self.job
         if job is not None:
             if now - job.started_at > self.slow_after:
@@ -117,7 +117,7 @@ class State:
         return now
 
     def warn_if_slow(self, now: float) -> None:
-        """Name, once, the job that holds the writer, or whose callbacks do, longer than ``slow_after``."""
+        """Log, once, the job that has held the writer, or whose callbacks have, longer than ``slow_after``."""
         job, calling_back = self.job, self.calling_back
         if job is not None:
             since = job.started_at
@@ -134,14 +134,14 @@ class State:
 
     @property
     def slow_at(self) -> float:
-        """When the block that holds the writer is to be named."""
+        """When the block that holds the writer is to be logged."""
         job = self.job
         if job is None or not job.lent or job.started_at == self._warned_of:
             return math.inf
         return job.started_at + self.slow_after
 
     def begin_callbacks(self, job: Work | None) -> None:
-        """The writer calls the callbacks of ``job``, or, None, ``on_event``."""
+        """The writer calls the callbacks of ``job``; None: it calls ``on_event``."""
         self.end_callbacks()
         self.calling_back = job, monotonic()
 
@@ -169,7 +169,7 @@ class State:
         self.waiting = None
 
     def here(self) -> Any:
-        """The block or job that a call which writes belongs to: a Transaction, or what stands for a task's block."""
+        """The block or job that a call which writes belongs to: a Transaction, or the object of a task's block."""
         here = self.scopes.innermost(writes=True)
         if here is None and self.job is not None and self.writer_thread == threading.get_ident():
             raise ReentrantWriteError(HAS_ITS_OWN if self.transaction is None else IN_STATEMENT)
@@ -182,7 +182,7 @@ class State:
         return threading.get_ident() == self.writer_thread or self.scopes.innermost(writes=True) is not None
 
     def is_in_writer(self) -> bool:
-        """The same, but not if the block was taken away meanwhile."""
+        """The same, but not if the block's transaction was ended by ``max_hold``."""
         here = self.scopes.innermost(writes=True)
         return threading.get_ident() == self.writer_thread or (here is not None and not here.lends().is_closed)
 
@@ -191,7 +191,7 @@ class State:
         return threading.get_ident() == self.writer_thread or self.is_inside()
 
     def would_deadlock(self, since: float = math.inf) -> bool:
-        """Whether the writer could not go on while this thread waits for what was handed in at ``since``, or now."""
+        """Whether the writer could not go on while this thread waits for what was queued at ``since``, or now."""
         if self.cannot_wait() or (enclosing() is not None and self.scopes.innermost(writes=True) is not None):
             return True
         # A block that a task has, or will have before that, cannot end while the thread of its loop waits.
@@ -199,12 +199,12 @@ class State:
         return loop is not None and any(block.needs(loop) and block.created_at <= since for block in tuple(self.blocks))
 
     def is_inside(self) -> bool:
-        """Whether this call is a finalizer's or signal handler's, which came while its thread was inside a lock of ours
-        or waits for the turn of a block, or begins or ends one: the writer needs what only the thread can give."""
+        """Whether this is the call of a finalizer or signal handler that interrupted its thread inside a lock of ours, or
+        as it waits for, begins or ends a block: the writer needs that thread to go on."""
         return any(map(is_owned, self.locks)) or (bool(self.entering) and threading.get_ident() in self.entering)
 
     def would_deadlock_task(self) -> bool:
-        """The same for the running task: what others of its loop have ends although it waits."""
+        """The same for the running task: blocks of other tasks of its loop can end although it waits."""
         return self.is_mine()
 
     def refuse_endless_wait(self, what: str, *, awaits: bool = False, since: float = math.inf) -> None:
@@ -226,7 +226,7 @@ class State:
             raise forked_error() if self.forked else broken_error(self.broken)
 
     def note_corruption(self, error: BaseException) -> None:
-        """Log once, at CRITICAL, that the file is damaged; every job that it hits fails with SQLite's ``error``."""
+        """Log once, at CRITICAL, that the file is damaged; every job that meets it fails with SQLite's ``error``."""
         if self.health == "ok":
             self.health = f"degraded: {text_of(error)}"
             report(self, logging.CRITICAL, "the database is damaged: %s; restore it from a backup", text_of(error))
@@ -239,7 +239,7 @@ class State:
         return text
 
     def describe(self, has_lock: bool = False) -> str:
-        """Who holds the writer, for messages: label, since when, and where it was called from."""
+        """What holds the writer, for messages: the job, for how long, and where it was called from."""
         job, waiting, calling_back = self.job, self.waiting, self.calling_back
         if job is not None:
             return f"the writer is held by {job.describe()}, for {monotonic() - job.started_at:.2f} s so far"

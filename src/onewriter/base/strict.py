@@ -1,4 +1,4 @@
-"""What is set on an object that has no such attribute raises, and says where it belongs, in place of being ignored."""
+"""Setting an attribute that the object does not have raises, and says where it belongs, rather than being ignored."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def misplaced(thing: object, name: str) -> AttributeError:
 
 
 class Elsewhere:
-    """An attribute that others have."""
+    """An attribute of another class."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -30,7 +30,7 @@ class Elsewhere:
 
 
 class Strict:
-    """For objects that are made seldom; subclasses of the user's may have attributes of their own."""
+    """For objects that are created rarely; subclasses of the user's may have attributes of their own."""
 
     __slots__ = ()
 

@@ -151,7 +151,7 @@ class Histogram:
         self._counts = [0] * (len(BOUNDS) + 1)
 
     def add(self, seconds: list[float]) -> None:
-        """Count many at once: for each that is a fraction of counting one by one."""
+        """Count many at once, which costs a fraction of counting one by one."""
         if not seconds:
             return
         seconds.sort()

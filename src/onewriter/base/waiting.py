@@ -20,7 +20,7 @@ Signal: TypeAlias = Any  # what one thread or task waits for: a lock that anothe
 
 
 def thread_signal() -> Any:
-    """For one wait of a thread: acquired, so that it waits until ``wake`` releases it."""
+    """A lock for one wait of a thread: acquired, so that the thread waits until ``wake`` releases it."""
     signal = threading.Lock()
     signal.acquire()
     return signal
@@ -38,7 +38,7 @@ def wake(waiters: Iterable[Any]) -> None:
         loops.setdefault(waiter.get_loop(), []).append(waiter)
     if loops is not None:
         for loop, futures in loops.items():
-            with contextlib.suppress(Exception):  # the loop is closed: nobody waits there any more
+            with contextlib.suppress(Exception):  # the loop is closed: no task waits there any more
                 loop.call_soon_threadsafe(resolve, futures)
 
 
@@ -53,7 +53,7 @@ def seconds_until(deadline: float) -> float | None:
 
 
 def wait_in_slices(wakeup: Any, until: float, state: State) -> bool:
-    """Acquire ``wakeup``, a lock that somebody else releases; False if ``until`` passed without."""
+    """Acquire ``wakeup``, which another thread releases; False if it did not until ``until``."""
     left = until - monotonic()
     while not wakeup.acquire(timeout=SLICE if left > SLICE else max(0.0, left)):
         left = until - monotonic()

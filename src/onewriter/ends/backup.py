@@ -24,7 +24,7 @@ STEP = 32  # pages
 
 
 def check_backup(target: Any, progress: Any, pages: Any) -> None:
-    """Refuse an invalid target, before anything is created."""
+    """Refuse an invalid target before anything is created."""
     if not isinstance(pages, int) or isinstance(pages, bool):
         raise TypeError(f"pages must be an int, not {type(pages).__name__}")
     if pages == 0 or not -(2**31) <= pages < 2**31:
@@ -74,7 +74,7 @@ def copy(source: sqlite3.Connection, target: Any, progress: Progress | None, pag
 
 
 def _create(name: str, models: list[str]) -> int:
-    """Make a file that nobody may read who may not read all of ``models``, as far as they are there."""
+    """Create a file that only those may read who may read all of ``models`` that exist."""
     found = []
     for model in models:
         with contextlib.suppress(FileNotFoundError):
@@ -94,7 +94,7 @@ def _create(name: str, models: list[str]) -> int:
 def _copy_in_steps(
     source: sqlite3.Connection, path: str, descriptor: int, progress: Progress | None, pages: int
 ) -> None:
-    """Bring each step to the disk: all at once, the file system would keep every COMMIT waiting meanwhile."""
+    """Sync each step to the disk: one sync of everything would keep every COMMIT waiting in the file system."""
 
     sync = getattr(os, "fdatasync", os.fsync)  # not everywhere
 
@@ -112,7 +112,7 @@ def _copy_in_steps(
 
 
 def _in_this_process(progress: Progress) -> Progress:
-    """``progress``, which raises in a child that it forks: the copy is the parent's."""
+    """``progress``, but raising in a child that it forks: the copy is the parent's."""
     process = os.getpid()
 
     def call(status: int, remaining: int, total: int) -> None:
@@ -125,7 +125,7 @@ def _in_this_process(progress: Progress) -> Progress:
 
 @contextlib.contextmanager
 def _appearing_at(path: str) -> Iterator[str]:
-    """The name of a new file beside ``path``, which takes its place at the end of the ``with`` block."""
+    """The name of a new file in the folder of ``path``, which replaces ``path`` at the end of the ``with`` block."""
     unfinished, process = f"{path}.{secrets.token_hex(4)}.unfinished", os.getpid()
     try:
         yield unfinished
@@ -139,7 +139,7 @@ def _appearing_at(path: str) -> Iterator[str]:
 
 
 def _sync_folder(folder: str) -> None:
-    """Make a new name survive power loss."""
+    """Make a new name survive a power loss."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:

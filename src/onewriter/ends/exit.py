@@ -48,8 +48,8 @@ def others_on(path: str) -> bool:
 
 
 def refuse_lost(path: str) -> None:
-    """Raise FileMovedError if this process has the file still open with a log that is lost, which SQLite would go on
-    to use: it has one index of the log in memory for all connections of a process to a file.
+    """Raise FileMovedError if this process still has the file open with a log that is lost, which SQLite would go on
+    using: it has one index of the log in memory for all connections of a process to a file.
     """
     refuse_left_open(path)
     for writer in _all_on(path):
@@ -95,7 +95,7 @@ def _drain_all() -> None:
 def _drain(writer: Writer, driver: Driver) -> None:
     """Wait while jobs finish; give up when none has finished for ``lock_timeout`` seconds."""
     with contextlib.suppress(ReentrantWriteError):  # this thread has left a block open
-        driver.join(0.0)  # without a thread, nobody else writes what is queued
+        driver.join(0.0)  # without a writer thread, only this writes what is queued
     finished, since = -1, monotonic()
     while not writer.drained.wait(SLICE):
         writer.end_block_at_exit()

@@ -1,7 +1,7 @@
-"""What becomes of open gateways in a forked child: nothing of them is used, closed, or opened again there.
+"""Open gateways in a forked child: nothing of them is used, closed, or opened again there.
 
-SQLite keeps its table of locks in the memory of the process. A child inherits it, and believes that it holds locks
-that it does not (https://www.sqlite.org/howtocorrupt.html#_carrying_an_open_database_across_a_fork_).
+SQLite keeps its table of locks in the memory of the process. A child inherits it, and SQLite there assumes locks
+that the child does not have (https://www.sqlite.org/howtocorrupt.html#_carrying_an_open_database_across_a_fork_).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _inherited: list[tuple[int, int]] = []  # device and inode of the files that an 
 
 
 def forget_inherited(writers: Iterable[Writer]) -> None:
-    """Called in the child, at once after the fork."""
+    """Called in the child, immediately after the fork."""
     for writer in writers:
         for thing in writer.after_fork_in_child():
             keep_open(thing)
