@@ -64,7 +64,7 @@ def test_without_a_log(db_writer):
             'db_writer.run("CREATE TABLE p (n PRIMARY KEY)"); db_writer.run("CREATE TABLE c (n REFERENCES p)"); '
             'db_writer.run_without_transaction("PRAGMA foreign_keys = OFF"); other = sqlite3.connect(db_writer.path); '
             'other.execute("INSERT INTO c VALUES (1)"); other.commit(); other.close()',
-            "rows refer to rows that are not there",
+            "rows refer to rows that do not exist",
         ),
         ("db_writer.enqueue(lambda tx: event.wait(60), label='stays'); wait(db_writer)", "still running at the end"),
     ],

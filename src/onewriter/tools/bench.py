@@ -33,7 +33,7 @@ FAILED = 1  # exit code
 
 @dataclass(frozen=True)
 class Load:
-    """What is put on each of the contestants: one after the other, or on all at once where they only wait."""
+    """The load for each contestant: one after the other, or all at once where they only wait."""
 
     name: str
     contestants: Sequence[Contestant]
@@ -73,7 +73,7 @@ def _threads_in_words(count: int) -> str:
 
 
 class Progress:
-    """Says what is going on: one line that is rewritten on a terminal, one line for each turn elsewhere."""
+    """Shows the progress: one line that is rewritten on a terminal, one line for each turn elsewhere."""
 
     def __init__(self, stream: TextIO, turns: int) -> None:
         self._stream = stream
@@ -168,7 +168,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(table(outcomes), flush=True)
         if arguments.json is not None:
             write_json(arguments.json, setup, outcomes)
-    except BrokenPipeError:  # nobody reads any more: the command line knows
+    except BrokenPipeError:  # the output was closed: the command line handles it
         raise
     except (OSError, sqlite3.Error, LoadError) as error:
         print(f"onewriter bench failed: {error}", file=sys.stderr)
@@ -201,16 +201,18 @@ def add_command(subparsers: Any) -> None:
         '"database is locked"; '
         "2 bad arguments; 130 interrupted.",
     )
-    parser.add_argument("--path", type=_folder, metavar="DIR", help="where to write (default: the temporary folder)")
+    parser.add_argument(
+        "--path", type=_folder, metavar="DIR", help="folder to write to (default: the system's temporary folder)"
+    )
     parser.add_argument("--threads", type=_threads, default=16, metavar="N", help="threads that write (default: 16)")
     parser.add_argument(
         "--seconds",
         type=_seconds,
         default=2.0,
         metavar="S",
-        help=f"seconds for each load (default: 2); those beside a slow writer take {HOLD + AFTER:g}",
+        help=f"seconds for each load (default: 2); with a slow writer: {HOLD + AFTER:g}",
     )
-    parser.add_argument("--json", type=_file, metavar="FILE", help="write the same numbers there too")
+    parser.add_argument("--json", type=_file, metavar="FILE", help="also write the figures to this file")
     parser.set_defaults(run=run)
 
 

@@ -1,4 +1,4 @@
-"""What a database file is like, and who has it: ``python -m onewriter check FILE``. Changes nothing."""
+"""Examines a database file, and which processes use it: ``python -m onewriter check FILE``. Changes nothing."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ EXIT_CODES = {"ok": 0, "needs attention": 1, "damaged": 3}
 
 
 class CannotCheckError(Exception):
-    """There is nothing here that could be checked; the text says why."""
+    """The file cannot be checked; the text says why."""
 
 
 def check(path: str) -> Report:
@@ -52,7 +52,7 @@ def check(path: str) -> Report:
         _look(report, immutable=is_closed_wal)
         after = os.stat(path)
         unchanged = (after.st_mtime_ns, after.st_size) == (before.st_mtime_ns, before.st_size)
-        if not is_closed_wal or (unchanged and not _is_open(path)):  # or else somebody has opened it meanwhile
+        if not is_closed_wal or (unchanged and not _is_open(path)):  # otherwise another process has opened it meanwhile
             break
     report.problems[:0] = company
     judge(report)
@@ -147,16 +147,16 @@ def _closed_to_us(path: str) -> str:
 
 
 def _cut_off(path: str) -> str:
-    """What a crash has left, and what becomes of it."""
+    """What a crash has left, and what SQLite will do with it."""
     if os.path.exists(f"{path}{JOURNAL}"):
         return (
-            f"a crash has cut a transaction off, and {path}{JOURNAL} has what was there "
-            "before. The next connection that may write puts that back, and so undoes it: open the file once, and "
+            f"a crash has interrupted a transaction, and {path}{JOURNAL} has what was there "
+            "before. The next connection that may write rolls it back: open the file once, and "
             "check again. Without that journal the file would be damaged"
         )
     return (
-        f"a crash has left {path}{LOG} behind. The next connection that may write reads it "
-        "again: open the file once, and check again"
+        f"a crash has left {path}{LOG} behind. The next connection that may write recovers "
+        "it: open the file once, and check again"
     )
 
 
@@ -203,7 +203,7 @@ def _processes(pids: list[int] | None) -> list[Process] | None:
 
 
 def _company(path: str) -> list[str]:
-    """What is wrong with the file's names, and with what SQLite keeps beside it."""
+    """What is wrong with the file's names, and with SQLite's other files."""
     found = [exposure([path])]
     try:
         check_company(path)
@@ -253,8 +253,8 @@ def add_command(subparsers: Any) -> None:
     """Add ``check`` to the command line."""
     parser = subparsers.add_parser(
         "check",
-        help="look at a database file: mode, log, locks, damage, advice",
-        description="Look at a database file, also while others write to it, and change nothing. "
+        help="examine a database file: mode, log, locks, damage, advice",
+        description="Examine a database file, also while it is written to, and change nothing. "
         "Exit codes: 0 ok, perhaps with advice; 1 something needs attention; 2 the file cannot be checked; "
         "3 it is damaged; 130 interrupted.",
     )

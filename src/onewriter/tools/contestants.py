@@ -1,4 +1,4 @@
-"""Who takes part in ``bench``: plain sqlite3 in three ways, and the gateway in two."""
+"""The contestants of ``bench``: plain sqlite3 in three ways, and the gateway in two."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TIMEOUT = 5.0  # seconds; sqlite3's default
 class Session:
     """One process at work on one file.
 
-    ``connect`` gives each thread its write; ``finish`` returns once everything handed in is committed; ``failed``
+    ``connect`` gives each thread its write; ``finish`` returns when everything queued is committed; ``failed``
     collects the errors of writes whose call had returned already.
     """
 
@@ -51,7 +51,7 @@ class Contestant:
 
 
 def operate(execute: Callable[[str, tuple[Any, ...]], object], row: int) -> None:
-    """What an application does in a transaction: look, perhaps compute, and write."""
+    """What an application does in a transaction: read, perhaps compute, and write."""
     execute(LOOK, (row,))
     if row % SLOW_EVERY == 0:
         sleep(SLOW)
@@ -59,8 +59,8 @@ def operate(execute: Callable[[str, tuple[Any, ...]], object], row: int) -> None
 
 
 def in_transaction(connection: sqlite3.Connection, row: int, begin: str = "BEGIN") -> None:
-    """``begin``: most code says BEGIN, which is DEFERRED. As it reads first, it may write only if nobody else has
-    written since."""
+    """``begin``: most code says BEGIN, which is DEFERRED. As it reads first, it can write only if no other connection
+    has written since."""
     connection.execute(begin)
     try:
         operate(lambda sql, values: connection.execute(sql, values).fetchall(), row)

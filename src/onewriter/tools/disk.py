@@ -1,4 +1,4 @@
-"""How fast the disk is: most of what a COMMIT costs."""
+"""How fast the disk is, which is most of the cost of a COMMIT."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FSYNCS = 20
 
 
 def fsync_ms(folder: Path) -> float:
-    """The median time, in milliseconds, to bring one page of a file in ``folder`` to the disk."""
+    """The median time, in milliseconds, to sync one page of a file in ``folder`` to the disk."""
     times = []
     with open(folder / "fsync", "wb", buffering=0) as file:
         for _ in range(FSYNCS):

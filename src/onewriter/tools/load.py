@@ -1,7 +1,7 @@
 """The load of ``bench`` in one process, which the bench starts: ``python -m onewriter.tools.load TASK``.
 
 It says what it does on standard output, a JSON object in each line: that it is ready, how many calls it has made, and
-in the end what came of them. It begins when it is told to, by one byte on standard input, and ends with its parent.
+finally their results. It begins when it gets one byte on standard input, and ends with its parent.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Task:
 
 @dataclass
 class Share:
-    """What came of it. ``latencies``: of every call, in milliseconds; ``refused``: rows whose call failed."""
+    """The result. ``latencies``: of every call, in milliseconds; ``refused``: rows whose call failed."""
 
     seconds: float = 0.0
     latencies: list[float] = field(default_factory=list)

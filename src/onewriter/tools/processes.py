@@ -1,4 +1,4 @@
-"""The processes that put the load of ``bench`` on a file: they are started, told to begin, and heard."""
+"""The processes that put the load of ``bench`` on a file: they are started, told to begin, and report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ``check`` says of what it has found: how bad it is, and what to do about it."""
+"""What ``check`` says about its findings: how bad they are, and what to do."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LABEL = 16  # columns before a row's text
 
 @dataclass(frozen=True)
 class Process:
-    """Somebody who has a lock; the command is empty where the system does not tell."""
+    """A process that has a lock; the command is empty where the system does not say."""
 
     pid: int
     command: str
@@ -31,7 +31,7 @@ class Process:
 
 @dataclass
 class Report:
-    """What was found. ``problems`` want attention, ``advice`` is worth a thought.
+    """What was found. ``problems`` need attention, ``advice`` may help.
 
     ``write_lock``, ``wal_readers`` (in the rollback-journal modes: those who read now) and ``opened_by`` (in WAL mode
     only): None where the system does not tell. ``synchronous``: what a connection has that does not set it.
@@ -82,12 +82,12 @@ def _problems(report: Report) -> Iterator[str]:
         )
     if report.quick_check:
         yield (
-            "the file is damaged: stop all that writes to it, copy it together with its -wal, and restore a backup; "
+            "the file is damaged: stop all programs that use it, copy it with its -wal, and restore a backup; "
             "without one, `sqlite3 FILE .recover` saves what can be read"
         )
     if report.foreign_key_violations:
         yield (
-            "rows refer to rows that are not there: `PRAGMA foreign_key_check` lists them all; delete or change them, "
+            "rows refer to rows that do not exist: `PRAGMA foreign_key_check` lists them; delete or change them, "
             "or insert what they refer to. Only a connection with `PRAGMA foreign_keys = ON` prevents them"
         )
     if report.wal_bytes > LARGE_WAL and report.wal_readers:
@@ -101,11 +101,11 @@ def _advice(report: Report) -> Iterator[str]:
     if report.tables == 0 and report.bytes:
         yield "there are no tables in it: if there should be, look whether this is the path that the application opens"
     if report.wal_bytes > LARGE_WAL and not report.wal_readers:
-        yield "the write-ahead log is large, and nobody reads it now: `PRAGMA wal_checkpoint(TRUNCATE)` truncates it"
+        yield "the write-ahead log is large, and no reader uses it now: `PRAGMA wal_checkpoint(TRUNCATE)` truncates it"
     if report.write_lock and "quick_check" not in report.not_checked:
         yield (
-            f"SQLite's write lock is held at this moment by {names(report.write_lock)}: if it is named again and "
-            "again, let it commit before it computes or waits"
+            f"SQLite's write lock is held at this moment by {names(report.write_lock)}: if it is named "
+            "repeatedly, have it commit before it computes or waits"
         )
     if report.journal_mode not in ("WAL", "unknown") and report.bytes:
         yield (

@@ -1,4 +1,4 @@
-"""Text for whoever reads it: on a terminal it keeps to the width, elsewhere a line stays a line."""
+"""Text output: on a terminal wrapped to its width, elsewhere one line stays one line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def wrap(line: str, indent: int = 0) -> str:
 
 
 def printable(text: str) -> str:
-    """The text without what a terminal would obey: names in a database are whatever somebody wrote."""
+    """The text without control characters for a terminal: names in a database can contain any."""
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
     )

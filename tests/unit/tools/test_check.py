@@ -407,8 +407,8 @@ def test_a_transaction_that_a_crash_has_cut_off_is_told_and_left_alone(
     assert sorted(before) == [path.name, f"{path.name}-journal"]
     assert main(["check", str(path)]) == 1
     told = capsys.readouterr().out
-    assert f"PROBLEM: not checked any further: a crash has cut a transaction off, and {path}-journal" in told
-    assert "The next connection that may write puts that back" in told
+    assert f"PROBLEM: not checked any further: a crash has interrupted a transaction, and {path}-journal" in told
+    assert "The next connection that may write rolls it back" in told
     assert "quick_check   not done" in told
     assert sorted(os.listdir(path.parent)) == sorted(before)
     assert contents(path.parent) == before
