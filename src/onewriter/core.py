@@ -77,7 +77,7 @@ CHECKPOINTS = ("PASSIVE", "FULL", "RESTART", "TRUNCATE")
 
 
 class Core:
-    """One open database: its queue, its writer, its readers, and what the writer's thread or turn is.
+    """One open database: its queue, its writer, its readers, and what drives the writer.
 
     Nothing here holds a face, so that a ``DbWriter`` that was dropped can be collected. All of it may be used from any
     thread; each part has its own locks.
@@ -194,7 +194,7 @@ class Core:
         return ControlJob(self.state, "flush", frame, None)
 
     def watched(self, what: Any, params: Any, label: Label) -> tuple[Read[Any], object]:
-        """The read that a watch repeats, and what it is shared by."""
+        """The read that a watch repeats, and the key by which watches share it."""
         read = read_of(what, params, check_label(label))
         if isinstance(read, FunctionRead) or self.options.row_factory is not None:
             return read, object()  # what these give is not to be shared
@@ -209,7 +209,7 @@ class Core:
         return ControlJob(self.state, "checkpoint", frame, functools.partial(self.writer.checkpoint, mode))
 
     def accept(self, job: Job[Any], timeout: Seconds) -> None:
-        """Take a job that nobody waits for."""
+        """Queue a job that no caller waits for."""
         if get_ident() in self.state.reporting:
             job.add_done_callback(_say_nothing)  # a log handler's own job: telling its failure would call it again
         self.submit(job, timeout)
@@ -240,7 +240,7 @@ class Core:
         return ReadTimeoutError(f"{after.describe()} was not committed within {timeout} s: {self.state.describe()}")
 
     def give_up(self, job: Job[Any], timeout: Seconds) -> None:
-        """Wait for ``job`` no longer: raises WriteTimeoutError, unless its outcome has come in this moment."""
+        """Stop waiting for ``job``: raises WriteTimeoutError, unless it has its outcome by now."""
         held_by = self.state.describe()
         if job.cancel():
             self.state.count_timeout()
@@ -293,7 +293,7 @@ class Core:
             warnings.warn(f"unclosed {self.label} ({self.path})", ResourceWarning, source=face, stacklevel=3)
 
     def report(self) -> CloseReport:
-        """What has become of every job so far."""
+        """The outcomes of all jobs so far."""
         unfinished = self.queue.unfinished()
         with self.state.lock:
             tally = self.state.tally
@@ -381,11 +381,11 @@ def _say_nothing(ticket: Ticket[Any]) -> None:
 
 
 def deadline_of(timeout: Seconds) -> float:
-    """When ``timeout`` seconds from now are over."""
+    """The time at which ``timeout`` seconds from now are over."""
     return math.inf if timeout is None else monotonic() + timeout
 
 
 def core_of(db: object) -> Core | None:
-    """That of a ``DbWriter``; None: it is none."""
+    """The core of a ``DbWriter``; None: it is not one."""
     core = getattr(db, "_core", None)
     return core if isinstance(core, Core) else None

@@ -32,11 +32,11 @@ LEFT = "was left by an error or a cancellation"
 
 
 class TaskBlock(Block):
-    """One whose statements the writer thread runs, as tasks send them.
+    """A block whose statements the writer thread runs, as tasks send them.
 
-    One that nobody can reach any more is left when its generator is collected, unless its loop is closed by then.
+    One that is not reachable any more is left when its generator is collected, unless its loop is closed by then.
 
-    Locks:   _lock guards _accepts, _changes and the putting of requests, so that none is left behind unanswered.
+    Locks:   _lock guards _accepts, _changes and the putting of requests, so that each gets an answer.
     Threads: made on a loop's thread, performed on the writer's, used and ended on that of any loop.
     """
 
@@ -65,7 +65,7 @@ class TaskBlock(Block):
         return self.loop is loop and self._accepts
 
     def end_at_exit(self) -> bool:
-        """Nobody ends it any more, if its loop does not run when the interpreter ends."""
+        """Nothing can end it any more, if its loop does not run when the interpreter ends."""
         if self.loop is not None and self.loop.is_running():
             return False
         self.give_back(failed=True)
@@ -117,7 +117,7 @@ class TaskBlock(Block):
         self.innermost = savepoint
 
     def leave(self, savepoint: TaskSavepoint) -> None:
-        """It has ended: whoever waits for that looks again."""
+        """It has ended: wake the tasks that wait for that."""
         savepoint.is_open = False
         with self._lock:
             self.innermost = open_one(self.innermost)
@@ -157,7 +157,7 @@ class TaskBlock(Block):
             self._requests.put(lambda: function(*args))
 
     def keep(self, transaction: WriteLoan, committed: bool, fn: Callable[[], object]) -> None:
-        """Keep a callback: now, since the block may fail before the writer would come to it."""
+        """Keep a callback now, since the block may fail before the writer gets to it."""
         with self._lock:
             if not self._accepts:
                 raise self.closed_error()
@@ -168,7 +168,7 @@ class TaskBlock(Block):
         return self.transaction.closed_error()
 
     async def call(self, function: Callable[..., T], *args: Any, until: float = math.inf) -> T:
-        """The same, and wait for what it returns; if it has not begun ``until`` then, it never does."""
+        """The same, and wait for what it returns; if it has not begun by ``until``, it never does."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[None] = loop.create_future()
         outcome: list[Any] = []
@@ -295,7 +295,7 @@ class AsyncTransaction(Strict):
 
 
 async def _leave_well(block: TaskBlock, savepoint: contextlib.AbstractContextManager[None]) -> None:
-    """Keep what the savepoint has done; if the task is cancelled before that is begun, undo it instead."""
+    """Keep what the savepoint has done; if the task is cancelled before that has begun, undo it instead."""
     outcome: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     failures: list[BaseException] = []
 

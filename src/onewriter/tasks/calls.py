@@ -22,7 +22,7 @@ TICK = 0.1  # seconds between two looks at the deadlines of a loop
 
 
 class Deadlines:
-    """When to wake the waiting tasks of one loop: looked at a few times a second, since a timer each costs too much."""
+    """When to wake the waiting tasks of one loop: checked a few times a second, since one timer each costs too much."""
 
     def __init__(self) -> None:
         self._waiting: dict[asyncio.Future[None], float] = {}
@@ -66,7 +66,7 @@ class LoopDeadlines:
 
     @contextlib.asynccontextmanager
     async def within(self, future: asyncio.Future[None], timeout: float | None) -> AsyncIterator[None]:
-        """Resolve ``future`` after ``timeout`` seconds, if nobody does so earlier."""
+        """Resolve ``future`` after ``timeout`` seconds, if it is not resolved earlier."""
         if timeout is None:
             yield
             return
@@ -79,7 +79,7 @@ class LoopDeadlines:
 
 
 async def in_thread(function: Callable[[], T], undo: Callable[[T], object] | None = None) -> T:
-    """Call ``function`` in a thread of its own; ``undo`` what it returns if nobody waits for it any more."""
+    """Call ``function`` in a thread of its own; ``undo`` what it returns if no task waits for it any more."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[None] = loop.create_future()
     outcome: list[Any] = []
@@ -110,7 +110,7 @@ async def in_thread(function: Callable[[], T], undo: Callable[[T], object] | Non
 
 
 async def and_the_log(flushed: Coroutine[Any, Any, None], state: State, timeout: float | None) -> None:
-    """Wait for ``flushed``, and then until what the writer has reported is out."""
+    """Wait for ``flushed``, and then until what the writer has reported is logged."""
     until = math.inf if timeout is None else monotonic() + timeout
     await flushed
     reporter = state.reporter
@@ -124,7 +124,7 @@ async def until_done(future: Future[Any]) -> asyncio.CancelledError | None:
     """
     cancelled = None
     done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-    future.add_done_callback(lambda _: wake([done]))  # not wrapped: asyncio would log an error that nobody asks for
+    future.add_done_callback(lambda _: wake([done]))  # not wrapped: asyncio would log an error that is not retrieved
     while not done.done():
         try:
             await asyncio.wait([done])

@@ -94,7 +94,7 @@ class TaskReads:
             await reader.end()
 
     async def _admitted(self, claim: Claim) -> None:
-        """Wait for its turn."""
+        """Wait until it is admitted."""
         try:
             if not self._pool.ask(claim, asyncio.get_running_loop().create_future):
                 async with self._deadlines.within(claim.signal, seconds_until(claim.deadline)):
@@ -116,7 +116,7 @@ class TaskReads:
 
         Args:
             claim: whose connection it uses.
-            begins: it is the first to use that, and ends the claim if it fails.
+            begins: it is the first to use the connection, and ends the claim if it fails.
             waits: a cancelled task waits for its end, before which the connection must not be given back.
         """
         try:
@@ -144,7 +144,7 @@ class TaskReads:
         self._pool.clock.limit(claim, 0.0)
 
     def lift(self, claim: Claim) -> None:
-        """Have its next statements take their time."""
+        """Remove the time limit for its next statements."""
         self._pool.clock.limit(claim, math.inf)
 
     async def end(self, claim: Claim, snapshot: Snapshot | None) -> asyncio.CancelledError | None:
@@ -182,7 +182,7 @@ class TaskReads:
             self._pool.end(claim)
 
     def end_lost(self, claim: Claim, snapshot: Snapshot) -> None:
-        """For a finalizer, which waits for nothing: end both, in a thread."""
+        """For a finalizer, which must not wait: end both, in a thread."""
         with contextlib.suppress(RuntimeError):  # the interpreter ends
             start_new_thread(self._finish, (claim, snapshot))
 
@@ -236,7 +236,7 @@ class AsyncReader:
             text = f"{self._claim.label} is used by another task: the read did not begin in time"
             raise ReadTimeoutError(text) from None
         try:
-            if self._snapshot.is_left:  # the connection may be somebody else's
+            if self._snapshot.is_left:  # the connection may be another claim's
                 raise ended_error()
             try:
                 return await self._reads.call(function, *args, claim=self._claim)

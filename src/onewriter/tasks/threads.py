@@ -27,7 +27,7 @@ class ReadingThreads:
         self._executor: ThreadPoolExecutor | None = None
 
     def submit(self, function: Callable[..., T], *args: Any) -> Future[T]:
-        """Have one of them call it. RuntimeError: the interpreter ends, and none can be started any more."""
+        """Have one of them call it. RuntimeError: the interpreter ends, and no thread can be started any more."""
         with self._lock:  # or else the close of another loop may shut it down just before
             if self._executor is None:  # or no longer: a block may still be open when the gateway is closed
                 self._executor = ThreadPoolExecutor(self._size, self._name)
@@ -44,5 +44,5 @@ class ReadingThreads:
         try:
             return function(*args)
         finally:
-            if self._state.forked:  # by the call: in the child nobody else would end this thread
+            if self._state.forked:  # by the call: in the child nothing else would end this thread
                 executor.shutdown(wait=False)

@@ -21,10 +21,10 @@ T = TypeVar("T")
 
 
 class AsyncWatch(Strict, Watching[T]):
-    """What ``AsyncDbWriter.watch`` gives: as ``Watch``, in ``async with`` and ``async for``.
+    """What ``AsyncDbWriter.watch`` returns: as ``Watch``, for ``async with`` and ``async for``.
 
-    A task that is cancelled while it waits, or reads, waits no more, and can go on with ``next``. Tasks of any loop may
-    iterate, and any may leave the block.
+    After a cancelled wait or read, ``next`` can be called again. Tasks of any event loop may iterate, and any of them
+    may leave the block.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class AsyncWatch(Strict, Watching[T]):
         self._leave()
 
     def close(self) -> None:
-        """End it before the block does. Not a coroutine."""
+        """End the watch before the block ends. Not a coroutine."""
         self._leave()
 
     def __aiter__(self) -> AsyncIterator[T]:
