@@ -199,8 +199,8 @@ class State:
         return loop is not None and any(block.needs(loop) and block.created_at <= since for block in tuple(self.blocks))
 
     def is_inside(self) -> bool:
-        """Whether a finalizer or signal handler makes this call, which interrupted its thread inside a lock of ours, or as
-        it waits for, begins or ends a block: the writer needs that thread to go on."""
+        """Whether a finalizer or signal handler made this call, which interrupted its thread inside a lock of ours, or
+        as it waits for, begins or ends a block: the writer needs that thread to go on."""
         return any(map(is_owned, self.locks)) or (bool(self.entering) and threading.get_ident() in self.entering)
 
     def would_deadlock_task(self) -> bool:
