@@ -249,8 +249,7 @@ class WriteLoan:
         elif not self.is_at_rest():
             self._refuse_inside()
             with session.lock:
-                while self._lending:
-                    self._lending[-1]._put_back()
+                self._put_back_all()
                 if self._ends_readonly:
                     session.internal("PRAGMA query_only=0")
                 if self._time_limit is not None:
@@ -408,11 +407,12 @@ class WriteLoan:
 
     def _lend_connection(self) -> None:
         if self._lent is None:
-            self._root._lend_to(self)
+            self._root._lending = [*self._root._lending, self]
             self._lent = ConnectionLoan(self)
 
-    def _lend_to(self, part: WriteLoan) -> None:
-        self._lending = [*self._lending, part]
+    def _put_back_all(self) -> None:
+        while self._lending:
+            self._lending[-1]._put_back()
 
     def _put_back(self) -> None:
         """End the connection that was lent, under the session's lock; again, or after the outer part's, nothing."""
