@@ -181,17 +181,20 @@ class LiveQueries:
         """These were written: wake who has to look again, with one call for each of their loops."""
         with self.lock:
             self._commits += 1
-            if places is None:
-                self._all_changed = self._commits
-                woken = set[Query]().union(*self._asleep.values())
-                self._asleep.clear()
-            else:
-                self._changed.update(dict.fromkeys(places, self._commits))
-                woken = set[Query]().union(*(self._asleep.get(place, ()) for place in (ANYTHING, *places)))
-                for query in woken:
-                    self._is_awake(query)
-            signals = _waiters_of(woken)
+            signals = _waiters_of(self._woken(places))
         wake(signals)
+
+    def _woken(self, places: Places) -> set[Query]:
+        if places is None:
+            self._all_changed = self._commits
+            woken = set[Query]().union(*self._asleep.values())
+            self._asleep.clear()
+        else:
+            self._changed.update(dict.fromkeys(places, self._commits))
+            woken = set[Query]().union(*(self._asleep.get(place, ()) for place in (ANYTHING, *places)))
+            for query in woken:
+                self._is_awake(query)
+        return woken
 
     def end(self, session: WriteSession | None) -> None:
         """The last commit was made, and the readers are about to be closed: keep the last state of each query."""
@@ -208,13 +211,16 @@ class LiveQueries:
 
     def _last_readings(self) -> list[Reading]:
         """What is still to be read; other answers are the last by now, also for a watch that has had none."""
-        last = []
         with self.lock:
-            for query in self._queries.values():
-                if query.answer is None or self.is_stale(query):
-                    last.append(Reading(query, math.inf, self._commits, True))
-                else:
-                    query.answer = query.answer._replace(number=math.inf)
+            return self._make_last_readings()
+
+    def _make_last_readings(self) -> list[Reading]:
+        last = []
+        for query in self._queries.values():
+            if query.answer is None or self.is_stale(query):
+                last.append(Reading(query, math.inf, self._commits, True))
+            else:
+                query.answer = query.answer._replace(number=math.inf)
         return last
 
     def _read_last(self, reading: Reading) -> None:

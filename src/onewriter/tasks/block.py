@@ -76,9 +76,12 @@ class TaskBlock(Block):
         tx.set_time_limit()  # so that the end of the block ends a statement too
         tx.lend()
         with self._state.lock:
-            others = [waiter for waiter in self._waiters or () if waiter is not self.granted]
-            self.transaction, self._waiters = tx, others or None
+            self._waiters = self._others() or None
+            self.transaction = tx
         wake([self.granted])
+
+    def _others(self) -> list[Any]:
+        return [waiter for waiter in self._waiters or () if waiter is not self.granted]
 
     def perform(self, tx: WriteLoan) -> None:
         scopes = self._state.scopes

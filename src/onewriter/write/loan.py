@@ -238,27 +238,16 @@ class WriteLoan:
     def end(self) -> None:
         """End the loan, and with it what was lent in nested parts. Waits for the call that is inside SQLite."""
         self._closed = self._closed or ENDED  # first, so that a later call finds it inside the lock
-        root, session = self._root, self.session
-        if INHERITED in (self._closed, root._closed):
+        root = self._root
+        if INHERITED in (self._closed, root._closed) or (self.is_at_rest() if self is root else self._lent is None):
             return
-        if self is not root:
-            if self._lent is not None:
-                self._refuse_inside()
-                with session.lock:
-                    self._put_back()
-        elif not self.is_at_rest():
-            self._refuse_inside()
-            with session.lock:
-                while self._lending:
-                    self._lending[-1]._put_back()
-                if self._ends_readonly:
-                    session.internal("PRAGMA query_only=0")
-                if self._time_limit is not None:
-                    session.connection.set_progress_handler(None, 0)
-
-    def _refuse_inside(self) -> None:
         if self.is_inside:
             raise ReentrantWriteError(IN_STATEMENT)
+        with self.session.lock:
+            if self is root:
+                self._put_back_all()
+            else:
+                self._put_back()
 
     def revoke(self, why: str) -> None:
         """End it although a call may be under way; returns when none is inside SQLite any more."""
@@ -413,6 +402,14 @@ class WriteLoan:
 
     def _lend_to(self, part: WriteLoan) -> None:
         self._lending = [*self._lending, part]
+
+    def _put_back_all(self) -> None:
+        while self._lending:
+            self._lending[-1]._put_back()
+        if self._ends_readonly:
+            self.session.internal("PRAGMA query_only=0")
+        if self._time_limit is not None:
+            self.session.connection.set_progress_handler(None, 0)
 
     def _put_back(self) -> None:
         """End the connection that was lent, under the session's lock; again, or after the outer part's, nothing."""

@@ -282,8 +282,7 @@ class JobQueue(queue.Queue[Job[Any]]):
         """Take everything that waits, without waiting; it must refuse already. The consumer keeps what it has."""
         with self.mutex:
             jobs = list(self.queue)
-            for job in jobs:
-                job._was_queued = False
+            _forget_places(jobs)
             self.queue.clear()
             self._withdrawn.clear()
             self._bounded = 0
@@ -373,3 +372,8 @@ class _Waiter:
         self.job = job
         self.accepted = False
         self.signal = signal
+
+
+def _forget_places(jobs: list[Job[Any]]) -> None:
+    for job in jobs:
+        job._was_queued = False
