@@ -12,7 +12,7 @@ import pytest
 from aio_helpers import opened, run, until
 from helpers import core_of, raising
 from onewriter import DbWriter, ReentrantWriteError, WriterClosedError
-from onewriter.live.query import Query
+from onewriter.live.query import Known, Query
 from onewriter.read.claim import new_claim
 from onewriter.read.read import sql_read
 
@@ -65,7 +65,7 @@ def test_a_query_is_stale_only_after_a_commit_that_wrote_what_it_reads(new_db: D
     hub = core_of(new_db).live
     query = Query(sql_read("SELECT 1", (), list, None), object())
     assert hub.is_stale(query)  # it was never read
-    query.places, query.as_of = frozenset({("a", ""), ("a", "b")}), hub._commits
+    query.known, query.as_of = Known(frozenset({("a", ""), ("a", "b")})), hub._commits
     hub._touch(frozenset({("a", "c")}))
     assert not hub.is_stale(query)
     hub._touch(frozenset({("a", "b")}))
@@ -73,7 +73,7 @@ def test_a_query_is_stale_only_after_a_commit_that_wrote_what_it_reads(new_db: D
     query.as_of = hub._commits
     hub._touch(None)
     assert hub.is_stale(query)
-    query.as_of, query.places = hub._commits, None
+    query.as_of, query.known = hub._commits, Known()
     assert not hub.is_stale(query)
     hub._touch(frozenset({("a", "c")}))
     assert hub.is_stale(query)
