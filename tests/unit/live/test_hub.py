@@ -132,6 +132,20 @@ def test_a_watch_that_could_not_be_opened_leaves_nothing(new_db: DbWriter, monke
     assert (hub._queries, hub.state.live) == ({}, None)
 
 
+def test_only_the_first_watch_asks_the_writer_and_adds_a_lock(
+    new_db: DbWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each write asks for all locks of the gateway."""
+    hub = core_of(new_db).live
+    asked: list[None] = []
+    monkeypatch.setattr(hub, "ask", lambda: asked.append(None))
+    with new_db.watch("SELECT 1"), new_db.watch("SELECT 2"):
+        assert len(asked) == 1
+    with new_db.watch("SELECT 1"):
+        assert len(asked) == 2
+    assert hub.state.locks.count(hub.lock) == 1
+
+
 def test_a_lock_in_the_way_of_the_look_is_no_news(new_db: DbWriter) -> None:
     """It looks again in a moment."""
 
