@@ -146,6 +146,18 @@ def test_only_the_first_watch_asks_the_writer_and_adds_a_lock(
     assert hub.state.locks.count(hub.lock) == 1
 
 
+def test_who_leaves_takes_no_read_from_another(new_db: DbWriter) -> None:
+    hub = core_of(new_db).live
+    with new_db.watch("SELECT 1") as live:
+        query = live._entered()
+        with new_db.watch("SELECT 1"), hub.lock:
+            hub.begin(query, "another")
+        assert query.read_by == "another"
+        hub.close(query, "another")
+        assert query.read_by is None
+        query.watches += 1
+
+
 def test_a_lock_in_the_way_of_the_look_is_no_news(new_db: DbWriter) -> None:
     """It looks again in a moment."""
 
