@@ -120,7 +120,7 @@ class LiveQueries:
         """The end of a read, with what it has found; None: it failed, and who waits for it tries."""
         query = reading.query
         before = query.answer
-        if found is not None and before is not None and before.error is None and same(before.raw, found.raw):
+        if found is not None and before is not None and same(before.raw, found.raw):
             found = found._replace(raw=before.raw, rows=before.rows)  # so that the others see it at a glance
         with self.lock:
             query.read_by = None

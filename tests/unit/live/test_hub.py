@@ -11,7 +11,7 @@ import pytest
 
 from aio_helpers import opened, run, until
 from helpers import core_of, raising
-from onewriter import DbWriter, ReentrantWriteError, WriterClosedError
+from onewriter import DbWriter, ReadTimeoutError, ReentrantWriteError, WriterClosedError
 from onewriter.live.query import Known, Query
 from onewriter.read.claim import new_claim
 from onewriter.read.read import sql_read
@@ -144,6 +144,23 @@ def test_only_the_first_watch_asks_the_writer_and_adds_a_lock(
     with new_db.watch("SELECT 1"):
         assert len(asked) == 2
     assert hub.state.locks.count(hub.lock) == 1
+
+
+def test_equal_rows_are_kept_as_they_were_so_that_nobody_compares_them_again(new_db: DbWriter) -> None:
+    new_db.run("CREATE TABLE t (n)")
+    new_db.run("INSERT INTO t VALUES (1)")
+    with new_db.watch("SELECT n FROM t", every=0) as live:
+        live.next()
+        query = live._entered()
+        before = query.answer
+        new_db.run("UPDATE t SET n = n")
+        new_db.flush()
+        with pytest.raises(ReadTimeoutError):
+            live.next(0)
+        assert before is not None
+        assert query.answer is not None
+        assert query.answer.number > before.number
+        assert query.answer.raw is before.raw
 
 
 def test_who_leaves_takes_no_read_from_another(new_db: DbWriter) -> None:
