@@ -13,8 +13,9 @@ import pytest
 import onewriter.live.query as query_module
 from helpers import DEADLINE
 from onewriter import DbWriter, Watch
-from onewriter.live.places import places_read
+from onewriter.live.places import places_read, schema_versions
 from onewriter.live.query import same
+from onewriter.read.reader import Reader
 
 VIEW = "CREATE VIEW v AS SELECT n FROM {}"
 
@@ -66,6 +67,28 @@ def test_commits_of_others_that_leave_the_schema_do_not_make_it_ask_again(
         others("INSERT INTO a VALUES (1)")
         assert live.next(DEADLINE) == [(1,)] * n
     assert asked.count == before
+
+
+def test_after_a_commit_of_its_own_it_does_not_look_at_the_schema(
+    db: DbWriter, live: Watch[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[None] = []
+
+    def counted(reader: Reader) -> list[int] | None:
+        looks.append(None)
+        return schema_versions(reader)
+
+    monkeypatch.setattr(query_module, "schema_versions", counted)
+    for n in range(3):  # what was there before the watch may have changed the schema
+        db.run("INSERT INTO a VALUES (1)")
+        while len(live.next(DEADLINE)) <= n:
+            pass
+    before = len(looks)
+    for n in range(3, 6):
+        db.run("INSERT INTO a VALUES (1)")
+        while len(live.next(DEADLINE)) <= n:
+            pass
+    assert len(looks) == before
 
 
 def test_what_others_make_of_a_view_is_known(db: DbWriter, live: Watch[Any], others: Others) -> None:
