@@ -115,7 +115,6 @@ GUARDS = [
             "begun",
             "is_over",
             "known",
-            "known_as_of",
             "read_by",
             "waiters",
             "watches",

@@ -103,7 +103,7 @@ class LiveQueries:
     def begin(self, query: Query, reader: object) -> Reading:
         query.read_by = reader
         query.begun += 1
-        return Reading(query, query.begun, self._commits, query.known_as_of < self._all_changed)
+        return Reading(query, query.begun, self._commits, query.as_of < self._all_changed)
 
     def sleep(self, query: Query) -> None:
         """Who waits for it is to be woken by the next commit that touches it."""
@@ -132,8 +132,6 @@ class LiveQueries:
     def _keep(self, query: Query, reading: Reading, found: Found | None, error: BaseException | None) -> None:
         if found is not None:
             query.known, query.as_of = found.known, reading.as_of
-            if reading.asks_places:
-                query.known_as_of = reading.as_of
             query.answer = Answer(reading.number, found.raw, found.rows)
         elif error is not None:
             query.answer = Answer(reading.number, None, None, error)

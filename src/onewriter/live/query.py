@@ -47,8 +47,7 @@ class Query:
         self.key = key
         self.watches = 0
         self.known = Known()
-        self.known_as_of = -1  # the last commit that is certainly in the schema by which that is known
-        self.as_of = -1  # the last commit that is certainly in the answer
+        self.as_of = -1  # the last commit that is certainly in the answer, and in the schema by which that is known
         self.answer: Answer | None = None
         self.begun = 0  # reads
         self.read_by: object = None  # the thread or task that reads it now
