@@ -412,7 +412,7 @@ class AsyncDbWriter(Strict):
 
     @overload
     def watch(
-        self, sql: str, params: Any = (), /, *, label: Label = None, every: float = 0.05
+        self, sql: str, params: Params = (), /, *, label: Label = None, every: float = 0.05
     ) -> AsyncWatch[list[Any]]: ...
     @overload
     def watch(
@@ -421,7 +421,7 @@ class AsyncDbWriter(Strict):
     def watch(
         self,
         what: str | Callable[[sqlite3.Connection], T],
-        params: Any = (),
+        params: Params = (),
         /,
         *,
         label: Label = None,

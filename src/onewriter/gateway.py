@@ -462,7 +462,9 @@ class DbWriter(Strict):
             yield snapshot.to_lend
 
     @overload
-    def watch(self, sql: str, params: Any = (), /, *, label: Label = None, every: float = 0.05) -> Watch[list[Any]]: ...
+    def watch(
+        self, sql: str, params: Params = (), /, *, label: Label = None, every: float = 0.05
+    ) -> Watch[list[Any]]: ...
     @overload
     def watch(
         self, fn: Callable[[sqlite3.Connection], T], /, *, label: Label = None, every: float = 0.05
@@ -470,7 +472,7 @@ class DbWriter(Strict):
     def watch(
         self,
         what: str | Callable[[sqlite3.Connection], T],
-        params: Any = (),
+        params: Params = (),
         /,
         *,
         label: Label = None,

@@ -103,7 +103,7 @@ class LiveQueries:
     def begin(self, query: Query, reader: object) -> Reading:
         query.read_by = reader
         query.begun += 1
-        return Reading(query, query.begun, self._commits, query.places_as_of < self._all_changed)
+        return Reading(query, query.begun, self._commits, query.as_of < self._all_changed)
 
     def sleep(self, query: Query) -> None:
         """Who waits for it is to be woken by the next commit that touches it."""
@@ -120,7 +120,7 @@ class LiveQueries:
         """The end of a read, with what it has found; None: it failed, and who waits for it tries."""
         query = reading.query
         before = query.answer
-        if found is not None and before is not None and before.error is None and same(before.raw, found.raw):
+        if found is not None and before is not None and same(before.raw, found.raw):
             found = found._replace(raw=before.raw, rows=before.rows)  # so that the others see it at a glance
         with self.lock:
             query.read_by = None
@@ -131,9 +131,7 @@ class LiveQueries:
 
     def _keep(self, query: Query, reading: Reading, found: Found | None, error: BaseException | None) -> None:
         if found is not None:
-            query.places, query.as_of = found.places, reading.as_of
-            if reading.asks_places:
-                query.places_as_of = reading.as_of
+            query.known, query.as_of = found.known, reading.as_of
             query.answer = Answer(reading.number, found.raw, found.rows)
         elif error is not None:
             query.answer = Answer(reading.number, None, None, error)

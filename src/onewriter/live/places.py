@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 from onewriter.read.reader import Reader
 from onewriter.sqlite.guard import ANYTHING, Place
-from onewriter.sqlite.pragma_values import decode, literal, rows_of
+from onewriter.sqlite.pragma_values import database_names, decode, literal, pragma, rows_of
 from onewriter.sqlite.statement import ASKING, Parameters, describe_sql
 from onewriter.write.jobs import StatementJob
 from onewriter.write.session import WriteSession
@@ -29,27 +29,32 @@ MOST_TEXTS = 1000  # whose places are remembered
 _numbers = itertools.count()
 
 
+def schema_versions(reader: Reader) -> list[int] | None:
+    """Those of its databases, as they are in the files; None: a lock is in the way."""
+    try:
+        return [pragma(reader.connection, f'"{name}".schema_version') for name in database_names(reader.connection)]
+    except sqlite3.Error:
+        return None
+
+
 def places_read(reader: Reader, sql: str, parameters: Parameters) -> Places:
-    """What ``sql`` reads as the schema is now; what its views and subqueries read, too."""
+    """What ``sql`` reads by the schema that the connection knows; what its views and subqueries read, too."""
     if describe_sql(sql).verb not in ASKING:
         return None  # as of PRAGMA page_count
-    try:
+    asked, program = _explain(reader, sql, parameters)
+    is_virtual = any(opcode == "VOpen" for opcode, _, _ in program)
+    if is_virtual:  # anew, since declaring a virtual table for the first time looks like reading the schema
         asked, program = _explain(reader, sql, parameters)
-        is_virtual = any(opcode == "VOpen" for opcode, _, _ in program)
-        if is_virtual:  # anew, since declaring a virtual table for the first time looks like reading the schema
-            asked, program = _explain(reader, sql, parameters)
-            asked = {place for place in asked if place[0].lower() not in PURE}
-        names = {table for table, _ in asked}
-        is_plain = not JOINS_BY_NAME.search(sql) and all(_is_plain(reader, name) for name in names)
-        if is_virtual and not is_plain:
-            return None  # what a virtual table reads is its own affair; it may be anything
-        for schema, table in _opened(reader, program):
-            if not _is_plain(reader, table):
-                return None  # it is a virtual table's, which writes it when it likes
-            asked.add((table, ""))
-            asked.update(_columns(reader, schema, table, needs_all=not is_plain))
-    except sqlite3.Error:
-        return None  # if it is wrong, the read has told
+        asked = {place for place in asked if place[0].lower() not in PURE}
+    names = {table for table, _ in asked}
+    is_plain = not JOINS_BY_NAME.search(sql) and all(_is_plain(reader, name) for name in names)
+    if is_virtual and not is_plain:
+        return None  # what a virtual table reads is its own affair; it may be anything
+    for schema, table in _opened(reader, program):
+        if not _is_plain(reader, table):
+            return None  # it is a virtual table's, which writes it when it likes
+        asked.add((table, ""))
+        asked.update(_columns(reader, schema, table, needs_all=not is_plain))
     # SQLite itself writes its own tables, and asks nobody.
     return None if any(table.startswith("sqlite_") for table, _ in asked) else frozenset(asked)
 

@@ -6,9 +6,16 @@ import sqlite3
 from typing import Any, NamedTuple
 
 from onewriter.base.waiting import Signal
-from onewriter.live.places import Places, places_read
+from onewriter.live.places import Places, places_read, schema_versions
 from onewriter.read.read import FunctionRead, Read, SqlRead
 from onewriter.read.reader import Reader
+
+
+class Known(NamedTuple):
+    """What a query reads, and by which schema that is known: None, by none that can be told again."""
+
+    places: Places = None
+    schema: list[int] | None = None
 
 
 class Answer(NamedTuple):
@@ -27,7 +34,7 @@ class Answer(NamedTuple):
 
 
 class Found(NamedTuple):
-    places: Places
+    known: Known
     raw: Any
     rows: Any
 
@@ -39,13 +46,16 @@ class Query:
         self.read = read
         self.key = key
         self.watches = 0
-        self.places: Places = None  # that it reads
-        self.places_as_of = -1  # the last commit that is certainly in the schema by which that is known
-        self.as_of = -1  # the last commit that is certainly in the answer
+        self.known = Known()
+        self.as_of = -1  # the last commit that is certainly in the answer, and in the schema by which that is known
         self.answer: Answer | None = None
         self.begun = 0  # reads
         self.read_by: object = None  # the thread or task that reads it now
         self.waiters: set[Signal] = set()
+
+    @property
+    def places(self) -> Places:
+        return self.known.places
 
     def rows_of(self, answer: Answer) -> Any:
         """For one loop, which may change the list."""
@@ -55,25 +65,35 @@ class Query:
 class Reading:
     """One read of a query, as the pool and the threads of tasks want it."""
 
-    __slots__ = ("as_of", "asks_places", "label", "number", "query")
+    __slots__ = ("as_of", "asks_places", "known", "label", "number", "query")
 
     def __init__(self, query: Query, number: float, as_of: int, asks_places: bool) -> None:
         self.query = query
         self.number = number
         self.as_of = as_of
         self.asks_places = asks_places
+        self.known = query.known
         self.label = query.read.label
 
     def alone(self, reader: Reader) -> Found:
         read = self.query.read
         if isinstance(read, FunctionRead):
             result = read.alone(reader)
-            return Found(None, result, result)
+            return Found(self.known, result, result)
+        # Before the read, which looks whether the schema that the connection knows still stands: so that is none older.
+        schema = schema_versions(reader) if self.asks_places else self.known.schema
         raw, rows = reader.select(read.sql, read.parameters, _fetch)
-        places = self.query.places
-        if self.asks_places:  # after the read, which looks whether the schema that the connection knows still stands
-            places = reader.attempt(read.label, places_read, reader, read.sql, read.parameters)
-        return Found(places, raw, rows)
+        known = self.known
+        if self.asks_places and (schema is None or schema != known.schema):
+            known = _ask(reader, read, schema)
+        return Found(known, raw, rows)
+
+
+def _ask(reader: Reader, read: SqlRead[Any], schema: list[int] | None) -> Known:
+    try:
+        return Known(places_read(reader, read.sql, read.parameters), schema)
+    except sqlite3.Error:
+        return Known()  # if it is wrong, the read has told
 
 
 def _fetch(cursor: sqlite3.Cursor) -> tuple[list[Any], list[Any]]:

@@ -66,7 +66,6 @@ class Watching(Generic[T]):
     def _open(self) -> None:
         if self._query is not None or self._is_left:
             raise RuntimeError("a watch is entered once: call watch() again")
-        self._live.state.refuse_if_broken()
         query = self._live.open(self._read, self._key)
         with self._live.lock:
             self._query, self._number = query, query.begun

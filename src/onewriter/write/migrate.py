@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import types
 from collections.abc import Callable, Iterable, Mapping, Set
 from typing import TypeAlias
@@ -20,7 +19,7 @@ Step: TypeAlias = str | Callable[[Transaction], object]
 
 
 class Migration:
-    """Threads: made where it is called for; ``_perform`` runs on the writer's."""
+    """Threads: made where it is called for; ``perform`` runs on the writer's."""
 
     def __init__(
         self, state: State, steps: Iterable[Step], label: str | None, frame: types.FrameType, enforces_keys: bool
@@ -47,29 +46,38 @@ class Migration:
             )
         return version == len(self.steps)
 
-    def job(self) -> LoanJob[int]:
-        """The next step, whichever that is when SQLite's lock is there; its result is the version then."""
-        job = LoanJob(self._state, self._perform, self._label, self._frame, "", self._foreign_keys)
-        job.exclusive = True  # so that no other job makes it run twice
-        return job
+    def job(self) -> StepJob:
+        return StepJob(self, self._state, self._label, self._frame, self._foreign_keys)
 
-    def _perform(self, loan: WriteLoan) -> int:
+    def perform(self, loan: WriteLoan, job: StepJob) -> int:
         # Inside the transaction: another process may have been here since somebody looked.
         version: int = loan.call(loan.session.internal, "PRAGMA user_version", mode=Mode.GATEWAY)[0][0]
         if self.is_at_end(version):
             return version
         step = self.steps[version]
-        try:
-            if isinstance(step, str):
-                loan.script(inside_of_dump(step)[0])
-            else:
-                step(Transaction(loan))
-            loan.call(loan.session.internal, f"PRAGMA user_version = {version + 1}", mode=Mode.GATEWAY)
-        except BaseException as error:
-            with contextlib.suppress(BaseException):  # a frozen dataclass, for example, refuses notes
-                BaseException.add_note(error, f"onewriter: in step {version + 1} of migrate, {describe_step(step)}")
-            raise
+        job.step = f", in step {version + 1} of migrate, {describe_step(step)}"
+        if isinstance(step, str):
+            loan.script(inside_of_dump(step)[0])
+        else:
+            step(Transaction(loan))
+        loan.call(loan.session.internal, f"PRAGMA user_version = {version + 1}", mode=Mode.GATEWAY)
         return version + 1
+
+
+class StepJob(LoanJob[int]):
+    """The next step, whichever that is when SQLite's lock is there; its result is the version then."""
+
+    __slots__ = ("step",)
+
+    def __init__(
+        self, migration: Migration, state: State, label: str, frame: types.FrameType, foreign_keys: bool | None
+    ) -> None:
+        super().__init__(state, lambda loan: migration.perform(loan, self), label, frame, "", foreign_keys)
+        self.exclusive = True  # so that no other job makes it run twice
+        self.step = ""  # which one it is, when that is known
+
+    def describe(self) -> str:
+        return super().describe() + self.step
 
 
 def describe_step(step: Step) -> str:

@@ -11,8 +11,8 @@ import pytest
 
 from aio_helpers import opened, run, until
 from helpers import core_of, raising
-from onewriter import DbWriter, ReentrantWriteError, WriterClosedError
-from onewriter.live.query import Query
+from onewriter import DbWriter, ReadTimeoutError, ReentrantWriteError, WriterClosedError
+from onewriter.live.query import Known, Query
 from onewriter.read.claim import new_claim
 from onewriter.read.read import sql_read
 
@@ -65,7 +65,7 @@ def test_a_query_is_stale_only_after_a_commit_that_wrote_what_it_reads(new_db: D
     hub = core_of(new_db).live
     query = Query(sql_read("SELECT 1", (), list, None), object())
     assert hub.is_stale(query)  # it was never read
-    query.places, query.as_of = frozenset({("a", ""), ("a", "b")}), hub._commits
+    query.known, query.as_of = Known(frozenset({("a", ""), ("a", "b")})), hub._commits
     hub._touch(frozenset({("a", "c")}))
     assert not hub.is_stale(query)
     hub._touch(frozenset({("a", "b")}))
@@ -73,7 +73,7 @@ def test_a_query_is_stale_only_after_a_commit_that_wrote_what_it_reads(new_db: D
     query.as_of = hub._commits
     hub._touch(None)
     assert hub.is_stale(query)
-    query.as_of, query.places = hub._commits, None
+    query.as_of, query.known = hub._commits, Known()
     assert not hub.is_stale(query)
     hub._touch(frozenset({("a", "c")}))
     assert hub.is_stale(query)
@@ -130,6 +130,49 @@ def test_a_watch_that_could_not_be_opened_leaves_nothing(new_db: DbWriter, monke
     with pytest.raises(WriterClosedError), new_db.watch("SELECT 1"):
         pass
     assert (hub._queries, hub.state.live) == ({}, None)
+
+
+def test_only_the_first_watch_asks_the_writer_and_adds_a_lock(
+    new_db: DbWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each write asks for all locks of the gateway."""
+    hub = core_of(new_db).live
+    asked: list[None] = []
+    monkeypatch.setattr(hub, "ask", lambda: asked.append(None))
+    with new_db.watch("SELECT 1"), new_db.watch("SELECT 2"):
+        assert len(asked) == 1
+    with new_db.watch("SELECT 1"):
+        assert len(asked) == 2
+    assert hub.state.locks.count(hub.lock) == 1
+
+
+def test_equal_rows_are_kept_as_they_were_so_that_nobody_compares_them_again(new_db: DbWriter) -> None:
+    new_db.run("CREATE TABLE t (n)")
+    new_db.run("INSERT INTO t VALUES (1)")
+    with new_db.watch("SELECT n FROM t", every=0) as live:
+        live.next()
+        query = live._entered()
+        before = query.answer
+        new_db.run("UPDATE t SET n = n")
+        new_db.flush()
+        with pytest.raises(ReadTimeoutError):
+            live.next(0)
+        assert before is not None
+        assert query.answer is not None
+        assert query.answer.number > before.number
+        assert query.answer.raw is before.raw
+
+
+def test_who_leaves_takes_no_read_from_another(new_db: DbWriter) -> None:
+    hub = core_of(new_db).live
+    with new_db.watch("SELECT 1") as live:
+        query = live._entered()
+        with new_db.watch("SELECT 1"), hub.lock:
+            hub.begin(query, "another")
+        assert query.read_by == "another"
+        hub.close(query, "another")
+        assert query.read_by is None
+        query.watches += 1
 
 
 def test_a_lock_in_the_way_of_the_look_is_no_news(new_db: DbWriter) -> None:

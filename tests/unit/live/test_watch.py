@@ -646,6 +646,10 @@ def test_it_is_entered_once(db: DbWriter) -> None:
         live.__enter__()
     with pytest.raises(RuntimeError, match="entered once"):
         live.__enter__()
+    closed = db.watch(N)
+    closed.close()
+    with pytest.raises(RuntimeError, match="entered once"):
+        closed.__enter__()
 
 
 def test_no_news_in_time_is_a_timeout_that_names_the_query(db: DbWriter) -> None:
@@ -859,23 +863,38 @@ def test_with_none_open_nothing_is_noted(db: DbWriter) -> None:
 
 
 def test_in_a_forked_child_it_raises_and_can_be_left(path: Path) -> None:
+    """Whatever another thread of the parent was doing."""
     code = """
+import threading
+held, release = threading.Event(), threading.Event()
+
+def hold(lock):
+    with lock:
+        held.set()
+        release.wait(30)
+
 with DbWriter(path) as db:
     with db.watch("SELECT 1") as live:
         live.next()
+        thread = threading.Thread(target=hold, args=[live._live.lock])
+        thread.start()
+        held.wait(30)
         child = os.fork()
-        if not child:
-            try:
-                live.next()
-            except Exception as error:
-                print(type(error).__name__, flush=True)
+        if child:
+            release.set()
+        else:
+            for use in (live.next, db.watch("SELECT 3").__enter__):
+                try:
+                    use()
+                except Exception as error:
+                    print(type(error).__name__, flush=True)
     if not child:
         os._exit(0)
-    os.waitpid(child, 0)
+    assert os.waitpid(child, 0)[1] == 0
     print("parent", db.run("SELECT 2").rows)
 """
     done = run_child("import warnings; warnings.simplefilter('ignore')\n" + child_code(path, code))
-    assert (done.stdout.split("\n")[:2], done.returncode) == (["ForkedError", "parent [(2,)]"], 0), done.stderr
+    assert (done.stdout.split("\n")[:3], done.returncode) == (["ForkedError"] * 2 + ["parent [(2,)]"], 0), done.stderr
 
 
 def test_the_writer_goes_on_if_the_last_read_is_interrupted(db: DbWriter) -> None:

@@ -555,6 +555,7 @@ def test_a_type_checker_refuses_a_str_where_values_are_wanted(any_db: DbWriter) 
         lambda: any_db.read_one("SELECT ?", "a"),  # type: ignore[arg-type]
         lambda: any_db.read_value("SELECT ?", "a"),  # type: ignore[arg-type]
         lambda: any_db.run(lambda tx: tx.execute("SELECT ?", "a")),  # type: ignore[arg-type]
+        lambda: any_db.watch("SELECT ?", "a"),  # type: ignore[call-overload]
     ]
     for call in calls:
         with pytest.raises(TypeError):

@@ -214,6 +214,51 @@ def test_one_connection_is_enough_beside_a_reader_of_the_same_task(path: Path) -
     run(main)
 
 
+def test_it_reads_on_the_pool(path: Path) -> None:
+    opened_readonly: list[bool] = []
+
+    async def main() -> None:
+        async with AsyncDbWriter(path, readers=1, on_connect=lambda _, ro: opened_readonly.append(ro)) as db:
+            await db.run("CREATE TABLE t (n)")
+            async with db.watch(N, every=0) as live:
+                assert await live.next() == []
+                for n in range(3):
+                    await db.run("INSERT INTO t VALUES (1)")
+                    assert await live.next(DEADLINE) == [(1,)] * (n + 1)
+            assert opened_readonly.count(True) == 1
+
+    run(main)
+
+
+def test_it_sets_a_timer_only_for_a_wait_with_an_end_and_takes_it_back(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """uvloop has none without an end."""
+
+    async def main() -> None:
+        loop, timers = asyncio.get_running_loop(), []
+        later = loop.call_later
+
+        def noted(delay: float, callback: Any, *args: Any, **options: Any) -> asyncio.TimerHandle:
+            timer = later(delay, callback, *args, **options)
+            if args and args[0] and isinstance(args[0], list):  # signals of watches
+                timers.append(timer)
+            return timer
+
+        monkeypatch.setattr(loop, "call_later", noted)
+        async with opened(path) as db, db.watch(N, every=0) as live:
+            await live.next()
+            for limit in (None, DEADLINE):
+                waiting = asyncio.create_task(live.next(limit))
+                await until(lambda: bool(live._entered().waiters))
+                await db.run("INSERT INTO t VALUES (1)")
+                await waiting
+                assert len(timers) == (limit is not None)
+            assert timers[0].cancelled()
+
+    run(main)
+
+
 def test_threads_and_tasks_of_two_loops_watch_one_gateway(path: Path) -> None:
     with DbWriter(path) as db:
         db.run("CREATE TABLE t (n)")

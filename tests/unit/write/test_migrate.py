@@ -62,6 +62,25 @@ def test_a_failing_step_names_itself_and_leaves_the_version_before_it(any_db: Db
     assert rows(any_db) == [1, 2, 3]
 
 
+def test_a_step_that_lasts_is_named_to_who_waits_for_the_writer(db: DbWriter) -> None:
+    entered, release = threading.Event(), threading.Event()
+
+    def long(tx: Transaction) -> None:
+        entered.set()
+        release.wait(DEADLINE)
+
+    thread = threading.Thread(target=db.migrate, args=[[FIRST, long]])
+    thread.start()
+    try:
+        assert entered.wait(DEADLINE)
+        with pytest.raises(WriteTimeoutError, match=r"held by 'migrate' .*, in step 2 of migrate, '.*long'"):
+            db.run("DELETE FROM t", timeout=BRIEFLY)
+    finally:
+        release.set()
+        thread.join(DEADLINE)
+    assert version_of(db) == 2
+
+
 @pytest.mark.parametrize("version", [4, -1])
 def test_a_database_of_another_version_is_refused(any_db: DbWriter, version: int) -> None:
     any_db.run(f"PRAGMA user_version = {version}")
@@ -101,8 +120,9 @@ ALTER TABLE rebuilt RENAME TO parent;
 
 
 def test_a_table_is_rebuilt_and_keys_are_checked_before_commit(any_db: DbWriter) -> None:
-    with pytest.raises(sqlite3.IntegrityError, match="FOREIGN KEY"):
+    with pytest.raises(sqlite3.IntegrityError, match="FOREIGN KEY") as caught:
         any_db.migrate([KEYS, REBUILD.format("WHERE id = 1")])
+    assert "in step 2 of migrate, 'CREATE TABLE rebuilt" in notes_of(caught.value)
     assert version_of(any_db) == 1
     assert any_db.migrate([KEYS, REBUILD.format("")]) == 2
     assert any_db.read("SELECT parent FROM child") == [(1,), (2,)]
@@ -136,9 +156,13 @@ def test_inside_a_job_or_block_it_is_refused(any_db: DbWriter) -> None:
 def test_its_arguments_are_checked(any_db: DbWriter) -> None:
     async def later(tx: Transaction) -> None: ...
 
-    calls: list[Any] = [FIRST, 3, [3], [later], [FIRST, b"SELECT 1"], {FIRST}, dict.fromkeys(STEPS)]
+    calls: list[Any] = [[3], [later], [FIRST, b"SELECT 1"]]
     for steps in calls:
         with pytest.raises(TypeError):
+            any_db.migrate(steps)
+    no_sequences: list[Any] = [FIRST, 3, {FIRST}, dict.fromkeys(STEPS)]
+    for steps in no_sequences:
+        with pytest.raises(TypeError, match="steps must be a sequence"):
             any_db.migrate(steps)
     with pytest.raises(TypeError):
         any_db.migrate(STEPS, label=3)  # type: ignore[arg-type]
