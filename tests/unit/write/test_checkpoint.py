@@ -157,6 +157,17 @@ def test_a_few_large_values_do_not_make_the_log_large(path: Path) -> None:
     assert max(sizes) < 8 * 2**20
 
 
+@pytest.mark.parametrize("limit", [0, LIMIT])
+def test_a_small_limit_makes_checkpoints_come_sooner(path: Path, limit: int) -> None:
+    with DbWriter(path, wal_limit=limit, synchronous="OFF") as db:
+        db.run("CREATE TABLE t (b BLOB)")
+        largest = 0
+        for _ in range(100):
+            db.run("INSERT INTO t VALUES (zeroblob(20000))")
+            largest = max(largest, log_size(path))
+        assert largest < max(limit, 2**19) * 1.1
+
+
 def test_an_idle_writer_empties_the_log_once_after_a_while(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with DbWriter(path, inline=True) as db:
         db.run("CREATE TABLE t (n)")
