@@ -280,6 +280,22 @@ def test_the_log_of_an_attached_file_counts(path: Path, tmp_path: Path, mode: An
         assert db.stats().wal_bytes == 0
 
 
+def test_the_log_of_an_attached_file_counts_from_when_it_has_one(path: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.db"
+
+    def attach(connection: sqlite3.Connection, readonly: bool) -> None:
+        connection.execute("ATTACH ? AS other", (str(other),))
+
+    with DbWriter(path, synchronous="OFF", wal_limit=LIMIT, on_connect=attach) as db:
+        db.run("CREATE TABLE other.t (b BLOB)")
+        assert db.run_without_transaction("PRAGMA other.journal_mode = WAL").rows == [("wal",)]
+        largest = 0
+        for _ in range(100):
+            db.run("INSERT INTO other.t VALUES (zeroblob(50000))")
+            largest = max(largest, log_size(other))
+        assert 0 < largest < 3 * LIMIT
+
+
 def test_a_reader_that_keeps_the_log_of_an_attached_file_is_named(
     path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
