@@ -221,6 +221,7 @@ class AsyncDbWriter(Strict):
 
         If it is cancelled, it stops after the step that is running.
         """
+        check_timeout(timeout)
         core = self._core()
         core.state.refuse_endless_wait("migrate", awaits=True)
         return self._migrate(core.migration(steps, label, sys._getframe(1)), label, timeout, dry_run)
@@ -292,8 +293,10 @@ class AsyncDbWriter(Strict):
     def flush(self, timeout: Seconds = None) -> Coroutine[Any, Any, None]:
         """As ``DbWriter.flush``."""
         core = self._core()
-        flushed: Coroutine[Any, Any, None] = self._execute(core.flush(sys._getframe(1)), timeout, alone="flush")
-        return and_the_log(flushed, core.state, timeout)
+        core.state.refuse_endless_wait("flush", awaits=True)
+        check_timeout(timeout)
+        job = core.flush(sys._getframe(1))
+        return and_the_log(lambda: self._wait_for(core, job, timeout), core.state, timeout)
 
     def checkpoint(
         self, mode: Literal["PASSIVE", "FULL", "RESTART", "TRUNCATE"] = "TRUNCATE", *, timeout: Seconds = 30.0

@@ -258,6 +258,7 @@ class DbWriter(Strict):
                 call goes on with that step.
             The others as ``run`` does, for one step.
         """
+        check_timeout(timeout)
         migration, until = self._core.migration(steps, label, sys._getframe(1)), deadline_of(timeout)
         self._state.refuse_endless_wait("migrate")
         version: int = self.read_value(VERSION, label=label, timeout=timeout)

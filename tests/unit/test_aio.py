@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import gc
 import logging
 import os
 import sqlite3
 import threading
+import warnings
 import weakref
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +23,7 @@ from aio_helpers import beats, opened, rows, run, until, writer_parked
 from helpers import DEADLINE, holding_lock, parked, pool_of, queue_of
 from onewriter import (
     AsyncDbWriter,
+    AsyncReader,
     DbWriter,
     QueueFullError,
     ReadTimeoutError,
@@ -363,6 +366,46 @@ def test_a_write_that_has_started_goes_on_whole_when_its_time_is_up(path: Path) 
             assert await rows(db) == [1]
 
     run(main)
+
+
+AT_ONCE: dict[str, Callable[[AsyncDbWriter, AsyncReader], Any]] = {
+    "run": lambda db, reader: db.run(INSERT, (1,)),
+    "run_many": lambda db, reader: db.run_many(INSERT, [(1,)]),
+    "run_script": lambda db, reader: db.run_script("DELETE FROM t"),
+    "run_without_transaction": lambda db, reader: db.run_without_transaction("VACUUM"),
+    "migrate": lambda db, reader: db.migrate(["DELETE FROM t"]),
+    "enqueue_wait": lambda db, reader: db.enqueue_wait(INSERT, (1,)),
+    "flush": lambda db, reader: db.flush(),
+    "checkpoint": lambda db, reader: db.checkpoint(),
+    "read": lambda db, reader: db.read("SELECT 1"),
+    "read_one": lambda db, reader: db.read_one("SELECT 1"),
+    "read_value": lambda db, reader: db.read_value("SELECT 1"),
+    "read of a reader": lambda db, reader: reader.execute("SELECT 1"),
+    "backup": lambda db, reader: db.backup("never.db"),
+    "close": lambda db, reader: db.close(),
+}
+
+
+@pytest.mark.parametrize("call", AT_ONCE.values(), ids=AT_ONCE)
+def test_a_task_that_is_cancelled_at_once_leaves_no_coroutine_behind(
+    path: Path, call: Callable[[AsyncDbWriter, AsyncReader], Any]
+) -> None:
+    async def main() -> None:
+        async with opened(path) as db:
+            async with db.reader() as reader:
+                task = asyncio.ensure_future(contextvars.Context().run(call, db, reader))
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+                del task
+            assert not db.closed
+            assert await db.read("SELECT * FROM t") == []
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run(main)
+        gc.collect()
+    assert [str(warning.message) for warning in caught] == []
 
 
 def test_cancelled_before_it_starts_a_write_never_runs(path: Path) -> None:

@@ -93,9 +93,20 @@ def test_the_message_of_a_timeout_has_the_sign_of_a_cut_label(path: Path) -> Non
             in_threads(lambda: db.run(LONG, timeout=0.01))
 
 
+async def migrate_awaited(db: DbWriter, timeout: float) -> None:
+    await AsyncDbWriter.wrap(db).migrate([], timeout=timeout)
+
+
 def test_a_timeout_is_checked_wherever_one_is_given(db: DbWriter) -> None:
     ticket = db.enqueue("SELECT 1")
-    for call in (ticket.result, ticket.exception, db.flush):
+
+    def migrate(timeout: float) -> None:
+        db.migrate([], timeout=timeout)
+
+    def migrate_in_task(timeout: float) -> None:
+        asyncio.run(migrate_awaited(db, timeout))
+
+    for call in (ticket.result, ticket.exception, db.flush, migrate, migrate_in_task):
         for value in (float("nan"), -1.0, 10**400):
             with pytest.raises(ValueError, match="timeout must be"):
                 call(value)

@@ -109,10 +109,13 @@ async def in_thread(function: Callable[[], T], undo: Callable[[T], object] | Non
     return result  # type: ignore[no-any-return]
 
 
-async def and_the_log(flushed: Coroutine[Any, Any, None], state: State, timeout: float | None) -> None:
-    """Wait for ``flushed``, and then until what the writer has reported is logged."""
+async def and_the_log(flush: Callable[[], Coroutine[Any, Any, None]], state: State, timeout: float | None) -> None:
+    """Wait for ``flush``, and then until what the writer has reported is logged.
+
+    It makes its coroutine here: one that was made before is awaited by nobody if the task is cancelled at once.
+    """
     until = math.inf if timeout is None else monotonic() + timeout
-    await flushed
+    await flush()
     reporter = state.reporter
     if reporter is not None and reporter.is_behind:
         await in_thread(lambda: reporter.wait(until))

@@ -22,6 +22,7 @@ from onewriter.write.session import WriteSession
 COMMITS = 256  # or some changed rows for each, after which the first checkpoint comes
 ROWS = 8  # changed rows that count as much as a commit
 PAGES = 1000  # size of the log at which it is checkpointed, as in SQLite itself
+FEWEST = 100  # to which a small wal_limit brings that down: each checkpoint costs some fsyncs
 HOLD_BACK = 0.05  # seconds that new reads wait, at most, so that the log can be reset
 FAR = 2  # times wal_limit: a larger log is reported at once
 SOON, RARELY = 0.005, 1.0  # seconds after an attempt that failed until the next, at first and at most
@@ -124,7 +125,7 @@ class Checkpointer:
     def open(self, session: WriteSession) -> None:
         """A connection was opened."""
         self._is_counting = self._settings.auto_checkpoint and bool(self._file.logged)
-        self._room = max(self._settings.wal_limit, PAGES * session.page_size)
+        self._room = max(self._settings.wal_limit, FEWEST * session.page_size)
         self.remember_size(session)
 
     def after_batch(self, session: WriteSession) -> None:

@@ -127,6 +127,8 @@ class WriteConnection:
                 session.restore_factories()
                 # Texts that were allowed for this job are asked again, for the next.
                 self.guard.install(session.connection)
+                if session.find_logs() != session.logs:  # an attached file's mode was changed: its log is to be counted
+                    self.drop()
             except sqlite3.Error:
                 self.drop()
 

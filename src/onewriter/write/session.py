@@ -71,8 +71,7 @@ class WriteSession:
         )
         self.files = files = database_files(connection)
         self.databases = list(files)
-        modes = {name: self.internal(f'PRAGMA "{name}".journal_mode')[0][0] for name in files}
-        self.logs = {name: file for name, file in files.items() if file and modes[name] == "wal"}
+        self.logs = self.find_logs()
         self.page_sizes = {name: self.internal(f'PRAGMA "{name}".page_size')[0][0] for name in files}
         self.page_size: int = self.page_sizes["main"]
         # Those of on_connect. Looking into an empty TEMP schema would open it, and temp_store be settled by that.
@@ -101,6 +100,14 @@ class WriteSession:
             return cursor.fetchall()
         finally:
             guard.mode, connection.text_factory = mode, factory
+
+    def find_logs(self) -> dict[str, str]:
+        """The files of the databases that are in WAL mode now, by name."""
+        return {
+            name: file
+            for name, file in self.files.items()
+            if file and self.internal(f'PRAGMA "{name}".journal_mode')[0][0] == "wal"
+        }
 
     def forget_error(self) -> None:
         """Of a failed statement: sqlite3 would raise it again for the next one whose parameters cannot be bound."""

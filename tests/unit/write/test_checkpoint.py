@@ -157,6 +157,17 @@ def test_a_few_large_values_do_not_make_the_log_large(path: Path) -> None:
     assert max(sizes) < 8 * 2**20
 
 
+@pytest.mark.parametrize("limit", [0, LIMIT])
+def test_a_small_limit_makes_checkpoints_come_sooner(path: Path, limit: int) -> None:
+    with DbWriter(path, wal_limit=limit, synchronous="OFF") as db:
+        db.run("CREATE TABLE t (b BLOB)")
+        largest = 0
+        for _ in range(100):
+            db.run("INSERT INTO t VALUES (zeroblob(20000))")
+            largest = max(largest, log_size(path))
+        assert largest < max(limit, 2**19) * 1.1
+
+
 def test_an_idle_writer_empties_the_log_once_after_a_while(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with DbWriter(path, inline=True) as db:
         db.run("CREATE TABLE t (n)")
@@ -267,6 +278,22 @@ def test_the_log_of_an_attached_file_counts(path: Path, tmp_path: Path, mode: An
         found = db.checkpoint()
         assert (found.busy, found.log) == (False, found.checkpointed)
         assert db.stats().wal_bytes == 0
+
+
+def test_the_log_of_an_attached_file_counts_from_when_it_has_one(path: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.db"
+
+    def attach(connection: sqlite3.Connection, readonly: bool) -> None:
+        connection.execute("ATTACH ? AS other", (str(other),))
+
+    with DbWriter(path, synchronous="OFF", wal_limit=LIMIT, on_connect=attach) as db:
+        db.run("CREATE TABLE other.t (b BLOB)")
+        assert db.run_without_transaction("PRAGMA other.journal_mode = WAL").rows == [("wal",)]
+        largest = 0
+        for _ in range(100):
+            db.run("INSERT INTO other.t VALUES (zeroblob(50000))")
+            largest = max(largest, log_size(other))
+        assert 0 < largest < 3 * LIMIT
 
 
 def test_a_reader_that_keeps_the_log_of_an_attached_file_is_named(
