@@ -211,7 +211,7 @@ class LentTransaction:
             method(cursor, sql, *rest)
         except BaseException:
             # sqlite3 begins once the statement is prepared. SQLite has rolled back all after some errors.
-            if self._connection.in_transaction and not self._is_prepared(sql):
+            if self._connection.in_transaction and not (is_usable(cursor) and self._is_prepared(sql)):
                 self._release(begun)
             raise
 
@@ -326,3 +326,12 @@ def _error(text: str) -> sqlite3.OperationalError:
 def run_nothing(method: Callable[..., Any], cursor: sqlite3.Cursor, parameters: Iterable[Any]) -> None:
     """In place of a statement that has no rows: end what the cursor had, and take no parameters."""
     method(cursor, NO_STATEMENT, *parameters)
+
+
+def is_usable(cursor: sqlite3.Cursor) -> bool:
+    """Whether it is open, and not in the midst of a call."""
+    try:
+        sqlite3.Cursor.fetchone(cursor)
+    except sqlite3.ProgrammingError:
+        return False
+    return True

@@ -516,3 +516,13 @@ def test_a_signal_handler_cannot_use_a_connection_that_prepares_a_statement(db: 
         guard.decide = decide
         assert connection.execute("SELECT 2").fetchone() == (2,)
     assert refused
+
+
+def test_a_statement_on_a_closed_cursor_begins_nothing(tx: Transaction) -> None:
+    with contextlib.closing(sqlite3.connect(":memory:")) as plain:
+        for connection in (plain, tx.connection):
+            cursor = connection.cursor()
+            cursor.close()
+            with pytest.raises(sqlite3.ProgrammingError, match="closed cursor"):
+                cursor.execute("INSERT INTO t VALUES (1)")
+            assert not connection.in_transaction
