@@ -119,7 +119,7 @@ GUARDS = [
             "waiters",
             "watches",
         },
-        held=frozenset(("_is_awake", "_keep", "_waiters_of", "begin", "sleep")),
+        held=frozenset(("_is_awake", "_keep", "_make_last_readings", "_waiters_of", "_woken", "begin", "sleep")),
         free=frozenset(("__init__",)),
     ),
     Guard(
