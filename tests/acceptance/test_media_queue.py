@@ -192,7 +192,7 @@ def test_a_second_drive_sends_new_deliveries(path: Path, drive: Any) -> None:
 
 
 def test_help_says_what_each_option_is_and_its_default() -> None:
-    for command, told in (("serve", "where to listen; 0 finds a free one (default: 8000)"), ("drive", "(default: 8)")):
+    for command, told in (("serve", "port to listen on; 0: any free one (default: 8000)"), ("drive", "(default: 8)")):
         asked = [sys.executable, str(EXAMPLE), command, "--help"]
         wide = {**os.environ, "COLUMNS": "200"}
         assert told in subprocess.run(asked, env=wide, capture_output=True, text=True, timeout=DEADLINE).stdout
