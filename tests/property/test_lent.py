@@ -190,7 +190,7 @@ class Machine(RuleBasedStateMachine):
             return list(outcomes(connection, calls, size, then))
 
         self.both(use)
-        self.changes_schema |= any(call[0] is not None and "TABLE u" in call[0] for call in calls)
+        self.changes_schema |= any("TABLE u" in str(call[0]) for call in calls)
 
     @precondition(lambda self: not self.is_undone)
     @rule(factory=st.sampled_from(ROW_FACTORIES), text=st.sampled_from([str, bytes]))
