@@ -163,8 +163,7 @@ class Places:
                 self._most -= claim.is_extra
             if self._is_watched:
                 self._serve()
-        if self._paused_until or self._closed:
-            self._tell_of_return()
+        self._tell_of_return()
         return None
 
     def _put_back(self, claim: Claim, reader: Reader) -> bool:
@@ -177,8 +176,7 @@ class Places:
                 self._idle.append(reader)  # and no call in between
             if self._is_watched:
                 self._serve()
-        if self._paused_until or self._closed:
-            self._tell_of_return()
+        self._tell_of_return()
         return True
 
     def _close_place(self, claim: Claim, reader: Reader) -> None:
@@ -191,8 +189,7 @@ class Places:
                 self._most -= claim.is_extra
             if self._is_watched:
                 self._serve()
-        if self._paused_until or self._closed:
-            self._tell_of_return()
+        self._tell_of_return()
 
     def _tell_of_return(self) -> None:
         if self._paused_until:

@@ -209,9 +209,10 @@ class LentTransaction:
         begun = self._push(None)
         try:
             method(cursor, sql, *rest)
-        except BaseException:
+        except BaseException as error:
             # sqlite3 begins once the statement is prepared. SQLite has rolled back all after some errors.
-            if self._connection.in_transaction and not (is_usable(cursor) and self._is_prepared(sql)):
+            is_refused = isinstance(error, sqlite3.ProgrammingError) and not is_usable(cursor)
+            if self._connection.in_transaction and (is_refused or not self._is_prepared(sql)):
                 self._release(begun)
             raise
 
@@ -329,7 +330,7 @@ def run_nothing(method: Callable[..., Any], cursor: sqlite3.Cursor, parameters: 
 
 
 def is_usable(cursor: sqlite3.Cursor) -> bool:
-    """Whether it is open, and not in the midst of a call."""
+    """Whether it is open, and not in the midst of a call. To be asked when it has no rows: it would lose one."""
     try:
         sqlite3.Cursor.fetchone(cursor)
     except sqlite3.ProgrammingError:
