@@ -16,6 +16,7 @@ import pytest
 
 from helpers import DEADLINE, in_threads, pool_of, queue_of
 from onewriter import AsyncDbWriter, DbWriter, ReadTimeoutError, ReentrantWriteError, WriterClosedError
+from onewriter.read import places
 
 NUMBERS = "WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c LIMIT 1000000000) SELECT {} FROM c"
 SOON = 0.2  # seconds
@@ -45,6 +46,12 @@ class Patient:
 
 def by_function(path: Path) -> Any:
     with DbWriter(path, on_connect=Patient().connect) as db:
+        db.read(SLOW, timeout=SOON)
+
+
+def by_function_with_a_connection_that_was_idle(path: Path) -> Any:
+    with DbWriter(path, on_connect=Patient().connect) as db:
+        db.read("SELECT 1")
         db.read(SLOW, timeout=SOON)
 
 
@@ -107,6 +114,7 @@ def in_a_reader_of_a_task(path: Path) -> Any:
     "read",
     [
         by_function,
+        by_function_with_a_connection_that_was_idle,
         by_row_factory,
         by_text_factory,
         by_converter,
@@ -311,6 +319,14 @@ def test_those_who_come_in_a_pause_are_admitted_in_order_at_its_end_or_when_its_
             wait(readings, DEADLINE)
             assert served == [0, 1, 2] if seconds == DEADLINE else sorted(served) == [0, 1, 2]
             assert db.stats().readers_in_use == 0
+
+
+def test_there_is_no_pause_while_a_connection_is_out_for_long_already(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(places, "LONG", -1.0)
+    with DbWriter(path, readers=2) as db, db.reader(), pool_of(db).pause(3600.0):
+        assert in_threads(lambda: db.read_value("SELECT 7", timeout=DEADLINE)) == [7]
 
 
 def test_a_pause_that_nobody_ends_is_over_for_the_next_who_comes(path: Path) -> None:

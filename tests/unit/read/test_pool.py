@@ -569,3 +569,28 @@ def test_a_savepoint_begins_nothing_that_a_later_read_is_in(one: DbWriter) -> No
             assert one.read("SAVEPOINT mine") == []
             assert is_clean(one)
     assert list(pool_of(one)._readers) == [reader]
+
+
+def test_a_claim_that_leaves_the_line_is_lent_nothing_by_a_finalizer_of_that_moment(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with DbWriter(path, readers=1) as db:
+        pool = pool_of(db)
+        out, waiting = new_claim("out"), new_claim("waiting")
+        pool.wait_for(out)
+        waiting.thread = 0  # or else it would be lent one beside that of this thread
+        assert not pool.ask(waiting, thread_signal)
+        looks: list[Claim] = []
+        look = pool._lent_to
+
+        def given_back_behind(claim: Claim) -> Reader | None:
+            looks.append(claim)
+            found = look(claim)
+            if looks == [waiting, waiting]:  # the second is that under the lock
+                pool.end(out)
+            return found
+
+        monkeypatch.setattr(pool, "_lent_to", given_back_behind)
+        pool.end(waiting)
+        assert pool.in_use == 0
+        assert db.read_value("SELECT 7", timeout=DEADLINE) == 7
