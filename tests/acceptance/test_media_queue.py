@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import http.client
 import importlib.util
+import json
 import logging
 import os
 import re
+import shutil
 import signal
 import socket
 import sqlite3
@@ -19,13 +21,14 @@ import urllib.request
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 
 from helpers import DEADLINE, HEARS_INTERRUPTS, eventually, free_port
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "media_queue"
+CHROMIUM = shutil.which("chromium")
 SECONDS = float(os.environ.get("MEDIA_QUEUE_SECONDS", "2"))
 
 
@@ -124,6 +127,94 @@ def test_the_page_is_told_of_each_change_and_an_open_one_keeps_nothing_from_endi
     assert (process.returncode, errors) == (0, "")
     assert all(line == "\n" or line.startswith("data: ") for line in seen)
     assert len(seen) > 2
+
+
+class Browser:
+    """A browser without a window, told what to do through a pipe: https://chromedevtools.github.io/devtools-protocol/"""
+
+    def __init__(self, asked: BinaryIO, told: BinaryIO) -> None:
+        self._asked, self._told = asked, told
+        self._number, self._session, self._events = 0, dict[str, str](), list[Any]()
+        target = self.ask("Target.createTarget", url="about:blank")["targetId"]
+        self._session = {"sessionId": self.ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
+
+    def ask(self, method: str, **params: Any) -> Any:
+        self._number += 1
+        message = {"id": self._number, "method": method, "params": params, **self._session}
+        self._asked.write(json.dumps(message).encode() + b"\0")
+        self._asked.flush()
+        while (answer := self._next()).get("id") != self._number:
+            self._events.append(answer.get("method"))
+        assert "error" not in answer, answer
+        return answer["result"]
+
+    def _next(self) -> Any:
+        message = b"".join(iter(lambda: self._told.read(1).rstrip(b"\0"), b""))
+        assert message, "the browser has ended"
+        return json.loads(message)
+
+    def open(self, url: str, width: int) -> None:
+        self.ask("Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=False)
+        self.ask("Page.enable")
+        self._events.clear()
+        self.ask("Page.navigate", url=url)
+        while "Page.loadEventFired" not in self._events:  # or else what is asked next would be asked of the last page
+            self._events.append(self._next().get("method"))
+
+    def value(self, expression: str) -> Any:
+        """Of a promise, its result."""
+        answer = self.ask("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
+
+    def wait_for(self, condition: str) -> None:
+        """Until it is true of the page; it is asked after each change."""
+        self.value(
+            f"new Promise(done => {{ const look = () => {{ if ({condition}) done() }}; look();"
+            "new MutationObserver(look).observe(document, {attributes: true, childList: true, subtree: true}) })"
+        )
+
+
+@contextlib.contextmanager
+def browser(folder: Path) -> Iterator[Browser]:
+    (of_commands, commands), (answers, of_answers) = os.pipe(), os.pipe()
+    begin = f"import os, sys; os.dup2({of_commands}, 3); os.dup2({of_answers}, 4)"  # as it expects them
+    code = f"{begin}; os.execv(sys.argv[1], sys.argv[1:])"
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", f"--user-data-dir={folder}"]
+    command, pipes = [sys.executable, "-c", code, str(CHROMIUM), *options], (of_commands, of_answers)
+    quiet = subprocess.DEVNULL
+    with subprocess.Popen(command, pass_fds=pipes, stdout=quiet, stderr=quiet, start_new_session=True) as process:
+        os.close(of_commands)
+        os.close(of_answers)
+        hangs = threading.Timer(DEADLINE, process.kill)
+        hangs.start()
+        try:
+            with open(commands, "wb") as asked, open(answers, "rb") as told:
+                yield Browser(asked, told)
+        finally:
+            hangs.cancel()
+            os.killpg(process.pid, signal.SIGKILL)  # with the processes that it has started
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_an_open_page_shows_each_change_fits_its_window_and_keeps_nothing_from_ending(
+    path: Path, tmp_path_factory: pytest.TempPathFactory, drive: Any
+) -> None:
+    port = free_port()
+    with served(path, port) as process, browser(tmp_path_factory.mktemp("browser")) as page:
+        address = f"http://127.0.0.1:{port}"
+        for number, width in enumerate((1280, 390), 1):
+            page.open(f"{address}/", width)
+            page.wait_for("window.now && events.readyState === 1")
+            drive.ask(
+                f"{address}/webhook", "POST", {"delivery": f"d{number}", "path": f"/media/{number}.mkv", "wait": True}
+            )
+            page.wait_for(f"now.innerHTML.includes('<b>{number}</b>webhooks')")
+            assert page.value("document.documentElement.scrollWidth") <= width
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=DEADLINE)
+        page.wait_for("now.className === 'late'")
+    assert (process.returncode, errors) == (0, "")
 
 
 def test_it_ends_at_ctrl_c_whoever_is_connected(path: Path, drive: Any) -> None:
