@@ -84,7 +84,7 @@ class ThreadDriver:
         if not in_time and job.cancel():
             raise not_entered(job, timeout, self._writer.state)
         if not in_time:  # granted, or refused, in the same moment
-            job.granted.acquire()
+            wait_in_slices(job.granted, math.inf, self._writer.state)
         return job.entered()
 
     def leave(self, job: ThreadBlock) -> None:

@@ -86,7 +86,7 @@ class Outcomes:
                 state.tally.add_batch(moments, times, commits)
         if unheard:
             self._log(unheard)
-        wake(wakeups)
+        wake(wakeups, state.relay if len(wakeups) > 1 else None)
         del works  # only now does what the jobs worked with go: it may have finalizers
         if state.live is not None:
             call_safely(state, state.live.settled, self._connection.session, jobs)

@@ -129,7 +129,7 @@ def test_a_block_that_meets_a_lock_waits_for_it_and_keeps_its_place(db: DbWriter
 
 
 def test_a_block_whose_lock_is_held_elsewhere_ends_with_its_timeout(db: DbWriter, path: Path) -> None:
-    with holding_lock(path), pytest.raises(TimeoutError, match="held elsewhere"), db.transaction(timeout=0.01):
+    with holding_lock(path), pytest.raises(TimeoutError, match="held elsewhere"), db.transaction(timeout=0.3):
         pass
     assert db.run(INSERT, (1,), timeout=DEADLINE).rowcount == 1
 
