@@ -201,12 +201,14 @@ class Snapshot:
         self._interrupting = threading.RLock()  # a signal handler may, too
         self._ended = False
         self.is_left = False  # by a task: no further call begins. Not under the lock, which one under way holds
-        self.lent: Lending | None = lend(self)
+        self.lent: Lending | None = None  # what was lent, if it was asked for
 
     @property
     def to_lend(self) -> sqlite3.Connection:
-        lent = self.lent
-        connection = None if lent is None else lent.connection
+        with self._lock:
+            if self.lent is None and not self._ended:
+                self.lent = lend(self)
+            connection = None if self.lent is None else self.lent.connection
         if connection is None:
             raise ended_error()
         return connection

@@ -23,6 +23,7 @@ from onewriter.read.read import Read
 from onewriter.read.reader import Reader, Snapshot, ended_error
 from onewriter.sqlite.parameters import Params, capture
 from onewriter.sqlite.result import Result
+from onewriter.sqlite.retry import is_interrupted
 from onewriter.sqlite.statement import Parameters
 from onewriter.tasks.block import TaskBlock, TaskSavepoint
 from onewriter.tasks.calls import LoopDeadlines, until_done
@@ -286,8 +287,14 @@ def open_cursor(snapshot: Snapshot, sql: str, parameters: Parameters) -> sqlite3
 
 
 def fetch_result(snapshot: Snapshot, sql: str, parameters: Parameters) -> Result:
-    cursor = snapshot.to_lend.execute(sql, parameters)
     try:
+        return snapshot.call(_select, snapshot.connection, sql, parameters)
+    except sqlite3.Error as error:
+        if snapshot.is_left and is_interrupted(error):
+            raise ended_error() from error
+        raise
+
+
+def _select(connection: sqlite3.Connection, sql: str, parameters: Parameters) -> Result:
+    with contextlib.closing(connection.execute(sql, parameters)) as cursor:
         return Result(cursor.fetchall(), cursor.rowcount, None, cursor.description)
-    finally:
-        cursor.close()
