@@ -1,0 +1,759 @@
+"""How large things may be before a promise fails or a cost grows: ``python tests/bench/limits.py [--quick]``.
+
+Each size of each row runs in a process of its own, for at most a minute, and checks what was promised: that all rows
+are there, in order, that nobody was refused, and that the gateway goes on afterwards. ``for one`` is the time of one
+job, row, reader and so on; where it has grown to more than twice that of the first size, the line says so.
+
+The database of 50 GB is made of free pages, as after a large DELETE: the file is valid, and has holes where they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import array
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import platform
+import resource
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from time import monotonic, perf_counter
+from typing import Any, NamedTuple
+
+from onewriter import AsyncDbWriter, DbWriter, QueueFullError, Transaction
+
+TIME_LIMIT = 60.0  # seconds for one size of one row
+SLOW = 2.0  # times the cost of one at the first size
+KB, MB, GB = 1_000, 1_000_000, 1_000_000_000
+CREATE = "CREATE TABLE t (id INTEGER PRIMARY KEY, n)"
+INSERT = "INSERT INTO t (n) VALUES (?)"
+IN_ORDER = "SELECT count(*), sum(id = n + 1) FROM t"
+LENGTH_LIMIT = GB  # https://www.sqlite.org/limits.html: of a string, BLOB or row
+PAGE, HEADER = 4096, 100
+LOCK_BYTE = 2**30  # SQLite uses no page there
+
+
+class Found(NamedTuple):
+    """What was measured.
+
+    Attributes:
+        seconds: for one.
+        besides: other figures.
+    """
+
+    seconds: float
+    besides: str = ""
+
+
+class NotTriedError(Exception):
+    """This machine has no room for it."""
+
+
+def check(is_so: bool, promise: str) -> None:
+    if not is_so:
+        raise AssertionError(promise)
+
+
+@contextlib.contextmanager
+def gateway(folder: Path, **options: Any) -> Iterator[DbWriter]:
+    with DbWriter(folder / "app.db", lock_timeout=10.0, **options) as db:
+        db.run(CREATE)
+        yield db
+
+
+@contextlib.contextmanager
+def held(db: DbWriter) -> Iterator[None]:
+    """For the ``with`` block the writer is busy, so that jobs wait in the queue."""
+    entered, release = threading.Event(), threading.Event()
+
+    def hold(tx: Transaction) -> None:
+        entered.set()
+        release.wait()
+
+    db.enqueue(hold)
+    entered.wait()
+    try:
+        yield
+    finally:
+        release.set()
+
+
+def seconds_of(call: Callable[[], object]) -> float:
+    began = perf_counter()
+    call()
+    return perf_counter() - began
+
+
+def memory() -> int:
+    """The most that this process has had, in bytes."""
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most
+
+
+def descriptors() -> int:
+    return len(os.listdir("/dev/fd"))
+
+
+def in_threads(count: int, work: Callable[[int], float]) -> list[float]:
+    """What each thread returned; one that raised is missing."""
+    found: list[float] = []
+    threads = [threading.Thread(target=lambda n=n: found.append(work(n))) for n in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+def check_rows(db: DbWriter, size: int) -> None:
+    check(db.read(IN_ORDER, timeout=None) == [(size, size)], "every row is there, in order")
+
+
+# Writes ---------------------------------------------------------------------------------------------------------------
+
+
+def queue(folder: Path, size: int) -> Found:
+    with gateway(folder, maxsize=size) as db:
+        before, began = memory(), perf_counter()
+        with held(db):
+            for n in range(size):
+                db.enqueue(INSERT, (n,))
+            kept, filled = memory() - before, perf_counter() - began
+            try:
+                db.enqueue(INSERT, (0,), timeout=0)
+                check(False, "a full queue refuses")
+            except QueueFullError:
+                pass
+        db.flush()
+        took = perf_counter() - began
+        check_rows(db, size)
+    return Found(took / size, f"{kept / size:.0f} bytes each, drained at {size / (took - filled):,.0f}/s")
+
+
+def cancelled(folder: Path, size: int) -> Found:
+    with gateway(folder, maxsize=size) as db:
+        with held(db):
+            tickets = [db.enqueue(INSERT, (n,)) for n in range(size)]
+            took = seconds_of(lambda: check(all(ticket.cancel() for ticket in tickets), "a queued job is withdrawn"))
+        db.run(INSERT, (0,))
+        check_rows(db, 1)
+    return Found(took / size)
+
+
+def run_many(folder: Path, size: int) -> Found:
+    with gateway(folder) as db:
+        before = memory()
+        took = seconds_of(lambda: db.run_many(INSERT, ((n,) for n in range(size)), timeout=None))
+        check_rows(db, size)
+        return Found(took / size, f"{(memory() - before) / size:.0f} bytes each")
+
+
+def enqueue_many(folder: Path, size: int) -> Found:
+    with gateway(folder) as db:
+        began = perf_counter()
+        ticket = db.enqueue_many(INSERT, ((n,) for n in range(size)))
+        queued = perf_counter() - began
+        check(ticket.result().rowcount == size, "the ticket tells how many rows")
+        took = perf_counter() - began
+        check_rows(db, size)
+    return Found(took / size, f"the call alone {queued:.2f} s")
+
+
+def block(folder: Path, size: int) -> Found:
+    def work() -> None:
+        with db.transaction() as tx:
+            for n in range(size):
+                tx.execute(INSERT, (n,))
+
+    with gateway(folder) as db:
+        took = seconds_of(work)
+        check_rows(db, size)
+    return Found(took / size)
+
+
+def script(folder: Path, size: int) -> Found:
+    statements = [f"INSERT INTO t (n) VALUES ({n:20});\n" for n in range(size // 46)]
+    text = "".join(statements)
+    with gateway(folder) as db:
+        took = seconds_of(lambda: db.run_script(text, timeout=None))
+        check_rows(db, len(statements))
+    return Found(took / len(statements), f"{len(statements):,} statements")
+
+
+def statement(folder: Path, size: int) -> Found:
+    text = "x" * (size - 40)
+    with gateway(folder) as db:
+        took = seconds_of(lambda: db.run(f"INSERT INTO t (n) VALUES ('{text}')", timeout=None))
+        check(db.read_value("SELECT n FROM t") == text, "the value is there")
+    return Found(took / size)
+
+
+def value(folder: Path, size: int) -> Found:
+    if size > 100 * MB and os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 8 * GB:
+        raise NotTriedError("less than 8 GB of memory are free")
+    with gateway(folder) as db:
+        data = b"0123456789abcdef" * (size // 16)
+        took = seconds_of(lambda: db.run(INSERT, (data,), timeout=None))
+        check(db.read_value("SELECT n FROM t") == data, "the value is there")
+        check_refused(db, sqlite3.DataError, INSERT, (bytes(LENGTH_LIMIT + 1),))
+        check_refused(db, sqlite3.DataError, f"INSERT INTO t (n) VALUES (zeroblob({LENGTH_LIMIT + 1}))")
+    return Found(took / size, f"at most {memory() / MB:,.0f} MB of memory")
+
+
+def check_refused(db: DbWriter, kind: type[sqlite3.Error], sql: str, params: Sequence[object] = ()) -> None:
+    """With SQLite's own error, and the next job works."""
+    before = db.read_value("SELECT count(*) FROM t")
+    try:
+        db.run(sql, params)
+        check(False, "what is too large is refused")
+    except sqlite3.Error as error:
+        check(type(error) is kind, f"{kind.__name__} is raised, not {error!r}")
+    db.run(INSERT, (0,))
+    check(db.read_value("SELECT count(*) FROM t") == before + 1, "the next job works")
+
+
+def parameters(folder: Path, size: int) -> Found:
+    with gateway(folder) as db:
+        most = db.read(lambda connection: connection.getlimit(sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER))
+        if size > most:
+            raise NotTriedError(f"this SQLite allows {most:,}")
+        took = seconds_of(lambda: db.run(insert_of(size), range(size)))
+        check_rows(db, size)
+        check_refused(db, sqlite3.OperationalError, insert_of(most + 1), range(most + 1))
+    return Found(took / size)
+
+
+def insert_of(rows: int) -> str:
+    return f"{INSERT}{', (?)' * (rows - 1)}"
+
+
+def savepoints(folder: Path, size: int) -> Found:
+    def work() -> None:
+        with db.transaction() as tx, contextlib.ExitStack() as stack:
+            for n in range(size):
+                stack.enter_context(tx.savepoint())
+                tx.execute(INSERT, (n,))
+            with contextlib.suppress(KeyError), tx.savepoint():
+                tx.execute(INSERT, (-1,))
+                raise KeyError
+
+    with gateway(folder) as db:
+        took = seconds_of(work)
+        check_rows(db, size)
+    return Found(took / size)
+
+
+def labels(folder: Path, size: int) -> Found:
+    jobs, label = 20, "x" * size
+    with gateway(folder) as db:
+        took = seconds_of(lambda: [db.enqueue(INSERT, (n,), label=label) and None for n in range(jobs)] and db.flush())
+        check_rows(db, jobs)
+        try:
+            db.run("INSERT INTO nowhere VALUES (1)", label=label)
+            check(False, "the job fails")
+        except sqlite3.OperationalError as error:
+            told = len("".join(error.__notes__))
+        check(db.close().failed == 1, "the report counts it")
+    return Found(took / jobs, f"{told:,} characters in the note of an error")
+
+
+def callbacks(folder: Path, size: int) -> Found:
+    called: list[int] = []
+    with gateway(folder) as db:
+        began = perf_counter()
+        with held(db):
+            ticket = db.enqueue(INSERT, (0,))
+            for n in range(size):
+                ticket.add_done_callback(lambda _, n=n: called.append(n))
+        db.flush()
+        took = perf_counter() - began
+    check(called == list(range(size)), "each was called once, in order")
+    return Found(took / size)
+
+
+# Reads ----------------------------------------------------------------------------------------------------------------
+
+
+def rows_of_a_read(folder: Path, size: int) -> Found:
+    with gateway(folder) as db:
+        before = memory()
+        sql = "WITH RECURSIVE c(n) AS (SELECT 0 UNION ALL SELECT n + 1 FROM c LIMIT ?) SELECT n, 'a text' FROM c"
+        began = perf_counter()
+        rows = db.read(sql, (size,))
+        took = perf_counter() - began
+        check(len(rows) == size and rows[-1][0] == size - 1, "all rows are there")
+        return Found(took / size, f"{(memory() - before) / size:.0f} bytes each")
+
+
+def readers(folder: Path, size: int) -> Found:
+    with gateway(folder, readers=size) as db:
+        before, opened = descriptors(), threading.Barrier(size + 1)
+        written = threading.Event()
+
+        def work(_: int) -> float:
+            began = perf_counter()
+            with db.reader(timeout=None) as connection:
+                took = perf_counter() - began
+                connection.execute("SELECT count(*) FROM t").fetchone()
+                opened.wait()
+                written.wait()
+                check(connection.execute("SELECT count(*) FROM t").fetchone() == (0,), "it sees the state of its entry")
+            return took
+
+        found: list[float] = []
+        reading = threading.Thread(target=lambda: found.extend(in_threads(size, work)))
+        reading.start()
+        opened.wait()
+        used, wrote = descriptors() - before, seconds_of(lambda: db.run(INSERT, (0,)))
+        written.set()
+        reading.join()
+        check(len(found) == size, "every reader had its snapshot")
+        check_rows(db, 1)
+    return Found(sum(found) / size / size, f"{used / size:.1f} descriptors each, a write beside them {wrote:.4f} s")
+
+
+def reading_threads(folder: Path, size: int) -> Found:
+    reads = 20
+    with gateway(folder, readers=4) as db:
+        db.run_many(INSERT, [(n,) for n in range(1000)])
+
+        def work(number: int) -> float:
+            longest = 0.0
+            for n in range(number, number + reads):
+                began = perf_counter()
+                check(db.read("SELECT n FROM t WHERE id = ?", (n % 1000 + 1,)) == [(n % 1000,)], "the row is found")
+                longest = max(longest, perf_counter() - began)
+            return longest
+
+        began = perf_counter()
+        longest = in_threads(size, work)
+        took = perf_counter() - began
+        check(len(longest) == size, "every thread read what it asked for")
+    return Found(took / size / reads, f"longest read {max(longest):.2f} s")
+
+
+def watching_tasks(folder: Path, size: int) -> Found:
+    """The delay from a commit to the last of the tasks that have its rows; for one of them."""
+    rounds = 5
+
+    async def follow(db: AsyncDbWriter, number: int, given: asyncio.Queue[int]) -> None:
+        async with db.watch("SELECT count(*) FROM t WHERE n <> ?", (-number,), every=0) as live:
+            async for rows in live:
+                given.put_nowait(rows[0][0])
+
+    async def work() -> list[float]:
+        async with AsyncDbWriter(folder / "app.db") as db:
+            await db.run(CREATE)
+            given = asyncio.Queue[int]()
+            tasks = [asyncio.create_task(follow(db, number + 1, given)) for number in range(size)]
+            check([await given.get() for _ in tasks] == [0] * size, "each gets the rows as they are")
+            delays = []
+            for number in range(1, rounds + 1):
+                began = perf_counter()
+                await db.run(INSERT, (number,))
+                await until_each_has(given, number, size)
+                delays.append(perf_counter() - began)
+        await asyncio.gather(*tasks)  # which end with the gateway
+        return delays
+
+    delays = asyncio.run(work())
+    return Found(min(delays) / size, f"after {min(delays) * 1e3:,.1f} ms all have the rows")
+
+
+async def until_each_has(given: asyncio.Queue[int], number: int, size: int) -> None:
+    for _ in range(size):
+        check(await given.get() == number, "each gets the newest rows, once")
+
+
+def watching_threads(folder: Path, size: int) -> Found:
+    rounds = 5
+    with gateway(folder) as db:
+        got = threading.Barrier(size + 1)
+        wrong: list[object] = []
+
+        def work(number: int) -> float:
+            with db.watch("SELECT count(*) FROM t WHERE n <> ?", (-number - 1,), every=0) as live:
+                for expected in range(rounds + 1):
+                    rows = live.next()
+                    if rows != [(expected,)]:
+                        wrong.append(rows)
+                    got.wait()
+            return 0.0
+
+        reading = threading.Thread(target=in_threads, args=(size, work))
+        reading.start()
+        got.wait()
+        delays = []
+        for number in range(rounds):
+            began = perf_counter()
+            db.run(INSERT, (number + 1,))
+            got.wait()
+            delays.append(perf_counter() - began)
+        reading.join()
+    check(not wrong, f"each gets the newest rows, once, not {wrong[:3]}")
+    return Found(min(delays) / size, f"after {min(delays) * 1e3:,.1f} ms all have the rows")
+
+
+# Threads, tasks, processes, files -------------------------------------------------------------------------------------
+
+
+def tasks(folder: Path, size: int) -> Found:
+    async def work() -> float:
+        async with AsyncDbWriter(folder / "app.db") as db:
+            await db.run("CREATE TABLE t (id INTEGER PRIMARY KEY, n)")
+            began = perf_counter()
+            await asyncio.gather(*[db.run(INSERT, (n,)) for n in range(size)])
+            took = perf_counter() - began
+            check((await db.read(IN_ORDER)) == [(size, size)], "every row is there, in order")
+            return took
+
+    before = memory()
+    return Found(asyncio.run(work()) / size, f"{(memory() - before) / size:,.0f} bytes each")
+
+
+def awaiting_tasks(folder: Path, size: int) -> Found:
+    async def work() -> float:
+        async with AsyncDbWriter(folder / "app.db") as db:
+            await db.run(CREATE)
+            release = threading.Event()
+            ticket = db.enqueue(lambda _: release.wait())
+            began = perf_counter()
+            waiting = [asyncio.create_task(wait_for(ticket)) for _ in range(size)]
+            await asyncio.sleep(0)
+            release.set()
+            check(all(await asyncio.gather(*waiting)), "each of them gets the result")
+            return perf_counter() - began
+
+    async def wait_for(ticket: Any) -> Any:
+        return await ticket
+
+    return Found(asyncio.run(work()) / size)
+
+
+def threads(folder: Path, size: int) -> Found:
+    writes = 5
+    with gateway(folder) as db:
+
+        def work(number: int) -> float:
+            return max(seconds_of(lambda: db.run(INSERT, (number,))) for _ in range(writes))
+
+        began = perf_counter()
+        longest = in_threads(size, work)
+        took = perf_counter() - began
+        check(db.read_value("SELECT count(*) FROM t") == writes * size, "every row is there")
+    return Found(took / size / writes, f"longest wait {max(longest):.2f} s")
+
+
+def processes(folder: Path, size: int) -> Found:
+    """Each of them reads a counter and writes one more, for three seconds."""
+    with gateway(folder) as db:
+        db.run(INSERT, (0,))
+    command = [sys.executable, __file__, "--counts", str(folder / "app.db")]
+    running = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(size)]
+    for process in running:
+        assert process.stdout is not None
+        process.stdout.readline()  # it is ready
+    told = [(0, 0.0)] * 0
+    for process in running:
+        assert process.stdin is not None
+        process.stdin.close()
+    for process in running:
+        assert process.stdout is not None
+        jobs, longest = json.loads(process.stdout.read())
+        told.append((jobs, longest))
+        check(process.wait() == 0, "none is refused within lock_timeout")
+    counts = [jobs for jobs, _ in told]
+    with DbWriter(folder / "app.db") as db:
+        check(db.read_value("SELECT n FROM t") == sum(counts), "no update is lost")
+    besides = f"longest wait {max(longest for _, longest in told):.2f} s, fewest / most {min(counts):,} / {max(counts):,}"
+    return Found(3.0 / sum(counts), besides)
+
+
+def count_for_three_seconds(path: str) -> None:
+    """One of the processes."""
+
+    def count(tx: Transaction) -> None:
+        ((n,),) = tx.execute("SELECT n FROM t")
+        tx.execute("UPDATE t SET n = ?", (n + 1,))
+
+    with DbWriter(path, lock_timeout=10.0) as db:
+        print("ready", flush=True)
+        sys.stdin.read()
+        jobs, longest, until = 0, 0.0, monotonic() + 3.0
+        while monotonic() < until:
+            longest = max(longest, seconds_of(lambda: db.run(count)))
+            jobs += 1
+    print(json.dumps([jobs, longest]))
+
+
+def attached(folder: Path, size: int) -> Found:
+    def attach(connection: sqlite3.Connection, readonly: bool) -> None:
+        for n in range(size):
+            connection.execute(f"ATTACH ? AS a{n}", (str(folder / f"a{n}.db"),))
+
+    def write(tx: Transaction) -> None:
+        for n in range(size):
+            tx.execute(f"INSERT INTO a{n}.u VALUES (1)")
+
+    def fail(tx: Transaction) -> None:
+        write(tx)
+        raise KeyError
+
+    jobs, before = 50, descriptors()
+    with gateway(folder, on_connect=attach) as db:
+        for n in range(size):
+            db.run(f"CREATE TABLE a{n}.u (n)")
+        took = seconds_of(lambda: [db.run(write) for _ in range(jobs)])
+        with contextlib.suppress(KeyError):
+            db.run(fail)
+        used = descriptors() - before
+        for n in range(size):
+            check(db.read_value(f"SELECT count(*) FROM a{n}.u") == jobs, "a job is in all files or in none")
+        most = db.read(lambda connection: connection.getlimit(sqlite3.SQLITE_LIMIT_ATTACHED))
+    size = most + 1
+    try:
+        with DbWriter(folder / "app.db", on_connect=attach):
+            check(False, "one more than SQLite allows is refused")
+    except sqlite3.OperationalError as error:
+        check("too many attached databases" in str(error), f"SQLite's error is raised, not {error!r}")
+    return Found(took / jobs, f"{used} descriptors of the write connection, longer by the files' fsyncs")
+
+
+def gateways(folder: Path, size: int) -> Found:
+    before, kept = descriptors(), memory()
+    began = perf_counter()
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(DbWriter(folder / f"{n}.db")) for n in range(size)]
+        for db in opened:
+            db.run(CREATE)
+        used, kept = descriptors() - before, memory() - kept
+        running = threading.active_count()
+    took = perf_counter() - began
+    check(threading.active_count() == 1 and descriptors() == before, "close leaves no thread and no descriptor")
+    check(not list(folder.glob("*-wal")), "close leaves no log")
+    return Found(took / size, f"{used / size:.1f} descriptors, {running / size:.1f} threads, {kept / size / KB:.0f} kB each")
+
+
+def log(folder: Path, size: int) -> Found:
+    if os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize < 3 * size:
+        raise NotTriedError("the disk has no room")
+    with gateway(folder) as db:
+        db.run(INSERT, (-1,))
+        with db.reader() as connection:
+            check(connection.execute("SELECT count(*) FROM t").fetchone() == (1,), "the reader has its snapshot")
+            taken = [seconds_of(lambda: db.run("INSERT INTO t VALUES (NULL, zeroblob(999000))")) for _ in range(size // MB)]
+            grown = db.stats().wal_bytes
+            old = seconds_of(lambda: connection.execute("SELECT n FROM t WHERE id = 1").fetchone())
+            check(connection.execute("SELECT count(*) FROM t").fetchone() == (1,), "the reader has its snapshot")
+        new = seconds_of(lambda: db.read("SELECT id FROM t WHERE id = 2"))
+        done = seconds_of(lambda: check(not db.checkpoint(timeout=None).busy, "it is emptied when the reader has ended"))
+        check(db.stats().wal_bytes == 0, "the log is emptied when the reader has ended")
+    besides = f"{grown / MB:,.0f} MB of log, longest write {max(taken):.2f} s, checkpoint {done:.1f} s, "
+    return Found(sum(taken) / len(taken), besides + f"a read {max(old, new) * 1e3:.1f} ms")
+
+
+# A large file ---------------------------------------------------------------------------------------------------------
+
+
+def make_large(path: Path, size: int) -> None:
+    """A valid database of ``size`` bytes: all pages but a few are free, and the file has holes where they are.
+
+    A trunk page lists free pages: https://www.sqlite.org/fileformat2.html#the_freelist. The last of the file come first,
+    so new rows are written there.
+    """
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute(f"PRAGMA page_size = {PAGE}")
+        connection.execute(CREATE)
+    used, count = path.stat().st_size // PAGE, size // PAGE
+    free = [number for number in range(count, used, -1) if number != LOCK_BYTE // PAGE + 1]
+    listed = PAGE // 4 - 8  # older versions of SQLite use no more
+    trunks = [free[start : start + listed + 1] for start in range(0, len(free), listed + 1)]
+    with path.open("r+b") as file:
+        file.truncate(count * PAGE)
+        for place, (trunk, *leaves) in enumerate(trunks):
+            following = trunks[place + 1][0] if place + 1 < len(trunks) else 0
+            file.seek((trunk - 1) * PAGE)
+            file.write(big_endian(following, len(leaves), *leaves))
+        file.seek(28)  # https://www.sqlite.org/fileformat2.html#the_database_header
+        file.write(big_endian(count, trunks[0][0], len(free)))
+
+
+def big_endian(*numbers: int) -> bytes:
+    found = array.array("I", numbers)
+    assert found.itemsize == 4
+    if sys.byteorder == "little":
+        found.byteswap()
+    return found.tobytes()
+
+
+class EnoughError(Exception):
+    """Of a copy."""
+
+
+def large_file(folder: Path, size: int) -> Found:
+    """One of a thousand writes; then what a copy, if need be the beginning of one, does to writes beside it."""
+    path = folder / "app.db"
+    make_large(path, size)
+    if size <= 5 * GB:
+        with contextlib.closing(sqlite3.connect(path)) as connection:
+            check(connection.execute("PRAGMA integrity_check").fetchone() == ("ok",), "the file is valid")
+    began = perf_counter()
+    with DbWriter(path) as db:
+        opened = perf_counter() - began
+        took = seconds_of(lambda: [db.run(INSERT, (n,)) and None for n in range(1000)])
+        check_rows(db, 1000)
+        check(not db.checkpoint().busy and path.stat().st_size >= size // PAGE * PAGE, "a checkpoint comes to its end")
+        db.run_many(INSERT, [(n,) for n in range(1000, 100_000)])
+        emptied = seconds_of(db.checkpoint)
+        check_rows(db, 100_000)
+        copied, seconds, longest = copy_beside_writes(db, folder / "copy.db", 15.0)
+        check_rows(db, db.read_value("SELECT count(*) FROM t"))
+        began = perf_counter()
+    closed = perf_counter() - began
+    besides = f"open {opened * 1e3:.0f} ms, checkpoint {emptied * 1e3:.0f} ms, close {closed * 1e3:.0f} ms; "
+    besides += f"backup of {copied / MB:,.0f} MB, {copied / MB / seconds:,.0f} MB/s, longest write beside it {longest:.2f} s"
+    return Found(took / 1000, besides)
+
+
+def copy_beside_writes(db: DbWriter, target: Path, most: float) -> tuple[int, float, float]:
+    """Copy for ``most`` seconds; returns the bytes and seconds, and of 200 writes a second the longest."""
+    stop, longest, done = threading.Event(), [0.0], [0]
+
+    def write() -> None:
+        n = db.read_value("SELECT count(*) FROM t")
+        while not stop.wait(0.005):
+            longest[0] = max(longest[0], seconds_of(lambda n=n: db.run(INSERT, (n,))))
+            n += 1
+
+    def progress(status: int, remaining: int, total: int) -> None:
+        done[0] = total - remaining
+        if perf_counter() > began + most:
+            raise EnoughError
+
+    writing = threading.Thread(target=write)
+    writing.start()
+    began = perf_counter()
+    try:
+        db.backup(target, progress=progress, pages=32)
+    except EnoughError:
+        check(not list(target.parent.glob("copy.db*")), "of a copy that was given up nothing is left")
+    else:
+        with contextlib.closing(sqlite3.connect(target)) as copy:
+            check(copy.execute(IN_ORDER).fetchone() == (100_000, 100_000), "the copy is the state of its beginning")
+    finally:
+        took = perf_counter() - began
+        stop.set()
+        writing.join()
+    return done[0] * PAGE, took, longest[0]
+
+
+# The table ------------------------------------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """What is tried, and with which sizes; ``--quick`` leaves out the last."""
+
+    what: str
+    measure: Callable[[Path, int], Found]
+    sizes: tuple[int, ...]
+
+
+ROWS = (
+    Row("queued jobs", queue, (1000, 100_000, 1_000_000)),
+    Row("queued jobs, withdrawn one by one", cancelled, (1000, 10_000, 100_000)),
+    Row("rows of one run_many", run_many, (10_000, 100_000, 1_000_000)),
+    Row("rows of one enqueue_many", enqueue_many, (10_000, 100_000, 1_000_000)),
+    Row("statements in one block", block, (1000, 100_000, 1_000_000)),
+    Row("bytes of one value", value, (MB, 100 * MB, 999_999_984)),
+    Row("bytes of one statement", statement, (100 * KB, MB, 10 * MB)),
+    Row("bytes of one script", script, (100 * KB, MB, 10 * MB)),
+    Row("parameters of one statement", parameters, (1000, 32_766, 250_000)),
+    Row("nested savepoints", savepoints, (10, 100, 1000)),
+    Row("characters of a label", labels, (10, KB, MB)),
+    Row("callbacks of one ticket", callbacks, (1000, 10_000, 100_000)),
+    Row("rows of one read", rows_of_a_read, (1000, 100_000, 1_000_000)),
+    Row("readers open at once", readers, (4, 64, 256)),
+    Row("threads that read with 4 connections", reading_threads, (4, 64, 500)),
+    Row("tasks that watch one table", watching_tasks, (1, 100, 1000)),
+    Row("threads that watch one table", watching_threads, (1, 100, 1000)),
+    Row("tasks in run at once", tasks, (1000, 10_000, 100_000)),
+    Row("tasks that await one ticket", awaiting_tasks, (100, 1000, 10_000)),
+    Row("threads in run at once", threads, (10, 100, 1000)),
+    Row("processes with a gateway each", processes, (4, 16, 32)),
+    Row("attached databases", attached, (1, 5, 10)),
+    Row("gateways in one process", gateways, (1, 10, 100)),
+    Row("bytes in the log, kept by a reader", log, (10 * MB, 500 * MB, 4 * GB)),
+    Row("bytes of the database", large_file, (50 * MB, 2 * GB, 50 * GB)),
+)
+
+
+def try_one(what: str, size: int) -> None:
+    """In a process of its own."""
+    (measure,) = (row.measure for row in ROWS if row.what == what)
+    logging.disable()  # full queues, slow jobs and open readers are what is tried
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            found = measure(Path(folder), size)
+        except NotTriedError as reason:
+            found = Found(0.0, f"not tried: {reason}")
+    print(json.dumps(found))
+
+
+def outcome(row: Row, size: int) -> tuple[str, Found]:
+    command = [sys.executable, __file__, "--one", row.what, str(size)]
+    try:
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=TIME_LIMIT, check=False)
+    except subprocess.TimeoutExpired:
+        return "NO", Found(0.0, f"not within {TIME_LIMIT:.0f} s")
+    if ran.returncode != 0 or ran.stderr:
+        return "NO", Found(0.0, (ran.stderr.strip() or f"exit code {ran.returncode}").splitlines()[-1])
+    found = Found(*json.loads(ran.stdout.splitlines()[-1]))
+    return ("yes" if found.seconds else "-"), found
+
+
+def in_units(seconds: float) -> str:
+    if not seconds:
+        return ""
+    for unit, factor in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
+        if seconds * factor >= 1:
+            return f"{seconds * factor:.1f} {unit}"
+    return f"{seconds * 1e9:.1f} ns"
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--one"]:
+        try_one(sys.argv[2], int(sys.argv[3]))
+        return
+    if sys.argv[1:2] == ["--counts"]:
+        logging.disable()
+        count_for_three_seconds(sys.argv[2])
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="leave out the largest of each")
+    parser.add_argument("--only", default="", metavar="TEXT", help="rows whose name has this in it")
+    arguments = parser.parse_args()
+    print(f"Python {platform.python_version()}, SQLite {sqlite3.sqlite_version}, {platform.system()}", end=", ")
+    print(f"{os.cpu_count()} cores, synchronous=FULL\n")
+    print(f"{'':37}{'size':>14}  {'holds':5}  {'for one':>9}  slow?   besides")
+    for row in ROWS:
+        first = 0.0
+        for place, size in enumerate(row.sizes[:-1] if arguments.quick else row.sizes):
+            if arguments.only in row.what:
+                holds, found = outcome(row, size)
+                first = first or found.seconds
+                slow = f"x {found.seconds / first:.1f}" if first and found.seconds > SLOW * first else ""
+                name = "" if place else row.what
+                cost = in_units(found.seconds)
+                print(f"{name:37}{size:14,}  {holds:5}  {cost:>9}  {slow:7} {found.besides}".rstrip(), flush=True)
+
+
+if __name__ == "__main__":
+    main()
