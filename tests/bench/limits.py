@@ -2,7 +2,7 @@
 
 Each size of each row runs in a process of its own, for at most a minute, and checks what was promised: that all rows
 are there, in order, that nobody was refused, and that the gateway goes on afterwards. ``for one`` is the time of one
-job, row, reader and so on; where it has grown to more than twice that of the first size, the line says so.
+job, row, reader and so on; where it is more than twice that of a smaller size, the line says so.
 
 The database of 50 GB is made of free pages, as after a large DELETE: the file is valid, and has holes where they are.
 """
@@ -13,8 +13,10 @@ import argparse
 import array
 import asyncio
 import contextlib
+import functools
 import json
 import logging
+import math
 import os
 import platform
 import resource
@@ -31,10 +33,11 @@ from typing import Any, NamedTuple
 from onewriter import AsyncDbWriter, DbWriter, QueueFullError, Transaction
 
 TIME_LIMIT = 60.0  # seconds for one size of one row
-SLOW = 2.0  # times the cost of one at the first size
+SLOW = 2.0  # times the cost of one at a smaller size
 KB, MB, GB = 1_000, 1_000_000, 1_000_000_000
 CREATE = "CREATE TABLE t (id INTEGER PRIMARY KEY, n)"
 INSERT = "INSERT INTO t (n) VALUES (?)"
+INSERT_A_MB = "INSERT INTO t (n) VALUES (zeroblob(999000))"
 IN_ORDER = "SELECT count(*), sum(id = n + 1) FROM t"
 LENGTH_LIMIT = GB  # https://www.sqlite.org/limits.html: of a string, BLOB or row
 PAGE, HEADER = 4096, 100
@@ -254,7 +257,11 @@ def savepoints(folder: Path, size: int) -> Found:
 def labels(folder: Path, size: int) -> Found:
     jobs, label = 20, "x" * size
     with gateway(folder) as db:
-        took = seconds_of(lambda: [db.enqueue(INSERT, (n,), label=label) and None for n in range(jobs)] and db.flush())
+        began = perf_counter()
+        for n in range(jobs):
+            db.enqueue(INSERT, (n,), label=label)
+        db.flush()
+        took = perf_counter() - began
         check_rows(db, jobs)
         try:
             db.run("INSERT INTO nowhere VALUES (1)", label=label)
@@ -267,12 +274,16 @@ def labels(folder: Path, size: int) -> Found:
 
 def callbacks(folder: Path, size: int) -> Found:
     called: list[int] = []
+
+    def note(number: int, _: object) -> None:
+        called.append(number)
+
     with gateway(folder) as db:
         began = perf_counter()
         with held(db):
             ticket = db.enqueue(INSERT, (0,))
             for n in range(size):
-                ticket.add_done_callback(lambda _, n=n: called.append(n))
+                ticket.add_done_callback(functools.partial(note, n))
         db.flush()
         took = perf_counter() - began
     check(called == list(range(size)), "each was called once, in order")
@@ -461,20 +472,19 @@ def processes(folder: Path, size: int) -> Found:
     for process in running:
         assert process.stdout is not None
         process.stdout.readline()  # it is ready
-    told = [(0, 0.0)] * 0
     for process in running:
         assert process.stdin is not None
         process.stdin.close()
+    counts, waits = [], []
     for process in running:
         assert process.stdout is not None
         jobs, longest = json.loads(process.stdout.read())
-        told.append((jobs, longest))
+        counts.append(jobs)
+        waits.append(longest)
         check(process.wait() == 0, "none is refused within lock_timeout")
-    counts = [jobs for jobs, _ in told]
     with DbWriter(folder / "app.db") as db:
         check(db.read_value("SELECT n FROM t") == sum(counts), "no update is lost")
-    besides = f"longest wait {max(longest for _, longest in told):.2f} s, fewest / most {min(counts):,} / {max(counts):,}"
-    return Found(3.0 / sum(counts), besides)
+    return Found(3.0 / sum(counts), f"longest wait {max(waits):.2f} s, fewest / most {min(counts):,} / {max(counts):,}")
 
 
 def count_for_three_seconds(path: str) -> None:
@@ -495,8 +505,8 @@ def count_for_three_seconds(path: str) -> None:
 
 
 def attached(folder: Path, size: int) -> Found:
-    def attach(connection: sqlite3.Connection, readonly: bool) -> None:
-        for n in range(size):
+    def attach_all(count: int, connection: sqlite3.Connection, readonly: bool) -> None:
+        for n in range(count):
             connection.execute(f"ATTACH ? AS a{n}", (str(folder / f"a{n}.db"),))
 
     def write(tx: Transaction) -> None:
@@ -508,7 +518,7 @@ def attached(folder: Path, size: int) -> Found:
         raise KeyError
 
     jobs, before = 50, descriptors()
-    with gateway(folder, on_connect=attach) as db:
+    with gateway(folder, on_connect=functools.partial(attach_all, size)) as db:
         for n in range(size):
             db.run(f"CREATE TABLE a{n}.u (n)")
         took = seconds_of(lambda: [db.run(write) for _ in range(jobs)])
@@ -518,13 +528,12 @@ def attached(folder: Path, size: int) -> Found:
         for n in range(size):
             check(db.read_value(f"SELECT count(*) FROM a{n}.u") == jobs, "a job is in all files or in none")
         most = db.read(lambda connection: connection.getlimit(sqlite3.SQLITE_LIMIT_ATTACHED))
-    size = most + 1
     try:
-        with DbWriter(folder / "app.db", on_connect=attach):
+        with DbWriter(folder / "app.db", on_connect=functools.partial(attach_all, most + 1)):
             check(False, "one more than SQLite allows is refused")
     except sqlite3.OperationalError as error:
         check("too many attached databases" in str(error), f"SQLite's error is raised, not {error!r}")
-    return Found(took / jobs, f"{used} descriptors of the write connection, longer by the files' fsyncs")
+    return Found(took / jobs / (size + 1), f"{used} descriptors")
 
 
 def gateways(folder: Path, size: int) -> Found:
@@ -539,7 +548,8 @@ def gateways(folder: Path, size: int) -> Found:
     took = perf_counter() - began
     check(threading.active_count() == 1 and descriptors() == before, "close leaves no thread and no descriptor")
     check(not list(folder.glob("*-wal")), "close leaves no log")
-    return Found(took / size, f"{used / size:.1f} descriptors, {running / size:.1f} threads, {kept / size / KB:.0f} kB each")
+    besides = f"{used / size:.1f} descriptors, {running / size:.1f} threads, {kept / size / KB:.0f} kB each"
+    return Found(took / size, besides)
 
 
 def log(folder: Path, size: int) -> Found:
@@ -549,15 +559,15 @@ def log(folder: Path, size: int) -> Found:
         db.run(INSERT, (-1,))
         with db.reader() as connection:
             check(connection.execute("SELECT count(*) FROM t").fetchone() == (1,), "the reader has its snapshot")
-            taken = [seconds_of(lambda: db.run("INSERT INTO t VALUES (NULL, zeroblob(999000))")) for _ in range(size // MB)]
+            taken = [seconds_of(lambda: db.run(INSERT_A_MB)) for _ in range(size // MB)]
             grown = db.stats().wal_bytes
             old = seconds_of(lambda: connection.execute("SELECT n FROM t WHERE id = 1").fetchone())
             check(connection.execute("SELECT count(*) FROM t").fetchone() == (1,), "the reader has its snapshot")
         new = seconds_of(lambda: db.read("SELECT id FROM t WHERE id = 2"))
-        done = seconds_of(lambda: check(not db.checkpoint(timeout=None).busy, "it is emptied when the reader has ended"))
+        emptied = seconds_of(lambda: db.checkpoint(timeout=None))
         check(db.stats().wal_bytes == 0, "the log is emptied when the reader has ended")
-    besides = f"{grown / MB:,.0f} MB of log, longest write {max(taken):.2f} s, checkpoint {done:.1f} s, "
-    return Found(sum(taken) / len(taken), besides + f"a read {max(old, new) * 1e3:.1f} ms")
+    besides = f"log of {grown / MB:,.0f} MB, longest write {max(taken):.2f} s, a read {max(old, new) * 1e3:.1f} ms, "
+    return Found(sum(taken) / len(taken), f"{besides}checkpoint {emptied:.1f} s")
 
 
 # A large file ---------------------------------------------------------------------------------------------------------
@@ -566,7 +576,7 @@ def log(folder: Path, size: int) -> Found:
 def make_large(path: Path, size: int) -> None:
     """A valid database of ``size`` bytes: all pages but a few are free, and the file has holes where they are.
 
-    A trunk page lists free pages: https://www.sqlite.org/fileformat2.html#the_freelist. The last of the file come first,
+    A trunk page lists free pages: https://www.sqlite.org/fileformat2.html#the_freelist. The last ones come first,
     so new rows are written there.
     """
     with contextlib.closing(sqlite3.connect(path)) as connection:
@@ -619,7 +629,9 @@ def large_file(folder: Path, size: int) -> Found:
         began = perf_counter()
     closed = perf_counter() - began
     besides = f"open {opened * 1e3:.0f} ms, checkpoint {emptied * 1e3:.0f} ms, close {closed * 1e3:.0f} ms; "
-    besides += f"backup of {copied / MB:,.0f} MB, {copied / MB / seconds:,.0f} MB/s, longest write beside it {longest:.2f} s"
+    besides += (
+        f"copied {copied / MB:,.0f} MB, {copied / MB / seconds:,.0f} MB/s, longest write meanwhile {longest:.2f} s"
+    )
     return Found(took / 1000, besides)
 
 
@@ -630,7 +642,7 @@ def copy_beside_writes(db: DbWriter, target: Path, most: float) -> tuple[int, fl
     def write() -> None:
         n = db.read_value("SELECT count(*) FROM t")
         while not stop.wait(0.005):
-            longest[0] = max(longest[0], seconds_of(lambda n=n: db.run(INSERT, (n,))))
+            longest[0] = max(longest[0], seconds_of(functools.partial(db.run, INSERT, (n,))))
             n += 1
 
     def progress(status: int, remaining: int, total: int) -> None:
@@ -659,7 +671,7 @@ def copy_beside_writes(db: DbWriter, target: Path, most: float) -> tuple[int, fl
 
 
 class Row(NamedTuple):
-    """What is tried, and with which sizes; ``--quick`` leaves out the last."""
+    """What is tried, and with which sizes; ``--quick``: the first."""
 
     what: str
     measure: Callable[[Path, int], Found]
@@ -737,19 +749,19 @@ def main() -> None:
         count_for_three_seconds(sys.argv[2])
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="leave out the largest of each")
+    parser.add_argument("--quick", action="store_true", help="the smallest of each alone")
     parser.add_argument("--only", default="", metavar="TEXT", help="rows whose name has this in it")
     arguments = parser.parse_args()
     print(f"Python {platform.python_version()}, SQLite {sqlite3.sqlite_version}, {platform.system()}", end=", ")
     print(f"{os.cpu_count()} cores, synchronous=FULL\n")
     print(f"{'':37}{'size':>14}  {'holds':5}  {'for one':>9}  slow?   besides")
     for row in ROWS:
-        first = 0.0
-        for place, size in enumerate(row.sizes[:-1] if arguments.quick else row.sizes):
+        least = math.inf
+        for place, size in enumerate(row.sizes[:1] if arguments.quick else row.sizes):
             if arguments.only in row.what:
                 holds, found = outcome(row, size)
-                first = first or found.seconds
-                slow = f"x {found.seconds / first:.1f}" if first and found.seconds > SLOW * first else ""
+                slow = f"x {found.seconds / least:.1f}" if found.seconds > SLOW * least else ""
+                least = min(least, found.seconds or math.inf)
                 name = "" if place else row.what
                 cost = in_units(found.seconds)
                 print(f"{name:37}{size:14,}  {holds:5}  {cost:>9}  {slow:7} {found.besides}".rstrip(), flush=True)
