@@ -239,7 +239,7 @@ def parameters(folder: Path, size: int) -> Found:
         most = db.read(lambda connection: connection.getlimit(sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER))
         if size > most:
             raise NotTriedError(f"this SQLite allows {most:,}")
-        took = cpu_of(lambda: db.run(insert_of(size), range(size)))
+        took = cpu_of(lambda: db.run(insert_of(size), range(size), timeout=None))
         check_rows(db, size)
         check_refused(db, sqlite3.OperationalError, insert_of(most + 1), range(most + 1))
     return Found(took / size)
@@ -309,7 +309,7 @@ def rows_of_a_read(folder: Path, size: int) -> Found:
         before = memory()
         sql = "WITH RECURSIVE c(n) AS (SELECT 0 UNION ALL SELECT n + 1 FROM c LIMIT ?) SELECT n, 'a text' FROM c"
         began = process_time()
-        rows = db.read(sql, (size,))
+        rows = db.read(sql, (size,), timeout=None)
         took = process_time() - began
         check(len(rows) == size and rows[-1][0] == size - 1, "all rows are there")
         return Found(took / size, f"{(memory() - before) / size:.0f} bytes each")
@@ -434,7 +434,7 @@ def tasks(folder: Path, size: int) -> Found:
         async with AsyncDbWriter(folder / "app.db") as db:
             await db.run("CREATE TABLE t (id INTEGER PRIMARY KEY, n)")
             began = process_time()
-            await asyncio.gather(*[db.run(INSERT, (n,)) for n in range(size)])
+            await asyncio.gather(*[db.run(INSERT, (n,), timeout=None) for n in range(size)])
             took = process_time() - began
             check((await db.read(IN_ORDER)) == [(size, size)], "every row is there, in order")
             return took
@@ -467,7 +467,7 @@ def threads(folder: Path, size: int) -> Found:
     with gateway(folder) as db:
 
         def work(number: int) -> float:
-            return max(seconds_of(lambda: db.run(INSERT, (number,))) for _ in range(writes))
+            return max(seconds_of(lambda: db.run(INSERT, (number,), timeout=None)) for _ in range(writes))
 
         began = process_time()
         longest = in_threads(size, work)
@@ -789,16 +789,15 @@ def main() -> None:
     print(f"{'':37}{'size':>14}  {'holds':5}  {'CPU of one':>10}  slow?   besides")
     for row in ROWS:
         least = math.inf
-        for place, size in enumerate(row.sizes[:1] if arguments.quick else row.sizes):
+        for size in row.sizes[:1] if arguments.quick else row.sizes:
             if arguments.only in row.what:
                 holds, found = outcome(row, size)
                 if found.seconds > SLOW * least:  # or was it something else on this machine?
                     holds, found = min((holds, found), outcome(row, size), key=lambda other: other[1].seconds)
                 slow = f"x {found.seconds / least:.1f}" if found.seconds > SLOW * least else ""
                 least = min(least, found.seconds or math.inf)
-                name = "" if place else row.what
                 cost = in_units(found.seconds)
-                print(f"{name:37}{size:14,}  {holds:5}  {cost:>10}  {slow:7} {found.besides}".rstrip(), flush=True)
+                print(f"{row.what:37}{size:14,}  {holds:5}  {cost:>10}  {slow:7} {found.besides}".rstrip(), flush=True)
 
 
 if __name__ == "__main__":
