@@ -33,7 +33,9 @@ class Ticket(Generic[T]):
     States:  PENDING → RUNNING → DONE; PENDING → CANCELLED or DONE. Never backwards.
     Locks:   the gateway's one ``state.lock`` guards _stage, _waiters and _callbacks. A wait checks the state
              and leaves its wake-up lock in one hold of it, and the outcome is set and the wake-ups are taken in one
-             hold: with or without a GIL, a wait either sees the outcome or is woken.
+             hold: with or without a GIL, a wait either sees the outcome or is woken. Between the look and the store no
+             call is made and no list, in which a finalizer or signal handler could set the outcome; and no list is
+             copied, since thousands may wait.
     Threads: every method may be called from any thread; the outcome is written by the writer thread before DONE.
     """
 
@@ -198,9 +200,13 @@ class Ticket(Generic[T]):
     def add_done_callback(self, fn: Callable[[Ticket[T]], object]) -> None:
         """Call ``fn(ticket)`` when the job has its outcome, on the writer thread; now, if it has one already."""
         check_callback("the callback", fn)
+        first: list[Callable[[Ticket[T]], object]] = [fn]
         with self._state.lock:
-            if self._stage < CANCELLED or self._callbacks:
-                self._callbacks = [*(self._callbacks or ()), fn]
+            if self._callbacks:
+                self._callbacks.append(fn)
+                return
+            if self._stage < CANCELLED:
+                self._callbacks = first
                 return
         call_safely(self._state, fn, self)
 
@@ -231,11 +237,14 @@ class Ticket(Generic[T]):
     def arrival(self) -> Iterator[asyncio.Future[None]]:
         """A future of the running loop that is done when there is an outcome."""
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        first = [future]
         with self._state.lock:
-            if self._stage < CANCELLED:
-                self._waiters = [*(self._waiters or ()), future]
-            else:
+            if self._stage >= CANCELLED:
                 future.set_result(None)
+            elif self._waiters:
+                self._waiters.append(future)
+            else:
+                self._waiters = first
         try:
             yield future
         finally:
@@ -247,10 +256,14 @@ class Ticket(Generic[T]):
         """Wait for the outcome; False if ``timeout`` seconds went by without one."""
         until = math.inf if timeout is None else monotonic() + timeout
         signal = thread_signal()
+        first = [signal]
         with self._state.lock:
             if self._stage >= CANCELLED:
                 return True
-            self._waiters = [*(self._waiters or ()), signal]
+            if self._waiters:
+                self._waiters.append(signal)
+            else:
+                self._waiters = first
         try:
             return wait_in_slices(signal, until, self._state)
         finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
@@ -201,6 +202,26 @@ def test_callbacks_are_called_once_in_order_on_the_writer_thread_after_commit(db
     db.run("SELECT 1", timeout=DEADLINE)
     assert called == [("first", ticket, True, 1), ("second", ticket, True, 1)]
     assert threads == [db.run(lambda tx: threading.get_ident(), timeout=DEADLINE)]
+
+
+def test_adding_a_callback_or_a_wait_does_not_copy_those_before_it(db: DbWriter) -> None:
+    """A hundred thousand would copy five thousand million."""
+
+    async def lists_after_each(ticket: Ticket[Any]) -> list[tuple[object, object]]:
+        found: list[tuple[object, object]] = []
+        with contextlib.ExitStack() as waits:
+            for _ in range(3):
+                ticket.add_done_callback(lambda ticket: None)
+                waits.enter_context(ticket.arrival())
+                assert not ticket.wait(0)
+                found.append((ticket._callbacks, ticket._waiters))
+        return found
+
+    with parked(db):
+        first, *others = asyncio.run(lists_after_each(db.enqueue(INSERT, (1,))))
+    for callbacks, waiters in others:
+        assert callbacks is first[0]
+        assert waiters is first[1]
 
 
 def test_a_callback_added_late_is_called_at_once_in_the_callers_thread(db: DbWriter) -> None:
