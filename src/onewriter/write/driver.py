@@ -17,6 +17,8 @@ from onewriter.write.loan import WriteLoan
 from onewriter.write.ticket import Job
 from onewriter.write.writer import MOST_TAKEN, Writer
 
+STACK = 100  # more calls in calls than the writer's own code ever makes
+
 
 class Driver(Protocol):
     def start(self) -> None:
@@ -225,6 +227,7 @@ class InlineDriver:
         me = threading.get_ident()
         if me in self._inside:
             raise ReentrantWriteError("a callback or signal handler cannot wait for the write that it interrupts")
+        _need_stack(STACK)
         has_it = False
         self._inside.add(me)
         try:
@@ -266,3 +269,9 @@ class InlineDriver:
             yield
         finally:
             self._writer.state.writer_thread = 0
+
+
+def _need_stack(calls: int) -> None:
+    """Raise RecursionError now, while nothing was done, and not in the midst of the writer's own code."""
+    if calls:
+        _need_stack(calls - 1)

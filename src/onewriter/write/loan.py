@@ -345,19 +345,26 @@ class WriteLoan:
         return self.call(self.session.executor.execute_many, sql, rows)
 
     def script(self, sql: str) -> None:
+        self.call(self._script, sql)
+
+    def _script(self, sql: str) -> None:
         for part in script_parts(sql):
-            self.call(self.session.executor.execute_script, part)
+            if self.is_closed or self._root._until < monotonic():
+                raise self._refusal()
+            self.session.executor.execute_script(part)
+
+    # Another thread's work would be undone with theirs, if it came in between: so each is one call.
+
+    def whole_many(self, sql: str, rows: list[Parameters]) -> Result:
+        return self.call(self.all_parts().whole, self.session.executor.execute_many, sql, rows)  # type: ignore[no-any-return]
 
     def whole_script(self, sql: str) -> None:
-        """All of it or nothing."""
-        with self.part():
-            self.script(sql)
+        self.call(self.all_parts().whole, self._script, sql)
 
     def query(self, sql: str, parameters: Parameters, fetch: Callable[[sqlite3.Cursor], T], until: float) -> T:
         """Run a statement that must not write, and see what the transaction has written."""
         with self.reading(until) as view:
-            rows: T = view.call(view._query, sql, parameters, fetch)
-            return rows
+            return view.call(view._query, sql, parameters, fetch)  # type: ignore[no-any-return]
 
     def read_with(self, function: Callable[[sqlite3.Connection], T], until: float) -> T:
         """Call a function of the user's that must not write; what it calls is inside too."""

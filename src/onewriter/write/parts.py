@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from onewriter.base.arguments import check_callback
 from onewriter.errors import TransactionClosedError
 from onewriter.write.session import WriteSession
 
 Callback = Callable[[], object]
+T = TypeVar("T")
 
 
 class Mark:
@@ -72,6 +73,18 @@ class Parts:
             self._forget_since(mark)
             self._session.internal(f"ROLLBACK TO {self._name_of(mark)}")
             self._session.internal(f"RELEASE {self._name_of(mark)}")
+
+    def whole(self, function: Callable[..., T], *args: Any) -> T:
+        """Call ``function``: all that it does, or nothing."""
+        mark = self.begin()
+        try:
+            result = function(*args)
+        except BaseException:
+            if self._session.connection.in_transaction:  # else it was undone with all
+                self.undo(mark)
+            raise
+        self.end(mark)
+        return result
 
     def undo_innermost(self) -> None:
         """Undo what the innermost part has done so far; it stays open. Without one, all of the job."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +31,34 @@ def test_inline_a_block_of_another_thread_is_waited_for(path: Path) -> None:
         waiting.result(DEADLINE)
         assert rows(db) == [1, 2]
         assert not [thread for thread in threading.enumerate() if "writer" in thread.name]
+
+
+@pytest.mark.parametrize("write", ["run", "block"])
+def test_inline_a_call_in_a_runaway_recursion_is_refused_before_anything_is_done(path: Path, write: str) -> None:
+    def deeper(left: int) -> None:
+        if left:
+            deeper(left - 1)
+        elif write == "run":
+            db.run(INSERT, (len(done),))
+        else:
+            with db.transaction() as tx:
+                tx.execute(INSERT, (len(done),))
+
+    done: list[int] = []
+    refused = 0
+    with DbWriter(path, inline=True) as db:
+        db.run("CREATE TABLE t (n UNIQUE)")
+        for calls in range(sys.getrecursionlimit() - 250, sys.getrecursionlimit()):
+            try:
+                deeper(calls)
+            except RecursionError:
+                refused += 1
+            else:
+                done.append(len(done))
+        assert db.health == "ok"
+        assert done
+        assert refused
+        assert rows(db) == done
 
 
 class Turn:

@@ -138,6 +138,18 @@ def test_a_withdrawn_job_gives_its_room_back_at_once(db: DbWriter) -> None:
     assert rows(db) == [10, 11, 12]
 
 
+def test_jobs_that_were_all_withdrawn_leave_the_queue_empty(db: DbWriter) -> None:
+    with parked(db):
+        tickets = [db.enqueue(INSERT, (n,)) for n in range(3)]
+        assert all([ticket.cancel() for ticket in tickets])
+    db.flush(timeout=DEADLINE)
+    with parked(db):
+        for n in range(3):
+            db.enqueue(INSERT, (n,), timeout=0)
+    db.flush(timeout=DEADLINE)
+    assert rows(db) == [0, 1, 2]
+
+
 def test_who_waits_for_room_gets_that_of_a_withdrawn_job(db: DbWriter, pool: ThreadPoolExecutor) -> None:
     with parked(db):
         tickets = [db.enqueue(INSERT, (n,)) for n in range(3)]

@@ -6,23 +6,25 @@ import contextlib
 import logging
 import sqlite3
 import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, core_of, eventually, holding_lock, inserting, parked, rows, state_of
+from helpers import BRIEFLY, DEADLINE, core_of, eventually, holding_lock, inserting, parked, rows, state_of
 from onewriter import (
     DbWriter,
     ReadTimeoutError,
     ReentrantWriteError,
+    Result,
     Ticket,
     Transaction,
     TransactionAbortedError,
     TransactionClosedError,
 )
+from onewriter.write import loan
 
 INSERT = "INSERT INTO t VALUES (?)"
 ENDLESS = "WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c) SELECT max(n) FROM c"
@@ -208,10 +210,11 @@ def test_a_system_exit_inside_a_nested_call_undoes_the_nested_part_only_if_it_is
         lambda db, tx: db.run_many(INSERT, [(5,), (6,), (5,)]),
         lambda db, tx: db.run_script("INSERT INTO t VALUES (5); INSERT INTO t VALUES (5);"),
         lambda db, tx: tx.executescript("INSERT INTO t VALUES (5); INSERT INTO t VALUES (5);"),
+        lambda db, tx: tx.executemany(INSERT, [(5,), (6,), (5,)]),
         lambda db, tx: db.run("INSERT INTO t VALUES (5), (5)"),
         lambda db, tx: db.run("INSERT OR FAIL INTO t VALUES (5), (5)"),
     ],
-    ids=["run_many", "run_script", "executescript", "run", "run OR FAIL"],
+    ids=["run_many", "run_script", "executescript", "executemany", "run", "run OR FAIL"],
 )
 def test_a_part_that_fails_midway_and_is_caught_leaves_nothing_of_itself(db: DbWriter, call: Any) -> None:
     def job(tx: Transaction) -> None:
@@ -226,6 +229,24 @@ def test_a_part_that_fails_midway_and_is_caught_leaves_nothing_of_itself(db: DbW
         job(tx)
         raise LookupError
     assert rows(db) == [1, 2]
+
+
+def test_a_script_that_fails_undoes_nothing_of_another_thread(db: DbWriter, monkeypatch: pytest.MonkeyPatch) -> None:
+    with ThreadPoolExecutor(1) as pool, db.transaction() as tx:
+
+        def with_another_in_between(script: str) -> Iterator[str]:
+            first, second = script.split(";")
+            yield first
+            others.append(pool.submit(tx.execute, INSERT, (2,)))
+            wait(others, BRIEFLY)
+            yield second
+
+        others: list[Future[Result]] = []
+        monkeypatch.setattr(loan, "script_parts", with_another_in_between)
+        with pytest.raises(sqlite3.IntegrityError):
+            tx.executescript("INSERT INTO t VALUES (1); INSERT INTO t VALUES (1)")
+        others[0].result(DEADLINE)
+    assert rows(db) == [2]
 
 
 def test_callbacks_of_nested_calls_run_in_their_order_after_the_whole(db: DbWriter) -> None:
