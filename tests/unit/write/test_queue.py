@@ -138,6 +138,16 @@ def test_a_withdrawn_job_gives_its_room_back_at_once(db: DbWriter) -> None:
     assert rows(db) == [10, 11, 12]
 
 
+def test_withdrawn_jobs_keep_no_room_when_nothing_else_was_queued(db: DbWriter) -> None:
+    with parked(db):
+        tickets = [db.enqueue(INSERT, (n,)) for n in range(3)]
+        assert all([ticket.cancel() for ticket in tickets])
+    db.flush(timeout=DEADLINE)
+    assert queue_of(db).fill == "0 of 3 jobs are queued"
+    for n in range(3):
+        db.enqueue(INSERT, (n,), timeout=0).result(DEADLINE)
+
+
 def test_who_waits_for_room_gets_that_of_a_withdrawn_job(db: DbWriter, pool: ThreadPoolExecutor) -> None:
     with parked(db):
         tickets = [db.enqueue(INSERT, (n,)) for n in range(3)]
