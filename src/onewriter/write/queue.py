@@ -43,6 +43,7 @@ class JobQueue(queue.Queue[Job[Any]]):
         self._token.acquire()
         self._asleep = False
         self._bounded = 0
+        self._last = self._last_taken = 0  # places: that of the last job, and of the last that is not in here any more
         self.taken: list[Job[Any]] = []  # what the consumer has now; some have their outcome
         self.guest: Job[Any] | None = None  # it has the consumer's turn, in a thread of its own
         self.is_handed_over = False  # what the guest has begun the consumer ends
@@ -71,7 +72,7 @@ class JobQueue(queue.Queue[Job[Any]]):
             if self._refusal is None and (not bounded or self._bounded < self._limit):
                 if bounded:
                     self._bounded += 1
-                item._was_queued = True
+                item._place = self._last = self._last + 1
                 self.queue.append(item)
                 if self._asleep:
                     self._wake()
@@ -98,7 +99,7 @@ class JobQueue(queue.Queue[Job[Any]]):
 
     def _append(self, job: Job[Any]) -> None:
         self._bounded += 1
-        job._was_queued = True
+        job._place = self._last = self._last + 1
         self.queue.append(job)
 
     def line_up(self, job: Job[Any], signal: Signal) -> _Waiter | None:
@@ -130,7 +131,7 @@ class JobQueue(queue.Queue[Job[Any]]):
         with self.mutex:
             if self._is_taking:  # this is a finalizer, inside _pop
                 self._forgotten.append(job)
-            elif getattr(job, "_was_queued", False) and job not in self.taken:
+            elif getattr(job, "_place", 0) > self._last_taken:
                 self._bounded -= job.bounded
                 self._withdrawn.add(job)
                 self._made_room()
@@ -178,6 +179,8 @@ class JobQueue(queue.Queue[Job[Any]]):
         self._is_taking = True
         # One by one: copying and clearing would lose what a finalizer puts in between.
         self.taken = jobs = list(islice(iter(self.queue.popleft, None), min(limit, len(self.queue))))
+        if jobs:
+            self._last_taken = jobs[-1]._place
         self._is_taking = False
         if self._withdrawn:
             gone = self._withdrawn.intersection(jobs)  # which have made room already
@@ -201,6 +204,7 @@ class JobQueue(queue.Queue[Job[Any]]):
             if not self._asleep or self.guest is not None or self.queue or self._refusal is not None:
                 return False
             self.guest, self.taken = job, [job]
+            job._place = self._last = self._last_taken = self._last + 1
             return True
 
     def give_turn(self) -> None:
@@ -211,7 +215,7 @@ class JobQueue(queue.Queue[Job[Any]]):
     def give_way(self, job: Job[Any]) -> None:
         """The guest lets the consumer do it, next: it was accepted before those that are queued now."""
         with self.mutex:
-            job._was_queued = True
+            self._last_taken = job._place - 1
             self.queue.appendleft(job)
             self._end_turn()
 
@@ -282,7 +286,7 @@ class JobQueue(queue.Queue[Job[Any]]):
         """Take everything that waits, without waiting; it must refuse already. The consumer keeps what it has."""
         with self.mutex:
             jobs = list(self.queue)
-            _forget_places(jobs)
+            self._last_taken = self._last
             self.queue.clear()
             self._withdrawn.clear()
             self._bounded = 0
@@ -351,7 +355,8 @@ class JobQueue(queue.Queue[Job[Any]]):
             if not waiter.accepted:
                 job = waiter.job
                 self._bounded += 1
-                job._was_queued = waiter.accepted = True
+                job._place = self._last = self._last + 1
+                waiter.accepted = True
                 self.queue.append(job)  # and no call since it is accepted, behind which one could come
             if waiter in self._room:
                 del self._room[waiter]
@@ -372,8 +377,3 @@ class _Waiter:
         self.job = job
         self.accepted = False
         self.signal = signal
-
-
-def _forget_places(jobs: list[Job[Any]]) -> None:
-    for job in jobs:
-        job._was_queued = False

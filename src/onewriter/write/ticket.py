@@ -45,13 +45,13 @@ class Ticket(Generic[T]):
         "_error",
         "_instruction",
         "_label",
+        "_place",
         "_result",
         "_sequence",
         "_stage",
         "_state",
         "_times",
         "_waiters",
-        "_was_queued",
         "created_at",
         "ended_at",
         "started_at",
@@ -74,7 +74,7 @@ class Ticket(Generic[T]):
         # These are set when there is something to say.
         self._times: Times
         self._sequence: int
-        self._was_queued: bool
+        self._place: int  # in the queue; after it come higher ones
         self.started_at: float
         self.ended_at: float
 
