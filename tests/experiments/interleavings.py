@@ -1,0 +1,547 @@
+"""Interleavings: every hand-over of the gateway, in each order of its steps that a few switches of threads make.
+
+All schedules without a switch that need not be, then all with one, and so on: most faults of this kind need one or two
+(https://www.microsoft.com/en-us/research/publication/iterative-context-bounding-for-systematic-testing-of-multithreaded-programs/).
+A finding names its schedule, which ``replay`` runs again and prints.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+import random
+import shutil
+import sqlite3
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from experiments import Outcome
+from experiments.scheduler import Schedule, Scheduler, installed
+from onewriter import (
+    DbWriter,
+    QueueFullError,
+    ReadTimeoutError,
+    Ticket,
+    TransactionClosedError,
+    WriterClosedError,
+    WriteTimeoutError,
+)
+
+INSERT = "INSERT INTO t VALUES (?)"
+COUNT = "SELECT count(*) FROM t"
+SOON = 0.1  # seconds: a wait that may end by its time
+
+
+class Play:
+    """What a scenario plays with: it runs some functions at once, and says what is not true afterwards."""
+
+    def __init__(self, path: Path, scheduler: Scheduler) -> None:
+        self.path = path
+        self.scheduler = scheduler
+        self.acknowledged: set[int] = set()
+        self.refused: set[int] = set()  # what must not be in the file
+        self.jumps: float = 0  # waits that may have to end by their time
+        self.db: DbWriter
+
+    def check(self, is_true: object, text: str) -> None:
+        if not is_true:
+            self.scheduler.find(text)
+
+    def open(self, **options: Any) -> DbWriter:
+        options = {"synchronous": "OFF", "slow_after": 10_000.0, **options}
+        self.db = DbWriter(self.path, on_connect=self._add_pause, **options)
+        return self.db
+
+    def _add_pause(self, connection: sqlite3.Connection, is_reader: bool) -> None:
+        connection.create_function("pause", 1, self._pause)
+
+    def _pause(self, value: int) -> int:
+        self.scheduler.point()
+        return value
+
+    # Calls that keep what they were told
+
+    def run(self, db: DbWriter, n: int, **options: Any) -> None:
+        try:
+            db.run(INSERT, (n,), **options)
+            self.acknowledged.add(n)
+        except WriterClosedError:
+            self.refused.add(n)
+        except WriteTimeoutError as error:
+            if error.started:
+                self._keep(n, cast(Ticket[Any], error.ticket))
+            else:
+                self.refused.add(n)
+
+    def enqueue(self, db: DbWriter, n: int, **options: Any) -> Ticket[Any] | None:
+        try:
+            ticket = db.enqueue(INSERT, (n,), **options)
+        except (WriterClosedError, QueueFullError):
+            self.refused.add(n)
+            return None
+        return ticket
+
+    def put(self, db: DbWriter, n: int, **options: Any) -> None:
+        ticket = self.enqueue(db, n, **options)
+        if ticket is not None:
+            self._keep(n, ticket)
+
+    def _keep(self, n: int, ticket: Ticket[Any]) -> None:
+        try:
+            good = ticket.exception() is None
+        except CancelledError:
+            good = False
+        (self.acknowledged if good else self.refused).add(n)
+
+    def block(self, db: DbWriter, n: int, sql: str = INSERT, **options: Any) -> None:
+        try:
+            with db.transaction(**options) as tx:
+                tx.execute(sql, (n,))
+            self.acknowledged.add(n)
+        except (WriterClosedError, TransactionClosedError):
+            self.refused.add(n)
+        except WriteTimeoutError as error:
+            self.check(not error.started, f"{error!r} says that the block has started")
+            self.refused.add(n)
+
+    def end(self, db: DbWriter) -> None:
+        """The gateway goes on, then closes, and the file has what it is to have."""
+        if not db.closed:
+            db.run("DELETE FROM t WHERE n = ?", (-1,), timeout=None)
+            with db.transaction(timeout=None) as tx:
+                tx.execute("DELETE FROM t WHERE n = ?", (-1,))
+        report = db.close()
+        self.check(not report.unfinished, f"unfinished: {report}")
+        core = db._core
+        self.check(core.queue.depth == 0 and core.queue._bounded == 0, f"in the queue: {core.queue.fill}")
+        self.check(core.queue.guest is None, "a turn is taken")
+        self.check(core.pool.in_use == 0 and core.pool._count == 0, f"readers: {core.pool._count} in the pool")
+        # All of it is in the file itself by now, without a log.
+        with contextlib.closing(sqlite3.connect(f"file:{self.path}?immutable=1", uri=True)) as connection:
+            rows = [n for (n,) in connection.execute("SELECT n FROM t ORDER BY n")]
+        self.check(rows == sorted(self.acknowledged), f"rows {rows}, acknowledged {sorted(self.acknowledged)}")
+        self.check(not self.acknowledged & self.refused, f"both: {self.acknowledged & self.refused}")
+        jumps = self.scheduler.jumps
+        self.check(len(jumps) <= self.jumps, f"waits that nobody ended in time: {jumps}")
+
+
+# Scenarios ------------------------------------------------------------------------------------------------------------
+
+
+def put_and_sleep(play: Play) -> None:
+    """The writer falls asleep as jobs come."""
+    db = play.open()
+    play.scheduler.at_once(lambda: play.run(db, 1), lambda: play.put(db, 2))
+    play.end(db)
+
+
+def put_and_idle(play: Play) -> None:
+    """It empties the log when it has been idle, as a job comes."""
+    db = play.open()
+    play.run(db, 1)
+    play.scheduler.at_once(lambda: play.run(db, 2), lambda: play.put(db, 3))
+    play.end(db)
+
+
+def turn_and_put(play: Play) -> None:
+    """A block takes its own turn as a job comes."""
+    db = play.open()
+    play.scheduler.at_once(lambda: play.block(db, 1), lambda: play.run(db, 2))
+    play.end(db)
+
+
+def turn_and_turn(play: Play) -> None:
+    """Two blocks take theirs."""
+    db = play.open()
+    play.scheduler.at_once(lambda: play.block(db, 1), lambda: play.block(db, 2))
+    play.end(db)
+
+
+def turn_and_jobs(play: Play) -> None:
+    """A block, and one after it, as the writer is woken."""
+    db = play.open()
+
+    def blocks() -> None:
+        play.block(db, 1)
+        play.block(db, 2)
+
+    play.scheduler.at_once(blocks, lambda: play.put(db, 3))
+    play.end(db)
+
+
+def turn_and_no_time(play: Play) -> None:
+    """A block gives up waiting as it is granted."""
+    db = play.open()
+    play.scheduler.at_once(lambda: play.block(db, 1), lambda: play.block(db, 2, timeout=SOON))
+    play.end(db)
+
+
+def leave_and_max_hold(play: Play) -> None:
+    """A block is left as it is taken back."""
+    db = play.open()
+    play.scheduler.at_once(lambda: play.block(db, 1, max_hold=SOON), lambda: play.run(db, 2))
+    play.end(db)
+
+
+def statement_and_max_hold(play: Play) -> None:
+    """A block is taken back while SQLite runs its statement."""
+    db = play.open()
+    sql = "INSERT INTO t SELECT pause(?)"
+    play.scheduler.at_once(lambda: play.block(db, 1, sql, max_hold=SOON), lambda: play.block(db, 2, sql))
+    play.end(db)
+
+
+def leave_and_close(play: Play) -> None:
+    """A block is left, and another begins, as the gateway is closed."""
+    db = play.open()
+    play.scheduler.at_once(lambda: play.block(db, 1), lambda: play.block(db, 2), db.close)
+    play.end(db)
+
+
+def outcome_and_wait(play: Play) -> None:
+    """A wait for an outcome begins, or ends by its time, as there is one."""
+    db = play.open()
+    ticket = play.enqueue(db, 1)
+    assert ticket is not None
+
+    def look() -> None:
+        with contextlib.suppress(TimeoutError):
+            ticket.result(SOON)
+
+    play.scheduler.at_once(look, lambda: play._keep(1, ticket))
+    play.end(db)
+
+
+def timeout_and_start(play: Play) -> None:
+    """A write is withdrawn as it starts."""
+    db = play.open()
+    play.scheduler.at_once(lambda: play.run(db, 1, timeout=SOON), lambda: play.run(db, 2, timeout=SOON))
+    timed_out = db.stats().timed_out
+    play.end(db)
+    report = db.close()
+    play.check(report.cancelled <= timed_out <= 2, f"{timed_out} timed out, {report}")
+
+
+def cancel_and_start(play: Play) -> None:
+    """A ticket is cancelled as its job starts, and somebody waits for it."""
+    db = play.open()
+    told: list[bool] = []
+    called: list[object] = []
+
+    def put() -> None:
+        ticket = play.enqueue(db, 1)
+        assert ticket is not None
+        ticket.add_done_callback(called.append)
+        told.append(ticket.cancel())
+        play._keep(1, ticket)
+
+    play.scheduler.at_once(put, lambda: play.run(db, 2))
+    play.end(db)
+    play.check(told == [1 in play.refused], f"cancel() said {told}")
+    play.check(len(called) == 1, f"called back {len(called)} times")
+
+
+def room_and_giving_up(play: Play) -> None:
+    """A producer is admitted to a full queue as it gives up."""
+    db = play.open(maxsize=1)
+    play.scheduler.at_once(
+        lambda: play.put(db, 1, timeout=SOON),
+        lambda: play.put(db, 2, timeout=SOON),
+        lambda: play.put(db, 3, timeout=SOON),
+    )
+    play.end(db)
+
+
+def room_and_withdrawal(play: Play) -> None:
+    """Room is made by a job that is withdrawn."""
+    db = play.open(maxsize=1)
+
+    def put_and_cancel() -> None:
+        ticket = play.enqueue(db, 1)
+        if ticket is not None:
+            ticket.cancel()
+            play._keep(1, ticket)
+
+    play.scheduler.at_once(put_and_cancel, lambda: play.put(db, 2), lambda: play.put(db, 3, timeout=SOON))
+    play.end(db)
+
+
+def read(play: Play, db: DbWriter, **options: Any) -> None:
+    try:
+        found = db.read_value(COUNT, **options)
+        play.check(found == 0, f"a read found {found}")
+    except ReadTimeoutError:
+        play.check("timeout" in options, "a read had no time")
+    except WriterClosedError:
+        play.check(db.closed, "a read was refused")
+
+
+def snapshot(play: Play, db: DbWriter, **options: Any) -> None:
+    try:
+        with db.reader(**options) as connection:
+            play.check(connection.execute(COUNT).fetchall() == [(0,)], "a reader saw something else")
+    except ReadTimeoutError:
+        play.check("timeout" in options, "a reader had no time")
+    except WriterClosedError:
+        play.check(db.closed, "a reader was refused")
+
+
+def reader_given_back(play: Play) -> None:
+    """The only connection is given back as others come for it."""
+    db = play.open(readers=1)
+    play.scheduler.at_once(lambda: read(play, db), lambda: read(play, db), lambda: snapshot(play, db))
+    read(play, db)
+    play.end(db)
+
+
+def reader_and_no_time(play: Play) -> None:
+    """It is given back as one of those that wait for it gives up."""
+    db = play.open(readers=1)
+    play.scheduler.at_once(lambda: snapshot(play, db), lambda: read(play, db, timeout=SOON), lambda: read(play, db))
+    read(play, db)
+    play.end(db)
+
+
+def readers_and_checkpoint(play: Play) -> None:
+    """Reads come, and go, while they are held back."""
+    db = play.open(readers=2)
+    read(play, db)
+    play.jumps = math.inf
+    play.scheduler.at_once(lambda: read(play, db), lambda: snapshot(play, db), db.checkpoint)
+    play.end(db)
+
+
+def close_and_put(play: Play) -> None:
+    """The gateway is closed as jobs come."""
+    db = play.open()
+    play.scheduler.at_once(lambda: play.put(db, 1), lambda: play.run(db, 2), db.close)
+    play.end(db)
+
+
+def close_and_withdraw(play: Play) -> None:
+    """The same, without draining, in two threads."""
+    db = play.open()
+    play.scheduler.at_once(lambda: play.put(db, 1), lambda: play.block(db, 2), lambda: db.close(drain=False), db.close)
+    play.end(db)
+
+
+def close_and_no_time(play: Play) -> None:
+    """Close has no time."""
+    db = play.open()
+    play.scheduler.at_once(lambda: play.put(db, 1), lambda: play.run(db, 2), lambda: db.close(SOON))
+    play.end(db)
+
+
+def close_and_read(play: Play) -> None:
+    """The gateway is closed as reads come."""
+    db = play.open(readers=1)
+    play.scheduler.at_once(lambda: read(play, db), lambda: snapshot(play, db), db.close)
+    play.end(db)
+
+
+def publish_and_next(play: Play) -> None:
+    """A watch is told of a commit as it falls asleep."""
+    db = play.open()
+    seen: list[int] = []
+
+    def look() -> None:
+        with db.watch(COUNT, every=0.0) as live:
+            for [(count,)] in live:
+                seen.append(count)
+                if count == 2:
+                    return
+
+    play.scheduler.at_once(look, lambda: play.run(db, 1), lambda: play.put(db, 2))
+    play.end(db)
+    play.check(seen == sorted(set(seen)), f"seen: {seen}")
+
+
+def watch_and_close(play: Play) -> None:
+    """A watch gives its last rows as the gateway is closed."""
+    db = play.open()
+    seen: list[int] = []
+
+    def look() -> None:
+        with contextlib.suppress(WriterClosedError), db.watch(COUNT, every=0.0) as live:
+            seen.append(-1)
+            for [(count,)] in live:
+                seen.append(count)
+
+    play.scheduler.at_once(look, lambda: play.run(db, 1), db.close)
+    play.end(db)
+    play.check(not seen or seen[-1] == len(play.acknowledged), f"seen: {seen}, of {play.acknowledged}")
+
+
+def watch_and_leave(play: Play) -> None:
+    """A watch is left by another thread as it is told of a commit."""
+    db = play.open()
+    live = db.watch(COUNT, every=0.0)
+
+    def look() -> None:
+        for _ in live:
+            pass
+
+    with live:
+        play.scheduler.at_once(look, lambda: play.run(db, 1), live.close)
+    play.end(db)
+    play.check(db._core.state.live is None, "it is watched on")
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """``near``: see ``Scheduler``; ``fine``: of which files each step is looked at, as a second scenario."""
+
+    function: Callable[[Play], None]
+    near: float = 0.2
+    fine: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.function.__name__ + " (fine)" * bool(self.fine)
+
+
+QUEUE = ("write/queue.py", "write/driver.py")
+TURN = ("write/queue.py", "write/own_turn.py", "write/driver.py", "write/entry.py", "write/block.py")
+POOL = ("read/places.py", "read/pool.py")
+
+SCENARIOS = (
+    Scenario(put_and_sleep),
+    Scenario(put_and_sleep, fine=QUEUE),
+    Scenario(put_and_idle, near=0.6),
+    Scenario(turn_and_put),
+    Scenario(turn_and_put, fine=TURN),
+    Scenario(turn_and_turn),
+    Scenario(turn_and_turn, fine=TURN),
+    Scenario(turn_and_jobs),
+    Scenario(turn_and_no_time),
+    Scenario(leave_and_max_hold),
+    Scenario(leave_and_max_hold, fine=("write/block.py", "write/loan.py")),
+    Scenario(statement_and_max_hold),
+    Scenario(leave_and_close),
+    Scenario(outcome_and_wait),
+    Scenario(outcome_and_wait, fine=("write/ticket.py", "write/outcomes.py", "base/waiting.py")),
+    Scenario(timeout_and_start),
+    Scenario(cancel_and_start),
+    Scenario(room_and_giving_up),
+    Scenario(room_and_withdrawal),
+    Scenario(reader_given_back),
+    Scenario(reader_given_back, fine=POOL),
+    Scenario(reader_and_no_time),
+    Scenario(reader_and_no_time, fine=POOL),
+    Scenario(readers_and_checkpoint),
+    Scenario(close_and_put),
+    Scenario(close_and_withdraw),
+    Scenario(close_and_no_time),
+    Scenario(close_and_read),
+    Scenario(publish_and_next),
+    Scenario(watch_and_close),
+    Scenario(watch_and_leave),
+)
+
+
+# Exploring ------------------------------------------------------------------------------------------------------------
+
+
+def play(scenario: Scenario, schedule: Schedule, folder: Path, log: list[str] | None = None) -> Scheduler:
+    """Run one schedule of it."""
+    scheduler = Scheduler(schedule, scenario.near, scenario.fine)
+    scheduler.log = log
+    path = folder / "play.db"
+    shutil.copyfile(_template(folder), path)
+    play = Play(path, scheduler)
+    scheduler.run(lambda: scenario.function(play))
+    if scheduler.finding:
+        vars(play.db).pop("_core", None)  # its threads were abandoned: nobody can close it
+    for suffix in ("", "-wal", "-shm"):
+        Path(f"{path}{suffix}").unlink(missing_ok=True)
+    return scheduler
+
+
+def _template(folder: Path) -> Path:
+    path = folder / "template.db"
+    if not path.exists():
+        with DbWriter(path) as db:
+            db.run("CREATE TABLE t (n INTEGER PRIMARY KEY)")
+    return path
+
+
+@dataclass
+class Explored:
+    """How many schedules were played with each number of switches, and how many of those were left."""
+
+    played: list[int]
+    left: list[int]
+    finding: str = ""
+
+
+def explore(run: Callable[[Schedule], Scheduler], bound: int, most: int, seed: int = 1) -> Explored:
+    """Play all schedules with up to ``bound`` switches that need not be, fewest first; if there are more than ``most``,
+    some of them.
+    """
+    chance = random.Random(seed)
+    todo: list[list[dict[int, int]]] = [[{}], *([] for _ in range(bound))]
+    explored = Explored([0] * (bound + 1), [0] * (bound + 1))
+    for switches, schedules in enumerate(todo):
+        while schedules and sum(explored.played) < most:
+            place = chance.randrange(len(schedules)) if switches else -1
+            schedules[place], schedules[-1] = schedules[-1], schedules[place]
+            schedule = schedules.pop()
+            scheduler = run(schedule)
+            explored.played[switches] += 1
+            if scheduler.finding:
+                explored.finding = f"{scheduler.finding}; schedule {schedule}"
+                return explored
+            _branch(schedule, scheduler, todo)
+        explored.left[switches] = len(schedules)
+    return explored
+
+
+def _branch(schedule: dict[int, int], scheduler: Scheduler, todo: list[list[dict[int, int]]]) -> None:
+    """Add those that differ from ``schedule`` in one later choice."""
+    first, spent = max(schedule, default=-1) + 1, 0
+    for place, choice in enumerate(scheduler.choices):
+        if place >= first:
+            for other, cost in enumerate(choice.costs):
+                if other != choice.chosen and spent + cost < len(todo):
+                    todo[spent + cost].append({**schedule, place: other})
+        spent += choice.costs[choice.chosen]
+
+
+def run(size: int, seed: int, folder: Path, bound: int = 3) -> Outcome:
+    """Up to ``size`` schedules of each hand-over."""
+    outcome = Outcome()
+    for scenario in SCENARIOS:
+        explored = explore_scenario(scenario, bound, size, seed, folder)
+        outcome.trials += sum(explored.played)
+        outcome.notes[scenario.name] = sum(explored.played)
+        if explored.finding:
+            outcome.find(f"{scenario.name}: {explored.finding}")
+    return outcome
+
+
+def explore_scenario(scenario: Scenario, bound: int, most: int, seed: int, folder: Path) -> Explored:
+    with installed(), collecting_nothing():
+        return explore(lambda schedule: play(scenario, schedule, folder), bound, most, seed)
+
+
+@contextlib.contextmanager
+def collecting_nothing() -> Iterator[None]:
+    """A finalizer in the midst of a run would be another step, which comes elsewhere the next time."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def replay(name: str, schedule: Schedule, folder: Path) -> str:
+    """Run it again, and tell each choice."""
+    log: list[str] = []
+    with installed(), collecting_nothing():
+        scheduler = play(next(one for one in SCENARIOS if one.name == name), schedule, folder, log)
+    return "\n".join([*log, scheduler.finding or "no finding"])
