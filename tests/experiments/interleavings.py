@@ -7,21 +7,23 @@ A finding names its schedule, which ``replay`` runs again and prints.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gc
 import math
 import random
 import shutil
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from experiments import Outcome
-from experiments.scheduler import Schedule, Scheduler, installed
+from experiments.scheduler import Loop, Schedule, Scheduler, installed
 from onewriter import (
+    AsyncDbWriter,
     DbWriter,
     QueueFullError,
     ReadTimeoutError,
@@ -110,12 +112,14 @@ class Play:
 
     def end(self, db: DbWriter) -> None:
         """The gateway goes on, then closes, and the file has what it is to have."""
-        if not db.closed:
+        others = 0 if db.closed else 2
+        if others:
             db.run("DELETE FROM t WHERE n = ?", (-1,), timeout=None)
             with db.transaction(timeout=None) as tx:
                 tx.execute("DELETE FROM t WHERE n = ?", (-1,))
         report = db.close()
         self.check(not report.unfinished, f"unfinished: {report}")
+        self.check(report.committed == len(self.acknowledged) + others, f"counted wrongly: {report}")
         core = db._core
         self.check(core.queue.depth == 0 and core.queue._bounded == 0, f"in the queue: {core.queue.fill}")
         self.check(core.queue.guest is None, "a turn is taken")
@@ -323,9 +327,18 @@ def close_and_put(play: Play) -> None:
 
 
 def close_and_withdraw(play: Play) -> None:
-    """The same, without draining, in two threads."""
+    """What is queued is withdrawn as the writer takes it, and as a block comes."""
     db = play.open()
-    play.scheduler.at_once(lambda: play.put(db, 1), lambda: play.block(db, 2), lambda: db.close(drain=False), db.close)
+    ticket = play.enqueue(db, 1)
+    assert ticket is not None
+    play.scheduler.at_once(lambda: play._keep(1, ticket), lambda: play.block(db, 2), lambda: db.close(drain=False))
+    play.end(db)
+
+
+def close_and_close(play: Play) -> None:
+    """Two close it, each in its way, as a job comes."""
+    db = play.open()
+    play.scheduler.at_once(lambda: play.put(db, 1), lambda: db.close(drain=False), db.close)
     play.end(db)
 
 
@@ -391,6 +404,90 @@ def watch_and_leave(play: Play) -> None:
     play.check(db._core.state.live is None, "it is watched on")
 
 
+def in_loop(play: Play, *tasks: Coroutine[Any, Any, object]) -> None:
+    """Run the tasks in a loop of the calling thread."""
+
+    async def all_of_them() -> None:
+        await asyncio.gather(*tasks)
+
+    loop = Loop(play.scheduler)
+    try:
+        loop.run_until_complete(all_of_them())
+    finally:
+        loop.close()
+
+
+async def task_block(play: Play, db: DbWriter, n: int, seconds: float | None = None, **options: Any) -> None:
+    """A task's block, which is cancelled after some ``seconds``."""
+    try:
+        async with asyncio.timeout(seconds), AsyncDbWriter.wrap(db).transaction(**options) as tx:
+            await tx.execute("INSERT INTO t SELECT pause(?)", (n,))
+        play.acknowledged.add(n)
+    except (WriterClosedError, TransactionClosedError):
+        play.refused.add(n)
+    except WriteTimeoutError as error:
+        play.check(not error.started, f"{error!r} says that the block has started")
+        play.refused.add(n)
+    except TimeoutError as error:
+        is_committed = any("was committed" in note for note in getattr(error.__cause__, "__notes__", ()))
+        (play.acknowledged if is_committed else play.refused).add(n)
+
+
+async def task_run(play: Play, db: DbWriter, n: int, **options: Any) -> None:
+    try:
+        await AsyncDbWriter.wrap(db).run(INSERT, (n,), **options)
+        play.acknowledged.add(n)
+    except WriterClosedError:
+        play.refused.add(n)
+    except WriteTimeoutError as error:
+        if error.started:
+            with contextlib.suppress(Exception):
+                await cast(Ticket[Any], error.ticket)
+            play._keep(n, cast(Ticket[Any], error.ticket))
+        else:
+            play.refused.add(n)
+
+
+def task_and_block(play: Play) -> None:
+    """The block of a task, whose statements the writer runs, beside that of a thread."""
+    db = play.open()
+    play.scheduler.at_once(lambda: in_loop(play, task_block(play, db, 1)), lambda: play.block(db, 2))
+    play.end(db)
+
+
+def tasks_and_cancellation(play: Play) -> None:
+    """The block of a task is cancelled as it begins, runs or ends, beside another of its loop."""
+    db = play.open()
+    play.scheduler.at_once(
+        lambda: in_loop(play, task_block(play, db, 1, SOON), task_run(play, db, 2)), lambda: play.run(db, 3)
+    )
+    play.end(db)
+
+
+def task_and_no_time(play: Play) -> None:
+    """The block of a task gives up waiting as it is granted; and a write as it starts."""
+    db = play.open()
+    play.scheduler.at_once(
+        lambda: in_loop(play, task_block(play, db, 1, timeout=SOON), task_run(play, db, 2, timeout=SOON)),
+        lambda: play.block(db, 3),
+    )
+    play.end(db)
+
+
+def task_and_max_hold(play: Play) -> None:
+    """The block of a task is taken back as it is used or left."""
+    db = play.open()
+    play.scheduler.at_once(lambda: in_loop(play, task_block(play, db, 1, max_hold=SOON)), lambda: play.run(db, 2))
+    play.end(db)
+
+
+def task_and_close(play: Play) -> None:
+    """The gateway is closed as a task comes for a block."""
+    db = play.open()
+    play.scheduler.at_once(lambda: in_loop(play, task_block(play, db, 1), task_run(play, db, 2)), db.close)
+    play.end(db)
+
+
 @dataclass(frozen=True)
 class Scenario:
     """``near``: see ``Scheduler``; ``fine``: of which files each step is looked at, as a second scenario."""
@@ -435,11 +532,20 @@ SCENARIOS = (
     Scenario(readers_and_checkpoint),
     Scenario(close_and_put),
     Scenario(close_and_withdraw),
+    Scenario(close_and_close),
+    Scenario(close_and_put, fine=("write/queue.py", "write/writer.py")),
     Scenario(close_and_no_time),
     Scenario(close_and_read),
     Scenario(publish_and_next),
+    Scenario(publish_and_next, fine=("live/hub.py", "live/watch.py")),
     Scenario(watch_and_close),
     Scenario(watch_and_leave),
+    Scenario(task_and_block),
+    Scenario(tasks_and_cancellation),
+    Scenario(tasks_and_cancellation, fine=("tasks/block.py",)),
+    Scenario(task_and_no_time),
+    Scenario(task_and_max_hold),
+    Scenario(task_and_close),
 )
 
 
@@ -480,14 +586,15 @@ class Explored:
 
 def explore(run: Callable[[Schedule], Scheduler], bound: int, most: int, seed: int = 1) -> Explored:
     """Play all schedules with up to ``bound`` switches that need not be, fewest first; if there are more than ``most``,
-    some of them.
+    some with each number of them.
     """
     chance = random.Random(seed)
     todo: list[list[dict[int, int]]] = [[{}], *([] for _ in range(bound))]
     explored = Explored([0] * (bound + 1), [0] * (bound + 1))
     for switches, schedules in enumerate(todo):
-        while schedules and sum(explored.played) < most:
-            place = chance.randrange(len(schedules)) if switches else -1
+        share = (most - sum(explored.played)) // (bound + 1 - switches)
+        while schedules and explored.played[switches] < share:
+            place = chance.randrange(len(schedules))
             schedules[place], schedules[-1] = schedules[-1], schedules[place]
             schedule = schedules.pop()
             scheduler = run(schedule)

@@ -10,11 +10,13 @@ goes on only if nothing else can: ``Scheduler.jumps`` says whose waits that ende
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dis
 import functools
 import math
 import queue
+import selectors
 import sys
 import threading
 import time
@@ -426,6 +428,34 @@ class SimpleQueue:
 
     def empty(self) -> bool:
         return not self._items
+
+
+class Loop(asyncio.SelectorEventLoop):
+    """An event loop in one of the scheduler's threads, which sleeps and is woken as that says."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+        self._wakeup = Event(scheduler)
+        super().__init__(_Sleep(scheduler, self._wakeup))
+
+    def time(self) -> float:
+        return self._scheduler.now
+
+    def _write_to_self(self) -> None:
+        self._wakeup.set()
+
+
+class _Sleep(selectors.SelectSelector):
+    def __init__(self, scheduler: Scheduler, wakeup: Event) -> None:
+        super().__init__()
+        self._scheduler = scheduler
+        self._wakeup = wakeup
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        if timeout is None or timeout > 0:
+            self._wakeup.wait(timeout)
+        self._wakeup.clear()  # whoever sets it after this has its call in the loop's next round
+        return []
 
 
 class _Module(types.ModuleType):
