@@ -21,17 +21,20 @@ from pathlib import Path
 from typing import Any, cast
 
 from experiments import Outcome
-from experiments.scheduler import Loop, Schedule, Scheduler, installed
+from experiments.scheduler import Event, Loop, Schedule, Scheduler, installed
 from onewriter import (
     AsyncDbWriter,
     DbWriter,
+    ForkedError,
     QueueFullError,
     ReadTimeoutError,
     Ticket,
+    Transaction,
     TransactionClosedError,
     WriterClosedError,
     WriteTimeoutError,
 )
+from onewriter.ends import exit as at_exit
 
 INSERT = "INSERT INTO t VALUES (?)"
 COUNT = "SELECT count(*) FROM t"
@@ -47,7 +50,9 @@ class Play:
         self.acknowledged: set[int] = set()
         self.refused: set[int] = set()  # what must not be in the file
         self.jumps: float = 0  # waits that may have to end by their time
+        self.jobs: int | None = None  # committed, if not one for each row
         self.db: DbWriter
+        self.kept: list[object] = []  # of a gateway that was forked
 
     def check(self, is_true: object, text: str) -> None:
         if not is_true:
@@ -119,7 +124,8 @@ class Play:
                 tx.execute("DELETE FROM t WHERE n = ?", (-1,))
         report = db.close()
         self.check(not report.unfinished, f"unfinished: {report}")
-        self.check(report.committed == len(self.acknowledged) + others, f"counted wrongly: {report}")
+        jobs = len(self.acknowledged) if self.jobs is None else self.jobs
+        self.check(report.committed == jobs + others, f"counted wrongly: {report}")
         core = db._core
         self.check(core.queue.depth == 0 and core.queue._bounded == 0, f"in the queue: {core.queue.fill}")
         self.check(core.queue.guest is None, "a turn is taken")
@@ -203,6 +209,45 @@ def leave_and_close(play: Play) -> None:
     """A block is left, and another begins, as the gateway is closed."""
     db = play.open()
     play.scheduler.at_once(lambda: play.block(db, 1), lambda: play.block(db, 2), db.close)
+    play.end(db)
+
+
+def leave_and_call(play: Play) -> None:
+    """A thread leaves a block as another thread uses its transaction."""
+    shared_block(play, is_good=True)
+
+
+def fail_and_call(play: Play) -> None:
+    """The same by an error, which ends what the other thread does."""
+    shared_block(play, is_good=False)
+
+
+def shared_block(play: Play, is_good: bool) -> None:
+    db = play.open()
+    lent: list[Transaction] = []
+    has_written: list[int] = []
+    entered = Event(play.scheduler)
+
+    def enter() -> None:
+        with contextlib.suppress(ZeroDivisionError), db.transaction() as tx:
+            lent.append(tx)
+            entered.set()
+            tx.execute(INSERT, (1,))
+            has_written.append(1)
+            if not is_good:
+                raise ZeroDivisionError
+
+    def use() -> None:
+        entered.wait()
+        try:
+            lent[0].execute("INSERT INTO t SELECT pause(?)", (2,))
+            has_written.append(2)
+        except TransactionClosedError:
+            play.refused.add(2)
+
+    play.scheduler.at_once(enter, use)
+    (play.acknowledged if is_good else play.refused).update(has_written)
+    play.jobs = int(is_good)
     play.end(db)
 
 
@@ -310,6 +355,27 @@ def reader_and_no_time(play: Play) -> None:
     play.end(db)
 
 
+def reader_left_and_used(play: Play) -> None:
+    """A thread leaves a reader, as another thread uses its connection."""
+    db = play.open(readers=1)
+    lent: list[sqlite3.Connection] = []
+    entered = Event(play.scheduler)
+
+    def enter() -> None:
+        with db.reader() as connection:
+            lent.append(connection)
+            entered.set()
+
+    def use() -> None:
+        entered.wait()
+        with contextlib.suppress(sqlite3.ProgrammingError):
+            play.check(lent[0].execute("SELECT pause(7)").fetchall() == [(7,)], "a reader saw something else")
+
+    play.scheduler.at_once(enter, use, lambda: read(play, db))
+    read(play, db)
+    play.end(db)
+
+
 def readers_and_checkpoint(play: Play) -> None:
     """Reads come, and go, while they are held back."""
     db = play.open(readers=2)
@@ -402,6 +468,67 @@ def watch_and_leave(play: Play) -> None:
         play.scheduler.at_once(look, lambda: play.run(db, 1), live.close)
     play.end(db)
     play.check(db._core.state.live is None, "it is watched on")
+
+
+def become_child(play: Play, db: DbWriter, ticket: Ticket[Any] | None) -> None:
+    """Fork, and be the child: every call tells so, and none waits for a lock that another thread of the parent had."""
+    core = db._core
+    play.scheduler.fork()
+    play.kept += core.writer.after_fork_in_child()
+    core.driver.forget()
+    at_exit.forget(core.writer)
+    calls: list[Callable[[], object]] = [
+        lambda: db.run(INSERT, (9,)),
+        lambda: db.enqueue(INSERT, (9,)),
+        lambda: db.read(COUNT),
+        lambda: db.transaction().__enter__(),
+        lambda: db.reader().__enter__(),
+        lambda: db.watch(COUNT).__enter__(),
+        db.flush,
+        db.checkpoint,
+    ]
+    if ticket is not None and not ticket.done():
+        calls += [ticket.result, ticket.cancel]
+    for call in calls:
+        try:
+            call()
+        except ForkedError:
+            continue
+        play.check(False, f"{call} works in a child")
+    play.check(db.close().committed <= 2, "close")
+    play.check("forked" in db.health or "broken" in db.health, db.health)
+    play.check(db.stats().running is None, "a job runs in the child")
+
+
+def fork_and_calls(play: Play) -> None:
+    """A thread forks as others write and read."""
+    db = play.open()
+    ticket = play.enqueue(db, 1)
+
+    def child() -> None:
+        become_child(play, db, ticket)
+        play.scheduler.stop()
+
+    play.scheduler.at_once(lambda: play.run(db, 2), lambda: db.read(COUNT), child)
+
+
+def fork_and_block(play: Play) -> None:
+    """A thread forks inside a block, as others wait for theirs."""
+    db = play.open()
+
+    def child() -> None:
+        try:
+            with db.transaction() as tx:
+                tx.execute(INSERT, (1,))
+                become_child(play, db, None)
+                with contextlib.suppress(ForkedError):
+                    tx.execute(INSERT, (1,))
+                    play.check(False, "a block works in a child")
+            play.check(False, "a block is committed in a child")
+        except ForkedError:
+            play.scheduler.stop()
+
+    play.scheduler.at_once(lambda: play.block(db, 2), lambda: play.run(db, 3), child)
 
 
 def in_loop(play: Play, *tasks: Coroutine[Any, Any, object]) -> None:
@@ -519,6 +646,9 @@ SCENARIOS = (
     Scenario(leave_and_max_hold, fine=("write/block.py", "write/loan.py")),
     Scenario(statement_and_max_hold),
     Scenario(leave_and_close),
+    Scenario(leave_and_call),
+    Scenario(fail_and_call),
+    Scenario(leave_and_call, fine=("write/loan.py", "write/own_turn.py")),
     Scenario(outcome_and_wait),
     Scenario(outcome_and_wait, fine=("write/ticket.py", "write/outcomes.py", "base/waiting.py")),
     Scenario(timeout_and_start),
@@ -529,6 +659,7 @@ SCENARIOS = (
     Scenario(reader_given_back, fine=POOL),
     Scenario(reader_and_no_time),
     Scenario(reader_and_no_time, fine=POOL),
+    Scenario(reader_left_and_used),
     Scenario(readers_and_checkpoint),
     Scenario(close_and_put),
     Scenario(close_and_withdraw),
@@ -540,6 +671,9 @@ SCENARIOS = (
     Scenario(publish_and_next, fine=("live/hub.py", "live/watch.py")),
     Scenario(watch_and_close),
     Scenario(watch_and_leave),
+    Scenario(fork_and_calls),
+    Scenario(fork_and_calls, fine=("write/queue.py", "base/state.py")),
+    Scenario(fork_and_block),
     Scenario(task_and_block),
     Scenario(tasks_and_cancellation),
     Scenario(tasks_and_cancellation, fine=("tasks/block.py",)),
@@ -560,8 +694,11 @@ def play(scenario: Scenario, schedule: Schedule, folder: Path, log: list[str] | 
     shutil.copyfile(_template(folder), path)
     play = Play(path, scheduler)
     scheduler.run(lambda: scenario.function(play))
-    if scheduler.finding:
+    if scheduler.is_over:
         vars(play.db).pop("_core", None)  # its threads were abandoned: nobody can close it
+    for thing in play.kept:
+        if isinstance(thing, sqlite3.Connection):
+            sqlite3.Connection.close(thing)
     for suffix in ("", "-wal", "-shm"):
         Path(f"{path}{suffix}").unlink(missing_ok=True)
     return scheduler

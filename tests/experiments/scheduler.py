@@ -112,6 +112,14 @@ class Scheduler:
             self.is_exploring = False
             self.look_finely()
 
+    def fork(self) -> None:
+        """From here on only the running thread runs, as in the child of a fork, and ``stop`` ends it all."""
+        for thread in self.threads:
+            thread.is_frozen, thread.until = thread is not self.current, math.inf
+
+    def stop(self) -> None:
+        self.is_over = True
+
     def look_finely(self) -> None:
         """Have the running thread look at each step, or no longer."""
         if self._fine is not None and (sys.gettrace() is not None) is not self.is_exploring:
@@ -231,12 +239,11 @@ class Controlled(threading.Thread):
         self.baton.acquire()
         self.ready: Callable[[], object] | None = None
         self.until = math.inf
-        self.is_late = self.is_over = False
+        self.is_late = self.is_over = self.is_frozen = False
         self._function, self._arguments = target, args
-        self.raised: BaseException | None = None
 
     def can_run(self) -> bool:
-        return not self.is_over and (self.ready is None or bool(self.ready()))
+        return not (self.is_over or self.is_frozen) and (self.ready is None or bool(self.ready()))
 
     def launch(self) -> None:
         self.scheduler.threads.append(self)
@@ -261,8 +268,8 @@ class Controlled(threading.Thread):
         except AbandonedError:
             pass
         except BaseException as error:
-            self.raised = error
-            self.scheduler.find(f"{self.name} ended with {error!r}")
+            if not self.scheduler.is_over:
+                self.scheduler.find(f"{self.name} ended with {error!r}")
         finally:
             sys.settrace(None)
             self.is_over = True

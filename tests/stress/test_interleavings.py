@@ -12,6 +12,7 @@ import pytest
 from experiments import interleavings
 from experiments.interleavings import SCENARIOS, Explored, Play, Scenario, explore
 from experiments.scheduler import Event, Lock, RLock, Scheduler
+from onewriter import OneWriterError
 from onewriter.base import waiting
 from onewriter.write.queue import JobQueue
 from onewriter.write.ticket import CANCELLED, Job, Ticket
@@ -209,3 +210,12 @@ def test_a_queue_that_looks_whether_it_is_closed_outside_the_lock_is_found(
 
     monkeypatch.setattr(JobQueue, "put", put)
     assert explored_with(tmp_path, interleavings.close_and_put)
+
+
+def test_a_lock_that_a_fork_leaves_taken_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def after_fork_in_child(self: JobQueue, error: OneWriterError) -> None:
+        self._refusal = error
+
+    monkeypatch.setattr(JobQueue, "after_fork_in_child", after_fork_in_child)
+    scenario = Scenario(interleavings.fork_and_calls, fine=("write/queue.py",))
+    assert "deadlock" in interleavings.explore_scenario(scenario, 1, 400, 1, tmp_path).finding
