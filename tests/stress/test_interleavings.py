@@ -197,6 +197,12 @@ def test_a_wait_that_looks_at_the_outcome_outside_the_lock_is_found(
     assert "it has no end" in explored_with(tmp_path, interleavings.outcome_and_wait)
 
 
+def put_and_close(play: Play) -> None:
+    db = play.open()
+    play.scheduler.at_once(lambda: play.put(db, 1), db.close)
+    play.end(db)
+
+
 def test_a_queue_that_looks_whether_it_is_closed_outside_the_lock_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -209,7 +215,17 @@ def test_a_queue_that_looks_whether_it_is_closed_outside_the_lock_is_found(
                 self._wake()
 
     monkeypatch.setattr(JobQueue, "put", put)
-    assert explored_with(tmp_path, interleavings.close_and_put)
+    assert explored_with(tmp_path, put_and_close)
+
+
+def put_and_fork(play: Play) -> None:
+    db = play.open()
+
+    def child() -> None:
+        interleavings.become_child(play, db, None)
+        play.scheduler.stop()
+
+    play.scheduler.at_once(lambda: play.put(db, 1), child)
 
 
 def test_a_lock_that_a_fork_leaves_taken_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,5 +233,5 @@ def test_a_lock_that_a_fork_leaves_taken_is_found(tmp_path: Path, monkeypatch: p
         self._refusal = error
 
     monkeypatch.setattr(JobQueue, "after_fork_in_child", after_fork_in_child)
-    scenario = Scenario(interleavings.fork_and_calls, fine=("write/queue.py",))
+    scenario = Scenario(put_and_fork, fine=("write/queue.py",))
     assert "deadlock" in interleavings.explore_scenario(scenario, 1, 400, 1, tmp_path).finding
