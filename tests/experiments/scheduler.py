@@ -32,6 +32,7 @@ import onewriter.base.state
 MOST = 100_000  # switch points, after which a run has no end
 FAR = 1000.0  # seconds of its clock, too
 TICK = 1e-6  # seconds by which a wait ends late
+ALWAYS = sys.version_info >= (3, 12)  # switching the tracing of steps off and on has crashed 3.12.1
 REAL = 30.0  # seconds of the real clock: who waits longer waits for something that is not seen here
 
 Schedule = Mapping[int, int]  # at which of the choices not the first, but which
@@ -122,8 +123,8 @@ class Scheduler:
 
     def look_finely(self) -> None:
         """Have the running thread look at each step, or no longer."""
-        if self._fine is not None and (sys.gettrace() is not None) is not self.is_exploring:
-            self._fine.trace(self.is_exploring)
+        if self._fine is not None and (sys.gettrace() is not None) is not (self.is_exploring or ALWAYS):
+            self._fine.trace(self.is_exploring or ALWAYS)
 
     # Switch points ----------------------------------------------------------------------------------------------------
 
