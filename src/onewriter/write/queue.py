@@ -8,7 +8,7 @@ import queue
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Iterator
-from itertools import islice
+from itertools import islice, repeat
 from operator import attrgetter
 from time import monotonic
 from typing import Any
@@ -71,7 +71,7 @@ class JobQueue(queue.Queue[Job[Any]]):
             if self._refusal is None and (not bounded or self._bounded < self._limit):
                 if bounded:
                     self._bounded += 1
-                item._was_queued = True
+                item._is_queued = True
                 self.queue.append(item)
                 if self._asleep:
                     self._wake()
@@ -98,7 +98,7 @@ class JobQueue(queue.Queue[Job[Any]]):
 
     def _append(self, job: Job[Any]) -> None:
         self._bounded += 1
-        job._was_queued = True
+        job._is_queued = True
         self.queue.append(job)
 
     def line_up(self, job: Job[Any], signal: Signal) -> _Waiter | None:
@@ -130,7 +130,7 @@ class JobQueue(queue.Queue[Job[Any]]):
         with self.mutex:
             if self._is_taking:  # this is a finalizer, inside _pop
                 self._forgotten.append(job)
-            elif getattr(job, "_was_queued", False) and job not in self.taken:
+            elif getattr(job, "_is_queued", False):
                 self._bounded -= job.bounded
                 self._withdrawn.add(job)
                 self._made_room()
@@ -178,6 +178,7 @@ class JobQueue(queue.Queue[Job[Any]]):
         self._is_taking = True
         # One by one: copying and clearing would lose what a finalizer puts in between.
         self.taken = jobs = list(islice(iter(self.queue.popleft, None), min(limit, len(self.queue))))
+        _forget_places(jobs)
         self._is_taking = False
         if self._withdrawn:
             gone = self._withdrawn.intersection(jobs)  # which have made room already
@@ -211,7 +212,7 @@ class JobQueue(queue.Queue[Job[Any]]):
     def give_way(self, job: Job[Any]) -> None:
         """The guest lets the consumer do it, next: it was accepted before those that are queued now."""
         with self.mutex:
-            job._was_queued = True
+            job._is_queued = True
             self.queue.appendleft(job)
             self._end_turn()
 
@@ -351,7 +352,7 @@ class JobQueue(queue.Queue[Job[Any]]):
             if not waiter.accepted:
                 job = waiter.job
                 self._bounded += 1
-                job._was_queued = waiter.accepted = True
+                job._is_queued = waiter.accepted = True
                 self.queue.append(job)  # and no call since it is accepted, behind which one could come
             if waiter in self._room:
                 del self._room[waiter]
@@ -375,5 +376,4 @@ class _Waiter:
 
 
 def _forget_places(jobs: list[Job[Any]]) -> None:
-    for job in jobs:
-        job._was_queued = False
+    deque(map(setattr, jobs, repeat("_is_queued"), repeat(False)), 0)  # at the speed of C: for each queued job

@@ -46,6 +46,7 @@ class Ticket(Generic[T]):
         "_code",
         "_error",
         "_instruction",
+        "_is_queued",
         "_label",
         "_result",
         "_sequence",
@@ -53,7 +54,6 @@ class Ticket(Generic[T]):
         "_state",
         "_times",
         "_waiters",
-        "_was_queued",
         "created_at",
         "ended_at",
         "started_at",
@@ -76,7 +76,7 @@ class Ticket(Generic[T]):
         # These are set when there is something to say.
         self._times: Times
         self._sequence: int
-        self._was_queued: bool
+        self._is_queued: bool
         self.started_at: float
         self.ended_at: float
 

@@ -35,6 +35,7 @@ from onewriter.read.pool import ReaderPool
 from onewriter.write import queue as queue_module
 from onewriter.write.jobs import StatementJob
 from onewriter.write.queue import JobQueue
+from onewriter.write.ticket import Job
 
 INSERT = "INSERT INTO t VALUES (?)"
 
@@ -138,11 +139,12 @@ def test_a_withdrawn_job_gives_its_room_back_at_once(db: DbWriter) -> None:
     assert rows(db) == [10, 11, 12]
 
 
-def test_jobs_that_were_all_withdrawn_leave_the_queue_empty(db: DbWriter) -> None:
+def test_withdrawn_jobs_keep_no_room_when_nothing_else_was_queued(db: DbWriter) -> None:
     with parked(db):
         tickets = [db.enqueue(INSERT, (n,)) for n in range(3)]
         assert all([ticket.cancel() for ticket in tickets])
     db.flush(timeout=DEADLINE)
+    assert queue_of(db).fill == "0 of 3 jobs are queued"
     with parked(db):
         for n in range(3):
             db.enqueue(INSERT, (n,), timeout=0)
@@ -393,6 +395,35 @@ def test_the_place_of_a_withdrawn_job_is_not_looked_for_as_long_as_there_are_few
     assert jobs[1].cancel()
     assert (len(bare.queue), bare.depth) == (3, 2)
     assert bare.take_now(3) == jobs
+    assert (bare.depth, bare._bounded, bare._withdrawn) == (0, 0, set())
+
+
+def test_a_job_whose_withdrawal_the_writer_overtakes_gives_room_once(bare: JobQueue) -> None:
+    """``cancel``: the job is withdrawn │ the writer takes it, and is through │ and only then the queue hears of it."""
+    job, other = job_for(bare), job_for(bare)
+
+    def overtake(job: Job[Any]) -> None:
+        assert bare.take_now(1) == [job]
+        bare.taken = []
+        bare.put(other)
+        bare.forget(job)
+
+    bare.put(job)
+    job._state.forget = overtake
+    assert job.cancel()
+    assert (bare.depth, bare._bounded, bare._withdrawn) == (1, 1, set())
+
+
+def test_a_guest_that_gives_way_and_is_withdrawn_is_in_the_queue(bare: JobQueue) -> None:
+    guest, other = job_for(bare), job_for(bare)
+    guest.bounded = False
+    bare._asleep = True
+    assert bare.take_turn(guest)
+    bare.put(other)
+    bare.give_way(guest)
+    assert guest.cancel()
+    assert (bare.depth, bare._withdrawn) == (1, {guest})
+    assert bare.take_now(2) == [guest, other]
     assert (bare.depth, bare._bounded, bare._withdrawn) == (0, 0, set())
 
 
