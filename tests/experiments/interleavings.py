@@ -133,7 +133,9 @@ class Play:
             rows = [n for (n,) in connection.execute("SELECT n FROM t ORDER BY n")]
         self.check(rows == sorted(self.acknowledged), f"rows {rows}, acknowledged {sorted(self.acknowledged)}")
         self.check(not self.acknowledged & self.refused, f"both: {self.acknowledged & self.refused}")
-        self.check(not self.scheduler.jumps, f"waits that nobody ended in time: {self.scheduler.jumps}")
+        # The gap in which SQLite's lock is left free after it was held for long ends by its time.
+        jumps = [where for where in self.scheduler.jumps if "_leave_a_gap" not in where]
+        self.check(not jumps, f"waits that nobody ended in time: {jumps}")
 
 
 # Scenarios ------------------------------------------------------------------------------------------------------------

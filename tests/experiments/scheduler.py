@@ -67,7 +67,7 @@ class Scheduler:
         """``near``: seconds that a wait lasts at most if it may end by its time; ``fine``: ends of file names."""
         self.choices: list[Choice] = []
         self.finding = ""
-        self.jumps: list[str] = []  # threads whose waits have ended since nothing else could run
+        self.jumps: list[str] = []  # whose waits have ended since nothing else could run, and where
         self.log: list[str] | None = None
         self.now = 1000.0
         self.is_exploring = False
@@ -188,7 +188,7 @@ class Scheduler:
         if first.until == math.inf:
             self.find("deadlock: " + "; ".join(f"{thread.name} in {thread.where()}" for thread in self._alive()))
             return Option(first, False, 0)
-        self.jumps.append(first.name)
+        self.jumps.append(f"{first.name} in {first.where()}")
         return Option(first, True, 0)
 
     def _choose(self, options: list[Option]) -> Option:
