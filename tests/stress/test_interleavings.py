@@ -209,7 +209,7 @@ def test_a_queue_that_looks_whether_it_is_closed_outside_the_lock_is_found(
     def put(self: JobQueue, item: Job[Any], timeout: float | None = None) -> None:
         self.check_open()
         with self.mutex:
-            item._place = self._last = self._last + 1
+            item._is_queued = True
             self.queue.append(item)
             if self._asleep:
                 self._wake()

@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 from _thread import LockType
 from collections import deque
+from operator import methodcaller
+
+release = methodcaller("release")
 
 
 class Relay:
@@ -22,7 +25,7 @@ class Relay:
         """Wake the next, if there is one."""
         with contextlib.suppress(IndexError):
             # Taken out and woken in one step: what a signal handler raises in between would leave the thread asleep.
-            next(map(LockType.release, iter(self.line.popleft, None)))
+            next(map(release, iter(self.line.popleft, None)))
 
     def leave(self, signal: LockType) -> None:
         """Its thread waits no more: it would not wake the next."""
