@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from time import monotonic
 from typing import Any, TypeAlias
 
-from onewriter.base.relay import Relay
 from onewriter.base.state import State
 
 SLICE = 0.25  # seconds; a signal that comes just before the thread sleeps is seen at its next wake-up
@@ -27,21 +26,16 @@ def thread_signal() -> Any:
     return signal
 
 
-def wake(waiters: Iterable[Any], relay: Relay | None = None) -> None:
-    """Wake threads, which wait with a lock, and tasks, which wait with a future: one call for each of their loops.
-
-    With ``relay`` the threads wake one another; all of them must be in ``wait_in_slices``.
-    """
+def wake(waiters: Iterable[Any]) -> None:
+    """Wake threads, which wait with a lock, and tasks, which wait with a future: one call for each of their loops."""
     loops: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] | None = None
     for waiter in waiters:
         if not isinstance(waiter, Future):
-            waiter.release() if relay is None else relay.line.append(waiter)
+            waiter.release()
             continue
         if loops is None:
             loops = {}
         loops.setdefault(waiter.get_loop(), []).append(waiter)
-    if relay is not None:
-        relay.pass_on()
     if loops is not None:
         for loop, futures in loops.items():
             with contextlib.suppress(Exception):  # the loop is closed: no task waits there any more
@@ -59,7 +53,10 @@ def seconds_until(deadline: float) -> float | None:
 
 
 def wait_in_slices(wakeup: Any, until: float, state: State) -> bool:
-    """Acquire ``wakeup``, which another thread releases; False if it did not until ``until``."""
+    """Acquire ``wakeup``, which another thread releases; False if it did not until ``until``.
+
+    Then, if it was to be woken by an outcome, it has to tell the relay that it ceases to wait.
+    """
     relay, left = state.relay, until - monotonic()
     try:
         while not wakeup.acquire(timeout=SLICE if left > SLICE else max(0.0, left)):
@@ -71,5 +68,4 @@ def wait_in_slices(wakeup: Any, until: float, state: State) -> bool:
         return True
     finally:
         if relay.line:
-            relay.leave(wakeup)
             relay.pass_on()

@@ -16,7 +16,6 @@ import pytest
 from helpers import DEADLINE, handling, in_threads, parked, raising, run_child, state_of
 from onewriter import AsyncDbWriter, DbWriter, Transaction
 from onewriter.base import log, waiting
-from onewriter.base.relay import Relay
 from onewriter.write import outcomes
 
 TABLE = "CREATE TABLE t (n)"
@@ -339,10 +338,10 @@ def test_a_failure_is_said_before_who_waits_for_a_later_job_of_its_batch_is_woke
     release = threading.Event()
     seen: list[tuple[bool, bool]] = []
 
-    def look_and_wake(waiters: list[Any], relay: Relay | None) -> None:
+    def look_and_wake(waiters: list[Any]) -> None:
         assert reporter is not None
         seen.append((later.done(), reporter.is_behind))
-        waiting.wake(waiters, relay)
+        waiting.wake(waiters)
 
     with handling(lambda record: release.wait(DEADLINE)), DbWriter(path) as db:
         reporter = state_of(db).reporter
