@@ -21,6 +21,7 @@ from time import monotonic
 from experiments import (
     Outcome,
     badinput,
+    hands,
     histories,
     interrupts,
     iofaults,
@@ -49,6 +50,7 @@ EXPERIMENTS: tuple[tuple[str, Run, float, int, bool], ...] = (
     ("forced schedules", schedules.run, 0.5, 100, False),
     ("signals at random moments", signals.run, 0.25, 200, False),
     ("interrupts survived", interrupts.run, 0.006, 20_000, False),
+    ("blocks from hand to hand", hands.run, 0.04, 2000, False),
     ("cancelled tasks", tasks.run, 0.002, 100_000, False),
     ("bad input", badinput.run, 0.06, 2000, False),
     ("soak", lambda size, seed, folder: soak.run(float(size), seed, folder), 1.0, 3600, False),

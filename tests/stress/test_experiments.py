@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import badinput, histories, interrupts, schedules, soak, tasks
+from experiments import badinput, hands, histories, interrupts, schedules, soak, tasks
 from experiments.histories import Call, linearizable
 
 
@@ -63,6 +63,12 @@ def test_tasks_that_are_cancelled_or_have_no_time_lose_nothing(tmp_path: Path) -
     outcome = tasks.run(1500, 1, tmp_path)
     assert outcome.good, outcome
     assert outcome.acknowledged > 10
+
+
+def test_blocks_and_readers_that_go_from_hand_to_hand_keep_what_they_promise(tmp_path: Path) -> None:
+    outcome = hands.run(50, 1, tmp_path)
+    assert outcome.good, outcome
+    assert outcome.acknowledged > 200
 
 
 def test_a_short_soak(tmp_path: Path) -> None:
