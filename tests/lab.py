@@ -33,6 +33,7 @@ from experiments import (
     soak,
     strace,
     tasks,
+    watches,
 )
 
 # Name, seconds for one of its size on a small machine, the size that is enough, whether strace is needed.
@@ -51,6 +52,7 @@ EXPERIMENTS: tuple[tuple[str, Run, float, int, bool], ...] = (
     ("signals at random moments", signals.run, 0.25, 200, False),
     ("interrupts survived", interrupts.run, 0.006, 20_000, False),
     ("blocks from hand to hand", hands.run, 0.04, 2000, False),
+    ("live queries", watches.run, 0.25, 200, False),
     ("cancelled tasks", tasks.run, 0.002, 100_000, False),
     ("bad input", badinput.run, 0.06, 2000, False),
     ("soak", lambda size, seed, folder: soak.run(float(size), seed, folder), 1.0, 3600, False),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import badinput, hands, histories, interrupts, schedules, soak, tasks
+from experiments import badinput, hands, histories, interrupts, schedules, soak, tasks, watches
 from experiments.histories import Call, linearizable
 
 
@@ -69,6 +69,12 @@ def test_blocks_and_readers_that_go_from_hand_to_hand_keep_what_they_promise(tmp
     outcome = hands.run(50, 1, tmp_path)
     assert outcome.good, outcome
     assert outcome.acknowledged > 200
+
+
+def test_live_queries_give_no_older_state_after_a_newer_one_and_always_the_last(tmp_path: Path) -> None:
+    outcome = watches.run(12, 1, tmp_path)
+    assert outcome.good, outcome
+    assert min(outcome.notes.values()) > 5
 
 
 def test_a_short_soak(tmp_path: Path) -> None:
