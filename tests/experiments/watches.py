@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import random
 import sqlite3
 import subprocess
@@ -110,12 +111,12 @@ def burst(db: DbWriter, who: int, seed: int, count: int) -> None:
         with contextlib.suppress(LookupError):
             way = chance.randrange(3)
             if way == 0:
-                db.run(lambda tx, fails=fails: both(tx, fails), timeout=HANG)
+                db.run(functools.partial(both, fails=fails), timeout=HANG)
             elif way == 1:
                 with db.transaction(timeout=HANG) as tx:
                     both(tx, fails)
             else:
-                db.enqueue(lambda tx: both(tx, False))
+                db.enqueue(functools.partial(both, fails=False))
 
 
 @contextlib.contextmanager
@@ -194,10 +195,14 @@ def run(size: int, seed: int, folder: Path) -> Outcome:
     return outcome
 
 
+def _has(watcher: Watcher, rows: list[Any]) -> bool:
+    return watcher.last == rows
+
+
 def _settled(path: Path, watchers: list[Watcher], outcome: Outcome, what: str) -> None:
     """Whether each has the last state."""
     with contextlib.closing(sqlite3.connect(path)) as connection:
         expected = {as_pairs: connection.execute(PAIRS if as_pairs else ROWS).fetchall() for as_pairs in (False, True)}
     for watcher in watchers:
-        if not in_time(lambda watcher=watcher: watcher.last == expected[watcher.as_pairs]):
+        if not in_time(functools.partial(_has, watcher, expected[watcher.as_pairs])):
             outcome.find(f"{what}: {watcher.name} has {watcher.last}, not {expected[watcher.as_pairs]}")

@@ -72,7 +72,7 @@ def test_blocks_and_readers_that_go_from_hand_to_hand_keep_what_they_promise(tmp
 
 
 def test_live_queries_give_no_older_state_after_a_newer_one_and_always_the_last(tmp_path: Path) -> None:
-    outcome = watches.run(12, 1, tmp_path)
+    outcome = watches.run(8, 1, tmp_path)
     assert outcome.good, outcome
     assert min(outcome.notes.values()) > 5
 
