@@ -21,6 +21,8 @@ from time import monotonic
 from experiments import (
     Outcome,
     badinput,
+    files,
+    handlers,
     hands,
     histories,
     interrupts,
@@ -50,6 +52,8 @@ EXPERIMENTS: tuple[tuple[str, Run, float, int, bool], ...] = (
     ("histories, linearizable", histories.run, 0.08, 500, False),
     ("forced schedules", schedules.run, 0.5, 100, False),
     ("signals at random moments", signals.run, 0.25, 200, False),
+    ("handlers that write", handlers.run, 1.5, 100, False),
+    ("files that are lost", files.run, 3.0, 100, False),
     ("interrupts survived", interrupts.run, 0.006, 20_000, False),
     ("blocks from hand to hand", hands.run, 0.04, 2000, False),
     ("live queries", watches.run, 0.25, 200, False),
