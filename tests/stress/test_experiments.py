@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from experiments import badinput, hands, histories, interrupts, schedules, soak, tasks, watches
+from experiments import badinput, hands, histories, interrupts, recipes, schedules, soak, tasks, watches
 from experiments.histories import Call, linearizable
+from onewriter import DbWriter
 
 
 def test_histories_have_an_order_that_explains_them(tmp_path: Path) -> None:
@@ -75,6 +76,19 @@ def test_live_queries_give_no_older_state_after_a_newer_one_and_always_the_last(
     outcome = watches.run(8, 1, tmp_path)
     assert outcome.good, outcome
     assert min(outcome.notes.values()) > 5
+
+
+def test_recipes_of_others_faults_mixed_in_threads_have_no_effect_on_one_another(tmp_path: Path) -> None:
+    outcome = recipes.run(3.0, 1, tmp_path)
+    assert outcome.good, outcome
+    assert outcome.trials >= recipes.THREADS
+
+
+@pytest.mark.parametrize("made", recipes.RECIPES, ids=lambda made: made.__name__)
+def test_each_recipe_comes_to_what_it_says(tmp_path: Path, made: recipes.Recipe) -> None:
+    with DbWriter(tmp_path / "app.db") as db:
+        db.run_script(recipes.SCHEMA)
+        made(recipes.Kitchen(db, 1, 1))
 
 
 def test_a_short_soak(tmp_path: Path) -> None:
