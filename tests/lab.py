@@ -28,6 +28,7 @@ from experiments import (
     interrupts,
     iofaults,
     migrations,
+    oddities,
     powerloss,
     recipes,
     schedules,
@@ -60,6 +61,7 @@ EXPERIMENTS: tuple[tuple[str, Run, float, int, bool], ...] = (
     ("recipes of others' faults", lambda size, seed, folder: recipes.run(float(size), seed, folder), 1.0, 60, False),
     ("live queries", watches.run, 0.25, 200, False),
     ("cancelled tasks", tasks.run, 0.002, 100_000, False),
+    ("odd exceptions, handlers", oddities.run, 2.5, 24, False),
     ("bad input", badinput.run, 0.06, 2000, False),
     ("soak", lambda size, seed, folder: soak.run(float(size), seed, folder), 1.0, 3600, False),
 )

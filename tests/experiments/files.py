@@ -44,10 +44,11 @@ said = []
 
 class Listener(logging.Handler):
     def emit(self, record):
-        said.append(record.levelname)
+        if record.levelno == logging.CRITICAL or "checkpoint failed" in record.msg:
+            said.append(record.levelname)
 
 logger = logging.getLogger("onewriter")
-logger.addHandler(Listener(logging.CRITICAL))
+logger.addHandler(Listener())
 logger.propagate = False
 db = DbWriter(path, readers=2, slow_after=60, lock_timeout=5)
 stop = threading.Event()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import badinput, hands, histories, interrupts, recipes, schedules, soak, tasks, watches
+from experiments import badinput, hands, histories, interrupts, oddities, recipes, schedules, soak, tasks, watches
 from experiments.histories import Call, linearizable
 from onewriter import DbWriter
 
@@ -76,6 +76,12 @@ def test_live_queries_give_no_older_state_after_a_newer_one_and_always_the_last(
     outcome = watches.run(8, 1, tmp_path)
     assert outcome.good, outcome
     assert min(outcome.notes.values()) > 5
+
+
+def test_exceptions_handlers_and_streams_that_misbehave_keep_nobody_from_writing(tmp_path: Path) -> None:
+    outcome = oddities.run(4, 1, tmp_path)
+    assert outcome.good, outcome
+    assert outcome.acknowledged > 10
 
 
 def test_recipes_of_others_faults_mixed_in_threads_have_no_effect_on_one_another(tmp_path: Path) -> None:
