@@ -169,8 +169,13 @@ def calls_back_into_the_queue(k: Kitchen) -> None:
         with raises(ReentrantWriteError), db.transaction(timeout=HANG):
             wait()
     later: list[Any] = []
+
+    def fails(tx: Transaction) -> None:
+        later.append(db.enqueue(INSERT, (k.who, 2)))
+        raise LookupError
+
     with raises(LookupError):
-        k.run(lambda tx: later.append(db.enqueue(INSERT, (k.who, 2))) or {}["no"])
+        k.run(fails)
     later[0].result(HANG)
     assert k.rows() == [1, 2]
 
@@ -234,7 +239,7 @@ def generators_are_used_once(k: Kitchen) -> None:
 
 @recipe
 def parameters_that_change_later(k: Kitchen) -> None:
-    data, buffer = bytearray(b"before"), (ctypes.c_char * 6)(*b"before")
+    data, buffer = bytearray(b"before"), ctypes.create_string_buffer(b"before", 6)
     tickets = [k.db.enqueue(INSERT, (k.who, value)) for value in (data, memoryview(data), buffer)]
     data[:], buffer.raw = b"change", b"change"
     for ticket in tickets:
