@@ -179,12 +179,12 @@ class JobQueue(queue.Queue[Job[Any]]):
         # One by one: copying and clearing would lose what a finalizer puts in between.
         self.taken = jobs = list(islice(iter(self.queue.popleft, None), min(limit, len(self.queue))))
         self._is_taking = False
+        if self._bounded:
+            self._bounded -= sum(map(is_bounded, jobs))
         if self._withdrawn:
             gone = self._withdrawn.intersection(jobs)  # which have made room already
             self._withdrawn -= gone
             self._bounded += sum(map(is_bounded, gone))
-        if self._bounded:
-            self._bounded -= sum(map(is_bounded, jobs))
         if self._forgotten:
             forgotten, self._forgotten = self._forgotten, []
             for job in forgotten:

@@ -384,15 +384,6 @@ def test_the_place_of_a_withdrawn_job_is_not_looked_for_as_long_as_there_are_few
     assert (bare.depth, bare._bounded, bare._withdrawn) == (0, 0, set())
 
 
-def test_jobs_that_are_all_withdrawn_keep_no_room_when_they_are_taken(bare: JobQueue) -> None:
-    for _ in range(2):
-        jobs = [job_for(bare) for _ in range(bare.maxsize)]
-        for job in jobs:
-            bare.put(job, timeout=0.0)
-        assert all([job.cancel() for job in jobs])
-        assert bare.take_now(bare.maxsize) == jobs
-
-
 def test_the_oldest_job_is_one_that_is_not_withdrawn(bare: JobQueue) -> None:
     jobs = [job_for(bare) for _ in range(3)]
     for age, job in enumerate(jobs):
