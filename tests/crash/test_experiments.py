@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import Outcome, iofaults, load, migrations, powerloss, sigkill, signals, strace
+from experiments import Outcome, files, forks, handlers, iofaults, load, migrations, powerloss, sigkill, signals, strace
 
 
 @pytest.fixture
@@ -59,6 +59,18 @@ def test_system_calls_that_fail(tmp_path: Path) -> None:
 
 def test_signals_at_random_moments(tmp_path: Path) -> None:
     assert_good(signals.run(12, 1, tmp_path), 12)
+
+
+def test_signal_handlers_that_write_and_close_at_random_moments(tmp_path: Path) -> None:
+    assert_good(handlers.run(len(handlers.WAYS), 1, tmp_path), len(handlers.WAYS))
+
+
+def test_forks_wherever_the_users_code_runs(tmp_path: Path) -> None:
+    assert_good(forks.run(2, 1, tmp_path), 2)
+
+
+def test_files_that_are_damaged_while_they_are_in_use(tmp_path: Path) -> None:
+    assert_good(files.run(3, 3, tmp_path), 3)
 
 
 def test_what_the_judge_finds(tmp_path: Path) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from experiments import badinput, histories, interrupts, schedules, soak, tasks
+from experiments import badinput, hands, histories, interrupts, oddities, recipes, schedules, soak, tasks, watches
 from experiments.histories import Call, linearizable
+from onewriter import DbWriter
 
 
 def test_histories_have_an_order_that_explains_them(tmp_path: Path) -> None:
@@ -63,6 +64,37 @@ def test_tasks_that_are_cancelled_or_have_no_time_lose_nothing(tmp_path: Path) -
     outcome = tasks.run(1500, 1, tmp_path)
     assert outcome.good, outcome
     assert outcome.acknowledged > 10
+
+
+def test_blocks_and_readers_that_go_from_hand_to_hand_keep_what_they_promise(tmp_path: Path) -> None:
+    outcome = hands.run(50, 1, tmp_path)
+    assert outcome.good, outcome
+    assert outcome.acknowledged > 200
+
+
+def test_live_queries_give_no_older_state_after_a_newer_one_and_always_the_last(tmp_path: Path) -> None:
+    outcome = watches.run(8, 1, tmp_path)
+    assert outcome.good, outcome
+    assert min(outcome.notes.values()) > 5
+
+
+def test_exceptions_handlers_and_streams_that_misbehave_keep_nobody_from_writing(tmp_path: Path) -> None:
+    outcome = oddities.run(4, 1, tmp_path)
+    assert outcome.good, outcome
+    assert outcome.acknowledged > 10
+
+
+def test_recipes_of_others_faults_mixed_in_threads_have_no_effect_on_one_another(tmp_path: Path) -> None:
+    outcome = recipes.run(3.0, 1, tmp_path)
+    assert outcome.good, outcome
+    assert outcome.trials >= recipes.THREADS
+
+
+@pytest.mark.parametrize("made", recipes.RECIPES, ids=lambda made: made.__name__)
+def test_each_recipe_comes_to_what_it_says(tmp_path: Path, made: recipes.Recipe) -> None:
+    with DbWriter(tmp_path / "app.db") as db:
+        db.run_script(recipes.SCHEMA)
+        made(recipes.Kitchen(db, 1, 1))
 
 
 def test_a_short_soak(tmp_path: Path) -> None:

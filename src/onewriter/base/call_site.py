@@ -73,8 +73,11 @@ def without_own_frames(traceback: TracebackType | None) -> TracebackType | None:
     return traceback
 
 
-def call_of_pool() -> types.FrameType | None:
-    """The call by which a thread pool's worker runs its current piece of work; None: this is no thread of a pool."""
+def call_of_pool() -> object | None:
+    """What tells the current piece of work of a thread pool's worker from any other; None: this is no thread of a pool.
+
+    The item of ``concurrent.futures``, since the frame refers to what it is called with. Another pool's frame.
+    """
     if threading.current_thread() is threading.main_thread() and "multiprocessing.pool" not in sys.modules:
         return None  # of the main thread only a process of such a pool makes a worker
     called: types.FrameType = sys._getframe(1)
@@ -82,6 +85,6 @@ def call_of_pool() -> types.FrameType | None:
     while frame is not None:
         for name, module in POOL_LOOPS:
             if frame.f_code.co_name == name and frame.f_globals.get("__name__") == module:
-                return called
+                return called.f_locals.get("self", called) if name == "_worker" else called
         called, frame = frame, frame.f_back
     return None

@@ -7,6 +7,7 @@ import functools
 import logging
 import math
 import queue
+import sys
 import threading
 import traceback
 import warnings
@@ -192,8 +193,9 @@ def _log(state: State, level: int, message: str, args: tuple[object, ...], error
 
 
 def _print(failure: BaseException) -> None:
-    with contextlib.suppress(BaseException):  # no stderr, or one that cannot be written to
-        traceback.print_exception(failure)
+    with contextlib.suppress(BaseException):  # one that cannot be written to
+        if sys.stderr is not None:  # without it, this would go to stdout
+            traceback.print_exception(failure)
 
 
 # An exception is an object of the user's: its attributes, its text and even its ``__class__`` may raise anything.

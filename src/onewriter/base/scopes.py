@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-import types
 import weakref
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -36,7 +35,7 @@ class Scope(Generic[S]):
         self._number = 0  # of the thread; the system gives it to another when that has ended
         self._thread: threading.Thread | None = None
         self._task: asyncio.Task[Any] | None = None
-        self._call_of_pool: types.FrameType | None = None
+        self._call_of_pool: Callable[[], object] | None = None
 
     @property
     def is_open(self) -> bool:
@@ -48,7 +47,7 @@ class Scope(Generic[S]):
             self._number == get_ident()
             and (self._thread is None or self._thread is threading.current_thread())
             and (self._task is None or self._task is running_task())
-            and (self._call_of_pool is None or self._call_of_pool is call_of_pool())
+            and (self._call_of_pool is None or self._call_of_pool() is call_of_pool())
         )
 
 
@@ -76,7 +75,7 @@ class Scopes(Generic[S]):
         """The scope is open until ``leave``, and as long as there is a reference to what this returns."""
         scope: Scope[S] = Scope(self, None, writes)
         scope._number, scope._thread = get_ident(), threading.current_thread()
-        scope._task, scope._call_of_pool = running_task(), call_of_pool()
+        scope._task, scope._call_of_pool = running_task(), _weakly(call_of_pool())
         _innermost.set((weakref.ref(scope), _first_open(_innermost.get())))
         scope.what = what  # the last step: a call that Ctrl-C ends has entered nothing
         return scope
@@ -146,6 +145,18 @@ def _first_open(node: Node) -> Node:
             return node
         node = node[1]
     return None
+
+
+def _weakly(call: object | None) -> Callable[[], object] | None:
+    """A piece of work refers to a block that it has entered; with a reference back, the block would not be collected
+    before the garbage collector runs.
+    """
+    if call is None:
+        return None
+    try:
+        return weakref.ref(call)
+    except TypeError:  # a frame
+        return lambda: call
 
 
 def running_task() -> asyncio.Task[Any] | None:

@@ -36,11 +36,11 @@ def test_called_from_names_the_line_of_the_call(db: DbWriter) -> None:
     assert ticket.called_from == f"test_call_site.py:{line} in test_called_from_names_the_line_of_the_call"
 
 
-def in_a_worker_of(module: str) -> types.FrameType | None:
+def in_a_worker_of(module: str) -> object | None:
     """What a piece of work finds that a pool's worker calls."""
     names: dict[str, Any] = {"__name__": module}
     exec(WORKER, names)
-    found: types.FrameType | None = names["worker"](lambda: call_of_pool())
+    found: object | None = names["worker"](lambda: call_of_pool())
     return found
 
 

@@ -136,6 +136,17 @@ def test_a_stderr_that_cannot_be_written_to_is_no_trouble(path: Path, stderr: st
     assert (done.returncode, done.stdout) == (0, "survived"), done.stderr
 
 
+def test_what_a_handler_raises_is_not_printed_to_stdout_when_there_is_no_stderr(
+    db: DbWriter, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stderr", None)
+    with handling(raising(RuntimeError)):
+        db.enqueue(BAD)
+        db.flush(DEADLINE)
+        db.close()
+    assert capsys.readouterr().out == ""
+
+
 @pytest.mark.parametrize("error", [RuntimeError, OSError, SystemExit, KeyboardInterrupt, GeneratorExit])
 @pytest.mark.parametrize("place", ["emit", "filter", "format", "filter of the logger"])
 def test_a_handler_that_raises_does_the_writer_no_harm(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import gc
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +35,15 @@ def db(path: Path) -> Iterator[DbWriter]:
     with DbWriter(path) as gateway:
         gateway.run("CREATE TABLE t (n)")
         yield gateway
+
+
+@contextlib.contextmanager
+def no_garbage_collector() -> Iterator[None]:
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def outcome(call: Callable[[], object]) -> str:
@@ -235,6 +245,23 @@ def test_a_pools_next_work_in_a_readers_thread_is_not_in_the_reader(db: DbWriter
             assert other.submit(lambda c: c.execute(COUNT).fetchone(), connection).result(DEADLINE) == (0,)
             other.submit(reader.close).result(DEADLINE)
     assert db.stats().readers_in_use == 0
+
+
+def test_a_block_or_reader_that_a_pools_work_has_entered_ends_as_soon_as_nobody_can_leave_it(db: DbWriter) -> None:
+    """Not only when the garbage collector runs: all may be waiting for the block by then."""
+
+    def enter(lends: Callable[[], contextlib.AbstractContextManager[object]]) -> Iterator[None]:
+        with lends():
+            yield
+
+    with no_garbage_collector():
+        for lends in (db.transaction, db.reader):
+            with ThreadPoolExecutor(1) as pool:
+                entered = enter(lends)
+                pool.submit(next, entered).result(DEADLINE)
+                del entered
+        db.run(INSERT, (1,), timeout=DEADLINE)
+        assert db.stats().readers_in_use == 0
 
 
 def test_one_piece_of_a_pools_work_is_inside_its_own_block(db: DbWriter) -> None:
