@@ -149,6 +149,20 @@ def test_corruption_is_told_to_whom_it_hits_and_the_rest_goes_on(path: Path, cap
     assert sum("damaged" in record.getMessage() for record in caplog.records) == 1
 
 
+@pytest.mark.parametrize("reads", [True, False])
+def test_a_log_that_somebody_has_emptied_is_told(path: Path, reads: bool, caplog: pytest.LogCaptureFixture) -> None:
+    with DbWriter(path, slow_after=DEADLINE) as db:
+        db.run("CREATE TABLE t (n INTEGER)")
+        db.checkpoint()
+        db.run("INSERT INTO t VALUES (1)")
+        os.truncate(f"{path}-wal", 0)
+        if reads:
+            with pytest.raises(sqlite3.OperationalError, match="disk I/O error"):
+                db.read("SELECT n FROM t")
+            assert db.health.startswith("degraded")
+    assert [record.levelname for record in caplog.records if "damaged" in record.getMessage()] == ["CRITICAL"]
+
+
 def test_returning_is_read_to_its_end_and_committed(db: DbWriter) -> None:
     assert db.run("INSERT INTO t VALUES (1) RETURNING n").rows == [(1,)]
     assert db.run(lambda tx: tx.execute("INSERT INTO t VALUES (2), (3) RETURNING n").fetchone()[0]) == 2

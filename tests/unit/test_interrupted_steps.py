@@ -7,6 +7,7 @@ in the calling thread, is interrupted in its turn.
 from __future__ import annotations
 
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ import onewriter
 from helpers import DEADLINE, eventually, parked, pool_of, queue_of, state_of
 from onewriter import DbWriter, Transaction, WriterClosedError
 from onewriter.base.relay import Relay
-from onewriter.base.waiting import thread_signal
+from onewriter.base.waiting import call_if_free, thread_signal
 
 OURS = str(Path(onewriter.__file__).parent)
 INSERT = "INSERT INTO t (n) VALUES (?)"
@@ -180,3 +181,21 @@ def test_a_thread_that_is_to_be_woken_is_in_line_or_awake() -> None:
             break
     assert place > 3
     assert not signal.locked()
+
+
+def test_a_lock_that_is_taken_if_it_is_free_is_free_again() -> None:
+    called: list[int] = []
+    for place in range(1, 100):
+        lock = threading.Lock()
+        try:
+            with Interrupter(place) as interrupter:
+                call_if_free(lock, lambda place=place: called.append(place))  # type: ignore[misc]
+        except SignalError:
+            assert not lock.locked(), interrupter.where
+        else:
+            break
+    assert place > 3
+    assert called[-1] == place
+    with lock:
+        call_if_free(lock, called.clear)
+    assert called

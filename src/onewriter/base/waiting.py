@@ -7,7 +7,7 @@ import contextlib
 import math
 import threading
 from asyncio import Future
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from time import monotonic
 from typing import Any, TypeAlias
 
@@ -46,6 +46,19 @@ def resolve(futures: Iterable[asyncio.Future[None]]) -> None:
     for future in futures:
         if not future.done():
             future.set_result(None)
+
+
+def call_if_free(lock: Any, function: Callable[[], object]) -> None:
+    """Call ``function`` under ``lock``, if that is free now."""
+    got: list[bool] = []
+    try:
+        # Acquired and noted in one step: what a signal handler raises in between would leave it taken.
+        got.extend(map(lock.acquire, (False,)))
+        if True in got:
+            function()
+    finally:
+        if True in got:
+            lock.release()
 
 
 def seconds_until(deadline: float) -> float | None:

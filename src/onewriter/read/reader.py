@@ -11,6 +11,7 @@ from time import monotonic
 from typing import Any, TypeVar
 
 from onewriter.base.state import IN_STATEMENT, State
+from onewriter.base.waiting import call_if_free
 from onewriter.errors import ReadTimeoutError, ReentrantWriteError, forked_error
 from onewriter.read.claim import NOBODY
 from onewriter.read.clock import ReadClock
@@ -245,11 +246,8 @@ class Snapshot:
             return self.call(function, *args, **options)
 
     def if_free(self, function: Callable[[], None]) -> None:
-        if not self.is_over and self._lock.acquire(blocking=False):
-            try:
-                function()
-            finally:
-                self._lock.release()
+        if not self.is_over:
+            call_if_free(self._lock, function)
 
     def interrupt(self) -> None:
         if self.reader.is_inherited:

@@ -33,8 +33,9 @@ def error_code(error: BaseException) -> int:
 
 
 def is_corrupt(error: BaseException) -> bool:
-    """Whether the file is damaged, or no database."""
-    return error_code(error) & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+    """Whether the file is damaged, or no database; or it, or its log, ends before something that was written there."""
+    code = error_code(error)
+    return code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or code == sqlite3.SQLITE_IOERR_SHORT_READ
 
 
 def is_busy(error: BaseException) -> bool:

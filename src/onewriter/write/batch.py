@@ -425,7 +425,7 @@ def commit_outcome_unknown(error: BaseException, in_transaction: bool) -> bool:
     code = error_code(error)
     if (
         code in (sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_FULL)
-        or is_corrupt(error)
+        or (is_corrupt(error) and code & 0xFF != sqlite3.SQLITE_IOERR)
         or code & 0xFF == sqlite3.SQLITE_BUSY
     ):
         return False

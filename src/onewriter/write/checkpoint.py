@@ -15,7 +15,7 @@ from onewriter.base.state import State
 from onewriter.events import CheckpointEnded, Hook, publish
 from onewriter.sqlite.file import DatabaseFile
 from onewriter.sqlite.lock_holders import describe_wal_readers
-from onewriter.sqlite.retry import is_busy
+from onewriter.sqlite.retry import is_busy, is_corrupt
 from onewriter.sqlite.settings import Settings
 from onewriter.write.session import WriteSession
 
@@ -113,6 +113,8 @@ class Checkpointer:
                 checkpoint(session)
                 self._failed = False
             except sqlite3.Error as error:
+                if is_corrupt(error):
+                    self._state.note_corruption(error)
                 if not self._failed:  # a full disk fails each of them
                     report(self._state, logging.WARNING, "%s: a checkpoint failed: %s", self._label, error)
                 self._failed = True

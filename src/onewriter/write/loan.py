@@ -12,6 +12,7 @@ from time import monotonic
 from typing import Any, TypeVar
 
 from onewriter.base.state import IN_STATEMENT, INHERITED
+from onewriter.base.waiting import call_if_free
 from onewriter.errors import (
     ForkedError,
     OneWriterError,
@@ -158,14 +159,16 @@ class WriteLoan:
 
     def if_free(self, function: Callable[[], None]) -> None:
         """Call it under the lock, if that is free now."""
-        lock, root = self.session.lock, self._root
-        if not self.is_closed and lock.acquire(blocking=False):
-            try:
-                root._inside = get_ident()  # as for any call: a signal handler must not wait for its thread
-                function()
-            finally:
-                root._inside = 0
-                lock.release()
+        if not (self.is_closed or self._root._inside):
+            call_if_free(self.session.lock, lambda: self._call_free(function))
+
+    def _call_free(self, function: Callable[[], None]) -> None:
+        root = self._root
+        root._inside = get_ident()  # as for any call
+        try:
+            function()
+        finally:
+            root._inside = 0
 
     def closed_error(self) -> TransactionClosedError | ForkedError:
         root = self._root
@@ -262,7 +265,7 @@ class WriteLoan:
 
     def is_at_rest(self) -> bool:
         """Closed, whether no call is under way, and nothing has to be put back."""
-        return not (self.session.lock.locked() or self._lending or self._ends_readonly or self._time_limit is not None)
+        return not (self._inside or self._lending or self._ends_readonly or self._time_limit is not None)
 
     def wait_for_call(self, until: float) -> bool:
         """Closed, wait for the call that is under way; False if it is not over at the time ``until``."""

@@ -61,7 +61,9 @@ class WriteSession:
         self._cursor.row_factory = None
         self._texts = _Texts(guard)
         self.row_factory, self.text_factory = connection.row_factory, connection.text_factory
-        self.lock = threading.Lock()  # held around every call into SQLite of a Transaction
+        # Held around every call into SQLite of a Transaction. Re-entrant: a signal handler may come just behind its
+        # acquisition, before the loan says that its thread is inside.
+        self.lock = threading.RLock()
         # Held around interrupt(), which does not wait for the other one. A signal handler may interrupt, too.
         self.interrupting = threading.RLock()
         # Between jobs the guard's mode is the gateway's, and there are no rows to convert.

@@ -555,7 +555,7 @@ def test_a_statement_that_still_runs_is_interrupted_when_its_block_fails(db: DbW
     tx = block.__enter__()
     with ThreadPoolExecutor() as pool:
         running = pool.submit(tx.execute, endless)
-        eventually(lambda: tx._loan.session.lock.locked())
+        eventually(lambda: bool(tx._loan._inside))
         with pytest.raises(LookupError):
             raise_through(block, LookupError())
         with pytest.raises(TransactionClosedError):

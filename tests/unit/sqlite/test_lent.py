@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from helpers import rows
+from helpers import rows, session_of
 from onewriter import DbWriter, ReentrantWriteError, Transaction, TransactionClosedError
 
 INSERT = "INSERT INTO t VALUES (?)"
@@ -552,6 +552,38 @@ def test_a_dropped_cursor_is_ended_at_once(blobs: DbWriter) -> None:
         tx.connection.execute("SELECT n FROM t").fetchone()
         gc.collect()
         tx.execute("DROP TABLE t")  # an unread cursor would lock it
+
+
+class Signalling:
+    """A lock just behind whose acquisition a signal handler comes."""
+
+    def __init__(self, lock: Any, handler: Callable[[], object]) -> None:
+        self._lock, self._handler = lock, handler
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def acquire(self, *args: Any) -> bool:
+        got: bool = self._lock.acquire(*args)
+        self._handler()
+        return got
+
+    def release(self) -> None:
+        self._lock.release()
+
+
+def test_a_signal_handler_may_read_as_a_dropped_cursor_ends(blobs: DbWriter, monkeypatch: pytest.MonkeyPatch) -> None:
+    with blobs.transaction() as tx:
+        tx.execute("INSERT INTO t VALUES (1)")
+        cursor = tx.connection.execute("SELECT n FROM t")
+        session, found = session_of(blobs), []
+        monkeypatch.setattr(session, "lock", Signalling(session.lock, lambda: found.append(rows(blobs))))
+        del cursor
+        assert found == [[1]]
+        monkeypatch.undo()
 
 
 def test_an_interrupt_from_another_thread_does_not_wait_for_what_it_ends(path: Path) -> None:
