@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sqlite3
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, checkpointer_of, in_threads, log_size, parked, pool_of, writer_of
+from helpers import DEADLINE, checkpointer_of, in_threads, log_size, make, parked, pool_of, until_waiting, writer_of
 from onewriter import DbWriter, WriteTimeoutError
 from onewriter.events import CheckpointEnded
 from onewriter.read.claim import new_claim
@@ -398,3 +399,17 @@ def test_checkpoints_that_fail_are_told_once_until_one_works(
             db.run("CREATE TEMP TABLE IF NOT EXISTS x (n)")
             db.flush()
     assert sum("a checkpoint failed" in record.message for record in caplog.records) == 2
+
+
+def test_a_lock_that_somebody_else_takes_right_after_a_commit_costs_the_writer_nothing(path: Path) -> None:
+    make(path, "DELETE")
+    plain = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    with DbWriter(path, journal_mode="DELETE") as db, contextlib.closing(plain) as other:
+        with parked(db):
+            ticket = db.enqueue("INSERT INTO t VALUES (1)")
+            ticket.add_done_callback(lambda _: other.execute("BEGIN EXCLUSIVE"))
+        assert ticket.result(DEADLINE).rowcount == 1
+        later = db.enqueue("INSERT INTO t VALUES (2)")
+        until_waiting(db)
+        other.execute("COMMIT")
+        assert later.result(DEADLINE).rowcount == 1
