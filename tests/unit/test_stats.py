@@ -388,6 +388,8 @@ def test_only_what_was_committed_counts_as_a_commit(db: DbWriter) -> None:
     with pytest.raises(sqlite3.OperationalError):
         db.run_without_transaction("VACUUM nowhere")
     with pytest.raises(sqlite3.OperationalError):
+        db.run_without_transaction(lambda connection: connection.execute("VACUUM nowhere"))
+    with pytest.raises(sqlite3.OperationalError):
         db.run("INSERT INTO nowhere VALUES (1)")
     assert db.stats().commits == before + 1
 
