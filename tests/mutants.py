@@ -185,7 +185,8 @@ class Tests:
         names = {self._names[place] for place in found}
         folder, _, own = mutant.file.rpartition("/")
         first = f"tests/unit/{folder}/test_{own}"
-        names |= {name for name in self.seconds if name.startswith(READERS)}
+        names = {name for name in names if not name.startswith(READERS)}
+        names |= {name for name in self.seconds if name.startswith(READERS) and f"[{mutant.file}" in name}
         seen: Counter[str] = Counter()  # of each file of tests; the next of each in turn, for they are alike in one
         ranks: dict[str, int] = {}
         for name in sorted(names, key=lambda name: self.seconds[name]):
