@@ -736,6 +736,15 @@ def test_close_gives_the_first_rows_to_one_that_has_had_none(new_db: DbWriter) -
             assert (list(late), list(alone), list(other)) == ([[]], [[(5,)]], [])
 
 
+def test_close_reads_nothing_again_that_has_not_changed(counted: DbWriter, looks: Looks) -> None:
+    with counted.watch(LOOK) as live:
+        settle(counted, live)
+        before = looks.count
+        counted.close()
+        assert list(live) == []
+        assert looks.count == before
+
+
 def test_an_error_of_the_last_read_is_raised_too(db: DbWriter) -> None:
     with db.watch("SELECT abs(-9223372036854775808 + count(*)) FROM t") as live:
         db.close()
