@@ -19,6 +19,7 @@ from helpers import (
     drop_session,
     eventually,
     file_of,
+    inserting,
     parked,
     rows,
     session_of,
@@ -333,6 +334,17 @@ def test_bad_sql_in_a_batch_does_not_make_the_others_run_again(path: Path) -> No
         assert db.stats().run_twice == 0
 
 
+def test_what_may_roll_back_the_others_does_not_share_their_transaction(db: DbWriter) -> None:
+    db.run("CREATE TABLE t (n UNIQUE)")
+    with parked(db):
+        good = [db.enqueue(INSERT, (n,)) for n in (1, 2)]
+        failing = db.enqueue("INSERT OR ROLLBACK INTO t VALUES (1)")
+        good.append(db.enqueue(INSERT, (3,)))
+    assert isinstance(failing.exception(DEADLINE), sqlite3.IntegrityError)
+    assert [ticket.exception(DEADLINE) for ticket in good] == [None] * 3
+    assert (rows(db), db.stats().run_twice) == ([1, 2, 3], 0)
+
+
 def test_a_function_runs_once_even_beside_failing_statements(path: Any) -> None:
     runs = 0
 
@@ -352,6 +364,17 @@ def test_a_function_runs_once_even_beside_failing_statements(path: Any) -> None:
         assert isinstance(failing.exception(DEADLINE), sqlite3.OperationalError)
         assert (first.exception(DEADLINE), last.exception(DEADLINE)) == (None, None)
         assert (runs, rows(db)) == (2, [1, 101, 102, 2])
+
+
+def test_those_behind_a_statement_that_makes_the_others_run_again_run_after_them(db: DbWriter) -> None:
+    db.run("CREATE TABLE t (n UNIQUE)")
+    with parked(db):
+        first = db.enqueue(INSERT, (1,))
+        failing = db.enqueue("INSERT OR FAIL INTO t VALUES (2), (1)")  # keeps its first row, but for a savepoint
+        behind = [db.enqueue(INSERT, (3,)), db.enqueue(inserting(4))]
+    assert isinstance(failing.exception(DEADLINE), sqlite3.IntegrityError)
+    assert [ticket.exception(DEADLINE) for ticket in (first, *behind)] == [None] * 3
+    assert rows(db) == [1, 3, 4]
 
 
 def test_what_undid_a_shared_transaction_makes_the_others_run_again(path: Any) -> None:

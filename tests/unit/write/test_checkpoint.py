@@ -147,6 +147,14 @@ def test_the_log_is_emptied_later_unless_it_was_just_now(path: Path) -> None:
         assert not checkpointer.has_work
 
 
+def test_a_batch_that_has_committed_nothing_leaves_nothing_to_empty(db: DbWriter) -> None:
+    db.checkpoint()
+    with pytest.raises(sqlite3.OperationalError):
+        db.run("INSERT INTO nowhere VALUES (1)")
+    db.flush()
+    assert not checkpointer_of(db).has_work
+
+
 def test_a_few_large_values_do_not_make_the_log_large(path: Path) -> None:
     with DbWriter(path, wal_limit=2**20, synchronous="OFF") as db:
         db.run("CREATE TABLE t (data)")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, driver_of, rows
+from helpers import DEADLINE, driver_of, raises, rows
 from onewriter import DbWriter, Ticket, WriteTimeoutError
 from onewriter.write.driver import InlineDriver
 
@@ -30,6 +32,17 @@ def test_inline_a_block_of_another_thread_is_waited_for(path: Path) -> None:
         waiting.result(DEADLINE)
         assert rows(db) == [1, 2]
         assert not [thread for thread in threading.enumerate() if "writer" in thread.name]
+
+
+@pytest.mark.parametrize("inline", [False, True])
+def test_nothing_is_kept_of_one_that_could_not_be_opened(path: Path, inline: bool) -> None:
+    hook = raises(LookupError())
+    kept = weakref.ref(hook)
+    with pytest.raises(LookupError):
+        DbWriter(path, on_connect=hook, inline=inline)
+    del hook
+    gc.collect()
+    assert kept() is None
 
 
 class Turn:
