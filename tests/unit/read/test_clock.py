@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, in_threads, pool_of, queue_of
+from helpers import DEADLINE, eventually, in_threads, pool_of, queue_of
 from onewriter import AsyncDbWriter, DbWriter, ReadTimeoutError, ReentrantWriteError, WriterClosedError
 from onewriter.read import places
 
@@ -298,6 +298,16 @@ def test_a_slow_reader_is_named_once_while_it_is_open_and_the_writer_sleeps(
                 threading.Event().wait(0.01)
         assert wakes == []
     assert len([message for message in caplog.messages if message.startswith("slow: ")]) == 1
+
+
+def test_a_slow_reader_is_named_although_the_clock_has_looked_before_and_then_nothing_is_waited_for(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with DbWriter(path, slow_after=0.3) as db, db.reader():
+        with pytest.raises(ReadTimeoutError):
+            db.read(NUMBERS.format("max(n)"), timeout=0.01)
+        eventually(lambda: any("has been open for" in message for message in caplog.messages))
+        eventually(lambda: pool_of(db).clock._thread is None)
 
 
 def test_those_who_come_in_a_pause_are_admitted_in_order_at_its_end_or_when_its_time_is_over(path: Path) -> None:

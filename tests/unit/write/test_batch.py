@@ -371,7 +371,7 @@ def test_those_behind_a_statement_that_makes_the_others_run_again_run_after_them
     with parked(db):
         first = db.enqueue(INSERT, (1,))
         failing = db.enqueue("INSERT OR FAIL INTO t VALUES (2), (1)")  # keeps its first row, but for a savepoint
-        behind = [db.enqueue(INSERT, (3,)), db.enqueue(inserting(4))]
+        behind: list[Ticket[Any]] = [db.enqueue(INSERT, (3,)), db.enqueue(inserting(4))]
     assert isinstance(failing.exception(DEADLINE), sqlite3.IntegrityError)
     assert [ticket.exception(DEADLINE) for ticket in (first, *behind)] == [None] * 3
     assert rows(db) == [1, 3, 4]
@@ -498,4 +498,5 @@ def test_a_job_whose_file_has_gone_is_rolled_back_and_its_callbacks_are_called(p
     with DbWriter(path) as db:
         with pytest.raises(WriterBrokenError):
             db.run(job)
+        assert db.health.startswith("broken")
         assert called.wait(DEADLINE)

@@ -13,7 +13,19 @@ from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, checkpointer_of, in_threads, log_size, make, parked, pool_of, until_waiting, writer_of
+from helpers import (
+    DEADLINE,
+    checkpointer_of,
+    drop_session,
+    file_of,
+    in_threads,
+    log_size,
+    make,
+    parked,
+    pool_of,
+    until_waiting,
+    writer_of,
+)
 from onewriter import DbWriter, WriteTimeoutError
 from onewriter.events import CheckpointEnded
 from onewriter.read.claim import new_claim
@@ -407,6 +419,37 @@ def test_checkpoints_that_fail_are_told_once_until_one_works(
             db.run("CREATE TEMP TABLE IF NOT EXISTS x (n)")
             db.flush()
     assert sum("a checkpoint failed" in record.message for record in caplog.records) == 2
+
+
+def test_an_error_while_the_writer_opens_a_connection_for_a_checkpoint_is_the_callers(path: Path) -> None:
+    failing: list[BaseException] = []
+
+    def hook(connection: sqlite3.Connection, readonly: bool) -> None:
+        if failing:
+            raise failing.pop()
+
+    with DbWriter(path, on_connect=hook) as db:
+        drop_session(db)
+        failing.append(LookupError())
+        with pytest.raises(LookupError):
+            db.checkpoint()
+        db.run("CREATE TABLE t (n)")
+
+
+def test_a_file_that_is_smaller_is_not_judged_while_somebody_else_has_it_locked(path: Path) -> None:
+    make(path, "DELETE")
+    plain = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    with DbWriter(path, journal_mode="DELETE") as db, contextlib.closing(plain) as other:
+        db.run("INSERT INTO t VALUES (zeroblob(100000))")
+        db.flush()
+        other.execute("DELETE FROM t")
+        other.execute("VACUUM")
+        other.execute("BEGIN EXCLUSIVE")
+        file_of(db).look_again_at = 0.0  # the next look is due
+        ticket = db.enqueue("INSERT INTO t VALUES (1)")
+        until_waiting(db)
+        other.execute("COMMIT")
+        assert ticket.result(DEADLINE).rowcount == 1
 
 
 def test_a_lock_that_somebody_else_takes_right_after_a_commit_costs_the_writer_nothing(path: Path) -> None:

@@ -23,6 +23,8 @@ from onewriter import (
     TransactionAbortedError,
     TransactionClosedError,
 )
+from onewriter.write import loan
+from onewriter.write.parts import Parts
 
 INSERT = "INSERT INTO t VALUES (?)"
 ENDLESS = "WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c) SELECT max(n) FROM c"
@@ -635,6 +637,23 @@ def test_a_nested_block_that_ends_after_its_outer_one_was_taken_changes_nothing_
                 other.start()
                 other.join(DEADLINE)
         assert new_db.run("SELECT 'x'").rows == [("x",)]
+
+
+def test_the_parts_of_a_transaction_are_made_with_nobody_beside(
+    new_db: DbWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[bool] = []
+
+    def made(session: Any) -> Parts:
+        with ThreadPoolExecutor(1) as pool:
+            held.append(not pool.submit(state_of(new_db).lock.acquire, blocking=False).result(DEADLINE))
+        return Parts(session)
+
+    monkeypatch.setattr(loan, "Parts", made)
+    with new_db.transaction() as tx:
+        tx.on_commit(int)
+        tx.on_commit(int)
+    assert held == [True]
 
 
 def test_rollback_undoes_what_was_done_so_far_and_the_block_goes_on(any_db: DbWriter) -> None:

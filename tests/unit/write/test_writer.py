@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-from helpers import DEADLINE, handling, parked, raising, session_of, writer_of
+from helpers import DEADLINE, handling, inserting, parked, raising, session_of, writer_of
 from onewriter import DbWriter, Ticket, Transaction, TransactionClosedError, WriterBrokenError
 from onewriter.base.waiting import wake
 
@@ -221,6 +221,20 @@ def test_an_idle_writer_keeps_nothing_of_its_last_job_alive(path: Any) -> None:
         db.run("SELECT 1")
         gc.collect()
         assert gone.wait(DEADLINE)
+
+
+def test_nothing_is_kept_of_jobs_that_have_run_again(new_db: DbWriter) -> None:
+    new_db.run("CREATE TABLE t (n UNIQUE)")
+    with parked(new_db):
+        tickets: list[Ticket[Any]] = [new_db.enqueue(inserting(n)) for n in range(3)]
+        tickets.append(new_db.enqueue(lambda tx: tx.execute("INSERT OR ROLLBACK INTO t VALUES (1)") and None))
+        tickets[-1].add_done_callback(id)  # or else the log keeps its error, and that the frames
+    assert isinstance(tickets[-1].exception(DEADLINE), sqlite3.IntegrityError)
+    new_db.flush()
+    kept = [weakref.ref(ticket) for ticket in tickets]
+    tickets.clear()
+    gc.collect()
+    assert [ticket() for ticket in kept] == [None] * 4
 
 
 @pytest.mark.parametrize("job", ["UPDATE bad SET text = 'y'", swallow])
