@@ -85,19 +85,23 @@ def mutants_of(path: Path) -> Iterator[Mutant]:
         starts.append(starts[-1] + len(line.encode()))
     data = source.encode()
 
+    tree, named = ast.parse(source), Counter[str]()
+    conditions = {node.test for node in ast.walk(tree) if isinstance(node, ast.If | ast.IfExp | ast.While)}
+
     def place(line: int, column: int) -> int:
         return starts[line - 1] + column
 
     def mutant(node: ast.expr | ast.stmt, new: str, kind: str) -> Mutant:
         begin = place(node.lineno, node.col_offset)
         end = place(node.end_lineno or 0, node.end_col_offset or 0)
-        old = " ".join(data[begin:end].decode().split())
+        what = f"{kind} `{' '.join(data[begin:end].decode().split())[:90]}`"
+        named[what] += 1
+        if named[what] > 1:
+            what += f" ({named[what]})"
         text = (data[:begin] + new.encode() + data[end:]).decode()
-        return Mutant(
-            path.relative_to(SOURCE).as_posix(), node.lineno, node.end_lineno or 0, f"{kind} `{old[:90]}`", text
-        )
+        return Mutant(path.relative_to(SOURCE).as_posix(), node.lineno, node.end_lineno or 0, what, text)
 
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(tree):
         if isinstance(node, ast.If | ast.IfExp | ast.While):
             if ast.unparse(node.test) not in ("True", "TYPE_CHECKING"):
                 yield mutant(node.test, f"(not ({ast.unparse(node.test)}))", "inverted")
@@ -111,7 +115,7 @@ def mutants_of(path: Path) -> Iterator[Mutant]:
             yield mutant(node.type, "()", f"no except, line {node.lineno},")
         elif isinstance(node, ast.Delete):
             yield mutant(node, "pass", "no del")
-        elif isinstance(node, ast.Compare) and len(node.ops) == 1:
+        elif isinstance(node, ast.Compare) and len(node.ops) == 1 and node not in conditions:
             sides = ast.unparse(node.left), ast.unparse(node.comparators[0])
             yield mutant(node, f"({sides[0]} {INVERSE[type(node.ops[0])]} {sides[1]})", "inverted")
         elif isinstance(node, ast.BoolOp):

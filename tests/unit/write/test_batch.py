@@ -27,6 +27,7 @@ from helpers import (
     waiting_for_lock,
 )
 from onewriter import DbWriter, Ticket, Transaction, WriterBrokenError
+from onewriter.events import BatchEnded
 from onewriter.write.batch import commit_outcome_unknown
 from onewriter.write.outcomes import copy_of
 
@@ -420,7 +421,12 @@ def test_what_undid_all_keeps_its_error_when_the_others_cannot_run_again(path: A
         def bad(tx: Transaction) -> None:
             raise LookupError("its own")
 
-        with DbWriter(path, lock_timeout=0.05) as db:
+        def hear(event: object) -> None:
+            if isinstance(event, BatchEnded):
+                told.extend(event.tickets)
+
+        told: list[Ticket[Any]] = []
+        with DbWriter(path, lock_timeout=0.05, on_event=hear) as db:
             db.run("CREATE TABLE t (n UNIQUE)")
             db.run(INSERT, (1,))
             with parked(db):
@@ -430,6 +436,8 @@ def test_what_undid_all_keeps_its_error_when_the_others_cannot_run_again(path: A
                     db.enqueue(lambda tx: tx.execute("INSERT OR ROLLBACK INTO t VALUES (1)") and None),
                 ]
             errors = [ticket.exception(DEADLINE) for ticket in tickets]
+            db.flush()
+            assert sorted(tickets.index(ticket) for ticket in told if ticket in tickets) == [0, 1, 2]
             other.execute("ROLLBACK")
             assert [type(error) for error in errors] == [
                 sqlite3.OperationalError,

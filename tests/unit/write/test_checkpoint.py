@@ -452,6 +452,15 @@ def test_a_file_that_is_smaller_is_not_judged_while_somebody_else_has_it_locked(
         assert ticket.result(DEADLINE).rowcount == 1
 
 
+@pytest.mark.parametrize("auto", [False, True])
+def test_close_empties_the_log_beside_others_if_checkpoints_are_its_own(path: Path, auto: bool) -> None:
+    with contextlib.closing(sqlite3.connect(path)) as other:
+        with DbWriter(path, auto_checkpoint=auto) as db:
+            db.run("CREATE TABLE t (n)")
+            assert other.execute("SELECT n FROM t").fetchall() == []  # or else the last to close empties it
+        assert (log_size(path) == 0) is auto
+
+
 def test_a_lock_that_somebody_else_takes_right_after_a_commit_costs_the_writer_nothing(path: Path) -> None:
     make(path, "DELETE")
     plain = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
