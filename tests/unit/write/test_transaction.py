@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, core_of, eventually, holding_lock, inserting, parked, rows, state_of
+from helpers import DEADLINE, core_of, eventually, holding_lock, inserting, parked, rows, session_of, state_of
 from onewriter import (
     DbWriter,
     ReadTimeoutError,
@@ -599,6 +599,25 @@ def test_a_read_in_a_block_that_is_taken_back_leaves_the_writer_writable(db: DbW
             db.read(lambda connection: threading.Event().wait(0.1))
             db.read("SELECT 1")
         db.run("INSERT INTO t VALUES (?)", (n,))
+
+
+def test_a_read_whose_end_an_interrupt_meets_leaves_the_writer_writable(
+    new_db: DbWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, met = session_of(new_db), threading.Event()
+    internal = session.internal
+
+    def interrupted(sql: str, *parameters: Any) -> list[Any]:
+        if sql == "PRAGMA query_only=0" and not met.is_set():
+            met.set()
+            raise sqlite3.OperationalError("interrupted")
+        return internal(sql, *parameters)
+
+    monkeypatch.setattr(session, "internal", interrupted)
+    with new_db.transaction():
+        new_db.read("SELECT 1")
+    new_db.run("CREATE TABLE t (n)")
+    assert met.is_set()
 
 
 def test_a_read_inside_a_job_or_block_ends_at_its_timeout_too(db: DbWriter) -> None:
