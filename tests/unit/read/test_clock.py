@@ -310,6 +310,14 @@ def test_a_slow_reader_is_named_although_the_clock_has_looked_before_and_then_no
         eventually(lambda: pool_of(db).clock._thread is None)
 
 
+def test_without_a_thread_for_it_a_slow_reader_is_named_after_the_next_batch(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with DbWriter(path, inline=True, slow_after=1e-9) as db, db.reader():
+        db.run("CREATE TABLE t (n)")
+        assert any("has been open for" in message for message in caplog.messages)
+
+
 def test_those_who_come_in_a_pause_are_admitted_in_order_at_its_end_or_when_its_time_is_over(path: Path) -> None:
     served: list[int] = []
     with DbWriter(path, readers=1) as db, ThreadPoolExecutor() as pool:
