@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, eventually, in_threads, pool_of, queue_of
+from helpers import DEADLINE, eventually, in_threads, pool_of, queue_of, raising
 from onewriter import AsyncDbWriter, DbWriter, ReadTimeoutError, ReentrantWriteError, WriterClosedError
 from onewriter.read import places
 
@@ -316,6 +316,19 @@ def test_without_a_thread_for_it_a_slow_reader_is_named_after_the_next_batch(
     with DbWriter(path, inline=True, slow_after=1e-9) as db, db.reader():
         db.run("CREATE TABLE t (n)")
         assert any("has been open for" in message for message in caplog.messages)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_clock_that_could_not_be_started_is_started_by_the_next_read(
+    path: Path, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with DbWriter(path, on_connect=Patient().connect) as db:
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            patch.setattr(threading.Thread, "start", raising(error))
+            assert db.read_value("SELECT 1", timeout=DEADLINE) == 1
+            assert error is RuntimeError  # as at the end of the interpreter; another one is the caller's
+        with pytest.raises(ReadTimeoutError):
+            db.read(SLOW, timeout=SOON)
 
 
 def test_those_who_come_in_a_pause_are_admitted_in_order_at_its_end_or_when_its_time_is_over(path: Path) -> None:
