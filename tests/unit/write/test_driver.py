@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, driver_of, raises, rows
+from helpers import DEADLINE, child_code, driver_of, raises, rows, run_child
 from onewriter import DbWriter, Ticket, WriteTimeoutError
 from onewriter.write.driver import InlineDriver
 
@@ -43,6 +43,27 @@ def test_nothing_is_kept_of_one_that_could_not_be_opened(path: Path, inline: boo
     del hook
     gc.collect()
     assert kept() is None
+
+
+def test_ctrl_c_while_it_opens_ends_the_writer_too(path: Path) -> None:
+    code = """
+from helpers import eventually
+
+interrupted = threading.Event()
+
+def interrupt(connection, readonly):
+    signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+    interrupted.wait(30)
+
+try:
+    DbWriter(path, on_connect=interrupt)
+except KeyboardInterrupt:
+    interrupted.set()
+    eventually(lambda: threading.active_count() == 1)
+    print("ended")
+"""
+    child = run_child(child_code(path, code))
+    assert (child.stdout, child.returncode) == ("ended\n", 0), child.stderr
 
 
 class Turn:
