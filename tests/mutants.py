@@ -27,6 +27,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
@@ -45,6 +46,7 @@ INVERSE: dict[type[ast.cmpop], str] = {
     ast.Is: "is not", ast.IsNot: "is", ast.In: "not in", ast.NotIn: "in",
 }  # fmt: skip
 PYTEST = ["pytest", "-x", "-q", "-p", "no:cacheprovider", "-o", f"faulthandler_timeout={HANG}"]
+COLLECTED = ["collected", str(TIMEOUT)]  # tests/collected.py
 READERS = ("tests/unit/test_guarded_by.py", "tests/unit/test_rules.py")  # come by no line: they read the source
 FAST = ("unit", "acceptance", "property")
 MAP = "MUTANTS_MAP"  # names the folder for what the plugin finds out
@@ -83,19 +85,23 @@ def mutants_of(path: Path) -> Iterator[Mutant]:
         starts.append(starts[-1] + len(line.encode()))
     data = source.encode()
 
+    tree, named = ast.parse(source), Counter[str]()
+    conditions = {node.test for node in ast.walk(tree) if isinstance(node, ast.If | ast.IfExp | ast.While)}
+
     def place(line: int, column: int) -> int:
         return starts[line - 1] + column
 
     def mutant(node: ast.expr | ast.stmt, new: str, kind: str) -> Mutant:
         begin = place(node.lineno, node.col_offset)
         end = place(node.end_lineno or 0, node.end_col_offset or 0)
-        old = " ".join(data[begin:end].decode().split())
+        what = f"{kind} `{' '.join(data[begin:end].decode().split())[:90]}`"
+        named[what] += 1
+        if named[what] > 1:
+            what += f" ({named[what]})"
         text = (data[:begin] + new.encode() + data[end:]).decode()
-        return Mutant(
-            path.relative_to(SOURCE).as_posix(), node.lineno, node.end_lineno or 0, f"{kind} `{old[:90]}`", text
-        )
+        return Mutant(path.relative_to(SOURCE).as_posix(), node.lineno, node.end_lineno or 0, what, text)
 
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(tree):
         if isinstance(node, ast.If | ast.IfExp | ast.While):
             if ast.unparse(node.test) not in ("True", "TYPE_CHECKING"):
                 yield mutant(node.test, f"(not ({ast.unparse(node.test)}))", "inverted")
@@ -109,7 +115,7 @@ def mutants_of(path: Path) -> Iterator[Mutant]:
             yield mutant(node.type, "()", f"no except, line {node.lineno},")
         elif isinstance(node, ast.Delete):
             yield mutant(node, "pass", "no del")
-        elif isinstance(node, ast.Compare) and len(node.ops) == 1:
+        elif isinstance(node, ast.Compare) and len(node.ops) == 1 and node not in conditions:
             sides = ast.unparse(node.left), ast.unparse(node.comparators[0])
             yield mutant(node, f"({sides[0]} {INVERSE[type(node.ops[0])]} {sides[1]})", "inverted")
         elif isinstance(node, ast.BoolOp):
@@ -183,7 +189,8 @@ class Tests:
         names = {self._names[place] for place in found}
         folder, _, own = mutant.file.rpartition("/")
         first = f"tests/unit/{folder}/test_{own}"
-        names |= {name for name in self.seconds if name.startswith(READERS)}
+        names = {name for name in names if not name.startswith(READERS)}
+        names |= {name for name in self.seconds if name.startswith(READERS) and f"[{mutant.file}" in name}
         seen: Counter[str] = Counter()  # of each file of tests; the next of each in turn, for they are alike in one
         ranks: dict[str, int] = {}
         for name in sorted(names, key=lambda name: self.seconds[name]):
@@ -196,26 +203,81 @@ class Tests:
         return [*self._also, *(name for name, total in zip(ordered, sums, strict=True) if total <= self._most)]
 
 
-def survives(mutant: Mutant, tests: list[str], tree: Path) -> bool:
-    target = tree / "src" / "onewriter" / mutant.file
-    original = target.read_text(encoding="utf-8")
-    target.write_text(mutant.text, encoding="utf-8")
-    few = 100  # most are noticed by the first
-    try:
-        return all(not some or _run([*PYTEST, *some], tree, {}, TIMEOUT) for some in (tests[:few], tests[few:]))
-    finally:
-        target.write_text(original, encoding="utf-8")
+class Tree:
+    """A copy of the repository, in which one mutant at a time is tried."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".git", ".venv", "__pycache__", ".*_cache"))
+        self._collected: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> Tree:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._collected is not None:
+            self._collected.communicate()
+
+    def survives(self, mutant: Mutant, tests: list[str]) -> bool:
+        target = self.folder / "src" / "onewriter" / mutant.file
+        original = target.read_text(encoding="utf-8")
+        process = self._collected = self._collected or self._collect()
+        _write(target, mutant.text)
+        few = 100  # most are noticed by the first
+        try:
+            passed = _ask(process, [str(target), original, mutant.text, tests])
+            if passed is None:
+                parts = tests[:few], tests[few:]
+                passed = all(not some or _run([*PYTEST, *some], self.folder, {}, TIMEOUT) for some in parts)
+            return passed
+        finally:
+            _write(target, original)
+
+    def _collect(self) -> subprocess.Popen[str]:
+        """What has imported everything before anything is changed."""
+        process = _python([*COLLECTED, *PYTEST[1:], *(f"tests/{name}" for name in FAST)], self.folder, {})
+        assert process.stdout is not None
+        process.stdout.readline()
+        return process
+
+
+def _ask(process: subprocess.Popen[str], request: list[object]) -> bool | None:
+    """Whether the tests pass; None if it cannot tell."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    print(json.dumps(request), file=process.stdin, flush=True)
+    answer: bool | None = json.loads(process.stdout.readline())
+    return answer
+
+
+def _write(target: Path, text: str) -> None:
+    """Each at a second of its own, by which its bytecode is known from that of the one before."""
+    second = int(target.stat().st_mtime) + 1
+    target.write_text(text, encoding="utf-8")
+    os.utime(target, (second, second))
+
+
+def _python(module: list[str], tree: Path, variables: dict[str, str]) -> subprocess.Popen[str]:
+    """``python -m module`` in ``tree``."""
+    path = f"{tree / 'src'}{os.pathsep}{tree / 'tests'}"
+    always = {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": ""}
+    return subprocess.Popen(
+        [sys.executable, "-m", *module],
+        cwd=tree,
+        env={**os.environ, **always, **variables},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def _run(module: list[str], tree: Path, variables: dict[str, str], timeout: float | None) -> bool:
     """Whether ``python -m module`` is content in ``tree``."""
-    path = f"{tree / 'src'}{os.pathsep}{tree / 'tests'}"
-    always = {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
-    environment = {**os.environ, **always, **variables}
-    options = {"cwd": tree, "env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen([sys.executable, "-m", *module], start_new_session=True, **options) as process:  # type: ignore[call-overload]
+    with _python(module, tree, variables) as process:
         try:
-            return bool(process.wait(timeout) == 0)
+            process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
             return False
         finally:
@@ -223,6 +285,7 @@ def _run(module: list[str], tree: Path, variables: dict[str, str], timeout: floa
                 os.killpg(process.pid, 9)
             except ProcessLookupError:
                 pass
+        return process.returncode == 0
 
 
 # The plugin -----------------------------------------------------------------------------------------------------------
@@ -249,6 +312,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--files", default="", help="comma-separated; default: all")
     parser.add_argument("--seed", type=int, default=1, help="of the order in which they are tried")
+    parser.add_argument("--sample", type=int, help="so many of each file, at most; the seed says which")
     parser.add_argument("--workers", type=int, default=2 * (os.cpu_count() or 1), help="many mutants hang")
     parser.add_argument("--only", default="", help="mutants whose name has this in it")
     parser.add_argument("--map", default="", help="folder that keeps which tests come by; default: found out anew")
@@ -266,29 +330,35 @@ def main() -> int:
     mutants = [mutant for mutant in {m.text: m for m in mutants}.values() if mutant.name not in equal]
     mutants = [mutant for mutant in mutants if arguments.only in mutant.name]
     random.Random(arguments.seed).shuffle(mutants)
+    if arguments.sample is not None:
+        seen: Counter[str] = Counter()
+        for mutant in list(mutants):
+            seen[mutant.file] += 1
+            if seen[mutant.file] > arguments.sample:
+                mutants.remove(mutant)
     print(f"{len(mutants)} mutants, {len(equal)} more that change nothing", flush=True)
     if arguments.list:
         return 0
-    with tempfile.TemporaryDirectory(prefix="onewriter-mutants-") as folder:
-        trees: queue.Queue[Path] = queue.Queue()
+    with tempfile.TemporaryDirectory(prefix="onewriter-mutants-") as folder, ExitStack() as ends:
+        trees: queue.Queue[Tree] = queue.Queue()
         for number in range(arguments.workers):
-            tree = Path(folder) / f"tree{number}"
-            shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", ".venv", "__pycache__", ".*_cache"))
-            trees.put(tree)
+            trees.put(ends.enter_context(Tree(Path(folder) / f"tree{number}")))
         kept = Path(arguments.map or Path(folder) / "map").resolve()
         also = [name for name in arguments.also.split(",") if name]
-        tests = Tests.find(tree, kept, also, arguments.seconds)
+        tests = Tests.find(Path(folder) / "tree0", kept, also, arguments.seconds)
         print(f"{len(tests.seconds)} tests are known", flush=True)
         end = monotonic() + arguments.minutes * 60
         outcomes: Counter[str] = Counter()
+        tried: Counter[str] = Counter()
 
         def attempt(mutant: Mutant) -> None:
             if monotonic() > end:
                 return
             tree = trees.get()
-            is_alive = survives(mutant, tests.of(mutant), tree)
+            is_alive = tree.survives(mutant, tests.of(mutant))
             trees.put(tree)
             outcomes["alive" if is_alive else "noticed"] += 1
+            tried[mutant.file] += 1
             if is_alive:
                 print(f"ALIVE {mutant.name} # line {mutant.line}", flush=True)
             if outcomes.total() % 50 == 0:
@@ -296,6 +366,8 @@ def main() -> int:
 
         with ThreadPoolExecutor(arguments.workers) as workers:
             list(workers.map(attempt, mutants))
+    for name, made in sorted(Counter(mutant.file for mutant in mutants).items()):
+        print(f"{name}: tried {tried[name]} of {made}")
     print(f"tried {outcomes.total()} of {len(mutants)}, alive {outcomes['alive']}")
     return 1 if outcomes["alive"] else 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import io
 import re
 import tokenize
@@ -343,6 +344,11 @@ class A:
     assert locks_made(ast.parse("use(threading.Lock())")) == {"?"}
 
 
+@functools.cache
+def all_locks() -> set[str]:
+    return {lock for tree in TREES.values() for lock in locks_made(tree)} | {"lock", "mutex"}
+
+
 def loops_under_locks(tree: ast.AST, locks: Set[str]) -> list[int]:
     """The lines of the loops that are directly in the body of a ``with`` on one of ``locks``."""
     loops = (ast.For, ast.While, ast.ListComp, ast.SetComp, ast.DictComp)
@@ -366,8 +372,7 @@ def loops_under_locks(tree: ast.AST, locks: Set[str]) -> list[int]:
 @pytest.mark.parametrize("name", sorted(FILES.keys() - PROGRAMS))
 def test_a_loop_under_a_lock_is_a_function_of_its_own(name: str) -> None:
     """In CPython 3.12 and 3.13, what a signal handler raises as a loop jumps back goes past a ``with`` around it."""
-    locks = {lock for tree in TREES.values() for lock in locks_made(tree)} | {"lock", "mutex"}
-    assert loops_under_locks(TREES[name], locks) == []
+    assert loops_under_locks(TREES[name], all_locks()) == []
 
 
 def test_loops_under_locks_are_found() -> None:

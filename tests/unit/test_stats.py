@@ -319,6 +319,20 @@ def test_a_log_that_readers_keep_from_shrinking_is_told_with_their_names(
         assert os.path.getsize(f"{path}-wal") < 200_000
 
 
+def test_a_reader_that_lets_the_log_grow_is_in_the_health_at_once_and_not_in_the_log(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with DbWriter(path, synchronous="OFF", wal_limit=200_000, slow_after=3600.0) as db:
+        db.run("CREATE TABLE t (b BLOB)")
+        with db.reader():
+            while not db.health.startswith("degraded"):
+                db.run("INSERT INTO t VALUES (randomblob(30000))")
+            for _ in range(50):
+                db.run("INSERT INTO t VALUES (randomblob(30000))")
+            db.flush()
+            assert warnings_of(caplog, "the log cannot be reset: ") == []
+
+
 def test_a_gateway_out_of_service_says_why(db: DbWriter, path: Path) -> None:
     db.run(TABLE)
     path.rename(path.parent / "elsewhere.db")
@@ -387,6 +401,8 @@ def test_only_what_was_committed_counts_as_a_commit(db: DbWriter) -> None:
     assert db.stats().commits == before + 1
     with pytest.raises(sqlite3.OperationalError):
         db.run_without_transaction("VACUUM nowhere")
+    with pytest.raises(sqlite3.OperationalError):
+        db.run_without_transaction(lambda connection: connection.execute("VACUUM nowhere"))
     with pytest.raises(sqlite3.OperationalError):
         db.run("INSERT INTO nowhere VALUES (1)")
     assert db.stats().commits == before + 1

@@ -85,6 +85,14 @@ def call_of_pool() -> object | None:
     while frame is not None:
         for name, module in POOL_LOOPS:
             if frame.f_code.co_name == name and frame.f_globals.get("__name__") == module:
-                return called.f_locals.get("self", called) if name == "_worker" else called
+                return _work_of(called) if name == "_worker" else called
         called, frame = frame, frame.f_back
     return None
+
+
+def _work_of(frame: types.FrameType) -> object:
+    found = frame.f_locals
+    work = found.get("self", frame)
+    if isinstance(found, dict):  # before Python 3.13 a copy, which keeps alive what the call itself lets go
+        found.clear()
+    return work

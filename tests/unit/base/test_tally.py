@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onewriter import DbWriter
-from onewriter.base.tally import BOUNDS, Histogram
+from onewriter.base.tally import BOUNDS, UNCOUNTED, Histogram, Tally, Times
 
 
 @settings(max_examples=200, deadline=None)
@@ -30,3 +30,11 @@ def test_a_percentile_is_between_0_and_100(db: DbWriter) -> None:
     for percent in (-1, 101):
         with pytest.raises(ValueError, match="percent"):
             db.stats().run.percentile(percent)
+
+
+def test_batches_are_counted_many_at_once_and_not_kept_for_ever() -> None:
+    tally = Tally()
+    tally.add_batch([(0.0, 0.0, 0.0)], Times(), 1)
+    assert tally.commits == 0
+    tally.add_batch([(0.0, 0.0, 0.0)] * UNCOUNTED, Times(), 1)
+    assert tally.commits == 2

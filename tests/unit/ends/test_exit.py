@@ -160,3 +160,30 @@ def test_an_inline_block_left_open_at_exit_keeps_no_other_gateway_from_writing(p
     assert child.returncode == 7, child.stderr
     with contextlib.closing(sqlite3.connect(path)) as connection:
         assert connection.execute("SELECT count(*) FROM t").fetchone() == (100,)
+
+
+def test_a_block_whose_thread_goes_on_at_exit_comes_to_its_own_end(table: Path) -> None:
+    code = """
+from helpers import writer_of
+
+inside, looked = threading.Event(), threading.Event()
+look = writer_of(db).end_block_at_exit
+
+def look_and_tell():
+    look()
+    looked.set()
+
+def work():
+    with db.transaction() as tx:
+        tx.execute(INSERT, (1,))
+        inside.set()
+        looked.wait(30)
+        tx.execute(INSERT, (2,))
+
+writer_of(db).end_block_at_exit = look_and_tell
+threading.Thread(target=work, daemon=True).start()
+inside.wait(30)
+"""
+    child = run_child(child_code(table, OPEN + code))
+    assert child.returncode == 0, child.stderr
+    assert rows_in(table) == [1, 2]

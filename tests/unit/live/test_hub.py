@@ -79,6 +79,17 @@ def test_a_query_is_stale_only_after_a_commit_that_wrote_what_it_reads(new_db: D
     assert hub.is_stale(query)
 
 
+def test_where_there_is_no_connection_everything_may_have_changed(new_db: DbWriter) -> None:
+    hub = core_of(new_db).live
+    with new_db.watch("SELECT 1") as live:
+        live.next()
+        query = live._entered()
+        query.as_of = hub._commits
+        assert not hub.is_stale(query)
+        hub.settled(None, [])
+        assert hub.is_stale(query)
+
+
 def test_an_older_read_that_ends_late_takes_nothing_back(new_db: DbWriter) -> None:
     new_db.run("CREATE TABLE t (n)")
     hub = core_of(new_db).live

@@ -8,13 +8,25 @@ import os
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import onewriter.live.watch as watch_module
-from helpers import DEADLINE, child_code, drop_session, eventually, inserting, raising, run_child, session_of, state_of
+from helpers import (
+    DEADLINE,
+    child_code,
+    core_of,
+    drop_session,
+    eventually,
+    inserting,
+    raising,
+    run_child,
+    session_of,
+    state_of,
+)
 from onewriter import (
     DbWriter,
     ReadTimeoutError,
@@ -734,6 +746,34 @@ def test_close_gives_the_first_rows_to_one_that_has_had_none(new_db: DbWriter) -
         with new_db.watch(N) as late, new_db.watch("SELECT 5") as alone:
             new_db.close()
             assert (list(late), list(alone), list(other)) == ([[]], [[(5,)]], [])
+
+
+def test_close_reads_nothing_again_that_has_not_changed(counted: DbWriter, looks: Looks) -> None:
+    with counted.watch(LOOK) as live:
+        settle(counted, live)
+        before = looks.count
+        counted.close()
+        assert list(live) == []
+        assert looks.count == before
+
+
+def test_an_error_of_a_read_that_close_waits_for_is_raised(new_db: DbWriter) -> None:
+    reads: list[int] = []
+    inside = threading.Event()
+
+    def read(connection: sqlite3.Connection) -> int:
+        reads.append(1)
+        if len(reads) > 1:  # the last, by the writer
+            return 1
+        inside.set()
+        eventually(lambda: core_of(new_db).live.is_over)
+        raise LookupError
+
+    with new_db.watch(read) as live, ThreadPoolExecutor(1) as pool:
+        looking = pool.submit(live.next)
+        assert inside.wait(DEADLINE)
+        new_db.close()
+        assert isinstance(looking.exception(DEADLINE), LookupError)
 
 
 def test_an_error_of_the_last_read_is_raised_too(db: DbWriter) -> None:

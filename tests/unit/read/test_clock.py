@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, in_threads, pool_of, queue_of
+from helpers import DEADLINE, eventually, in_threads, pool_of, queue_of, raising
 from onewriter import AsyncDbWriter, DbWriter, ReadTimeoutError, ReentrantWriteError, WriterClosedError
 from onewriter.read import places
 
@@ -298,6 +298,37 @@ def test_a_slow_reader_is_named_once_while_it_is_open_and_the_writer_sleeps(
                 threading.Event().wait(0.01)
         assert wakes == []
     assert len([message for message in caplog.messages if message.startswith("slow: ")]) == 1
+
+
+def test_a_slow_reader_is_named_although_the_clock_has_looked_before_and_then_nothing_is_waited_for(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with DbWriter(path, slow_after=0.3) as db, db.reader():
+        with pytest.raises(ReadTimeoutError):
+            db.read(NUMBERS.format("max(n)"), timeout=0.01)
+        eventually(lambda: any("has been open for" in message for message in caplog.messages))
+        eventually(lambda: pool_of(db).clock._thread is None)
+
+
+def test_without_a_thread_for_it_a_slow_reader_is_named_after_the_next_batch(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with DbWriter(path, inline=True, slow_after=1e-9) as db, db.reader():
+        db.run("CREATE TABLE t (n)")
+        assert any("has been open for" in message for message in caplog.messages)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_clock_that_could_not_be_started_is_started_by_the_next_read(
+    path: Path, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with DbWriter(path, on_connect=Patient().connect) as db:
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            patch.setattr(threading.Thread, "start", raising(error))
+            assert db.read_value("SELECT 1", timeout=DEADLINE) == 1
+            assert error is RuntimeError  # as at the end of the interpreter; another one is the caller's
+        with pytest.raises(ReadTimeoutError):
+            db.read(SLOW, timeout=SOON)
 
 
 def test_those_who_come_in_a_pause_are_admitted_in_order_at_its_end_or_when_its_time_is_over(path: Path) -> None:

@@ -29,6 +29,7 @@ from helpers import (
 )
 from onewriter import (
     AsyncDbWriter,
+    CommitUnknownError,
     DbWriter,
     ReentrantWriteError,
     Transaction,
@@ -394,3 +395,17 @@ def test_a_transaction_that_sqlite3_began_by_itself_is_rolled_back_too(
     with pytest.raises(sqlite3.ProgrammingError, match="left a transaction open"):
         table_db.run_without_transaction(leave_open)
     assert rows(table_db) == []
+
+
+@pytest.mark.parametrize(("code", "unknown"), [(sqlite3.SQLITE_IOERR_READ, False), (sqlite3.SQLITE_IOERR_FSYNC, True)])
+def test_an_error_of_a_function_leaves_its_commit_unknown_only_if_something_may_be_written(
+    new_db: DbWriter, code: int, unknown: bool
+) -> None:
+    def fail(connection: sqlite3.Connection) -> None:
+        error = sqlite3.OperationalError("disk I/O error")
+        error.sqlite_errorcode = code
+        raise error
+
+    with pytest.raises(CommitUnknownError if unknown else sqlite3.OperationalError):
+        new_db.run_without_transaction(fail)
+    assert (new_db.health == "ok") is not unknown

@@ -19,6 +19,7 @@ from helpers import (
     drop_session,
     eventually,
     file_of,
+    inserting,
     parked,
     rows,
     session_of,
@@ -26,6 +27,7 @@ from helpers import (
     waiting_for_lock,
 )
 from onewriter import DbWriter, Ticket, Transaction, WriterBrokenError
+from onewriter.events import BatchEnded
 from onewriter.write.batch import commit_outcome_unknown
 from onewriter.write.outcomes import copy_of
 
@@ -333,6 +335,17 @@ def test_bad_sql_in_a_batch_does_not_make_the_others_run_again(path: Path) -> No
         assert db.stats().run_twice == 0
 
 
+def test_what_may_roll_back_the_others_does_not_share_their_transaction(db: DbWriter) -> None:
+    db.run("CREATE TABLE t (n UNIQUE)")
+    with parked(db):
+        good = [db.enqueue(INSERT, (n,)) for n in (1, 2)]
+        failing = db.enqueue("INSERT OR ROLLBACK INTO t VALUES (1)")
+        good.append(db.enqueue(INSERT, (3,)))
+    assert isinstance(failing.exception(DEADLINE), sqlite3.IntegrityError)
+    assert [ticket.exception(DEADLINE) for ticket in good] == [None] * 3
+    assert (rows(db), db.stats().run_twice) == ([1, 2, 3], 0)
+
+
 def test_a_function_runs_once_even_beside_failing_statements(path: Any) -> None:
     runs = 0
 
@@ -352,6 +365,17 @@ def test_a_function_runs_once_even_beside_failing_statements(path: Any) -> None:
         assert isinstance(failing.exception(DEADLINE), sqlite3.OperationalError)
         assert (first.exception(DEADLINE), last.exception(DEADLINE)) == (None, None)
         assert (runs, rows(db)) == (2, [1, 101, 102, 2])
+
+
+def test_those_behind_a_statement_that_makes_the_others_run_again_run_after_them(db: DbWriter) -> None:
+    db.run("CREATE TABLE t (n UNIQUE)")
+    with parked(db):
+        first = db.enqueue(INSERT, (1,))
+        failing = db.enqueue("INSERT OR FAIL INTO t VALUES (2), (1)")  # keeps its first row, but for a savepoint
+        behind: list[Ticket[Any]] = [db.enqueue(INSERT, (3,)), db.enqueue(inserting(4))]
+    assert isinstance(failing.exception(DEADLINE), sqlite3.IntegrityError)
+    assert [ticket.exception(DEADLINE) for ticket in (first, *behind)] == [None] * 3
+    assert rows(db) == [1, 3, 4]
 
 
 def test_what_undid_a_shared_transaction_makes_the_others_run_again(path: Any) -> None:
@@ -397,7 +421,12 @@ def test_what_undid_all_keeps_its_error_when_the_others_cannot_run_again(path: A
         def bad(tx: Transaction) -> None:
             raise LookupError("its own")
 
-        with DbWriter(path, lock_timeout=0.05) as db:
+        def hear(event: object) -> None:
+            if isinstance(event, BatchEnded):
+                told.extend(event.tickets)
+
+        told: list[object] = []
+        with DbWriter(path, lock_timeout=0.05, on_event=hear) as db:
             db.run("CREATE TABLE t (n UNIQUE)")
             db.run(INSERT, (1,))
             with parked(db):
@@ -407,6 +436,8 @@ def test_what_undid_all_keeps_its_error_when_the_others_cannot_run_again(path: A
                     db.enqueue(lambda tx: tx.execute("INSERT OR ROLLBACK INTO t VALUES (1)") and None),
                 ]
             errors = [ticket.exception(DEADLINE) for ticket in tickets]
+            db.flush()
+            assert [told.count(ticket) for ticket in tickets] == [1, 1, 1]
             other.execute("ROLLBACK")
             assert [type(error) for error in errors] == [
                 sqlite3.OperationalError,
@@ -475,4 +506,5 @@ def test_a_job_whose_file_has_gone_is_rolled_back_and_its_callbacks_are_called(p
     with DbWriter(path) as db:
         with pytest.raises(WriterBrokenError):
             db.run(job)
+        assert db.health.startswith("broken")
         assert called.wait(DEADLINE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sqlite3
@@ -12,7 +13,19 @@ from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, checkpointer_of, in_threads, log_size, parked, pool_of, writer_of
+from helpers import (
+    DEADLINE,
+    checkpointer_of,
+    drop_session,
+    file_of,
+    in_threads,
+    log_size,
+    make,
+    parked,
+    pool_of,
+    until_waiting,
+    writer_of,
+)
 from onewriter import DbWriter, WriteTimeoutError
 from onewriter.events import CheckpointEnded
 from onewriter.read.claim import new_claim
@@ -144,6 +157,14 @@ def test_the_log_is_emptied_later_unless_it_was_just_now(path: Path) -> None:
         assert checkpointer.has_work
         assert not db.checkpoint("TRUNCATE").busy
         assert not checkpointer.has_work
+
+
+def test_a_batch_that_has_committed_nothing_leaves_nothing_to_empty(db: DbWriter) -> None:
+    db.checkpoint()
+    with pytest.raises(sqlite3.OperationalError):
+        db.run("INSERT INTO nowhere VALUES (1)")
+    db.flush()
+    assert not checkpointer_of(db).has_work
 
 
 def test_a_few_large_values_do_not_make_the_log_large(path: Path) -> None:
@@ -398,3 +419,57 @@ def test_checkpoints_that_fail_are_told_once_until_one_works(
             db.run("CREATE TEMP TABLE IF NOT EXISTS x (n)")
             db.flush()
     assert sum("a checkpoint failed" in record.message for record in caplog.records) == 2
+
+
+def test_an_error_while_the_writer_opens_a_connection_for_a_checkpoint_is_the_callers(path: Path) -> None:
+    failing: list[BaseException] = []
+
+    def hook(connection: sqlite3.Connection, readonly: bool) -> None:
+        if failing:
+            raise failing.pop()
+
+    with DbWriter(path, on_connect=hook) as db:
+        drop_session(db)
+        failing.append(LookupError())
+        with pytest.raises(LookupError):
+            db.checkpoint()
+        db.run("CREATE TABLE t (n)")
+
+
+def test_a_file_that_is_smaller_is_not_judged_while_somebody_else_has_it_locked(path: Path) -> None:
+    make(path, "DELETE")
+    plain = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    with DbWriter(path, journal_mode="DELETE") as db, contextlib.closing(plain) as other:
+        db.run("INSERT INTO t VALUES (zeroblob(100000))")
+        db.flush()
+        other.execute("DELETE FROM t")
+        other.execute("VACUUM")
+        other.execute("BEGIN EXCLUSIVE")
+        file_of(db).look_again_at = 0.0  # the next look is due
+        ticket = db.enqueue("INSERT INTO t VALUES (1)")
+        until_waiting(db)
+        other.execute("COMMIT")
+        assert ticket.result(DEADLINE).rowcount == 1
+
+
+@pytest.mark.parametrize("auto", [False, True])
+def test_close_empties_the_log_beside_others_if_checkpoints_are_its_own(path: Path, auto: bool) -> None:
+    with contextlib.closing(sqlite3.connect(path)) as other:
+        with DbWriter(path, auto_checkpoint=auto) as db:
+            db.run("CREATE TABLE t (n)")
+            assert other.execute("SELECT n FROM t").fetchall() == []  # or else the last to close empties it
+        assert (log_size(path) == 0) is auto
+
+
+def test_a_lock_that_somebody_else_takes_right_after_a_commit_costs_the_writer_nothing(path: Path) -> None:
+    make(path, "DELETE")
+    plain = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    with DbWriter(path, journal_mode="DELETE") as db, contextlib.closing(plain) as other:
+        with parked(db):
+            ticket = db.enqueue("INSERT INTO t VALUES (1)")
+            ticket.add_done_callback(lambda _: other.execute("BEGIN EXCLUSIVE"))
+        assert ticket.result(DEADLINE).rowcount == 1
+        later = db.enqueue("INSERT INTO t VALUES (2)")
+        until_waiting(db)
+        other.execute("COMMIT")
+        assert later.result(DEADLINE).rowcount == 1

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, driver_of, rows
+from helpers import DEADLINE, child_code, driver_of, raises, rows, run_child
 from onewriter import DbWriter, Ticket, WriteTimeoutError
 from onewriter.write.driver import InlineDriver
 
@@ -59,6 +61,38 @@ def test_inline_a_call_in_a_runaway_recursion_is_refused_before_anything_is_done
         assert done
         assert refused
         assert rows(db) == done
+
+
+@pytest.mark.parametrize("inline", [False, True])
+def test_nothing_is_kept_of_one_that_could_not_be_opened(path: Path, inline: bool) -> None:
+    hook = raises(LookupError())
+    kept = weakref.ref(hook)
+    with pytest.raises(LookupError):
+        DbWriter(path, on_connect=hook, inline=inline)
+    del hook
+    gc.collect()
+    assert kept() is None
+
+
+def test_ctrl_c_while_it_opens_ends_the_writer_too(path: Path) -> None:
+    code = """
+from helpers import eventually
+
+interrupted = threading.Event()
+
+def interrupt(connection, readonly):
+    signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+    interrupted.wait(30)
+
+try:
+    DbWriter(path, on_connect=interrupt)
+except KeyboardInterrupt:
+    interrupted.set()
+    eventually(lambda: threading.active_count() == 1)
+    print("ended")
+"""
+    child = run_child(child_code(path, code))
+    assert (child.stdout, child.returncode) == ("ended\n", 0), child.stderr
 
 
 class Turn:

@@ -387,3 +387,7 @@ def test_in_a_forked_child_neither_begin_nor_commit_nor_a_savepoint_reaches_sqli
         with pytest.raises(ForkedError):
             call()
     assert len(kept) == 3
+
+
+def test_opening_a_connection_does_not_settle_where_temporary_tables_are(new_db: DbWriter) -> None:
+    new_db.run("PRAGMA temp_store = MEMORY")  # an error, in a transaction, as soon as there is a temporary database

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from helpers import BRIEFLY, DEADLINE, core_of, eventually, holding_lock, inserting, parked, rows, state_of
+from helpers import BRIEFLY, DEADLINE, core_of, eventually, holding_lock, inserting, parked, rows, session_of, state_of
 from onewriter import (
     DbWriter,
     ReadTimeoutError,
@@ -25,6 +25,7 @@ from onewriter import (
     TransactionClosedError,
 )
 from onewriter.write import loan
+from onewriter.write.parts import Parts
 
 INSERT = "INSERT INTO t VALUES (?)"
 ENDLESS = "WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c) SELECT max(n) FROM c"
@@ -620,6 +621,25 @@ def test_a_read_in_a_block_that_is_taken_back_leaves_the_writer_writable(db: DbW
         db.run("INSERT INTO t VALUES (?)", (n,))
 
 
+def test_a_read_whose_end_an_interrupt_meets_leaves_the_writer_writable(
+    new_db: DbWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, met = session_of(new_db), threading.Event()
+    internal = session.internal
+
+    def interrupted(sql: str, *parameters: Any) -> list[Any]:
+        if sql == "PRAGMA query_only=0" and not met.is_set():
+            met.set()
+            raise sqlite3.OperationalError("interrupted")
+        return internal(sql, *parameters)
+
+    monkeypatch.setattr(session, "internal", interrupted)
+    with new_db.transaction():
+        new_db.read("SELECT 1")
+    new_db.run("CREATE TABLE t (n)")
+    assert met.is_set()
+
+
 def test_a_read_inside_a_job_or_block_ends_at_its_timeout_too(db: DbWriter) -> None:
     def job(tx: Any) -> None:
         tx.execute("INSERT INTO t VALUES (1)")
@@ -656,6 +676,23 @@ def test_a_nested_block_that_ends_after_its_outer_one_was_taken_changes_nothing_
                 other.start()
                 other.join(DEADLINE)
         assert new_db.run("SELECT 'x'").rows == [("x",)]
+
+
+def test_the_parts_of_a_transaction_are_made_with_nobody_beside(
+    new_db: DbWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[bool] = []
+
+    def made(session: Any) -> Parts:
+        with ThreadPoolExecutor(1) as pool:
+            held.append(not pool.submit(state_of(new_db).lock.acquire, blocking=False).result(DEADLINE))
+        return Parts(session)
+
+    monkeypatch.setattr(loan, "Parts", made)
+    with new_db.transaction() as tx:
+        tx.on_commit(int)
+        tx.on_commit(int)
+    assert held == [True]
 
 
 def test_rollback_undoes_what_was_done_so_far_and_the_block_goes_on(any_db: DbWriter) -> None:

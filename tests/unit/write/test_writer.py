@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-from helpers import DEADLINE, handling, parked, raising, session_of, writer_of
+from helpers import DEADLINE, handling, inserting, notes_of, parked, raising, released_when_met, session_of, writer_of
 from onewriter import DbWriter, Ticket, Transaction, TransactionClosedError, WriterBrokenError
 from onewriter.base.waiting import wake
 
@@ -221,6 +221,40 @@ def test_an_idle_writer_keeps_nothing_of_its_last_job_alive(path: Any) -> None:
         db.run("SELECT 1")
         gc.collect()
         assert gone.wait(DEADLINE)
+
+
+def test_what_a_job_worked_with_has_gone_when_its_callbacks_are_called(new_db: DbWriter) -> None:
+    class Thing:
+        pass
+
+    thing: Thing | None = Thing()
+    kept, seen = weakref.ref(thing), list[object]()
+    with parked(new_db):
+        ticket = new_db.enqueue(functools.partial(lambda thing, tx: None, thing))
+        ticket.add_done_callback(lambda _: seen.append(kept()))
+        thing = None
+    new_db.flush()
+    assert seen == [None]
+
+
+def test_an_error_says_how_often_its_job_has_met_a_lock_before(new_db: DbWriter, path: Path) -> None:
+    with released_when_met(new_db, path), pytest.raises(sqlite3.OperationalError, match="no such table") as error:
+        new_db.run("INSERT INTO nowhere VALUES (1)")
+    assert "attempts to get SQLite's lock: 2" in notes_of(error.value)
+
+
+def test_nothing_is_kept_of_jobs_that_have_run_again(new_db: DbWriter) -> None:
+    new_db.run("CREATE TABLE t (n UNIQUE)")
+    with parked(new_db):
+        tickets: list[Ticket[Any]] = [new_db.enqueue(inserting(n)) for n in range(3)]
+        tickets.append(new_db.enqueue(lambda tx: tx.execute("INSERT OR ROLLBACK INTO t VALUES (1)") and None))
+        tickets[-1].add_done_callback(id)  # or else the log keeps its error, and that the frames
+    assert isinstance(tickets[-1].exception(DEADLINE), sqlite3.IntegrityError)
+    new_db.flush()
+    kept = [weakref.ref(ticket) for ticket in tickets]
+    tickets.clear()
+    gc.collect()
+    assert [ticket() for ticket in kept] == [None] * 4
 
 
 @pytest.mark.parametrize("job", ["UPDATE bad SET text = 'y'", swallow])
