@@ -163,12 +163,11 @@ class WriteLoan:
             call_if_free(self.session.lock, lambda: self._call_free(function))
 
     def _call_free(self, function: Callable[[], None]) -> None:
-        root = self._root
-        root._inside = get_ident()  # as for any call
+        self._root._inside = get_ident()  # as for any call
         try:
             function()
         finally:
-            root._inside = 0
+            self._root._inside = 0
 
     def closed_error(self) -> TransactionClosedError | ForkedError:
         root = self._root
@@ -423,8 +422,7 @@ class WriteLoan:
 
     def _put_back(self) -> None:
         """End the connection that was lent, under the session's lock; again, or after the outer part's, nothing."""
-        root = self._root
-        root._lending = [loan for loan in root._lending if loan is not self]
+        self._root._lending = [loan for loan in self._root._lending if loan is not self]
         lent, self._lent = self._lent, None
         if lent is not None:
             lent.put_back()
