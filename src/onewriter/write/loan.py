@@ -355,12 +355,8 @@ class WriteLoan:
                 raise self._refusal()
             self.session.executor.execute_script(part)
 
-    # Another thread's work would be undone with theirs, if it came in between: so each is one call.
-
-    def whole_many(self, sql: str, rows: list[Parameters]) -> Result:
-        return self.call(self.all_parts().whole, self.session.executor.execute_many, sql, rows)  # type: ignore[no-any-return]
-
     def whole_script(self, sql: str) -> None:
+        # One call: another thread's work in between would be undone with it.
         self.call(self.all_parts().whole, self._script, sql)
 
     def query(self, sql: str, parameters: Parameters, fetch: Callable[[sqlite3.Cursor], T], until: float) -> T:

@@ -53,9 +53,12 @@ class Transaction:
         return self._loan.execute(sql, params)
 
     def executemany(self, sql: str, seq_of_params: Iterable[Params], /) -> Result:
-        """Run one statement for each row of parameters, all or none; ``rowcount`` is that of all. No RETURNING."""
+        """Run one statement for each row of parameters; ``rowcount`` is that of all. RETURNING is refused.
+
+        If one fails and the error is caught, the rows before it stay, as in ``sqlite3``; in a ``savepoint()`` none do.
+        """
         check_many(check_sql(sql))
-        return self._loan.whole_many(sql, capture_many(sql, seq_of_params))
+        return self._loan.statement_many(sql, capture_many(sql, seq_of_params))
 
     def executescript(self, sql: str, /) -> None:
         """Run many statements, all or none of them, and without a hidden COMMIT."""

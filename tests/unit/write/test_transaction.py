@@ -211,11 +211,10 @@ def test_a_system_exit_inside_a_nested_call_undoes_the_nested_part_only_if_it_is
         lambda db, tx: db.run_many(INSERT, [(5,), (6,), (5,)]),
         lambda db, tx: db.run_script("INSERT INTO t VALUES (5); INSERT INTO t VALUES (5);"),
         lambda db, tx: tx.executescript("INSERT INTO t VALUES (5); INSERT INTO t VALUES (5);"),
-        lambda db, tx: tx.executemany(INSERT, [(5,), (6,), (5,)]),
         lambda db, tx: db.run("INSERT INTO t VALUES (5), (5)"),
         lambda db, tx: db.run("INSERT OR FAIL INTO t VALUES (5), (5)"),
     ],
-    ids=["run_many", "run_script", "executescript", "executemany", "run", "run OR FAIL"],
+    ids=["run_many", "run_script", "executescript", "run", "run OR FAIL"],
 )
 def test_a_part_that_fails_midway_and_is_caught_leaves_nothing_of_itself(db: DbWriter, call: Any) -> None:
     def job(tx: Transaction) -> None:
