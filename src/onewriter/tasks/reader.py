@@ -288,11 +288,14 @@ def open_cursor(snapshot: Snapshot, sql: str, parameters: Parameters) -> sqlite3
 
 def fetch_result(snapshot: Snapshot, sql: str, parameters: Parameters) -> Result:
     try:
-        return snapshot.call(_select, snapshot.connection, sql, parameters)
+        result: Result = snapshot.call(_select, snapshot.connection, sql, parameters)
     except sqlite3.Error as error:
         if snapshot.is_left and is_interrupted(error):
             raise ended_error() from error
         raise
+    if snapshot.is_left:  # meanwhile: whether SQLite was interrupted in time is chance
+        raise ended_error()
+    return result
 
 
 def _select(connection: sqlite3.Connection, sql: str, parameters: Parameters) -> Result:
