@@ -184,6 +184,7 @@ class TaskReads:
 
     def end_lost(self, claim: Claim, snapshot: Snapshot) -> None:
         """For a finalizer, which must not wait: end both, in a thread."""
+        claim.thread = 0  # who waits for the connection, in whichever thread, does not wait for itself any more
         with contextlib.suppress(RuntimeError):  # the interpreter ends
             start_new_thread(self._finish, (claim, snapshot))
 

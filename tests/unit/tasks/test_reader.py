@@ -21,6 +21,7 @@ from onewriter import AsyncDbWriter, DbWriter, ReadTimeoutError, ReentrantWriteE
 from onewriter.read.claim import new_claim
 from onewriter.read.reader import Snapshot
 from onewriter.tasks import reader, threads
+from onewriter.tasks import reader as tasks_reader
 from onewriter.tasks.reader import AsyncReader
 
 INSERT = "INSERT INTO t VALUES (?)"
@@ -606,6 +607,25 @@ def test_a_reader_of_a_loop_that_was_closed_gives_its_connection_back(path: Path
         del block, reader
         gc.collect()
         assert db.read("SELECT 1", timeout=DEADLINE) == [(1,)]
+
+
+def test_nobody_waits_for_itself_while_a_reader_of_a_closed_loop_is_given_back(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends: list[Callable[[], object]] = []
+    monkeypatch.setattr(tasks_reader, "start_new_thread", lambda end, args: ends.append(lambda: end(*args)))
+    with DbWriter(path, readers=1) as db:
+        loop = asyncio.new_event_loop()
+        block = AsyncDbWriter.wrap(db).reader()
+        reader = loop.run_until_complete(block.__aenter__())
+        loop.close()
+        assert pool_of(db).has_mine
+        del block, reader
+        gc.collect()
+        assert not pool_of(db).has_mine
+        assert pool_of(db).in_use == 1
+        ends[0]()
+        assert pool_of(db).in_use == 0
 
 
 def test_a_stream_that_is_left_early_pins_nothing_behind_its_block(path: Path) -> None:
