@@ -209,7 +209,7 @@ def traceback_of(error: BaseException) -> TracebackType | None:
 
 def text_of(error: BaseException) -> str:
     try:
-        return str(error)
+        return str(error) or type(error).__name__
     except BaseException:
         return f"{type(error).__name__}, which has no text"
 

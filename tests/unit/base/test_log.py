@@ -363,3 +363,8 @@ def test_a_failure_is_said_before_who_waits_for_a_later_job_of_its_batch_is_woke
         later.exception(DEADLINE)
         release.set()
     assert next(is_behind for is_done, is_behind in seen if is_done)
+
+
+def test_an_error_without_a_text_is_called_by_its_type() -> None:
+    assert log.text_of(MemoryError()) == "MemoryError"
+    assert log.text_of(MemoryError("no room")) == "no room"
