@@ -623,12 +623,8 @@ class DbWriter(Strict):
             if not job.withdraw(None):
                 job.stop_waiting_for()
             raise
-        if not in_time:
-            try:
-                if not job.done():
-                    self._core.give_up(job, timeout)
-            finally:
-                state.relay.leave(wakeup)
+        if not in_time and not job.done():
+            self._core.give_up(job, timeout)
         if state.reporter is not None and state.reporter.is_behind:
             state.reporter.catch_up()
         try:

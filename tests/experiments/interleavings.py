@@ -290,20 +290,6 @@ def timeout_and_start(play: Play) -> None:
     play.check(report.cancelled <= timed_out <= 2, f"{timed_out} timed out, {report}")
 
 
-def woken_and_giving_up(play: Play) -> None:
-    """Threads that wait for one ticket wake one another, as one of them gives up."""
-    db = play.open()
-    ticket = play.enqueue(db, 1)
-    assert ticket is not None
-
-    def give_up() -> None:
-        with contextlib.suppress(TimeoutError):
-            ticket.result(SOON)
-
-    play.scheduler.at_once(lambda: play._keep(1, ticket), give_up, lambda: play._keep(1, ticket))
-    play.end(db)
-
-
 def cancel_and_start(play: Play) -> None:
     """A ticket is cancelled as its job starts, and somebody waits for it."""
     db = play.open()
@@ -708,8 +694,6 @@ SCENARIOS = (
     Scenario(outcome_and_wait, fine=("write/ticket.py", "write/outcomes.py", "base/waiting.py")),
     Scenario(failure_and_wait),
     Scenario(timeout_and_start),
-    Scenario(woken_and_giving_up),
-    Scenario(woken_and_giving_up, fine=("base/waiting.py", "base/relay.py")),
     Scenario(cancel_and_start),
     Scenario(room_and_giving_up),
     Scenario(room_and_withdrawal),

@@ -17,8 +17,7 @@ import pytest
 import onewriter
 from helpers import DEADLINE, eventually, parked, pool_of, queue_of, state_of
 from onewriter import DbWriter, Transaction, WriterClosedError
-from onewriter.base.relay import Relay
-from onewriter.base.waiting import call_if_free, thread_signal
+from onewriter.base.waiting import call_if_free
 
 OURS = str(Path(onewriter.__file__).parent)
 INSERT = "INSERT INTO t (n) VALUES (?)"
@@ -166,21 +165,6 @@ def test_an_error_as_of_a_closed_gateway_does_so_too(db: DbWriter, call: Callabl
 @pytest.mark.parametrize("then", [1, 2, 4, 8])
 def test_a_second_interrupt_while_the_first_is_seen_to_does_so_too(db: DbWriter, then: int) -> None:
     interrupt_each_step(db, block, then=then)
-
-
-def test_a_thread_that_is_to_be_woken_is_in_line_or_awake() -> None:
-    for place in range(1, 100):
-        relay, signal = Relay(), thread_signal()
-        relay.line.append(signal)
-        try:
-            with Interrupter(place) as interrupter:
-                relay.pass_on()
-        except SignalError:
-            assert signal.locked() == (signal in relay.line), interrupter.where
-        else:
-            break
-    assert place > 3
-    assert not signal.locked()
 
 
 def test_a_lock_that_is_taken_if_it_is_free_is_free_again() -> None:

@@ -12,7 +12,6 @@ from time import monotonic
 from typing import Any, Protocol
 
 from onewriter.base.log import Reporter, report, text_of
-from onewriter.base.relay import Relay
 from onewriter.base.scopes import Scopes, enclosing
 from onewriter.base.tally import Tally
 from onewriter.errors import ReentrantWriteError, WriterBrokenError, forked_error
@@ -77,7 +76,6 @@ class State:
         self._warned_of = 0.0  # the job that a warning has named: when it started
         self.lock = threading.RLock()
         self.locks: tuple[Any, ...] = (self.lock,)  # of the gateway, those that a finalizer or signal handler may find
-        self.relay = Relay()  # of threads whose jobs have their outcome
         self.tally = Tally()  # guarded by lock
         self.forget: Callable[[Any], object] = id  # the queue's: what is withdrawn makes room there
         self.health = "ok"

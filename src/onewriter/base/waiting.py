@@ -66,19 +66,11 @@ def seconds_until(deadline: float) -> float | None:
 
 
 def wait_in_slices(wakeup: Any, until: float, state: State) -> bool:
-    """Acquire ``wakeup``, which another thread releases; False if it did not until ``until``.
-
-    Then, if it was to be woken by an outcome, it has to tell the relay that it ceases to wait.
-    """
-    relay, left = state.relay, until - monotonic()
-    try:
-        while not wakeup.acquire(timeout=SLICE if left > SLICE else max(0.0, left)):
-            left = until - monotonic()
-            if left <= 0.0:
-                return False
-            relay.pass_on()  # perhaps who should have was interrupted
-            state.warn_if_slow(monotonic())
-        return True
-    finally:
-        if relay.line:
-            relay.pass_on()
+    """Acquire ``wakeup``, which another thread releases; False if it did not until ``until``."""
+    left = until - monotonic()
+    while not wakeup.acquire(timeout=SLICE if left > SLICE else max(0.0, left)):
+        left = until - monotonic()
+        if left <= 0.0:
+            return False
+        state.warn_if_slow(monotonic())
+    return True

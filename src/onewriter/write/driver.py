@@ -86,7 +86,7 @@ class ThreadDriver:
         if not in_time and job.cancel():
             raise not_entered(job, timeout, self._writer.state)
         if not in_time:  # granted, or refused, in the same moment
-            wait_in_slices(job.granted, math.inf, self._writer.state)
+            job.granted.acquire()
         return job.entered()
 
     def leave(self, job: ThreadBlock) -> None:

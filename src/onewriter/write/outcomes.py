@@ -81,16 +81,12 @@ class Outcomes:
         with state.lock:
             works, moments = list(map(work_of, jobs)), moments_of(jobs)
             committed = self._resolve(jobs, times, called, unheard, wakeups)
-            if len(wakeups) > 1:
-                wakeups = state.relay.line_up(wakeups)
             if jobs and jobs[0].in_stats:
                 state.tally.committed = committed
                 state.tally.add_batch(moments, times, commits)
         if unheard:
             self._log(unheard)
         wake(wakeups)
-        if state.relay.line:
-            state.relay.pass_on()
         del works  # only now does what the jobs worked with go: it may have finalizers
         if state.live is not None:
             call_safely(state, state.live.settled, self._connection.session, jobs)

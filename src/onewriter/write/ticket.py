@@ -264,16 +264,12 @@ class Ticket(Generic[T]):
                 self._waiters.append(signal)
             else:
                 self._waiters = first
-        in_time = False
         try:
-            in_time = wait_in_slices(signal, until, self._state)
+            return wait_in_slices(signal, until, self._state)
         finally:
             with self._state.lock:
                 if self._waiters and signal in self._waiters:
                     self._waiters.remove(signal)
-            if not in_time:
-                self._state.relay.leave(signal)
-        return in_time
 
     def _refuse_endless_wait(self) -> None:
         if self._stage < CANCELLED:
