@@ -313,6 +313,23 @@ def test_a_task_that_is_cancelled_while_it_leaves_a_reader_waits_for_what_runs_t
     run(main)
 
 
+def test_a_statement_that_ends_after_its_reader_gives_no_result(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    select = tasks_reader._select
+
+    async def main() -> None:
+        async with opened(path) as db, db.reader() as block:
+
+            def too_late(*args: Any) -> Any:
+                block._snapshot.is_left = True
+                return select(*args)
+
+            monkeypatch.setattr(tasks_reader, "_select", too_late)
+            with pytest.raises(sqlite3.ProgrammingError, match="has ended"):
+                await block.execute("SELECT 1")
+
+    run(main)
+
+
 @pytest.mark.parametrize("where", ["in the block", "leaving it"])
 def test_a_cancelled_reader_ends_the_statement_of_another_task(path: Path, where: str) -> None:
     async def main() -> None:

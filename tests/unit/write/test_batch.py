@@ -49,6 +49,7 @@ def error_with(code: int | None) -> sqlite3.OperationalError:
         (sqlite3.SQLITE_IOERR_FSYNC, True, True),
         (sqlite3.SQLITE_IOERR_FSYNC, False, True),
         (sqlite3.SQLITE_IOERR_TRUNCATE, True, True),
+        (sqlite3.SQLITE_IOERR_SHORT_READ, True, True),
         (sqlite3.SQLITE_IOERR_WRITE, True, False),
         (sqlite3.SQLITE_IOERR_WRITE, False, False),
         (sqlite3.SQLITE_FULL, True, False),
