@@ -23,7 +23,7 @@ def assert_good(outcome: Outcome, trials: int) -> None:
 
 
 def test_kills_at_random_moments(tmp_path: Path) -> None:
-    assert_good(sigkill.run(4, 1, tmp_path), 3)
+    assert_good(sigkill.run(3, 1, tmp_path), 3)
 
 
 def test_migrations_that_are_killed(tmp_path: Path) -> None:
@@ -58,11 +58,11 @@ def test_system_calls_that_fail(tmp_path: Path) -> None:
 
 
 def test_signals_at_random_moments(tmp_path: Path) -> None:
-    assert_good(signals.run(12, 1, tmp_path), 12)
+    assert_good(signals.run(6, 1, tmp_path), 6)
 
 
 def test_signal_handlers_that_write_and_close_at_random_moments(tmp_path: Path) -> None:
-    assert_good(handlers.run(len(handlers.WAYS), 1, tmp_path), len(handlers.WAYS))
+    assert_good(handlers.run(len(handlers.WAYS), 1, tmp_path, rounds=40), len(handlers.WAYS))
 
 
 def test_forks_wherever_the_users_code_runs(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from experiments import HANG, Outcome, child, environment, integrity
 
 WAYS = ("run", "block", "lent", "function", "enqueue", "withdraw", "read", "reader", "watch", "callback")
-ROUNDS = 150  # calls of each process
+ROUNDS = 150
 LOAD = """
 import faulthandler, json, os, random, signal, sys
 from onewriter import DbWriter, OneWriterError
@@ -29,7 +29,7 @@ INSERT = "INSERT INTO t VALUES (?)"
 def act(n):
     kind = chance.randrange(6)
     if ending:
-        db.close(chance.choice([None, 5]))
+        db.close(chance.choice([None, 0.5]))
     elif kind == 0:
         db.enqueue(INSERT, (n,))
         there.add(n)
@@ -133,13 +133,13 @@ sys.stdout.flush()
 """
 
 
-def run(size: int, seed: int, folder: Path) -> Outcome:
-    """``size`` processes."""
+def run(size: int, seed: int, folder: Path, rounds: int = ROUNDS) -> Outcome:
+    """``size`` processes, which make ``rounds`` calls each."""
     outcome, path = Outcome(), folder / "app.db"
     there, undone = set[int](), set[int]()
     for trial in range(size):
         way = WAYS[trial % len(WAYS)]
-        command = child(LOAD, path, way, ROUNDS, seed * 1000 + trial, trial * 100_000)
+        command = child(LOAD, path, way, rounds, seed * 1000 + trial, trial * 100_000)
         ran = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=HANG, check=False)
         outcome.trials += 1
         if ran.returncode or not ran.stdout:

@@ -659,7 +659,7 @@ def test_any_sequence_of_jobs_gives_what_running_each_alone_gives(schema: str, i
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=25,
+            max_examples=15,
             stateful_step_count=25,
             derandomize=True,
             deadline=None,

@@ -14,9 +14,9 @@ from onewriter import DbWriter
 
 
 def test_histories_have_an_order_that_explains_them(tmp_path: Path) -> None:
-    outcome = histories.run(15, 1, tmp_path)
+    outcome = histories.run(8, 1, tmp_path)
     assert outcome.good, outcome
-    assert outcome.acknowledged > 500
+    assert outcome.acknowledged > 200
 
 
 @pytest.mark.parametrize(
@@ -40,9 +40,9 @@ def test_the_checker_tells_broken_histories(calls: list[tuple[str, int, float, f
 
 
 def test_hand_overs_in_forced_schedules(tmp_path: Path) -> None:
-    outcome = schedules.run(3, 1, tmp_path)
+    outcome = schedules.run(2, 1, tmp_path)
     assert outcome.good, outcome
-    assert outcome.trials == 3 * len(schedules.SCENARIOS)
+    assert outcome.trials == 2 * len(schedules.SCENARIOS)
 
 
 @pytest.mark.parametrize("call", badinput.CALLS)
@@ -55,9 +55,9 @@ def test_bad_input_gets_a_documented_error_and_the_next_job_is_served(tmp_path: 
 
 
 def test_interrupts_at_random_moments_lose_nothing(tmp_path: Path) -> None:
-    outcome = interrupts.run(400, 1, tmp_path)
+    outcome = interrupts.run(200, 1, tmp_path)
     assert outcome.good, outcome
-    assert outcome.trials > 100
+    assert outcome.trials > 50
 
 
 def test_tasks_that_are_cancelled_or_have_no_time_lose_nothing(tmp_path: Path) -> None:
@@ -79,13 +79,13 @@ def test_live_queries_give_no_older_state_after_a_newer_one_and_always_the_last(
 
 
 def test_exceptions_handlers_and_streams_that_misbehave_keep_nobody_from_writing(tmp_path: Path) -> None:
-    outcome = oddities.run(4, 1, tmp_path)
+    outcome = oddities.run(2, 1, tmp_path)
     assert outcome.good, outcome
     assert outcome.acknowledged > 10
 
 
 def test_recipes_of_others_faults_mixed_in_threads_have_no_effect_on_one_another(tmp_path: Path) -> None:
-    outcome = recipes.run(3.0, 1, tmp_path)
+    outcome = recipes.run(2.0, 1, tmp_path)
     assert outcome.good, outcome
     assert outcome.trials >= recipes.THREADS
 
@@ -98,6 +98,6 @@ def test_each_recipe_comes_to_what_it_says(tmp_path: Path, made: recipes.Recipe)
 
 
 def test_a_short_soak(tmp_path: Path) -> None:
-    outcome = soak.run(3.0, 1, tmp_path)
+    outcome = soak.run(2.0, 1, tmp_path)
     assert outcome.good, outcome
     assert outcome.acknowledged > 1000

@@ -17,7 +17,7 @@ from onewriter.base import waiting
 from onewriter.write.queue import JobQueue
 from onewriter.write.ticket import CANCELLED, Job, Ticket
 
-SIZE = 12  # schedules of each hand-over
+SIZE = 6  # schedules of each hand-over
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
