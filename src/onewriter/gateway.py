@@ -454,7 +454,8 @@ class DbWriter(Strict):
     def _reader(self, label: str, timeout: Seconds, after: After) -> Iterator[sqlite3.Connection]:
         here, deadline = self._wait_for(after, timeout, None)
         if isinstance(here, Snapshot):
-            yield here.to_lend
+            with here.shared() as connection:
+                yield connection
             return
         writer = None if here is None else self._state.scopes.innermost(writes=True)
         # A job's SQL has its limit, wherever it runs; a block is taken away, and its thread may go on reading.

@@ -100,7 +100,7 @@ GUARDS = [
         held=frozenset(("_look",)),
         free=frozenset(("__init__", "turn_off")),
     ),
-    Guard("read/reader.py", "_lock", {"_ended"}, also_read=True, free=frozenset(("__init__",))),
+    Guard("read/reader.py", "_lock", {"lent"}, also_read=True, free=frozenset(("__init__",))),
     Guard(
         "live/hub.py",
         "lock",

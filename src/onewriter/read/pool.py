@@ -207,8 +207,7 @@ class ReaderPool(Places):
         reader = self._lent_to(claim) or self._leave(claim)
         if reader is None or reader.is_inherited:
             return
-        if reader.inside:
-            reader.when_out.append(functools.partial(self.end, claim))
+        if reader.ends_later(functools.partial(self.end, claim)):
             return
         if monotonic() - claim.since > self._slow_after:
             self.clock.warn_if_slow(claim, "was open")

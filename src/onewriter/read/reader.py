@@ -52,7 +52,8 @@ class Reader:
         self._mark = guard.internal("")  # of internal statements
         self.is_pinned = False
         self.inside = 0  # calls of a borrower that are under way, one in the other
-        self.when_out: list[Callable[[], object]] = []  # ends of the loan that came from inside one
+        self.shares: dict[object, None] = {}  # reader() blocks inside the one that has it
+        self.when_out: list[Callable[[], object]] = []  # ends of the loan that came before those of all these
         self.seen = 0  # how many jobs were committed before its transaction began
         self._pins: list[str] | None = None
         self._policy = policy
@@ -153,9 +154,24 @@ class Reader:
         finally:
             self.guard.is_internal = False
 
+    @property
+    def is_inside(self) -> bool:
+        return self.inside > 0 or bool(self.shares)
+
+    def ends_later(self, function: Callable[[], object]) -> bool:
+        """Whether it is in use, so that ``function``, which ends the loan, is called when that is over."""
+        if not self.is_inside:
+            return False
+        self.when_out.append(function)
+        self.end_late()  # it may have come out before that
+        return True
+
     def end_late(self) -> None:
-        functions, self.when_out = self.when_out, []
-        for function in functions:
+        while not self.is_inside:
+            try:
+                function = self.when_out.pop(0)
+            except IndexError:
+                return
             function()
 
     def reset(self) -> bool:
@@ -200,14 +216,13 @@ class Snapshot:
         self.savepoints: Savepoints = NoSavepoints()
         self._lock = threading.RLock()
         self._interrupting = threading.RLock()  # a signal handler may, too
-        self._ended = False
-        self.is_left = False  # by a task: no further call begins. Not under the lock, which one under way holds
+        self.is_left = False  # no further call begins. Not under the lock, which one under way holds
         self.lent: Lending | None = None  # what was lent, if it was asked for
 
     @property
     def to_lend(self) -> sqlite3.Connection:
         with self._lock:
-            if self.lent is None and not self._ended:
+            if self.lent is None and not self.is_left:
                 self.lent = lend(self)
             connection = None if self.lent is None else self.lent.connection
         if connection is None:
@@ -223,7 +238,7 @@ class Snapshot:
         if reader.is_inherited:
             raise forked_error()
         with self._lock:
-            if self._ended or self.is_left:
+            if self.is_left:
                 raise ended_error()
             if reader.guard.is_deciding:  # a signal handler, in the midst of a statement's preparation
                 raise ReentrantWriteError(IN_STATEMENT)
@@ -236,7 +251,7 @@ class Snapshot:
                 raise
             finally:
                 reader.inside -= 1
-                if reader.when_out and not reader.inside:
+                if reader.when_out:
                     reader.end_late()
 
     def call_outside(self, function: Callable[..., T], /, *args: Any, **options: Any) -> T:
@@ -260,6 +275,18 @@ class Snapshot:
     def lends(self) -> Snapshot:
         """Where reads inside it go."""
         return self
+
+    @contextlib.contextmanager
+    def shared(self) -> Iterator[sqlite3.Connection]:
+        """For a reader() inside this one. It may be left later, as where two generators have one each."""
+        connection, reader, share = self.to_lend, self.reader, object()
+        reader.shares[share] = None
+        try:
+            with reader.state.scopes.inside(self, writes=False):
+                yield connection
+        finally:
+            reader.shares.pop(share, None)
+            reader.end_late()
 
     def query(self, sql: str, parameters: Parameters, fetch: Fetch[T], label: str, until: float) -> T:
         """A read inside the block, which has a deadline of its own, within that of the block."""
@@ -307,12 +334,11 @@ class Snapshot:
         """End the loan, after a call that another thread is in has returned."""
         if self.reader.is_inherited:
             return
-        self.is_left = True  # first, so that a later call finds it inside the lock
+        if not self.reader.shares:
+            self.is_left = True  # first, so that a later call finds it inside the lock
         with self._lock, self._interrupting:
-            self._ended = True
-            if self.reader.inside:  # code that SQLite calls ends the loan in which it is called
-                self.reader.when_out.append(self.end)
-            else:
+            if not self.reader.ends_later(self.end):  # code that SQLite calls ends the loan in which it is called, say
+                self.is_left = True
                 retire(self)
 
 

@@ -72,27 +72,30 @@ class TaskReads:
     async def lend(self, label: str, deadline: Callable[[], Awaitable[float]]) -> AsyncIterator[AsyncReader]:
         """A ``reader()`` block, which waits for ``deadline`` first, and until then for a connection."""
         until = await deadline()
-        here = self.here()
-        if isinstance(here, AsyncReader):
-            yield here
-            return
-        claim, scopes = new_claim(label, until), self._state.scopes
+        here, scopes = self.here(), self._state.scopes
+        reader = here if isinstance(here, AsyncReader) else await self._new_reader(new_claim(label, until))
+        reader.shares += 1
+        scope = scopes.enter(reader, writes=False)
+        try:
+            yield reader
+        except asyncio.CancelledError:
+            if reader.shares == 1:
+                reader.expire()
+            raise
+        finally:
+            scopes.leave(scope)
+            reader.shares -= 1
+            if not reader.shares:
+                await reader.end()
+
+    async def _new_reader(self, claim: Claim) -> AsyncReader:
         await self._admitted(claim)
         try:
             snapshot = await self.call(self._begin, claim, claim=claim, begins=True)
         except asyncio.CancelledError:
             await self.end(claim, None)  # it has begun all the same
             raise
-        reader = AsyncReader(self, snapshot, claim)
-        scope = scopes.enter(reader, writes=False)
-        try:
-            yield reader
-        except asyncio.CancelledError:
-            reader.expire()
-            raise
-        finally:
-            scopes.leave(scope)
-            await reader.end()
+        return AsyncReader(self, snapshot, claim)
 
     async def _admitted(self, claim: Claim) -> None:
         """Wait until it is admitted."""
@@ -204,6 +207,7 @@ class AsyncReader:
         self._snapshot = snapshot
         self._claim = claim
         self._turn = asyncio.Lock()
+        self.shares = 0  # reader() blocks that have it, one in another; the last to be left ends it
         # Of a block whose loop was closed nothing runs any more, not even its end.
         self._lost = weakref.finalize(self, reads.end_lost, claim, snapshot)
         self._lost.atexit = False

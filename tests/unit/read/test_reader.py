@@ -7,14 +7,14 @@ import concurrent.futures
 import math
 import sqlite3
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, in_threads, is_clean, notes_of, parked, rows, writer_of
+from helpers import DEADLINE, in_threads, is_clean, notes_of, parked, pool_of, rows, writer_of
 from onewriter import AsyncDbWriter, DbWriter, ReadTimeoutError, ReentrantWriteError, Ticket, Transaction
 from onewriter.read.claim import Claim
 from onewriter.read.clock import ReadClock
@@ -163,6 +163,55 @@ def test_a_read_inside_a_function_that_reads_sees_the_same_snapshot(one: DbWrite
 
     assert one.read(function) == [0] * 4
     assert one.read_value(COUNT) == 1
+
+
+def test_a_reader_inside_a_reader_may_be_left_later(one: DbWriter) -> None:
+    """Two generators that have one each, say."""
+
+    def counts() -> Generator[int, None, None]:
+        with one.reader() as connection:
+            while True:
+                yield connection.execute(COUNT).fetchone()[0]
+
+    first, second = counts(), counts()
+    assert (next(first), next(second)) == (0, 0)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(one.run, INSERT, (1,)).result(DEADLINE)
+        first.close()
+        assert next(second) == 0
+        assert one.read_value(COUNT, timeout=DEADLINE) == 0  # it is inside the second, as before
+        assert one.stats().readers_in_use == 1
+        pool.submit(second.close).result(DEADLINE)
+    assert one.stats().readers_in_use == 0
+    assert one.read_value(COUNT) == 1
+
+
+def test_a_reader_that_is_left_in_the_moment_its_last_inner_one_is_comes_back(one: DbWriter) -> None:
+    class Late(list[Callable[[], object]]):
+        def append(self, function: Callable[[], object]) -> None:
+            reader.shares.clear()  # another thread leaves the inner one here, and finds nothing to end
+            reader.end_late()
+            super().append(function)
+
+    with one.reader() as connection:
+        with one.reader():
+            (reader,) = pool_of(one)._readers
+        reader.when_out, reader.shares = Late(), {object(): None}
+        assert connection.execute(COUNT).fetchone() == (0,)
+    assert one.stats().readers_in_use == 0
+    with pytest.raises(sqlite3.ProgrammingError, match="has ended"):
+        connection.execute(COUNT)
+
+
+def test_a_reader_inside_a_reader_that_is_left_earlier_ends_nothing(one: DbWriter) -> None:
+    with one.reader() as connection:
+        with one.reader() as inner:
+            assert inner is connection
+        assert inner.execute(COUNT).fetchone() == (0,)
+        assert one.stats().readers_in_use == 1
+    assert one.stats().readers_in_use == 0
+    with pytest.raises(sqlite3.ProgrammingError, match="has ended"):
+        inner.execute(COUNT)
 
 
 WRITES = [

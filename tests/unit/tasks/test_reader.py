@@ -8,7 +8,7 @@ import contextlib
 import gc
 import sqlite3
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -575,6 +575,63 @@ def test_a_reader_inside_a_reader_cannot_wait_for_what_that_will_never_show(path
             with pytest.raises(ReentrantWriteError, match="would never be seen here"):
                 async with db.reader(after=ticket):
                     pass
+
+    run(main)
+
+
+def test_a_reader_inside_a_reader_may_be_left_later(path: Path) -> None:
+    """Two generators that have one each, say."""
+
+    async def main() -> None:
+        async with opened(path, readers=1) as db:
+
+            async def counts() -> AsyncGenerator[int, None]:
+                async with db.reader() as reader:
+                    while True:
+                        yield (await reader.execute(COUNT)).rows[0][0]
+
+            first, second = counts(), counts()
+            assert [await anext(first), await anext(second)] == [0, 0]
+            await called_there(lambda: db.run(INSERT, (1,)))
+            await first.aclose()
+            assert await anext(second) == 0
+            assert await db.read_value(COUNT, timeout=DEADLINE) == 0  # it is inside the second, as before
+            assert db.stats().readers_in_use == 1
+            await second.aclose()
+            assert db.stats().readers_in_use == 0
+            assert await db.read_value(COUNT) == 1
+
+    run(main)
+
+
+def test_a_cancelled_reader_inside_a_reader_ends_nothing(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path) as db, db.reader() as reader:
+            task = asyncio.current_task()
+            assert task is not None
+            with pytest.raises(asyncio.CancelledError):
+                async with db.reader() as inner:
+                    assert inner is reader
+                    task.cancel()
+                    await asyncio.sleep(0)
+            task.uncancel()
+            assert (await reader.execute(COUNT)).rows == [(0,)]
+
+    run(main)
+
+
+def test_a_reader_of_a_thread_inside_one_of_a_task_may_be_left_later(path: Path) -> None:
+    async def main() -> None:
+        with DbWriter(path, readers=1) as inner:
+            inner.run("CREATE TABLE t (n)")
+            shared = AsyncDbWriter.wrap(inner)
+            with contextlib.ExitStack() as outer:
+                async with shared.reader():
+                    connection = outer.enter_context(inner.reader())
+                assert connection.execute(COUNT).fetchone() == (0,)
+                assert inner.stats().readers_in_use == 1
+            assert inner.stats().readers_in_use == 0
+            await shared.close()
 
     run(main)
 
