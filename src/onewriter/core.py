@@ -42,7 +42,7 @@ from onewriter.read.read import FunctionRead, Read, read_of
 from onewriter.read.reader import Snapshot
 from onewriter.sqlite.file import DatabaseFile
 from onewriter.sqlite.parameters import capture, capture_many
-from onewriter.sqlite.path_checks import check_company, check_path
+from onewriter.sqlite.path_checks import cannot_open, check_company, check_path
 from onewriter.sqlite.result import Result
 from onewriter.sqlite.settings import refuse_old_sqlite, refuse_unsafe_sqlite
 from onewriter.sqlite.statement import check_many, inside_of_dump
@@ -373,6 +373,8 @@ def _resolve(path: object) -> tuple[str, str | None]:
         raise ValueError(f"path {name!r} is a URI: give a plain path, or ':memory:' for a private temporary database")
     if "\0" in name:
         raise ValueError(f"path {name!r} has a null character")
+    if os.path.basename(name) in ("", os.curdir, os.pardir):  # abspath would leave that out
+        raise cannot_open(name, "it is the path of a folder")
     return os.path.abspath(name), None
 
 

@@ -21,7 +21,8 @@ ANYTHING = ("", "")  # among places: it is not known which
 NOT_IN_A_TRANSACTION = frozenset(("foreign_keys", "journal_mode", "synchronous", "locking_mode"))
 # The gateway depends on the values that it has set for these.
 NEVER = frozenset(("query_only", "busy_timeout", "locking_mode", "wal_autocheckpoint", "journal_size_limit"))
-NOT_ON_A_READER = NEVER | {"journal_mode", "hard_heap_limit", "soft_heap_limit"}  # the limits are of the whole process
+OF_THE_PROCESS = frozenset(("hard_heap_limit", "soft_heap_limit"))
+NOT_ON_A_READER = NEVER | OF_THE_PROCESS | {"journal_mode"}
 # Functions about the connection's past, which other jobs have been part of.
 HISTORY = frozenset(("last_insert_rowid", "changes", "total_changes"))
 OFF = ("0", "off", "no", "false")
@@ -270,6 +271,8 @@ class Guard(_Refusals):
             return self.deny("PRAGMA count_changes would leave a row of each write unread: use Result.rowcount")
         if name in NEVER or (name == "journal_mode" and value.upper() != self._journal_mode):
             return self.deny(f"PRAGMA {name} is refused: use the argument of DbWriter")
+        if name in OF_THE_PROCESS:
+            return self.deny(f"PRAGMA {name} is a limit of the whole process: set it before the gateway is opened")
         if self.mode is Mode.BARE and self._puts_back(name, value):
             self.in_vain = name
         self.settings_touched = True

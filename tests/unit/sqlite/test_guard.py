@@ -183,6 +183,8 @@ NEVER = [
     "PRAGMA main.locking_mode = exclusive",
     "PRAGMA wal_autocheckpoint = 1",
     "PRAGMA journal_size_limit = -1",
+    "PRAGMA hard_heap_limit = 1",
+    "PRAGMA soft_heap_limit(1)",
 ]
 
 

@@ -190,6 +190,8 @@ def test_impossible_paths_are_refused_and_nothing_is_created(tmp_path: Path) -> 
     before, threads = sorted(os.listdir(tmp_path)), threading.active_count()
     cases: list[tuple[Any, type[Exception], str]] = [
         (tmp_path / "folder", sqlite3.OperationalError, "it is a folder"),
+        (f"{tmp_path}/app.db/", sqlite3.OperationalError, "it is the path of a folder"),
+        (f"{tmp_path}/none/..", sqlite3.OperationalError, "it is the path of a folder"),
         (tmp_path / "none" / "app.db", sqlite3.OperationalError, "there is no folder"),
         (fifo, sqlite3.OperationalError, "not a regular file"),
         ("file:app.db", ValueError, "URI"),
