@@ -1,4 +1,8 @@
-"""A long run: threads, tasks and processes; memory, descriptors, threads and the log stay as they are."""
+"""A long run of everything at once: memory, descriptors, threads and the log stay as they are.
+
+Threads, tasks and other processes write; blocks, readers and lent connections go from hand to hand; live queries are
+opened, read and left; the schema's history and a backup are asked for again and again.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,8 @@ import statistics
 import subprocess
 import threading
 from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from time import monotonic
 
@@ -19,10 +25,13 @@ from experiments import HANG, Outcome, child, environment, integrity
 from onewriter import AsyncDbWriter, DbWriter
 
 THREADS, TASKS, PROCESSES = 16, 64, 2  # processes beside this one
+WATCHES = 8  # that stay; others come and go
 ROWS = 2000
 INSERT = "INSERT INTO t VALUES (?, ?)"
 UPDATE = "UPDATE t SET text = ? WHERE id = ?"
 WAL_LIMIT = 2**20
+ADD = "UPDATE counter SET n = n + 1"
+STEPS = ["CREATE TABLE t (id INTEGER PRIMARY KEY, text TEXT)", "CREATE TABLE counter (n INTEGER)"]
 OTHER = """
 import sys, time
 from onewriter import DbWriter
@@ -55,14 +64,13 @@ def run(seconds: float, seed: int, folder: Path) -> Outcome:
     """Everything at once for ``seconds``; the first third is for warming up."""
     outcome, path = Outcome(), folder / "app.db"
     stop = threading.Event()
-    added = [0] * (THREADS + 1)
+    added = [0] * (THREADS + 3)
     # Waits of run() in tenths of milliseconds, how many of each: of a thread, in the first half and in the second.
     # Counted, for a list of each would grow for as long as this lasts.
     waits = [(Counter[int](), Counter[int]()) for _ in range(THREADS)]
     errors: list[BaseException] = []
     with DbWriter(path, wal_limit=WAL_LIMIT, slow_after=60) as db:
-        db.run("CREATE TABLE t (id INTEGER PRIMARY KEY, text TEXT)")
-        db.run("CREATE TABLE counter (n INTEGER)")
+        db.migrate(STEPS)
         db.run("INSERT INTO counter VALUES (0)")
         db.run_many(INSERT, [(n, "x" * 100) for n in range(ROWS)])
 
@@ -76,39 +84,103 @@ def run(seconds: float, seed: int, folder: Path) -> Outcome:
                         for _ in range(20):
                             db.enqueue(UPDATE, ("y" * chance.randrange(200), chance.randrange(ROWS)))
                     elif way < 0.8:
-                        db.run("UPDATE counter SET n = n + 1")
+                        db.run(ADD)
                         added[number] += 1
                         ended = monotonic()
                         waits[number][ended > middle][round((ended - asked) * 1e4)] += 1
                     elif way < 0.9:
                         with db.transaction() as tx:
-                            tx.execute("UPDATE counter SET n = n + 1")
+                            tx.execute(ADD)
                         added[number] += 1
                     else:
                         db.read("SELECT * FROM t WHERE id BETWEEN ? AND ?", (number, number + 50))
             except BaseException as error:
                 errors.append(error)
 
+        def hands() -> None:
+            """Blocks and readers that one thread enters, others use, and yet another leaves; lent connections."""
+            chance, rounds = random.Random(seed), 0
+            with ThreadPoolExecutor(3) as pool:
+                while not stop.is_set():
+                    rounds += 1
+                    block = db.transaction()
+                    tx = pool.submit(block.__enter__).result(HANG)
+                    pool.submit(tx.execute, ADD).result(HANG)
+                    lent = tx.connection
+                    pool.submit(lent.execute, UPDATE, ("z", chance.randrange(ROWS))).result(HANG)
+                    if chance.random() < 0.3:
+                        pool.submit(lent.rollback).result(HANG)  # of what it has done itself
+                    added[THREADS + 1] += 1
+                    pool.submit(block.__exit__, None, None, None).result(HANG)
+                    reader = db.reader()
+                    connection = pool.submit(reader.__enter__).result(HANG)
+                    cursor = pool.submit(connection.execute, "SELECT * FROM t LIMIT 20").result(HANG)
+                    pool.submit(cursor.fetchmany, 5).result(HANG)
+                    pool.submit(reader.__exit__, None, None, None).result(HANG)
+                    dropped = db.transaction()
+                    dropped.__enter__().execute(UPDATE, ("never", 0))
+                    del dropped
+                    if rounds % 50 == 0:
+                        db.migrate(STEPS)
+                        db.backup(folder / "backup.db")
+                    stop.wait(0.02)
+
+        def watch() -> None:
+            """Live queries that come and go, of which some are read and some are not."""
+            while not stop.is_set():
+                with db.watch("SELECT n FROM counter", every=0.01) as live:
+                    db.run(ADD)
+                    added[THREADS + 2] += 1
+                    last = -1
+                    for _ in range(5):
+                        ((n,),) = live.next(HANG)
+                        assert n >= last, "an older state after a newer one"
+                        last = n
+                        db.run(ADD)
+                        added[THREADS + 2] += 1
+                stop.wait(0.02)
+
+        def guarded(function: Callable[[], None]) -> Callable[[], None]:
+            def call() -> None:
+                try:
+                    function()
+                except BaseException as error:
+                    errors.append(error)
+
+            return call
+
         async def tasks() -> None:
             shared = AsyncDbWriter.wrap(db)
 
             async def task(number: int) -> None:
                 while not stop.is_set():
-                    await shared.run("UPDATE counter SET n = n + 1")
+                    await shared.run(ADD)
                     added[THREADS] += 1
                     await shared.read_value("SELECT text FROM t WHERE id = ?", (number,))
                     await asyncio.sleep(0.02)
 
-            await asyncio.gather(*[task(number) for number in range(TASKS)])
+            async def watching() -> None:
+                async with shared.watch("SELECT count(*) FROM t WHERE text LIKE 'y%'") as live:
+                    while not stop.is_set():
+                        with contextlib.suppress(TimeoutError):
+                            await live.next(0.5)
 
-        def loop() -> None:
-            try:
-                asyncio.run(tasks())
-            except BaseException as error:
-                errors.append(error)
+            async def streaming() -> None:
+                while not stop.is_set():
+                    async with shared.reader() as reader:
+                        async for _ in reader.stream("SELECT * FROM t"):
+                            break
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(0.002), shared.transaction() as tx:
+                            await tx.execute(UPDATE, ("never", 1))
+                            await asyncio.sleep(HANG)
+                    await asyncio.sleep(0.05)
+
+            others = [*[watching() for _ in range(WATCHES)], streaming(), streaming()]
+            await asyncio.gather(*[task(number) for number in range(TASKS)], *others)
 
         threads = [threading.Thread(target=write, args=(number,)) for number in range(THREADS)]
-        threads.append(threading.Thread(target=loop))
+        threads += [threading.Thread(target=guarded(work)) for work in (hands, watch, lambda: asyncio.run(tasks()))]
         others = [
             subprocess.Popen(child(OTHER, path, seconds), stdout=subprocess.PIPE, text=True, env=environment())
             for _ in range(PROCESSES)
