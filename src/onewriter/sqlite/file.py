@@ -79,10 +79,12 @@ class DatabaseFile:
         attached.pop(main, None)
         self._attached = attached
 
-    def remember_size(self) -> None:
-        """From now on the file can only grow."""
+    def remember_size(self, needed: int) -> None:
+        """From now on the file does not become smaller than it is, or than the database, ``needed`` bytes: the rest
+        goes with a checkpoint.
+        """
         with contextlib.suppress(OSError):
-            self.size = os.stat(self.path).st_size
+            self.size = min(needed, os.stat(self.path).st_size)
         self.is_smaller = False
 
     def forget_size(self) -> None:

@@ -257,14 +257,12 @@ class Checkpointer:
                 return
             self._version = session.internal("PRAGMA data_version")
             self._schema = session.internal("PRAGMA schema_version")
-            self._file.remember_size()
+            self._file.remember_size(session.internal("PRAGMA page_count")[0][0] * session.page_size)
         except sqlite3.Error:  # a lock, or damage, which others will meet too
             self._file.forget_size()
 
     def judge_size(self, session: WriteSession) -> None:
         """The file is smaller than it was: raise FileMovedError if no connection of SQLite has made it so."""
-        if session.connection.in_transaction:
-            return
         try:
             if session.internal("PRAGMA data_version") != self._version and not self._is_put_back(session):
                 self._file.forget_size()

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from helpers import drop_session, names_in, run_child
+from helpers import drop_session, file_of, names_in, run_child
 from onewriter import DbWriter, WriterBrokenError
 from onewriter.sqlite import file
 
@@ -436,6 +436,23 @@ def test_a_file_that_is_overwritten_by_a_smaller_one_is_noticed_in_each_mode(pat
 
 
 @pytest.mark.parametrize("mode", ["WAL", "DELETE"])
+@pytest.mark.parametrize("inline", [False, True])
+def test_a_file_that_is_overwritten_by_a_smaller_one_in_a_block_is_noticed_before_its_commit(
+    path: Path, mode: Any, inline: bool
+) -> None:
+    with DbWriter(path, journal_mode=mode, inline=inline) as db:
+        db.run("CREATE TABLE t (a)")
+        db.backup(path.with_name("backup.db"))
+        db.run_many("INSERT INTO t VALUES (zeroblob(1000))", [()] * 200)
+        db.checkpoint() if mode == "WAL" else db.flush()
+        with pytest.raises(WriterBrokenError, match="overwritten"), db.transaction() as tx:
+            tx.execute("INSERT INTO t VALUES (1)")
+            shutil.copyfile(path.with_name("backup.db"), path)
+            file_of(db).look_again_at = 0.0  # a second later
+        assert db.stats().committed == 2
+
+
+@pytest.mark.parametrize("mode", ["WAL", "DELETE"])
 def test_a_file_that_another_process_has_made_smaller_is_no_trouble(path: Path, mode: Any) -> None:
     with DbWriter(path, journal_mode=mode) as db:
         db.run("CREATE TABLE t (a)")
@@ -443,6 +460,27 @@ def test_a_file_that_another_process_has_made_smaller_is_no_trouble(path: Path, 
         with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
             other.execute("DELETE FROM t")
             other.execute("VACUUM")
+        db.run("INSERT INTO t VALUES (1)")
+        assert db.health == "ok"
+
+
+def test_a_file_that_a_late_checkpoint_of_another_process_makes_smaller_is_no_trouble(path: Path) -> None:
+    with DbWriter(path) as db, contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+        db.run("CREATE TABLE t (a)")
+        db.run_many("INSERT INTO t VALUES (zeroblob(1000))", [()] * 200)
+        db.checkpoint()
+        other.execute("PRAGMA wal_autocheckpoint = 0")
+        other.execute("DELETE FROM t")
+        with db.reader():
+            other.execute("VACUUM")  # in the log; the file is as large as before
+            db.run("INSERT INTO t VALUES (1)")
+            assert db.checkpoint("PASSIVE").checkpointed < db.checkpoint("PASSIVE").log  # the gateway knows of it
+        size = path.stat().st_size
+        with db.transaction() as tx:
+            tx.execute("INSERT INTO t VALUES (1)")
+            other.execute("PRAGMA wal_checkpoint(PASSIVE)")
+            assert path.stat().st_size < size
+            file_of(db).look_again_at = 0.0  # a second later
         db.run("INSERT INTO t VALUES (1)")
         assert db.health == "ok"
 
