@@ -323,8 +323,7 @@ class WriteLoan:
         """The same for a task, which cannot wait for a statement that another one runs, and may fail at once."""
         if self.is_closed:
             raise self.closed_error()
-        with self.job._state.lock:
-            self.all_parts().keep(committed, fn)
+        self.all_parts().keep(committed, fn)
 
     def callbacks(self, committed: bool) -> list[Callback]:
         return [] if self.parts is None else self.parts.callbacks(committed)

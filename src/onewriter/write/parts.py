@@ -123,5 +123,7 @@ class Parts:
 
     def _forget_since(self, mark: Mark) -> None:
         del self._after_commit[mark.after_commit :]
-        self._undone = self._undone + self._after_rollback[mark.after_rollback :]
-        del self._after_rollback[mark.after_rollback :]
+        undone = self._after_rollback[mark.after_rollback :]
+        self._undone = self._undone + undone
+        # Not all that is there by now: a task, whose thread is another one, may have kept one more.
+        del self._after_rollback[mark.after_rollback : mark.after_rollback + len(undone)]

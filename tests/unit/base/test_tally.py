@@ -32,6 +32,15 @@ def test_a_percentile_is_between_0_and_100(db: DbWriter) -> None:
             db.stats().run.percentile(percent)
 
 
+def test_what_a_batch_has_waited_for_the_lock_is_not_counted_as_waiting_in_the_queue() -> None:
+    tally, times = Tally(), Times()
+    times.lock_wait = 3.0
+    tally.add_batch([(0.0, 5.0, 6.0)], times, 1)
+    tally.add_batch([(0.0, 1.0, 2.0)], Times(), 1)
+    tally.count()
+    assert (tally.queue_wait.latency().max, tally.queue_wait.latency().sum) == (2.0, 3.0)
+
+
 def test_batches_are_counted_many_at_once_and_not_kept_for_ever() -> None:
     tally = Tally()
     tally.add_batch([(0.0, 0.0, 0.0)], Times(), 1)

@@ -347,6 +347,26 @@ def test_what_may_roll_back_the_others_does_not_share_their_transaction(db: DbWr
     assert (rows(db), db.stats().run_twice) == ([1, 2, 3], 0)
 
 
+def test_statements_share_no_transaction_where_a_trigger_may_roll_it_back(db: DbWriter) -> None:
+    db.run("CREATE TABLE t (n)")
+    db.run("CREATE TRIGGER u AFTER INSERT ON t WHEN NEW.n = 9 BEGIN SELECT RAISE(ROLLBACK, 'n is 9'); END")
+    before = db.stats().commits
+    with parked(db):
+        tickets = [db.enqueue(INSERT, (n,)) for n in (1, 2, 3)]
+    assert [ticket.exception(DEADLINE) for ticket in tickets] == [None] * 3
+    assert db.stats().commits == before + 4  # one of the function that has kept the writer
+
+
+def test_a_table_that_a_batch_itself_has_made_counts_for_those_behind_it(db: DbWriter) -> None:
+    with parked(db):
+        db.enqueue("CREATE TABLE t (n UNIQUE ON CONFLICT FAIL)")
+        failing = db.enqueue("INSERT INTO t VALUES (1), (1)")  # FAIL alone would leave the first row
+        good = db.enqueue(INSERT, (3,))
+    assert isinstance(failing.exception(DEADLINE), sqlite3.IntegrityError)
+    assert good.exception(DEADLINE) is None
+    assert rows(db) == [3]
+
+
 def test_a_function_runs_once_even_beside_failing_statements(path: Any) -> None:
     runs = 0
 

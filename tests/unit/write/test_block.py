@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gc
 import logging
 import sqlite3
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -396,6 +398,27 @@ def test_an_error_of_a_read_in_a_block_that_was_taken_away_is_the_one_that_is_to
         except Exception as error:
             raised.append(error)
     assert [type(error) for error in raised] == [LookupError]
+
+
+def test_a_loops_thread_waits_for_a_block_that_was_entered_in_another_loop(db: DbWriter) -> None:
+    async def enter() -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            block.__enter__()
+
+    async def late() -> None:
+        with pytest.raises(WriteTimeoutError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it blocks the loop
+            db.run(INSERT, (1,), timeout=0.01)
+
+    with ThreadPoolExecutor(1) as pool:
+        block = db.transaction()
+        pool.submit(lambda: asyncio.run(enter())).result(DEADLINE)
+        try:
+            asyncio.run(late())
+        finally:
+            pool.submit(block.__exit__, None, None, None).result(DEADLINE)
+    assert rows(db) == []
 
 
 def test_a_file_that_was_moved_during_a_block_is_noticed_before_it_is_committed(path: Path) -> None:
