@@ -318,7 +318,7 @@ class AsyncDbWriter(Strict):
 
     async def _wait_for(self, core: Core, job: Job[T], timeout: Seconds) -> T:
         loop = asyncio.get_running_loop()
-        if core.state.is_mine():  # a sync block or a job of this thread, whose end waits for this
+        if core.state.would_deadlock_task():  # inside a sync block, say, whose end waits for this
             core.state.refuse_endless_wait(f"waiting for job {job.describe()}", awaits=True)
         future: asyncio.Future[None] = loop.create_future()
         job.expect_outcome(future)

@@ -100,6 +100,7 @@ class Core:
         options, settings = self.options, self.options.settings(self.path)
         self.label = label = options.label or os.path.basename(self.path)
         self.state = state = State(options.slow_after)
+        state.readers_block_commits = options.journal_mode != "WAL"
         self.queue = JobQueue(options.maxsize, state)
         self.file = DatabaseFile(self.path)
         self.pool = ReaderPool(settings, options.readers, state, self.file)

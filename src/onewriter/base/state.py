@@ -80,6 +80,7 @@ class State:
         self.forget: Callable[[Any], object] = id  # the queue's: what is withdrawn makes room there
         self.health = "ok"
         self.broken: BaseException | None = None  # why the gateway is out of service
+        self.readers_block_commits = False  # as in the rollback-journal modes
         self.forked = False  # this is a child of the process that it belongs to
         self.writer_thread = 0
         self.reporting: set[int] = set()  # threads inside our log calls: failures of what they enqueue stay unlogged
@@ -192,7 +193,7 @@ class State:
 
     def would_deadlock(self, since: float = math.inf) -> bool:
         """Whether the writer could not go on while this thread waits for what was queued at ``since``, or now."""
-        if self.cannot_wait() or (enclosing() is not None and self.scopes.innermost(writes=True) is not None):
+        if self.cannot_wait() or (enclosing() is not None and self._holds_up_commits()):
             return True
         # A block that a task has, or will have before that, cannot end while the thread of its loop waits.
         loop = _get_running_loop() if self.blocks else None
@@ -205,7 +206,11 @@ class State:
 
     def would_deadlock_task(self) -> bool:
         """The same for the running task: blocks of other tasks of its loop can end although it waits."""
-        return self.is_mine()
+        return threading.get_ident() == self.writer_thread or self._holds_up_commits()
+
+    def _holds_up_commits(self) -> bool:
+        """Whether the caller is inside what must end before a job can be committed."""
+        return self.scopes.innermost(writes=not self.readers_block_commits) is not None
 
     def refuse_endless_wait(self, what: str, *, awaits: bool = False, since: float = math.inf) -> None:
         if self.forked:
@@ -216,6 +221,12 @@ class State:
                 "so it would never end: set a flag there, and make the call elsewhere"
             )
         if self.would_deadlock_task() if awaits else self.would_deadlock(since):
+            here = self.scopes.innermost()
+            if self.readers_block_commits and here is not None and here is not self.scopes.innermost(writes=True):
+                raise ReentrantWriteError(
+                    f"{what} inside a reader() waits for a COMMIT, which in this journal mode waits for that reader, so "
+                    "it would never end: call it outside, or use journal_mode='WAL'"
+                )
             raise ReentrantWriteError(
                 f"{what} inside a job, block or callback waits for the writer, which waits for the caller, so it would "
                 "never end: call it outside, or use on_commit or enqueue without waiting"

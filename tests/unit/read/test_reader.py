@@ -165,6 +165,32 @@ def test_a_read_inside_a_function_that_reads_sees_the_same_snapshot(one: DbWrite
     assert one.read_value(COUNT) == 1
 
 
+WAITS: dict[str, Callable[[DbWriter], object]] = {
+    "run": lambda db: db.run(INSERT, (1,), timeout=None),
+    "transaction": lambda db: db.transaction(timeout=None).__enter__(),
+    "flush": lambda db: db.flush(),
+}
+
+
+@pytest.mark.parametrize("call", WAITS)
+def test_where_a_reader_keeps_commits_waiting_a_wait_for_one_inside_it_is_refused_at_once(
+    path: Path, call: str
+) -> None:
+    with DbWriter(path, journal_mode="DELETE") as db:
+        db.run("CREATE TABLE t (n)")
+        with db.reader():
+            with pytest.raises(ReentrantWriteError, match=r"inside a reader\(\) waits for a COMMIT"):
+                WAITS[call](db)
+            ticket = db.enqueue(INSERT, (2,))
+        assert ticket.result(DEADLINE).rowcount == 1
+        with pytest.raises(ReentrantWriteError, match=r"inside a reader\(\) waits for a COMMIT"):
+            db.read(lambda connection: WAITS[call](db))
+        with db.transaction() as tx, db.reader():
+            assert tx.execute(INSERT, (3,)).rowcount == 1
+            db.run(INSERT, (4,))  # a part of the block
+        assert rows(db) == [2, 3, 4]
+
+
 def test_a_reader_inside_a_reader_may_be_left_later(one: DbWriter) -> None:
     """Two generators that have one each, say."""
 

@@ -579,6 +579,18 @@ def test_a_reader_inside_a_reader_cannot_wait_for_what_that_will_never_show(path
     run(main)
 
 
+def test_where_a_reader_keeps_commits_waiting_a_write_inside_it_is_refused_at_once(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path, journal_mode="DELETE") as db, db.reader():
+            with pytest.raises(ReentrantWriteError, match=r"inside a reader\(\) waits for a COMMIT"):
+                await db.run(INSERT, (1,), timeout=None)
+            with pytest.raises(ReentrantWriteError, match=r"inside a reader\(\) waits for a COMMIT"):
+                async with db.transaction(timeout=None):
+                    pass
+
+    run(main)
+
+
 def test_a_reader_inside_a_reader_may_be_left_later(path: Path) -> None:
     """Two generators that have one each, say."""
 
