@@ -88,8 +88,14 @@ def mutants_of(path: Path) -> Iterator[Mutant]:
     tree, named = ast.parse(source), Counter[str]()
     conditions = {node.test for node in ast.walk(tree) if isinstance(node, ast.If | ast.IfExp | ast.While)}
 
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+
     def place(line: int, column: int) -> int:
         return starts[line - 1] + column
+
+    def function_of(node: ast.expr) -> str:
+        around = [one for one in functions if one.lineno <= node.lineno <= (one.end_lineno or 0)]
+        return around[-1].name if around else "the module"
 
     def mutant(node: ast.expr | ast.stmt, new: str, kind: str) -> Mutant:
         begin = place(node.lineno, node.col_offset)
@@ -109,10 +115,12 @@ def mutants_of(path: Path) -> Iterator[Mutant]:
             for item in node.items:
                 if re.search(r"(?<![a-z])(lock|mutex)\b", ast.unparse(item.context_expr)):
                     yield mutant(
-                        item.context_expr, '__import__("contextlib").nullcontext()', f"no lock, line {node.lineno},"
+                        item.context_expr,
+                        '__import__("contextlib").nullcontext()',
+                        f"no lock in {function_of(item.context_expr)},",
                     )
         elif isinstance(node, ast.ExceptHandler) and node.type is not None:
-            yield mutant(node.type, "()", f"no except, line {node.lineno},")
+            yield mutant(node.type, "()", f"no except in {function_of(node.type)},")
         elif isinstance(node, ast.Delete):
             yield mutant(node, "pass", "no del")
         elif isinstance(node, ast.Compare) and len(node.ops) == 1 and node not in conditions:

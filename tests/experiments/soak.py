@@ -33,8 +33,9 @@ WAL_LIMIT = 2**20
 ADD = "UPDATE counter SET n = n + 1"
 STEPS = ["CREATE TABLE t (id INTEGER PRIMARY KEY, text TEXT)", "CREATE TABLE counter (n INTEGER)"]
 OTHER = """
-import sys, time
+import logging, sys, time
 from onewriter import DbWriter
+logging.disable()
 with DbWriter(sys.argv[1], slow_after=60) as db:
     until, n = time.monotonic() + float(sys.argv[2]), 0
     while time.monotonic() < until:

@@ -30,7 +30,7 @@ from helpers import (
     session_of,
     state_of,
 )
-from onewriter import AsyncDbWriter, DbWriter, ReentrantWriteError, Ticket, WriterClosedError
+from onewriter import AsyncDbWriter, DbWriter, ReentrantWriteError, Ticket, Transaction, WriterClosedError, gateway
 from onewriter.base import waiting as job
 from onewriter.read.pool import ReaderPool
 from onewriter.sqlite.guard import Guard, ReadGuard
@@ -550,6 +550,39 @@ except KeyboardInterrupt:
     assert child.returncode == -signal.SIGINT, child.stderr
     assert child.stdout.split() == ["True"]
     assert rows_in(table) == [1]
+
+
+def test_an_interrupted_call_withdraws_its_job_or_has_its_failure_logged(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    started, go_on = threading.Event(), threading.Event()
+
+    def fail(tx: Transaction) -> None:
+        started.set()
+        go_on.wait(DEADLINE)
+        raise LookupError("nobody hears this")
+
+    def interrupted(*_: object) -> bool:
+        if not go_on.is_set():
+            started.wait(DEADLINE)
+        raise KeyboardInterrupt
+
+    with DbWriter(path) as db:
+        db.run("CREATE TABLE t (n)")
+        with monkeypatch.context() as patch:
+            patch.setattr(gateway, "wait_in_slices", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                db.run(fail, label="the lost one")
+        go_on.set()
+        db.flush()
+        assert "the lost one" in caplog.text
+        assert "nobody hears this" in caplog.text
+        with parked(db), monkeypatch.context() as patch:
+            patch.setattr(gateway, "wait_in_slices", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                db.run(INSERT, (1,))
+        assert db.read("SELECT n FROM t") == []
+        assert db.stats().cancelled == 1
 
 
 def test_a_gateway_works_after_an_interrupt_that_was_caught(table: Path) -> None:

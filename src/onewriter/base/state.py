@@ -224,8 +224,8 @@ class State:
             here = self.scopes.innermost()
             if self.readers_block_commits and here is not None and here is not self.scopes.innermost(writes=True):
                 raise ReentrantWriteError(
-                    f"{what} inside a reader() waits for a COMMIT, which in this journal mode waits for that reader, so "
-                    "it would never end: call it outside, or use journal_mode='WAL'"
+                    f"{what} inside a reader() waits for a COMMIT, which in this journal mode waits for that reader, "
+                    "so it would never end: call it outside, or use journal_mode='WAL'"
                 )
             raise ReentrantWriteError(
                 f"{what} inside a job, block or callback waits for the writer, which waits for the caller, so it would "

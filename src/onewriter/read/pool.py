@@ -93,14 +93,10 @@ class ReaderPool(Places):
             self.end(claim)
             return result
         except BaseException:
-            try:  # as in ``use``
-                try:
-                    self.end(claim)
-                finally:
-                    self.end(claim)
-            except RecursionError:
-                start_new_thread(self.end, (claim,))
-                raise
+            try:  # as in ``use``; whoever calls this has room for a call
+                self.end(claim)
+            finally:
+                self.end(claim)
             raise
 
     def use_beside(self, label: str, function: Callable[[Reader], T]) -> T:

@@ -45,9 +45,9 @@ def test_waiters_for_a_connection_are_served_in_order_or_told(one: DbWriter) -> 
     assert served == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("how", ["read", "function", "reader"])
+@pytest.mark.parametrize("how", ["read", "function", "reader", "backup"])
 def test_a_read_in_too_deep_a_recursion_gives_its_connection_back(
-    one: DbWriter, how: str, monkeypatch: pytest.MonkeyPatch
+    one: DbWriter, how: str, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "unraisablehook", lambda _: None)  # pytest's needs more room than there is
 
@@ -59,6 +59,7 @@ def test_a_read_in_too_deep_a_recursion_gives_its_connection_back(
         "read": lambda: one.read("SELECT 1"),
         "function": lambda: one.read(lambda connection: connection.execute("SELECT 1").fetchall()),
         "reader": block,
+        "backup": lambda: one.backup(path.with_name("backup.db")),
     }
 
     def at_depth(depth: int) -> None:

@@ -165,6 +165,12 @@ def test_a_read_inside_a_function_that_reads_sees_the_same_snapshot(one: DbWrite
     assert one.read_value(COUNT) == 1
 
 
+def test_an_error_in_a_reader_that_tells_of_no_damage_is_no_matter_of_health(one: DbWriter) -> None:
+    with pytest.raises(sqlite3.OperationalError), one.reader() as connection:
+        connection.execute("SELECT * FROM missing")
+    assert one.health == "ok"
+
+
 WAITS: dict[str, Callable[[DbWriter], object]] = {
     "run": lambda db: db.run(INSERT, (1,), timeout=None),
     "transaction": lambda db: db.transaction(timeout=None).__enter__(),

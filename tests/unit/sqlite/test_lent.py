@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 
-from helpers import rows, session_of
+from helpers import raising, rows, session_of
 from onewriter import DbWriter, ReentrantWriteError, Transaction, TransactionClosedError
+from onewriter.sqlite import lent
+from onewriter.sqlite.lent_cursor import is_plain_row
 
 INSERT = "INSERT INTO t VALUES (?)"
 ROUNDS = 6  # a few seconds; the program takes more
@@ -26,6 +28,54 @@ Use = Callable[[sqlite3.Connection], object]
 def db(any_db: DbWriter) -> DbWriter:
     any_db.run("CREATE TABLE t (n INTEGER)")
     return any_db
+
+
+def test_a_row_factory_with_python_code_of_its_own_is_not_a_plain_one() -> None:
+    class Plain(sqlite3.Row):
+        @property
+        def first(self) -> Any:
+            return self[0]
+
+    class Counting(sqlite3.Row):
+        def __init__(self, *_: Any) -> None:
+            pass
+
+    class Made(sqlite3.Row):
+        def __new__(cls, *arguments: Any) -> Made:
+            return super().__new__(cls, *arguments)
+
+    class Meta(type):
+        pass
+
+    class Strange(sqlite3.Row, metaclass=Meta):
+        pass
+
+    assert [is_plain_row(one) for one in (sqlite3.Row, Plain)] == [True] * 2
+    assert [is_plain_row(one) for one in (Counting, Made, Strange, dict, dict_factory)] == [False] * 5
+
+
+def dict_factory(cursor: sqlite3.Cursor, row: tuple[Any, ...]) -> dict[str, Any]:
+    return dict(zip((column[0] for column in cursor.description), row, strict=True))
+
+
+def test_a_lent_connection_that_cannot_commit_at_the_end_of_a_with_block_rolls_back(
+    db: DbWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lent.LentConnection, "commit", raising(MemoryError))
+    with db.transaction() as tx, contextlib.suppress(MemoryError), tx.connection as connection:
+        connection.execute(INSERT, (1,))
+    assert rows(db) == []
+
+
+def test_a_connection_is_made_once_for_many_loans_and_only_a_few_are_kept(db: DbWriter) -> None:
+    lent._shells.clear()
+    with contextlib.ExitStack() as many:
+        for _ in range(lent.MOST_SHELLS + 2):
+            pool = many.enter_context(DbWriter(":memory:"))
+            many.enter_context(pool.reader())
+    assert len(lent._shells) == lent.MOST_SHELLS
+    with db.reader():
+        assert len(lent._shells) == lent.MOST_SHELLS - 1
 
 
 def with_statement(connection: sqlite3.Connection) -> None:

@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -139,6 +140,7 @@ def test_lines_of_the_list_are_read_right(path: Path, monkeypatch: pytest.Monkey
 
 def test_the_process_itself_is_named_as_such() -> None:
     assert lock_holders.describe_process(os.getpid()) == f"this process ({os.getpid()}), through another connection"
+    assert lock_holders.describe_process(2**30) == f"process {2**30}"  # it has ended
     assert lock_holders.describe_process(os.getppid()).startswith(f"process {os.getppid()}")
 
 
@@ -188,8 +190,8 @@ def test_a_commit_that_readers_hold_up_names_them_and_never_the_writer(
         policy_of(db).lock_timeout = 0.2
         with db.reader(label="monthly report") as connection:
             connection.execute("SELECT n FROM t").fetchone()
-            with pytest.raises(sqlite3.OperationalError) as caught:
-                db.run("INSERT INTO t VALUES (1)")
+            with pytest.raises(sqlite3.OperationalError) as caught, ThreadPoolExecutor(1) as pool:
+                pool.submit(db.run, "INSERT INTO t VALUES (1)").result(DEADLINE)
         assert notes_of(caught.value).endswith("COMMIT waits for readers: 'monthly report'")
         with contextlib.closing(sqlite3.connect(path)) as other:
             cursor = other.execute("SELECT n FROM t")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import threading
 from pathlib import Path
 
 import pytest
 
 from aio_helpers import run
-from helpers import DEADLINE, parked
+from helpers import DEADLINE, handling, parked
 from onewriter import AsyncDbWriter, DbWriter, WriteTimeoutError
 from onewriter.tasks import calls
 
@@ -26,6 +28,26 @@ def test_each_loop_has_its_own_timeouts(path: Path) -> None:
 
         run(leave)
         run(wait)
+
+
+@pytest.mark.parametrize("inline", [False, True])
+def test_flush_waits_until_what_the_writer_reports_is_logged(path: Path, inline: bool) -> None:
+    logged, free = [], threading.Event()
+
+    def emit(record: logging.LogRecord) -> None:
+        if not inline:
+            free.wait(DEADLINE)
+        logged.append(record.getMessage())
+
+    async def main() -> None:
+        with handling(emit), DbWriter(path, inline=inline) as inner:
+            shared = AsyncDbWriter.wrap(inner)
+            shared.enqueue("INSERT INTO missing VALUES (1)")
+            asyncio.get_running_loop().call_later(0.1, free.set)
+            await shared.flush()
+            assert len(logged) == 1
+
+    run(main)
 
 
 def test_a_short_timeout_does_not_wait_for_the_tick_of_the_long_ones(

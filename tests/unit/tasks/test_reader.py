@@ -11,12 +11,13 @@ import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from aio_helpers import Gate, beats, opened, rows, run, until
-from helpers import DEADLINE, pool_of, threads_of
+from helpers import DEADLINE, pool_of, raises, raising, threads_of
 from onewriter import AsyncDbWriter, DbWriter, ReadTimeoutError, ReentrantWriteError, WriterClosedError
 from onewriter.read.claim import new_claim
 from onewriter.read.reader import Snapshot
@@ -589,6 +590,58 @@ def test_where_a_reader_keeps_commits_waiting_a_write_inside_it_is_refused_at_on
                     pass
 
     run(main)
+
+
+def test_a_read_that_gets_no_thread_gives_its_connection_back_and_a_reader_keeps_its_own(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        async with opened(path, readers=1) as db:
+            with monkeypatch.context() as patch:
+                patch.setattr(threads_of(db), "submit", raising(RuntimeError))
+                with pytest.raises(RuntimeError):
+                    await db.read("SELECT 1")
+            assert db.stats().readers_in_use == 0
+            async with db.reader() as reader:
+                with monkeypatch.context() as patch:
+                    patch.setattr(threads_of(db), "submit", raising(RuntimeError))
+                    with pytest.raises(RuntimeError):
+                        await reader.execute(COUNT)
+                assert db.stats().readers_in_use == 1
+                assert (await reader.execute(COUNT)).rows == [(0,)]
+
+    run(main)
+
+
+def test_a_statement_of_a_reader_that_is_cancelled_before_it_has_a_thread_leaves_the_reader_as_it_was(
+    path: Path,
+) -> None:
+    async def main() -> None:
+        async with opened(path, readers=1) as db, db.reader() as reader:
+            free = threading.Event()
+            threads_of(db).submit(free.wait, DEADLINE)  # the only one
+            waiting = asyncio.create_task(called_there(lambda: reader.execute(COUNT)))
+            await asyncio.sleep(0)
+            waiting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
+            free.set()
+            assert db.stats().readers_in_use == 1
+            assert (await reader.execute(COUNT)).rows == [(0,)]
+
+    run(main)
+
+
+@pytest.mark.parametrize(("is_left", "text"), [(True, "no such table: x"), (False, "interrupted")])
+def test_only_a_statement_that_the_end_of_its_reader_has_interrupted_is_told_as_that(is_left: bool, text: str) -> None:
+    error = sqlite3.OperationalError(text)
+    error.sqlite_errorcode = sqlite3.SQLITE_ERROR if is_left else sqlite3.SQLITE_INTERRUPT
+    fail = raises(error)
+    snapshot: Any = SimpleNamespace(
+        is_left=is_left, connection=None, call=lambda function, connection, *_: fail(connection, True)
+    )
+    with pytest.raises(sqlite3.OperationalError, match=text):
+        reader.fetch_result(snapshot, "", ())
 
 
 def test_a_reader_inside_a_reader_may_be_left_later(path: Path) -> None:
