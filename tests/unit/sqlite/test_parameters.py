@@ -425,7 +425,21 @@ def test_parameters_are_any_sequence(names_db: DbWriter, params: Any) -> None:
     assert names_db.run("SELECT ?", params).rows == [(6,)]
 
 
-@pytest.mark.parametrize("params", ["a", b"a", bytearray(b"a"), memoryview(b"a"), {1}, frozenset((1,)), 5, None])
+class WithoutLength:
+    def __getitem__(self, place: int) -> int:
+        return place
+
+
+class WithoutItems:
+    def __len__(self) -> int:
+        return 1
+
+
+@pytest.mark.parametrize(
+    "params",
+    ["a", b"a", bytearray(b"a"), memoryview(b"a"), {1}, frozenset((1,)), 5, None, WithoutLength(), WithoutItems()],
+    ids=lambda params: type(params).__name__,
+)
 def test_what_is_no_row_of_parameters_is_refused(names_db: DbWriter, params: Any) -> None:
     for call in (lambda: names_db.run("SELECT ?", params), lambda: names_db.enqueue("SELECT ?", params)):
         with pytest.raises(TypeError, match="parameters"):
