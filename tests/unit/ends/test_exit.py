@@ -187,3 +187,33 @@ inside.wait(30)
     child = run_child(child_code(table, OPEN + code))
     assert child.returncode == 0, child.stderr
     assert rows_in(table) == [1, 2]
+
+
+def test_a_block_of_a_task_whose_loop_goes_on_at_exit_comes_to_its_own_end(table: Path) -> None:
+    code = """
+import asyncio
+from helpers import writer_of
+from onewriter import AsyncDbWriter
+
+inside, looked = threading.Event(), threading.Event()
+look = writer_of(db).end_block_at_exit
+
+def look_and_tell():
+    look()
+    looked.set()
+
+async def work():
+    async with AsyncDbWriter.wrap(db).transaction() as tx:
+        await tx.execute(INSERT, (1,))
+        inside.set()
+        while not looked.is_set():
+            await asyncio.sleep(0.01)
+        await tx.execute(INSERT, (2,))
+
+writer_of(db).end_block_at_exit = look_and_tell
+threading.Thread(target=lambda: asyncio.run(work()), daemon=True).start()
+inside.wait(30)
+"""
+    child = run_child(child_code(table, OPEN + code))
+    assert child.returncode == 0, child.stderr
+    assert rows_in(table) == [1, 2]

@@ -9,12 +9,13 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from helpers import raising, rows, session_of
+from helpers import DEADLINE, raising, rows, session_of
 from onewriter import DbWriter, ReentrantWriteError, Transaction, TransactionClosedError
 from onewriter.sqlite import lent
 from onewriter.sqlite.lent_cursor import is_plain_row
@@ -76,6 +77,29 @@ def test_a_connection_is_made_once_for_many_loans_and_only_a_few_are_kept(db: Db
     assert len(lent._shells) == lent.MOST_SHELLS
     with db.reader():
         assert len(lent._shells) == lent.MOST_SHELLS - 1
+
+
+def test_a_function_is_created_after_the_call_of_another_thread_and_not_refused(path: Path) -> None:
+    entered, free = threading.Event(), threading.Event()
+
+    def gate() -> bool:
+        entered.set()
+        threading.Timer(0.1, free.set).start()
+        return free.wait(DEADLINE)
+
+    def create(connection: sqlite3.Connection) -> None:
+        connection.create_function("one", 0, lambda: 1)
+
+    with (
+        DbWriter(path, on_connect=lambda connection, _: connection.create_function("gate", 0, gate)) as db,
+        db.reader() as connection,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        waiting = pool.submit(lambda: connection.execute("SELECT gate()").fetchall())
+        assert entered.wait(DEADLINE)
+        create(connection)
+        assert waiting.result(DEADLINE) == [(1,)]
+        assert connection.execute("SELECT one()").fetchone() == (1,)
 
 
 def with_statement(connection: sqlite3.Connection) -> None:
