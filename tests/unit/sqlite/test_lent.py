@@ -79,6 +79,15 @@ def test_a_connection_is_made_once_for_many_loans_and_only_a_few_are_kept(db: Db
         assert len(lent._shells) == lent.MOST_SHELLS - 1
 
 
+def test_a_cursor_with_a_factory_reads_and_then_writes(db: DbWriter) -> None:
+    with db.transaction() as tx:
+        tx.connection.row_factory = dict_factory
+        cursor = tx.connection.cursor()
+        assert cursor.execute("SELECT 1 AS a").fetchall() == [{"a": 1}]
+        assert cursor.execute(INSERT, (1,)).fetchall() == []
+        assert cursor.fetchone() is None
+
+
 def test_a_function_is_created_after_the_call_of_another_thread_and_not_refused(path: Path) -> None:
     entered, free = threading.Event(), threading.Event()
 
