@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sqlite3
 import threading
 from collections.abc import Callable
@@ -12,6 +13,8 @@ from onewriter.errors import TransactionAbortedError
 from onewriter.sqlite.connection import open_scratch
 from onewriter.sqlite.lending import LentShell
 from onewriter.sqlite.statement import split_script
+
+MANY = 500  # cursors of one closed connection, which keeps a weak reference to each, also of those that are gone
 
 
 class LentCursor(sqlite3.Cursor):
@@ -47,7 +50,7 @@ class LentCursor(sqlite3.Cursor):
     def _of(cls, lent: LentShell) -> Self:
         """The shell alone."""
         self = sqlite3.Cursor.__new__(cls)
-        sqlite3.Cursor.__init__(self, _closed)
+        sqlite3.Cursor.__init__(self, _closed if next(_made) % MANY else _another_closed())
         self.__lent = lent
         return self
 
@@ -233,11 +236,20 @@ def drain(cursor: sqlite3.Cursor) -> None:
 def _scratch() -> sqlite3.Connection:
     """This thread's in-memory connection, which allows nothing but SELECTs of constants."""
     try:
-        return _of_thread.scratch  # type: ignore[no-any-return]
+        scratch: sqlite3.Connection = _of_thread.scratch
     except AttributeError:
-        _of_thread.scratch = open_scratch()
-        return _of_thread.scratch  # type: ignore[no-any-return]
+        scratch = _of_thread.scratch = open_scratch()
+    scratch.cursor()  # where it drops its weak references to cursors that are gone
+    return scratch
+
+
+def _another_closed() -> LentShell:
+    """A closed connection has no such place."""
+    global _closed
+    _closed = LentShell.__new__(LentShell)
+    return _closed
 
 
 _of_thread = threading.local()
-_closed = LentShell.__new__(LentShell)  # the bases of all cursors belong to it
+_closed = LentShell.__new__(LentShell)  # the bases of the next cursors belong to it
+_made = itertools.count(1)

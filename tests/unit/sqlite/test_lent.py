@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +19,7 @@ import pytest
 from helpers import DEADLINE, raising, rows, session_of
 from onewriter import DbWriter, ReentrantWriteError, Transaction, TransactionClosedError
 from onewriter.sqlite import lent
-from onewriter.sqlite.lent_cursor import is_plain_row
+from onewriter.sqlite.lent_cursor import MANY, is_plain_row
 
 INSERT = "INSERT INTO t VALUES (?)"
 ROUNDS = 6  # a few seconds; the program takes more
@@ -86,6 +87,22 @@ def test_a_cursor_with_a_factory_reads_and_then_writes(db: DbWriter) -> None:
         assert cursor.execute("SELECT 1 AS a").fetchall() == [{"a": 1}]
         assert cursor.execute(INSERT, (1,)).fetchall() == []
         assert cursor.fetchone() is None
+
+
+@pytest.mark.parametrize("factory", [None, dict_factory], ids=["tuples", "dicts"])
+def test_cursors_that_are_gone_leave_nothing_behind(path: Path, factory: Any) -> None:
+    def references() -> int:
+        gc.collect()
+        return sum(type(one) is weakref.ref for one in gc.get_objects())
+
+    with DbWriter(path) as db, db.reader() as connection:
+        connection.row_factory = factory
+        for _ in range(MANY):
+            connection.execute("SELECT 1 AS n").fetchall()
+        before = references()
+        for _ in range(3 * MANY):
+            connection.execute("SELECT 1 AS n").fetchall()
+        assert references() < before + MANY + 300
 
 
 def test_a_function_is_created_after_the_call_of_another_thread_and_not_refused(path: Path) -> None:
