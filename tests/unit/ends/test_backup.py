@@ -345,3 +345,15 @@ def test_a_backup_never_takes_the_place_of_a_file_of_sqlites_own(db: DbWriter, s
     db.run(INSERT_ONE, (1,))
     with contextlib.closing(sqlite3.connect(db.path)) as other:
         assert other.execute("SELECT n FROM t").fetchall() == [(1,)]
+
+
+@pytest.mark.parametrize("is_open", [True, False])
+def test_a_task_is_told_what_is_wrong_with_its_backup(path: Path, is_open: bool) -> None:
+    async def main() -> None:
+        async with AsyncDbWriter(path) as db:
+            with contextlib.closing(sqlite3.connect(":memory:")) as target, pytest.raises(ValueError, match="pages"):
+                await db.backup(target if is_open else path.with_name("backup.db"), pages=0)
+            with contextlib.closing(sqlite3.connect(path)) as own, pytest.raises(ValueError, match="is open in this"):
+                await db.backup(own if is_open else path)
+
+    asyncio.run(main())

@@ -225,6 +225,18 @@ def test_every_way_to_write_is_seen(any_db: DbWriter, write: Callable[[DbWriter]
             any_db.run_script("DELETE FROM parent;" + fill)
 
 
+def test_a_function_whose_statements_were_prepared_before_anybody_watched_is_seen(db: DbWriter) -> None:
+    def insert(tx: Transaction) -> None:
+        tx.execute("INSERT INTO t VALUES (NULL)")
+
+    db.run(insert)
+    with db.watch("SELECT count(*) FROM t", every=0) as live:
+        assert live.next(DEADLINE) == [(1,)]
+        for n in (2, 3, 4):
+            db.run(insert)
+            assert live.next(DEADLINE) == [(n,)]
+
+
 def test_what_is_written_into_a_blob_is_seen(any_db: DbWriter) -> None:
     any_db.run_script("CREATE TABLE t (b); INSERT INTO t VALUES (zeroblob(2))")
     with any_db.watch("SELECT b FROM t", every=0) as live:
