@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from helpers import DEADLINE, raising, rows, session_of
-from onewriter import DbWriter, ReentrantWriteError, Transaction, TransactionClosedError
+from onewriter import DbWriter, ReentrantWriteError, Transaction, TransactionAbortedError, TransactionClosedError
 from onewriter.sqlite import lent
 from onewriter.sqlite.lent_cursor import MANY, is_plain_row
 
@@ -87,6 +87,15 @@ def test_a_cursor_with_a_factory_reads_and_then_writes(db: DbWriter) -> None:
         assert cursor.execute("SELECT 1 AS a").fetchall() == [{"a": 1}]
         assert cursor.execute(INSERT, (1,)).fetchall() == []
         assert cursor.fetchone() is None
+
+
+def test_a_script_that_undoes_the_whole_transaction_is_told_by_its_own_error(db: DbWriter) -> None:
+    db.run("CREATE UNIQUE INDEX i ON t (n)")
+    with pytest.raises(TransactionAbortedError), db.transaction() as tx:
+        tx.connection.execute(INSERT, (1,))
+        with pytest.raises(sqlite3.IntegrityError):
+            tx.connection.executescript("INSERT INTO t VALUES (2); INSERT OR ROLLBACK INTO t VALUES (1)")
+    assert rows(db) == []
 
 
 @pytest.mark.parametrize("factory", [None, dict_factory], ids=["tuples", "dicts"])

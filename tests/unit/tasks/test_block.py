@@ -7,8 +7,10 @@ import contextlib
 import gc
 import sqlite3
 import threading
+import warnings
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -688,6 +690,31 @@ def test_a_nested_call_that_fails_is_undone_alone(path: Path) -> None:
             assert await rows(db) == [1]
 
     run(main)
+
+
+def test_a_thread_waits_for_the_block_of_a_task_unless_it_is_the_thread_of_its_loop(path: Path) -> None:
+    with DbWriter(path) as inner:
+        shared, entered, free = AsyncDbWriter.wrap(inner), threading.Event(), threading.Event()
+
+        async def hold() -> None:
+            async with shared.transaction():
+                entered.set()
+                while not free.is_set():
+                    await asyncio.sleep(0.01)
+
+        async def write() -> None:
+            with pytest.raises(WriteTimeoutError), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that it blocks the loop
+                inner.run("SELECT 1", timeout=0.01)
+
+        with ThreadPoolExecutor(1) as pool:
+            holding = pool.submit(asyncio.run, hold())
+            assert entered.wait(DEADLINE)
+            try:
+                asyncio.run(write())
+            finally:
+                free.set()
+            holding.result(DEADLINE)
 
 
 def test_a_block_that_was_left_by_an_error_says_so_afterwards(path: Path) -> None:
