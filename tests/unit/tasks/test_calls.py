@@ -30,17 +30,15 @@ def test_each_loop_has_its_own_timeouts(path: Path) -> None:
         run(wait)
 
 
-@pytest.mark.parametrize("inline", [False, True])
-def test_flush_waits_until_what_the_writer_reports_is_logged(path: Path, inline: bool) -> None:
+def test_flush_waits_until_what_the_writer_reports_is_logged(path: Path) -> None:
     logged, free = [], threading.Event()
 
     def emit(record: logging.LogRecord) -> None:
-        if not inline:
-            free.wait(DEADLINE)
+        free.wait(DEADLINE)
         logged.append(record.getMessage())
 
     async def main() -> None:
-        with handling(emit), DbWriter(path, inline=inline) as inner:
+        with handling(emit), DbWriter(path) as inner:
             shared = AsyncDbWriter.wrap(inner)
             shared.enqueue("INSERT INTO missing VALUES (1)")
             asyncio.get_running_loop().call_later(0.1, free.set)
