@@ -27,11 +27,17 @@ class ReadingThreads:
         self._executor: ThreadPoolExecutor | None = None
 
     def submit(self, function: Callable[..., T], *args: Any) -> Future[T]:
-        """Have one of them call it. RuntimeError: the interpreter ends, and no thread can be started any more."""
+        """Have one of them call it. RuntimeError: no thread can be started, and it is never called."""
+        future: Future[T] = Future()  # not the executor's, which keeps what it has refused for its next thread
         with self._lock:  # or else the close of another loop may shut it down just before
             if self._executor is None:  # or no longer: a block may still be open when the gateway is closed
                 self._executor = ThreadPoolExecutor(self._size, self._name)
-            return self._executor.submit(self._call, self._executor, function, args)
+            try:
+                self._executor.submit(self._call, self._executor, future, function, args)
+            except RuntimeError:
+                if future.cancel():
+                    raise  # or else another thread has taken it in this moment
+        return future
 
     def shutdown(self) -> None:
         """Have them end, each after its call. Does not wait."""
@@ -40,9 +46,15 @@ class ReadingThreads:
         if executor is not None:
             executor.shutdown(wait=False)
 
-    def _call(self, executor: ThreadPoolExecutor, function: Callable[..., T], args: tuple[Any, ...]) -> T:
+    def _call(
+        self, executor: ThreadPoolExecutor, future: Future[T], function: Callable[..., T], args: tuple[Any, ...]
+    ) -> None:
         try:
-            return function(*args)
+            if future.set_running_or_notify_cancel():
+                future.set_result(function(*args))
+        except BaseException as error:
+            future.set_exception(error)
+            del future  # the error's traceback would hold it, and it holds the error
         finally:
             if self._state.forked:  # by the call: in the child nothing else would end this thread
                 executor.shutdown(wait=False)

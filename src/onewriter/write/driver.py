@@ -59,9 +59,12 @@ class ThreadDriver:
         writer.state.reporter = Reporter(writer.state, f"{writer.label}-log")
 
     def start(self) -> None:
-        self._thread.start()
         try:
+            self._thread.start()
             self._ready.wait()
+        except RuntimeError:  # the system has no thread left, or the interpreter ends
+            self._writer.end()
+            raise
         except BaseException:  # Ctrl-C while it opens
             self._writer.queue.refuse(closed_error())
             self._writer.abandon()

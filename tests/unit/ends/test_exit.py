@@ -28,6 +28,23 @@ def test_what_was_accepted_is_written_when_the_program_falls_off_its_end(table: 
     assert rows_in(table) == list(range(3000))
 
 
+def test_one_that_had_no_thread_to_open_with_keeps_no_other_from_writing_what_it_accepted(table: Path) -> None:
+    code = """
+def no_thread(thread):
+    raise RuntimeError("can't start new thread")
+
+start, threading.Thread.start = threading.Thread.start, no_thread
+try:
+    DbWriter(path)
+except RuntimeError as error:
+    print(error)
+threading.Thread.start = start
+"""
+    child = run_child(child_code(table, code + OPEN + FILL))
+    assert (child.stdout, child.stderr, child.returncode) == ("can't start new thread\n", "", 0)
+    assert rows_in(table) == list(range(3000))
+
+
 def test_sys_exit_keeps_its_code_and_what_was_accepted_is_written(table: Path) -> None:
     child = run_child(child_code(table, OPEN + FILL + "sys.exit(3)"))
     assert child.returncode == 3, child.stderr

@@ -7,6 +7,7 @@ import contextlib
 import sqlite3
 import threading
 from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -154,3 +155,41 @@ def test_a_claim_that_is_given_up_when_the_pool_is_closed_leaves_the_closing_to_
     assert db.read("SELECT 1") == [(1,)]
     asyncio.run(main())
     db.close()
+
+
+def no_thread(thread: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")
+
+
+def test_a_read_that_no_thread_could_be_started_for_is_never_run(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        gateway = AsyncDbWriter.wrap(db)
+        with monkeypatch.context() as full:
+            full.setattr(threading.Thread, "start", no_thread)
+            with pytest.raises(RuntimeError, match="can't start new thread"):
+                await gateway.read(calls.append)
+        assert await gateway.read("SELECT 1") == [(1,)]
+
+    calls: list[sqlite3.Connection] = []
+    db = DbWriter(path)
+    asyncio.run(main())
+    assert db.stats().readers_in_use == 0
+    assert calls == []
+    db.close()  # comes to its end
+    assert not pool_of(db)._readers
+
+
+def test_a_read_that_another_thread_takes_while_none_can_be_started_has_its_result(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def submit(executor: ThreadPoolExecutor, *args: Any) -> None:
+        submit_and_start(executor, *args).result(DEADLINE)
+        raise RuntimeError("can't start new thread")
+
+    async def main() -> list[Any]:
+        return await AsyncDbWriter.wrap(db).read("SELECT 1")
+
+    submit_and_start = ThreadPoolExecutor.submit
+    with DbWriter(path) as db:
+        monkeypatch.setattr(ThreadPoolExecutor, "submit", submit)
+        assert asyncio.run(main()) == [(1,)]
