@@ -52,6 +52,8 @@ class Watching(Generic[T]):
 
     def __init__(self, live: LiveQueries, read: Read[T], key: object, every: float, gateway: object) -> None:
         check_seconds("every", every)
+        if every == math.inf:
+            raise ValueError("every must be a finite number of seconds")
         self._live = live
         self._read = read
         self._key = key

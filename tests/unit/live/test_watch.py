@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import os
 import sqlite3
 import threading
@@ -649,6 +650,7 @@ def test_parameters_are_taken_at_the_call(db: DbWriter) -> None:
         ((5,), {}, TypeError),
         ((len, (1,)), {}, TypeError),
         (("SELECT 1",), {"every": -1}, ValueError),
+        (("SELECT 1",), {"every": math.inf}, ValueError),
         (("SELECT 1",), {"every": "1"}, TypeError),
         (("SELECT 1",), {"label": 1}, TypeError),
     ],
