@@ -35,6 +35,8 @@ class Work(Protocol):
     def called_from(self) -> str: ...
     @property
     def lent(self) -> bool: ...
+    @property
+    def in_transaction(self) -> bool: ...
     def describe(self) -> str: ...
     def end_at_exit(self) -> bool: ...
 
@@ -173,7 +175,8 @@ class State:
         """The block or job that a call which writes belongs to: a Transaction, or the object of a task's block."""
         here = self.scopes.innermost(writes=True)
         if here is None and self.job is not None and self.writer_thread == threading.get_ident():
-            raise ReentrantWriteError(HAS_ITS_OWN if self.transaction is None else IN_STATEMENT)
+            is_whole = self.transaction is None and not self.job.in_transaction
+            raise ReentrantWriteError(HAS_ITS_OWN if is_whole else IN_STATEMENT)
         if here is not None and self.entering and threading.get_ident() in self.entering:
             self.refuse_endless_wait("a write")  # by a signal handler, as its thread begins or ends the block
         return here

@@ -92,6 +92,29 @@ def test_a_block_in_a_function_that_runs_alone_is_refused_with_the_reason(table_
     table_db.run_without_transaction(nest)
 
 
+@pytest.mark.parametrize("inline", [False, True])
+def test_a_function_that_sqlite_calls_is_told_why_it_cannot_use_the_gateway(path: Path, inline: bool) -> None:
+    told: list[str] = []
+
+    def ask() -> None:
+        with pytest.raises(ReentrantWriteError) as caught:
+            db.run("SELECT 1")
+        told.append(str(caught.value))
+
+    def connect(connection: sqlite3.Connection, readonly: bool) -> None:
+        connection.create_function("ask", 0, ask)
+
+    with DbWriter(path, inline=inline, on_connect=connect) as db:
+        db.run("SELECT ask()")
+        db.run(lambda tx: tx.execute("SELECT ask()"))
+        with db.transaction() as tx:
+            tx.execute("SELECT ask()")
+            tx.connection.execute("SELECT ask()").fetchall()
+        db.run_without_transaction("SELECT ask()")
+    assert len(told) == 5
+    assert all(text.startswith("a function that SQLite calls while it runs a statement cannot") for text in told)
+
+
 def test_a_block_that_is_collected_while_it_is_open_calls_its_callbacks_and_names_what_is_lost(
     db: DbWriter, caplog: pytest.LogCaptureFixture
 ) -> None:
