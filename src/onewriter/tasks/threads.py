@@ -33,7 +33,7 @@ class ReadingThreads:
             if self._executor is None:  # or no longer: a block may still be open when the gateway is closed
                 self._executor = ThreadPoolExecutor(self._size, self._name)
             try:
-                self._executor.submit(self._call, self._executor, future, function, args)
+                self._executor.submit(self._call, self._executor, [future], function, args)
             except RuntimeError:
                 if future.cancel():
                     raise  # or else another thread has taken it in this moment
@@ -47,14 +47,15 @@ class ReadingThreads:
             executor.shutdown(wait=False)
 
     def _call(
-        self, executor: ThreadPoolExecutor, future: Future[T], function: Callable[..., T], args: tuple[Any, ...]
+        self, executor: ThreadPoolExecutor, given: list[Future[T]], function: Callable[..., T], args: tuple[Any, ...]
     ) -> None:
+        future = given.pop()  # an error's traceback holds this frame, and the executor's, which has our arguments
         try:
             if future.set_running_or_notify_cancel():
                 future.set_result(function(*args))
         except BaseException as error:
             future.set_exception(error)
-            del future  # the error's traceback would hold it, and it holds the error
         finally:
+            del future
             if self._state.forked:  # by the call: in the child nothing else would end this thread
                 executor.shutdown(wait=False)
