@@ -160,7 +160,7 @@ def run_tests(tests: Sequence[str], workers: int, environment: dict[str, str]) -
         bad = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
         left_out = skipped(report)
         unexpected = sorted(left_out - allowed(Path(__file__).with_name("allowed_skips.txt")))
-    text = ran.stdout if bad else ""
+    text = ran.stdout + ran.stderr if bad else ""
     text += "".join(f"skipped, and not in allowed_skips.txt: {test}\n" for test in unexpected)
     return Outcome(len(cases) - len(bad) - len(left_out), len(bad) + len(unexpected), text)
 

@@ -36,6 +36,9 @@ def at_first_warning(action: Callable[[], object]) -> Iterator[list[str]]:
         yield told
     finally:
         logger.removeHandler(handler)
+        # After ``action``, which frees what the writer waits for in the midst: its connection is closed next.
+        handler.acquire()
+        handler.release()
 
 
 @contextlib.contextmanager
