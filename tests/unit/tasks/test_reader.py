@@ -592,12 +592,15 @@ def test_where_a_reader_keeps_commits_waiting_a_write_inside_it_is_refused_at_on
     run(main)
 
 
+@pytest.mark.parametrize("is_kept", [True, False])
 def test_a_read_that_gets_no_thread_gives_its_connection_back_and_a_reader_keeps_its_own(
-    path: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path, monkeypatch: pytest.MonkeyPatch, is_kept: bool
 ) -> None:
     async def main() -> None:
         async with opened(path, readers=1) as db:
             with monkeypatch.context() as patch:
+                if not is_kept:  # it has to be closed, which is a call into SQLite
+                    patch.setattr(pool_of(db), "end_unused", lambda claim: False)
                 patch.setattr(threads_of(db), "submit", raising(RuntimeError))
                 with pytest.raises(RuntimeError):
                     await db.read("SELECT 1")

@@ -357,6 +357,17 @@ def test_statements_share_no_transaction_where_a_trigger_may_roll_it_back(db: Db
     assert db.stats().commits == before + 4  # one of the function that has kept the writer
 
 
+def test_a_statement_whose_returned_rows_cannot_be_read_is_undone(db: DbWriter) -> None:
+    db.run("CREATE TABLE t (n)")
+    with parked(db):
+        good = [db.enqueue(INSERT, (1,))]
+        failing = db.enqueue("INSERT INTO t VALUES (CAST(x'ff' AS TEXT)) RETURNING n")  # not UTF-8
+        good.append(db.enqueue(INSERT, (2,)))
+    assert isinstance(failing.exception(DEADLINE), sqlite3.OperationalError)
+    assert [ticket.exception(DEADLINE) for ticket in good] == [None, None]
+    assert rows(db) == [1, 2]
+
+
 def test_a_table_that_a_batch_itself_has_made_counts_for_those_behind_it(db: DbWriter) -> None:
     with parked(db):
         db.enqueue("CREATE TABLE t (n UNIQUE ON CONFLICT FAIL)")
