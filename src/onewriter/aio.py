@@ -146,7 +146,7 @@ class AsyncDbWriter(Strict):
                 return CloseReport(0, 0, 0, 0, ())
         check_timeout(timeout)
         if not core.state.forked:
-            core.state.refuse_endless_wait("close", awaits=True)
+            core.state.refuse_endless_wait("close", awaits=True, commits=False)
         if timeout is None and self._wrapped is None and core.state.scopes.innermost() is not None:
             raise ReentrantWriteError(OWN_READER)
         self._is_closed = True
@@ -482,7 +482,7 @@ class AsyncDbWriter(Strict):
     ) -> None:
         """As ``DbWriter.backup``, in a thread, where ``progress`` is called too. Cancelled, it goes on to its end."""
         core = self._core()
-        core.state.refuse_endless_wait("backup", awaits=True)
+        core.state.refuse_endless_wait("backup", awaits=True, commits=False)
         place = called_from(sys._getframe(1))
         is_open = isinstance(target, sqlite3.Connection)
         if is_open:  # sqlite3 lets the thread that made it ask it, and any thread write the copy into it

@@ -568,7 +568,7 @@ class DbWriter(Strict):
             ReentrantWriteError: called inside a job.
             What ``progress`` raised: The target is unchanged.
         """
-        self._state.refuse_endless_wait("backup")
+        self._state.refuse_endless_wait("backup", commits=False)
         check_backup(target, progress, pages)
         warn_of_blocking()
         self._core.back_up(target, progress, pages, called_from(sys._getframe(1)))

@@ -194,9 +194,9 @@ class State:
         """Whether the caller has interrupted the writer, or one of the locks that it needs."""
         return threading.get_ident() == self.writer_thread or self.is_inside()
 
-    def would_deadlock(self, since: float = math.inf) -> bool:
+    def would_deadlock(self, since: float = math.inf, commits: bool = True) -> bool:
         """Whether the writer could not go on while this thread waits for what was queued at ``since``, or now."""
-        if self.cannot_wait() or (enclosing() is not None and self._holds_up_commits()):
+        if self.cannot_wait() or (enclosing() is not None and self._holds_it_up(commits)):
             return True
         # A block that a task has, or will have before that, cannot end while the thread of its loop waits.
         loop = _get_running_loop() if self.blocks else None
@@ -207,15 +207,18 @@ class State:
         as it waits for, begins or ends a block: the writer needs that thread to go on."""
         return any(map(is_owned, self.locks)) or (bool(self.entering) and threading.get_ident() in self.entering)
 
-    def would_deadlock_task(self) -> bool:
+    def would_deadlock_task(self, commits: bool = True) -> bool:
         """The same for the running task: blocks of other tasks of its loop can end although it waits."""
-        return threading.get_ident() == self.writer_thread or self._holds_up_commits()
+        return threading.get_ident() == self.writer_thread or self._holds_it_up(commits)
 
-    def _holds_up_commits(self) -> bool:
-        """Whether the caller is inside what must end before a job can be committed."""
-        return self.scopes.innermost(writes=not self.readers_block_commits) is not None
+    def _holds_it_up(self, commits: bool) -> bool:
+        """Whether the caller is inside what must end before the writer goes on, or ``commits``."""
+        return self.scopes.innermost(writes=not (commits and self.readers_block_commits)) is not None
 
-    def refuse_endless_wait(self, what: str, *, awaits: bool = False, since: float = math.inf) -> None:
+    def refuse_endless_wait(
+        self, what: str, *, awaits: bool = False, since: float = math.inf, commits: bool = True
+    ) -> None:
+        """``commits``: it waits for a COMMIT, as nearly everything does."""
         if self.forked:
             raise forked_error()
         if self.is_inside():
@@ -223,7 +226,7 @@ class State:
                 f"{what} in a finalizer or signal handler that interrupted a call of this gateway waits for that call, "
                 "so it would never end: set a flag there, and make the call elsewhere"
             )
-        if self.would_deadlock_task() if awaits else self.would_deadlock(since):
+        if self.would_deadlock_task(commits) if awaits else self.would_deadlock(since, commits):
             here = self.scopes.innermost()
             if self.readers_block_commits and here is not None and here is not self.scopes.innermost(writes=True):
                 raise ReentrantWriteError(

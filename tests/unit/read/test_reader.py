@@ -191,10 +191,19 @@ def test_where_a_reader_keeps_commits_waiting_a_wait_for_one_inside_it_is_refuse
         assert ticket.result(DEADLINE).rowcount == 1
         with pytest.raises(ReentrantWriteError, match=r"inside a reader\(\) waits for a COMMIT"):
             db.read(lambda connection: WAITS[call](db))
+        with db.reader():
+            db.backup(path.with_name("backup.db"))  # waits for no COMMIT
         with db.transaction() as tx, db.reader():
             assert tx.execute(INSERT, (3,)).rowcount == 1
             db.run(INSERT, (4,))  # a part of the block
         assert rows(db) == [2, 3, 4]
+
+
+def test_where_a_reader_keeps_commits_waiting_close_with_a_timeout_ends_inside_it(path: Path) -> None:
+    with DbWriter(path, journal_mode="DELETE") as db, db.reader():
+        with pytest.raises(ReentrantWriteError, match="waits for all readers"):
+            db.close()
+        assert db.close(0.05).unfinished == 0
 
 
 def test_a_reader_inside_a_reader_may_be_left_later(one: DbWriter) -> None:
