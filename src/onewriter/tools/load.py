@@ -165,7 +165,10 @@ def _end_with_the_parent() -> None:
 
 
 def _say(**message: Any) -> None:
-    print(json.dumps(message), flush=True)
+    try:
+        print(json.dumps(message), flush=True)
+    except BrokenPipeError:  # nobody waits for it any more
+        os._exit(1)
 
 
 if __name__ == "__main__":

@@ -31,3 +31,15 @@ def test_a_process_of_the_load_ends_with_its_parent(path: Path, begin: bytes) ->
         child.stdin.write(begin)
         child.stdin.close()
         assert child.wait(DEADLINE) == 1
+
+
+def test_a_process_of_the_load_whose_parent_has_gone_ends_without_a_word(path: Path) -> None:
+    command = [sys.executable, "-m", "onewriter.tools.load", json.dumps({"path": str(path / "no folder"), "hold": 1})]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        assert child.stderr is not None
+        child.stdout.close()
+        assert (child.wait(DEADLINE), child.stderr.read()) == (1, "")
