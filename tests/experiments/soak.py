@@ -127,7 +127,7 @@ def run(seconds: float, seed: int, folder: Path) -> Outcome:
                     stop.wait(0.02)
 
         def watch() -> None:
-            """Live queries that come and go, of which some are read and some are not."""
+            """Live queries that come and go."""
             while not stop.is_set():
                 with db.watch("SELECT n FROM counter", every=0.01) as live:
                     db.run(ADD)

@@ -183,7 +183,7 @@ class State:
 
     def is_mine(self) -> bool:
         """Whether the caller is inside a job or block, or is the writer thread."""
-        return threading.get_ident() == self.writer_thread or self.scopes.innermost(writes=True) is not None
+        return self.would_deadlock_task(commits=False)
 
     def is_in_writer(self) -> bool:
         """The same, but not if the block's transaction was ended by ``max_hold``."""

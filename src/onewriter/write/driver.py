@@ -62,12 +62,12 @@ class ThreadDriver:
         try:
             self._thread.start()
             self._ready.wait()
-        except RuntimeError:  # the system has no thread left, or the interpreter ends
-            self._writer.end()
-            raise
-        except BaseException:  # Ctrl-C while it opens
-            self._writer.queue.refuse(closed_error())
-            self._writer.abandon()
+        except BaseException as error:
+            if isinstance(error, RuntimeError) and self._thread.ident is None:  # the system has no thread left
+                self._writer.end()
+            else:  # Ctrl-C, or what another signal handler raises, while it opens
+                self._writer.queue.refuse(closed_error())
+                self._writer.abandon()
             raise
         failure, self._failure = self._failure, None
         if failure is not None:

@@ -179,35 +179,7 @@ def test_an_inline_block_left_open_at_exit_keeps_no_other_gateway_from_writing(p
         assert connection.execute("SELECT count(*) FROM t").fetchone() == (100,)
 
 
-def test_a_block_whose_thread_goes_on_at_exit_comes_to_its_own_end(table: Path) -> None:
-    code = """
-from helpers import writer_of
-
-inside, looked = threading.Event(), threading.Event()
-look = writer_of(db).end_block_at_exit
-
-def look_and_tell():
-    look()
-    looked.set()
-
-def work():
-    with db.transaction() as tx:
-        tx.execute(INSERT, (1,))
-        inside.set()
-        looked.wait(30)
-        tx.execute(INSERT, (2,))
-
-writer_of(db).end_block_at_exit = look_and_tell
-threading.Thread(target=work, daemon=True).start()
-inside.wait(30)
-"""
-    child = run_child(child_code(table, OPEN + code))
-    assert child.returncode == 0, child.stderr
-    assert rows_in(table) == [1, 2]
-
-
-def test_a_block_of_a_task_whose_loop_goes_on_at_exit_comes_to_its_own_end(table: Path) -> None:
-    code = """
+GOES_ON = """
 import asyncio
 from helpers import writer_of
 from onewriter import AsyncDbWriter
@@ -219,18 +191,29 @@ def look_and_tell():
     look()
     looked.set()
 
-async def work():
+def in_thread():
+    with db.transaction() as tx:
+        tx.execute(INSERT, (1,))
+        inside.set()
+        looked.wait(30)
+        tx.execute(INSERT, (2,))
+
+async def in_task():
     async with AsyncDbWriter.wrap(db).transaction() as tx:
         await tx.execute(INSERT, (1,))
         inside.set()
-        while not looked.is_set():
+        while not looked.is_set():  # a thread of asyncio's would be joined before the look
             await asyncio.sleep(0.01)
         await tx.execute(INSERT, (2,))
 
 writer_of(db).end_block_at_exit = look_and_tell
-threading.Thread(target=lambda: asyncio.run(work()), daemon=True).start()
+threading.Thread(target=lambda: WORK, daemon=True).start()
 inside.wait(30)
 """
-    child = run_child(child_code(table, OPEN + code))
+
+
+@pytest.mark.parametrize("work", ["in_thread()", "asyncio.run(in_task())"])
+def test_a_block_whose_thread_or_loop_goes_on_at_exit_comes_to_its_own_end(table: Path, work: str) -> None:
+    child = run_child(child_code(table, OPEN + GOES_ON.replace("WORK", work)))
     assert child.returncode == 0, child.stderr
     assert rows_in(table) == [1, 2]

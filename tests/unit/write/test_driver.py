@@ -74,11 +74,23 @@ def test_nothing_is_kept_of_one_that_could_not_be_opened(path: Path, inline: boo
     assert kept() is None
 
 
-def test_ctrl_c_while_it_opens_ends_the_writer_too(path: Path) -> None:
+@pytest.mark.parametrize("error", ["KeyboardInterrupt", "RuntimeError"])
+def test_what_a_signal_handler_raises_while_it_opens_ends_the_writer_too(path: Path, error: str) -> None:
     code = """
 from helpers import eventually
+from onewriter.write.writer import Writer
 
-interrupted = threading.Event()
+interrupted, enders = threading.Event(), []
+
+def handler(*_):
+    raise ERROR
+
+def end(writer):
+    enders.append(threading.current_thread().name)
+    original(writer)
+
+signal.signal(signal.SIGINT, handler)
+original, Writer.end = Writer.end, end
 
 def interrupt(connection, readonly):
     signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
@@ -86,13 +98,13 @@ def interrupt(connection, readonly):
 
 try:
     DbWriter(path, on_connect=interrupt)
-except KeyboardInterrupt:
+except ERROR:
     interrupted.set()
     eventually(lambda: threading.active_count() == 1)
-    print("ended")
+    print(*enders)
 """
-    child = run_child(child_code(path, code))
-    assert (child.stdout, child.returncode) == ("ended\n", 0), child.stderr
+    child = run_child(child_code(path, code.replace("ERROR", error)))
+    assert (child.stdout, child.returncode) == ("app.db-writer\n", 0), child.stderr
 
 
 class Turn:
