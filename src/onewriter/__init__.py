@@ -19,8 +19,8 @@ from onewriter.errors import (
 from onewriter.gateway import DbWriter
 from onewriter.live.watch import Watch
 from onewriter.sqlite.result import Result
-from onewriter.tasks.block import AsyncTransaction
 from onewriter.tasks.reader import AsyncReader
+from onewriter.tasks.transaction import AsyncTransaction
 from onewriter.tasks.watch import AsyncWatch
 from onewriter.write.checkpoint import Checkpoint
 from onewriter.write.ticket import Ticket

@@ -12,11 +12,11 @@ import os
 import sqlite3
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, Literal, Self, TypeVar, overload
 
 from onewriter.base.arguments import check_label, check_timeout
-from onewriter.base.call_site import called_from, frame_around
+from onewriter.base.call_site import called_from
 from onewriter.base.scopes import enclosing
 from onewriter.base.strict import Strict
 from onewriter.base.tally import CloseReport, Stats
@@ -31,9 +31,11 @@ from onewriter.read.read import Read, read_of, sql_read
 from onewriter.read.reader import FETCHONE
 from onewriter.sqlite.parameters import Params
 from onewriter.sqlite.result import Result, first_value
-from onewriter.tasks.block import AsyncTransaction, TaskBlock, TaskSavepoint, nested, outermost, perform_inside
+from onewriter.tasks.block import TaskBlock, TaskSavepoint, perform_inside
 from onewriter.tasks.calls import LoopDeadlines, and_the_log, in_thread
-from onewriter.tasks.reader import AsyncReader, TaskReads
+from onewriter.tasks.entry import TaskEntry
+from onewriter.tasks.reader import AsyncReader, ReaderEntry, TaskReads
+from onewriter.tasks.transaction import AsyncTransaction
 from onewriter.tasks.watch import AsyncWatch
 from onewriter.write.checkpoint import Checkpoint
 from onewriter.write.migrate import Migration
@@ -279,7 +281,7 @@ class AsyncDbWriter(Strict):
         if waiter is None:
             return job
         try:
-            async with self._deadlines.within(future, timeout):
+            with self._deadlines.within(future, timeout):
                 await future
         except asyncio.CancelledError:
             queue.leave_line(waiter)
@@ -343,26 +345,17 @@ class AsyncDbWriter(Strict):
         finally:
             del job  # an error's traceback would hold it, and it holds the error
 
-    @contextlib.asynccontextmanager
-    async def transaction(
+    def transaction(
         self, *, label: Label = None, timeout: Seconds = 30.0, max_hold: float | None = None
-    ) -> AsyncIterator[AsyncTransaction]:
+    ) -> contextlib.AbstractAsyncContextManager[AsyncTransaction]:
         """As ``DbWriter.transaction``, for ``async with``.
 
         A cancelled block is rolled back, and its statement interrupted. If its COMMIT has begun, the block waits for
         that; a cancellation that came meanwhile is raised after it, with a note that gives the outcome.
         """
         core = self._core()
-        hold = core.check_block(label, timeout, max_hold)
-        here = core.state.scopes.innermost(writes=True)
-        if isinstance(here, TaskBlock | TaskSavepoint):
-            block = nested(here.block)
-        else:
-            core.state.refuse_endless_wait("transaction()", awaits=True)
-            job = TaskBlock(core.state, label, hold, frame_around())
-            block = outermost(job, timeout, core.submit, self._deadlines.within)
-        async with block as transaction:
-            yield transaction
+        block = TaskBlock(core.state, label, core.check_block(label, timeout, max_hold), sys._getframe(1))
+        return TaskEntry(block, timeout, core.submit, self._deadlines)
 
     # Reads ------------------------------------------------------------------------------------------------------------
 
@@ -411,7 +404,7 @@ class AsyncDbWriter(Strict):
         """As ``DbWriter.reader``, for ``async with``."""
         place = repr(label) if label else f"reader() in {called_from(sys._getframe(1))}"
         reads = self._task_reads()
-        return reads.lend(place, lambda: self._after(after, timeout, label, reads.here()))
+        return ReaderEntry(reads, place, lambda: self._after(after, timeout, label, reads.here()))
 
     @overload
     def watch(
@@ -463,9 +456,8 @@ class AsyncDbWriter(Strict):
             core.check_after(after, here)
             if not after.done():
                 core.state.refuse_endless_wait("read(after=…)", awaits=True)
-                with after.arrival() as future:
-                    async with self._deadlines.within(future, timeout):
-                        await future
+                with after.arrival() as future, self._deadlines.within(future, timeout):
+                    await future
                 if not after.done():
                     raise core.committed_late(after, timeout)
             after.result()

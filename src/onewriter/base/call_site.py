@@ -52,11 +52,6 @@ def user_frame(frame: types.FrameType, packages: tuple[str, ...] = OURS) -> type
     return frame
 
 
-def frame_around() -> types.FrameType:
-    """The frame of the user's code that enters this block, with ``async with`` or an AsyncExitStack."""
-    return user_frame(sys._getframe(1), OURS_AND_CONTEXTLIB)
-
-
 def level_around() -> int:
     """The ``stacklevel`` with which a warning of the caller's names the line of the user's code."""
     frame: types.FrameType | None = sys._getframe(1)

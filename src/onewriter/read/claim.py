@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from asyncio import AbstractEventLoop
+from collections.abc import Callable
 from threading import get_ident
 from time import monotonic
 from types import SimpleNamespace
@@ -29,6 +30,7 @@ class Claim(SimpleNamespace):
     is_named = False  # a warning was given
     runs_in = 0  # the thread of a task's call
     loop: AbstractEventLoop | None = None  # in whose thread the block was entered
+    end_lost: Callable[[], object] | None = None  # of a task's block: to be called once its loop is closed
 
     __eq__ = object.__eq__
     __hash__ = object.__hash__  # type: ignore[assignment]

@@ -16,7 +16,7 @@ from time import monotonic
 from typing import Any, TypeVar
 
 from onewriter.base.state import State
-from onewriter.base.waiting import thread_signal, wake
+from onewriter.base.waiting import SLICE, thread_signal, wake
 from onewriter.read.claim import NOBODY, Claim, new_claim
 from onewriter.read.clock import GRACE, ReadClock
 from onewriter.read.places import NONE_IDLE, Places
@@ -251,7 +251,9 @@ class ReaderPool(Places):
                 self._end_idle(closing)
         finally:
             self.end(closing)
-        self._all_back.wait(patience)
+        until = math.inf if patience is None else monotonic() + patience
+        while not self._all_back.wait(max(0.0, min(SLICE, until - monotonic()))) and monotonic() < until:
+            self._end_lost()
         self.clock.stop()
 
     def stop_waiting(self) -> None:

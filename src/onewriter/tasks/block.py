@@ -1,4 +1,4 @@
-"""TaskBlock and AsyncTransaction: a task's ``transaction()`` block, whose statements the writer thread runs."""
+"""TaskBlock: a task's ``transaction()`` block, whose statements the writer thread runs."""
 
 from __future__ import annotations
 
@@ -7,25 +7,18 @@ import contextlib
 import math
 import threading
 import types
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from collections.abc import Callable
 from time import monotonic
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
-from onewriter.base.arguments import check_sql
 from onewriter.base.state import State
-from onewriter.base.strict import Strict
 from onewriter.base.waiting import resolve, seconds_until, wake
 from onewriter.errors import ReadTimeoutError, TransactionClosedError
-from onewriter.events import Submit
-from onewriter.sqlite.parameters import Params, capture, capture_many
-from onewriter.sqlite.result import Result
-from onewriter.sqlite.statement import check_many
-from onewriter.write.block import Block, BlockFailedError, not_entered
+from onewriter.write.block import Block
 from onewriter.write.loan import ENDED, WriteLoan
 from onewriter.write.ticket import Job
 
 T = TypeVar("T")
-Within: TypeAlias = "Callable[[asyncio.Future[None], float | None], contextlib.AbstractAsyncContextManager[None]]"
 LOOK = 0.05  # seconds between two looks at whether the loop is closed
 LOOP_CLOSED = "was open when its loop was closed"
 LEFT = "was left by an error or a cancellation"
@@ -34,8 +27,6 @@ LEFT = "was left by an error or a cancellation"
 class TaskBlock(Block):
     """A block whose statements the writer thread runs, as tasks send them.
 
-    One that is not reachable any more is left when its generator is collected, unless its loop is closed by then.
-
     Locks:   _lock guards _accepts, _changes and the putting of requests, so that each gets an answer.
     Threads: made on a loop's thread, performed on the writer's, used and ended on that of any loop.
     """
@@ -43,14 +34,17 @@ class TaskBlock(Block):
     __slots__ = ("_accepts", "_changes", "_lock", "innermost")
 
     def __init__(self, state: State, label: str | None, max_hold: float, frame: types.FrameType) -> None:
-        loop = asyncio.get_running_loop()
         super().__init__(state, label, max_hold, frame)
-        self.loop = loop
-        self.line_up(loop.create_future())
         self._lock = threading.Lock()
         self._accepts = True
         self.innermost: TaskSavepoint | None = None  # of the open ones
         self._changes: list[asyncio.Future[None]] = []
+
+    def come(self) -> None:
+        """A task is about to enter it."""
+        self.created_at, self.loop = monotonic(), asyncio.get_running_loop()
+        self.line_up(self.loop.create_future())
+        self._state.blocks.add(self)
 
     @property
     def block(self) -> TaskBlock:
@@ -228,172 +222,7 @@ def open_one(savepoint: TaskSavepoint | None) -> TaskSavepoint | None:
     return savepoint
 
 
-class AsyncTransaction(Strict):
-    """What ``async with db.transaction()`` returns: a ``Transaction`` whose statements run on the writer thread.
-
-    Calls of several tasks run one at a time.
-    """
-
-    def __init__(self, block: TaskBlock, transaction: WriteLoan) -> None:
-        self._block = block
-        self._transaction = transaction
-
-    @property
-    def label(self) -> str:
-        """The block's label."""
-        return self._block.label
-
-    def execute(self, sql: str, params: Params = (), /) -> Coroutine[Any, Any, Result]:
-        """As ``Transaction.execute``."""
-        return self._block.call(self._transaction.statement, check_sql(sql), capture(sql, params))
-
-    def executemany(self, sql: str, seq_of_params: Iterable[Params], /) -> Coroutine[Any, Any, Result]:
-        """As ``Transaction.executemany``."""
-        check_many(check_sql(sql))
-        return self._block.call(self._transaction.statement_many, sql, capture_many(sql, seq_of_params))
-
-    def executescript(self, sql: str, /) -> Coroutine[Any, Any, None]:
-        """As ``Transaction.executescript``."""
-        return self._block.call(self._transaction.whole_script, check_sql(sql))
-
-    @contextlib.asynccontextmanager
-    async def savepoint(self) -> AsyncIterator[None]:
-        """An ``async with`` block that is a part of the transaction; if it raises, only this part is undone.
-
-        Of tasks that share the transaction, one at a time can be in a savepoint; a task that was created inside a
-        savepoint is part of it.
-        """
-        block, scopes = self._block, self._block._state.scopes
-        around = (one for one in scopes.inherited() if isinstance(one, TaskSavepoint) and one.block is block)
-        outer = next(around, None)
-        await block.until_innermost(outer)
-        mine, part = TaskSavepoint(block, open_one(outer)), self._transaction.part()
-        block.enter(mine)
-        scope = scopes.enter(mine, writes=True)
-        try:
-            try:
-                await block.call(part.__enter__)
-                yield
-                await block.until_innermost(mine)
-            except BaseException as error:
-                with contextlib.suppress(TransactionClosedError):  # whose end has undone all
-                    block.send(_leave, part, error)
-                raise
-            await _leave_well(block, part)
-        finally:
-            scopes.leave(scope)
-            block.leave(mine)
-
-    def rollback(self) -> Coroutine[Any, Any, None]:
-        """As ``Transaction.rollback``."""
-        return self._block.call(self._transaction.undo)
-
-    def on_commit(self, fn: Callable[[], object], /) -> None:
-        """Call ``fn()`` once, on the event loop, after COMMIT; not if the transaction is rolled back."""
-        self._block.keep(self._transaction, True, fn)
-
-    def on_rollback(self, fn: Callable[[], object], /) -> None:
-        """Call ``fn()`` once, on the event loop, after the transaction, if this part of it was rolled back."""
-        self._block.keep(self._transaction, False, fn)
-
-
-async def _leave_well(block: TaskBlock, savepoint: contextlib.AbstractContextManager[None]) -> None:
-    """Keep what the savepoint has done; if the task is cancelled before that has begun, undo it instead."""
-    outcome: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-    failures: list[BaseException] = []
-
-    def leave() -> None:
-        if outcome.cancelled():
-            _leave(savepoint, asyncio.CancelledError())
-            return
-        try:
-            savepoint.__exit__(None, None, None)
-        except BaseException as error:
-            failures.append(error)
-        wake([outcome])
-
-    block.send(leave)
-    await outcome
-    if failures:
-        raise failures.pop()
-
-
-def _leave(savepoint: contextlib.AbstractContextManager[None], error: BaseException) -> None:
-    """On the writer thread: what the savepoint raises again there is the task's own error."""
-    with contextlib.suppress(BaseException):
-        savepoint.__exit__(type(error), error, error.__traceback__)
-
-
 def perform_inside(block: TaskBlock, job: Job[T]) -> T:
     transaction = block.lends()
     with transaction.part():
         return job.perform(transaction)
-
-
-@contextlib.asynccontextmanager
-async def nested(outer: TaskBlock) -> AsyncIterator[AsyncTransaction]:
-    """An ``async with transaction()`` inside another: a savepoint of that."""
-    transaction = outer.lends()
-    inner = transaction.nested()
-    async with AsyncTransaction(outer, transaction).savepoint():
-        try:
-            yield AsyncTransaction(outer, inner)
-        finally:
-            inner.close(ENDED)
-
-
-@contextlib.asynccontextmanager
-async def outermost(
-    block: TaskBlock, timeout: float | None, submit: Submit, within: Within
-) -> AsyncIterator[AsyncTransaction]:
-    """A task's ``async with transaction()`` that is in no other."""
-    state, scopes = block._state, block._state.scopes
-    state.blocks.add(block)
-    try:
-        transaction = await _enter(block, timeout, submit, within)
-        scope = scopes.enter(block, writes=True)
-        try:
-            yield AsyncTransaction(block, transaction)
-        except BaseException as error:
-            cancelled = await _leave_block(block, scope, failed=True)
-            if cancelled is not None:
-                raise cancelled from error
-            raise
-        cancelled = await _leave_block(block, scope, failed=False)
-    finally:
-        state.blocks.discard(block)
-    if cancelled is not None:
-        outcome = "was committed" if block.failed_with is None else f"ended with {block.failed_with!r}"
-        cancelled.add_note(f"onewriter: the transaction of {block.describe()} {outcome}")
-        raise cancelled
-    block.result()
-
-
-async def _enter(block: TaskBlock, timeout: float | None, submit: Submit, within: Within) -> WriteLoan:
-    submit(block, None)
-    try:
-        async with within(block.granted, timeout):
-            await block.granted
-    except asyncio.CancelledError:
-        if not block.cancel():
-            block.give_back(failed=True)
-            await block.ended()
-        raise
-    if block.transaction is None and not block.done():
-        if block.cancel():
-            raise not_entered(block, timeout, block._state)
-        block.give_back(failed=True)  # it has started in the same moment, unless it was refused
-        cancelled = await block.ended()
-        if cancelled is not None:
-            raise cancelled
-        if isinstance(block.failed_with, BlockFailedError):
-            raise not_entered(block, timeout, block._state)
-    return block.entered()
-
-
-async def _leave_block(block: TaskBlock, scope: Any, failed: bool) -> asyncio.CancelledError | None:
-    block._state.scopes.leave(scope)
-    block.give_back(failed)
-    cancelled = await block.ended()
-    block.call_back()
-    return cancelled

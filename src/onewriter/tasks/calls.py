@@ -7,7 +7,7 @@ import contextlib
 import math
 import threading
 import weakref
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from time import monotonic
 from typing import Any, TypeVar
@@ -64,8 +64,8 @@ class LoopDeadlines:
             self._last = loop, deadlines
         return deadlines
 
-    @contextlib.asynccontextmanager
-    async def within(self, future: asyncio.Future[None], timeout: float | None) -> AsyncIterator[None]:
+    @contextlib.contextmanager
+    def within(self, future: asyncio.Future[None], timeout: float | None) -> Iterator[None]:
         """Resolve ``future`` after ``timeout`` seconds, if it is not resolved earlier."""
         if timeout is None:
             yield

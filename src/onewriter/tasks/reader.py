@@ -7,13 +7,14 @@ import contextlib
 import math
 import sqlite3
 import threading
+import types
 import weakref
 from _thread import start_new_thread
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 from onewriter.base.arguments import check_sql
-from onewriter.base.scopes import enclosing
+from onewriter.base.scopes import Scope, enclosing
 from onewriter.base.state import State
 from onewriter.base.waiting import seconds_until
 from onewriter.errors import ReadTimeoutError
@@ -27,6 +28,7 @@ from onewriter.sqlite.retry import is_interrupted
 from onewriter.sqlite.statement import Parameters
 from onewriter.tasks.block import TaskBlock, TaskSavepoint
 from onewriter.tasks.calls import LoopDeadlines, until_done
+from onewriter.tasks.collected import leave_if_collected
 from onewriter.tasks.threads import ReadingThreads
 from onewriter.write.loan import WriteLoan
 
@@ -42,13 +44,13 @@ class TaskReads:
 
     def __init__(self, pool: ReaderPool, state: State, deadlines: LoopDeadlines, name: str) -> None:
         self._pool = pool
-        self._state = state
+        self.state = state
         self._deadlines = deadlines
         self.threads = ReadingThreads(pool.size, name, state)
 
     def here(self) -> Any:
         """The innermost block, job or reader that the caller is inside: its reads belong to it."""
-        return None if enclosing() is None else self._state.scopes.innermost()
+        return None if enclosing() is None else self.state.scopes.innermost()
 
     async def read(self, read: Read[T], here: Any, until: float) -> T:
         """Read in what the caller was inside, or with a connection of the pool."""
@@ -68,27 +70,8 @@ class TaskReads:
         await self._admitted(claim)
         return await self.call(self._pool.lend, claim, function, claim=claim, begins=True, waits=False)
 
-    @contextlib.asynccontextmanager
-    async def lend(self, label: str, deadline: Callable[[], Awaitable[float]]) -> AsyncIterator[AsyncReader]:
-        """A ``reader()`` block, which waits for ``deadline`` first, and until then for a connection."""
-        until = await deadline()
-        here, scopes = self.here(), self._state.scopes
-        reader = here if isinstance(here, AsyncReader) else await self._new_reader(new_claim(label, until))
-        reader.shares += 1
-        scope = scopes.enter(reader, writes=False)
-        try:
-            yield reader
-        except asyncio.CancelledError:
-            if reader.shares == 1:
-                reader.expire()
-            raise
-        finally:
-            scopes.leave(scope)
-            reader.shares -= 1
-            if not reader.shares:
-                await reader.end()
-
-    async def _new_reader(self, claim: Claim) -> AsyncReader:
+    async def reader(self, claim: Claim) -> AsyncReader:
+        """Wait for a connection of the pool with a snapshot."""
         await self._admitted(claim)
         try:
             snapshot = await self.call(self._begin, claim, claim=claim, begins=True)
@@ -101,7 +84,7 @@ class TaskReads:
         """Wait until it is admitted."""
         try:
             if not self._pool.ask(claim, asyncio.get_running_loop().create_future):
-                async with self._deadlines.within(claim.signal, seconds_until(claim.deadline)):
+                with self._deadlines.within(claim.signal, seconds_until(claim.deadline)):
                     await claim.signal
                 self._pool.check_admitted(claim)
         except BaseException:
@@ -199,6 +182,39 @@ class TaskReads:
                 self._pool.end(claim)
 
 
+class ReaderEntry:
+    """By which a task enters and leaves a ``reader()`` block. A class, as TaskEntry is."""
+
+    _is_new = True
+    _reader: AsyncReader | None = None  # as long as it is open
+
+    def __init__(self, reads: TaskReads, label: str, deadline: Callable[[], Awaitable[float]]) -> None:
+        self._reads = reads
+        self._label = label
+        self._deadline = deadline  # waits for what the block is to see, and says until when it waits for a connection
+
+    async def __aenter__(self) -> AsyncReader:
+        if not self._is_new:
+            raise RuntimeError("a reader() block is entered once: call reader() again for another one")
+        self._is_new = False
+        until = await self._deadline()
+        here = self._reads.here()
+        reader = here if isinstance(here, AsyncReader) else await self._reads.reader(new_claim(self._label, until))
+        self._scope = reader.enter()
+        self._collected = leave_if_collected(self, reader.leave, self._scope)
+        self._reader = reader
+        return reader
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: types.TracebackType | None
+    ) -> None:
+        reader, self._reader = self._reader, None
+        if reader is None:
+            raise RuntimeError("a reader() block that was not entered cannot be left: use `async with`")
+        self._collected.detach()
+        await reader.leave(self._scope, isinstance(error, asyncio.CancelledError))
+
+
 class AsyncReader:
     """What ``async with db.reader()`` returns: it runs SELECTs on one snapshot of the database."""
 
@@ -207,10 +223,23 @@ class AsyncReader:
         self._snapshot = snapshot
         self._claim = claim
         self._turn = asyncio.Lock()
-        self.shares = 0  # reader() blocks that have it, one in another; the last to be left ends it
+        self._shares = 0  # reader() blocks that have it, one in another; the last to be left ends it
         # Of a block whose loop was closed nothing runs any more, not even its end.
         self._lost = weakref.finalize(self, reads.end_lost, claim, snapshot)
         self._lost.atexit = False
+        claim.loop, claim.end_lost = asyncio.get_running_loop(), self._lost
+
+    def enter(self) -> Scope[Any]:
+        self._shares += 1
+        return self._reads.state.scopes.enter(self, writes=False)
+
+    async def leave(self, scope: Scope[Any], cancelled: bool = False) -> None:
+        if cancelled and self._shares == 1:
+            self.expire()
+        self._reads.state.scopes.leave(scope)
+        self._shares -= 1
+        if not self._shares:
+            await self.end()
 
     def execute(self, sql: str, params: Params = (), /) -> Coroutine[Any, Any, Result]:
         """Run one SELECT and return all its rows."""

@@ -27,7 +27,7 @@ class Block(Job[None]):
 
     Any thread or task may use its transaction, and any may leave it. It does not end with the thread or task that
     entered it: web frameworks and fixtures enter, use and leave in different ones. A block that is not reachable any
-    more is left when its generator is collected.
+    more is left when its entry is collected.
 
     States: waiting → granted (``transaction`` is there) → given back. ``granted`` is resolved once: by the loan, or by
             an outcome without one (withdrawn, no lock to be acquired).

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, pool_of
+from helpers import DEADLINE, eventually, pool_of
 from onewriter import AsyncDbWriter, DbWriter
 
 Leave = Callable[[AsyncDbWriter], Coroutine[Any, Any, None]]
@@ -73,17 +73,17 @@ async def as_the_loop_ends(db: AsyncDbWriter) -> None:
     await entered.wait()  # asyncio.run cancels what is left
 
 
-async def as_its_generator_is_closed(db: AsyncDbWriter) -> None:
+async def as_its_loop_is_closed(db: AsyncDbWriter) -> None:
     reader = db.reader()
     await reader.__aenter__()
-    kept.append(reader)  # asyncio.run closes what is left
+    kept.append(reader)
 
 
 kept: list[Any] = []
 
 
 @pytest.mark.parametrize(
-    "leave", [normally, by_an_error, cancelled, cancelled_at_each_step, as_the_loop_ends, as_its_generator_is_closed]
+    "leave", [normally, by_an_error, cancelled, cancelled_at_each_step, as_the_loop_ends, as_its_loop_is_closed]
 )
 def test_no_statement_of_a_reader_runs_in_the_thread_of_a_loop(path: Path, leave: Leave) -> None:
     statements: list[tuple[int, str]] = []
@@ -97,12 +97,39 @@ def test_no_statement_of_a_reader_runs_in_the_thread_of_a_loop(path: Path, leave
 
     with DbWriter(path, readers=1, on_connect=trace) as db:
         asyncio.run(main())
-        kept.clear()
         here = [sql for thread, sql in statements if thread == threading.get_ident()]
         assert here == []
+        assert db.read_value("SELECT 1", timeout=DEADLINE) == 1
         assert any(sql.startswith("ROLLBACK") for _, sql in statements)
         assert db.stats().readers_in_use == 0
-        assert db.read_value("SELECT 1", timeout=DEADLINE) == 1
+        kept.clear()
+
+
+def test_close_ends_a_reader_whose_loop_is_closed(path: Path) -> None:
+    """That of a loop which is closed without asyncio.run, or while the close waits, too."""
+    loop, entered, closing = asyncio.new_event_loop(), threading.Event(), threading.Event()
+
+    async def enter(reader: contextlib.AbstractAsyncContextManager[Any]) -> None:
+        await reader.__aenter__()
+
+    def run() -> None:
+        reader = AsyncDbWriter.wrap(db).reader()
+        loop.run_until_complete(enter(reader))
+        kept.append(reader)
+        entered.set()
+        assert closing.wait(DEADLINE)
+        eventually(lambda: pool_of(db)._closed)
+        loop.close()
+
+    db = DbWriter(path, readers=1)
+    thread = threading.Thread(target=run)
+    thread.start()
+    assert entered.wait(DEADLINE)
+    closing.set()
+    db.close(timeout=DEADLINE)
+    assert pool_of(db)._count == 0
+    thread.join(DEADLINE)
+    kept.clear()
 
 
 def test_a_block_that_is_left_after_the_gateway_was_closed_closes_its_connection_elsewhere(

@@ -1,0 +1,25 @@
+"""What becomes of a block or reader that no task can leave any more."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import weakref
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeAlias
+
+Leave: TypeAlias = Callable[..., Coroutine[Any, Any, object]]
+
+
+def leave_if_collected(entry: object, leave: Leave, *args: Any) -> weakref.finalize[Any, Any]:
+    """If ``entry`` is collected, nobody can leave by it any more: call ``leave`` in a task of this loop.
+
+    Not there and then: the collector may run inside one of our locks. If the loop is closed by then, the writer
+    notices that.
+    """
+    return weakref.finalize(entry, _leave_in, asyncio.get_running_loop(), leave, args)
+
+
+def _leave_in(loop: asyncio.AbstractEventLoop, leave: Leave, args: tuple[Any, ...]) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop is closed
+        loop.call_soon_threadsafe(lambda: loop.create_task(leave(*args)))

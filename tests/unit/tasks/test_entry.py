@@ -1,0 +1,199 @@
+"""How tasks enter and leave blocks, savepoints and readers: once, and also where nobody can leave them any more."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import threading
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aio_helpers import opened, rows, run, until, writer_parked
+from helpers import DEADLINE, state_of
+from onewriter import AsyncDbWriter, AsyncTransaction, DbWriter, TransactionClosedError, WriteTimeoutError
+
+INSERT = "INSERT INTO t VALUES (?)"
+
+
+async def in_a_block(db: AsyncDbWriter) -> AsyncIterator[None]:
+    async with db.transaction():
+        yield
+
+
+async def in_a_reader(db: AsyncDbWriter) -> AsyncIterator[None]:
+    async with db.reader():
+        yield
+
+
+async def in_a_savepoint(db: AsyncDbWriter) -> AsyncIterator[None]:
+    async with db.transaction() as tx, tx.savepoint():
+        await tx.execute(INSERT, (1,))
+        yield
+
+
+async def in_a_block_in_a_block(db: AsyncDbWriter) -> AsyncIterator[None]:
+    async with db.transaction(), db.transaction() as tx:
+        await tx.execute(INSERT, (1,))
+        yield
+
+
+@pytest.mark.parametrize("inside", [in_a_block, in_a_reader, in_a_savepoint, in_a_block_in_a_block])
+def test_an_asynchronous_generator_that_is_open_as_its_loop_ends_leaves_without_a_word(
+    path: Path, caplog: pytest.LogCaptureFixture, inside: Callable[[AsyncDbWriter], AsyncIterator[None]]
+) -> None:
+    """asyncio.run closes it, and each other one, at the same time."""
+
+    async def main() -> None:
+        kept.append(inside(AsyncDbWriter.wrap(db)))
+        await anext(kept[0])
+
+    kept: list[AsyncIterator[None]] = []
+    with DbWriter(path, readers=1) as db:
+        db.run("CREATE TABLE t (n)")
+        asyncio.run(main())
+        assert caplog.messages == []
+        assert db.read("SELECT * FROM t", timeout=DEADLINE) == []
+        db.run(INSERT, (2,), timeout=DEADLINE)
+        with pytest.raises(StopAsyncIteration):
+            asyncio.run(anext(kept[0]))  # type: ignore[arg-type]
+
+
+def test_each_is_entered_once_and_left_once(path: Path) -> None:
+    made: list[object] = []
+
+    def make_task(loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any) -> asyncio.Task[Any]:
+        made.append(coroutine)
+        return asyncio.Task(coroutine, loop=loop, **options)
+
+    async def once(entry: contextlib.AbstractAsyncContextManager[Any]) -> None:
+        with pytest.raises(RuntimeError, match="was not entered"):
+            await entry.__aexit__(None, None, None)
+        async with entry:
+            with pytest.raises(RuntimeError, match="entered once"):
+                await entry.__aenter__()
+        with pytest.raises(RuntimeError, match="entered once"):
+            await entry.__aenter__()
+        with pytest.raises(RuntimeError, match="was not entered"):
+            await entry.__aexit__(None, None, None)
+
+    async def main() -> None:
+        asyncio.get_running_loop().set_task_factory(make_task)
+        async with opened(path) as db:
+            await once(db.transaction())
+            await once(db.reader())
+            async with db.transaction() as tx:
+                await once(tx.savepoint())
+                await tx.execute(INSERT, (1,))
+            gc.collect()
+            assert await rows(db) == [1]
+            assert state_of(db).blocks == set()
+            assert made == []  # by what is collected, and was left
+
+    run(main)
+
+
+def test_a_savepoint_that_nobody_can_leave_is_undone_and_the_next_begins(path: Path) -> None:
+    async def leave_open(enter: Callable[[], Any], tx: AsyncTransaction) -> AsyncTransaction:
+        entry = enter()
+        inner: AsyncTransaction = await entry.__aenter__() or tx
+        await inner.execute(INSERT, (1,))
+        return inner
+
+    async def main() -> None:
+        async with opened(path) as db:
+            async with db.transaction() as tx:
+                await asyncio.create_task(leave_open(tx.savepoint, tx))
+                async with tx.savepoint():
+                    await tx.execute(INSERT, (2,))
+                inner = await leave_open(db.transaction, tx)
+                with pytest.raises(TransactionClosedError):
+                    while True:  # as soon as the loop has a moment
+                        await inner.execute("SELECT 1")
+                await tx.execute(INSERT, (3,))
+            assert await rows(db) == [2, 3]
+
+    run(main)
+
+
+def test_a_reader_that_nobody_can_leave_is_given_back_though_it_is_still_referred_to(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path, readers=1) as db:
+            entry = db.reader()
+            reader = await entry.__aenter__()
+            assert db.stats().readers_in_use == 1
+            del entry
+            gc.collect()
+            await until(lambda: db.stats().readers_in_use == 0)
+            with pytest.raises(Exception, match="has ended"):
+                await reader.execute("SELECT 1")
+
+    run(main)
+
+
+def test_a_block_that_could_not_be_entered_is_not_waited_for(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path) as db:
+            entry = db.transaction(timeout=0.01)
+            async with writer_parked(db):
+                with pytest.raises(WriteTimeoutError):
+                    await entry.__aenter__()
+            assert state_of(db).blocks == set()
+
+    run(main)
+
+
+def test_a_savepoint_whose_task_is_cancelled_as_it_enters_keeps_no_other_from_beginning(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path) as db, db.transaction() as tx:
+            gate = threading.Event()
+            tx._block.send(gate.wait, DEADLINE)
+            entry = tx.savepoint()
+            entering = asyncio.ensure_future(entry.__aenter__())
+            await until(lambda: tx._block.innermost is not None)
+            entering.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await entering
+            gate.set()
+            async with tx.savepoint():
+                await tx.execute(INSERT, (1,))
+
+    run(main)
+
+
+def test_a_savepoint_whose_task_is_cancelled_while_it_waits_for_one_inside_is_undone(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path) as db:
+            async with db.transaction() as tx:
+                entered, leave = asyncio.Event(), asyncio.Event()
+
+                async def inner() -> None:
+                    async with tx.savepoint():
+                        await tx.execute(INSERT, (2,))
+                        entered.set()
+                        await leave.wait()
+
+                async def outer() -> None:
+                    async with tx.savepoint():
+                        await tx.execute(INSERT, (1,))
+                        inside.append(asyncio.create_task(inner()))
+                        await entered.wait()
+
+                inside: list[asyncio.Task[None]] = []
+                around = asyncio.create_task(outer())
+                await entered.wait()
+                await until(lambda: bool(tx._block._changes))  # it is at its end
+                around.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await around
+                leave.set()
+                with pytest.raises(TransactionClosedError, match="the one around it"):
+                    await inside[0]
+                async with tx.savepoint():
+                    await tx.execute(INSERT, (3,))
+            assert await rows(db) == [3]
+
+    run(main)
