@@ -18,6 +18,7 @@ from onewriter.write.driver import Driver
 from onewriter.write.writer import Writer
 
 SLICE = 0.05  # seconds between two looks at whether jobs still finish
+INTERRUPTS = 1000  # of the drain, by signal handlers, with which it goes on
 _open: dict[Writer, Driver] = {}  # used in single steps: a lock could meet a signal handler that closes
 _hooked = 0  # the process that has our hook in multiprocessing
 
@@ -84,12 +85,21 @@ if hasattr(os, "register_at_fork"):
 def _drain_all() -> None:
     # The writers are daemon threads, because others are joined before any hook of ours runs: they would never be told
     # to end. They run on until atexit is through (https://docs.python.org/3/library/atexit.html).
-    drivers = _open.copy()
-    for writer in drivers:
-        writer.leaving = True
-        writer.queue.refuse(closed_error())
-    for writer, driver in drivers.items():
-        _drain(writer, driver)
+    todo, interrupt = _open.copy(), None
+    for _ in range(INTERRUPTS):
+        try:
+            for writer in todo:
+                writer.leaving = True
+                writer.queue.refuse(closed_error())
+            while todo:
+                writer = next(iter(todo))
+                _drain(writer, todo[writer])
+                todo.pop(writer)
+            break
+        except BaseException as error:  # of a signal handler, for Ctrl-C, say: what was accepted is written all the same
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt
 
 
 def _drain(writer: Writer, driver: Driver) -> None:

@@ -125,12 +125,12 @@ async def until_done(future: Future[Any]) -> asyncio.CancelledError | None:
     """Wait for a function that cannot be stopped and whose connection must not be given back before its end, even if
     the task is cancelled; returns the cancellation.
     """
-    cancelled = None
-    done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-    future.add_done_callback(lambda _: wake([done]))  # not wrapped: asyncio would log an error that is not retrieved
-    while not done.done():
+    loop, cancelled = asyncio.get_running_loop(), None
+    while not future.done():
+        done: asyncio.Future[None] = loop.create_future()  # not wrapped: asyncio would log an error that is not retrieved
+        future.add_done_callback(lambda _, done=done: wake([done]))  # type: ignore[misc]
         try:
-            await asyncio.wait([done])
+            await done
         except asyncio.CancelledError as error:
             cancelled = error
     return cancelled

@@ -17,7 +17,9 @@ def leave_if_collected(entry: object, leave: Leave, *args: Any) -> weakref.final
     Not there and then: the collector may run inside one of our locks. If the loop is closed by then, the writer
     notices that.
     """
-    return weakref.finalize(entry, _leave_in, asyncio.get_running_loop(), leave, args)
+    collected = weakref.finalize(entry, _leave_in, asyncio.get_running_loop(), leave, args)
+    collected.atexit = False  # a loop may run on until the interpreter ends, and leave its block itself
+    return collected
 
 
 def _leave_in(loop: asyncio.AbstractEventLoop, leave: Leave, args: tuple[Any, ...]) -> None:

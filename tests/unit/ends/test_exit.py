@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import child_code, holding_lock, rows_in, run_child
+from helpers import DEADLINE, child_code, holding_lock, rows_in, run_child
 
 OPEN = """
 db = DbWriter(path, label="ledger")
@@ -63,6 +63,31 @@ def test_an_interrupt_of_an_idle_program_leaves_what_was_accepted_written(table:
     assert child.returncode == -signal.SIGINT, child.stderr
     assert "KeyboardInterrupt" in child.stderr
     assert rows_in(table) == list(range(3000))
+
+
+@pytest.mark.parametrize("handler", ["signal.default_int_handler", "lambda number, frame: sys.exit(3)"])
+def test_signals_while_what_was_accepted_is_written_keep_nothing_from_that(table: Path, handler: str) -> None:
+    code = f"""
+import atexit
+signal.signal(signal.SIGINT, {handler})
+leaving = threading.Event()
+
+def write(tx):
+    leaving.wait({DEADLINE})
+    os.kill(os.getpid(), signal.SIGINT)
+    tx.execute(INSERT, (1,))
+
+other = DbWriter(path + ".other")
+other.run("CREATE TABLE t (n)")
+for _ in range(20):
+    db.enqueue(write)
+    other.enqueue(write)
+atexit.register(leaving.set)
+"""
+    child = run_child(child_code(table, OPEN + code))
+    assert "Exception ignored" in child.stderr
+    assert child.returncode == 0, child.stderr
+    assert rows_in(table) == rows_in(table.with_name(f"{table.name}.other")) == [1] * 20
 
 
 @pytest.mark.parametrize("before", ["", FILL], ids=["idle", "beside the drain"])
