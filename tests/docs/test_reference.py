@@ -52,7 +52,7 @@ INNER = {  # of other files of the package, though they have no underscore
         *("in_stats", "logs_failure", "created_at", "started_at", "ended_at", "work"),
     },
     "Transaction": set(CONNECTIONS_OWN),  # which raise
-    "AsyncReader": {"call", "lends", "expire", "end"},
+    "AsyncReader": {"call", "lends", "expire", "leave", "drop", "end"},
 }
 
 

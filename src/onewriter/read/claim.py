@@ -25,11 +25,12 @@ class Claim(SimpleNamespace):
     since: float  # it waits, and then, that it is admitted
     deadline: float  # of its wait and of its statements
     thread: int  # which gives it back; 0: any may
-    signal: Any = None  # a lock or a future, for the end of its waiting
+    signal: Any = None  # a lock or a future, as long as it waits
     is_extra = False  # for a connection in addition to the pool's
     is_named = False  # a warning was given
     runs_in = 0  # the thread of a task's call
-    loop: AbstractEventLoop | None = None  # in whose thread the block was entered
+    ends_in: int  # the thread that ends it; others leave it to that one
+    loop: AbstractEventLoop | None = None  # of its task, or in whose thread the block was entered
     end_lost: Callable[[], object] | None = None  # of a task's block: to be called once its loop is closed
 
     __eq__ = object.__eq__

@@ -123,6 +123,9 @@ class Places:
                 continue
             if first not in self._line:
                 continue
+            if first.loop is not None and first.loop.is_closed():  # its task never goes on
+                del self._line[first]
+                continue
             if self._idle:  # from here on no call, until it has left the line
                 reader = self._idle.last
                 reader.claim = first
@@ -133,8 +136,9 @@ class Places:
                 break
             del self._line[first]
             first.since = now
-            if first.signal is not None:
-                wake([first.signal])
+            signal, first.signal = first.signal, None  # a task whose loop is closed now is kept by nothing any more
+            if signal is not None:
+                wake([signal])
         self._is_watched = bool(self._line or self._paused_until) or self._count > self._most
         if not self._is_watched and self._state.broken is None:
             self._door = self._idle

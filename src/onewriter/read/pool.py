@@ -82,6 +82,7 @@ class ReaderPool(Places):
                 finally:
                     self.end(claim)
             except RecursionError:  # no room for a call: a thread has a stack of its own
+                vars(claim).pop("ends_in", None)
                 start_new_thread(self.end, (claim,))
                 raise
             raise
@@ -138,6 +139,7 @@ class ReaderPool(Places):
                 finally:
                     self.end(claim)
             except RecursionError:
+                vars(claim).pop("ends_in", None)
                 start_new_thread(self.end, (claim,))
                 raise
             if isinstance(error, sqlite3.DatabaseError) and is_corrupt(error):
@@ -159,8 +161,9 @@ class ReaderPool(Places):
         if not self.ask(claim, thread_signal):
             if self._state.is_inside():
                 self._state.refuse_endless_wait(f"waiting for a connection for {claim.label}")
-            left = claim.deadline - monotonic()
-            claim.signal.acquire(timeout=-1 if left == math.inf else max(0.0, min(left, threading.TIMEOUT_MAX)))
+            left, signal = claim.deadline - monotonic(), claim.signal
+            if signal is not None:
+                signal.acquire(timeout=-1 if left == math.inf else max(0.0, min(left, threading.TIMEOUT_MAX)))
             self.check_admitted(claim)
         return self.reader_of(claim)
 
@@ -199,11 +202,15 @@ class ReaderPool(Places):
     # The end of a claim -----------------------------------------------------------------------------------------------
 
     def end(self, claim: Claim) -> None:
-        """Leave the line, or give back what it has: reset, to the next in line. May be called again."""
+        """Leave the line, or give back what it has: reset, to the next in line. May be called again, by any thread: the
+        block of a task that is collected is left in several at the same time.
+        """
         reader = self._lent_to(claim) or self._leave(claim)
         if reader is None or reader.is_inherited:
             return
         if reader.ends_later(functools.partial(self.end, claim)):
+            return
+        if vars(claim).setdefault("ends_in", get_ident()) != get_ident():
             return
         if monotonic() - claim.since > self._slow_after:
             self.clock.warn_if_slow(claim, "was open")

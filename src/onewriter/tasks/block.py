@@ -35,7 +35,7 @@ class TaskBlock(Block):
 
     def __init__(self, state: State, label: str | None, max_hold: float, frame: types.FrameType) -> None:
         super().__init__(state, label, max_hold, frame)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a task that is collected while its thread is inside may leave it
         self._accepts = True
         self.innermost: TaskSavepoint | None = None  # of the open ones
         self._changes: list[asyncio.Future[None]] = []

@@ -7,6 +7,7 @@ import contextlib
 import math
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from time import monotonic
@@ -78,6 +79,55 @@ class LoopDeadlines:
             deadlines.remove(future)
 
 
+class Turn:
+    """A lock for tasks, of any loop, in the order of asking.
+
+    Locks: _lock guards _line and _is_taken. Re-entrant: a task that is collected while its thread is inside releases.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._is_taken = False
+        self._line: deque[asyncio.Future[None]] = deque()
+
+    async def acquire(self) -> None:
+        with self._lock:
+            if not self._is_taken:
+                self._is_taken = True
+                return
+            mine: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._line.append(mine)
+        try:
+            await mine
+        except BaseException:
+            with self._lock:
+                if mine in self._line:
+                    self._line.remove(mine)
+                else:  # it was given the turn in this moment
+                    self.release()
+            raise
+
+    def release(self) -> None:
+        with self._lock:
+            first = self._next()
+            self._is_taken = first is not None
+        if first is not None:
+            wake([first])
+
+    def _next(self) -> asyncio.Future[None] | None:
+        while self._line:
+            first = self._line.popleft()
+            if not first.get_loop().is_closed():  # its task never goes on
+                return first
+        return None
+
+    async def __aenter__(self) -> None:
+        await self.acquire()
+
+    async def __aexit__(self, *_: object) -> None:
+        self.release()
+
+
 async def in_thread(function: Callable[[], T], undo: Callable[[T], object] | None = None) -> T:
     """Call ``function`` in a thread of its own; ``undo`` what it returns if no task waits for it any more."""
     loop = asyncio.get_running_loop()
@@ -127,7 +177,9 @@ async def until_done(future: Future[Any]) -> asyncio.CancelledError | None:
     """
     loop, cancelled = asyncio.get_running_loop(), None
     while not future.done():
-        done: asyncio.Future[None] = loop.create_future()  # not wrapped: asyncio would log an error that is not retrieved
+        done: asyncio.Future[None] = (
+            loop.create_future()
+        )  # not wrapped: asyncio would log an error that is not retrieved
         future.add_done_callback(lambda _, done=done: wake([done]))  # type: ignore[misc]
         try:
             await done

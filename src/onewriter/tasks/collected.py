@@ -1,4 +1,4 @@
-"""What becomes of a block or reader that no task can leave any more."""
+"""What becomes of a block, or a savepoint of one, that no task can leave any more."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def leave_if_collected(entry: object, leave: Leave, *args: Any) -> weakref.final
     """If ``entry`` is collected, nobody can leave by it any more: call ``leave`` in a task of this loop.
 
     Not there and then: the collector may run inside one of our locks. If the loop is closed by then, the writer
-    notices that.
+    notices that. ``args`` are kept until then: no scope may be among them, which has its task.
     """
     collected = weakref.finalize(entry, _leave_in, asyncio.get_running_loop(), leave, args)
     collected.atexit = False  # a loop may run on until the interpreter ends, and leave its block itself

@@ -56,8 +56,8 @@ class TaskEntry:
         except BaseException:
             state.blocks.discard(block)
             raise
-        scope = self._scope = state.scopes.enter(block, writes=True)
-        self._collected = leave_if_collected(self, _leave_block, block, scope, True)
+        self._scope = state.scopes.enter(block, writes=True)
+        self._collected = leave_if_collected(self, _leave, block, True)
         return AsyncTransaction(block, loan)
 
     async def _granted(self) -> WriteLoan:
@@ -70,6 +70,9 @@ class TaskEntry:
             if not block.cancel():
                 block.give_back(failed=True)
                 await block.ended()
+            raise
+        except GeneratorExit:  # the task is closed, and waits for nothing
+            block.abandon()
             raise
         if block.transaction is None and not block.done():
             if block.cancel():
@@ -92,7 +95,8 @@ class TaskEntry:
         if scope is None:
             raise RuntimeError("a block that was not entered cannot be left: use `async with`")
         self._collected.detach()
-        cancelled = await _leave_block(block, scope, kind is not None)
+        block._state.scopes.leave(scope)
+        cancelled = await _leave(block, kind is not None)
         if kind is not None:
             if cancelled is not None:
                 raise cancelled from error
@@ -104,9 +108,8 @@ class TaskEntry:
         block.result()
 
 
-async def _leave_block(block: TaskBlock, scope: Scope[Any], failed: bool) -> asyncio.CancelledError | None:
+async def _leave(block: TaskBlock, failed: bool) -> asyncio.CancelledError | None:
     try:
-        block._state.scopes.leave(scope)
         block.give_back(failed)
         cancelled = await block.ended()
         block.call_back()

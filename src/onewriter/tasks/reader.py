@@ -14,7 +14,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 from onewriter.base.arguments import check_sql
-from onewriter.base.scopes import Scope, enclosing
+from onewriter.base.scopes import enclosing
 from onewriter.base.state import State
 from onewriter.base.waiting import seconds_until
 from onewriter.errors import ReadTimeoutError
@@ -27,8 +27,7 @@ from onewriter.sqlite.result import Result
 from onewriter.sqlite.retry import is_interrupted
 from onewriter.sqlite.statement import Parameters
 from onewriter.tasks.block import TaskBlock, TaskSavepoint
-from onewriter.tasks.calls import LoopDeadlines, until_done
-from onewriter.tasks.collected import leave_if_collected
+from onewriter.tasks.calls import LoopDeadlines, Turn, until_done
 from onewriter.tasks.threads import ReadingThreads
 from onewriter.write.loan import WriteLoan
 
@@ -83,9 +82,12 @@ class TaskReads:
     async def _admitted(self, claim: Claim) -> None:
         """Wait until it is admitted."""
         try:
-            if not self._pool.ask(claim, asyncio.get_running_loop().create_future):
-                with self._deadlines.within(claim.signal, seconds_until(claim.deadline)):
-                    await claim.signal
+            claim.loop = asyncio.get_running_loop()
+            if not self._pool.ask(claim, claim.loop.create_future):
+                signal = claim.signal
+                if signal is not None:
+                    with self._deadlines.within(signal, seconds_until(claim.deadline)):
+                        await signal
                 self._pool.check_admitted(claim)
         except BaseException:
             self._end_unused(claim)
@@ -122,6 +124,10 @@ class TaskReads:
                     await until_done(future)
             elif claim is not None and begins:
                 self._end_unused(claim)
+            raise
+        except GeneratorExit:  # the task is collected, and waits for nothing
+            if claim is not None and waits and begins:
+                future.add_done_callback(lambda _: self.end_lost(claim, None))
             raise
         finally:
             del future  # an error's traceback would hold it, and it holds the error
@@ -168,11 +174,15 @@ class TaskReads:
         finally:
             self._pool.end(claim)
 
-    def end_lost(self, claim: Claim, snapshot: Snapshot) -> None:
+    def _finish_lost(self, claim: Claim, snapshot: Snapshot | None) -> None:
+        self.expire(claim)
+        self._finish(claim, snapshot)
+
+    def end_lost(self, claim: Claim, snapshot: Snapshot | None) -> None:
         """For a finalizer, which must not wait: end both, in a thread."""
         claim.thread = 0  # who waits for the connection, in whichever thread, does not wait for itself any more
         with contextlib.suppress(RuntimeError):  # the interpreter ends
-            start_new_thread(self._finish, (claim, snapshot))
+            start_new_thread(self._finish_lost, (claim, snapshot))
 
     def _end_unused(self, claim: Claim) -> None:
         if not self._pool.end_unused(claim):
@@ -200,8 +210,10 @@ class ReaderEntry:
         until = await self._deadline()
         here = self._reads.here()
         reader = here if isinstance(here, AsyncReader) else await self._reads.reader(new_claim(self._label, until))
-        self._scope = reader.enter()
-        self._collected = leave_if_collected(self, reader.leave, self._scope)
+        reader.shares += 1
+        self._scope = self._reads.state.scopes.enter(reader, writes=False)
+        self._collected = weakref.finalize(self, reader.drop)
+        self._collected.atexit = False
         self._reader = reader
         return reader
 
@@ -212,7 +224,8 @@ class ReaderEntry:
         if reader is None:
             raise RuntimeError("a reader() block that was not entered cannot be left: use `async with`")
         self._collected.detach()
-        await reader.leave(self._scope, isinstance(error, asyncio.CancelledError))
+        self._reads.state.scopes.leave(self._scope)
+        await reader.leave(kind)
 
 
 class AsyncReader:
@@ -222,24 +235,31 @@ class AsyncReader:
         self._reads = reads
         self._snapshot = snapshot
         self._claim = claim
-        self._turn = asyncio.Lock()
-        self._shares = 0  # reader() blocks that have it, one in another; the last to be left ends it
+        self._turn = Turn()
+        self.shares = 0  # reader() blocks that have it, one in another; the last to be left ends it
         # Of a block whose loop was closed nothing runs any more, not even its end.
         self._lost = weakref.finalize(self, reads.end_lost, claim, snapshot)
         self._lost.atexit = False
-        claim.loop, claim.end_lost = asyncio.get_running_loop(), self._lost
+        claim.end_lost = self._lost
 
-    def enter(self) -> Scope[Any]:
-        self._shares += 1
-        return self._reads.state.scopes.enter(self, writes=False)
-
-    async def leave(self, scope: Scope[Any], cancelled: bool = False) -> None:
-        if cancelled and self._shares == 1:
+    async def leave(self, kind: type[BaseException] | None) -> None:
+        """One of the blocks that have it is left, by an error of this kind."""
+        if self.shares == 1 and kind is not None and issubclass(kind, asyncio.CancelledError | GeneratorExit):
             self.expire()
-        self._reads.state.scopes.leave(scope)
-        self._shares -= 1
-        if not self._shares:
+        self.shares -= 1
+        if self.shares > 0:
+            return
+        if kind is GeneratorExit:  # perhaps the task is collected, and never goes on: it must not have the turn
+            await self._reads.end(self._claim, self._snapshot)
+        else:
             await self.end()
+
+    def drop(self) -> None:
+        """The same, without waiting: a thread ends it."""
+        self.shares -= 1
+        if self.shares <= 0:  # less: also by the task, as it is collected
+            self._snapshot.is_left = True
+            self._lost()
 
     def execute(self, sql: str, params: Params = (), /) -> Coroutine[Any, Any, Result]:
         """Run one SELECT and return all its rows."""

@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import types
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
-from onewriter.base.scopes import Scope
 from onewriter.base.waiting import wake
 from onewriter.errors import TransactionClosedError
 from onewriter.tasks.block import TaskBlock, TaskSavepoint, open_one
@@ -40,7 +39,7 @@ class SavepointEntry:
         block.enter(savepoint)
         self._scope = scopes.enter(savepoint, writes=True)
         self._savepoint = savepoint
-        self._collected = leave_if_collected(self, _undo, savepoint, self._scope, self._part, self._inner)
+        self._collected = leave_if_collected(self, _undo, savepoint, self._part, self._inner)
         try:
             await block.call(self._part.__enter__)
         except BaseException as error:
@@ -54,34 +53,32 @@ class SavepointEntry:
         if savepoint is None:
             raise RuntimeError("a savepoint that was not entered cannot be left: use `async with`")
         self._collected.detach()
-        if kind is not None:
-            await _undo(savepoint, self._scope, self._part, self._inner, error)
-            return
         try:
+            if kind is not None:
+                await _undo(savepoint, self._part, self._inner, error)
+                return
             if self._inner is not None:
                 self._inner.close(ENDED)
-            await self._block.until_innermost(savepoint)
-        except BaseException as late:
-            await _undo(savepoint, self._scope, self._part, None, late)
-            raise
-        try:
-            await _keep(self._block, self._part)
+            try:
+                await self._block.until_innermost(savepoint)
+            except BaseException as late:
+                await _undo(savepoint, self._part, None, late)
+                raise
+            try:
+                await _keep(self._block, self._part)
+            finally:
+                self._block.leave(savepoint)
         finally:
-            _end(savepoint, self._scope)
+            self._block._state.scopes.leave(self._scope)
 
 
 async def _undo(
-    savepoint: TaskSavepoint, scope: Scope[Any], part: Part, inner: WriteLoan | None, error: BaseException | None = None
+    savepoint: TaskSavepoint, part: Part, inner: WriteLoan | None, error: BaseException | None = None
 ) -> None:
     if inner is not None:
         inner.close(ENDED)
     with contextlib.suppress(TransactionClosedError):  # whose end has undone all
         savepoint.block.send(_leave_part, part, GeneratorExit() if error is None else error)
-    _end(savepoint, scope)
-
-
-def _end(savepoint: TaskSavepoint, scope: Scope[Any]) -> None:
-    savepoint.block._state.scopes.leave(scope)
     savepoint.block.leave(savepoint)
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import threading
 from pathlib import Path
 
 import pytest
 
-from aio_helpers import run
+from aio_helpers import opened, run, until
 from helpers import DEADLINE, handling, parked
-from onewriter import AsyncDbWriter, DbWriter, WriteTimeoutError
+from onewriter import AsyncDbWriter, AsyncReader, DbWriter, WriteTimeoutError
 from onewriter.tasks import calls
 
 
@@ -58,5 +59,75 @@ def test_a_short_timeout_does_not_wait_for_the_tick_of_the_long_ones(
             async with asyncio.timeout(DEADLINE):
                 with pytest.raises(WriteTimeoutError):
                     await AsyncDbWriter.wrap(inner).run("SELECT 1", timeout=0.05)
+
+    run(main)
+
+
+def test_tasks_of_several_loops_take_turns() -> None:
+    """Also where one of the loops is closed before it is its turn."""
+    turns: list[str] = []
+
+    async def use(name: str) -> None:
+        async with turn:
+            turns.append(name)
+            await asyncio.sleep(0)
+
+    async def wait_for_ever() -> None:
+        await turn.acquire()
+        turns.append("never")
+
+    async def hold() -> None:
+        async with turn:
+            waiting.append(closed.create_task(wait_for_ever()))
+            closed.call_soon(closed.stop)
+            threads = [threading.Thread(target=asyncio.run, args=[use(name)]) for name in "ab"]
+            await asyncio.to_thread(closed.run_forever)
+            for thread in threads:
+                thread.start()
+            mine = [asyncio.create_task(use("c")), asyncio.create_task(use("given up"))]
+            await until(lambda: len(turn._line) == 5)
+            mine.pop().cancel()
+            closed.close()
+            turns.append("first")
+        await mine[0]
+        for thread in threads:
+            await asyncio.to_thread(thread.join, DEADLINE)
+
+    turn = calls.Turn()
+    closed = asyncio.new_event_loop()
+    waiting: list[asyncio.Task[None]] = []
+    run(hold)
+    assert (turns[0], sorted(turns[1:])) == ("first", ["a", "b", "c"])
+    assert not turn._is_taken
+    waiting.clear()
+    gc.collect()  # here, since asyncio logs that
+
+
+def test_a_task_that_is_cancelled_in_the_moment_of_its_turn_passes_it_on() -> None:
+    async def main() -> None:
+        turn = calls.Turn()
+        await turn.acquire()
+        first, second = (asyncio.create_task(turn.acquire()) for _ in range(2))
+        await until(lambda: len(turn._line) == 2)
+        turn.release()
+        await asyncio.sleep(0)
+        first.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        await second
+
+    run(main)
+
+
+def test_tasks_of_two_loops_share_a_reader(path: Path) -> None:
+    async def count(reader: AsyncReader) -> None:
+        for _ in range(20):
+            assert (await reader.execute("SELECT count(*) FROM t")).rows == [(0,)]
+
+    async def main() -> None:
+        async with opened(path) as db, db.reader() as reader:
+            other = asyncio.create_task(asyncio.to_thread(lambda: asyncio.run(count(reader))))
+            await count(reader)
+            await other
 
     run(main)

@@ -5,18 +5,23 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import sqlite3
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from aio_helpers import opened, rows, run, until, writer_parked
-from helpers import DEADLINE, state_of
+from helpers import DEADLINE, eventually, pool_of, state_of
 from onewriter import AsyncDbWriter, AsyncTransaction, DbWriter, TransactionClosedError, WriteTimeoutError
+from onewriter.read.claim import Claim
+from onewriter.read.reader import Snapshot
+from onewriter.tasks.reader import TaskReads
 
 INSERT = "INSERT INTO t VALUES (?)"
+ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
 
 
 async def in_a_block(db: AsyncDbWriter) -> AsyncIterator[None]:
@@ -52,6 +57,8 @@ def test_an_asynchronous_generator_that_is_open_as_its_loop_ends_leaves_without_
         await anext(kept[0])
 
     kept: list[AsyncIterator[None]] = []
+    gc.collect()  # asyncio logs tasks that other tests have left
+    caplog.clear()
     with DbWriter(path, readers=1) as db:
         db.run("CREATE TABLE t (n)")
         asyncio.run(main())
@@ -195,5 +202,150 @@ def test_a_savepoint_whose_task_is_cancelled_while_it_waits_for_one_inside_is_un
                 async with tx.savepoint():
                     await tx.execute(INSERT, (3,))
             assert await rows(db) == [3]
+
+    run(main)
+
+
+@pytest.fixture
+def two_readers(path: Path) -> Iterator[DbWriter]:
+    with DbWriter(path, readers=2) as db:
+        db.run("CREATE TABLE t (n)")
+        yield db
+        eventually(lambda: gc.collect() >= 0 and db.stats().readers_in_use == 0)
+        assert pool_of(db)._count <= 2
+        assert [len(db.read("SELECT * FROM t", timeout=DEADLINE)) for _ in range(3)] == [0, 0, 0]
+
+
+async def read_for_ever(db: DbWriter) -> None:
+    async with AsyncDbWriter.wrap(db).reader() as reader:
+        await reader.execute("SELECT 1")
+        await asyncio.get_running_loop().create_future()  # which nobody else refers to
+
+
+def run_until_stopped(db: DbWriter, seconds: float) -> None:
+    """What runs there is not awaited any more."""
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(read_for_ever(db))
+    loop.call_later(seconds, loop.stop)
+    loop.run_forever()
+    loop.close()
+    del task
+
+
+async def start_and_forget(db: DbWriter) -> None:
+    asyncio.create_task(read_for_ever(db))  # noqa: RUF006
+    await until(lambda: db.stats().readers_in_use == 1)
+    await asyncio.sleep(0.01)
+    gc.collect()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of Python: it cannot wait
+def test_a_task_that_is_collected_inside_its_reader_gives_it_back_once(two_readers: DbWriter) -> None:
+    for _ in range(20):
+        asyncio.run(start_and_forget(two_readers))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("seconds", [0.0, 0.001, 0.02])
+def test_a_task_that_is_collected_with_its_loop_gives_its_reader_back_once(
+    two_readers: DbWriter, seconds: float
+) -> None:
+    """Before it has it, too."""
+    for _ in range(10):
+        run_until_stopped(two_readers, seconds)
+        gc.collect()
+
+
+def test_a_task_whose_loop_is_closed_while_it_waits_gets_no_connection(path: Path) -> None:
+    loop = asyncio.new_event_loop()
+    with DbWriter(path, readers=1) as db:
+        with db.reader():
+            task = loop.create_task(read_for_ever(db))
+            loop.call_soon(lambda: loop.call_soon(loop.stop))
+            loop.run_forever()
+            assert pool_of(db).waiting == 1
+            loop.close()
+        assert (db.stats().readers_in_use, db.stats().readers_waiting) == (0, 0)
+    del task
+
+
+def test_a_task_whose_loop_is_closed_as_it_gets_its_connection_gives_that_back(path: Path) -> None:
+    loop = asyncio.new_event_loop()
+    with DbWriter(path, readers=1) as db:
+        with db.reader():
+            task = loop.create_task(read_for_ever(db))
+            loop.call_soon(lambda: loop.call_soon(loop.stop))
+            loop.run_forever()
+            assert pool_of(db).waiting == 1
+        assert db.stats().readers_in_use == 1  # the task is to be told
+        loop.close()
+        del task
+        eventually(lambda: gc.collect() >= 0 and db.stats().readers_in_use == 0)
+
+
+def test_a_statement_of_a_reader_whose_loop_is_closed_keeps_nobody_waiting(path: Path) -> None:
+    async def read() -> None:
+        async with AsyncDbWriter.wrap(db).reader() as reader:
+            asyncio.get_running_loop().call_later(0.01, asyncio.get_running_loop().stop)
+            await reader.execute(ENDLESS)
+
+    with DbWriter(path, readers=1) as db:
+        loop = asyncio.new_event_loop()
+        task = loop.create_task(read())
+        loop.run_forever()
+        loop.close()
+        assert db.read_value("SELECT 1", timeout=DEADLINE) == 1
+        del task
+
+
+def test_a_reader_whose_coroutine_was_closed_has_ended_for_other_tasks_too(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow, finish = threading.Event(), TaskReads._finish
+
+    def finish_slowly(reads: TaskReads, claim: Claim, snapshot: Snapshot | None) -> None:
+        slow.wait(DEADLINE)
+        finish(reads, claim, snapshot)
+
+    monkeypatch.setattr(TaskReads, "_finish", finish_slowly)
+
+    async def main() -> None:
+        async with opened(path) as db:
+            entry = db.reader()
+            reader = await entry.__aenter__()
+            leaving = entry.__aexit__(GeneratorExit, None, None)
+            leaving.send(None)  # and it never goes on
+            with pytest.raises(sqlite3.ProgrammingError, match="has ended"):
+                await reader.execute("SELECT 1")
+            slow.set()
+            leaving.close()
+
+    run(main)
+
+
+def test_a_block_is_closed_while_its_thread_is_in_one_of_its_calls(path: Path) -> None:
+    """As where its task is collected there."""
+
+    async def main() -> None:
+        async with opened(path) as db:
+            entry = db.transaction()
+            tx = await entry.__aenter__()
+            leaving = entry.__aexit__(GeneratorExit, None, None)
+            with tx._block._lock:
+                leaving.send(None)
+            await db.run(INSERT, (1,), timeout=DEADLINE)
+            leaving.close()
+
+    run(main)
+
+
+def test_a_block_whose_coroutine_is_closed_as_it_waits_never_begins(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path) as db:
+            async with writer_parked(db):
+                entering = db.transaction().__aenter__()
+                entering.send(None)
+                entering.close()
+            await db.run(INSERT, (1,), timeout=DEADLINE)
 
     run(main)

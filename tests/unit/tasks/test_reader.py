@@ -295,7 +295,7 @@ def test_a_task_that_is_cancelled_while_it_leaves_a_reader_waits_for_what_runs_t
                     await until(gate.entered.is_set)
 
             leaving = asyncio.create_task(parent())
-            await until(lambda: bool(kept) and bool(kept[0]._turn._waiters))
+            await until(lambda: bool(kept) and bool(kept[0]._turn._line))
             for _ in range(2):
                 leaving.cancel()
                 await asyncio.sleep(0)
@@ -342,14 +342,14 @@ def test_a_cancelled_reader_ends_the_statement_of_another_task(path: Path, where
                 async with db.reader() as reader:
                     readers.append(reader)
                     running.append(asyncio.create_task(reader.execute(ENDLESS)))
-                    await until(reader._turn.locked)
+                    await until(lambda: reader._turn._is_taken)
                     if where == "in the block":
                         await asyncio.Event().wait()
 
             task = asyncio.create_task(parent())
-            await until(lambda: bool(running) and readers[0]._turn.locked())
+            await until(lambda: bool(running) and readers[0]._turn._is_taken)
             if where == "leaving it":
-                await until(lambda: bool(readers[0]._turn._waiters))
+                await until(lambda: bool(readers[0]._turn._line))
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
@@ -411,7 +411,7 @@ def test_an_interrupted_statement_that_nobody_waits_for_is_not_logged(path: Path
         async with opened(path) as db, db.reader() as reader:
             task = asyncio.create_task(reader.execute(ENDLESS))
             executor = threads_of(db)._executor
-            await until(lambda: executor is not None and reader._turn.locked() and not executor._work_queue.qsize())
+            await until(lambda: executor is not None and reader._turn._is_taken and not executor._work_queue.qsize())
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
