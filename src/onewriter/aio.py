@@ -52,13 +52,13 @@ class AsyncDbWriter(Strict):
     and errors are those of ``DbWriter``; a call belongs to the transaction or reader block of the task in which it is
     *called*, wherever it is awaited.
 
-    Locks: _lock guards _openers, _reads and, until it is open, _open and _db. Nothing waits while it is held.
+    Locks: _lock guards _openers, _opens_in, _reads and, until it is open, _opened. Nothing waits while it is held.
     """
 
     def __init__(self, path: str | bytes | os.PathLike[Any], **options: Any) -> None:
         if options.get("inline"):
             raise ValueError("inline=True runs jobs in the calling thread, the loop's: use a temporary file")
-        self._open: Callable[[], Core] | None = lambda: Core(path, Options(**options))
+        self._make: Callable[[], Core] = lambda: Core(path, Options(**options))
         self._opened: Core | None = None
         self._wrapped: DbWriter | None = None
         self._is_closed = False
@@ -73,13 +73,14 @@ class AsyncDbWriter(Strict):
         if core.options.inline:
             raise ValueError("an inline DbWriter runs jobs in the calling thread, which is the event loop's")
         self = cls.__new__(cls)
-        self._open, self._opened = None, core
+        self._opened = core
         self._wrapped, self._is_closed = db, False  # kept: it would close when it is collected
         self._prepare()
         return self
 
     def _prepare(self) -> None:
         self._lock = threading.Lock()
+        self._opens_in: asyncio.AbstractEventLoop | None = None  # that of the task that opens it now
         self._openers: list[asyncio.Future[None]] = []  # of tasks that wait while another one opens
         self._reads: TaskReads | None = None
         self._deadlines = LoopDeadlines()
@@ -89,34 +90,47 @@ class AsyncDbWriter(Strict):
         if self._is_closed:
             raise WriterClosedError("the gateway is closed: open a new AsyncDbWriter")
         while True:
-            future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            loop = asyncio.get_running_loop()
+            future: asyncio.Future[None] = loop.create_future()
             with self._lock:
                 if self._opened is not None or self._is_closed:
                     break
-                opening, self._open = self._open, None
-                if opening is None:
+                is_mine = self._opens_in is None or self._opens_in.is_closed()
+                if is_mine:
+                    self._opens_in = loop
+                else:
                     self._openers.append(future)
-            if opening is not None:
-                await self._open_with(opening)
+            if is_mine:
+                await self._open_with(loop)
             else:  # another task opens it; if it fails, this one tries
                 await future
         self._core().queue.check_open()
         return self
 
-    async def _open_with(self, opening: Callable[[], Core]) -> None:
+    async def _open_with(self, loop: asyncio.AbstractEventLoop) -> None:
         core = None
+
+        def attempt() -> Core:
+            try:
+                return self._make()
+            finally:
+                if loop.is_closed():  # nothing of this task runs any more
+                    self._end_opening(loop, None)
+
         try:
-            core = await in_thread(opening, undo=_close)
+            core = await in_thread(attempt, undo=_close)
         finally:
-            with self._lock:
-                if core is None:
-                    self._open = opening
-                elif not self._is_closed:
-                    self._opened = core
-                openers, self._openers = self._openers, []
-            wake(openers)
+            self._end_opening(loop, core)
         if self._opened is not core:  # it was closed meanwhile
             await in_thread(lambda: _close(core))
+
+    def _end_opening(self, loop: asyncio.AbstractEventLoop, core: Core | None) -> None:
+        with self._lock:
+            if self._opens_in is loop:
+                self._opens_in = None
+                self._opened = None if self._is_closed else core
+            openers, self._openers = self._openers, []
+        wake(openers)
 
     async def __aenter__(self) -> Self:
         return await self.open()
@@ -144,7 +158,7 @@ class AsyncDbWriter(Strict):
         with self._lock:
             core = self._opened
             if core is None:
-                self._is_closed, self._open = True, None
+                self._is_closed = True
                 return CloseReport(0, 0, 0, 0, ())
         check_timeout(timeout)
         if not core.state.forked:
@@ -325,10 +339,10 @@ class AsyncDbWriter(Strict):
         future: asyncio.Future[None] = loop.create_future()
         job.expect_outcome(future)
         core.submit(job, None)
-        deadlines = None
+        deadlines = timer = None
         if timeout is not None:
             deadlines = self._deadlines.of(loop)
-            deadlines.add(future, timeout)
+            timer = deadlines.add(future, timeout)
         try:
             await future
         except asyncio.CancelledError:
@@ -337,7 +351,7 @@ class AsyncDbWriter(Strict):
             raise
         finally:
             if deadlines is not None:
-                deadlines.remove(future)
+                deadlines.remove(future, timer)
         if not job.done():
             core.give_up(job, timeout)
         try:

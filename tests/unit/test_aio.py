@@ -20,7 +20,7 @@ from typing import Any, assert_type
 import pytest
 
 from aio_helpers import beats, opened, rows, run, until, writer_parked
-from helpers import DEADLINE, holding_lock, parked, pool_of, queue_of
+from helpers import DEADLINE, eventually, holding_lock, parked, pool_of, queue_of
 from onewriter import (
     AsyncDbWriter,
     AsyncReader,
@@ -787,6 +787,45 @@ def test_a_task_that_waits_for_the_opening_by_another_opens_itself_if_that_is_ca
         await db.close()
 
     run(main)
+
+
+def running(name: str) -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith(name)]
+
+
+@pytest.mark.parametrize("ends", ["while it opens", "before it knows that it is open"])
+def test_an_opening_whose_loop_is_closed_keeps_no_other_from_opening(path: Path, ends: str) -> None:
+    entered, go_on = threading.Event(), threading.Event()
+
+    def hesitate(connection: sqlite3.Connection, readonly: bool) -> None:
+        entered.set()
+        go_on.wait(DEADLINE)
+
+    async def begin() -> None:
+        tasks.append(asyncio.create_task(db.open()))
+        await until(entered.is_set)
+
+    async def again() -> None:
+        waiting = asyncio.create_task(db.open())
+        await asyncio.sleep(0)
+        go_on.set()
+        async with asyncio.timeout(DEADLINE):
+            await waiting
+            await db.run("CREATE TABLE t (n)")
+            assert (await db.close()).committed == 1
+
+    tasks: list[asyncio.Task[AsyncDbWriter]] = []
+    db = AsyncDbWriter(path, on_connect=hesitate)
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(begin())
+    if ends == "before it knows that it is open":
+        go_on.set()
+        eventually(lambda: not running("onewriter-call"))
+    loop.close()
+    asyncio.run(again())
+    tasks.clear()
+    gc.collect()
+    eventually(lambda: not running("app.db"))
 
 
 @pytest.mark.parametrize("closes", [False, True])

@@ -21,12 +21,13 @@ ANYTHING = ("", "")  # among places: it is not known which
 NOT_IN_A_TRANSACTION = frozenset(("foreign_keys", "journal_mode", "synchronous", "locking_mode"))
 # The gateway depends on the values that it has set for these.
 NEVER = frozenset(("query_only", "busy_timeout", "locking_mode", "wal_autocheckpoint", "journal_size_limit"))
-OF_THE_PROCESS = frozenset(("hard_heap_limit", "soft_heap_limit"))
+OF_THE_PROCESS = frozenset(("hard_heap_limit", "soft_heap_limit", "temp_store_directory", "data_store_directory"))
 NOT_ON_A_READER = NEVER | OF_THE_PROCESS | {"journal_mode"}
 # Functions about the connection's past, which other jobs have been part of.
 HISTORY = frozenset(("last_insert_rowid", "changes", "total_changes"))
 OFF = ("0", "off", "no", "false")
-ASKING = ("_info", "_xinfo", "_list", "_check")  # PRAGMAs that end so only query, even with an argument
+# PRAGMAs that end so only query, even with an argument. Not cell_size_check, which is a setting.
+ASKING = ("_info", "_xinfo", "_list", "integrity_check", "quick_check", "foreign_key_check")
 
 
 class Mode(enum.Enum):
@@ -272,7 +273,7 @@ class Guard(_Refusals):
         if name in NEVER or (name == "journal_mode" and value.upper() != self._journal_mode):
             return self.deny(f"PRAGMA {name} is refused: use the argument of DbWriter")
         if name in OF_THE_PROCESS:
-            return self.deny(f"PRAGMA {name} is a limit of the whole process: set it before the gateway is opened")
+            return self.deny(f"PRAGMA {name} is a setting of the whole process: set it before the gateway is opened")
         if self.mode is Mode.BARE and self._puts_back(name, value):
             self.in_vain = name
         self.settings_touched = True

@@ -23,29 +23,37 @@ TICK = 0.1  # seconds between two looks at the deadlines of a loop
 
 
 class Deadlines:
-    """When to wake the waiting tasks of one loop: checked a few times a second, since one timer each costs too much."""
+    """When to wake the waiting tasks of one loop: checked a few times a second, since one timer each costs too much.
+
+    The futures are kept by those that wait with them: what waits in a loop that was closed is to be collected.
+    """
 
     def __init__(self) -> None:
-        self._waiting: dict[asyncio.Future[None], float] = {}
-        self._timers: dict[asyncio.Future[None], asyncio.TimerHandle] = {}
+        self._waiting: dict[weakref.ref[asyncio.Future[None]], float] = {}
         self._ticks = False
 
-    def add(self, future: asyncio.Future[None], timeout: float) -> None:
+    def add(self, future: asyncio.Future[None], timeout: float) -> asyncio.TimerHandle | None:
+        """Resolve ``future`` after so many seconds; returns what ``remove`` needs."""
         if timeout < 1.0:  # a tick late would be late
-            self._timers[future] = future.get_loop().call_later(timeout, resolve, [future])
-            return
-        self._waiting[future] = monotonic() + timeout
+            return future.get_loop().call_later(timeout, resolve, [future])
+        self._waiting[weakref.ref(future)] = monotonic() + timeout
         if not self._ticks:
             self._ticks = True
             future.get_loop().call_later(TICK, self._tick, future.get_loop())
+        return None
 
-    def remove(self, future: asyncio.Future[None]) -> None:
-        if self._waiting.pop(future, None) is None:
-            self._timers.pop(future).cancel()
+    def remove(self, future: asyncio.Future[None], timer: asyncio.TimerHandle | None) -> None:
+        if timer is None:
+            self._waiting.pop(weakref.ref(future), None)
+        else:
+            timer.cancel()
 
     def _tick(self, loop: asyncio.AbstractEventLoop) -> None:
         now = monotonic()
-        resolve([future for future, until in self._waiting.items() if until <= now])
+        late = [kept for kept, until in self._waiting.items() if until <= now]
+        resolve([future for kept in late if (future := kept()) is not None])
+        for kept in late:
+            del self._waiting[kept]
         self._ticks = bool(self._waiting)
         if self._ticks:
             loop.call_later(TICK, self._tick, loop)
@@ -56,13 +64,13 @@ class LoopDeadlines:
 
     def __init__(self) -> None:
         self._of: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Deadlines] = weakref.WeakKeyDictionary()
-        self._last: tuple[Any, Deadlines] = (None, Deadlines())
+        self._last: tuple[Callable[[], object], Deadlines] = (object, Deadlines())
 
     def of(self, loop: asyncio.AbstractEventLoop) -> Deadlines:
         known, deadlines = self._last
-        if known is not loop:
+        if known() is not loop:
             deadlines = self._of.setdefault(loop, Deadlines())
-            self._last = loop, deadlines
+            self._last = weakref.ref(loop), deadlines
         return deadlines
 
     @contextlib.contextmanager
@@ -72,11 +80,11 @@ class LoopDeadlines:
             yield
             return
         deadlines = self.of(future.get_loop())
-        deadlines.add(future, timeout)
+        timer = deadlines.add(future, timeout)
         try:
             yield
         finally:
-            deadlines.remove(future)
+            deadlines.remove(future, timer)
 
 
 class Turn:
@@ -139,16 +147,17 @@ async def in_thread(function: Callable[[], T], undo: Callable[[T], object] | Non
             outcome[:] = (function(), None)
         except BaseException as error:
             outcome[:] = (None, error)
-        if future.cancelled() and undo is not None and outcome[1] is None:
+        if (future.cancelled() or loop.is_closed()) and undo is not None and outcome[1] is None:
             undo(outcome[0])
         wake([future])
 
     threading.Thread(target=call, name="onewriter-call", daemon=True).start()
     try:
         await future
-    except asyncio.CancelledError:
+    except (asyncio.CancelledError, GeneratorExit):
         if outcome and undo is not None and outcome[1] is None:
-            threading.Thread(target=undo, args=[outcome[0]], daemon=True).start()
+            with contextlib.suppress(RuntimeError):  # the interpreter ends
+                threading.Thread(target=undo, args=[outcome[0]], daemon=True).start()
         raise
     result, error = outcome
     if error is not None:
@@ -177,9 +186,8 @@ async def until_done(future: Future[Any]) -> asyncio.CancelledError | None:
     """
     loop, cancelled = asyncio.get_running_loop(), None
     while not future.done():
-        done: asyncio.Future[None] = (
-            loop.create_future()
-        )  # not wrapped: asyncio would log an error that is not retrieved
+        # Not wrapped: asyncio would log an error that is not retrieved.
+        done: asyncio.Future[None] = loop.create_future()
         future.add_done_callback(lambda _, done=done: wake([done]))  # type: ignore[misc]
         try:
             await done

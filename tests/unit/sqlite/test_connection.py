@@ -499,3 +499,11 @@ def test_a_hook_whose_exception_refuses_notes_is_told_as_it_is(path: Path) -> No
 
     with pytest.raises(FullOfNotesError):
         DbWriter(path, on_connect=hook)
+
+
+def test_the_check_of_cells_is_a_setting_that_is_put_back(path: Path) -> None:
+    with DbWriter(path, readers=1, pragmas={"cell_size_check": 1}) as db:
+        db.run("PRAGMA cell_size_check = 0")
+        assert db.run("PRAGMA cell_size_check").rows == [(1,)]
+        db.read("PRAGMA cell_size_check = 0")
+        assert db.read_value("PRAGMA cell_size_check") == 1

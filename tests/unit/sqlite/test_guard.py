@@ -185,6 +185,8 @@ NEVER = [
     "PRAGMA journal_size_limit = -1",
     "PRAGMA hard_heap_limit = 1",
     "PRAGMA soft_heap_limit(1)",
+    "PRAGMA temp_store_directory = '/'",
+    "PRAGMA data_store_directory = ''",
 ]
 
 

@@ -6,12 +6,13 @@ import asyncio
 import gc
 import logging
 import threading
+import weakref
 from pathlib import Path
 
 import pytest
 
 from aio_helpers import opened, run, until
-from helpers import DEADLINE, handling, parked
+from helpers import DEADLINE, eventually, handling, parked
 from onewriter import AsyncDbWriter, AsyncReader, DbWriter, WriteTimeoutError
 from onewriter.tasks import calls
 
@@ -29,6 +30,24 @@ def test_each_loop_has_its_own_timeouts(path: Path) -> None:
 
         run(leave)
         run(wait)
+
+
+@pytest.mark.parametrize("timeout", [0.5, 30.0])
+def test_what_waits_in_a_loop_that_was_closed_is_collected(path: Path, timeout: float) -> None:
+    with DbWriter(path) as inner:
+        shared = AsyncDbWriter.wrap(inner)
+        with parked(inner):
+            loops = [asyncio.new_event_loop() for _ in range(3)]
+            for loop in loops:
+                task = loop.create_task(shared.run("SELECT 1", timeout=timeout))
+                loop.call_soon(loop.stop)
+                loop.run_forever()
+                loop.close()
+                del task
+            alive = [weakref.ref(loop) for loop in loops]
+            del loops, loop
+        inner.run("SELECT 1")
+        eventually(lambda: gc.collect() >= 0 and [one() for one in alive] == [None] * 3)
 
 
 def test_flush_waits_until_what_the_writer_reports_is_logged(path: Path) -> None:
