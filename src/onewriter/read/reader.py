@@ -22,7 +22,7 @@ from onewriter.sqlite.lent import lend, retire
 from onewriter.sqlite.lent_transaction import NoSavepoints, Savepoints
 from onewriter.sqlite.pragma_values import database_names
 from onewriter.sqlite.result import refuse_live
-from onewriter.sqlite.retry import LockPolicy, is_busy, is_corrupt, is_interrupted
+from onewriter.sqlite.retry import FAILURES, LockPolicy, is_busy, is_corrupt, is_interrupted
 from onewriter.sqlite.settings import Settings
 from onewriter.sqlite.statement import Parameters
 from onewriter.sqlite.time_limit import TimeLimit
@@ -187,7 +187,7 @@ class Reader:
         if self.connection.in_transaction:
             try:
                 self._internal("ROLLBACK")
-            except sqlite3.Error:
+            except FAILURES:
                 return False
         return True
 

@@ -8,7 +8,7 @@ from typing import cast
 from onewriter.base.arguments import check_sql
 from onewriter.sqlite.guard import OF_ITS_OWN, Guard
 from onewriter.sqlite.result import Result
-from onewriter.sqlite.retry import error_code
+from onewriter.sqlite.retry import FAILURES, error_code
 from onewriter.sqlite.statement import ASKING, CHANGING, READING, WITHOUT_ROWID, Parameters, describe_sql, words_of
 
 # Constraint errors after which SQLite has undone the whole statement, unless its conflict clause is FAIL.
@@ -94,6 +94,9 @@ class Executor:
             text = "VACUUM cannot run inside a transaction, and a job is one: use run_without_transaction"
             BaseException.add_note(error, f"onewriter: {text}")
 
+    def close(self) -> None:
+        self._cursor.close()
+
     def forget_rowid(self) -> None:
         """Another job is about to use the connection."""
         self._last_rowid = None
@@ -153,7 +156,7 @@ class Executor:
                 sqlite3.Connection.execute(self._connection, f"EXPLAIN {sql}").close()
             except sqlite3.OperationalError:
                 return True
-            except sqlite3.Error:
-                pass  # its parameters are missing, so it was prepared
+            except FAILURES:
+                pass  # its parameters are missing, so it was prepared; or there is no memory
             return False
         return code == 0 or code == sqlite3.SQLITE_AUTH or (code in UNDONE and not text.fails and not schema_fails)

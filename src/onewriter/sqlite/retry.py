@@ -10,11 +10,14 @@ import threading
 import time
 from collections.abc import Callable
 from time import monotonic
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import tenacity
 
 T = TypeVar("T")
+# What sqlite3 raises where a statement of the gateway's own fails: without memory, it is not one of its own errors.
+Failure: TypeAlias = sqlite3.Error | MemoryError
+FAILURES = (sqlite3.Error, MemoryError)
 POLL, JITTER = 0.001, 0.0005  # seconds from one attempt to the next, and how much longer by chance
 SOONER, SOONEST = 20.0, 5.0  # the longer it has waited the more often it tries: each second by that; at most
 ROUND = 0.01  # seconds of attempts between two looks of tenacity, of which each costs as much as ten attempts

@@ -16,7 +16,7 @@ from onewriter.errors import forked_error
 from onewriter.sqlite.file import FileMovedError
 from onewriter.sqlite.guard import Mode
 from onewriter.sqlite.pragma_values import set_pragma
-from onewriter.sqlite.retry import error_code, is_busy, is_corrupt
+from onewriter.sqlite.retry import FAILURES, error_code, is_busy, is_corrupt
 from onewriter.write.alone import call_alone
 from onewriter.write.block import Block
 from onewriter.write.connection import WriteConnection
@@ -144,14 +144,14 @@ class Batch:
         return loan
 
     def begin_block(self, block: Block) -> WriteLoan | None:
-        """Start a block whose thread is the writer; None if it was withdrawn meanwhile."""
+        """Start a block whose thread is the writer; None if it was withdrawn meanwhile. Raises what SQLite raises."""
+        self._session.set_mark()
         if not block.start(monotonic()):
             self._connection.roll_back()
             self._lock.released()
             return None
         loan = self.loan_for(block, self._session)
         self._state.enter(block, loan)
-        self._session.set_mark()
         loan.limit(block.max_hold)
         return loan
 
@@ -217,7 +217,7 @@ class Batch:
         try:
             undoes_all = self._session.schema_undoes_all()
             self._connection.last_rowid.note(self._session)
-        except sqlite3.Error:  # a damaged schema: the jobs will tell
+        except FAILURES:  # a damaged schema: the jobs will tell
             return False
         return not undoes_all
 
@@ -420,11 +420,12 @@ def commit_outcome_unknown(error: BaseException, in_transaction: bool) -> bool:
     """Whether a COMMIT that raised ``error`` may yet be found in the file.
 
     A failed sync may: what was written before it can reach the disk (https://www.sqlite.org/wal.html). A full disk and
-    a failed write may not: the end mark of the transaction was never written. Damage and locks are met before that.
+    a failed write may not: the end mark of the transaction was never written. Damage and locks are met before that, and
+    SQLITE_ERROR means that there was no transaction any more: SQLite had rolled back, for want of memory, say.
     """
     code = error_code(error)
     if (
-        code in (sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_FULL)
+        code in (sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_FULL, sqlite3.SQLITE_ERROR)
         or (is_corrupt(error) and code & 0xFF != sqlite3.SQLITE_IOERR)
         or code & 0xFF == sqlite3.SQLITE_BUSY
     ):

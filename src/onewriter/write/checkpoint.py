@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import sqlite3
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from time import monotonic
@@ -15,7 +14,7 @@ from onewriter.base.state import State
 from onewriter.events import CheckpointEnded, Hook, publish
 from onewriter.sqlite.file import DatabaseFile
 from onewriter.sqlite.lock_holders import describe_wal_readers
-from onewriter.sqlite.retry import is_busy, is_corrupt
+from onewriter.sqlite.retry import FAILURES, is_busy, is_corrupt
 from onewriter.sqlite.settings import Settings
 from onewriter.write.session import WriteSession
 
@@ -112,7 +111,7 @@ class Checkpointer:
             try:
                 checkpoint(session)
                 self._failed = False
-            except sqlite3.Error as error:
+            except FAILURES as error:
                 if is_corrupt(error):
                     self._state.note_corruption(error)
                 if not self._failed:  # a full disk fails each of them
@@ -258,7 +257,7 @@ class Checkpointer:
             self._version = session.internal("PRAGMA data_version")
             self._schema = session.internal("PRAGMA schema_version")
             self._file.remember_size(session.internal("PRAGMA page_count")[0][0] * session.page_size)
-        except sqlite3.Error:  # a lock, or damage, which others will meet too
+        except FAILURES:  # a lock, or damage, which others will meet too
             self._file.forget_size()
 
     def judge_size(self, session: WriteSession) -> None:
@@ -267,8 +266,8 @@ class Checkpointer:
             if session.internal("PRAGMA data_version") != self._version and not self._is_put_back(session):
                 self._file.forget_size()
                 return
-        except sqlite3.DatabaseError as error:
-            if is_busy(error):
+        except FAILURES as error:
+            if is_busy(error) or isinstance(error, MemoryError):  # it is asked again
                 return
         self._file.refuse_smaller()
 

@@ -11,7 +11,7 @@ from onewriter.sqlite.connection import close_whole, configure, is_closed, open_
 from onewriter.sqlite.file import DatabaseFile, exposure
 from onewriter.sqlite.guard import Guard
 from onewriter.sqlite.pragma_values import set_pragma
-from onewriter.sqlite.retry import LockPolicy
+from onewriter.sqlite.retry import FAILURES, LockPolicy
 from onewriter.sqlite.settings import Settings
 from onewriter.write.checkpoint import Checkpointer
 from onewriter.write.last_rowid import LastRowid
@@ -96,7 +96,7 @@ class WriteConnection:
         if self.session is not None and self.session.connection.in_transaction:
             try:
                 self.session.internal("ROLLBACK")
-            except sqlite3.Error:
+            except FAILURES:
                 self.drop()
 
     def undo_job(self) -> None:
@@ -105,7 +105,7 @@ class WriteConnection:
         try:
             self.session.undo_to_mark()
             self.session.release_mark()
-        except sqlite3.Error:
+        except FAILURES:
             self.roll_back()  # everything: the others run again
 
     def restore(self) -> None:
@@ -129,13 +129,14 @@ class WriteConnection:
                 self.guard.install(session.connection)
                 if session.find_logs() != session.logs:  # an attached file's mode was changed: its log is to be counted
                     self.drop()
-            except sqlite3.Error:
+            except FAILURES:
                 self.drop()
 
     def drop(self) -> None:
         """Close it, which rolls back."""
         session, self.session = self.session, None
         if session is not None:
+            session.close_cursors()
             self.file.close(session.connection)
 
     def after_fork_in_child(self) -> list[object]:

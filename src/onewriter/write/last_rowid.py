@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import sqlite3
 
 from onewriter.base.log import report
 from onewriter.base.state import State
+from onewriter.sqlite.retry import FAILURES
 from onewriter.write.session import WriteSession
 
 
@@ -33,7 +34,9 @@ class LastRowid:
 
     def keep(self, session: WriteSession | None) -> None:
         """Remember what the job that rolled back the others has left: it comes after them."""
-        self._left = None if session is None else session.history()
+        self._left = None
+        with contextlib.suppress(*FAILURES):  # no memory, say
+            self._left = None if session is None else session.history()
 
     def take_turn(self) -> None:
         """That job comes next."""
@@ -45,6 +48,6 @@ class LastRowid:
         try:
             if wanted is not None and session.history() != wanted:
                 session.set_history(*wanted)
-        except sqlite3.Error as error:  # no room for a temporary file
+        except FAILURES as error:  # no room for a temporary file
             text = "%s: last_insert_rowid() could not be restored after a rollback: %s"
             report(self._state, logging.WARNING, text, self._label, error)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Callable
 from time import monotonic
 from typing import Any
@@ -11,7 +10,7 @@ from onewriter.base.state import State
 from onewriter.base.tally import Times
 from onewriter.sqlite.file import DatabaseFile
 from onewriter.sqlite.lock_holders import describe_lock, describe_readers
-from onewriter.sqlite.retry import LockPolicy, is_busy
+from onewriter.sqlite.retry import FAILURES, Failure, LockPolicy, is_busy
 from onewriter.write.checkpoint import Readers
 from onewriter.write.session import WriteSession
 from onewriter.write.ticket import Job
@@ -59,7 +58,7 @@ class WriteLock:
             self._begun_at = monotonic()
         return self._begun_at
 
-    def try_begin(self, session: WriteSession, now: float) -> sqlite3.Error | None:
+    def try_begin(self, session: WriteSession, now: float) -> Failure | None:
         """Try once; returns why it is not there."""
         if self._held >= self.longest_hold:
             self._leave_a_gap(now)
@@ -70,7 +69,7 @@ class WriteLock:
         try:
             # IMMEDIATE takes the write lock here, so BUSY comes before any job has had an effect.
             session.control["BEGIN IMMEDIATE"]()
-        except sqlite3.Error as error:
+        except FAILURES as error:
             self.released_at = now
             return error
         self._begun_at = monotonic()
@@ -85,12 +84,12 @@ class WriteLock:
             self._keep_trying(session, "COMMIT", job, times, error)
         times.commit = monotonic() - now
 
-    def try_commit(self, session: WriteSession) -> sqlite3.Error | None:
+    def try_commit(self, session: WriteSession) -> Failure | None:
         """Try once; returns why it is not committed."""
         self.attempts += 1
         try:
             session.control["COMMIT"]()
-        except sqlite3.Error as error:
+        except FAILURES as error:
             return error
         return None
 
@@ -115,7 +114,7 @@ class WriteLock:
             return describe_readers(self._file.unlogged, self._readers.borrowers)
         return describe_lock(self._path)
 
-    def _keep_trying(self, session: WriteSession, sql: str, job: Job[Any], times: Times, first: sqlite3.Error) -> None:
+    def _keep_trying(self, session: WriteSession, sql: str, job: Job[Any], times: Times, first: Failure) -> None:
         def again() -> None:
             if self._is_undone(session):
                 raise _UndoneError from first

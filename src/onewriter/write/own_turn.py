@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sqlite3
 from time import monotonic
 from typing import Any
 
@@ -11,7 +10,7 @@ from onewriter.base.state import State
 from onewriter.base.waiting import thread_signal
 from onewriter.events import Hook
 from onewriter.sqlite.file import DatabaseFile, FileMovedError
-from onewriter.sqlite.retry import is_busy
+from onewriter.sqlite.retry import FAILURES, Failure, is_busy
 from onewriter.write.batch import Batch, Means, Verdict
 from onewriter.write.block import ThreadBlock
 from onewriter.write.checkpoint import Checkpointer, Readers
@@ -51,7 +50,7 @@ class OwnTurn:
         self._is_heard = on_event is not None  # on the writer thread
         self._batch: Batch | None = None
         self._is_committing = False
-        self._failure: sqlite3.Error | None = None  # of COMMIT
+        self._failure: Failure | None = None  # of COMMIT
 
     def begin(self, block: ThreadBlock) -> bool:
         """Begin it, as it has the turn; or let the writer thread do that next, as soon as it can, and return False."""
@@ -73,7 +72,7 @@ class OwnTurn:
             error = self._lock.try_begin(session, now)
             if error is None:
                 session.set_mark()
-        except sqlite3.Error as refused:
+        except FAILURES as refused:
             error = refused
         if error is not None:
             session.guard.explain(error)  # which raises what a signal handler did, while SQLite asked

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sqlite3
 import threading
@@ -91,6 +92,13 @@ class WriteSession:
         self.set_mark = self.release_mark = self.undo_to_mark = _refuse
         return kept
 
+    def close_cursors(self) -> None:
+        """Before its connection is closed: a statement that is not finalized keeps SQLite's lock, and who has an error
+        of a job keeps the session, by the frames of its traceback.
+        """
+        self._cursor.close()
+        self.executor.close()
+
     def internal(self, sql: str, parameters: tuple[Any, ...] = ()) -> list[Any]:
         """Run a statement of the gateway's own, which no job's text can be mistaken for."""
         text = self._texts[sql]
@@ -113,7 +121,8 @@ class WriteSession:
 
     def forget_error(self) -> None:
         """Of a failed statement: sqlite3 would raise it again for the next one whose parameters cannot be bound."""
-        self.internal("SELECT 1")
+        with contextlib.suppress(MemoryError):
+            self.internal("SELECT 1")
 
     def history(self) -> tuple[int, int]:
         """What SQLite does not undo: last_insert_rowid() and changes()."""

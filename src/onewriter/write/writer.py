@@ -17,7 +17,7 @@ from onewriter.base.tally import Times
 from onewriter.errors import CommitUnknownError, WriterClosedError, forked_error
 from onewriter.events import Hook, WriterBroken, publish
 from onewriter.sqlite.file import DatabaseFile, FileMovedError
-from onewriter.sqlite.retry import LockPolicy, is_busy
+from onewriter.sqlite.retry import FAILURES, LockPolicy, is_busy
 from onewriter.sqlite.settings import Settings
 from onewriter.write.batch import Again, Batch, Means, Verdict
 from onewriter.write.block import Block
@@ -140,7 +140,13 @@ class Writer:
         if now >= self.file.look_again_at and self._is_moved(now):
             return
         batch = self._begin(todo, now)
-        loan = None if batch is None else batch.begin_block(block)
+        loan = None
+        try:
+            if batch is not None:
+                loan = batch.begin_block(block)
+        except FAILURES as error:
+            self._refused(error, Times(), todo)
+            self._lock.released()
         if loan is None:
             self.queue.taken = []
         else:
@@ -286,7 +292,9 @@ class Writer:
             and not (ended and not job.running())
             and self._again.get(job) is not Again.STANDS
         ]
+        now = monotonic()
         for job in waiting:
+            job.ended_at = now  # one that was undone in its midst has none
             self._outcomes.fail(job, copy_of(error))
         self._outcomes.settle(waiting, times)
 
