@@ -112,8 +112,8 @@ class Batch:
         self._session = session = self._connection.session or self._connection.open()
         return session
 
-    def begin(self, first: Job[Any], now: float) -> None:
-        """Take SQLite's write lock, for ``first`` and those behind it; raises SQLite's error."""
+    def begin(self, first: Job[Any], now: float, mark: bool) -> None:
+        """Take SQLite's write lock, for ``first`` and those behind it, perhaps with a savepoint; raises SQLite's error."""
         self._first, session = first, self.open()
         if first.foreign_keys is not None:
             session.guard.settings_touched = True
@@ -121,6 +121,8 @@ class Batch:
         if self._connection.last_rowid.wanted is not None:
             self._connection.last_rowid.restore(session)
         self._now = self._lock.begin(session, first, self.times, now)
+        if mark:
+            session.set_mark()
 
     def run(self, todo: list[Job[Any]], again: dict[Job[Any], Again]) -> Verdict:
         """Run the jobs at the front of ``todo``, as many as may share the transaction, and commit them."""
@@ -144,8 +146,7 @@ class Batch:
         return loan
 
     def begin_block(self, block: Block) -> WriteLoan | None:
-        """Start a block whose thread is the writer; None if it was withdrawn meanwhile. Raises what SQLite raises."""
-        self._session.set_mark()
+        """Start a block whose thread is the writer; None if it was withdrawn meanwhile."""
         if not block.start(monotonic()):
             self._connection.roll_back()
             self._lock.released()

@@ -17,7 +17,7 @@ from onewriter.base.tally import Times
 from onewriter.errors import CommitUnknownError, WriterClosedError, forked_error
 from onewriter.events import Hook, WriterBroken, publish
 from onewriter.sqlite.file import DatabaseFile, FileMovedError
-from onewriter.sqlite.retry import FAILURES, LockPolicy, is_busy
+from onewriter.sqlite.retry import LockPolicy, is_busy
 from onewriter.sqlite.settings import Settings
 from onewriter.write.batch import Again, Batch, Means, Verdict
 from onewriter.write.block import Block
@@ -139,14 +139,8 @@ class Writer:
         now = monotonic()
         if now >= self.file.look_again_at and self._is_moved(now):
             return
-        batch = self._begin(todo, now)
-        loan = None
-        try:
-            if batch is not None:
-                loan = batch.begin_block(block)
-        except FAILURES as error:
-            self._refused(error, Times(), todo)
-            self._lock.released()
+        batch = self._begin(todo, now, mark=True)
+        loan = None if batch is None else batch.begin_block(block)
         if loan is None:
             self.queue.taken = []
         else:
@@ -157,8 +151,7 @@ class Writer:
         batch, self._block = self._block, None
         assert batch is not None
         assert block.transaction is not None
-        error = block.failure_at_end(block.transaction)
-        self._obey(batch, batch.end_block(error), [])
+        self._obey(batch, batch.end_block(block.failure_at_end(block.transaction)), [])
         self.queue.taken = []
         self._connection.restore()
 
@@ -269,11 +262,11 @@ class Writer:
         if self._connection.guard.settings_touched:
             self._connection.restore()
 
-    def _begin(self, todo: list[Job[Any]], now: float) -> Batch | None:
+    def _begin(self, todo: list[Job[Any]], now: float, mark: bool = False) -> Batch | None:
         """A transaction for the first job and those behind it; None if it was refused: all that wait fail."""
         batch = Batch(self._means)
         try:
-            batch.begin(todo[0], now)
+            batch.begin(todo[0], now, mark)
             return batch
         except BaseException as error:  # without a thread of its own, Ctrl-C too
             self._refused(error, batch.times, todo)
@@ -292,9 +285,8 @@ class Writer:
             and not (ended and not job.running())
             and self._again.get(job) is not Again.STANDS
         ]
-        now = monotonic()
         for job in waiting:
-            job.ended_at = now  # one that was undone in its midst has none
+            job.ended_at = monotonic()  # one that was undone in its midst has none
             self._outcomes.fail(job, copy_of(error))
         self._outcomes.settle(waiting, times)
 
