@@ -113,7 +113,7 @@ class Batch:
         return session
 
     def begin(self, first: Job[Any], now: float, mark: bool) -> None:
-        """Take SQLite's write lock, for ``first`` and those behind it, perhaps with a savepoint; raises SQLite's error."""
+        """Take SQLite's write lock, for ``first`` and those behind it, and ``mark`` that; raises SQLite's error."""
         self._first, session = first, self.open()
         if first.foreign_keys is not None:
             session.guard.settings_touched = True
@@ -126,8 +126,7 @@ class Batch:
 
     def run(self, todo: list[Job[Any]], again: dict[Job[Any], Again]) -> Verdict:
         """Run the jobs at the front of ``todo``, as many as may share the transaction, and commit them."""
-        verdict = None
-        until = self._now + self._lock.longest_hold
+        verdict, until = None, self._now + self._lock.longest_hold
         try:
             if len(todo) > 1:
                 self._shares = self._may_share(todo[0], todo[1], again)
@@ -421,8 +420,8 @@ def commit_outcome_unknown(error: BaseException, in_transaction: bool) -> bool:
     """Whether a COMMIT that raised ``error`` may yet be found in the file.
 
     A failed sync may: what was written before it can reach the disk (https://www.sqlite.org/wal.html). A full disk and
-    a failed write may not: the end mark of the transaction was never written. Damage and locks are met before that, and
-    SQLITE_ERROR means that there was no transaction any more: SQLite had rolled back, for want of memory, say.
+    a failed write may not: the end mark of the transaction was never written. Damage and locks are met before that;
+    SQLITE_ERROR: SQLite had rolled back by then.
     """
     code = error_code(error)
     if (
