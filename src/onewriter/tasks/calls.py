@@ -50,10 +50,11 @@ class Deadlines:
 
     def _tick(self, loop: asyncio.AbstractEventLoop) -> None:
         now = monotonic()
-        late = [kept for kept, until in self._waiting.items() if until <= now]
+        waiting = list(self._waiting.items())  # copied in one step: a task that is collected meanwhile waits no more
+        late = [kept for kept, until in waiting if until <= now]
         resolve([future for kept in late if (future := kept()) is not None])
         for kept in late:
-            del self._waiting[kept]
+            self._waiting.pop(kept, None)
         self._ticks = bool(self._waiting)
         if self._ticks:
             loop.call_later(TICK, self._tick, loop)

@@ -50,6 +50,26 @@ def test_what_waits_in_a_loop_that_was_closed_is_collected(path: Path, timeout: 
         eventually(lambda: gc.collect() >= 0 and [one() for one in alive] == [None] * 3)
 
 
+def test_a_task_that_is_collected_while_its_loop_looks_who_is_late_keeps_no_other_waiting() -> None:
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        deadlines = calls.Deadlines()
+        first, second = loop.create_future(), loop.create_future()
+
+        class Collecting(float):
+            def __le__(self, now: float) -> bool:
+                deadlines.remove(second, None)
+                return super().__le__(now)
+
+        for future in (first, second):
+            deadlines.add(future, 1.0)
+            deadlines._waiting[weakref.ref(future)] = Collecting(0.0)
+        await first
+        assert not deadlines._waiting
+
+    run(main)
+
+
 def test_flush_waits_until_what_the_writer_reports_is_logged(path: Path) -> None:
     logged, free = [], threading.Event()
 
