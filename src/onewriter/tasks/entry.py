@@ -94,8 +94,9 @@ class TaskEntry:
         block, scope, self._scope = self._block, self._scope, None
         if scope is None:
             raise RuntimeError("a block that was not entered cannot be left: use `async with`")
-        self._collected.detach()
         block._state.scopes.leave(scope)
+        if self._collected.detach() is None:  # it was left by that
+            return
         cancelled = await _leave(block, kind is not None)
         if kind is not None:
             if cancelled is not None:

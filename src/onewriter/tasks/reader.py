@@ -223,9 +223,9 @@ class ReaderEntry:
         reader, self._reader = self._reader, None
         if reader is None:
             raise RuntimeError("a reader() block that was not entered cannot be left: use `async with`")
-        self._collected.detach()
         self._reads.state.scopes.leave(self._scope)
-        await reader.leave(kind)
+        if self._collected.detach() is not None:  # or else it was left by that
+            await reader.leave(kind)
 
 
 class AsyncReader:
@@ -247,7 +247,7 @@ class AsyncReader:
         if self.shares == 1 and kind is not None and issubclass(kind, asyncio.CancelledError | GeneratorExit):
             self.expire()
         self.shares -= 1
-        if self.shares > 0:
+        if self.shares:
             return
         if kind is GeneratorExit:  # perhaps the task is collected, and never goes on: it must not have the turn
             await self._reads.end(self._claim, self._snapshot)
@@ -257,7 +257,7 @@ class AsyncReader:
     def drop(self) -> None:
         """The same, without waiting: a thread ends it."""
         self.shares -= 1
-        if self.shares <= 0:  # less: also by the task, as it is collected
+        if not self.shares:
             self._snapshot.is_left = True
             self._lost()
 

@@ -52,7 +52,8 @@ class SavepointEntry:
         savepoint, self._savepoint = self._savepoint, None
         if savepoint is None:
             raise RuntimeError("a savepoint that was not entered cannot be left: use `async with`")
-        self._collected.detach()
+        if self._collected.detach() is None:  # it was left by that
+            return
         try:
             if kind is not None:
                 await _undo(savepoint, self._part, self._inner, error)

@@ -239,13 +239,11 @@ async def start_and_forget(db: DbWriter) -> None:
     gc.collect()
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of Python: it cannot wait
 def test_a_task_that_is_collected_inside_its_reader_gives_it_back_once(two_readers: DbWriter) -> None:
     for _ in range(20):
         asyncio.run(start_and_forget(two_readers))
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("seconds", [0.0, 0.001, 0.02])
 def test_a_task_that_is_collected_with_its_loop_gives_its_reader_back_once(
     two_readers: DbWriter, seconds: float
@@ -347,5 +345,26 @@ def test_a_block_whose_coroutine_is_closed_as_it_waits_never_begins(path: Path) 
                 entering.send(None)
                 entering.close()
             await db.run(INSERT, (1,), timeout=DEADLINE)
+
+    run(main)
+
+
+def test_a_task_that_is_collected_inside_a_shared_reader_leaves_it_to_the_others(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path, readers=1) as db, db.reader() as reader:
+
+            async def share() -> None:
+                async with db.reader() as mine:
+                    assert mine is reader
+                    await asyncio.get_running_loop().create_future()
+
+            inner = share()
+            inner.send(None)
+            held = [inner]
+            held.append(held)  # type: ignore[arg-type]
+            del inner, held
+            gc.collect()
+            assert (await reader.execute("SELECT 1")).rows == [(1,)]
+            assert db.stats().readers_in_use == 1
 
     run(main)
