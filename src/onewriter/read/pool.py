@@ -152,7 +152,11 @@ class ReaderPool(Places):
         def copy_from(reader: Reader) -> T:
             reader.pin()
             self.clock.watch(reader.claim, math.inf)
-            return copy(reader.connection)
+            try:
+                return copy(reader.connection)
+            except sqlite3.DatabaseError as error:
+                reader.guard.explain(error)
+                raise
 
         return self.use_beside(label, copy_from)
 

@@ -230,7 +230,8 @@ class LentConnection(LentShell):
         try:
             self.commit()
         except BaseException:
-            self.rollback()
+            with contextlib.suppress(sqlite3.Error):  # it may have ended: Ctrl-C comes behind that
+                self.rollback()
             raise
         return False
 

@@ -13,9 +13,12 @@ from typing import Any
 
 from onewriter.base.log import call_all_safely
 from onewriter.base.state import State
+from onewriter.base.waiting import SLICE
 from onewriter.errors import TransactionClosedError, WriteTimeoutError, forked_error
 from onewriter.write.loan import ENDED, TOO_LONG, WriteLoan
 from onewriter.write.ticket import Job
+
+COLLECTED = "was collected while it was open"
 
 
 class BlockFailedError(Exception):
@@ -148,16 +151,33 @@ class Block(Job[None]):
 class ThreadBlock(Block):
     """One whose statements the threads that have it run themselves."""
 
-    __slots__ = ("entry", "thread")
+    __slots__ = ("entry", "finalizer", "thread")
     thread: threading.Thread  # which enters it
     entry: weakref.ref[Any] | None  # by which it is left; kept, so that one which is collected tells
+    finalizer: dict[str, int]  # "thread": the one that ends it, since its entry is collected
 
     def come(self, loop: AbstractEventLoop | None) -> None:
         """A thread, that of ``loop`` if there is one, is about to enter it."""
-        self.created_at, self.thread = monotonic(), threading.current_thread()
+        self.created_at, self.thread, self.finalizer = monotonic(), threading.current_thread(), {}
         if loop is not None:
             self.loop = loop
             self._state.blocks.add(self)
+
+    def is_mine_to_end(self) -> bool:
+        """Whether the calling thread is the one that ends it, since its entry is collected."""
+        return self.finalizer.setdefault("thread", threading.get_ident()) == threading.get_ident()
+
+    def end_if_lost(self) -> bool:
+        """For the writer: a signal handler may have raised as the finalizer of its entry began."""
+        entry = self.entry
+        if entry is None or entry() is not None or not self.is_mine_to_end():
+            return False
+        self.add_done_callback(self.call_back)
+        self.abandon()
+        return True
+
+    def _is_lost(self) -> str:
+        return COLLECTED if self.end_if_lost() else ""
 
     def end_at_exit(self) -> bool:
         """Nobody ends it any more, if its thread is over when the interpreter ends."""
@@ -181,7 +201,7 @@ class ThreadBlock(Block):
 
     def _patience(self, until: float) -> float:
         now, slow = monotonic(), self.started_at + self._state.slow_after
-        next_look = until if slow < now else min(until, slow + 0.001)
+        next_look = min(until if slow < now else min(until, slow + 0.001), now + SLICE)
         return max(0.0, min(next_look - now, threading.TIMEOUT_MAX))
 
 

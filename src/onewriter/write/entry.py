@@ -174,11 +174,19 @@ def _forget(block: ThreadBlock, scope: Scope[Any] | None) -> None:
 
 
 def _collected(block: ThreadBlock, turns: Turns, gateway: str, _: object) -> None:
-    if block.transaction is None or block.is_given_back:  # a second interrupt has ended the end of the first
-        _give_up(block, turns, None, None)
-    else:
-        _leave(block, turns, None, failed=True)
-        _tell_closed(block, gateway)
+    # What a signal handler raises before the ``try`` is for the writer, which then finds that nobody has ended it.
+    try:
+        if not block.is_mine_to_end():
+            return
+        if block.transaction is None or block.is_given_back:  # a second interrupt has ended the end of the first
+            _give_up(block, turns, None, None)
+        else:
+            _leave(block, turns, None, failed=True)
+            _tell_closed(block, gateway)
+    except BaseException:
+        if block.is_mine_to_end():
+            _give_up(block, turns, None, None)
+        raise
 
 
 def _tell_closed(block: ThreadBlock, gateway: str) -> None:

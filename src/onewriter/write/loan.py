@@ -163,11 +163,12 @@ class WriteLoan:
             call_if_free(self.session.lock, lambda: self._call_free(function))
 
     def _call_free(self, function: Callable[[], None]) -> None:
-        self._root._inside = get_ident()  # as for any call
+        root = self._root  # before the ``try``: a signal handler may raise in a property
         try:
+            root._inside = get_ident()  # as for any call
             function()
         finally:
-            self._root._inside = 0
+            root._inside = 0
 
     def closed_error(self) -> TransactionClosedError | ForkedError:
         root = self._root
@@ -451,12 +452,15 @@ class ReadLoan(WriteLoan):
         root, session = self._root, self.session
         if self.until != math.inf:
             root.set_time_limit()
+        root._ends_readonly = True  # first: Ctrl-C comes behind the call that makes it so
         session.internal("PRAGMA query_only=1")
-        root._ends_readonly, root._read_until = True, self.until
+        root._read_until = self.until
         try:
             return function(*args)
         finally:
             root._read_until = None
-            with contextlib.suppress(sqlite3.Error):  # as where its time is over; or else ``end`` does it
+            try:
                 session.internal("PRAGMA query_only=0")
                 root._ends_readonly = False
+            except sqlite3.Error as error:  # as where its time is over: then ``end`` does it
+                session.guard.explain(error)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from itertools import islice, repeat
 from operator import attrgetter
 from time import monotonic
-from typing import Any
+from typing import Any, cast
 
 from onewriter.base.log import report
 from onewriter.base.state import State
@@ -44,7 +44,7 @@ class JobQueue(queue.Queue[Job[Any]]):
         self._asleep = False
         self._bounded = 0
         self.taken: list[Job[Any]] = []  # what the consumer has now; some have their outcome
-        self.guest: Job[Any] | None = None  # it has the consumer's turn, in a thread of its own
+        self.guest: Any = None  # a block: it has the consumer's turn, in a thread of its own
         self.is_handed_over = False  # what the guest has begun the consumer ends
         self._mark = maxsize - maxsize // 10  # nearly full
         self._limit = self._mark  # up to where put need not look further
@@ -232,9 +232,11 @@ class JobQueue(queue.Queue[Job[Any]]):
         """What the consumer does while there is a guest; returns the one that is to be ended here."""
         while (block := self.guest) is not None:
             if self.is_handed_over:
-                return block
+                return cast(Job[Any], block)
             if not self._token.acquire(timeout=SLICE):
                 self._state.warn_if_slow(monotonic())
+                if block.end_if_lost():
+                    self.hand_over(block)
         return None
 
     def refuse(self, error: OneWriterError) -> bool:
