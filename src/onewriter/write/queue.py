@@ -224,9 +224,12 @@ class JobQueue(queue.Queue[Job[Any]]):
                 self._wake()
 
     def _end_turn(self) -> None:
-        if not self._asleep or self.queue:
+        is_awaited = not self._asleep or self.queue
+        if is_awaited:  # before it is noted: Ctrl-C may come in between
             self._wake()
         self.guest, self.taken, self.is_handed_over = None, [], False
+        if is_awaited:  # and behind that: the consumer may have looked in between
+            self._wake()
 
     def wait_for_turn(self) -> Job[Any] | None:
         """What the consumer does while there is a guest; returns the one that is to be ended here."""
