@@ -126,6 +126,11 @@ def reader(db: DbWriter, row: int, told: Told) -> None:
         assert db.read("SELECT 1") == [(1,)]
 
 
+def watched(db: DbWriter, row: int, told: Told) -> None:
+    with db.watch("SELECT n FROM t") as live:
+        live.next(DEADLINE)
+
+
 WRITES = {*(block, block_that_waits, block_with_a_read, block_around_another, lent_transaction), *(statement, function)}
 
 
@@ -197,7 +202,9 @@ def interrupt_each_step(
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("call", [*sorted(WRITES, key=lambda call: call.__name__), failing_block, read, reader])
+@pytest.mark.parametrize(
+    "call", [*sorted(WRITES, key=lambda call: call.__name__), failing_block, read, reader, watched]
+)
 def test_an_interrupt_at_any_step_leaves_nothing_behind(
     db: DbWriter, call: Callable[[DbWriter, int, Told], None]
 ) -> None:

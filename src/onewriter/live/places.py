@@ -33,7 +33,8 @@ def schema_versions(reader: Reader) -> list[int] | None:
     """Those of its databases, as they are in the files; None: a lock is in the way."""
     try:
         return [pragma(reader.connection, f'"{name}".schema_version') for name in database_names(reader.connection)]
-    except sqlite3.Error:
+    except sqlite3.Error as error:
+        reader.guard.explain(error)  # which raises what a signal handler did
         return None
 
 

@@ -92,7 +92,8 @@ class Reading:
 def _ask(reader: Reader, read: SqlRead[Any], schema: list[int] | None) -> Known:
     try:
         return Known(places_read(reader, read.sql, read.parameters), schema)
-    except sqlite3.Error:
+    except sqlite3.Error as error:
+        reader.guard.explain(error)  # which raises what a signal handler did
         return Known()  # if it is wrong, the read has told
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sqlite3
 from collections.abc import Iterator
 from threading import get_ident
 from time import monotonic
@@ -118,8 +119,7 @@ class Watching(Generic[T]):
             if self._last is not last or answer.number <= self._number:  # another thread has taken it, or a later one
                 return False
             self._number, self._looked_at = answer.number, monotonic()
-            if answer.error is None:
-                self._last = answer
+            self._last = answer if answer.error is None else None  # behind an error even the same rows are news
         if answer.error is not None:
             raise copy_of(answer.error)
         return is_new
@@ -140,6 +140,8 @@ class Watching(Generic[T]):
         """Raises ``error``, unless the pool was closed meanwhile: then the last rows are there."""
         with self._live.lock:
             self._looked_at = monotonic()
+            if isinstance(error, sqlite3.Error):
+                self._last = None
         self._live.finish(reading, None)
         if not (isinstance(error, WriterClosedError) and self._live.is_over):
             raise error

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from onewriter.base.state import State
 from onewriter.base.waiting import resolve, seconds_until, wake
 from onewriter.errors import ReadTimeoutError, TransactionClosedError
-from onewriter.write.block import Block
+from onewriter.write.block import COLLECTED, Block
 from onewriter.write.loan import ENDED, WriteLoan
 from onewriter.write.ticket import Job
 
@@ -31,12 +31,13 @@ class TaskBlock(Block):
     Threads: made on a loop's thread, performed on the writer's, used and ended on that of any loop.
     """
 
-    __slots__ = ("_accepts", "_changes", "_lock", "innermost")
+    __slots__ = ("_accepts", "_changes", "_lock", "entry", "innermost")
 
     def __init__(self, state: State, label: str | None, max_hold: float, frame: types.FrameType) -> None:
         super().__init__(state, label, max_hold, frame)
         self._lock = threading.RLock()  # a task that is collected while its thread is inside may leave it
         self._accepts = True
+        self.entry: Callable[[], object] = object  # by which it is left, or None: that is collected
         self.innermost: TaskSavepoint | None = None  # of the open ones
         self._changes: list[asyncio.Future[None]] = []
 
@@ -108,6 +109,8 @@ class TaskBlock(Block):
         return max(0.0, min(until - monotonic(), LOOK))
 
     def _is_lost(self) -> str:
+        if self.entry() is None:  # and perhaps a signal handler has raised as its finalizer began
+            return COLLECTED
         return LOOP_CLOSED if self.loop is not None and self.loop.is_closed() else ""
 
     def enter(self, savepoint: TaskSavepoint) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import types
+import weakref
 from typing import Any
 
 from onewriter.base.scopes import Scope
@@ -58,6 +59,7 @@ class TaskEntry:
             raise
         self._scope = state.scopes.enter(block, writes=True)
         self._collected = leave_if_collected(self, _leave, block, True)
+        block.entry = weakref.ref(self)
         return AsyncTransaction(block, loan)
 
     async def _granted(self) -> WriteLoan:

@@ -452,10 +452,9 @@ class ReadLoan(WriteLoan):
         root, session = self._root, self.session
         if self.until != math.inf:
             root.set_time_limit()
-        root._ends_readonly = True  # first: Ctrl-C comes behind the call that makes it so
-        session.internal("PRAGMA query_only=1")
-        root._read_until = self.until
+        root._ends_readonly, root._read_until = True, self.until  # first: Ctrl-C comes behind the call that makes it so
         try:
+            session.internal("PRAGMA query_only=1")
             return function(*args)
         finally:
             root._read_until = None

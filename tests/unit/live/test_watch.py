@@ -980,3 +980,13 @@ def test_an_update_of_a_column_that_it_does_not_read_wakes_no_watch(counted: DbW
         assert looks.count == before
         counted.run("UPDATE wide SET a = 7")
         assert live.next(DEADLINE)[0][0] == 7
+
+
+def test_behind_an_error_of_the_query_the_same_rows_are_given_again(table_db: DbWriter) -> None:
+    with table_db.watch("SELECT count(*) FROM t") as live:
+        assert live.next(DEADLINE) == [(0,)]
+        table_db.run("DROP TABLE t")
+        with pytest.raises(sqlite3.OperationalError, match="no such table"):
+            live.next(DEADLINE)
+        table_db.run("CREATE TABLE t (n)")
+        assert live.next(DEADLINE) == [(0,)]

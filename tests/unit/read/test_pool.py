@@ -595,3 +595,15 @@ def test_a_claim_that_leaves_the_line_is_lent_nothing_by_a_finalizer_of_that_mom
         pool.end(waiting)
         assert pool.in_use == 0
         assert db.read_value("SELECT 7", timeout=DEADLINE) == 7
+
+
+def test_what_a_signal_handler_raised_in_a_backup_comes_out(db: DbWriter) -> None:
+    """SQLite discards it where it asks whether something is allowed."""
+
+    def copy(connection: sqlite3.Connection) -> None:
+        (reader,) = (one for one in pool_of(db)._readers if one.connection is connection)
+        reader.guard._caught = LookupError("of a signal handler")
+        raise sqlite3.DatabaseError("not authorized")
+
+    with pytest.raises(LookupError, match="of a signal handler"):
+        pool_of(db).backup("backup", copy)

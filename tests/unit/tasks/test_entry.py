@@ -18,6 +18,7 @@ from helpers import DEADLINE, eventually, pool_of, state_of
 from onewriter import AsyncDbWriter, AsyncTransaction, DbWriter, TransactionClosedError, WriteTimeoutError
 from onewriter.read.claim import Claim
 from onewriter.read.reader import Snapshot
+from onewriter.tasks import collected
 from onewriter.tasks.reader import TaskReads
 
 INSERT = "INSERT INTO t VALUES (?)"
@@ -366,5 +367,22 @@ def test_a_task_that_is_collected_inside_a_shared_reader_leaves_it_to_the_others
             gc.collect()
             assert (await reader.execute("SELECT 1")).rows == [(1,)]
             assert db.stats().readers_in_use == 1
+
+    run(main)
+
+
+def test_a_block_whose_finalizer_was_interrupted_is_taken_back_by_the_writer(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(collected, "_leave_in", lambda *_: None)  # as if a signal handler had raised as it began
+
+    async def main() -> None:
+        async with opened(path) as db:
+            left = [db.transaction()]
+            tx = await left[0].__aenter__()
+            await tx.execute(INSERT, (1,))
+            left.clear()
+            await db.run(INSERT, (2,), timeout=DEADLINE)
+            assert await rows(db) == [2]
 
     run(main)
