@@ -808,3 +808,19 @@ def test_a_task_hands_in_many_rows_and_never_waits(path: Path) -> None:
             assert (await inside).rowcount == 1
 
     asyncio.run(main())
+
+
+def test_a_consumer_that_looks_between_the_wake_and_the_end_of_a_turn_is_woken_again() -> None:
+    waiting = JobQueue(3, State(math.inf))
+    waiting.guest = object()
+    wake, looked = waiting._wake, []
+
+    def wake_and_look() -> None:
+        wake()
+        if not looked:  # the consumer finds the guest there, and sleeps on
+            looked.append(waiting._token.acquire(blocking=False) and waiting.guest is not None)
+
+    waiting._wake = wake_and_look  # type: ignore[method-assign]
+    waiting.give_turn()
+    assert looked == [True]
+    assert waiting._token.acquire(blocking=False)
