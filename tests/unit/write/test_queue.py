@@ -813,7 +813,8 @@ def test_a_task_hands_in_many_rows_and_never_waits(path: Path) -> None:
 def test_a_consumer_that_looks_between_the_wake_and_the_end_of_a_turn_is_woken_again() -> None:
     waiting = JobQueue(3, State(math.inf))
     waiting.guest = object()
-    wake, looked = waiting._wake, []
+    wake = waiting._wake
+    looked: list[bool] = []
 
     def wake_and_look() -> None:
         wake()
