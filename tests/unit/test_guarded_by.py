@@ -129,7 +129,7 @@ GUARDS = [
         held=frozenset(("begin", "sleep")),
         free=frozenset(("__init__",)),
     ),
-    Guard("aio.py", "_lock", {"_openers", "_reads"}, free=frozenset(("_prepare",))),
+    Guard("aio.py", "_lock", {"_openers", "_opens_in", "_reads"}, free=frozenset(("_prepare",))),
     Guard("tasks/threads.py", "_lock", {"_executor"}, free=frozenset(("__init__",))),
     Guard(
         "tasks/block.py",
@@ -138,6 +138,7 @@ GUARDS = [
         also_read=True,
         free=frozenset(("__init__", "needs", "until_innermost")),
     ),
+    Guard("tasks/calls.py", "_lock", {"_is_taken", "_line"}, held=frozenset(("_next",)), free=frozenset(("__init__",))),
     Guard("tasks/block.py", "_lock", {"_changes"}, also_read=True, free=frozenset(("__init__",))),
 ]
 

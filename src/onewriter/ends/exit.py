@@ -96,9 +96,7 @@ def _drain_all() -> None:
                 _drain(writer, todo[writer])
                 todo.pop(writer)
             break
-        except (
-            BaseException
-        ) as error:  # of a signal handler, for Ctrl-C, say: what was accepted is written all the same
+        except BaseException as error:  # Ctrl-C, say; what was accepted is written all the same
             interrupt = error
     if interrupt is not None:
         raise interrupt

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sqlite3
 import threading
 from collections.abc import Callable, Collection, Iterable
 from time import monotonic
@@ -16,7 +17,6 @@ from onewriter.live.query import Answer, Found, Query, Reading, same
 from onewriter.read.pool import ReaderPool
 from onewriter.read.read import Read
 from onewriter.sqlite.guard import ANYTHING, Guard, Place
-from onewriter.sqlite.retry import FAILURES
 from onewriter.write.session import WriteSession
 from onewriter.write.ticket import Job
 from onewriter.write.writer import LOOK
@@ -168,7 +168,7 @@ class LiveQueries:
             return
         try:
             versions = [session.internal(f'PRAGMA "{name}".data_version') for name in session.databases]
-        except FAILURES:
+        except sqlite3.Error:
             return  # a lock is in the way: next time
         if session is not self._session or versions != self._versions:
             self._session, self._versions = session, versions

@@ -126,7 +126,7 @@ class Turn:
     def _next(self) -> asyncio.Future[None] | None:
         while self._line:
             first = self._line.popleft()
-            if not first.get_loop().is_closed():  # its task never goes on
+            if not first.get_loop().is_closed():  # or else its task never goes on
                 return first
         return None
 

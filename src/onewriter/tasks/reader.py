@@ -251,6 +251,7 @@ class AsyncReader:
             return
         if kind is GeneratorExit:  # perhaps the task is collected, and never goes on: it must not have the turn
             await self._reads.end(self._claim, self._snapshot)
+            self._lost.detach()
         else:
             await self.end()
 

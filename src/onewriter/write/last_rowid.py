@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sqlite3
 
 from onewriter.base.log import report
 from onewriter.base.state import State
@@ -48,6 +49,6 @@ class LastRowid:
         try:
             if wanted is not None and session.history() != wanted:
                 session.set_history(*wanted)
-        except FAILURES as error:  # no room for a temporary file
+        except sqlite3.Error as error:  # no room for a temporary file
             text = "%s: last_insert_rowid() could not be restored after a rollback: %s"
             report(self._state, logging.WARNING, text, self._label, error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sqlite3
 from time import monotonic
 from typing import Any
 
@@ -10,7 +11,7 @@ from onewriter.base.state import State
 from onewriter.base.waiting import thread_signal
 from onewriter.events import Hook
 from onewriter.sqlite.file import DatabaseFile, FileMovedError
-from onewriter.sqlite.retry import FAILURES, Failure, is_busy
+from onewriter.sqlite.retry import Failure, is_busy
 from onewriter.write.batch import Batch, Means, Verdict
 from onewriter.write.block import ThreadBlock
 from onewriter.write.checkpoint import Checkpointer, Readers
@@ -72,7 +73,7 @@ class OwnTurn:
             error = self._lock.try_begin(session, now)
             if error is None:
                 session.set_mark()
-        except FAILURES as refused:
+        except sqlite3.Error as refused:
             error = refused
         if error is not None:
             session.guard.explain(error)  # which raises what a signal handler did, while SQLite asked

@@ -217,26 +217,24 @@ def two_readers(path: Path) -> Iterator[DbWriter]:
         assert [len(db.read("SELECT * FROM t", timeout=DEADLINE)) for _ in range(3)] == [0, 0, 0]
 
 
-async def read_for_ever(db: DbWriter) -> None:
+async def read_for_ever(db: DbWriter, inside: list[None] | None = None) -> None:
     async with AsyncDbWriter.wrap(db).reader() as reader:
         await reader.execute("SELECT 1")
+        if inside is not None:
+            inside.append(None)
         await asyncio.get_running_loop().create_future()  # which nobody else refers to
 
 
-def run_until_stopped(db: DbWriter, seconds: float) -> None:
-    """What runs there is not awaited any more."""
-    loop = asyncio.new_event_loop()
-    task = loop.create_task(read_for_ever(db))
-    loop.call_later(seconds, loop.stop)
+def turn(loop: asyncio.AbstractEventLoop) -> None:
+    loop.call_soon(loop.stop)
     loop.run_forever()
-    loop.close()
-    del task
 
 
 async def start_and_forget(db: DbWriter) -> None:
-    asyncio.create_task(read_for_ever(db))  # noqa: RUF006
-    await until(lambda: db.stats().readers_in_use == 1)
-    await asyncio.sleep(0.01)
+    inside: list[None] = []
+    asyncio.create_task(read_for_ever(db, inside))  # noqa: RUF006
+    await until(lambda: bool(inside))
+    await asyncio.sleep(0)
     gc.collect()
 
 
@@ -245,24 +243,34 @@ def test_a_task_that_is_collected_inside_its_reader_gives_it_back_once(two_reade
         asyncio.run(start_and_forget(two_readers))
 
 
-@pytest.mark.parametrize("seconds", [0.0, 0.001, 0.02])
-def test_a_task_that_is_collected_with_its_loop_gives_its_reader_back_once(
-    two_readers: DbWriter, seconds: float
-) -> None:
-    """Before it has it, too."""
+@pytest.mark.parametrize("stage", ["at once", "with a connection", "inside"])
+def test_a_task_that_is_collected_with_its_loop_gives_its_reader_back_once(two_readers: DbWriter, stage: str) -> None:
+    """What runs in a loop that is closed is not awaited any more."""
     for _ in range(10):
-        run_until_stopped(two_readers, seconds)
+        inside: list[None] = []
+        loop = asyncio.new_event_loop()
+        task = loop.create_task(read_for_ever(two_readers, inside))
+        turn(loop)
+        while (stage == "inside" and not inside) or (stage != "at once" and not two_readers.stats().readers_in_use):
+            turn(loop)
+        loop.close()
+        del task, loop
         gc.collect()
+
+
+def waiting_task(db: DbWriter, loop: asyncio.AbstractEventLoop) -> asyncio.Task[None]:
+    """One that waits for a connection, all of which are in use."""
+    task = loop.create_task(read_for_ever(db))
+    while not pool_of(db).waiting:
+        turn(loop)
+    return task
 
 
 def test_a_task_whose_loop_is_closed_while_it_waits_gets_no_connection(path: Path) -> None:
     loop = asyncio.new_event_loop()
     with DbWriter(path, readers=1) as db:
         with db.reader():
-            task = loop.create_task(read_for_ever(db))
-            loop.call_soon(lambda: loop.call_soon(loop.stop))
-            loop.run_forever()
-            assert pool_of(db).waiting == 1
+            task = waiting_task(db, loop)
             loop.close()
         assert (db.stats().readers_in_use, db.stats().readers_waiting) == (0, 0)
     del task
@@ -272,10 +280,7 @@ def test_a_task_whose_loop_is_closed_as_it_gets_its_connection_gives_that_back(p
     loop = asyncio.new_event_loop()
     with DbWriter(path, readers=1) as db:
         with db.reader():
-            task = loop.create_task(read_for_ever(db))
-            loop.call_soon(lambda: loop.call_soon(loop.stop))
-            loop.run_forever()
-            assert pool_of(db).waiting == 1
+            task = waiting_task(db, loop)
         assert db.stats().readers_in_use == 1  # the task is to be told
         loop.close()
         del task
@@ -285,13 +290,15 @@ def test_a_task_whose_loop_is_closed_as_it_gets_its_connection_gives_that_back(p
 def test_a_statement_of_a_reader_whose_loop_is_closed_keeps_nobody_waiting(path: Path) -> None:
     async def read() -> None:
         async with AsyncDbWriter.wrap(db).reader() as reader:
-            asyncio.get_running_loop().call_later(0.01, asyncio.get_running_loop().stop)
+            inside.append(None)
             await reader.execute(ENDLESS)
 
+    inside: list[None] = []
     with DbWriter(path, readers=1) as db:
         loop = asyncio.new_event_loop()
         task = loop.create_task(read())
-        loop.run_forever()
+        while not (inside and any(claim.runs_in for claim in pool_of(db)._lent())):
+            turn(loop)
         loop.close()
         assert db.read_value("SELECT 1", timeout=DEADLINE) == 1
         del task

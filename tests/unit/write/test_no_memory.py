@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, Literal
 
 import pytest
 
-from helpers import DEADLINE, checkpointer_of, parked, pool_of, rows, session_of, state_of
+from helpers import DEADLINE, checkpointer_of, parked, pool_of, rows, session_of
 from onewriter import CommitUnknownError, DbWriter, Ticket, Transaction
 from onewriter.write.session import WriteSession, _Calls
 
@@ -86,15 +87,13 @@ def setting(db: DbWriter, begin: Begin) -> list[int]:
 
 
 def batch(db: DbWriter, begin: Begin) -> list[int]:
-    if state_of(db).reporter is None:  # inline: there is no queue
-        return []
     with parked(db):
         begin()
         tickets: list[Ticket[Any]] = [db.enqueue(INSERT, (n,)) for n in range(2)]
         tickets.append(db.enqueue("INSERT INTO t SELECT NULL RETURNING n"))  # so that all is undone, and runs again
         tickets.append(db.enqueue(lambda tx: tx.execute(INSERT, (3,)).rowcount))
         tickets.append(db.enqueue(INSERT, (4,)))
-        tickets.append(db.enqueue("INSERT OR ROLLBACK INTO t VALUES (NULL)"))
+        tickets.append(db.enqueue(lambda tx: tx.execute("INSERT OR ROLLBACK INTO t VALUES (NULL)").rowcount))
         tickets.append(db.enqueue(INSERT, (6,)))
     db.flush(DEADLINE)
     return [n for n, ticket in enumerate(tickets) if ticket.exception() is None]
@@ -108,8 +107,10 @@ def checkpoint(db: DbWriter, begin: Begin) -> list[int]:
 
 @pytest.mark.parametrize("rolls_back", [False, True])
 @pytest.mark.parametrize("journal_mode", ["WAL", "DELETE"])
-@pytest.mark.parametrize("inline", [False, True])
-@pytest.mark.parametrize("call", [statement, function, block, failing, setting, batch, checkpoint])
+@pytest.mark.parametrize(
+    ("call", "inline"),
+    [(batch, False), *itertools.product([statement, function, block, failing, setting, checkpoint], [False, True])],
+)
 def test_a_statement_of_the_gateway_that_finds_no_memory_fails_its_job_at_most(
     path: Path,
     call: Callable[[DbWriter, Begin], list[int]],
@@ -190,6 +191,14 @@ def test_a_checkpoint_that_finds_no_memory_is_logged_and_fails_nothing(
     checkpointer_of(db).attempt(no_memory, session_of(db))
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     db.checkpoint()
+
+
+def test_a_file_that_cannot_be_judged_for_want_of_memory_is_judged_later(db: DbWriter) -> None:
+    session = session_of(db)
+    session.internal = no_memory  # type: ignore[assignment]
+    checkpointer_of(db).judge_size(session)
+    del session.internal
+    assert db.run("SELECT 1").rows == [(1,)]
 
 
 def test_a_connection_that_cannot_be_reset_for_want_of_memory_is_replaced(path: Path) -> None:
