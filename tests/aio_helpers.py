@@ -10,8 +10,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
-from helpers import DEADLINE
+from helpers import DEADLINE, threads_of
 from onewriter import AsyncDbWriter, Transaction
+from onewriter.tasks.call import Call
 
 
 def run(main: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
@@ -47,6 +48,13 @@ async def beats(count: int, waiting: Awaitable[Any]) -> asyncio.Future[Any]:
         await asyncio.sleep(0.001)
     assert not task.done()
     return task
+
+
+def keep_busy(db: AsyncDbWriter, gate: threading.Event) -> Call[bool]:
+    """Have one of the threads in which its tasks read wait for ``gate``."""
+    call = Call(None, gate.wait, DEADLINE)
+    threads_of(db).submit(call)
+    return call
 
 
 @contextlib.asynccontextmanager

@@ -205,7 +205,8 @@ class Places:
     def _tell_of_return(self) -> None:
         if self._paused_until:
             self._returned.set()
-        self._call_if_all_back()
+        if self._closed:
+            self._call_if_all_back()
 
     def when_all_back(self, function: Callable[[], object]) -> None:
         """Call it when the last connection has come back and is closed; now, if that is so."""

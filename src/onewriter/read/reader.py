@@ -144,13 +144,19 @@ class Reader:
             names = database_names(self.connection)
             self._pins = [self.guard.internal(f'PRAGMA "{name}".schema_version') for name in names]
         for read in self._pins:  # BEGIN alone pins no snapshot: the first read of each database does
-            self.select(read, (), drain, again=False)
+            self.guard.text = read
+            cursor = self.connection.execute(read)
+            try:
+                cursor.row_factory = None
+                cursor.fetchall()
+            finally:
+                cursor.close()
         self.is_pinned = self.guard.is_lent = self.guard.leaves_traces = True
 
     def _internal(self, sql: str) -> None:
-        self.guard.is_internal = True
+        self.guard.text, self.guard.is_internal = sql + self._mark, True
         try:
-            self.select(sql + self._mark, (), again=False)
+            self.connection.execute(sql + self._mark).close()
         finally:
             self.guard.is_internal = False
 
@@ -160,7 +166,7 @@ class Reader:
 
     def ends_later(self, function: Callable[[], object]) -> bool:
         """Whether it is in use, so that ``function``, which ends the loan, is called when that is over."""
-        if not self.is_inside:
+        if not (self.inside or self.shares):
             return False
         self.when_out.append(function)
         self.end_late()  # it may have come out before that
@@ -344,11 +350,6 @@ class Snapshot:
 
 def ended_error() -> sqlite3.ProgrammingError:
     return sqlite3.ProgrammingError("the reader() block or read() of this connection has ended")
-
-
-def drain(cursor: sqlite3.Cursor) -> None:
-    cursor.row_factory = None
-    cursor.fetchall()
 
 
 def say_nothing(has_it: bool, text: str) -> None:

@@ -12,8 +12,9 @@ from time import monotonic
 from typing import Any, TypeVar
 
 from onewriter.base.state import State
-from onewriter.base.waiting import resolve, seconds_until, wake
+from onewriter.base.waiting import seconds_until, wake
 from onewriter.errors import ReadTimeoutError, TransactionClosedError
+from onewriter.tasks.call import Call
 from onewriter.write.block import COLLECTED, Block
 from onewriter.write.loan import ENDED, WriteLoan
 from onewriter.write.ticket import Job
@@ -169,41 +170,17 @@ class TaskBlock(Block):
 
     async def call(self, function: Callable[..., T], *args: Any, until: float = math.inf) -> T:
         """The same, and wait for what it returns; if it has not begun by ``until``, it never does."""
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[None] = loop.create_future()
-        outcome: list[Any] = []
-        claim = threading.Lock()  # taken once, by who begins it or who gives up
-
-        def request() -> None:
-            if future.cancelled() or not claim.acquire(blocking=False):
-                return
-            try:
-                outcome[:] = (function(*args), None)
-            except BaseException as error:
-                outcome[:] = (None, error)
-            wake([future])
-
-        def give_up() -> None:
-            if claim.acquire(blocking=False):
-                text = f"{self.describe()} is used by another task: the read did not begin in time"
-                outcome[:] = (None, ReadTimeoutError(text))
-                resolve([future])
-
-        self.send(request)
-        left = seconds_until(until)
-        timer = None if left is None else loop.call_later(left, give_up)
+        call = Call(None, function, *args)
+        self.send(call.run)
+        left, timer = seconds_until(until), None
+        if left is not None:
+            late = ReadTimeoutError(f"{self.describe()} is used by another task: the read did not begin in time")
+            timer = asyncio.get_running_loop().call_later(left, call.expire, late)
         try:
-            await future
+            return await call
         finally:
             if timer is not None:
                 timer.cancel()
-        result, error = outcome
-        if error is not None:
-            try:
-                raise error
-            finally:
-                del error, outcome
-        return result  # type: ignore[no-any-return]
 
 
 class TaskSavepoint:

@@ -9,7 +9,6 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator
-from concurrent.futures import Future
 from time import monotonic
 from typing import Any, TypeVar
 
@@ -99,10 +98,15 @@ class Turn:
         self._is_taken = False
         self._line: deque[asyncio.Future[None]] = deque()
 
+    def take(self) -> bool:
+        """Acquire it, if nobody has it."""
+        with self._lock:
+            is_free, self._is_taken = not self._is_taken, True
+        return is_free
+
     async def acquire(self) -> None:
         with self._lock:
-            if not self._is_taken:
-                self._is_taken = True
+            if self.take():
                 return
             mine: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._line.append(mine)
@@ -118,7 +122,7 @@ class Turn:
 
     def release(self) -> None:
         with self._lock:
-            first = self._next()
+            first = self._next() if self._line else None
             self._is_taken = first is not None
         if first is not None:
             wake([first])
@@ -129,12 +133,6 @@ class Turn:
             if not first.get_loop().is_closed():  # or else its task never goes on
                 return first
         return None
-
-    async def __aenter__(self) -> None:
-        await self.acquire()
-
-    async def __aexit__(self, *_: object) -> None:
-        self.release()
 
 
 async def in_thread(function: Callable[[], T], undo: Callable[[T], object] | None = None) -> T:
@@ -179,19 +177,3 @@ async def and_the_log(flush: Callable[[], Coroutine[Any, Any, None]], state: Sta
     reporter = state.reporter
     if reporter is not None and reporter.is_behind:
         await in_thread(lambda: reporter.wait(until))
-
-
-async def until_done(future: Future[Any]) -> asyncio.CancelledError | None:
-    """Wait for a function that cannot be stopped and whose connection must not be given back before its end, even if
-    the task is cancelled; returns the cancellation.
-    """
-    loop, cancelled = asyncio.get_running_loop(), None
-    while not future.done():
-        # Not wrapped: asyncio would log an error that is not retrieved.
-        done: asyncio.Future[None] = loop.create_future()
-        future.add_done_callback(lambda _, done=done: wake([done]))  # type: ignore[misc]
-        try:
-            await done
-        except asyncio.CancelledError as error:
-            cancelled = error
-    return cancelled

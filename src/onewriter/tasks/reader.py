@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import math
 import sqlite3
-import threading
 import types
 import weakref
 from _thread import start_new_thread
@@ -27,7 +27,8 @@ from onewriter.sqlite.result import Result
 from onewriter.sqlite.retry import is_interrupted
 from onewriter.sqlite.statement import Parameters
 from onewriter.tasks.block import TaskBlock, TaskSavepoint
-from onewriter.tasks.calls import LoopDeadlines, Turn, until_done
+from onewriter.tasks.call import Call
+from onewriter.tasks.calls import LoopDeadlines, Turn
 from onewriter.tasks.threads import ReadingThreads
 from onewriter.write.loan import WriteLoan
 
@@ -108,29 +109,30 @@ class TaskReads:
             begins: it is the first to use the connection, and ends the claim if it fails.
             waits: a cancelled task waits for its end, before which the connection must not be given back.
         """
+        call = Call(claim, function, *args)
         try:
-            future = self.threads.submit(_call_for, claim, function, args)
+            self.threads.submit(call)
         except BaseException:
             if claim is not None and begins:
                 self._end_unused(claim)
             raise
         try:
-            return await asyncio.wrap_future(future)
+            return await call
         except asyncio.CancelledError:
-            if not future.cancel():
+            if not call.withdraw():
                 if claim is not None:
                     self.expire(claim)
                 if waits:
-                    await until_done(future)
+                    await call.ended()
             elif claim is not None and begins:
                 self._end_unused(claim)
             raise
         except GeneratorExit:  # the task is collected, and waits for nothing
             if claim is not None and waits and begins:
-                future.add_done_callback(lambda _: self.end_lost(claim, None))
+                call.then = functools.partial(self.end_lost, claim, None)
+                if call.is_done:  # perhaps before it was told so
+                    call.then()
             raise
-        finally:
-            del future  # an error's traceback would hold it, and it holds the error
 
     def expire(self, claim: Claim) -> None:
         """Have the statement that runs there end soon."""
@@ -142,17 +144,14 @@ class TaskReads:
 
     async def end(self, claim: Claim, snapshot: Snapshot | None) -> asyncio.CancelledError | None:
         """Give back what a block has, in a thread, even if the task is cancelled; returns that cancellation."""
-        if not self._pool.is_out(claim):
-            return None
-        future = None
-        with contextlib.suppress(RuntimeError):  # no loop runs here, or the interpreter ends: then this thread does it
-            asyncio.get_running_loop()
-            future = self.threads.submit(self._finish, claim, snapshot)
-        if future is None:
+        try:
+            call = Call(claim, self._finish, claim, snapshot)
+            self.threads.submit(call)
+        except RuntimeError:  # no loop runs here, or the interpreter ends: then this thread does it
             self._finish(claim, snapshot)
             return None
-        cancelled = await until_done(future)
-        future.result()
+        cancelled = await call.ended()
+        call.outcome()
         return cancelled
 
     def _begin(self, claim: Claim) -> Snapshot:
@@ -187,7 +186,7 @@ class TaskReads:
     def _end_unused(self, claim: Claim) -> None:
         if not self._pool.end_unused(claim):
             try:
-                self.threads.submit(self._pool.end, claim)
+                start_new_thread(self._pool.end, (claim,))
             except RuntimeError:  # the interpreter ends
                 self._pool.end(claim)
 
@@ -285,12 +284,13 @@ class AsyncReader:
                 await self.call(math.inf, cursor.close)
 
     async def call(self, until: float, function: Callable[..., T], *args: Any) -> T:
-        try:
-            async with asyncio.timeout(seconds_until(until)):
-                await self._turn.acquire()
-        except TimeoutError:
-            text = f"{self._claim.label} is used by another task: the read did not begin in time"
-            raise ReadTimeoutError(text) from None
+        if not self._turn.take():
+            try:
+                async with asyncio.timeout(seconds_until(until)):
+                    await self._turn.acquire()
+            except TimeoutError:
+                text = f"{self._claim.label} is used by another task: the read did not begin in time"
+                raise ReadTimeoutError(text) from None
         try:
             if self._snapshot.is_left:  # the connection may be another claim's
                 raise ended_error()
@@ -314,27 +314,20 @@ class AsyncReader:
     async def end(self) -> None:
         """Wait for what another task still runs here; a cancellation expires that, and is raised after its end."""
         cancelled: asyncio.CancelledError | None = None
-        while True:
+        while not self._turn.take():
             try:
-                async with self._turn:
-                    cancelled = await self._reads.end(self._claim, self._snapshot) or cancelled
-                    self._lost.detach()
-                    break
+                await self._turn.acquire()
+                break
             except asyncio.CancelledError as error:
                 cancelled = error
                 self.expire()
+        try:
+            cancelled = await self._reads.end(self._claim, self._snapshot) or cancelled
+            self._lost.detach()
+        finally:
+            self._turn.release()
         if cancelled is not None:
             raise cancelled
-
-
-def _call_for(claim: Claim | None, function: Callable[..., T], args: tuple[Any, ...]) -> T:
-    if claim is None:
-        return function(*args)
-    claim.runs_in = threading.get_ident()
-    try:
-        return function(*args)
-    finally:
-        claim.runs_in = 0
 
 
 def open_cursor(snapshot: Snapshot, sql: str, parameters: Parameters) -> sqlite3.Cursor:

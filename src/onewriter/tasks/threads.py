@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from onewriter.base.state import State
-
-T = TypeVar("T")
+from onewriter.tasks.call import Call
 
 
 class ReadingThreads:
@@ -26,18 +24,16 @@ class ReadingThreads:
         self._lock = threading.Lock()
         self._executor: ThreadPoolExecutor | None = None
 
-    def submit(self, function: Callable[..., T], *args: Any) -> Future[T]:
-        """Have one of them call it. RuntimeError: no thread can be started, and it is never called."""
-        future: Future[T] = Future()  # not the executor's, which keeps what it has refused for its next thread
+    def submit(self, call: Call[Any]) -> None:
+        """Have one of them run it. RuntimeError: no thread can be started, and it never begins."""
         with self._lock:  # or else the close of another loop may shut it down just before
             if self._executor is None:  # or no longer: a block may still be open when the gateway is closed
                 self._executor = ThreadPoolExecutor(self._size, self._name)
             try:
-                self._executor.submit(self._call, self._executor, [future], function, args)
+                self._executor.submit(self._run, self._executor, call)
             except RuntimeError:
-                if future.cancel():
-                    raise  # or else another thread has taken it in this moment
-        return future
+                if call.withdraw():  # the executor keeps what it has refused for its next thread
+                    raise  # or else another thread has begun it in this moment
 
     def shutdown(self) -> None:
         """Have them end, each after its call. Does not wait."""
@@ -46,16 +42,7 @@ class ReadingThreads:
         if executor is not None:
             executor.shutdown(wait=False)
 
-    def _call(
-        self, executor: ThreadPoolExecutor, given: list[Future[T]], function: Callable[..., T], args: tuple[Any, ...]
-    ) -> None:
-        future = given.pop()  # an error's traceback holds this frame, and the executor's, which has our arguments
-        try:
-            if future.set_running_or_notify_cancel():
-                future.set_result(function(*args))
-        except BaseException as error:
-            future.set_exception(error)
-        finally:
-            del future
-            if self._state.forked:  # by the call: in the child nothing else would end this thread
-                executor.shutdown(wait=False)
+    def _run(self, executor: ThreadPoolExecutor, call: Call[Any]) -> None:
+        call.run()
+        if self._state.forked:  # by the call: in the child nothing else would end this thread
+            executor.shutdown(wait=False)

@@ -107,27 +107,29 @@ def test_tasks_of_several_loops_take_turns() -> None:
     turns: list[str] = []
 
     async def use(name: str) -> None:
-        async with turn:
-            turns.append(name)
-            await asyncio.sleep(0)
+        await turn.acquire()
+        turns.append(name)
+        await asyncio.sleep(0)
+        turn.release()
 
     async def wait_for_ever() -> None:
         await turn.acquire()
         turns.append("never")
 
     async def hold() -> None:
-        async with turn:
-            waiting.append(closed.create_task(wait_for_ever()))
-            closed.call_soon(closed.stop)
-            threads = [threading.Thread(target=asyncio.run, args=[use(name)]) for name in "ab"]
-            await asyncio.to_thread(closed.run_forever)
-            for thread in threads:
-                thread.start()
-            mine = [asyncio.create_task(use("c")), asyncio.create_task(use("given up"))]
-            await until(lambda: len(turn._line) == 5)
-            mine.pop().cancel()
-            closed.close()
-            turns.append("first")
+        await turn.acquire()
+        waiting.append(closed.create_task(wait_for_ever()))
+        closed.call_soon(closed.stop)
+        threads = [threading.Thread(target=asyncio.run, args=[use(name)]) for name in "ab"]
+        await asyncio.to_thread(closed.run_forever)
+        for thread in threads:
+            thread.start()
+        mine = [asyncio.create_task(use("c")), asyncio.create_task(use("given up"))]
+        await until(lambda: len(turn._line) == 5)
+        mine.pop().cancel()
+        closed.close()
+        turns.append("first")
+        turn.release()
         await mine[0]
         for thread in threads:
             await asyncio.to_thread(thread.join, DEADLINE)

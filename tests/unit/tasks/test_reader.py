@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import contextlib
 import gc
 import sqlite3
@@ -16,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from aio_helpers import Gate, beats, opened, rows, run, until
+from aio_helpers import Gate, beats, keep_busy, opened, rows, run, until
 from helpers import DEADLINE, pool_of, raises, raising, threads_of
 from onewriter import AsyncDbWriter, DbWriter, ReadTimeoutError, ReentrantWriteError, WriterClosedError
 from onewriter.read.claim import new_claim
@@ -152,7 +151,7 @@ def test_a_read_that_no_thread_has_begun_gives_its_connection_back(path: Path, m
         async with opened(path, readers=1) as db:
             assert await rows(db) == []
             with monkeypatch.context() as patch:
-                patch.setattr(threads_of(db), "submit", lambda *_: concurrent.futures.Future())
+                patch.setattr(threads_of(db), "submit", lambda call: None)
                 task = asyncio.create_task(rows(db))
                 await asyncio.sleep(0.001)
                 task.cancel()
@@ -236,7 +235,7 @@ def test_a_read_that_is_cancelled_before_its_thread_begins_gives_its_connection_
                     pytest.fail("entered")
 
             for read in (enter, lambda: shared.read("SELECT 1"), lambda: shared.read(lambda connection: None)):
-                busy = threads_of(shared).submit(gate.wait, DEADLINE)
+                busy = keep_busy(shared, gate)
                 reading = asyncio.create_task(read())
                 while inner.stats().readers_in_use == 0:
                     await asyncio.sleep(0)
@@ -244,7 +243,7 @@ def test_a_read_that_is_cancelled_before_its_thread_begins_gives_its_connection_
                 with pytest.raises(asyncio.CancelledError):
                     await reading
                 gate.set()
-                busy.result(DEADLINE)
+                await busy
                 gate.clear()
                 with inner.reader(), pytest.raises(ReadTimeoutError):  # so there is still just the one
                     await asyncio.create_task(called_there(lambda: shared.read("SELECT 1", timeout=0.01)))
@@ -553,14 +552,14 @@ def test_a_read_that_is_cancelled_before_its_connection_is_opened_gives_its_plac
         with DbWriter(path, readers=1) as inner:
             shared = AsyncDbWriter.wrap(inner)
             gate = threading.Event()
-            busy = threads_of(shared).submit(gate.wait, DEADLINE)
+            busy = keep_busy(shared, gate)
             reading = asyncio.create_task(shared.read("SELECT 1"))
             await until(lambda: inner.stats().readers_in_use == 1)
             reading.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await reading
             gate.set()
-            busy.result(DEADLINE)
+            await busy
             assert inner.stats().readers_in_use == 0
             assert await shared.read_value("SELECT 1", timeout=DEADLINE) == 1
             await shared.close()
@@ -601,6 +600,7 @@ def test_a_read_that_gets_no_thread_gives_its_connection_back_and_a_reader_keeps
             with monkeypatch.context() as patch:
                 if not is_kept:  # it has to be closed, which is a call into SQLite
                     patch.setattr(pool_of(db), "end_unused", lambda claim: False)
+                    patch.setattr(tasks_reader, "start_new_thread", raising(RuntimeError))
                 patch.setattr(threads_of(db), "submit", raising(RuntimeError))
                 with pytest.raises(RuntimeError):
                     await db.read("SELECT 1")
@@ -622,7 +622,7 @@ def test_a_statement_of_a_reader_that_is_cancelled_before_it_has_a_thread_leaves
     async def main() -> None:
         async with opened(path, readers=1) as db, db.reader() as reader:
             free = threading.Event()
-            threads_of(db).submit(free.wait, DEADLINE)  # the only one
+            keep_busy(db, free)  # the only one
             waiting = asyncio.create_task(called_there(lambda: reader.execute(COUNT)))
             await asyncio.sleep(0)
             waiting.cancel()

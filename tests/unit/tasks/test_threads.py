@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from aio_helpers import keep_busy
 from helpers import DEADLINE, eventually, pool_of
 from onewriter import AsyncDbWriter, DbWriter
 
@@ -161,7 +162,7 @@ def test_a_block_that_is_left_after_the_gateway_was_closed_closes_its_connection
 def test_a_claim_that_is_given_up_when_the_pool_is_closed_leaves_the_closing_to_a_thread(path: Path) -> None:
     async def main() -> None:
         gateway = AsyncDbWriter.wrap(db)
-        busy = gateway._task_reads().threads.submit(gate.wait, DEADLINE)
+        busy = keep_busy(gateway, gate)
         reading = asyncio.create_task(gateway.read("SELECT 1"))
         while not db.stats().readers_in_use:
             await asyncio.sleep(0)
@@ -172,7 +173,7 @@ def test_a_claim_that_is_given_up_when_the_pool_is_closed_leaves_the_closing_to_
         assert pool_of(db)._readers  # its thread is still busy
         assert db.stats().readers_in_use == 1
         gate.set()
-        await asyncio.wrap_future(busy)
+        await busy
         while db.stats().readers_in_use:
             await asyncio.sleep(0)
         assert not pool_of(db)._readers
