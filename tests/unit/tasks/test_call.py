@@ -108,13 +108,17 @@ def test_its_end_is_waited_for_through_cancellations_which_come_out_behind_it() 
     run(main)
 
 
-def test_who_waits_for_its_end_is_woken_whenever_that_comes() -> None:
+def test_who_waits_for_its_end_sees_one_that_comes_just_before(monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
-        for _ in range(200):
-            call = Call(None, int)
-            thread = in_a_thread(call)
-            await call.ended()
-            thread.join(DEADLINE)
+        loop = asyncio.get_running_loop()
+        create, call = loop.create_future, Call(None, int)
+
+        def late() -> asyncio.Future[Any]:
+            call.run()
+            return create()
+
+        monkeypatch.setattr(loop, "create_future", late)
+        await call.ended()
 
     run(main)
 
