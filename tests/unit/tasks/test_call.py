@@ -118,7 +118,7 @@ def test_who_waits_for_its_end_sees_one_that_comes_just_before(monkeypatch: pyte
             return create()
 
         monkeypatch.setattr(loop, "create_future", late)
-        await call.ended()
+        assert await call.ended() is None
 
     run(main)
 
