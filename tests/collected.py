@@ -1,9 +1,10 @@
 """Tests that have been collected, run in a fork for each mutant: importing and collecting them takes longer than most.
 
-``python -m collected ARGUMENTS`` is pytest up to where the tests would run, and says so in a line. Each line of its
-input, a JSON list of a file, its text, a mutant's, and the ids of tests, is answered with a line: whether these pass
-(``true``, ``false``) with the functions of the mutant, or ``null`` if more than functions would change. The file itself
-has to be changed too, for tests that start another interpreter or read the source.
+``python -m collected SECONDS ARGUMENTS`` is pytest up to where the tests would run, and says so in a line. Each line of
+its input, a JSON list of a file, its text, a mutant's, and the ids of tests, is answered with a line: whether these
+pass, each within ``SECONDS``, with the functions of the mutant (``true``, ``false``), or ``null`` if more than
+functions would change. The file itself has to be changed too, for tests that start another interpreter or read the
+source.
 """
 
 from __future__ import annotations
@@ -11,13 +12,17 @@ from __future__ import annotations
 import gc
 import json
 import os
+import select
 import signal
 import sys
 from collections.abc import Iterable
+from io import FileIO
+from time import monotonic, sleep
 from types import CodeType, FunctionType
 
 import pytest
 
+LOOK = 0.01  # seconds between two looks at whether they have ended
 Changes = list[tuple[CodeType, CodeType]]
 
 
@@ -54,30 +59,49 @@ class Collected:
         changes: Changes,
         functions: dict[CodeType, list[FunctionType]],
     ) -> bool:
+        beats, beat = os.pipe()
         child = os.fork()
         if child == 0:
             status = 1
             try:
                 os.setsid()
-                signal.alarm(int(self._seconds))
                 for code, new in changes:
                     for function in functions[code]:
                         function.__code__ = new
-                status = not _run(session, items)
+                status = not _run(session, items, beat)
             finally:
                 os._exit(status)
-        status = os.waitpid(child, 0)[1]
+        os.close(beat)
+        with os.fdopen(beats, "rb", buffering=0) as told:
+            ended, status = self._watch(child, told)
         try:
             os.killpg(child, signal.SIGKILL)
         except ProcessLookupError:
             pass
+        if not ended:
+            os.waitpid(child, 0)
         return status == 0
 
+    def _watch(self, child: int, beats: FileIO) -> tuple[int, int]:
+        """Wait until it ends, as ``os.waitpid`` does, or begins no further test for too long."""
+        until = monotonic() + self._seconds
+        while monotonic() < until:
+            if select.select([beats], [], [], LOOK)[0]:
+                if beats.read(4096):
+                    until = monotonic() + self._seconds
+                else:  # it has closed its end
+                    sleep(LOOK)
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                return ended, status
+        return 0, 1
 
-def _run(session: pytest.Session, items: Iterable[pytest.Item]) -> bool:
-    """Whether all pass; ends with the first that does not."""
+
+def _run(session: pytest.Session, items: Iterable[pytest.Item], beat: int) -> bool:
+    """Whether all pass; ends with the first that does not. ``beat`` is told of each."""
     ordered = list(items)
     for item, following in zip(ordered, [*ordered[1:], None], strict=True):
+        os.write(beat, b".")
         item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
         if session.testsfailed:
             return False

@@ -46,7 +46,7 @@ INVERSE: dict[type[ast.cmpop], str] = {
     ast.Is: "is not", ast.IsNot: "is", ast.In: "not in", ast.NotIn: "in",
 }  # fmt: skip
 PYTEST = ["pytest", "-x", "-q", "-p", "no:cacheprovider", "-o", f"faulthandler_timeout={HANG}"]
-COLLECTED = ["collected", str(TIMEOUT)]  # tests/collected.py
+COLLECTED = ["collected", str(HANG)]  # tests/collected.py
 READERS = ("tests/unit/test_guarded_by.py", "tests/unit/test_rules.py")  # come by no line: they read the source
 FAST = ("unit", "acceptance", "property")
 MAP = "MUTANTS_MAP"  # names the folder for what the plugin finds out
