@@ -181,6 +181,8 @@ class Tests:
 
     def _lines_before(self, mutant: Mutant) -> Iterator[int]:
         """Where the lines of ``mutant`` were when the tests were watched."""
+        if not (self._former / mutant.file).exists():
+            return
         former = (self._former / mutant.file).read_text(encoding="utf-8").splitlines()
         current = (SOURCE / mutant.file).read_text(encoding="utf-8").splitlines()
         for start, new, size in difflib.SequenceMatcher(None, former, current, autojunk=False).get_matching_blocks():
