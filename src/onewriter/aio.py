@@ -398,27 +398,28 @@ class AsyncDbWriter(Strict):
         after: After = None,
     ) -> Coroutine[Any, Any, Any]:
         """As ``DbWriter.read``; a function runs in a thread."""
-        return self._read(read_of(what, params, label), label, timeout, after)
+        return self._read(read_of(what, params, label), timeout, after)
 
     def read_one(
         self, sql: str, params: Params = (), /, *, label: Label = None, timeout: Seconds = 30.0, after: After = None
     ) -> Coroutine[Any, Any, Any]:
         """As ``DbWriter.read_one``."""
-        return self._read(sql_read(sql, params, FETCHONE, label), label, timeout, after)
+        return self._read(sql_read(sql, params, FETCHONE, label), timeout, after)
 
     def read_value(
         self, sql: str, params: Params = (), /, *, label: Label = None, timeout: Seconds = 30.0, after: After = None
     ) -> Coroutine[Any, Any, Any]:
         """As ``DbWriter.read_value``."""
-        return self._read(sql_read(sql, params, first_value, label), label, timeout, after)
+        return self._read(sql_read(sql, params, first_value, label), timeout, after)
 
     def reader(
         self, *, label: Label = None, timeout: Seconds = 30.0, after: After = None
     ) -> contextlib.AbstractAsyncContextManager[AsyncReader]:
         """As ``DbWriter.reader``, for ``async with``."""
+        label = check_label(label)
         place = repr(label) if label else f"reader() in {called_from(sys._getframe(1))}"
         reads = self._task_reads()
-        return ReaderEntry(reads, place, lambda: self._after(after, timeout, label, reads.here()))
+        return ReaderEntry(reads, place, lambda: self._after(after, timeout, reads.here()))
 
     @overload
     def watch(
@@ -441,14 +442,12 @@ class AsyncDbWriter(Strict):
         core = self._core()
         return AsyncWatch(core.live, *core.watched(what, params, label), every, self, self._task_reads())
 
-    def _read(self, read: Read[T], label: Label, timeout: Seconds, after: After) -> Coroutine[Any, Any, T]:
+    def _read(self, read: Read[T], timeout: Seconds, after: After) -> Coroutine[Any, Any, T]:
         reads = self._task_reads()
-        return self._read_there(read, reads, reads.here(), label, timeout, after)
+        return self._read_there(read, reads, reads.here(), timeout, after)
 
-    async def _read_there(
-        self, read: Read[T], reads: TaskReads, here: Any, label: Label, timeout: Seconds, after: After
-    ) -> T:
-        return await reads.read(read, here, await self._after(after, timeout, label, here))
+    async def _read_there(self, read: Read[T], reads: TaskReads, here: Any, timeout: Seconds, after: After) -> T:
+        return await reads.read(read, here, await self._after(after, timeout, here))
 
     def _task_reads(self) -> TaskReads:
         core = self._core()
@@ -458,10 +457,8 @@ class AsyncDbWriter(Strict):
                     self._reads = TaskReads(core.pool, core.state, self._deadlines, f"{core.label}-reader")
         return self._reads
 
-    async def _after(self, after: After, timeout: Seconds, label: Label, here: Any) -> float:
+    async def _after(self, after: After, timeout: Seconds, here: Any) -> float:
         """Wait until the write ``after`` is committed; returns the deadline of the read."""
-        if label is not None:
-            check_label(label)
         if timeout != 30.0:
             check_timeout(timeout)
         deadline = deadline_of(timeout)

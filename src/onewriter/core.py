@@ -25,6 +25,7 @@ from onewriter.base.arguments import (
     check_seconds,
     check_sql,
     check_timeout,
+    exact,
     name_of,
 )
 from onewriter.base.log import call_safely, report
@@ -151,11 +152,13 @@ class Core:
         ):  # as nearly every function
             return FunctionJob(self.state, what, what.__qualname__, frame, bounded)
         if label is not None:
-            check_label(label)
-        if isinstance(what, str):
+            label = check_label(label)
+        if type(what) is str:
             if foreign_keys is not None:
                 raise TypeError("foreign_keys goes with a function or run_script, not with one statement")
             return StatementJob(self.state, what, capture(what, params), label, frame, bounded)
+        if isinstance(what, str):
+            return self.job(exact(what), params, label, foreign_keys, frame, bounded)
         check_job(what, params)
         check_foreign_keys(foreign_keys)
         label = label or name_of(what)
@@ -166,14 +169,13 @@ class Core:
     def many(
         self, sql: str, rows: Iterable[Any], label: Label, frame: types.FrameType, bounded: bool = False
     ) -> Job[Result]:
-        check_many(check_sql(sql))
-        check_label(label)
+        sql, label = check_sql(sql), check_label(label)
+        check_many(sql)
         captured = capture_many(sql, rows)
         return LoanJob(self.state, lambda loan: loan.statement_many(sql, captured), label, frame, sql, bounded=bounded)
 
     def script(self, sql: str, label: Label, foreign_keys: bool | None, frame: types.FrameType) -> Job[None]:
-        check_sql(sql)
-        check_label(label)
+        sql, label = check_sql(sql), check_label(label)
         check_foreign_keys(foreign_keys)
         name = sql or "script"
         inside, turns_keys_off = inside_of_dump(sql)
@@ -182,8 +184,9 @@ class Core:
         return LoanJob(self.state, lambda loan: loan.script(inside), label, frame, name, foreign_keys)
 
     def bare(self, what: Any, params: Any, label: Label, frame: types.FrameType) -> Job[Any]:
-        check_label(label)
+        label = check_label(label)
         if isinstance(what, str):
+            what = exact(what)
             return BareStatementJob(self.state, what, capture(what, params), label, frame, False)
         check_job(what, params)
         return ConnectionJob(self.state, what, label or name_of(what), frame, False)
@@ -196,7 +199,7 @@ class Core:
 
     def watched(self, what: Any, params: Any, label: Label) -> tuple[Read[Any], object]:
         """The read that a watch repeats, and the key by which watches share it."""
-        read = read_of(what, params, check_label(label))
+        read = read_of(what, params, label)
         if isinstance(read, FunctionRead) or self.options.row_factory is not None:
             return read, object()  # what these give is not to be shared
         return read, (read.sql, repr(read.parameters), read.label)
@@ -206,7 +209,7 @@ class Core:
         self.driver.submit(ControlJob(self.state, "watch", sys._getframe(), None), 0.0)
 
     def checkpoint(self, mode: str, frame: types.FrameType) -> Job[Checkpoint]:
-        check_choice("mode", mode, CHECKPOINTS)
+        mode = check_choice("mode", mode, CHECKPOINTS)
         return ControlJob(self.state, "checkpoint", frame, functools.partial(self.writer.checkpoint, mode))
 
     def accept(self, job: Job[Any], timeout: Seconds) -> None:

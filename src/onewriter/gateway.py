@@ -401,7 +401,7 @@ class DbWriter(Strict):
             The error of ``after``; ValueError if it is another gateway's.
             ReentrantWriteError: inside a ``reader()`` block, whose snapshot will never have ``after``.
         """
-        if isinstance(what, str):
+        if type(what) is str:
             params = capture(what, params)
             if (
                 label is None
@@ -416,19 +416,19 @@ class DbWriter(Strict):
                 return self._use_reader(
                     Claim(label=what, since=now, deadline=now + 30.0, thread=thread), Reader.select, what, params
                 )
-        return self._read(read_of(what, params, label), label, timeout, after)
+        return self._read(read_of(what, params, label), timeout, after)
 
     def read_one(
         self, sql: str, params: Params = (), /, *, label: Label = None, timeout: Seconds = 30.0, after: After = None
     ) -> Any:
         """Return the first row of a SELECT, or None. Otherwise as ``read``."""
-        return self._read(sql_read(sql, params, FETCHONE, label), label, timeout, after)
+        return self._read(sql_read(sql, params, FETCHONE, label), timeout, after)
 
     def read_value(
         self, sql: str, params: Params = (), /, *, label: Label = None, timeout: Seconds = 30.0, after: After = None
     ) -> Any:
         """Return the first column of the first row, whatever ``row_factory`` is, or None. Otherwise as ``read``."""
-        return self._read(sql_read(sql, params, first_value, label), label, timeout, after)
+        return self._read(sql_read(sql, params, first_value, label), timeout, after)
 
     def reader(
         self, *, label: Label = None, timeout: Seconds = 30.0, after: After = None
@@ -446,13 +446,13 @@ class DbWriter(Strict):
         Raises:
             ReadTimeoutError: no connection in time.
         """
-        check_label(label)
+        label = check_label(label)
         check_timeout(timeout)
         return self._reader(repr(label) if label else f"reader() in {called_from(sys._getframe(1))}", timeout, after)
 
     @contextlib.contextmanager
     def _reader(self, label: str, timeout: Seconds, after: After) -> Iterator[sqlite3.Connection]:
-        here, deadline = self._wait_for(after, timeout, None)
+        here, deadline = self._wait_for(after, timeout)
         if isinstance(here, Snapshot):
             with here.shared() as connection:
                 yield connection
@@ -633,8 +633,8 @@ class DbWriter(Strict):
         finally:
             del job  # an error's traceback would hold it, and it holds the error
 
-    def _read(self, read: Read[T], label: Label, timeout: Seconds, after: After) -> T:
-        here, until = self._wait_for(after, timeout, label)
+    def _read(self, read: Read[T], timeout: Seconds, after: After) -> T:
+        here, until = self._wait_for(after, timeout)
         return self._use_reader(new_claim(read.label, until), read.alone) if here is None else read.inside(here, until)
 
     def _transaction_here(self) -> WriteLoan | None:
@@ -651,11 +651,9 @@ class DbWriter(Strict):
             self._state.here()  # inside a statement of the writer nothing can be read
         return None
 
-    def _wait_for(self, after: After, timeout: Seconds, label: Label) -> tuple[WriteLoan | Snapshot | None, float]:
+    def _wait_for(self, after: After, timeout: Seconds) -> tuple[WriteLoan | Snapshot | None, float]:
         """Wait until the write ``after`` is committed; returns where the read goes, and its deadline."""
         warn_of_blocking()
-        if label is not None:
-            check_label(label)
         if timeout != 30.0:
             check_timeout(timeout)
         deadline = deadline_of(timeout)

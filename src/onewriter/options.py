@@ -8,7 +8,7 @@ import sqlite3
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from onewriter.base.arguments import check_callback, check_choice, check_count, check_label, check_seconds
+from onewriter.base.arguments import check_callback, check_choice, check_count, check_label, check_seconds, exact
 from onewriter.sqlite.settings import Settings, check_pragmas
 
 SYNCHRONOUS = ("OFF", "NORMAL", "FULL", "EXTRA")
@@ -44,12 +44,15 @@ class Options:
         check_count("wal_limit", self.wal_limit, least=0)
         for name in ("lock_timeout", "slow_after", "max_hold"):
             check_seconds(name, getattr(self, name))
-        check_choice("synchronous", self.synchronous, SYNCHRONOUS)
-        check_choice("journal_mode", self.journal_mode, JOURNAL_MODES)
+        chosen = {
+            "synchronous": check_choice("synchronous", self.synchronous, SYNCHRONOUS),
+            "journal_mode": check_choice("journal_mode", self.journal_mode, JOURNAL_MODES),
+            "label": check_label(self.label),
+        }
+        vars(self).update(chosen)  # frozen for all others
         for name in ("on_connect", "on_error", "on_event", "row_factory"):
             if getattr(self, name) is not None:
                 check_callback(name, getattr(self, name))
-        check_label(self.label)
         if not isinstance(self.detect_types, int):
             raise TypeError(f"detect_types must be an int, not {type(self.detect_types).__name__}")
         if not 0 <= self.detect_types < 2**31:
@@ -63,4 +66,6 @@ class Options:
         """Those that every connection of the gateway is opened with."""
         names = {field.name for field in dataclasses.fields(Settings)} - {"path", "pragmas"}
         chosen = {name: getattr(self, name) for name in names}
-        return Settings(path=path, pragmas=dict(self.pragmas or {}), **chosen)
+        wanted = self.pragmas or {}
+        pragmas = {exact(name): value if isinstance(value, int) else exact(value) for name, value in wanted.items()}
+        return Settings(path=path, pragmas=pragmas, **chosen)

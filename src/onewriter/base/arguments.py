@@ -78,15 +78,23 @@ def check_count(name: str, value: object, least: int = 1) -> None:
         raise ValueError(f"{name} must be at least {least}, not {value}")
 
 
-def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+def exact(text: str) -> str:
+    """A plain ``str``: one of a subclass may run any code, on the writer thread and in the midst of our work."""
+    return text if type(text) is str else str.__str__(text)
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> str:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+    return exact(value)
 
 
-def check_label(label: object) -> Any:
-    if label is not None and not isinstance(label, str):
+def check_label(label: str | None) -> str | None:
+    if label is None:
+        return None
+    if not isinstance(label, str):
         raise TypeError(f"label must be a str, not {type(label).__name__}")
-    return label
+    return exact(label)
 
 
 def check_foreign_keys(value: object) -> None:
@@ -99,7 +107,7 @@ def check_no_params(params: object) -> None:
         raise TypeError("parameters go with SQL; a function gets its values from its closure or functools.partial")
 
 
-def check_sql(sql: object) -> str:
+def check_sql(sql: str) -> str:
     if not isinstance(sql, str):
         raise TypeError(f"the SQL must be a str, not {type(sql).__name__}")
-    return sql
+    return exact(sql)

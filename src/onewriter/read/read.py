@@ -6,7 +6,7 @@ import sqlite3
 from collections.abc import Callable
 from typing import Any, Generic, TypeAlias, TypeVar
 
-from onewriter.base.arguments import check_read, check_sql, name_of
+from onewriter.base.arguments import check_label, check_read, check_sql, exact, name_of
 from onewriter.read.reader import FETCHALL, Fetch, Reader, Snapshot
 from onewriter.sqlite.parameters import capture
 from onewriter.sqlite.result import refuse_live
@@ -64,12 +64,13 @@ Read: TypeAlias = SqlRead[T] | FunctionRead[T]
 
 def sql_read(sql: str, params: Any, fetch: Fetch[T], label: str | None) -> SqlRead[T]:
     """A SELECT with its parameters, copied now."""
-    return SqlRead(check_sql(sql), params, fetch, label)
+    return SqlRead(check_sql(sql), params, fetch, check_label(label))
 
 
 def read_of(what: str | Callable[[sqlite3.Connection], Any], params: Any, label: str | None) -> Read[Any]:
     """The read that ``read`` was called for."""
+    label = check_label(label)
     if isinstance(what, str):
-        return SqlRead(what, params, FETCHALL, label)
+        return SqlRead(exact(what), params, FETCHALL, label)
     check_read(what, params)
     return FunctionRead(what, repr(label or name_of(what)))

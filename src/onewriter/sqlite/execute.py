@@ -72,7 +72,8 @@ class Executor:
     def insert(self, sql: str, parameters: Parameters) -> Result | int:
         """Like ``execute``, but returns only the rowid if a plain INSERT has added one row."""
         if sql is not self._known:
-            text = describe_sql(check_sql(sql))
+            sql = check_sql(sql)
+            text = describe_sql(sql)
             if not text.inserts or text.returning or text.behind_with:
                 return self._execute(sql, parameters)
             self._known, self._table = sql, text.table

@@ -16,6 +16,7 @@ import sqlite3
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
+from onewriter.base.arguments import exact
 from onewriter.sqlite.connection import read_control
 from onewriter.sqlite.pragma_values import pragma
 from onewriter.sqlite.retry import error_code
@@ -147,8 +148,12 @@ class LentTransaction:
 
     def run(self, method: Callable[..., Any], cursor: sqlite3.Cursor, sql: Any = None, /, *rest: Any) -> None:
         """``cursor.execute(sql, …)`` or ``executemany``, which begins a transaction where sqlite3 does."""
-        text = describe_sql(sql) if isinstance(sql, str) else None
-        if text is None or text.verb in ASKING:
+        if not isinstance(sql, str):
+            method(cursor, sql, *rest)
+            return
+        sql = exact(sql)
+        text = describe_sql(sql)
+        if text.verb in ASKING:
             method(cursor, sql, *rest)
         elif text.verb not in CHANGING:
             self.run_bare(method, cursor, sql, *rest)

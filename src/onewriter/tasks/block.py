@@ -68,6 +68,9 @@ class TaskBlock(Block):
         return True
 
     def lend(self, tx: WriteLoan) -> None:
+        if why := self._is_lost():  # perhaps with hundreds of others, while they waited in line
+            tx.revoke(why)
+            raise tx.closed_error()
         tx.limit(self.max_hold)
         tx.set_time_limit()  # so that the end of the block ends a statement too
         tx.lend()

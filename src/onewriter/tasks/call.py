@@ -21,12 +21,13 @@ class Call(Generic[T]):
              it among ``_asked``.
     """
 
-    __slots__ = ("_asked", "_claim", "_error", "_result", "_signal", "is_done", "then")
+    __slots__ = ("_asked", "_claim", "_error", "_first", "_result", "_signal", "is_done", "then")
 
     def __init__(self, claim: Claim | None, function: Callable[..., T], *args: Any) -> None:
         self._asked = [(function, args)]
         self._claim = claim  # whose connection it uses
-        self._signal: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._first: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._signal = self._first  # of the present wait; ``ended`` has others
         self._result: Any = None
         self._error: BaseException | None = None
         self.is_done = False
@@ -34,7 +35,7 @@ class Call(Generic[T]):
 
     def run(self) -> None:
         """In the thread: call the function, unless the task has given up."""
-        if self._signal.cancelled():
+        if self._first.cancelled():
             return
         try:
             function, args = self._asked.pop()

@@ -37,7 +37,8 @@ class AsyncTransaction(Strict):
 
     def executemany(self, sql: str, seq_of_params: Iterable[Params], /) -> Coroutine[Any, Any, Result]:
         """As ``Transaction.executemany``."""
-        check_many(check_sql(sql))
+        sql = check_sql(sql)
+        check_many(sql)
         return self._block.call(self._transaction.statement_many, sql, capture_many(sql, seq_of_params))
 
     def executescript(self, sql: str, /) -> Coroutine[Any, Any, None]:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from time import monotonic
 from typing import Any
 
+from onewriter.base.arguments import exact
 from onewriter.base.log import call_all_safely
 from onewriter.base.state import State
 from onewriter.base.waiting import SLICE
@@ -42,7 +43,7 @@ class Block(Job[None]):
     logs_failure = False  # its own thread or task gets the error
 
     def __init__(self, state: State, label: str | None, max_hold: float, frame: types.FrameType) -> None:
-        Job.__init__(self, state, label or "transaction", frame, None)
+        Job.__init__(self, state, "transaction" if label is None else exact(label) or "transaction", frame, None)
         self.max_hold = max_hold
         self.loop: AbstractEventLoop | None = None  # in whose thread it is entered
         self.transaction: WriteLoan | None = None

@@ -6,7 +6,7 @@ import types
 from collections.abc import Callable, Iterable, Mapping, Set
 from typing import TypeAlias
 
-from onewriter.base.arguments import check_job, check_label, name_of
+from onewriter.base.arguments import check_job, check_label, exact, name_of
 from onewriter.base.state import State
 from onewriter.sqlite.guard import Mode
 from onewriter.sqlite.statement import inside_of_dump
@@ -27,7 +27,7 @@ class Migration:
         # A set has no order, and steps taken in another one would count as run.
         if isinstance(steps, str | Set | Mapping) or not isinstance(steps, Iterable):
             raise TypeError(f"steps must be a sequence of scripts and functions, not {type(steps).__name__}")
-        self.steps = tuple(steps)
+        self.steps = tuple(exact(step) if isinstance(step, str) else step for step in steps)
         for step in self.steps:
             if not isinstance(step, str):
                 check_job(step, ())

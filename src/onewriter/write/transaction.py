@@ -57,7 +57,8 @@ class Transaction:
 
         If one fails and the error is caught, the rows before it stay, as in ``sqlite3``; in a ``savepoint()`` none do.
         """
-        check_many(check_sql(sql))
+        sql = check_sql(sql)
+        check_many(sql)
         return self._loan.statement_many(sql, capture_many(sql, seq_of_params))
 
     def executescript(self, sql: str, /) -> None:

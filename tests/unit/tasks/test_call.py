@@ -123,6 +123,20 @@ def test_who_waits_for_its_end_sees_one_that_comes_just_before(monkeypatch: pyte
     run(main)
 
 
+def test_what_is_waited_for_in_any_case_begins_although_the_task_was_cancelled_before() -> None:
+    async def main() -> None:
+        call = Call(None, began.append, 1)
+        waiting = asyncio.create_task(call.ended())
+        await asyncio.sleep(0)
+        waiting.cancel()
+        call.run()
+        assert isinstance(await waiting, asyncio.CancelledError)
+        assert began == [1]
+
+    began: list[int] = []
+    run(main)
+
+
 def test_its_claim_is_said_to_be_in_the_thread_while_that_is_so() -> None:
     async def main() -> None:
         claim = new_claim("read")
