@@ -31,7 +31,7 @@ from onewriter.read.read import Read, read_of, sql_read
 from onewriter.read.reader import FETCHONE
 from onewriter.sqlite.parameters import Params
 from onewriter.sqlite.result import Result, first_value
-from onewriter.tasks.block import TaskBlock, TaskSavepoint, perform_inside
+from onewriter.tasks.block import TaskBlock, TaskSavepoint
 from onewriter.tasks.calls import LoopDeadlines, and_the_log, in_thread
 from onewriter.tasks.entry import TaskEntry
 from onewriter.tasks.reader import AsyncReader, ReaderEntry, TaskReads
@@ -39,6 +39,7 @@ from onewriter.tasks.transaction import AsyncTransaction
 from onewriter.tasks.watch import AsyncWatch
 from onewriter.write.checkpoint import Checkpoint
 from onewriter.write.migrate import Migration
+from onewriter.write.nested import perform_inside
 from onewriter.write.ticket import Job, Ticket
 
 T = TypeVar("T")
@@ -329,7 +330,7 @@ class AsyncDbWriter(Strict):
             if isinstance(here, TaskBlock | TaskSavepoint):
                 if alone or job.foreign_keys is not None:
                     core.state.refuse_endless_wait(alone or "foreign_keys=", awaits=True)
-                return here.block.call(perform_inside, here.block, job)
+                return here.block.call(perform_inside, here.lends(), job)
         return self._wait_for(core, job, timeout)
 
     async def _wait_for(self, core: Core, job: Job[T], timeout: Seconds) -> T:

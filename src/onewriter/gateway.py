@@ -36,6 +36,7 @@ from onewriter.write.checkpoint import Checkpoint
 from onewriter.write.entry import Entry
 from onewriter.write.jobs import FunctionJob, StatementJob
 from onewriter.write.loan import WriteLoan
+from onewriter.write.nested import perform_inside
 from onewriter.write.ticket import Job, Ticket
 from onewriter.write.transaction import Transaction
 
@@ -452,7 +453,7 @@ class DbWriter(Strict):
 
     @contextlib.contextmanager
     def _reader(self, label: str, timeout: Seconds, after: After) -> Iterator[sqlite3.Connection]:
-        here, deadline = self._wait_for(after, timeout)
+        here, deadline = self._wait_for(after, timeout, is_apart=True)
         if isinstance(here, Snapshot):
             with here.shared() as connection:
                 yield connection
@@ -608,8 +609,7 @@ class DbWriter(Strict):
         if transaction is not None:
             if job.foreign_keys is not None:
                 raise ReentrantWriteError("foreign_keys= needs a transaction of its own: call it outside the job")
-            with transaction.savepoint():
-                result = job.perform(transaction)
+            result = perform_inside(transaction, job)
             if isinstance(transaction.job, ThreadBlock):
                 transaction.job.nested += 1
             return result
@@ -642,22 +642,27 @@ class DbWriter(Strict):
         here = self._state.here()
         return here if isinstance(here, WriteLoan) else None
 
-    def _reads_from(self) -> WriteLoan | Snapshot | None:
-        """The loan that a read in the innermost job, block or reader uses; None: it takes a connection of the pool."""
+    def _reads_from(self, is_apart: bool) -> WriteLoan | Snapshot | None:
+        """The loan that a read in the innermost job, block or reader uses; None: it takes a connection of the pool.
+        ``is_apart``: it would not use that of a job.
+        """
         here = None if enclosing() is None else self._state.scopes.innermost()
         if here is not None:
             return here.lends()  # type: ignore[no-any-return]
-        if get_ident() == self._state.writer_thread:
-            self._state.here()  # inside a statement of the writer nothing can be read
+        job = self._state.job
+        if get_ident() == self._state.writer_thread and not (is_apart and job is not None and job.in_transaction):
+            self._state.here()  # inside a statement of the writer its connection cannot be used
         return None
 
-    def _wait_for(self, after: After, timeout: Seconds) -> tuple[WriteLoan | Snapshot | None, float]:
+    def _wait_for(
+        self, after: After, timeout: Seconds, is_apart: bool = False
+    ) -> tuple[WriteLoan | Snapshot | None, float]:
         """Wait until the write ``after`` is committed; returns where the read goes, and its deadline."""
         warn_of_blocking()
         if timeout != 30.0:
             check_timeout(timeout)
         deadline = deadline_of(timeout)
-        here = self._reads_from()
+        here = self._reads_from(is_apart)
         if after is not None:
             self._core.check_after(after, here)
             if not after.done():

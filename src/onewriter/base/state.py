@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import threading
+import weakref
 from _thread import RLock
 from asyncio import AbstractEventLoop, _get_running_loop
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from time import monotonic
 from typing import Any, Protocol
 
@@ -18,6 +19,7 @@ from onewriter.errors import ReentrantWriteError, WriterBrokenError, forked_erro
 
 IN_STATEMENT = "a function that SQLite calls while it runs a statement cannot use the connection of that statement"
 HAS_ITS_OWN = "a function of run_without_transaction reads and writes on its connection: the writer waits for its end"
+ELSEWHERE = "in another context a call is not inside its job, and waits for its end: give it a copy of the context"
 INHERITED = "belongs to the parent of this process"
 is_owned = RLock._is_owned  # type: ignore[attr-defined]
 FRESH = 0.05  # seconds for which a look at who holds SQLite's lock is good
@@ -52,6 +54,8 @@ class Block(Protocol):
 class Loan(Protocol):
     """The running job's loan of the connection."""
 
+    @property
+    def is_inside(self) -> bool: ...
     def close(self, why: str) -> None: ...
 
 
@@ -92,7 +96,8 @@ class State:
         self.job: Work | None = None  # that runs now
         self.transaction: Loan | None = None
         self.scopes: Scopes[Any] = Scopes()
-        self.blocks: set[Block] = set()  # that tasks have, or wait for
+        # That tasks have, or wait for. Weak: one whose loop is closed is never taken out, and would keep its task.
+        self.blocks: set[weakref.ref[Block]] = set()
         self.waiting: tuple[Work, float] | None = None  # for SQLite's lock, and since when
         self.live: Live | None = None  # while something is watched
         self.calling_back: tuple[Work | None, float] | None = None  # whose callbacks are called (None: on_event), since
@@ -175,8 +180,9 @@ class State:
         """The block or job that a call which writes belongs to: a Transaction, or the object of a task's block."""
         here = self.scopes.innermost(writes=True)
         if here is None and self.job is not None and self.writer_thread == threading.get_ident():
-            is_whole = self.transaction is None and not self.job.in_transaction
-            raise ReentrantWriteError(HAS_ITS_OWN if is_whole else IN_STATEMENT)
+            if self.transaction is None:
+                raise ReentrantWriteError(IN_STATEMENT if self.job.in_transaction else HAS_ITS_OWN)
+            raise ReentrantWriteError(IN_STATEMENT if self.transaction.is_inside else ELSEWHERE)
         if here is not None and self.entering and threading.get_ident() in self.entering:
             self.refuse_endless_wait("a write")  # by a signal handler, as its thread begins or ends the block
         return here
@@ -200,7 +206,18 @@ class State:
             return True
         # A block that a task has, or will have before that, cannot end while the thread of its loop waits.
         loop = _get_running_loop() if self.blocks else None
-        return loop is not None and any(block.needs(loop) and block.created_at <= since for block in tuple(self.blocks))
+        return loop is not None and any(self._needs(loop, since))
+
+    def _needs(self, loop: AbstractEventLoop, since: float) -> Iterator[bool]:
+        for known in tuple(self.blocks):
+            block = known()
+            yield block is not None and block.needs(loop) and block.created_at <= since
+
+    def note_block(self, block: Block) -> None:
+        self.blocks.add(weakref.ref(block, self.blocks.discard))
+
+    def forget_block(self, block: Block) -> None:
+        self.blocks.discard(weakref.ref(block))
 
     def is_inside(self) -> bool:
         """Whether a finalizer or signal handler made this call, which interrupted its thread inside a lock of ours, or

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
+import weakref
 from asyncio import _get_running_loop
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from threading import get_ident
 from time import monotonic
-from typing import Any
+from typing import Any, Protocol
 
 from onewriter.base.state import State
 from onewriter.base.waiting import thread_signal, wake
@@ -31,6 +32,12 @@ class Idle(list[Reader]):
 NONE_IDLE = Idle()
 
 
+class Threads(Protocol):
+    """In which tasks read."""
+
+    def shutdown(self) -> None: ...
+
+
 class Places:
     """Which claim has which connection of a pool. No SQLite.
 
@@ -44,6 +51,7 @@ class Places:
     """
 
     clock: ReadClock
+    used_by: weakref.WeakSet[Threads]  # which end when all are back in a pool that is closed
 
     def __init__(self, size: int, state: State) -> None:
         self.size = size
@@ -61,6 +69,7 @@ class Places:
         self._closed = False
         self._all_back = threading.Event()
         self._on_all_back: Callable[[], object] = str  # or what is to be called then
+        self.used_by = weakref.WeakSet()
         self._paused_until = 0.0  # no claim is admitted until then; 0: there is no pause
         self._returned = threading.Event()  # in a pause: one has come back
 
@@ -218,6 +227,8 @@ class Places:
         if self._closed and not self._count:
             self._all_back.set()
             self.clock.end()
+            for threads in list(self.used_by):
+                threads.shutdown()
             with self._lock:
                 function, self._on_all_back = self._on_all_back, str
             function()

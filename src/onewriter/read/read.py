@@ -11,6 +11,7 @@ from onewriter.read.reader import FETCHALL, Fetch, Reader, Snapshot
 from onewriter.sqlite.parameters import capture
 from onewriter.sqlite.result import refuse_live
 from onewriter.write.loan import WriteLoan
+from onewriter.write.read_loan import query, read_with
 
 T = TypeVar("T")
 
@@ -30,8 +31,7 @@ class SqlRead(Generic[T]):
         """Read in an open job, block or reader."""
         if isinstance(loan, Snapshot):
             return loan.query(self.sql, self.parameters, self.fetch, self.label, until)
-        rows: T = loan.query(self.sql, self.parameters, self.fetch, until)
-        return rows
+        return query(loan, self.sql, self.parameters, self.fetch, until)
 
     def alone(self, reader: Reader) -> T:
         """Read with a connection of the pool."""
@@ -51,7 +51,7 @@ class FunctionRead(Generic[T]):
         """Call it in an open job, block or reader."""
         if isinstance(loan, Snapshot):
             return loan.read_with(self.function, self.label, until)
-        return loan.read_with(self.function, until)
+        return read_with(loan, self.function, until)
 
     def alone(self, reader: Reader) -> T:
         """Call it with a connection of the pool."""

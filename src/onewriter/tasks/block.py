@@ -17,7 +17,6 @@ from onewriter.errors import ReadTimeoutError, TransactionClosedError
 from onewriter.tasks.call import Call
 from onewriter.write.block import COLLECTED, Block
 from onewriter.write.loan import ENDED, WriteLoan
-from onewriter.write.ticket import Job
 
 T = TypeVar("T")
 LOOK = 0.05  # seconds between two looks at whether the loop is closed
@@ -46,7 +45,7 @@ class TaskBlock(Block):
         """A task is about to enter it."""
         self.created_at, self.loop = monotonic(), asyncio.get_running_loop()
         self.line_up(self.loop.create_future())
-        self._state.blocks.add(self)
+        self._state.note_block(self)
 
     @property
     def block(self) -> TaskBlock:
@@ -203,9 +202,3 @@ def open_one(savepoint: TaskSavepoint | None) -> TaskSavepoint | None:
     while savepoint is not None and not savepoint.is_open:
         savepoint = savepoint.outer
     return savepoint
-
-
-def perform_inside(block: TaskBlock, job: Job[T]) -> T:
-    transaction = block.lends()
-    with transaction.part():
-        return job.perform(transaction)

@@ -46,7 +46,7 @@ class TaskEntry:
         here = state.scopes.innermost(writes=True)
         if isinstance(here, TaskBlock | TaskSavepoint):
             outer = here.lends()
-            inner = outer.nested()
+            inner = outer.nested(block)
             self._part = SavepointEntry(here.block, outer, inner)
             await self._part.__aenter__()
             return AsyncTransaction(here.block, inner)
@@ -55,7 +55,7 @@ class TaskEntry:
         try:
             loan = await self._granted()
         except BaseException:
-            state.blocks.discard(block)
+            state.forget_block(block)
             raise
         self._scope = state.scopes.enter(block, writes=True)
         self._collected = leave_if_collected(self, _leave, block, True)
@@ -118,4 +118,4 @@ async def _leave(block: TaskBlock, failed: bool) -> asyncio.CancelledError | Non
         block.call_back()
         return cancelled
     finally:
-        block._state.blocks.discard(block)
+        block._state.forget_block(block)

@@ -47,6 +47,7 @@ class TaskReads:
         self.state = state
         self._deadlines = deadlines
         self.threads = ReadingThreads(pool.size, name, state)
+        pool.used_by.add(self.threads)
 
     def here(self) -> Any:
         """The innermost block, job or reader that the caller is inside: its reads belong to it."""
@@ -144,6 +145,8 @@ class TaskReads:
 
     async def end(self, claim: Claim, snapshot: Snapshot | None) -> asyncio.CancelledError | None:
         """Give back what a block has, in a thread, even if the task is cancelled; returns that cancellation."""
+        if not self._pool.is_out(claim):
+            return None
         try:
             call = Call(claim, self._finish, claim, snapshot)
             self.threads.submit(call)

@@ -29,7 +29,7 @@ class AsyncTransaction(Strict):
     @property
     def label(self) -> str:
         """The block's label."""
-        return self._block.label
+        return self._transaction.label
 
     def execute(self, sql: str, params: Params = (), /) -> Coroutine[Any, Any, Result]:
         """As ``Transaction.execute``."""

@@ -162,7 +162,7 @@ class ThreadBlock(Block):
         self.created_at, self.thread, self.finalizer = monotonic(), threading.current_thread(), {}
         if loop is not None:
             self.loop = loop
-            self._state.blocks.add(self)
+            self._state.note_block(self)
 
     def is_mine_to_end(self) -> bool:
         """Whether the calling thread is the one that ends it, since its entry is collected."""

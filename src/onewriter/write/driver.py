@@ -54,6 +54,7 @@ class ThreadDriver:
         self._writer = writer
         self.submit = writer.queue.put
         self._ready = threading.Event()
+        self._ended = threading.Event()
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._main, name=f"{writer.label}-writer", daemon=True)
         writer.state.reporter = Reporter(writer.state, f"{writer.label}-log")
@@ -106,28 +107,41 @@ class ThreadDriver:
         pass  # the thread is not there
 
     def join(self, timeout: float | None) -> bool:
-        self._thread.join(None if timeout is None else min(timeout, threading.TIMEOUT_MAX))
-        return not self._thread.is_alive()
+        # Before 3.13, a join that Ctrl-C ends says of the thread that it has ended.
+        if not self._ended.wait(None if timeout is None else min(timeout, threading.TIMEOUT_MAX)):
+            return False
+        self._thread.join()  # which is about to end
+        return True
 
     def _main(self) -> None:
         writer = self._writer
         writer.state.writer_thread = threading.get_ident()
         try:
-            writer.open()
+            if self._opens():
+                self._write_all()
+        finally:
+            writer.state.writer_thread = 0  # the system gives the number to other threads
+            self._ended.set()
+
+    def _opens(self) -> bool:
+        try:
+            self._writer.open()
+            return True
         except BaseException as error:
             self._failure = error
-            writer.end()
-            return
+            self._writer.end()
+            return False
         finally:
             self._ready.set()
+
+    def _write_all(self) -> None:
         try:
             while self._work():
                 pass
         except BaseException as error:
-            writer.broke(error)
+            self._writer.broke(error)
         finally:
-            writer.end()
-            writer.state.writer_thread = 0  # the system gives the number to other threads
+            self._writer.end()
 
     def _work(self) -> bool:
         """Write what waits, or wait for it; False at the end. Keeps nothing of the last jobs alive while it waits."""

@@ -9,17 +9,23 @@ import types
 import weakref
 from _thread import start_new_thread
 from asyncio import _get_running_loop
-from collections.abc import Iterator
 from threading import get_ident
 from typing import Any, Protocol
 
 from onewriter.base.log import report, warn_of_blocking
 from onewriter.base.scopes import Scope, enclosing
 from onewriter.base.state import IN_STATEMENT
-from onewriter.errors import ReentrantWriteError, WriterBrokenError, WriterClosedError, forked_error
+from onewriter.errors import (
+    ReentrantWriteError,
+    TransactionClosedError,
+    WriterBrokenError,
+    WriterClosedError,
+    forked_error,
+)
 from onewriter.events import Hook, announce
 from onewriter.write.block import ThreadBlock
 from onewriter.write.loan import WriteLoan
+from onewriter.write.nested import part_of
 from onewriter.write.transaction import Transaction
 
 
@@ -43,7 +49,7 @@ class Entry:
 
     _is_new = True
     _scope: Scope[Any] | None = None  # as long as it is open
-    _part: contextlib.AbstractContextManager[Transaction] | None = None
+    _part: contextlib.AbstractContextManager[WriteLoan] | None = None
 
     def __init__(
         self, block: ThreadBlock, timeout: float | None, turns: Turns, hook: Hook | None, gateway: str
@@ -64,8 +70,8 @@ class Entry:
         if enclosing() is not None or state.job is not None:
             outer = state.here()
             if isinstance(outer, WriteLoan):
-                self._part = nested(outer)
-                return self._part.__enter__()
+                self._part = part_of(outer, block)
+                return Transaction(self._part.__enter__())
         if state.forked or state.would_deadlock():
             state.refuse_endless_wait("transaction()")
         me = get_ident()
@@ -98,6 +104,7 @@ class Entry:
         if self._scope is None:  # its end would be waited for without end
             raise RuntimeError("a block that was not entered cannot be left: use `with`")
         block = self._block
+        was_failed = block.is_given_back and block.failed
         try:
             _leave(block, self._turns, self._scope, kind is not None)
         except RecursionError:  # as in ``__enter__``
@@ -108,6 +115,8 @@ class Entry:
         if kind is GeneratorExit:
             _tell_closed(block, self._gateway)
         elif kind is None and (not block.done() or block.failed_with is not None):
+            if was_failed:  # its own error went on from there
+                raise TransactionClosedError(f"{block.describe()} was left by an error before, and is rolled back")
             block.result()
         return None
 
@@ -170,7 +179,7 @@ def _forget(block: ThreadBlock, scope: Scope[Any] | None) -> None:
     if scope is not None and scope.is_open:
         block._state.scopes.leave(scope)
     if block.loop is not None:
-        block._state.blocks.discard(block)
+        block._state.forget_block(block)
 
 
 def _collected(block: ThreadBlock, turns: Turns, gateway: str, _: object) -> None:
@@ -194,15 +203,3 @@ def _tell_closed(block: ThreadBlock, gateway: str) -> None:
     if block.nested:
         text = "%s: %d writes that were made inside %s are rolled back with it: it was closed or collected"
         report(block._state, logging.WARNING, text, gateway, block.nested, block.describe())
-
-
-@contextlib.contextmanager
-def nested(outer: WriteLoan) -> Iterator[Transaction]:
-    """A ``with transaction()`` inside another, or inside a job: a savepoint of that."""
-    with outer.part():
-        inner = outer.nested()
-        try:
-            with outer.job._state.scopes.inside(inner, writes=True):
-                yield Transaction(inner)
-        finally:
-            inner.end()

@@ -16,15 +16,14 @@ from onewriter.base.waiting import call_if_free
 from onewriter.errors import (
     ForkedError,
     OneWriterError,
-    ReadTimeoutError,
     ReentrantWriteError,
     TransactionAbortedError,
     TransactionClosedError,
     forked_error,
 )
-from onewriter.sqlite.guard import Mode, explain_readonly
+from onewriter.sqlite.guard import Mode
 from onewriter.sqlite.parameters import Params, capture
-from onewriter.sqlite.result import Result, refuse_live
+from onewriter.sqlite.result import Result
 from onewriter.sqlite.retry import is_interrupted
 from onewriter.sqlite.statement import Parameters, describe_sql, script_parts
 from onewriter.sqlite.time_limit import TimeLimit
@@ -57,6 +56,7 @@ class WriteLoan:
     _lent: ConnectionLoan | None = None
     _inside = 0  # the thread whose call is under way: code that SQLite calls back must not use the connection
     _around: WriteLoan | None = None  # of a nested one: that of the whole transaction
+    _named: Job[Any] | None = None  # of a nested one: what it is for
     _until = math.inf
     _read_until: float | None = None  # while a read is under way
     _time_limit: TimeLimit | None = None
@@ -104,13 +104,19 @@ class WriteLoan:
         """Whether the calling thread is in a call of it, so that no other can begin."""
         return self._root._inside == get_ident()
 
+    @property
+    def label(self) -> str:
+        return (self._named or self.job).label
+
     def lends(self) -> WriteLoan:
         """Where reads inside it go."""
         return self
 
-    def nested(self) -> WriteLoan:
-        """The same transaction as a nested block sees it: it has an end of its own."""
-        return WriteLoan(self.session, self.job, outer=self)
+    def nested(self, job: Job[Any]) -> WriteLoan:
+        """The same transaction as ``job``, inside this one, sees it: it has an end of its own."""
+        inner = WriteLoan(self.session, self.job, outer=self)
+        inner._named = job
+        return inner
 
     def call(self, function: Callable[..., T], *args: Any, mode: Mode = Mode.JOB) -> T:
         """Run one call into SQLite, if the loan still holds."""
@@ -175,7 +181,7 @@ class WriteLoan:
         if INHERITED in (self._closed, root._closed):
             return forked_error()
         why = self._closed or root._closed or (TOO_LONG if root._until < monotonic() else ENDED)
-        return TransactionClosedError(f"the transaction of job {self.job.describe()} {why}")
+        return TransactionClosedError(f"the transaction of job {(self._named or self.job).describe()} {why}")
 
     def _refusal(self) -> TransactionClosedError | ForkedError:
         """Of a call that comes too late: if ``max_hold`` is over, the job fails even if it swallows the error."""
@@ -329,7 +335,7 @@ class WriteLoan:
     def callbacks(self, committed: bool) -> list[Callback]:
         return [] if self.parts is None else self.parts.callbacks(committed)
 
-    # Statements and reads, whose parameters were checked and captured already ----------------------------------------
+    # Statements, whose parameters were checked and captured already --------------------------------------------------
 
     def statement(self, sql: str, parameters: Parameters) -> Result:
         """A job that is one statement."""
@@ -358,30 +364,6 @@ class WriteLoan:
     def whole_script(self, sql: str) -> None:
         # One call: another thread's work in between would be undone with it.
         self.call(self.all_parts().whole, self._script, sql)
-
-    def query(self, sql: str, parameters: Parameters, fetch: Callable[[sqlite3.Cursor], T], until: float) -> T:
-        """Run a statement that must not write, and see what the transaction has written."""
-        with self.reading(until) as view:
-            return view.call(view._query, sql, parameters, fetch)  # type: ignore[no-any-return]
-
-    def read_with(self, function: Callable[[sqlite3.Connection], T], until: float) -> T:
-        """Call a function of the user's that must not write; what it calls is inside too."""
-        with self.reading(until) as view, self.job._state.scopes.inside(view, writes=True):
-            return refuse_live(function(view.connection))
-
-    def _query(self, sql: str, parameters: Parameters, fetch: Callable[[sqlite3.Cursor], T]) -> T:
-        with contextlib.closing(sqlite3.Connection.execute(self.session.connection, sql, parameters)) as cursor:
-            return fetch(cursor)
-
-    @contextlib.contextmanager
-    def reading(self, until: float) -> Iterator[ReadLoan]:
-        """For the ``with`` block a view of the transaction that cannot write, and whose statements end at ``until``."""
-        view = ReadLoan(self.session, self.job, outer=self)
-        view.until = min(until, getattr(self, "until", math.inf))
-        try:
-            yield view
-        finally:
-            view.end()
 
     # The connection that libraries get --------------------------------------------------------------------------------
 
@@ -422,44 +404,3 @@ class WriteLoan:
         lent, self._lent = self._lent, None
         if lent is not None:
             lent.put_back()
-
-
-class ReadLoan(WriteLoan):
-    """A transaction as a read in it sees it: no call can write, and each ends at the time ``until``.
-
-    SQLite is told so for each call: between two of them another thread may write.
-    """
-
-    can_write = False
-    until = math.inf
-
-    def call(self, function: Callable[..., T], *args: Any, mode: Mode = Mode.JOB) -> T:
-        result: T = super().call(self._read, function, args, mode=mode)
-        return result
-
-    def call_inside(self, function: Callable[..., T], *args: Any, mode: Mode) -> T:
-        if not self._root._ends_readonly:  # the statement around it is not one of this read
-            raise ReentrantWriteError(IN_STATEMENT)
-        return super().call_inside(function, *args, mode=mode)
-
-    def _explain(self, error: sqlite3.Error) -> None:
-        super()._explain(error)
-        explain_readonly(error)
-        if is_interrupted(error) and monotonic() > self.until:
-            raise ReadTimeoutError(f"a read in job {self.job.describe()} did not finish in time") from error
-
-    def _read(self, function: Callable[..., T], args: tuple[Any, ...]) -> T:
-        root, session = self._root, self.session
-        if self.until != math.inf:
-            root.set_time_limit()
-        root._ends_readonly, root._read_until = True, self.until  # first: Ctrl-C comes behind the call that makes it so
-        try:
-            session.internal("PRAGMA query_only=1")
-            return function(*args)
-        finally:
-            root._read_until = None
-            try:
-                session.internal("PRAGMA query_only=0")
-                root._ends_readonly = False
-            except sqlite3.Error as error:  # as where its time is over: then ``end`` does it
-                session.guard.explain(error)

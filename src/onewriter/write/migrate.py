@@ -9,6 +9,7 @@ from typing import TypeAlias
 from onewriter.base.arguments import check_job, check_label, exact, name_of
 from onewriter.base.state import State
 from onewriter.sqlite.guard import Mode
+from onewriter.sqlite.result import refuse_live
 from onewriter.sqlite.statement import inside_of_dump
 from onewriter.write.jobs import LoanJob
 from onewriter.write.loan import WriteLoan
@@ -59,7 +60,7 @@ class Migration:
         if isinstance(step, str):
             loan.script(inside_of_dump(step)[0])
         else:
-            step(Transaction(loan))
+            refuse_live(step(Transaction(loan)))  # a generator, say, which would never run
         loan.call(loan.session.internal, f"PRAGMA user_version = {version + 1}", mode=Mode.GATEWAY)
         return version + 1
 

@@ -62,9 +62,11 @@ class Outcomes:
             self._state.note_corruption(error)
         policy = self._lock.policy
         note, attempts = f"onewriter: job {job.describe()}", max(1, policy.attempts)
-        if attempts > 1 or is_busy(error):  # one, and it was had, is nothing to tell
+        # Also BUSY, but no lock is in the way: of what the job itself has not ended.
+        met_lock = is_busy(error) and "statements in progress" not in text_of(error)
+        if attempts > 1 or met_lock:  # one, and it was had, is nothing to tell
             note += f", attempts to get SQLite's lock: {attempts}"
-        if is_busy(error):
+        if met_lock:
             note += f" in {policy.waited:.2f} s; {self._lock.in_the_way()}"
         note_descriptors(error)
         if note not in getattr(error, "__notes__", ()):

@@ -29,8 +29,8 @@ class Transaction:
 
     @property
     def label(self) -> str:
-        """The job's label."""
-        return self._loan.job.label
+        """The label of the job or block."""
+        return self._loan.label
 
     @property
     def connection(self) -> sqlite3.Connection:
