@@ -59,7 +59,7 @@ class AsyncDbWriter(Strict):
     def __init__(self, path: str | bytes | os.PathLike[Any], **options: Any) -> None:
         if options.get("inline"):
             raise ValueError("inline=True runs jobs in the calling thread, the loop's: use a temporary file")
-        self._make: Callable[[], Core] = lambda: Core(path, Options(**options))
+        self._make: Callable[[], Core] = lambda: _open(path, Options(**options))
         self._opened: Core | None = None
         self._wrapped: DbWriter | None = None
         self._is_closed = False
@@ -532,6 +532,12 @@ class AsyncDbWriter(Strict):
         if core is None or (self._is_closed and self._wrapped is not None):
             raise WriterClosedError("the gateway is closed" if self._is_closed else NOT_OPEN)
         return core
+
+
+def _open(path: object, options: Options) -> Core:
+    core = Core(path, options)
+    core.open()
+    return core
 
 
 def _close(core: Core) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import math
@@ -11,7 +12,7 @@ import sys
 import tempfile
 import types
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from threading import get_ident
 from time import monotonic
 from typing import Any, TypeAlias, TypeVar
@@ -88,16 +89,21 @@ class Core:
         refuse_old_sqlite()
         refuse_unsafe_sqlite()
         self.options = options
-        self.path, folder = _resolve(path)
-        try:
+        self.path, self._folder = _resolve(path)
+        with self._removed_on_error():
             check_path(os.path.realpath(self.path))
             check_company(os.path.realpath(self.path))
-            self._open(folder)
+            self._build()
+
+    @contextlib.contextmanager
+    def _removed_on_error(self) -> Iterator[None]:
+        try:
+            yield
         except BaseException:
-            _remove(folder)
+            _remove(self._folder)
             raise
 
-    def _open(self, folder: str | None) -> None:
+    def _build(self) -> None:
         options, settings = self.options, self.options.settings(self.path)
         self.label = label = options.label or os.path.basename(self.path)
         self.state = state = State(options.slow_after)
@@ -115,20 +121,28 @@ class Core:
             options.max_hold,
             options.on_error,
             options.on_event,
-            functools.partial(_forget, folder),
+            functools.partial(_forget, self._folder),
         )
         self.driver: Driver = InlineDriver(writer, self.pool.clock) if options.inline else ThreadDriver(writer)
         self.live = LiveQueries(state, self.pool, self.queue.check_open, self._settle_nothing, options.inline)
         submit, hook = self.driver.submit, options.on_event
         self.submit: Submit = submit if hook is None else functools.partial(_announce_and_submit, submit, state, hook)
-        refuse_inherited(self.path)
-        at_exit.refuse_lost(self.path)
-        twins = at_exit.others_on(self.path)
-        at_exit.drain_at_exit(writer, self.driver)  # from now on it may be inherited
-        self.driver.start()
+
+    def open(self) -> None:
+        """Open the database. Apart: the face has it by now, and if Ctrl-C comes behind this, is collected with it."""
+        with self._removed_on_error():
+            try:
+                refuse_inherited(self.path)
+                at_exit.refuse_lost(self.path)
+                twins = at_exit.others_on(self.path)
+                at_exit.drain_at_exit(self.writer, self.driver)  # from now on it may be inherited
+                self.driver.start()
+            except BaseException:
+                self.queue.refuse(closed_error())  # there is nothing to close
+                raise
         if twins:
             text = "%s: %s is open in another DbWriter of this process: they wait for each other as two processes do"
-            report(state, logging.WARNING, text, label, self.path)
+            report(self.state, logging.WARNING, text, self.label, self.path)
 
     # Jobs, made of checked arguments ----------------------------------------------------------------------------------
 

@@ -122,6 +122,7 @@ class DbWriter(Strict):
         )
         self._core = core = Core(path, options)
         self._state, self._submit, self._use_reader = core.state, core.submit, core.pool.use  # which each call asks for
+        core.open()
 
     def __repr__(self) -> str:
         return self._core.describe("DbWriter")

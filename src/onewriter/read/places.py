@@ -51,7 +51,7 @@ class Places:
     """
 
     clock: ReadClock
-    used_by: weakref.WeakSet[Threads]  # which end when all are back in a pool that is closed
+    used_by: set[weakref.ref[Threads]]  # they end when all are back in a pool that is closed
 
     def __init__(self, size: int, state: State) -> None:
         self.size = size
@@ -69,7 +69,7 @@ class Places:
         self._closed = False
         self._all_back = threading.Event()
         self._on_all_back: Callable[[], object] = str  # or what is to be called then
-        self.used_by = weakref.WeakSet()
+        self.used_by = set()
         self._paused_until = 0.0  # no claim is admitted until then; 0: there is no pause
         self._returned = threading.Event()  # in a pause: one has come back
 
@@ -227,8 +227,9 @@ class Places:
         if self._closed and not self._count:
             self._all_back.set()
             self.clock.end()
-            for threads in list(self.used_by):
-                threads.shutdown()
+            for known in tuple(self.used_by):
+                if (threads := known()) is not None:
+                    threads.shutdown()
             with self._lock:
                 function, self._on_all_back = self._on_all_back, str
             function()

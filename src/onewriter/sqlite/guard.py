@@ -10,6 +10,8 @@ import sqlite3
 import threading
 from collections.abc import Callable
 
+from onewriter.base.stack import need_stack
+
 SCHEMA_CHANGES = frozenset((*range(1, 9), *range(10, 18), 26, 29, 30))  # CREATE, DROP, ALTER
 USES = frozenset((sqlite3.SQLITE_READ, sqlite3.SQLITE_SELECT, sqlite3.SQLITE_UPDATE, sqlite3.SQLITE_DELETE))
 WRITES = frozenset((sqlite3.SQLITE_INSERT, sqlite3.SQLITE_UPDATE, sqlite3.SQLITE_DELETE))
@@ -39,6 +41,7 @@ class Mode(enum.Enum):
     VACUUM = "VACUUM outside any transaction"
 
 
+ROOM = 20  # calls in calls, more than an authorizer makes
 IN_TRANSACTION = (Mode.JOB, Mode.ALONE, Mode.LENT)
 OF_ITS_OWN = (Mode.ALONE, Mode.BARE)
 
@@ -114,6 +117,7 @@ class _Refusals:
         if caught is not None:
             raise caught from error
         if unanswered and threading.current_thread() is threading.main_thread():  # the thread of signal handlers
+            need_stack(ROOM)  # or it was a RecursionError, which comes here too
             raise KeyboardInterrupt("a signal handler raised while SQLite prepared a statement") from error
         if reason is not None:
             with contextlib.suppress(BaseException):  # a frozen dataclass, for example, refuses notes

@@ -32,11 +32,11 @@ DUMP_HEAD = re.compile(
     re.DOTALL | re.IGNORECASE,
 )
 DUMP_TAIL = re.compile(
-    r"(?<=[;\n])\s*(?:COMMIT(?:\s+TRANSACTION)?|END\s+TRANSACTION)\s*;?\s*"
-    r"(?:PRAGMA\s+foreign_keys\s*=\s*(?:ON|YES|TRUE|1)\s*;?\s*)?\Z",
-    re.IGNORECASE,
+    rf"(?<=[;\n/])\s*(?:COMMIT(?:{BLANK}++TRANSACTION)?+|END{BLANK}++TRANSACTION)(?:{BLANK}|;)*+"
+    rf"(?:PRAGMA{BLANK}++foreign_keys{BLANK}*+={BLANK}*+(?:ON|YES|TRUE|1)(?:{BLANK}|;)*+)?+\Z",
+    re.DOTALL | re.IGNORECASE,
 )
-LONGEST_TAIL = 200  # characters
+LONGEST_TAIL = 1_000  # characters
 INNERMOST = re.compile(r"\([^()]*+\)")
 PARENTHESIS = re.compile(r"[()]")
 WORD = re.compile(r"(?<![\w$:@])[^\W\d][\w$]*+")  # no parameter names

@@ -47,7 +47,7 @@ class TaskReads:
         self.state = state
         self._deadlines = deadlines
         self.threads = ReadingThreads(pool.size, name, state)
-        pool.used_by.add(self.threads)
+        pool.used_by.add(weakref.ref(self.threads, pool.used_by.discard))
 
     def here(self) -> Any:
         """The innermost block, job or reader that the caller is inside: its reads belong to it."""

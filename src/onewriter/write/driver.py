@@ -10,6 +10,7 @@ from time import monotonic
 from typing import Any, Protocol
 
 from onewriter.base.log import Reporter
+from onewriter.base.stack import need_stack
 from onewriter.base.waiting import thread_signal, wait_in_slices
 from onewriter.errors import QueueFullError, ReentrantWriteError, closed_error, forked_error
 from onewriter.write.block import ThreadBlock, not_entered
@@ -161,6 +162,7 @@ class InlineDriver:
         self._writer = writer
         self._turn = threading.Lock()
         self._inside: set[int] = set()  # the threads that use it, or are about to have it
+        self._open: list[ThreadBlock] = []  # the block that has the turn
         self._ended = False
         clock.turn_off()
 
@@ -197,6 +199,7 @@ class InlineDriver:
             with self._as_writer():
                 self._writer.begin_block(job)
             transaction = job.entered()
+            self._open.append(job)
             self._inside.discard(threading.get_ident())
             return transaction
         except BaseException:
@@ -207,6 +210,10 @@ class InlineDriver:
             raise
 
     def leave(self, job: ThreadBlock) -> None:
+        try:
+            self._open.remove(job)  # in one step: it may be left twice
+        except ValueError:
+            return
         self._inside.add(threading.get_ident())
         try:
             with self._as_writer():
@@ -244,7 +251,7 @@ class InlineDriver:
         me = threading.get_ident()
         if me in self._inside:
             raise ReentrantWriteError("a callback or signal handler cannot wait for the write that it interrupts")
-        _need_stack(STACK)
+        need_stack(STACK)
         has_it = False
         self._inside.add(me)
         try:
@@ -286,9 +293,3 @@ class InlineDriver:
             yield
         finally:
             self._writer.state.writer_thread = 0
-
-
-def _need_stack(calls: int) -> None:
-    """Raise RecursionError now, while nothing was done, and not in the midst of the writer's own code."""
-    if calls:
-        _need_stack(calls - 1)

@@ -290,11 +290,11 @@ class WriteLoan:
         mark: Mark = self.call(parts.begin)
         try:
             yield
+            self.call(parts.end, mark)
         except BaseException:
             with contextlib.suppress(OneWriterError):  # it was undone with all
                 self.call(parts.undo, mark)
             raise
-        self.call(parts.end, mark)
 
     @contextlib.contextmanager
     def savepoint(self) -> Iterator[None]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -71,20 +73,27 @@ class Parts:
         if mark in self._marks:
             self._marks = self._before(mark)
             self._forget_since(mark)
-            self._session.internal(f"ROLLBACK TO {self._name_of(mark)}")
-            self._session.internal(f"RELEASE {self._name_of(mark)}")
+            try:
+                self._session.internal(f"ROLLBACK TO {self._name_of(mark)}")
+            except sqlite3.OperationalError as error:  # Ctrl-C came just behind its RELEASE
+                if "no such savepoint" not in str(error):
+                    raise
+                return
+            # Refused while a RETURNING of a lent connection is half read; then it goes with the one around it.
+            with contextlib.suppress(sqlite3.OperationalError):
+                self._session.internal(f"RELEASE {self._name_of(mark)}")
 
     def whole(self, function: Callable[..., T], *args: Any) -> T:
         """Call ``function``: all that it does, or nothing."""
         mark = self.begin()
         try:
             result = function(*args)
+            self.end(mark)
+            return result
         except BaseException:
             if self._session.connection.in_transaction:  # else it was undone with all
                 self.undo(mark)
             raise
-        self.end(mark)
-        return result
 
     def undo_innermost(self) -> None:
         """Undo what the innermost part has done so far; it stays open. Without one, all of the job."""

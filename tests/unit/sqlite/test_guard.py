@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -462,3 +463,23 @@ def test_a_setting_that_is_put_back_at_once_is_told(path: Path, caplog: pytest.L
         assert db.read_value("PRAGMA user_version") == 7
         db.flush()
         assert not caplog.records
+
+
+def test_too_deep_a_recursion_while_sqlite_asks_is_no_interrupt(db: DbWriter) -> None:
+    """It comes before the authorizer's own code, as what a signal handler raises may."""
+
+    def deeper(left: int) -> None:
+        if left:
+            deeper(left - 1)
+        else:
+            with db.transaction() as tx, tx.savepoint():
+                tx.execute("SELECT 1")
+
+    raised = set()
+    for depth in range(sys.getrecursionlimit() - 100, sys.getrecursionlimit()):
+        try:
+            deeper(depth)
+        except BaseException as error:
+            raised.add(type(error))
+    assert raised == {RecursionError}
+    assert db.run("SELECT 1").rows == [(1,)]

@@ -213,6 +213,9 @@ def test_rows_are_counted_whatever_a_text_begins_with(table_db: DbWriter) -> Non
         ("BEGIN; CREATE TRIGGER x AFTER INSERT ON y BEGIN DELETE FROM z; END;", None, False),
         ("BEGIN; INSERT INTO t VALUES ('; COMMIT');", None, False),
         ("BEGIN; -- COMMIT", None, False),
+        ("-- a dump\nBEGIN;\nA;\nCOMMIT; -- of all", "\nA;", False),
+        ("/* a */BEGIN;A;/* b */COMMIT/* c */;;;", "A;/* b */", False),
+        ("BEGIN;A;COMMIT;\n-- x\nPRAGMA foreign_keys = ON; /* y */", "A;", False),
         ("", None, False),
     ],
 )

@@ -7,6 +7,7 @@ import contextlib
 import gc
 import sqlite3
 import threading
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ from typing import Any
 import pytest
 
 from aio_helpers import opened, rows, run, until, writer_parked
-from helpers import DEADLINE, eventually, pool_of, state_of
+from helpers import DEADLINE, eventually, parked, pool_of, state_of
 from onewriter import AsyncDbWriter, AsyncTransaction, DbWriter, TransactionClosedError, WriteTimeoutError
 from onewriter.read.claim import Claim
 from onewriter.read.reader import Snapshot
 from onewriter.tasks import collected
+from onewriter.tasks.block import TaskBlock
 from onewriter.tasks.reader import TaskReads
+from onewriter.write.loan import WriteLoan
 
 INSERT = "INSERT INTO t VALUES (?)"
 ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
@@ -393,3 +396,38 @@ def test_a_block_whose_finalizer_was_interrupted_is_taken_back_by_the_writer(
             assert await rows(db) == [2]
 
     run(main)
+
+
+def test_blocks_that_wait_when_their_loop_is_closed_are_not_lent_and_keep_nothing(path: Path) -> None:
+    async def write() -> None:
+        async with AsyncDbWriter.wrap(db).transaction():
+            raise AssertionError("entered")
+
+    def wait_in_line() -> list[asyncio.Task[None]]:
+        loop = asyncio.new_event_loop()
+        tasks = [loop.create_task(write()) for _ in range(3)]
+        while db.stats().queue_depth < len(tasks):
+            turn(loop)
+        loop.close()
+        return tasks
+
+    def lend(block: TaskBlock, tx: WriteLoan) -> None:
+        try:
+            original(block, tx)
+        except TransactionClosedError:
+            refused.append(block)
+            raise
+
+    original, refused = TaskBlock.lend, list[TaskBlock]()
+    with DbWriter(path) as db, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TaskBlock, "lend", lend)
+        with parked(db):
+            tasks = wait_in_line()
+            known = [weakref.ref(task) for task in tasks]
+        db.flush()
+        assert len(refused) == 3
+        refused.clear()
+        tasks.clear()
+        gc.collect()
+        assert [task() for task in known] == [None] * 3
+        assert not state_of(db).blocks

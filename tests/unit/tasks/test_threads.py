@@ -221,3 +221,21 @@ def test_a_read_that_another_thread_takes_while_none_can_be_started_has_its_resu
     with DbWriter(path) as db:
         monkeypatch.setattr(ThreadPoolExecutor, "submit", submit)
         assert asyncio.run(main()) == [(1,)]
+
+
+def test_the_threads_of_a_wrap_end_with_the_gateway_and_not_before_its_readers(path: Path) -> None:
+    async def main() -> None:
+        gateway = AsyncDbWriter.wrap(db)
+        async with gateway.reader() as reader:
+            await asyncio.to_thread(db.close, 0.0)
+            assert (await reader.execute("SELECT 1")).rows == [(1,)]
+        threads.extend(thread for thread in threading.enumerate() if "app.db-reader" in thread.name)
+        for thread in threads:
+            await asyncio.to_thread(thread.join, DEADLINE)
+        assert not any(thread.is_alive() for thread in threads)
+        kept.append(gateway)
+
+    kept: list[AsyncDbWriter] = []
+    threads: list[threading.Thread] = []
+    db = DbWriter(path)
+    asyncio.run(main())

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, child_code, driver_of, raises, rows, run_child
+from helpers import DEADLINE, child_code, driver_of, eventually, raises, rows, run_child
 from onewriter import DbWriter, Ticket, WriteTimeoutError
+from onewriter.core import Core
 from onewriter.write.driver import InlineDriver
 
 INSERT = "INSERT INTO t VALUES (?)"
@@ -139,3 +140,47 @@ def test_without_a_thread_a_handler_that_comes_as_the_turn_is_taken_or_given_doe
         db.run(INSERT, (2,))
         assert got[0].done()
         assert sorted(db.read("SELECT n FROM t")) == [(1,), (2,)]
+
+
+def test_a_close_after_an_interrupted_one_waits_for_the_writer(path: Path) -> None:
+    """Before Python 3.13, a ``join`` that Ctrl-C ends says of the thread that it has ended."""
+    code = """
+entered, release = threading.Event(), threading.Event()
+
+def park(tx):
+    entered.set()
+    release.wait(30)
+
+def handler(*_):
+    raise LookupError
+
+signal.signal(signal.SIGINT, handler)
+db = DbWriter(path)
+db.run("CREATE TABLE t (n)")
+db.enqueue(park)
+tickets = [db.enqueue("INSERT INTO t VALUES (1)") for _ in range(3)]
+entered.wait(30)
+threading.Timer(0.05, lambda: signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)).start()
+try:
+    db.close()
+except LookupError:
+    threading.Timer(0.05, release.set).start()
+    report = db.close()
+    print(report.committed, report.unfinished, os.path.exists(path + "-wal"))
+"""
+    child = run_child(child_code(path, code))
+    assert (child.stdout, child.returncode) == ("5 0 False\n", 0), child.stderr
+
+
+def test_a_gateway_whose_constructor_was_interrupted_at_its_end_is_collected(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def open_and_fail(core: Core) -> None:
+        opens(core)
+        raise LookupError
+
+    opens = Core.open
+    monkeypatch.setattr(Core, "open", open_and_fail)
+    with pytest.warns(ResourceWarning), pytest.raises(LookupError):
+        DbWriter(path)
+    eventually(lambda: not [thread for thread in threading.enumerate() if "writer" in thread.name])

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from helpers import eventually, rows, state_of
-from onewriter import DbWriter, ReentrantWriteError
+from onewriter import DbWriter, ReentrantWriteError, TransactionClosedError
 
 INSERT = "INSERT INTO t VALUES (?)"
 
@@ -136,3 +136,13 @@ def test_a_block_that_was_left_in_the_thread_of_a_loop_is_not_kept(db: DbWriter)
         assert state_of(db).blocks == set()
 
     asyncio.run(main())
+
+
+def test_a_block_that_was_left_by_an_error_says_so_when_it_is_left_again(table_db: DbWriter) -> None:
+    block = table_db.transaction()
+    block.__enter__().execute("INSERT INTO t VALUES (1)")
+    error = LookupError()
+    block.__exit__(LookupError, error, None)
+    with pytest.raises(TransactionClosedError, match="was left by an error before, and is rolled back"):
+        block.__exit__(None, None, None)
+    assert table_db.read("SELECT * FROM t") == []

@@ -236,3 +236,13 @@ def test_a_task_migrates(path: Path) -> None:
             await db.migrate(STEPS)
 
     asyncio.run(main())
+
+
+async def a_coroutine() -> None: ...
+
+
+@pytest.mark.parametrize("step", [lambda tx: (tx.execute("SELECT 1") for _ in "ab"), lambda tx: a_coroutine()])
+def test_a_step_that_only_makes_what_would_run_is_refused(any_db: DbWriter, step: Any) -> None:
+    with pytest.raises(TypeError, match=r"live (generator|coroutine)"):
+        any_db.migrate([step])
+    assert any_db.read_value("PRAGMA user_version") == 0

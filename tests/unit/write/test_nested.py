@@ -1,0 +1,209 @@
+"""A job inside another job or block: a savepoint of that, with a loan and a lent connection of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers import rows_in
+from onewriter import AsyncDbWriter, DbWriter, Transaction, TransactionClosedError
+
+INSERT = "INSERT INTO t VALUES (?)"
+RETURNING = "INSERT INTO t VALUES (7), (8) RETURNING n"
+Work = Callable[[Transaction], Any]
+
+
+def in_a_job(db: DbWriter, work: Work) -> None:
+    db.run(work, label="inner")
+
+
+def in_a_block(db: DbWriter, work: Work) -> None:
+    with db.transaction(label="inner") as tx:
+        work(tx)
+
+
+NESTED = pytest.mark.parametrize("nest", [in_a_job, in_a_block])
+Nest = Callable[[DbWriter, Work], None]
+
+
+@pytest.mark.parametrize("is_block", [True, False], ids=["block", "job"])
+@NESTED
+def test_what_a_lent_connection_rolls_back_or_commits_is_that_of_its_own_job(
+    table_db: DbWriter, nest: Nest, is_block: bool
+) -> None:
+    def helper(tx: Transaction) -> None:
+        assert not tx.connection.in_transaction
+        tx.connection.execute(INSERT, (2,))
+        tx.connection.rollback()
+        tx.connection.execute(INSERT, (3,))
+        tx.connection.commit()
+
+    def caller(tx: Transaction) -> None:
+        tx.connection.execute(INSERT, (1,))
+        nest(table_db, helper)
+        assert tx.connection.in_transaction
+
+    if is_block:
+        with table_db.transaction() as tx:
+            caller(tx)
+    else:
+        table_db.run(caller)
+    assert rows_in(Path(table_db.path)) == [1, 3]
+
+
+@NESTED
+def test_what_the_caller_rolls_back_includes_what_a_helper_has_committed(table_db: DbWriter, nest: Nest) -> None:
+    def helper(tx: Transaction) -> None:
+        with tx.connection as connection:
+            connection.execute(INSERT, (2,))
+
+    def caller(tx: Transaction) -> None:
+        tx.connection.execute(INSERT, (1,))
+        nest(table_db, helper)
+        tx.connection.rollback()
+
+    table_db.run(caller)
+    assert rows_in(Path(table_db.path)) == []
+
+
+@NESTED
+def test_its_transaction_ends_with_it_and_has_its_label(table_db: DbWriter, nest: Nest) -> None:
+    kept: list[Any] = []
+
+    def helper(tx: Transaction) -> None:
+        kept.extend((tx, tx.connection, tx.label))
+
+    def caller(tx: Transaction) -> None:
+        nest(table_db, helper)
+        assert tx.label == "outer"
+        with pytest.raises(TransactionClosedError, match=r"'inner' \(called from test_nested.py"):
+            kept[0].execute(INSERT, (1,))
+        with pytest.raises(sqlite3.ProgrammingError):
+            kept[1].execute(INSERT, (1,))
+
+    table_db.run(caller, label="outer")
+    assert kept[2] == "inner"
+
+
+def test_its_error_names_it_and_then_the_job_around_it(table_db: DbWriter) -> None:
+    with pytest.raises(sqlite3.OperationalError) as caught:
+        table_db.run(lambda tx: table_db.run("INSERT INTO none VALUES (1)", label="inner"), label="outer")
+    inner, outer = (note for note in caught.value.__notes__ if "job" in note)
+    assert ("'inner'" in inner, "'outer'" in outer) == (True, True)
+
+
+@NESTED
+@pytest.mark.parametrize("by", ["statement", "lent"])
+def test_nothing_nested_in_a_read_of_a_job_can_write(table_db: DbWriter, nest: Nest, by: str) -> None:
+    def write(tx: Transaction) -> None:
+        (tx if by == "statement" else tx.connection).execute(INSERT, (1,))
+
+    with pytest.raises(sqlite3.OperationalError, match="readonly"):
+        table_db.run(lambda tx: table_db.read(lambda connection: nest(table_db, write)))
+    assert rows_in(Path(table_db.path)) == []
+
+
+def in_a_savepoint(db: DbWriter, work: Work) -> None:
+    with outer[0].savepoint():
+        work(outer[0])
+
+
+outer: list[Transaction] = []
+
+
+@pytest.mark.parametrize("nest", [in_a_job, in_a_block, in_a_savepoint])
+def test_an_error_is_not_hidden_by_a_statement_that_it_keeps_half_read(table_db: DbWriter, nest: Nest) -> None:
+    def fail(tx: Transaction) -> None:
+        cursor = tx.connection.execute(RETURNING)
+        cursor.fetchone()
+        raise LookupError  # whose traceback has the cursor
+
+    def caller(tx: Transaction) -> None:
+        outer[:] = [tx]
+        tx.execute(INSERT, (1,))
+        with pytest.raises(LookupError):
+            nest(table_db, fail)
+        tx.execute(INSERT, (2,))
+
+    table_db.run(caller)
+    assert rows_in(Path(table_db.path)) == [1, 2]
+
+
+def test_a_savepoint_that_cannot_be_kept_is_undone(table_db: DbWriter) -> None:
+    """Its RELEASE is refused while a statement that writes is half read."""
+    kept: list[sqlite3.Cursor] = []
+
+    def caller(tx: Transaction) -> None:
+        tx.execute(INSERT, (1,))
+        with pytest.raises(sqlite3.OperationalError, match="in progress"), tx.savepoint():
+            kept.append(tx.connection.execute(RETURNING))
+            kept[0].fetchone()
+        tx.execute(INSERT, (2,))
+
+    table_db.run(caller)
+    assert rows_in(Path(table_db.path)) == [1, 2]
+
+
+def test_the_note_of_such_a_refusal_tells_of_no_lock(table_db: DbWriter) -> None:
+    kept: list[sqlite3.Cursor] = []
+
+    def caller(tx: Transaction) -> None:
+        with tx.savepoint():
+            kept.append(tx.connection.execute(RETURNING))
+            kept[0].fetchone()
+
+    with pytest.raises(sqlite3.OperationalError) as caught:
+        table_db.run(caller)
+    assert not [note for note in caught.value.__notes__ if "SQLite's lock" in note]
+
+
+def test_a_job_in_a_block_of_a_task_has_a_loan_of_its_own_too(path: Path) -> None:
+    async def main() -> None:
+        async with AsyncDbWriter(path) as db:
+            await db.run("CREATE TABLE t (n)")
+            async with db.transaction(label="outer") as tx:
+                await tx.execute(INSERT, (1,))
+                label = await db.run(keep, label="inner")
+                assert (label, tx.label) == ("inner", "outer")
+                with pytest.raises(sqlite3.OperationalError) as caught:
+                    await db.run("INSERT INTO none VALUES (1)", label="failing")
+                assert "'failing'" in str(caught.value.__notes__)
+                async with db.transaction(label="nested") as nested:
+                    assert nested.label == "nested"
+            with pytest.raises(TransactionClosedError):
+                kept[0].execute(INSERT, (2,))
+
+    def keep(tx: Transaction) -> str:
+        kept.append(tx)
+        return tx.label
+
+    kept: list[Transaction] = []
+    asyncio.run(main())
+    assert rows_in(path) == [1]
+
+
+def test_a_call_in_another_context_than_its_jobs_is_told_so(table_db: DbWriter) -> None:
+    with pytest.raises(Exception, match="in another context"):
+        table_db.run(lambda tx: contextvars.Context().run(table_db.run, INSERT, (1,)))
+
+
+def test_a_function_of_sql_may_read_the_committed_state_in_every_kind_of_job(path: Path) -> None:
+    def count() -> int:
+        with db.reader() as connection:
+            return int(connection.execute("SELECT count(*) FROM t").fetchone()[0])
+
+    def connect(connection: sqlite3.Connection, readonly: bool) -> None:
+        connection.create_function("committed", 0, count)
+
+    with DbWriter(path, on_connect=connect) as db:
+        db.run("CREATE TABLE t (n)")
+        db.run("INSERT INTO t VALUES (committed())")
+        db.run(lambda tx: tx.execute("INSERT INTO t VALUES (committed())"))
+        db.run_many("INSERT INTO t VALUES (committed() + ?)", [(0,)])
+        assert db.read("SELECT n FROM t") == [(0,), (1,), (2,)]
