@@ -130,7 +130,13 @@ GUARDS = [
         free=frozenset(("__init__",)),
     ),
     Guard("aio.py", "_lock", {"_openers", "_opens_in", "_reads"}, free=frozenset(("_prepare",))),
-    Guard("tasks/threads.py", "_lock", {"_executor"}, free=frozenset(("__init__",))),
+    Guard(
+        "tasks/threads.py",
+        "lock",
+        {"threads", "idle", "calls"},
+        held=frozenset(("_end_all",)),
+        free=frozenset(("__init__",)),
+    ),
     Guard(
         "tasks/block.py",
         "_lock",

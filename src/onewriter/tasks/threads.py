@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import queue
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from onewriter.base.state import State
@@ -13,36 +13,73 @@ from onewriter.tasks.call import Call
 class ReadingThreads:
     """As many threads as the pool has connections, started when they are needed.
 
-    Locks:   _lock guards _executor. Nothing waits while it is held.
-    Threads: ``submit`` and ``shutdown`` are called by any.
+    Not a ThreadPoolExecutor: that refuses all work once the main thread has ended, where other threads go on.
+
+    Threads: ``submit`` and ``shutdown`` are called by any. Theirs do not refer to this, so that it can be collected,
+             and are daemon threads: who waits for what one does keeps the interpreter.
     """
 
     def __init__(self, size: int, name: str, state: State) -> None:
         self._size = size
         self._name = name
-        self._state = state
-        self._lock = threading.Lock()
-        self._executor: ThreadPoolExecutor | None = None
+        self._line = _Line(state)
 
     def submit(self, call: Call[Any]) -> None:
         """Have one of them run it. RuntimeError: no thread can be started, and it never begins."""
-        with self._lock:  # or else the close of another loop may shut it down just before
-            if self._executor is None:  # or no longer: a block may still be open when the gateway is closed
-                self._executor = ThreadPoolExecutor(self._size, self._name)
-            try:
-                self._executor.submit(self._run, self._executor, call)
-            except RuntimeError:
-                if call.withdraw():  # the executor keeps what it has refused for its next thread
-                    raise  # or else another thread has begun it in this moment
+        line = self._line
+        with line.lock:
+            line.calls.put(call)
+            if line.idle:
+                line.idle -= 1
+            elif line.threads < self._size:
+                name = f"{self._name}_{line.threads}"
+                thread = threading.Thread(target=line.work, name=name, daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError:
+                    if call.withdraw():
+                        raise  # or else another thread has begun it in this moment
+                else:
+                    line.threads += 1
 
     def shutdown(self) -> None:
-        """Have them end, each after its call. Does not wait."""
-        with self._lock:
-            executor, self._executor = self._executor, None
-        if executor is not None:
-            executor.shutdown(wait=False)
+        """Have them end, each after its call. Does not wait. What comes later starts others."""
+        self._line.end()
 
-    def _run(self, executor: ThreadPoolExecutor, call: Call[Any]) -> None:
-        call.run()
-        if self._state.forked:  # by the call: in the child nothing else would end this thread
-            executor.shutdown(wait=False)
+    def __del__(self) -> None:
+        self.shutdown()
+
+
+class _Line:
+    """The calls that wait for a thread, and what the threads know.
+
+    Locks: lock guards threads, idle and the putting of calls. Re-entrant: the collector may run under it, and with it
+           the end of the ``ReadingThreads``.
+    """
+
+    def __init__(self, state: State) -> None:
+        self.lock = threading.RLock()
+        self.calls: queue.SimpleQueue[Call[Any] | None] = queue.SimpleQueue()  # None: for one thread, to end
+        self.threads = 0
+        self.idle = 0  # of them wait for a call, and none was put for them
+        self._state = state
+
+    def end(self) -> None:
+        with self.lock:
+            self._end_all()
+
+    def _end_all(self) -> None:
+        for _ in range(self.threads):
+            self.calls.put(None)
+        self.threads = self.idle = 0
+
+    def work(self) -> None:
+        """In each thread."""
+        while (call := self.calls.get()) is not None:
+            call.run()
+            del call
+            if self._state.forked:  # by the call, and this is the child
+                return
+            with self.lock:
+                if self.threads and self.calls.empty():
+                    self.idle += 1

@@ -20,7 +20,7 @@ from helpers import DEADLINE, pool_of, raises, raising, threads_of
 from onewriter import AsyncDbWriter, DbWriter, ReadTimeoutError, ReentrantWriteError, WriterClosedError
 from onewriter.read.claim import new_claim
 from onewriter.read.reader import Snapshot
-from onewriter.tasks import reader, threads
+from onewriter.tasks import reader
 from onewriter.tasks import reader as tasks_reader
 from onewriter.tasks.reader import AsyncReader
 
@@ -409,8 +409,7 @@ def test_an_interrupted_statement_that_nobody_waits_for_is_not_logged(path: Path
         asyncio.get_running_loop().set_exception_handler(lambda _, context: logged.append(context))
         async with opened(path) as db, db.reader() as reader:
             task = asyncio.create_task(reader.execute(ENDLESS))
-            executor = threads_of(db)._executor
-            await until(lambda: executor is not None and reader._turn._is_taken and not executor._work_queue.qsize())
+            await until(lambda: reader._turn._is_taken and threads_of(db)._line.calls.empty())
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
@@ -448,7 +447,8 @@ def test_a_nested_transaction_or_savepoint_in_a_reader_decides_what_reads_see(pa
 
 
 def test_a_read_while_another_loop_closes_the_gateway_is_served(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    came = threading.Event()  # the close: to the lock, which the read has, or to the shutdown of the pool
+    came = threading.Event()  # the close: to the lock, which the read has
+    closing: list[Future[Any]] = []
 
     class Lock:
         def __init__(self) -> None:
@@ -458,28 +458,16 @@ def test_a_read_while_another_loop_closes_the_gateway_is_served(path: Path, monk
             if not self._lock.acquire(blocking=False):
                 came.set()
                 self._lock.acquire()
+            elif not closing:
+                closing.append(other.submit(run, shared.close))
+                assert came.wait(DEADLINE)
 
         def __exit__(self, *_: object) -> None:
             self._lock.release()
 
     with DbWriter(path) as inner, ThreadPoolExecutor(1) as other:
         shared = AsyncDbWriter.wrap(inner)
-        closing: list[Future[Any]] = []
-        submit = other.submit
-
-        class Pool(ThreadPoolExecutor):
-            def shutdown(self, *args: Any, **options: Any) -> None:
-                super().shutdown(*args, **options)
-                came.set()
-
-            def submit(self, call: Callable[..., Any], /, *args: Any, **options: Any) -> Future[Any]:
-                if not closing:
-                    closing.append(submit(run, shared.close))
-                    assert came.wait(DEADLINE)
-                return super().submit(call, *args, **options)
-
-        monkeypatch.setattr(threads, "ThreadPoolExecutor", Pool)
-        monkeypatch.setattr(shared._task_reads().threads, "_lock", Lock())
+        monkeypatch.setattr(threads_of(shared)._line, "lock", Lock())
         assert run(lambda: shared.read_value("SELECT 1")) == 1
         closing[0].result(DEADLINE)
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import sqlite3
 import threading
 from collections.abc import Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from aio_helpers import keep_busy
-from helpers import DEADLINE, eventually, pool_of
+from aio_helpers import keep_busy, until
+from helpers import DEADLINE, child_code, eventually, pool_of, run_child, threads_of
 from onewriter import AsyncDbWriter, DbWriter
 
 Leave = Callable[[AsyncDbWriter], Coroutine[Any, Any, None]]
@@ -210,17 +210,78 @@ def test_a_read_that_no_thread_could_be_started_for_is_never_run(path: Path, mon
 def test_a_read_that_another_thread_takes_while_none_can_be_started_has_its_result(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def submit(executor: ThreadPoolExecutor, *args: Any) -> None:
-        submit_and_start(executor, *args).result(DEADLINE)
-        raise RuntimeError("can't start new thread")
+    def start(thread: threading.Thread) -> None:
+        other = threading.Thread(target=threads_of(gateway)._line.work)
+        start_one(other)
+        threads_of(gateway)._line.calls.put(None)  # its end
+        other.join(DEADLINE)
+        no_thread(thread)
 
     async def main() -> list[Any]:
-        return await AsyncDbWriter.wrap(db).read("SELECT 1")
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", start)
+            return await gateway.read("SELECT 1", timeout=None)
 
-    submit_and_start = ThreadPoolExecutor.submit
+    start_one = threading.Thread.start
     with DbWriter(path) as db:
-        monkeypatch.setattr(ThreadPoolExecutor, "submit", submit)
+        gateway = AsyncDbWriter.wrap(db)
         assert asyncio.run(main()) == [(1,)]
+
+
+def test_tasks_read_on_when_the_main_thread_has_ended(path: Path) -> None:
+    code = """
+import asyncio
+from onewriter import AsyncDbWriter
+
+async def main():
+    async with AsyncDbWriter.wrap(db) as gateway:
+        await gateway.read("SELECT 1")  # Python 3.12 can start no thread then
+        ready.set()
+        threading.main_thread().join()
+        print(await gateway.read_value("SELECT 7"), flush=True)
+    db.close()
+
+db = DbWriter(path)
+ready = threading.Event()
+threading.Thread(target=asyncio.run, args=[main()]).start()
+ready.wait(30)
+"""
+    child = run_child(child_code(path, code))
+    assert (child.stdout, child.returncode) == ("7\n", 0), child.stderr
+
+
+def test_a_thread_that_is_free_is_used_again_and_others_come_as_they_are_needed(path: Path) -> None:
+    async def main() -> None:
+        async with AsyncDbWriter(path, readers=3) as db:
+            for _ in range(5):
+                await db.read("SELECT 1")
+                await until(lambda: threads_of(db)._line.idle == 1)
+            assert threads_of(db)._line.threads == 1
+            gate = threading.Event()
+            busy = [keep_busy(db, gate) for _ in range(3)]
+            assert threads_of(db)._line.threads == 3
+            more = keep_busy(db, gate)
+            gate.set()
+            for call in (*busy, more):
+                assert await call
+            assert threads_of(db)._line.threads == 3
+
+    asyncio.run(main())
+
+
+def test_a_wrap_that_is_dropped_ends_its_threads(path: Path) -> None:
+    async def main() -> None:
+        gateway = AsyncDbWriter.wrap(db)
+        await gateway.read("SELECT 1")
+        threads.extend(thread for thread in threading.enumerate() if "app.db-reader" in thread.name)
+
+    threads: list[threading.Thread] = []
+    with DbWriter(path) as db:
+        asyncio.run(main())
+        gc.collect()
+        for thread in threads:
+            thread.join(DEADLINE)
+        assert [thread.is_alive() for thread in threads] == [False]
 
 
 def test_the_threads_of_a_wrap_end_with_the_gateway_and_not_before_its_readers(path: Path) -> None:
