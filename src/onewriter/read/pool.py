@@ -22,7 +22,6 @@ from onewriter.read.clock import GRACE, ReadClock
 from onewriter.read.places import NONE_IDLE, Places
 from onewriter.read.reader import Reader, Snapshot, new_reader
 from onewriter.sqlite.file import DatabaseFile
-from onewriter.sqlite.retry import is_corrupt
 from onewriter.sqlite.settings import Settings
 
 T = TypeVar("T")
@@ -132,7 +131,7 @@ class ReaderPool(Places):
                 finally:
                     claim.thread = get_ident()
             self.end(claim)
-        except BaseException as error:
+        except BaseException:
             try:  # as in ``use``
                 try:
                     self.end(claim)
@@ -142,8 +141,6 @@ class ReaderPool(Places):
                 vars(claim).pop("ends_in", None)
                 start_new_thread(self.end, (claim,))
                 raise
-            if isinstance(error, sqlite3.DatabaseError) and is_corrupt(error):
-                self._state.note_corruption(error)
             raise
 
     def backup(self, label: str, copy: Callable[[sqlite3.Connection], T]) -> T:

@@ -88,13 +88,12 @@ class Reader:
 
         Args:
             again: it may be called again, if a lock is held (a recovery, or a COMMIT in the rollback-journal
-                modes). False for a function of the user's.
+                modes). False for a function of the user's, whose error may come from another database.
         """
         try:
             return function(*args)
         except sqlite3.DatabaseError as error:
             if not again and not is_interrupted(error):
-                self._note(error)
                 raise
             return self._recover(error, label, (lambda: function(*args)) if again else None)
 
@@ -102,7 +101,7 @@ class Reader:
         """Try ``again`` if it was a lock; raise ``error``, or ReadTimeoutError if there is no time left."""
         late: BaseException = error
         try:
-            self._note(error)
+            self.note(error)
             self.watch.raise_caught()
             self.guard.explain(error)
             if again is not None and is_busy(error):
@@ -117,7 +116,7 @@ class Reader:
         finally:
             del error, late  # the traceback holds this frame
 
-    def _note(self, error: sqlite3.DatabaseError) -> None:
+    def note(self, error: sqlite3.DatabaseError) -> None:
         if is_corrupt(error):
             self.state.note_corruption(error)
 
@@ -254,6 +253,7 @@ class Snapshot:
             except sqlite3.DatabaseError as error:
                 reader.watch.raise_caught()
                 reader.guard.explain(error)
+                reader.note(error)
                 raise
             finally:
                 reader.inside -= 1

@@ -70,7 +70,7 @@ class Means(NamedTuple):
     lock: WriteLock
     state: State
     max_hold: float
-    fail: Callable[[Job[Any], BaseException], None]
+    fail: Callable[..., None]
 
 
 class Batch:
@@ -343,7 +343,7 @@ class Batch:
         except Exception as failure:
             error = failure
         if error is not None:
-            self._fail(job, error)
+            self._fail(job, error, True)
             if savepoint and self._connection.in_transaction:
                 self._connection.undo_job()
         return now

@@ -24,7 +24,7 @@ from onewriter.errors import (
 from onewriter.sqlite.guard import Mode
 from onewriter.sqlite.parameters import Params, capture
 from onewriter.sqlite.result import Result
-from onewriter.sqlite.retry import is_interrupted
+from onewriter.sqlite.retry import is_corrupt, is_interrupted
 from onewriter.sqlite.statement import Parameters, describe_sql, script_parts
 from onewriter.sqlite.time_limit import TimeLimit
 from onewriter.write.connection_loan import ConnectionLoan
@@ -211,6 +211,8 @@ class WriteLoan:
 
     def _explain(self, error: sqlite3.Error) -> None:
         self.session.guard.explain(error)
+        if is_corrupt(error):
+            self.job._state.note_corruption(error)
         root = self._root
         if not is_interrupted(error):
             return

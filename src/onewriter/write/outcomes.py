@@ -43,27 +43,30 @@ class Outcomes:
         self._on_error = on_error
         self._on_event = on_event
 
-    def fail(self, job: Job[Any], error: BaseException) -> None:
-        """Keep ``error`` as the outcome of ``job``, with a note that names it; it is visible after ``settle``."""
+    def fail(self, job: Job[Any], error: BaseException, is_known: bool = False) -> None:
+        """Keep ``error`` as the outcome of ``job``, with a note that names it; it is visible after ``settle``.
+
+        ``is_known``: the loan has seen it, if it comes from this database; it may also come from another.
+        """
         try:
             self._connection.guard.explain(error)
         except BaseException as raised:  # while SQLite asked whether it may
             error = raised
         try:
-            self._annotate(job, error)
+            if not is_known and is_corrupt(error):
+                self._state.note_corruption(error)
+            self._annotate(job, error, is_known)
         except BaseException as failure:  # as from a frozen dataclass, which refuses notes; or Ctrl-C in this moment
             if self._state.reporter is None and issubclass(type(failure), INTERRUPTS):
                 self._state.interrupt = failure
         job.set_outcome(None, error)
 
-    def _annotate(self, job: Job[Any], error: BaseException) -> None:
+    def _annotate(self, job: Job[Any], error: BaseException, is_known: bool) -> None:
         BaseException.with_traceback(error, without_own_frames(traceback_of(error)))
-        if is_corrupt(error):
-            self._state.note_corruption(error)
         policy = self._lock.policy
         note, attempts = f"onewriter: job {job.describe()}", max(1, policy.attempts)
         # Also BUSY, but no lock is in the way: of what the job itself has not ended.
-        met_lock = is_busy(error) and "statements in progress" not in text_of(error)
+        met_lock = not is_known and is_busy(error) and "statements in progress" not in text_of(error)
         if attempts > 1 or met_lock:  # one, and it was had, is nothing to tell
             note += f", attempts to get SQLite's lock: {attempts}"
         if met_lock:

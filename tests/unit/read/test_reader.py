@@ -482,22 +482,26 @@ def test_an_error_that_has_nothing_to_do_with_time_is_told_although_the_time_is_
         db.read("SELECT * FROM nowhere", timeout=0)
 
 
-def corrupt(*_: object) -> None:
-    error = sqlite3.DatabaseError("database disk image is malformed")
-    error.sqlite_errorcode, error.sqlite_errorname = sqlite3.SQLITE_CORRUPT, "SQLITE_CORRUPT"
-    raise error
+@pytest.mark.parametrize("way", ["block", "function", "statement", "stream"])
+def test_damage_that_a_reader_meets_shows_in_the_health(damaged: Path, way: str) -> None:
+    async def read_on() -> None:
+        async with AsyncDbWriter.wrap(db).reader() as reader:
+            async for _ in reader.stream("SELECT * FROM bad"):
+                pass
 
-
-@pytest.mark.parametrize("way", ["block", "function"])
-def test_damage_that_a_reader_meets_shows_in_the_health(db: DbWriter, way: str) -> None:
-    assert db.health == "ok"
-    with pytest.raises(sqlite3.DatabaseError):
-        if way == "function":
-            db.read(corrupt)
-        else:
-            with db.reader():
-                corrupt()
-    assert db.health == "degraded: database disk image is malformed"
+    with DbWriter(damaged) as db:
+        assert db.health == "ok"
+        with pytest.raises(sqlite3.DatabaseError, match="malformed"):
+            if way == "function":
+                db.read(lambda connection: connection.execute("SELECT * FROM bad").fetchall())
+            elif way == "statement":
+                db.read("SELECT * FROM bad")
+            elif way == "block":
+                with db.reader() as connection:
+                    connection.execute("SELECT * FROM bad").fetchall()
+            else:
+                asyncio.run(read_on())
+        assert db.health == "degraded: database disk image is malformed"
 
 
 def test_a_reader_that_is_not_slow_is_not_told_of(path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -540,3 +540,44 @@ def test_a_job_whose_file_has_gone_is_rolled_back_and_its_callbacks_are_called(p
             db.run(job)
         assert db.health.startswith("broken")
         assert called.wait(DEADLINE)
+
+
+@pytest.fixture
+def damaged_file(tmp_path: Path) -> Path:
+    """Another database, whose table ``o`` is damaged."""
+    other = tmp_path / "damaged.db"
+    with contextlib.closing(sqlite3.connect(other)) as connection:
+        connection.execute("CREATE TABLE o (x)")
+        connection.executemany("INSERT INTO o VALUES (?)", [("x" * 500,)] * 200)
+        connection.commit()
+    with other.open("r+b") as file:
+        file.seek(4096)
+        file.write(b"\xff" * 40_000)
+    return other
+
+
+def test_damage_of_another_database_that_a_function_meets_is_not_told_of_this_one(
+    table_db: DbWriter, damaged_file: Path
+) -> None:
+    def read(_: object) -> None:
+        with contextlib.closing(sqlite3.connect(damaged_file)) as connection:
+            connection.execute("SELECT * FROM o").fetchall()
+
+    def in_a_block() -> None:
+        with table_db.transaction():
+            read(None)
+
+    def in_a_reader() -> None:
+        with table_db.reader():
+            read(None)
+
+    calls: list[Callable[[], object]] = [
+        lambda: table_db.run(read),
+        lambda: table_db.read(read),
+        in_a_block,
+        in_a_reader,
+    ]
+    for call in calls:
+        with pytest.raises(sqlite3.DatabaseError, match="malformed"):
+            call()
+    assert table_db.health == "ok"
