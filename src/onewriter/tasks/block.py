@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import math
 import threading
 import types
@@ -157,7 +158,7 @@ class TaskBlock(Block):
         with self._lock:
             if not self._accepts:
                 raise self.closed_error()
-            self._requests.put(lambda: function(*args))
+            self._requests.put(functools.partial(function, *args))
 
     def keep(self, transaction: WriteLoan, committed: bool, fn: Callable[[], object]) -> None:
         """Keep a callback now, since the block may fail before the writer gets to it."""

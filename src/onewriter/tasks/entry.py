@@ -108,7 +108,7 @@ class TaskEntry:
             outcome = "was committed" if block.failed_with is None else f"ended with {block.failed_with!r}"
             cancelled.add_note(f"onewriter: the transaction of {block.describe()} {outcome}")
             raise cancelled
-        block.result()
+        block.outcome()
 
 
 async def _leave(block: TaskBlock, failed: bool) -> asyncio.CancelledError | None:
