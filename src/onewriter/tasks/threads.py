@@ -65,6 +65,8 @@ class _Line:
         self._state = state
 
     def end(self) -> None:
+        if self._state.forked:  # they are not there, and one may have had the lock
+            return
         with self.lock:
             self._end_all()
 

@@ -165,7 +165,7 @@ class ThreadBlock(Block):
             self._state.note_block(self)
 
     def is_mine_to_end(self) -> bool:
-        """Whether the calling thread is the one that ends it, since its entry is collected."""
+        """Whether the calling thread is the one that ends it: the first that leaves it, or finds it collected."""
         return self.finalizer.setdefault("thread", threading.get_ident()) == threading.get_ident()
 
     def end_if_lost(self) -> bool:

@@ -162,7 +162,6 @@ class InlineDriver:
         self._writer = writer
         self._turn = threading.Lock()
         self._inside: set[int] = set()  # the threads that use it, or are about to have it
-        self._open: list[ThreadBlock] = []  # the block that has the turn
         self._ended = False
         clock.turn_off()
 
@@ -199,7 +198,6 @@ class InlineDriver:
             with self._as_writer():
                 self._writer.begin_block(job)
             transaction = job.entered()
-            self._open.append(job)
             self._inside.discard(threading.get_ident())
             return transaction
         except BaseException:
@@ -210,10 +208,6 @@ class InlineDriver:
             raise
 
     def leave(self, job: ThreadBlock) -> None:
-        try:
-            self._open.remove(job)  # in one step: it may be left twice
-        except ValueError:
-            return
         self._inside.add(threading.get_ident())
         try:
             with self._as_writer():

@@ -151,7 +151,9 @@ def _end(block: ThreadBlock, turns: Turns, scope: Scope[Any] | None, failed: boo
         block.give_back(failed)
         if scope is not None:
             state.scopes.leave(scope)  # not before: a signal handler would wait for its own thread
-        turns.leave(block)
+        is_mine = block.is_mine_to_end()  # others may leave it at the same time
+        if is_mine and not block.done():
+            turns.leave(block)
         state.entering.discard(me)
         if not block.done():
             block.wait(None)
@@ -159,7 +161,7 @@ def _end(block: ThreadBlock, turns: Turns, scope: Scope[Any] | None, failed: boo
         state.entering.discard(me)
         block.add_done_callback(block.call_back)
         raise
-    if loan.parts is not None:
+    if is_mine and loan.parts is not None:
         block.call_back()
 
 

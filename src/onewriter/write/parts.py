@@ -47,8 +47,10 @@ class Parts:
         self._undone: list[Callback] = []  # on_rollback of savepoints that were rolled back
 
     def callbacks(self, committed: bool) -> list[Callback]:
-        """What is to be called, now that the transaction has ended."""
-        return self._undone + (self._after_commit if committed else self._after_rollback)
+        """What is to be called, now that the transaction has ended; once."""
+        found = self._undone + (self._after_commit if committed else self._after_rollback)
+        self._undone, self._after_commit, self._after_rollback = [], [], []
+        return found
 
     def keep(self, committed: bool, fn: Any) -> None:
         """Keep what is to be called after COMMIT, or else after a rollback."""

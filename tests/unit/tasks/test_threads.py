@@ -300,3 +300,32 @@ def test_the_threads_of_a_wrap_end_with_the_gateway_and_not_before_its_readers(p
     threads: list[threading.Thread] = []
     db = DbWriter(path)
     asyncio.run(main())
+
+
+def test_in_a_forked_child_nothing_waits_for_the_threads_that_are_not_there(path: Path) -> None:
+    code = """
+import asyncio, gc
+from onewriter import AsyncDbWriter
+
+def hold():
+    with line.lock:
+        held.set()
+        release.wait(30)
+
+db = DbWriter(path)
+gateway = AsyncDbWriter.wrap(db)
+asyncio.run(gateway.read("SELECT 1"))
+line = gateway._reads.threads._line
+held, release = threading.Event(), threading.Event()
+threading.Thread(target=hold).start()
+held.wait(30)
+if (child := os.fork()) == 0:
+    gateway._reads.threads.shutdown()
+    del gateway
+    gc.collect()
+    os._exit(7)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+release.set()
+"""
+    child = run_child(child_code(path, code))
+    assert (child.stdout, child.returncode) == ("7\n", 0), child.stderr

@@ -6,11 +6,13 @@ import asyncio
 import contextlib
 import gc
 import sqlite3
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from helpers import eventually, rows, state_of
+from helpers import DEADLINE, eventually, in_threads, rows, state_of
 from onewriter import DbWriter, ReentrantWriteError, TransactionClosedError
 
 INSERT = "INSERT INTO t VALUES (?)"
@@ -146,3 +148,22 @@ def test_a_block_that_was_left_by_an_error_says_so_when_it_is_left_again(table_d
     with pytest.raises(TransactionClosedError, match="was left by an error before, and is rolled back"):
         block.__exit__(None, None, None)
     assert table_db.read("SELECT * FROM t") == []
+
+
+def test_of_threads_that_leave_a_block_at_the_same_time_one_ends_it(table_db: DbWriter) -> None:
+    called: list[int] = []
+    for n in range(30):
+        block = table_db.transaction()
+        tx = block.__enter__()
+        tx.execute(INSERT, (n,))
+        tx.on_commit(lambda n=n: called.append(n))  # type: ignore[misc]
+        together = threading.Barrier(3)
+
+        def leave(block: Any = block, together: threading.Barrier = together) -> None:
+            together.wait(DEADLINE)
+            block.__exit__(None, None, None)
+
+        in_threads(leave, leave, leave)
+        block.__exit__(None, None, None)
+    assert rows(table_db) == list(range(30))
+    assert called == list(range(30))
