@@ -133,8 +133,8 @@ GUARDS = [
     Guard(
         "tasks/threads.py",
         "lock",
-        {"threads", "idle", "calls"},
-        held=frozenset(("_end_all",)),
+        {"threads", "idle", "calls", "is_over"},
+        held=frozenset(("_end_all", "_put")),
         free=frozenset(("__init__",)),
     ),
     Guard(

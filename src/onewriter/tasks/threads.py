@@ -22,29 +22,37 @@ class ReadingThreads:
     def __init__(self, size: int, name: str, state: State) -> None:
         self._size = size
         self._name = name
+        self._state = state
         self._line = _Line(state)
 
     def submit(self, call: Call[Any]) -> None:
         """Have one of them run it. RuntimeError: no thread can be started, and it never begins."""
         line = self._line
         with line.lock:
-            line.calls.put(call)
-            if line.idle:
-                line.idle -= 1
-            elif line.threads < self._size:
-                name = f"{self._name}_{line.threads}"
-                thread = threading.Thread(target=line.work, name=name, daemon=True)
-                try:
-                    thread.start()
-                except RuntimeError:
-                    if call.withdraw():
-                        raise  # or else another thread has begun it in this moment
-                else:
-                    line.threads += 1
+            if not line.is_over:
+                self._put(line, call)
+                return
+        self.submit(call)  # another one has taken its place in this moment
+
+    def _put(self, line: _Line, call: Call[Any]) -> None:
+        line.calls.put(call)
+        if line.idle:
+            line.idle -= 1
+        elif line.threads < self._size:
+            name = f"{self._name}_{line.threads}"
+            thread = threading.Thread(target=line.work, name=name, daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:
+                if call.withdraw():
+                    raise  # or else another thread has begun it in this moment
+            else:
+                line.threads += 1
 
     def shutdown(self) -> None:
         """Have them end, each after its call. Does not wait. What comes later starts others."""
-        self._line.end()
+        line, self._line = self._line, _Line(self._state)
+        line.end()
 
     def __del__(self) -> None:
         self.shutdown()
@@ -53,8 +61,8 @@ class ReadingThreads:
 class _Line:
     """The calls that wait for a thread, and what the threads know.
 
-    Locks: lock guards threads, idle and the putting of calls. Re-entrant: the collector may run under it, and with it
-           the end of the ``ReadingThreads``.
+    Locks: lock guards threads, idle, is_over and the putting of calls. Re-entrant: the collector may run under it, and
+           with it the end of the ``ReadingThreads``.
     """
 
     def __init__(self, state: State) -> None:
@@ -62,6 +70,7 @@ class _Line:
         self.calls: queue.SimpleQueue[Call[Any] | None] = queue.SimpleQueue()  # None: for one thread, to end
         self.threads = 0
         self.idle = 0  # of them wait for a call, and none was put for them
+        self.is_over = False  # no more calls are put
         self._state = state
 
     def end(self) -> None:
@@ -71,9 +80,9 @@ class _Line:
             self._end_all()
 
     def _end_all(self) -> None:
+        self.is_over = True
         for _ in range(self.threads):
             self.calls.put(None)
-        self.threads = self.idle = 0
 
     def work(self) -> None:
         """In each thread."""
@@ -83,5 +92,5 @@ class _Line:
             if self._state.forked:  # by the call, and this is the child
                 return
             with self.lock:
-                if self.threads and self.calls.empty():
+                if self.calls.empty():
                     self.idle += 1

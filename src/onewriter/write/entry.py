@@ -151,8 +151,7 @@ def _end(block: ThreadBlock, turns: Turns, scope: Scope[Any] | None, failed: boo
         block.give_back(failed)
         if scope is not None:
             state.scopes.leave(scope)  # not before: a signal handler would wait for its own thread
-        is_mine = block.is_mine_to_end()  # others may leave it at the same time
-        if is_mine and not block.done():
+        if not block.done() and block.is_mine_to_end():  # others may leave it at the same time
             turns.leave(block)
         state.entering.discard(me)
         if not block.done():
@@ -161,7 +160,7 @@ def _end(block: ThreadBlock, turns: Turns, scope: Scope[Any] | None, failed: boo
         state.entering.discard(me)
         block.add_done_callback(block.call_back)
         raise
-    if is_mine and loan.parts is not None:
+    if loan.parts is not None:
         block.call_back()
 
 

@@ -47,10 +47,10 @@ class Parts:
         self._undone: list[Callback] = []  # on_rollback of savepoints that were rolled back
 
     def callbacks(self, committed: bool) -> list[Callback]:
-        """What is to be called, now that the transaction has ended; once."""
-        found = self._undone + (self._after_commit if committed else self._after_rollback)
-        self._undone, self._after_commit, self._after_rollback = [], [], []
-        return found
+        """What is to be called, now that the transaction has ended: told once, although several threads may ask."""
+        undone, after_commit, after_rollback = self._undone, self._after_commit, self._after_rollback
+        self._undone, self._after_commit, self._after_rollback = [], [], []  # no call since the look: one step
+        return undone + (after_commit if committed else after_rollback)
 
     def keep(self, committed: bool, fn: Any) -> None:
         """Keep what is to be called after COMMIT, or else after a rollback."""

@@ -329,3 +329,25 @@ release.set()
 """
     child = run_child(child_code(path, code))
     assert (child.stdout, child.returncode) == ("7\n", 0), child.stderr
+
+
+@pytest.mark.parametrize("is_wrap", [True, False])
+def test_a_reader_that_outlives_a_close_is_used_and_left_while_another_read_lasts(path: Path, is_wrap: bool) -> None:
+    async def main() -> None:
+        gateway = AsyncDbWriter.wrap(db)
+        slow = asyncio.create_task(gateway.read(lambda connection: gate.wait(DEADLINE)))
+        async with asyncio.timeout(DEADLINE), gateway.reader() as reader:
+            await reader.execute("SELECT 1")
+            if is_wrap:
+                await gateway.close()
+            else:
+                await asyncio.to_thread(db.close, 0.0)
+            assert (await reader.execute("SELECT 2")).rows == [(2,)]
+        assert not slow.done()
+        gate.set()
+        assert await slow
+
+    gate = threading.Event()
+    db = DbWriter(path)
+    asyncio.run(main())
+    db.close()

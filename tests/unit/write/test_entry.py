@@ -164,6 +164,14 @@ def test_of_threads_that_leave_a_block_at_the_same_time_one_ends_it(table_db: Db
             block.__exit__(None, None, None)
 
         in_threads(leave, leave, leave)
-        block.__exit__(None, None, None)
     assert rows(table_db) == list(range(30))
     assert called == list(range(30))
+
+
+def test_the_callbacks_of_a_block_that_is_left_twice_are_called_once(table_db: DbWriter) -> None:
+    called: list[int] = []
+    block = table_db.transaction()
+    block.__enter__().on_commit(lambda: called.append(1))
+    block.__exit__(None, None, None)
+    block.__exit__(None, None, None)
+    assert called == [1]
