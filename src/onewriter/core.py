@@ -35,7 +35,7 @@ from onewriter.base.tally import CheckpointResult, CloseReport, Running, Stats
 from onewriter.ends import exit as at_exit
 from onewriter.ends.backup import copy
 from onewriter.ends.fork import refuse_inherited
-from onewriter.errors import ReadTimeoutError, ReentrantWriteError, WriteTimeoutError, closed_error
+from onewriter.errors import OneWriterError, ReadTimeoutError, ReentrantWriteError, WriteTimeoutError, closed_error
 from onewriter.events import BackupEnded, Hook, Submit, announce
 from onewriter.live.hub import LiveQueries
 from onewriter.options import Options
@@ -111,6 +111,7 @@ class Core:
         self.queue = JobQueue(options.maxsize, state)
         self.file = DatabaseFile(self.path)
         self.pool = ReaderPool(settings, options.readers, state, self.file)
+        self.pool.clock.ask_writer = self._recover
         self.writer = writer = Writer(
             settings,
             label,
@@ -217,6 +218,14 @@ class Core:
         if isinstance(read, FunctionRead) or self.options.row_factory is not None:
             return read, object()  # what these give is not to be shared
         return read, (read.sql, repr(read.parameters), read.label)
+
+    def _recover(self) -> None:
+        """For a reader, which cannot write: SQLite rolls back what a killed process has left, to begin a transaction.
+        Does not wait for it.
+        """
+        job = StatementJob(self.state, "SELECT 1", (), "recovery", sys._getframe(), False)
+        with contextlib.suppress(OneWriterError):  # the gateway is closed, or out of service
+            self.driver.submit(job, 0.0)
 
     def _settle_nothing(self) -> None:
         """Have the writer look for what is watched."""

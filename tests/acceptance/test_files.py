@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import statistics
 import threading
 from collections.abc import Iterator
@@ -11,10 +12,11 @@ from time import monotonic, perf_counter
 
 import pytest
 
-from helpers import DEADLINE, in_threads, names_in
+from helpers import DEADLINE, child_code, in_threads, names_in, run_child
 from onewriter import DbWriter, WriterBrokenError
 
 LIMIT = 2**20
+COUNT = "SELECT count(*) FROM t"
 
 
 @pytest.fixture
@@ -93,3 +95,32 @@ def test_a_bulk_load_in_chunks_lets_others_in(path: Path) -> None:
         assert isinstance(wait, float)
         assert wait < DEADLINE  # that it is short is for the benchmark to show
         assert db.read_value("SELECT count(*) FROM t") == 200_020
+
+
+@pytest.mark.parametrize("journal_mode", ["DELETE", "TRUNCATE", "PERSIST"])
+@pytest.mark.parametrize("way", ["statement", "function", "block", "watch", "inline"])
+def test_reads_go_on_after_another_process_was_killed_in_its_transaction(
+    path: Path, journal_mode: str, way: str
+) -> None:
+    """What it has left only a connection that may write can roll back."""
+    code = """
+connection = sqlite3.connect(path, isolation_level=None)
+connection.executescript("PRAGMA cache_size = 5; BEGIN IMMEDIATE; UPDATE t SET n = randomblob(500)")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    with DbWriter(path, journal_mode=journal_mode, inline=way == "inline") as db:  # type: ignore[arg-type]
+        db.run("CREATE TABLE t (n)")
+        db.run_many("INSERT INTO t VALUES (?)", [("x" * 500,)] * 500)
+        assert db.read_value(COUNT) == 500
+        assert run_child(child_code(path, "import sqlite3" + code)).returncode == -signal.SIGKILL
+        if way == "function":
+            found = db.read(lambda connection: connection.execute(COUNT).fetchone()[0])
+        elif way == "block":
+            with db.reader() as connection:
+                found = connection.execute(COUNT).fetchone()[0]
+        elif way == "watch":
+            with db.watch(COUNT) as live:
+                ((found,),) = live.next(DEADLINE)
+        else:
+            found = db.read_value(COUNT)
+        assert found == 500

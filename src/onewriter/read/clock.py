@@ -51,6 +51,7 @@ class ReadClock:
         self._bell.acquire()
         self._thread: threading.Thread | None = None
         self._is_stopped = False
+        self.ask_writer: Callable[[], object] = str  # to roll back what a killed process has left
 
     def turn_off(self) -> None:
         self.rings_at = -math.inf

@@ -22,7 +22,7 @@ from onewriter.sqlite.lent import lend, retire
 from onewriter.sqlite.lent_transaction import NoSavepoints, Savepoints
 from onewriter.sqlite.pragma_values import database_names
 from onewriter.sqlite.result import refuse_live
-from onewriter.sqlite.retry import FAILURES, LockPolicy, is_busy, is_corrupt, is_interrupted
+from onewriter.sqlite.retry import FAILURES, LockPolicy, is_busy, is_corrupt, is_interrupted, needs_writer
 from onewriter.sqlite.settings import Settings
 from onewriter.sqlite.statement import Parameters
 from onewriter.sqlite.time_limit import TimeLimit
@@ -105,6 +105,8 @@ class Reader:
             self.watch.raise_caught()
             self.guard.explain(error)
             if again is not None and is_busy(error):
+                if needs_writer(error):
+                    self.clock.ask_writer()
                 try:
                     left = max(0.0, self.claim.deadline - monotonic())
                     return self._policy.call(again, say_nothing, left)

@@ -47,7 +47,15 @@ def is_busy(error: BaseException) -> bool:
     Not BUSY_SNAPSHOT: a stale snapshot stays stale (https://www.sqlite.org/rescode.html#busy_snapshot).
     """
     code = error_code(error)
-    return code & 0xFF == sqlite3.SQLITE_BUSY and code != sqlite3.SQLITE_BUSY_SNAPSHOT
+    return (code & 0xFF == sqlite3.SQLITE_BUSY and code != sqlite3.SQLITE_BUSY_SNAPSHOT) or needs_writer(error)
+
+
+def needs_writer(error: BaseException) -> bool:
+    """Whether a connection that only reads has met what a killed process has left of a transaction, in the
+    rollback-journal modes: the first that may write rolls it back
+    (https://www.sqlite.org/rescode.html#readonly_rollback).
+    """
+    return error_code(error) == sqlite3.SQLITE_READONLY_ROLLBACK
 
 
 def note_descriptors(error: BaseException) -> None:
