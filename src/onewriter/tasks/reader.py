@@ -84,7 +84,7 @@ class TaskReads:
     async def _admitted(self, claim: Claim) -> None:
         """Wait until it is admitted."""
         try:
-            claim.loop = asyncio.get_running_loop()
+            claim.loop, claim.end_lost = asyncio.get_running_loop(), functools.partial(self.end_lost, claim, None)
             if not self._pool.ask(claim, claim.loop.create_future):
                 signal = claim.signal
                 if signal is not None:
@@ -111,6 +111,8 @@ class TaskReads:
             waits: a cancelled task waits for its end, before which the connection must not be given back.
         """
         call = Call(claim, function, *args)
+        if claim is not None and begins:
+            claim.end_lost = functools.partial(self._end_lost_call, claim, call, waits)
         try:
             self.threads.submit(call)
         except BaseException:
@@ -129,11 +131,18 @@ class TaskReads:
                 self._end_unused(claim)
             raise
         except GeneratorExit:  # the task is collected, and waits for nothing
-            if claim is not None and waits and begins:
-                call.then = functools.partial(self.end_lost, claim, None)
-                if call.is_done:  # perhaps before it was told so
-                    call.then()
+            if claim is not None and begins:
+                self._end_lost_call(claim, call, waits)
             raise
+
+    def _end_lost_call(self, claim: Claim, call: Call[Any], waits: bool) -> None:
+        """No task waits for the call that begins to use its connection."""
+        if call.withdraw():
+            self.end_lost(claim, None)
+        elif waits:  # or else it gives the connection back itself
+            call.then = functools.partial(self.end_lost, claim, None)
+            if call.is_done:  # perhaps before it was told so
+                call.then()
 
     def expire(self, claim: Claim) -> None:
         """Have the statement that runs there end soon."""

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from aio_helpers import opened, rows, run, until, writer_parked
-from helpers import DEADLINE, eventually, parked, pool_of, state_of
+from helpers import DEADLINE, eventually, in_threads, parked, pool_of, state_of
 from onewriter import AsyncDbWriter, AsyncTransaction, DbWriter, TransactionClosedError, WriteTimeoutError
 from onewriter.read.claim import Claim
 from onewriter.read.reader import Snapshot
@@ -431,3 +431,24 @@ def test_blocks_that_wait_when_their_loop_is_closed_are_not_lent_and_keep_nothin
         gc.collect()
         assert [task() for task in known] == [None] * 3
         assert not state_of(db).blocks
+
+
+@pytest.mark.parametrize("stage", ["admitted", "begun", "read"])
+def test_a_task_that_is_kept_gives_its_connection_back_when_its_loop_is_closed(path: Path, stage: str) -> None:
+    async def read() -> None:
+        await AsyncDbWriter.wrap(db).read("SELECT 1")
+
+    loop = asyncio.new_event_loop()
+    db = DbWriter(path, readers=1)
+    if stage == "admitted":
+        with db.reader():
+            task = waiting_task(db, loop)
+    else:
+        task = loop.create_task(read() if stage == "read" else read_for_ever(db))
+        while not db.stats().readers_in_use:  # and a thread begins to use it
+            turn(loop)
+    loop.close()
+    assert in_threads(lambda: db.read_value("SELECT 2", timeout=DEADLINE)) == [2]
+    db.close()
+    assert not pool_of(db)._readers
+    assert not task.done()
