@@ -59,6 +59,10 @@ class DatabaseFile:
         """The databases in a rollback-journal mode."""
         return [path for path in self.files if path not in self.logged]
 
+    @property
+    def attached(self) -> list[str]:
+        return list(self._attached)
+
     def remember(self, files: Iterable[str], logged: Iterable[str]) -> None:
         """Record what the writer has opened: the main and attached databases, and the logs of ``logged``."""
         if self.identity is None:

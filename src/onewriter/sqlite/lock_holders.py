@@ -69,16 +69,16 @@ def describe_readers(paths: Iterable[str], borrowers: list[str]) -> str:
     return f"COMMIT waits for readers: {who or UNKNOWN_READER}"
 
 
-def describe_lock(path: str) -> str:
-    """For messages: which process holds the lock."""
-    for _ in range(LOOKS):
-        if holders := lock_holders(path):
-            break
+def describe_lock(path: str, attached: Iterable[str] = ()) -> str:
+    """For messages: which process holds the lock, or that of an attached file, which a transaction needs too."""
+    holders: list[int] | None = None
+    for file in (path, *attached) * LOOKS:
+        if holders := lock_holders(file):
+            whose = "" if file == path else f" of the attached {file}"
+            return f"SQLite's lock{whose} is held by {', '.join(map(describe_process, holders))}"
     if holders is None:
         return "the holder of SQLite's lock cannot be determined here"
-    if not holders:
-        return "no holder of SQLite's lock was found: it is free at this moment, or that cannot be determined here"
-    return f"SQLite's lock is held by {', '.join(map(describe_process, holders))}"
+    return "no holder of SQLite's lock was found: it is free at this moment, or that cannot be determined here"
 
 
 def _all_locks() -> list[str] | None:

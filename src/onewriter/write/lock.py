@@ -112,7 +112,7 @@ class WriteLock:
         """For messages: which process holds the lock that the last attempt met."""
         if self._is_committing:  # which readers hold up, in the rollback-journal modes
             return describe_readers(self._file.unlogged, self._readers.borrowers)
-        return describe_lock(self._path)
+        return describe_lock(self._path, self._file.attached)
 
     def _keep_trying(self, session: WriteSession, sql: str, job: Job[Any], times: Times, first: Failure) -> None:
         def again() -> None:

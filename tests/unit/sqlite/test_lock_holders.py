@@ -230,7 +230,7 @@ class FakeStat(NamedTuple):
 def test_who_holds_the_lock_is_looked_up_once_for_many_who_ask(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
-    def describe(path: str) -> str:
+    def describe(path: str, attached: list[str]) -> str:
         asked.append(path)
         return "somebody"
 
@@ -253,3 +253,14 @@ def test_a_holder_that_the_first_look_at_the_list_misses_is_named(path: Path, mo
     monkeypatch.setattr(lock_holders, "lock_holders", lambda path: looks.pop(0))
     assert f"process {os.getppid()}" in lock_holders.describe_lock(str(path))
     assert looks == []
+
+
+def test_who_holds_the_lock_of_an_attached_file_is_named_too(path: Path) -> None:
+    other = path.parent / "other.db"
+    with contextlib.closing(sqlite3.connect(other)) as connection:
+        connection.execute("CREATE TABLE o (n)")
+    attach = f"ATTACH '{other}' AS other"
+    with DbWriter(path, on_connect=lambda connection, _: connection.execute(attach), lock_timeout=0.05) as db:
+        with holding_lock(other), pytest.raises(sqlite3.OperationalError) as caught:
+            db.run("CREATE TABLE t (n)")
+        assert f"SQLite's lock of the attached {other} is held by this process" in notes_of(caught.value)
