@@ -204,7 +204,7 @@ class Reader:
 
 def new_reader(settings: Settings, stop: threading.Event, clock: ReadClock, state: State) -> Reader:
     policy, guard = LockPolicy(settings.lock_timeout, stop), ReadGuard()
-    return Reader(open_reader(settings, guard, policy), guard, policy, clock, state)
+    return Reader(open_reader(settings, guard, policy, clock.ask_writer), guard, policy, clock, state)
 
 
 class Snapshot:

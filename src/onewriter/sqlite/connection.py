@@ -19,7 +19,7 @@ from onewriter.sqlite.inherited import keep_open
 from onewriter.sqlite.lock_holders import describe_lock
 from onewriter.sqlite.path_checks import cannot_open
 from onewriter.sqlite.pragma_values import database_names, pragma, rows_of, set_pragma
-from onewriter.sqlite.retry import LockPolicy, error_code, is_busy, note_descriptors
+from onewriter.sqlite.retry import LockPolicy, error_code, is_busy, needs_writer, note_descriptors
 from onewriter.sqlite.settings import Settings
 
 T = TypeVar("T")
@@ -46,22 +46,34 @@ def open_writer(
     return _open(settings, policy, log, lambda: _writer(settings, guard, make))
 
 
-def open_reader(settings: Settings, guard: ReadGuard, policy: LockPolicy) -> sqlite3.Connection:
-    """Open and configure a read-only connection."""
+def open_reader(
+    settings: Settings, guard: ReadGuard, policy: LockPolicy, ask_writer: Callable[[], object]
+) -> sqlite3.Connection:
+    """Open and configure a read-only connection. ``ask_writer``: to roll back what a killed process has left."""
+    asked: list[object] = []
 
     def attempt() -> sqlite3.Connection:
-        connection = _connect(settings, "ro")
-        with _closing_on_error(connection):
-            _apply_pragmas(connection, settings)
-            _call_hook(connection, settings, guard, readonly=True)
-            pragma(connection, "locking_mode", "NORMAL")
-            _disable_implicit_transactions(connection)
-            # mode=ro alone lets TEMP tables, ATTACHed files and VACUUM INTO be written.
-            connection.execute("PRAGMA query_only=1").close()
-            guard.install(connection)
-            return connection
+        try:
+            return _reader(settings, guard)
+        except sqlite3.Error as error:
+            if needs_writer(error) and not asked:
+                asked.append(ask_writer())
+            raise
 
     return _open(settings, policy, lambda acquired, text: None, attempt)
+
+
+def _reader(settings: Settings, guard: ReadGuard) -> sqlite3.Connection:
+    connection = _connect(settings, "ro")
+    with _closing_on_error(connection):
+        _apply_pragmas(connection, settings)
+        _call_hook(connection, settings, guard, readonly=True)
+        pragma(connection, "locking_mode", "NORMAL")
+        _disable_implicit_transactions(connection)
+        # mode=ro alone lets TEMP tables, ATTACHed files and VACUUM INTO be written.
+        connection.execute("PRAGMA query_only=1").close()
+        guard.install(connection)
+        return connection
 
 
 def open_whole(
