@@ -29,10 +29,10 @@ def check_path(path: str) -> None:
             raise cannot_open(
                 path, "file is not a database", sqlite3.SQLITE_NOTADB, "SQLITE_NOTADB", sqlite3.DatabaseError
             )
-        if not os.access(path, os.W_OK):
+        if not _may(path, os.W_OK):
             # SQLite would silently open it read-only.
             raise cannot_open(path, "the file is not writable", sqlite3.SQLITE_READONLY, "SQLITE_READONLY")
-    if not os.access(folder, os.W_OK | os.X_OK):
+    if not _may(folder, os.W_OK | os.X_OK):
         raise cannot_open(path, f"the folder {folder} is not writable, and SQLite keeps its log beside the database")
 
 
@@ -51,7 +51,7 @@ def check_company(path: str) -> None:
         name = f"{path}{suffix}"
         if _stays_unusable(name, os.path.isfile):
             raise cannot_open(path, f"{name}, which SQLite keeps beside the database, is not a regular file")
-        if _stays_unusable(name, lambda name: os.access(name, os.R_OK | os.W_OK)):
+        if _stays_unusable(name, lambda name: _may(name, os.R_OK | os.W_OK)):
             raise cannot_open(
                 path,
                 f"{name}, which SQLite keeps beside the database, is not writable: another user created it. Give this "
@@ -66,6 +66,11 @@ def check_company(path: str) -> None:
             f"the file is empty and {path}{LOG} is not: the file was overwritten, and SQLite would delete the log too. "
             "Put the file back, or move the log away",
         )
+
+
+def _may(path: str, mode: int) -> bool:
+    """Whether SQLite may: as the effective user, where the system can tell."""
+    return os.access(path, mode, effective_ids=os.access in os.supports_effective_ids)
 
 
 def _stays_unusable(name: str, is_usable: Callable[[str], bool]) -> bool:

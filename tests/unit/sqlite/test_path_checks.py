@@ -210,7 +210,7 @@ READ_ONLY = """
 import os, sqlite3, sys, threading
 from onewriter import DbWriter
 if os.geteuid() == 0:
-    os.setgid(65534); os.setuid(65534)
+    os.setegid(65534); os.setCALLuid(65534)
 for path in sys.argv[1:]:
     try:
         DbWriter(path)
@@ -220,7 +220,9 @@ print(threading.active_count())
 """
 
 
-def test_folders_and_files_without_the_right_to_write_are_named(open_folder: Path) -> None:
+@pytest.mark.parametrize("call", ["", "e"])
+def test_folders_and_files_without_the_right_to_write_are_named(open_folder: Path, call: str) -> None:
+    """As the user that the process acts for: ``seteuid`` leaves another one in its name."""
     closed, shared = open_folder / "closed", open_folder / "shared"
     for folder in (closed, shared):
         folder.mkdir()
@@ -230,7 +232,10 @@ def test_folders_and_files_without_the_right_to_write_are_named(open_folder: Pat
     closed.chmod(0o555)
     shared.chmod(0o777)
     (shared / "app.db").chmod(0o444)
-    code = f"import sys; sys.argv[1:] = [{str(closed / 'app.db')!r}, {str(shared / 'app.db')!r}]\n" + READ_ONLY
+    paths = [str(closed / "app.db"), str(shared / "app.db")]
+    code = f"import sys; sys.argv[1:] = {paths!r}\n" + READ_ONLY.replace("CALL", call)
+        "setCALL", call
+    )
     told = run_child(code).stdout.splitlines()
     assert len(told) == 3
     assert f"the folder {closed}" in told[0]
