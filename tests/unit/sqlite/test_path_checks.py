@@ -234,8 +234,6 @@ def test_folders_and_files_without_the_right_to_write_are_named(open_folder: Pat
     (shared / "app.db").chmod(0o444)
     paths = [str(closed / "app.db"), str(shared / "app.db")]
     code = f"import sys; sys.argv[1:] = {paths!r}\n" + READ_ONLY.replace("CALL", call)
-        "setCALL", call
-    )
     told = run_child(code).stdout.splitlines()
     assert len(told) == 3
     assert f"the folder {closed}" in told[0]
