@@ -21,7 +21,7 @@ class Call(Generic[T]):
              it among ``_asked``.
     """
 
-    __slots__ = ("_asked", "_claim", "_error", "_first", "_result", "_signal", "is_done", "then")
+    __slots__ = ("__weakref__", "_asked", "_claim", "_error", "_first", "_result", "_signal", "is_done", "then")
 
     def __init__(self, claim: Claim | None, function: Callable[..., T], *args: Any) -> None:
         self._asked = [(function, args)]

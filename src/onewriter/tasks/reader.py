@@ -92,6 +92,7 @@ class TaskReads:
                         await signal
                 self._pool.check_admitted(claim)
         except BaseException:
+            claim.end_lost = None
             self._end_unused(claim)
             raise
 
@@ -112,7 +113,8 @@ class TaskReads:
         """
         call = Call(claim, function, *args)
         if claim is not None and begins:
-            claim.end_lost = functools.partial(self._end_lost_call, claim, call, waits)
+            # Weakly: the pool has the claim, and would keep the task that waits for the call.
+            claim.end_lost = functools.partial(self._end_lost_call, claim, weakref.ref(call), waits)
         try:
             self.threads.submit(call)
         except BaseException:
@@ -132,11 +134,17 @@ class TaskReads:
             raise
         except GeneratorExit:  # the task is collected, and waits for nothing
             if claim is not None and begins:
-                self._end_lost_call(claim, call, waits)
+                self._end_lost_call(claim, lambda: call, waits)
             raise
+        finally:
+            if claim is not None and begins:
+                claim.end_lost = None  # which refers to it
 
-    def _end_lost_call(self, claim: Claim, call: Call[Any], waits: bool) -> None:
+    def _end_lost_call(self, claim: Claim, known: Callable[[], Call[Any] | None], waits: bool) -> None:
         """No task waits for the call that begins to use its connection."""
+        call = known()
+        if call is None:  # the task was collected, and has ended it
+            return
         if call.withdraw():
             self.end_lost(claim, None)
         elif waits:  # or else it gives the connection back itself

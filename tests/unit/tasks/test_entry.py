@@ -436,9 +436,9 @@ def test_blocks_that_wait_when_their_loop_is_closed_are_not_lent_and_keep_nothin
 @pytest.mark.parametrize("stage", ["admitted", "begun", "read"])
 def test_a_task_that_is_kept_gives_its_connection_back_when_its_loop_is_closed(path: Path, stage: str) -> None:
     async def read() -> None:
-        await AsyncDbWriter.wrap(db).read("SELECT 1")
+        await AsyncDbWriter.wrap(db).read(lambda connection: gate.wait(DEADLINE))
 
-    loop = asyncio.new_event_loop()
+    loop, gate = asyncio.new_event_loop(), threading.Event()
     db = DbWriter(path, readers=1)
     if stage == "admitted":
         with db.reader():
@@ -448,6 +448,7 @@ def test_a_task_that_is_kept_gives_its_connection_back_when_its_loop_is_closed(p
         while not db.stats().readers_in_use:  # and a thread begins to use it
             turn(loop)
     loop.close()
+    gate.set()
     assert in_threads(lambda: db.read_value("SELECT 2", timeout=DEADLINE)) == [2]
     db.close()
     assert not pool_of(db)._readers

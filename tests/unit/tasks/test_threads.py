@@ -7,6 +7,7 @@ import contextlib
 import gc
 import sqlite3
 import threading
+import weakref
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ import pytest
 
 from aio_helpers import keep_busy, until
 from helpers import DEADLINE, child_code, eventually, pool_of, run_child, threads_of
-from onewriter import AsyncDbWriter, DbWriter
+from onewriter import AsyncDbWriter, DbWriter, ReadTimeoutError
+from onewriter.read.claim import Claim
 
 Leave = Callable[[AsyncDbWriter], Coroutine[Any, Any, None]]
 
@@ -159,7 +161,9 @@ def test_a_block_that_is_left_after_the_gateway_was_closed_closes_its_connection
     assert threading.get_ident() not in threads
 
 
-def test_a_claim_that_is_given_up_when_the_pool_is_closed_leaves_the_closing_to_a_thread(path: Path) -> None:
+def test_a_claim_that_is_given_up_when_the_pool_is_closed_leaves_the_closing_to_a_thread(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def main() -> None:
         gateway = AsyncDbWriter.wrap(db)
         busy = keep_busy(gateway, gate)
@@ -167,19 +171,27 @@ def test_a_claim_that_is_given_up_when_the_pool_is_closed_leaves_the_closing_to_
         while not db.stats().readers_in_use:
             await asyncio.sleep(0)
         await asyncio.to_thread(db.close, 0.0)
+        monkeypatch.setattr(pool, "end", end)
         reading.cancel()
         with pytest.raises(asyncio.CancelledError):
             await reading
-        assert pool_of(db)._readers  # its thread is still busy
-        assert db.stats().readers_in_use == 1
-        gate.set()
-        await busy
         while db.stats().readers_in_use:
             await asyncio.sleep(0)
-        assert not pool_of(db)._readers
+        assert ended_in
+        assert threading.get_ident() not in ended_in
+        assert not pool._readers
+        gate.set()
+        await busy
+
+    def end(claim: Claim) -> None:
+        ended_in.append(threading.get_ident())
+        original(claim)
 
     gate = threading.Event()
+    ended_in: list[int] = []
     db = DbWriter(path, readers=1)
+    pool = pool_of(db)
+    original = pool.end
     assert db.read("SELECT 1") == [(1,)]
     asyncio.run(main())
     db.close()
@@ -351,3 +363,24 @@ def test_a_reader_that_outlives_a_close_is_used_and_left_while_another_read_last
     db = DbWriter(path)
     asyncio.run(main())
     db.close()
+
+
+def test_a_read_leaves_nothing_for_the_garbage_collector(path: Path) -> None:
+    async def main() -> None:
+        gateway = AsyncDbWriter.wrap(db)
+        await gateway.read("SELECT 1")
+        async with gateway.reader() as reader:
+            await reader.execute("SELECT 1")
+        with contextlib.suppress(ReadTimeoutError), db.reader():
+            await gateway.read("SELECT 1", timeout=0.0)
+        known.append(weakref.ref(threads_of(gateway)))
+
+    known: list[Any] = []
+    gc.collect()
+    gc.disable()
+    try:
+        with DbWriter(path, readers=1) as db:
+            asyncio.run(main())
+            eventually(lambda: known[0]() is None)  # its thread has it for a moment more
+    finally:
+        gc.enable()
