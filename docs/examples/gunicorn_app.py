@@ -1,6 +1,6 @@
 """A WSGI application on gunicorn, preloaded: each worker opens its own gateway, after the fork.
 
-    gunicorn --config docs/examples/gunicorn_conf.py --pythonpath docs/examples gunicorn_app:app
+    PYTHONPATH=docs/examples gunicorn --config docs/examples/gunicorn_conf.py gunicorn_app:app
 
 POST counts a visit, GET returns the number of visits of each worker. The database is ``$APP_DB``, or ``app.db``.
 """

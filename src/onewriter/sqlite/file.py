@@ -133,7 +133,12 @@ class DatabaseFile:
 
     def check_logs(self) -> None:
         """Raise FileMovedError if a log is not the one that is open: others would not see what is written to it."""
-        _refuse_others(self._logs)
+        logs = self._logs
+        try:
+            _refuse_others(logs)
+        except FileMovedError:
+            if self._logs is logs:  # or else another thread has closed it in this moment, and removed them
+                raise
 
     def refuse_smaller(self, size: int | None = None) -> None:
         """Raise FileMovedError: the file is smaller than what was written to it."""

@@ -527,3 +527,21 @@ def test_a_log_that_others_delete_and_make_at_the_moment_of_the_look_is_no_troub
     with DbWriter(path) as db:
         db.run("CREATE TABLE t (a)")
     assert looks
+
+
+def test_logs_that_go_with_a_close_in_this_moment_are_not_lost(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed_meanwhile(name: str) -> os.stat_result:
+        if name.endswith("-wal"):
+            file._logs = {}
+            raise FileNotFoundError(name)
+        return stat(name)
+
+    stat = os.stat
+    with DbWriter(path) as db:
+        db.run("CREATE TABLE t (n)")
+        file = file_of(db)
+        logs = file._logs
+        monkeypatch.setattr(os, "stat", closed_meanwhile)
+        file.check_logs()
+        monkeypatch.undo()
+        file._logs = logs
