@@ -280,7 +280,7 @@ def test_what_cannot_be_checked_is_said_in_a_line(
 
 def test_no_right_to_read(path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     plain(path).close()
-    monkeypatch.setattr(os, "access", lambda name, mode: False)  # the tests may be run by a user who may do anything
+    monkeypatch.setattr(os, "access", lambda *_, **__: False)  # the tests may be run by a user who may do anything
     assert main(["check", str(path)]) == 2
     assert capsys.readouterr().err.startswith(f"cannot check {path}: no right to read {path}: run this as its owner")
 
@@ -289,7 +289,9 @@ def test_a_log_that_may_not_be_read_is_named(path: Path, monkeypatch: pytest.Mon
     with contextlib.closing(plain(path)):
         monkeypatch.setattr(check, "open_to_look", cannot_open)
         allowed = os.access
-        monkeypatch.setattr(os, "access", lambda name, mode: not f"{name}".endswith("-wal") and allowed(name, mode))
+        monkeypatch.setattr(
+            os, "access", lambda name, mode, **_: not f"{name}".endswith("-wal") and allowed(name, mode)
+        )
         with pytest.raises(check.CannotCheckError, match=r"no right to read .*-wal: run this as its owner"):
             check.check(str(path))
 
@@ -305,7 +307,7 @@ def test_a_folder_that_may_not_be_written_is_named_if_there_is_a_log_to_read(
     with pytest.raises(check.CannotCheckError, match="unable to open database file"):
         check.check(str(copy))
     allowed = os.access
-    monkeypatch.setattr(os, "access", lambda name, mode: name != str(tmp_path) and allowed(name, mode))
+    monkeypatch.setattr(os, "access", lambda name, mode, **_: name != str(tmp_path) and allowed(name, mode))
     with pytest.raises(check.CannotCheckError, match=r"creates .*-shm, and this user may not write in that folder"):
         check.check(str(copy))
 
@@ -317,7 +319,7 @@ def test_who_may_not_write_the_file_need_not_be_able_to_write_its_log(
     with contextlib.closing(plain(path)):
         for missing, problems in (("-wal", 1), ("", 0)):
             monkeypatch.setattr(
-                os, "access", lambda name, mode, end=missing: not (mode & os.W_OK and f"{name}".endswith(end))
+                os, "access", lambda name, mode, end=missing, **_: not (mode & os.W_OK and f"{name}".endswith(end))
             )
             assert len(check.check(str(path)).problems) == problems
     monkeypatch.setattr(os, "access", allowed)
