@@ -44,8 +44,8 @@ class ReadingThreads:
             try:
                 thread.start()
             except RuntimeError:
-                if call.withdraw():
-                    raise  # or else another thread has begun it in this moment
+                if not line.threads and call.withdraw():
+                    raise  # or else one that is there comes to it
             else:
                 line.threads += 1
 

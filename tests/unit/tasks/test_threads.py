@@ -223,7 +223,7 @@ def test_a_read_that_another_thread_takes_while_none_can_be_started_has_its_resu
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def start(thread: threading.Thread) -> None:
-        other = threading.Thread(target=threads_of(gateway)._line.work)
+        other = threading.Thread(target=threads_of(gateway)._line.work)  # which nobody knows of
         start_one(other)
         threads_of(gateway)._line.calls.put(None)  # its end
         other.join(DEADLINE)
@@ -384,3 +384,21 @@ def test_a_read_leaves_nothing_for_the_garbage_collector(path: Path) -> None:
             eventually(lambda: known[0]() is None)  # its thread has it for a moment more
     finally:
         gc.enable()
+
+
+def test_a_read_that_gets_no_thread_of_its_own_is_done_by_one_that_is_there(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        async with AsyncDbWriter(path) as db:
+            gate = threading.Event()
+            busy = keep_busy(db, gate)
+            with monkeypatch.context() as patch:
+                patch.setattr(threading.Thread, "start", no_thread)
+                reading = asyncio.create_task(db.read("SELECT 1"))
+                await until(lambda: not threads_of(db)._line.calls.empty())
+            gate.set()
+            assert await busy
+            assert await reading == [(1,)]
+
+    asyncio.run(main())
