@@ -155,9 +155,10 @@ class Reader:
         self.is_pinned = self.guard.is_lent = self.guard.leaves_traces = True
 
     def _internal(self, sql: str) -> None:
-        self.guard.text, self.guard.is_internal = sql + self._mark, True
+        self.guard.text = text = sql + self._mark
+        self.guard.is_internal = True
         try:
-            self.connection.execute(sql + self._mark).close()
+            self.connection.execute(text).close()
         finally:
             self.guard.is_internal = False
 

@@ -21,7 +21,18 @@ class Call(Generic[T]):
              it among ``_asked``.
     """
 
-    __slots__ = ("__weakref__", "_asked", "_claim", "_error", "_first", "_result", "_signal", "is_done", "then")
+    __slots__ = (
+        "__weakref__",
+        "_asked",
+        "_claim",
+        "_error",
+        "_first",
+        "_result",
+        "_signal",
+        "_withdrawn",
+        "is_done",
+        "then",
+    )
 
     def __init__(self, claim: Claim | None, function: Callable[..., T], *args: Any) -> None:
         self._asked = [(function, args)]
@@ -30,7 +41,7 @@ class Call(Generic[T]):
         self._signal = self._first  # of the present wait; ``ended`` has others
         self._result: Any = None
         self._error: BaseException | None = None
-        self.is_done = False
+        self.is_done = self._withdrawn = False
         self.then: Callable[[], object] = object  # called when it is done, in its thread
 
     def run(self) -> None:
@@ -59,9 +70,10 @@ class Call(Generic[T]):
         """Whether it will never begin."""
         try:
             self._asked.pop()
+            self._withdrawn = True
         except IndexError:
-            return False
-        return True
+            pass
+        return self._withdrawn
 
     def expire(self, error: BaseException) -> None:
         """If it has not begun, it never does, and the task gets ``error``."""

@@ -117,9 +117,9 @@ class TaskReads:
             claim.end_lost = functools.partial(self._end_lost_call, claim, weakref.ref(call), waits)
         try:
             self.threads.submit(call)
-        except BaseException:
+        except BaseException:  # what a signal handler raises may come when a thread has it already
             if claim is not None and begins:
-                self._end_unused(claim)
+                self._end_unused(claim) if call.withdraw() else self._end_lost_call(claim, lambda: call, waits)
             raise
         try:
             return await call

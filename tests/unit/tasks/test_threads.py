@@ -402,3 +402,35 @@ def test_a_read_that_gets_no_thread_of_its_own_is_done_by_one_that_is_there(
             assert await reading == [(1,)]
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("way", ["read", "reader"])
+def test_what_is_raised_as_a_thread_was_started_leaves_the_connection_to_that(
+    path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    def start(thread: threading.Thread) -> None:
+        start_one(thread)
+        if "app.db-reader" in thread.name:
+            eventually(lambda: any(claim.runs_in for claim in pool_of(db)._lent()))
+            raise LookupError
+
+    def connect(connection: sqlite3.Connection, readonly: bool) -> None:
+        if readonly:
+            gate.wait(DEADLINE)  # while the claim is in use
+
+    async def main() -> None:
+        gateway = AsyncDbWriter.wrap(db)
+        with monkeypatch.context() as patch, pytest.raises(LookupError):
+            patch.setattr(threading.Thread, "start", start)
+            if way == "read":
+                await gateway.read("SELECT 1")
+            else:
+                await gateway.reader().__aenter__()
+        assert db.stats().readers_in_use == 1
+        gate.set()
+        await until(lambda: db.stats().readers_in_use == 0)
+        assert await gateway.read("SELECT 1") == [(1,)]
+
+    start_one, gate = threading.Thread.start, threading.Event()
+    with DbWriter(path, readers=1, on_connect=connect) as db:
+        asyncio.run(main())
