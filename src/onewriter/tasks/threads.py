@@ -41,13 +41,13 @@ class ReadingThreads:
         elif line.threads < self._size:
             name = f"{self._name}_{line.threads}"
             thread = threading.Thread(target=line.work, name=name, daemon=True)
+            line.threads += 1  # first: a signal handler may raise when it has started
             try:
                 thread.start()
             except RuntimeError:
+                line.threads -= 1
                 if not line.threads and call.withdraw():
                     raise  # or else one that is there comes to it
-            else:
-                line.threads += 1
 
     def shutdown(self) -> None:
         """Have them end, each after its call. Does not wait. What comes later starts others."""
