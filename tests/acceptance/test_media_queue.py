@@ -115,8 +115,8 @@ def test_the_page_is_told_of_each_change_and_an_open_one_keeps_nothing_from_endi
         idle.request("GET", "/counts")
         idle.getresponse().read()  # kept alive
         events = pages.enter_context(urllib.request.urlopen(f"{address}/events", timeout=DEADLINE))
+        seen = [events.readline().decode()]  # the state as it was, read before anything changes
         drive.ask(f"{address}/webhook", "POST", {"delivery": "one", "path": "/media/<b>.mkv", "wait": True})
-        seen = []
         for line in events:
             seen.append(line.decode())
             if "<b>1</b>webhooks" in seen[-1]:
@@ -126,6 +126,7 @@ def test_the_page_is_told_of_each_change_and_an_open_one_keeps_nothing_from_endi
         _, errors = process.communicate(timeout=DEADLINE)
     assert (process.returncode, errors) == (0, "")
     assert all(line == "\n" or line.startswith("data: ") for line in seen)
+    assert "<b>0</b>webhooks" in seen[0]
     assert len(seen) > 2
 
 
