@@ -197,8 +197,7 @@ class Tests:
         if not found:  # the line is new, or nobody comes by
             found = {place for tests in passing.values() for place in tests} or set(range(len(self._names)))
         names = {self._names[place] for place in found}
-        folder, _, own = mutant.file.rpartition("/")
-        first = f"tests/unit/{folder}/test_{own}"
+        first = (Path("tests/unit") / mutant.file).with_name(f"test_{Path(mutant.file).name}").as_posix()
         names = {name for name in names if not name.startswith(READERS)}
         names |= {name for name in self.seconds if name.startswith(READERS) and f"[{mutant.file}" in name}
         seen: Counter[str] = Counter()  # of each file of tests; the next of each in turn, for they are alike in one
