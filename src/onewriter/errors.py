@@ -87,7 +87,8 @@ class ReadTimeoutError(OneWriterError, TimeoutError):
 
 
 class ReentrantWriteError(OneWriterError):
-    """The call would wait for something that itself waits for the caller. Not committed."""
+    """The call would wait for something that itself waits for the caller. Not committed; but a wait for a ticket
+    changes nothing, and a block that was left well is committed later, as its message says."""
 
 
 class TransactionClosedError(OneWriterError):

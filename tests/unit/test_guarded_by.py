@@ -63,6 +63,7 @@ GUARDS = [
             "_refusal",
             "_room",
             "_withdrawn",
+            "ender",
             "guest",
             "is_handed_over",
             "is_nearly_full",

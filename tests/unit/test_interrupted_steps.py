@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import inspect
+import sqlite3
 import sys
 import threading
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import onewriter
-from helpers import DEADLINE, eventually, parked, pool_of, queue_of, state_of
+from helpers import DEADLINE, driver_of, eventually, parked, pool_of, queue_of, rows, state_of
 from onewriter import DbWriter, Transaction, WriterClosedError
 from onewriter.base.waiting import call_if_free
+from onewriter.write.own_turn import OwnTurn
 
 OURS = str(Path(onewriter.__file__).parent)
 INSERT = "INSERT INTO t (n) VALUES (?)"
@@ -34,11 +38,13 @@ class ClosedError(WriterClosedError):
 
 
 class Interrupter:
-    """Raises at the place with the number ``at``, and again ``then`` places further on."""
+    """Raises at the place with the number ``at``, and again ``then`` places further on; or calls ``handler`` there."""
 
-    def __init__(self, at: int, error: type[Exception] = SignalError, then: int = 0) -> None:
+    def __init__(
+        self, at: int, error: type[Exception] = SignalError, then: int = 0, handler: Callable[[], object] | None = None
+    ) -> None:
         self.where = ""
-        self._left, self._error, self._then = at, error, then
+        self._left, self._error, self._then, self._handler = at, error, then, handler
 
     def __enter__(self) -> Interrupter:
         gc.disable()  # what it frees are steps too, and what is raised in these nobody gets
@@ -50,14 +56,18 @@ class Interrupter:
         gc.enable()
 
     def _look(self, frame: types.FrameType, event: str, _: object) -> None:
-        if event in ("call", "c_return") and frame.f_code.co_filename.startswith(OURS):
+        # Not as a generator goes on: a signal handler comes behind that, where its ``except`` and ``finally`` hold.
+        comes = event == "c_return" or (event == "call" and not frame.f_code.co_flags & inspect.CO_GENERATOR)
+        if comes and frame.f_code.co_filename.startswith(OURS):
             self._left -= 1
             if self._left == 0:
                 self.where += f"{frame.f_code.co_qualname}, line {frame.f_lineno}; "
                 self._left, self._then = self._then, 0
                 if not self._left:
                     sys.setprofile(None)
-                raise self._error
+                if self._handler is None:
+                    raise self._error
+                self._handler()
 
 
 class Told:
@@ -219,6 +229,151 @@ def test_an_error_as_of_a_closed_gateway_does_so_too(db: DbWriter, call: Callabl
 @pytest.mark.parametrize("then", [1, 2, 4, 8])
 def test_a_second_interrupt_while_the_first_is_seen_to_does_so_too(db: DbWriter, then: int) -> None:
     interrupt_each_step(db, block, then=then)
+
+
+def lends_cursors(tx: Transaction, row: int) -> None:
+    for _ in range(2):  # each is freed, under the connection's lock
+        tx.connection.execute("SELECT 1").fetchall()
+    tx.execute(INSERT, (row,))
+
+
+def has_a_failing_part(tx: Transaction, row: int) -> None:
+    tx.execute(INSERT, (row,))
+    with contextlib.suppress(LookupError), tx.savepoint():
+        tx.execute(INSERT, (-row,))
+        raise LookupError
+
+
+def inserts(tx: Transaction, row: int) -> None:
+    tx.execute(INSERT, (row,))
+
+
+@pytest.mark.parametrize("error", [None, LookupError])
+@pytest.mark.parametrize("work", [inserts, lends_cursors, has_a_failing_part])
+def test_a_handler_may_leave_the_block_of_its_thread_at_any_step(
+    db: DbWriter, work: Callable[[Transaction, int], None], error: type[Exception] | None
+) -> None:
+    """Also where the thread is just leaving it: two that end it at the same time would crash the process."""
+    for row in range(1, 1000):
+        entry = db.transaction()
+
+        def leave(entry: contextlib.AbstractContextManager[Transaction] = entry) -> None:
+            with contextlib.suppress(RuntimeError, onewriter.OneWriterError):  # not entered yet; or it ends later
+                entry.__exit__(error, None if error is None else error(), None)
+
+        is_through = False
+        with Interrupter(row, handler=leave) as interrupter:
+            try:
+                with entry as tx:
+                    work(tx, row)
+                is_through = True
+            except (onewriter.TransactionClosedError, sqlite3.ProgrammingError):  # that of a connection it has lent
+                pass
+        db.flush(DEADLINE)
+        found = {n for (n,) in db.read("SELECT n FROM t")} & {row, -row}
+        # In the midst of a part that fails, it is kept with the block, and TransactionClosedError says so.
+        assert found == {row} if is_through and error is None else found <= {row, -row}, interrupter.where
+        assert found <= {row} or not is_through, interrupter.where
+        assert (state_of(db).job, queue_of(db).guest, db.health) == (None, None, "ok"), interrupter.where
+        if not interrupter.where:
+            break
+    else:
+        pytest.fail("there are more steps than that")
+
+
+def test_while_a_thread_ends_its_block_nobody_else_does(db: DbWriter, monkeypatch: pytest.MonkeyPatch) -> None:
+    end, seen = OwnTurn.end, list[bool]()
+
+    def ends(self: OwnTurn, block: Any) -> bool:
+        driver_of(db).hand_over(block)  # as a finalizer in any thread
+        driver_of(db).leave(block)
+        seen.append(queue_of(db).is_handed_over)
+        return end(self, block)
+
+    monkeypatch.setattr(OwnTurn, "end", ends)
+    eventually(lambda: queue_of(db)._asleep)  # so that the block has the turn in its own thread
+    block(db, 1, Told())
+    assert (seen, rows(db)) == ([False], [1])
+
+
+def reads(db: DbWriter, _: DbWriter) -> None:
+    with db.reader():
+        pass
+
+
+def writes_elsewhere(_: DbWriter, other: DbWriter) -> None:
+    with other.transaction():
+        pass
+
+
+@pytest.mark.parametrize("act", [reads, writes_elsewhere])
+def test_a_thread_is_inside_its_block_whatever_a_handler_enters_meanwhile(
+    db: DbWriter, act: Callable[[DbWriter, DbWriter], None], tmp_path: Path
+) -> None:
+    with DbWriter(tmp_path / "other.db", synchronous="OFF") as other:
+        for row in range(1, 1000):
+            entry = db.transaction()
+            with Interrupter(row, handler=lambda: act(db, other)) as interrupter:
+                entry.__enter__()
+            try:
+                assert db.in_writer(), interrupter.where
+                db.run(INSERT, (row,), timeout=DEADLINE)  # a part of the block
+            finally:
+                entry.__exit__(None, None, None)
+            if not interrupter.where:
+                break
+        else:
+            pytest.fail("there are more steps than that")
+
+
+def savepoint_part(db: DbWriter, tx: Transaction, row: int) -> None:
+    with tx.savepoint():
+        tx.execute(INSERT, (row,))
+        raise LookupError
+
+
+def nested_part(db: DbWriter, tx: Transaction, row: int) -> None:
+    with db.transaction() as inner:
+        inner.execute(INSERT, (row,))
+        raise LookupError
+
+
+def nested_run(db: DbWriter, tx: Transaction, row: int) -> None:
+    def fails(inner: Transaction) -> None:
+        inner.execute(INSERT, (row,))
+        raise LookupError
+
+    db.run(fails)
+
+
+def failing_script(db: DbWriter, tx: Transaction, row: int) -> None:
+    tx.executescript(f"INSERT INTO t VALUES ({row}); INSERT INTO t VALUES ({row})")
+
+
+@pytest.mark.parametrize("part", [savepoint_part, nested_part, nested_run, failing_script])
+def test_a_part_that_fails_is_undone_although_a_handler_raises_meanwhile(
+    db: DbWriter, part: Callable[[DbWriter, Transaction, int], None]
+) -> None:
+    errors: list[Exception] = []  # kept, as by a logger: each holds the frames that it came through
+    for row in range(10, 2000, 10):
+        with db.transaction() as tx:
+            interrupter = Interrupter(row // 10)
+            try:
+                with interrupter:
+                    part(db, tx, row)
+            except (LookupError, sqlite3.IntegrityError, SignalError) as error:
+                if "Entry.__exit__" not in interrupter.where:  # the part is not left then, and held by the frames
+                    errors.append(error)
+            except KeyboardInterrupt:  # as above
+                pass
+            db.run(INSERT, (row + 1,), timeout=DEADLINE)  # the block goes on, and this thread is inside it
+        db.run(INSERT, (row + 2,), timeout=DEADLINE)  # and after it no more
+        assert db.read("SELECT n FROM t WHERE n >= ?", (row,)) == [(row + 1,), (row + 2,)], interrupter.where
+        if not interrupter.where:
+            break
+    else:
+        pytest.fail("there are more steps than that")
+    assert len(errors) > 20
 
 
 def test_a_lock_that_is_taken_if_it_is_free_is_free_again() -> None:

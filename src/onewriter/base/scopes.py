@@ -26,10 +26,11 @@ class Scope(Generic[S]):
     Threads: entered by its owner, which keeps it; left by any.
     """
 
-    __slots__ = ("__weakref__", "_call_of_pool", "_number", "_scopes", "_task", "_thread", "what", "writes")
+    __slots__ = ("__weakref__", "_call_of_pool", "_number", "_scopes", "_task", "_thread", "is_over", "what", "writes")
 
     def __init__(self, scopes: Scopes[S], what: S | None, writes: bool) -> None:
-        self.what = what  # None: it is over
+        self.what = what  # None: it is not open, or not any more
+        self.is_over = False
         self.writes = writes  # or only reads
         self._scopes = scopes
         self._number = 0  # of the thread; the system gives it to another when that has ended
@@ -82,7 +83,7 @@ class Scopes(Generic[S]):
 
     def leave(self, scope: Scope[S]) -> None:
         """End it, for all calls. From any thread, task and context, more than once."""
-        scope.what = None
+        scope.what, scope.is_over = None, True
         scope._call_of_pool = None
         node = _innermost.get()
         if node is not None and node[0]() is scope:
@@ -95,6 +96,7 @@ class Scopes(Generic[S]):
         try:
             yield
         finally:
+            scope.what = None  # not by a call, which a signal handler may end as it begins
             self.leave(scope)
 
     def begin_jobs(self) -> Callable[[S], None]:
@@ -138,10 +140,13 @@ class Scopes(Generic[S]):
 
 
 def _first_open(node: Node) -> Node:
-    """Without those at the front that are over: they were left in another context, so could not be removed here."""
+    """Without those at the front that are over: they were left in another context, so could not be removed here.
+
+    With one that is about to open: this may be a signal handler's or finalizer's, as ``enter`` is at its last step.
+    """
     while node is not None:
         scope = node[0]()
-        if scope is not None and scope.is_open:
+        if scope is not None and not scope.is_over:
             return node
         node = node[1]
     return None

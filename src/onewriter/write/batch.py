@@ -335,8 +335,10 @@ class Batch:
                     raise loan.closed_error()  # which the job has swallowed
                 if not session.connection.in_transaction:
                     raise loan.aborted_error()
+                if loan.parts is not None:
+                    loan.parts.undo_failed()
                 if job.foreign_keys is False:
-                    self._check_keys()
+                    session.check_keys()
                 if savepoint:
                     session.release_mark()
                 job._result = result
@@ -347,13 +349,6 @@ class Batch:
             if savepoint and self._connection.in_transaction:
                 self._connection.undo_job()
         return now
-
-    def _check_keys(self) -> None:
-        if violations := self._session.internal("PRAGMA foreign_key_check"):
-            table, rowid, parent, _ = violations[0]
-            raise sqlite3.IntegrityError(
-                f"FOREIGN KEY constraint failed: {len(violations)} rows; the first: {table} (rowid {rowid}) → {parent}"
-            )
 
     def _commit(self) -> Verdict:
         jobs, file = self._jobs, self._connection.file

@@ -51,6 +51,10 @@ class Block(Job[None]):
         self.nested = 0  # writes that were acknowledged as a part of it
         self._requests: Any = None  # to the writer, which serves it: callables, and None: it is given back
 
+    @property
+    def is_undone(self) -> bool:
+        return self.failed or self._error is not None
+
     def line_up(self, granted: Any) -> None:
         """It waits for its turn, which wakes ``granted``; before anybody else knows it."""
         self.granted, self._requests = granted, queue.SimpleQueue()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sqlite3
+import threading
 
 from onewriter.base.log import report
 from onewriter.base.state import State
@@ -43,11 +44,15 @@ class WriteConnection:
         self._state = state
         self.file = file
         self._checkpointer = checkpointer
+        # Held around every call into SQLite of a Transaction. Re-entrant: a signal handler may come just behind its
+        # acquisition, before the loan says that its thread is inside.
+        self.lock = threading.RLock()
+        state.locks = (*state.locks, self.lock)
 
     def open(self) -> WriteSession:
         """Open it, or raise why that cannot be."""
         self.file.check()  # SQLite would create it again
-        session = open_writer(self._settings, self.guard, self._policy, self.tell_waiting, WriteSession)
+        session = open_writer(self._settings, self.guard, self._policy, self.tell_waiting, self._new_session)
         self.session = session
         try:
             self.file.remember(session.files.values(), session.logs.values())
@@ -58,6 +63,9 @@ class WriteConnection:
         self._tell_exposed()
         self.guard.schema_changed = True
         return session
+
+    def _new_session(self, connection: sqlite3.Connection, guard: Guard) -> WriteSession:
+        return WriteSession(connection, guard, self.lock)
 
     def open_whole(self) -> sqlite3.Connection:
         """Open a connection that a function has for itself; ``close_whole`` closes it. The session stays open

@@ -95,8 +95,14 @@ class ThreadDriver:
         return job.entered()
 
     def leave(self, job: ThreadBlock) -> None:
-        if self._writer.queue.guest is job and not self._writer.own_turn.end(job):
-            self._writer.queue.hand_over(job)
+        queue, has_ended, me = self._writer.queue, False, threading.get_ident()
+        try:
+            has_ended = not queue.begins_end(job) or self._writer.own_turn.end(job)
+        finally:
+            if queue.ender == me:  # without a call: there may be no room for one
+                queue.ender = 0
+        if not has_ended:
+            queue.hand_over(job)
 
     def hand_over(self, job: ThreadBlock) -> None:
         self._writer.queue.hand_over(job)

@@ -71,7 +71,12 @@ class Entry:
             outer = state.here()
             if isinstance(outer, WriteLoan):
                 self._part = part_of(outer, block)
-                return Transaction(self._part.__enter__())
+                loan = self._part.__enter__()
+                try:
+                    return Transaction(loan)
+                except BaseException as error:  # Ctrl-C
+                    self._part.__exit__(type(error), error, None)
+                    raise
         if state.forked or state.would_deadlock():
             state.refuse_endless_wait("transaction()")
         me = get_ident()
@@ -100,11 +105,13 @@ class Entry:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: types.TracebackType | None
     ) -> bool | None:
         if self._part is not None:
-            return self._part.__exit__(kind, error, traceback)
+            try:
+                return self._part.__exit__(kind, error, traceback)
+            finally:
+                self._part = None  # ended, if a signal handler has raised before it was, and something keeps that
         if self._scope is None:  # its end would be waited for without end
             raise RuntimeError("a block that was not entered cannot be left: use `with`")
         block = self._block
-        was_failed = block.is_given_back and block.failed
         try:
             _leave(block, self._turns, self._scope, kind is not None)
         except RecursionError:  # as in ``__enter__``
@@ -115,8 +122,11 @@ class Entry:
         if kind is GeneratorExit:
             _tell_closed(block, self._gateway)
         elif kind is None and (not block.done() or block.failed_with is not None):
-            if was_failed:  # its own error went on from there
+            if block.failed:  # that error went on from there
                 raise TransactionClosedError(f"{block.describe()} was left by an error before, and is rolled back")
+            if not block.done():
+                text = "was left in a callback, finalizer or signal handler: it is committed when that has ended"
+                raise ReentrantWriteError(f"{block.describe()} {text}")
             block.result()
         return None
 

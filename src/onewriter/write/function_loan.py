@@ -30,7 +30,12 @@ class FunctionLoan(WriteLoan):
     def execute(self, sql: str, params: Params) -> Result:
         # Hot path: what is decided once for a job, or once for a text, is not looked at here. Whether there still is a
         # transaction, is: SQLite may have ended it in a call that came another way; this one would commit by itself.
-        if self._free_for != get_ident() or self._inside or not self.session.connection.in_transaction:
+        if (
+            self._free_for != get_ident()
+            or self._inside
+            or not self.session.connection.in_transaction
+            or (self.parts is not None and self.parts.has_failed)
+        ):
             return super().execute(sql, params)
         if type(params) is not tuple or not PLAIN_TYPES.issuperset(map(type, params)):
             params = capture(sql, params)

@@ -80,6 +80,11 @@ class WriteLoan:
         return self._closed is not None or self._root._closed is not None
 
     @property
+    def ended_well(self) -> bool:
+        """Closed, whether it is committed, or may be yet."""
+        return self._root._closed == ENDED and not self.job.is_undone
+
+    @property
     def was_too_long(self) -> bool:
         """Whether a statement was refused or ended because of ``max_hold``."""
         return self._closed == TOO_LONG
@@ -138,6 +143,8 @@ class WriteLoan:
                 if not session.connection.in_transaction and self.job.in_transaction:
                     raise self.aborted_error()
                 guard.refusal, guard.mode = None, mode
+                if root.parts is not None and root.parts.has_failed:
+                    root.parts.undo_failed()
                 return function(*args)
             except sqlite3.Error as error:
                 self._explain(error)
@@ -290,12 +297,21 @@ class WriteLoan:
         """A savepoint for the ``with`` block."""
         parts = self.all_parts()
         mark: Mark = self.call(parts.begin)
+        has_failed = True
         try:
             yield
+            has_failed = False
             self.call(parts.end, mark)
-        except BaseException:
-            with contextlib.suppress(OneWriterError):  # it was undone with all
+        except BaseException as error:
+            if not (self._closed or (self._around and self._around._closed)):
+                parts.has_failed = mark.has_failed = True  # if a signal handler ends this: the next call undoes it
+            try:
                 self.call(parts.undo, mark)
+            except TransactionClosedError as late:
+                if mark.is_kept or self.ended_well:
+                    tell_kept(error, late, has_failed)
+            except OneWriterError:
+                pass  # it was undone with all; or SQLite has called this, see above
             raise
 
     @contextlib.contextmanager
@@ -304,13 +320,8 @@ class WriteLoan:
         scopes = self.job._state.scopes
         here, block = scopes.innermost(), scopes.innermost(writes=True)
         is_inside = here is not block and isinstance(block, WriteLoan) and block._root is self._root
-        scope = scopes.enter(self, writes=True) if is_inside else None
-        try:
-            with self.part():
-                yield
-        finally:
-            if scope is not None:
-                scopes.leave(scope)
+        with scopes.inside(self, writes=True) if is_inside else contextlib.nullcontext(), self.part():
+            yield
 
     def undo(self) -> None:
         """Undo what this job, or its innermost nested part, has done so far; the transaction stays open."""
@@ -375,7 +386,7 @@ class WriteLoan:
         if self._lent is None or not self.is_inside:
             self._check_thread()
         if not self.session.connection.in_transaction and self.job.in_transaction:
-            raise self.aborted_error()
+            raise self.closed_error() if self.is_closed else self.aborted_error()
         if self._lent is None:
             WriteLoan.call(self, self._lend_connection)
         lent = self._lent
@@ -406,3 +417,14 @@ class WriteLoan:
         lent, self._lent = self._lent, None
         if lent is not None:
             lent.put_back()
+
+
+def tell_kept(error: BaseException, late: TransactionClosedError, has_failed: bool) -> None:
+    """A part cannot be undone any more: ``error`` alone would say that it was. If it has not failed by itself, that is
+    a signal handler's, just behind its end."""
+    if has_failed and isinstance(error, Exception):
+        if isinstance(error, TransactionClosedError):
+            return
+        raise late from error
+    with contextlib.suppress(BaseException):  # as from a frozen dataclass, which refuses notes
+        BaseException.add_note(error, f"onewriter: what failed was not undone: {late}")

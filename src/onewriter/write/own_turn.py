@@ -109,6 +109,7 @@ class OwnTurn:
             or session is None
             or loan is None
             or block.failed
+            or (loan.parts is not None and loan.parts.has_failed)
             or not loan.is_at_rest()
             or not session.connection.in_transaction
             or session.guard.settings_touched
@@ -122,20 +123,19 @@ class OwnTurn:
         self._failure = self._lock.try_commit(session)
         if self._failure is not None:
             return False
-        self._tell(batch, block, session, now)
-        return True
+        return self._tell(batch, block, session, now)
 
-    def _tell(self, batch: Batch, block: ThreadBlock, session: WriteSession, since: float) -> None:
-        """It is committed."""
+    def _tell(self, batch: Batch, block: ThreadBlock, session: WriteSession, since: float) -> bool:
+        """It is committed; False if the writer thread has a checkpoint to run."""
         batch.times.commit = monotonic() - since
         self._lock.released()
         self._outcomes.settle([block], batch.times, commits=1)  # its own thread calls its callbacks
         self._batch = None  # nothing of it stays alive
         had_work = self._checkpointer.has_work  # or else the writer thread sleeps for ever, not until it is idle
         if self._checkpointer.is_due(session) or self._checkpointer.has_work is not had_work:
-            self._queue.hand_over(block)
-        else:
-            self._queue.give_turn()
+            return False
+        self._queue.give_turn()
+        return True
 
     def finish(self, block: Any) -> tuple[Batch, Verdict]:
         """End what was handed over."""

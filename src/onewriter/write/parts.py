@@ -13,6 +13,7 @@ from onewriter.write.session import WriteSession
 
 Callback = Callable[[], object]
 T = TypeVar("T")
+ENDED_WITH_OUTER = "this savepoint ended with the one around it, whose outcome it shares"
 
 
 class Mark:
@@ -20,15 +21,18 @@ class Mark:
 
     Attributes:
         of_library: a library has made it on the connection that it was lent; no part of the job ends with it.
+        has_failed: it is to be undone, before anything else is done.
+        is_kept: it has ended well, or with one around it that has; what becomes of that becomes of it.
     """
 
-    __slots__ = ("after_commit", "after_rollback", "number", "of_library")
+    __slots__ = ("after_commit", "after_rollback", "has_failed", "is_kept", "number", "of_library")
 
     def __init__(self, number: int, after_commit: int, after_rollback: int, of_library: bool = False) -> None:
         self.number = number
         self.after_commit = after_commit
         self.after_rollback = after_rollback
         self.of_library = of_library
+        self.has_failed = self.is_kept = False
 
 
 class Parts:
@@ -37,7 +41,7 @@ class Parts:
     Locks: the session's lock guards all of it; a task, which cannot wait for that, keeps its callbacks under another.
     """
 
-    __slots__ = ("_after_commit", "_after_rollback", "_marks", "_session", "_undone")
+    __slots__ = ("_after_commit", "_after_rollback", "_marks", "_session", "_undone", "has_failed")
 
     def __init__(self, session: WriteSession) -> None:
         self._session = session
@@ -45,6 +49,7 @@ class Parts:
         self._after_commit: list[Callback] = []
         self._after_rollback: list[Callback] = []
         self._undone: list[Callback] = []  # on_rollback of savepoints that were rolled back
+        self.has_failed = False  # one of them, that may not be undone yet
 
     def callbacks(self, committed: bool) -> list[Callback]:
         """What is to be called, now that the transaction has ended: told once, although several threads may ask."""
@@ -66,24 +71,39 @@ class Parts:
 
     def end(self, mark: Mark) -> None:
         if mark not in self._marks:
-            raise TransactionClosedError("this savepoint ended with the one around it")
+            raise TransactionClosedError(ENDED_WITH_OUTER)
         self._session.internal(f"RELEASE {self._name_of(mark)}")
+        for other in self._marks[self._marks.index(mark) :]:
+            other.is_kept = True
         self._marks = self._before(mark)
 
     def undo(self, mark: Mark) -> None:
-        """Undo what it has done, and end it; one that has ended by now stays as it is."""
+        """Undo what it has done, and end it; one that has ended by now stays as it is.
+
+        Raises:
+            TransactionClosedError: it was kept with the one around it.
+        """
+        if mark.is_kept:
+            raise TransactionClosedError(ENDED_WITH_OUTER)
         if mark in self._marks:
-            self._marks = self._before(mark)
             self._forget_since(mark)
             try:
                 self._session.internal(f"ROLLBACK TO {self._name_of(mark)}")
+                # Refused while a RETURNING of a lent connection is half read; then it goes with the one around it.
+                with contextlib.suppress(sqlite3.OperationalError):
+                    self._session.internal(f"RELEASE {self._name_of(mark)}")
             except sqlite3.OperationalError as error:  # Ctrl-C came just behind its RELEASE
                 if "no such savepoint" not in str(error):
                     raise
-                return
-            # Refused while a RETURNING of a lent connection is half read; then it goes with the one around it.
-            with contextlib.suppress(sqlite3.OperationalError):
-                self._session.internal(f"RELEASE {self._name_of(mark)}")
+            self._marks = self._before(mark)  # the last step: until then it may have to be done again
+
+    def undo_failed(self) -> None:
+        """Undo what has failed, if a signal handler has ended that, or a function of SQL could not do it."""
+        for mark in self._marks:
+            if mark.has_failed:
+                self.undo(mark)  # with those inside it
+                break
+        self.has_failed = False
 
     def whole(self, function: Callable[..., T], *args: Any) -> T:
         """Call ``function``: all that it does, or nothing."""
@@ -94,6 +114,7 @@ class Parts:
             return result
         except BaseException:
             if self._session.connection.in_transaction:  # else it was undone with all
+                self.has_failed = mark.has_failed = True  # as in WriteLoan.part
                 self.undo(mark)
             raise
 
@@ -135,6 +156,7 @@ class Parts:
     def _forget_since(self, mark: Mark) -> None:
         del self._after_commit[mark.after_commit :]
         undone = self._after_rollback[mark.after_rollback :]
-        self._undone = self._undone + undone
-        # Not all that is there by now: a task, whose thread is another one, may have kept one more.
-        del self._after_rollback[mark.after_rollback : mark.after_rollback + len(undone)]
+        # Not all that is there by then: a task, whose thread is another one, may have kept one more.
+        end = mark.after_rollback + len(undone)
+        self._undone = self._undone + undone  # and no call until they are taken out there: one step
+        del self._after_rollback[mark.after_rollback : end]

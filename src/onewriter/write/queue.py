@@ -46,6 +46,7 @@ class JobQueue(queue.Queue[Job[Any]]):
         self.taken: list[Job[Any]] = []  # what the consumer has now; some have their outcome
         self.guest: Any = None  # a block: it has the consumer's turn, in a thread of its own
         self.is_handed_over = False  # what the guest has begun the consumer ends
+        self.ender = 0  # the thread that ends the guest, so that no other does, nor the consumer; 0: none
         self._mark = maxsize - maxsize // 10  # nearly full
         self._limit = self._mark  # up to where put need not look further
         self.is_nearly_full = False  # until it is half empty
@@ -216,10 +217,19 @@ class JobQueue(queue.Queue[Job[Any]]):
             self.queue.appendleft(job)
             self._end_turn()
 
-    def hand_over(self, job: object) -> None:
-        """The consumer ends what the guest has begun."""
+    def begins_end(self, job: object) -> bool:
+        """Have the calling thread end the guest, as ``ender``, which it sets back; False: another does, or has."""
+        me = threading.get_ident()
         with self.mutex:
-            if self.guest is job:
+            is_free = self.guest is job and not (self.is_handed_over or self.ender)
+            if is_free:  # and no call since that look, behind which a signal handler could hand it over
+                self.ender = me
+        return is_free
+
+    def hand_over(self, job: object) -> None:
+        """The consumer ends what the guest has begun; unless a thread is ending it."""
+        with self.mutex:
+            if self.guest is job and not self.ender:
                 self.is_handed_over = True
                 self._wake()
 
@@ -227,7 +237,7 @@ class JobQueue(queue.Queue[Job[Any]]):
         is_awaited = not self._asleep or self.queue
         if is_awaited:  # before it is noted: Ctrl-C may come in between
             self._wake()
-        self.guest, self.taken, self.is_handed_over = None, [], False
+        self.guest, self.taken, self.is_handed_over, self.ender = None, [], False, 0
         if is_awaited:  # and behind that: the consumer may have looked in between
             self._wake()
 

@@ -54,7 +54,7 @@ class WriteSession:
     Threads: belongs to the thread that holds the writer.
     """
 
-    def __init__(self, connection: sqlite3.Connection, guard: Guard) -> None:
+    def __init__(self, connection: sqlite3.Connection, guard: Guard, lock: threading.RLock) -> None:
         self.connection = connection
         self.guard = guard
         self.executor = Executor(connection, guard)
@@ -62,9 +62,7 @@ class WriteSession:
         self._cursor.row_factory = None
         self._texts = _Texts(guard)
         self.row_factory, self.text_factory = connection.row_factory, connection.text_factory
-        # Held around every call into SQLite of a Transaction. Re-entrant: a signal handler may come just behind its
-        # acquisition, before the loan says that its thread is inside.
-        self.lock = threading.RLock()
+        self.lock = lock
         # Held around interrupt(), which does not wait for the other one. A signal handler may interrupt, too.
         self.interrupting = threading.RLock()
         # Between jobs the guard's mode is the gateway's, and there are no rows to convert.
@@ -110,6 +108,14 @@ class WriteSession:
             return cursor.fetchall()
         finally:
             guard.mode, connection.text_factory = mode, factory
+
+    def check_keys(self) -> None:
+        """Raise IntegrityError if a row refers to one that is not there."""
+        if violations := self.internal("PRAGMA foreign_key_check"):
+            table, rowid, parent, _ = violations[0]
+            raise sqlite3.IntegrityError(
+                f"FOREIGN KEY constraint failed: {len(violations)} rows; the first: {table} (rowid {rowid}) → {parent}"
+            )
 
     def find_logs(self) -> dict[str, str]:
         """The files of the databases that are in WAL mode now, by name."""

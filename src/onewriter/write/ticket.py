@@ -357,6 +357,11 @@ class Job(Ticket[T]):
             self.started_at, self._stage = now, RUNNING  # perhaps again
         return True
 
+    @property
+    def is_undone(self) -> bool:
+        """Whether it is known that it is rolled back, or will be."""
+        return self._error is not None
+
     def end_at_exit(self) -> bool:
         """The interpreter ends: end now what only a thread or task that has ended could end. Whether it did."""
         return False
