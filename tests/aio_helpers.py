@@ -87,3 +87,13 @@ class Gate:
     def _wait(self) -> int:
         self.entered.set()
         return self.open.wait(5.0)  # a loop that stands still cannot open it
+
+
+def left_in_a_closed_loop(main: Coroutine[Any, Any, Any], is_there: Callable[[], bool]) -> asyncio.Task[Any]:
+    """The task that runs ``main``, in a loop that is closed as soon as it is there. It is not collected while kept."""
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(main)
+    task._log_destroy_pending = False  # type: ignore[attr-defined]
+    loop.run_until_complete(until(is_there))
+    loop.close()
+    return task

@@ -145,6 +145,9 @@ class AsyncDbWriter(Strict):
     def __exit__(self, *_: object) -> None:
         raise TypeError("AsyncDbWriter needs `async with`; `with` goes with DbWriter")
 
+    def __reduce__(self) -> Any:
+        raise TypeError("an AsyncDbWriter cannot be copied or pickled: share it, or open one in each process")
+
     def __del__(self) -> None:
         core: Core | None = getattr(self, "_opened", None)
         if core is not None and self._wrapped is None:
@@ -298,9 +301,10 @@ class AsyncDbWriter(Strict):
         try:
             with self._deadlines.within(future, timeout):
                 await future
-        except asyncio.CancelledError:
+        except asyncio.CancelledError as error:
             queue.leave_line(waiter)
-            job.cancel()
+            if not job.cancel():
+                error.add_note(f"onewriter: job {job.describe()} had started in that moment, and goes on to its end")
             raise
         queue.leave_line(waiter)
         if not waiter.accepted:

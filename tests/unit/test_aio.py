@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import copy
 import gc
 import logging
 import os
@@ -20,7 +21,7 @@ from typing import Any, assert_type
 import pytest
 
 from aio_helpers import beats, opened, rows, run, until, writer_parked
-from helpers import DEADLINE, eventually, holding_lock, parked, pool_of, queue_of
+from helpers import DEADLINE, eventually, holding_lock, notes_of, parked, pool_of, queue_of, rows_in
 from onewriter import (
     AsyncDbWriter,
     AsyncReader,
@@ -885,5 +886,43 @@ def test_a_gateway_that_is_closed_while_it_opens_does_not_open(path: Path) -> No
         assert {
             thread.name for thread in set(threading.enumerate()) - threads if thread.name.endswith("-writer")
         } == set()
+
+    run(main)
+
+
+def test_a_wait_for_room_that_is_cancelled_too_late_says_that_the_job_goes_on(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path, maxsize=1) as db:
+            async with writer_parked(db) as release:
+                db.enqueue(INSERT, (1,))
+                waiting = await beats(5, db.enqueue_wait(INSERT, (2,)))
+                release.set()
+                eventually(lambda: rows_in(path) == [1, 2])  # while this loop stands still
+                waiting.cancel()
+                with pytest.raises(asyncio.CancelledError) as cancelled:
+                    await waiting
+            assert "goes on to its end" in notes_of(cancelled.value)
+
+    run(main)
+
+
+def test_asyncio_wait_says_what_it_takes(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path) as db:
+            with pytest.raises(TypeError, match="ensure_future"):
+                await asyncio.wait([db.enqueue(INSERT, (1,))])  # type: ignore[type-var]
+            done, _ = await asyncio.wait([asyncio.ensure_future(db.enqueue(INSERT, (2,)))])
+            assert [task.result().rowcount for task in done] == [1]
+
+    run(main)
+
+
+def test_it_is_not_copied(path: Path) -> None:
+    """The end of the copy would close it."""
+
+    async def main() -> None:
+        async with opened(path) as db:
+            with pytest.raises(TypeError, match="cannot be copied"):
+                copy.copy(db)
 
     run(main)

@@ -326,6 +326,26 @@ def test_a_thread_is_inside_its_block_whatever_a_handler_enters_meanwhile(
             pytest.fail("there are more steps than that")
 
 
+def test_inline_a_handler_may_enqueue_at_any_step_of_a_block(path: Path) -> None:
+    with DbWriter(path, inline=True, synchronous="OFF") as db:
+        db.run("CREATE TABLE t (n INTEGER PRIMARY KEY)")
+        for row in range(1, 1000):
+            tickets: list[onewriter.Ticket[Any]] = []
+            # A wait for the turn, which its own thread has, would end by QueueFullError.
+
+            def enqueue(row: int = row, tickets: list[onewriter.Ticket[Any]] = tickets) -> None:
+                tickets.append(db.enqueue(INSERT, (row,), timeout=0.01))
+
+            with Interrupter(row, handler=enqueue) as interrupter, db.transaction() as tx:
+                tx.execute("SELECT 1")
+            db.flush(DEADLINE)
+            assert [ticket.result(DEADLINE).lastrowid for ticket in tickets] == [row] * len(tickets)
+            if not interrupter.where:
+                break
+        else:
+            pytest.fail("there are more steps than that")
+
+
 def savepoint_part(db: DbWriter, tx: Transaction, row: int) -> None:
     with tx.savepoint():
         tx.execute(INSERT, (row,))

@@ -13,9 +13,10 @@ from onewriter.base.log import call_safely
 from onewriter.base.state import State
 from onewriter.base.waiting import Signal, wake
 from onewriter.live.places import Places, Written
-from onewriter.live.query import Answer, Found, Query, Reading, same
+from onewriter.live.query import Answer, Caller, Found, Query, Reading, same
 from onewriter.read.pool import ReaderPool
 from onewriter.read.read import Read
+from onewriter.read.reader import Reader
 from onewriter.sqlite.guard import ANYTHING, Guard, Place
 from onewriter.write.session import WriteSession
 from onewriter.write.ticket import Job
@@ -76,11 +77,11 @@ class LiveQueries:
                 raise
         return query
 
-    def close(self, query: Query, reader: object = None) -> None:
+    def close(self, query: Query, reader: Caller | None = None) -> None:
         """The watch that had it is over. If Ctrl-C has kept ``reader``, which ends it, from reading, others may."""
         with self.lock:
             query.watches -= 1
-            if query.read_by == reader:
+            if reader is not None and query.read_by == reader:
                 query.read_by = None
             if not query.watches:
                 self._queries.pop(query.key, None)
@@ -100,7 +101,7 @@ class LiveQueries:
             self._all_changed > query.as_of
         )
 
-    def begin(self, query: Query, reader: object) -> Reading:
+    def begin(self, query: Query, reader: Caller) -> Reading:
         query.read_by = reader
         query.begun += 1
         return Reading(query, query.begun, self._commits, query.as_of < self._all_changed)
@@ -123,7 +124,8 @@ class LiveQueries:
         if found is not None and before is not None and same(before.raw, found.raw):
             found = found._replace(raw=before.raw, rows=before.rows)  # so that the others see it at a glance
         with self.lock:
-            query.read_by = None
+            if reading.number >= query.begun:  # or else another one reads it now
+                query.read_by = None
             if query.answer is None or reading.number > query.answer.number:
                 self._keep(query, reading, found, error)
             signals = _waiters_of([query])
@@ -135,6 +137,16 @@ class LiveQueries:
             query.answer = Answer(reading.number, found.raw, found.rows)
         elif error is not None:
             query.answer = Answer(reading.number, None, None, error)
+
+    def read(self, reading: Reading, reader: Reader) -> Found:
+        """Read with one of the pool's, and tell in the thread that does: the task that waits may never go on."""
+        try:
+            found = reading.alone(reader)
+        except BaseException:
+            self.finish(reading, None)
+            raise
+        self.finish(reading, found)
+        return found
 
     def read_beside(self, reading: Reading) -> Found:
         """Read with a connection beside those of the pool, so that nobody has to give one back."""

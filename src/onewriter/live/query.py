@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import sqlite3
+import weakref
+from threading import get_ident
 from typing import Any, NamedTuple
 
+from onewriter.base.scopes import running_task
 from onewriter.base.waiting import Signal
 from onewriter.live.places import Places, places_read, schema_versions
 from onewriter.read.read import FunctionRead, Read, SqlRead
@@ -39,6 +42,26 @@ class Found(NamedTuple):
     rows: Any
 
 
+class Caller:
+    """A thread, or a task, as who reads a query."""
+
+    def __init__(self) -> None:
+        task = running_task()
+        self._thread = 0 if task else get_ident()
+        self._task = weakref.ref(task) if task else None
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Caller) and (self._thread, self._task) == (other._thread, other._task)
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether its loop is closed, so that it never goes on."""
+        if self._task is None:
+            return False
+        task = self._task()
+        return task is None or task.get_loop().is_closed()
+
+
 class Query:
     """Locks: that of ``LiveQueries`` guards all that changes here."""
 
@@ -50,7 +73,7 @@ class Query:
         self.as_of = -1  # the last commit that is certainly in the answer, and in the schema by which that is known
         self.answer: Answer | None = None
         self.begun = 0  # reads
-        self.read_by: object = None  # the thread or task that reads it now
+        self.read_by: Caller | None = None  # who reads it now
         self.waiters: set[Signal] = set()
 
     @property

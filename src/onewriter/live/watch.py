@@ -6,19 +6,17 @@ import contextlib
 import math
 import sqlite3
 from collections.abc import Iterator
-from threading import get_ident
 from time import monotonic
 from types import TracebackType
 from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 from onewriter.base.arguments import check_seconds, check_timeout
 from onewriter.base.log import warn_of_blocking
-from onewriter.base.scopes import running_task
 from onewriter.base.strict import Strict
 from onewriter.base.waiting import Signal, thread_signal, wait_in_slices
 from onewriter.errors import ReadTimeoutError, WriterClosedError, closed_error
 from onewriter.live.hub import LiveQueries
-from onewriter.live.query import Answer, Query, Reading, same
+from onewriter.live.query import Answer, Caller, Query, Reading, same
 from onewriter.read.claim import new_claim
 from onewriter.read.read import Read
 from onewriter.write.outcomes import copy_of
@@ -81,7 +79,7 @@ class Watching(Generic[T]):
         with live.lock:
             query, was_left, self._is_left = self._query, self._is_left, True
         if query is not None and not was_left:
-            live.close(query, _caller())
+            live.close(query, Caller())
 
     def __del__(self) -> None:
         if getattr(self, "_query", None) is not None:
@@ -90,7 +88,7 @@ class Watching(Generic[T]):
     def _next_step(self, new_signal: Any) -> Step:
         live, query = self._live, self._entered()
         live.state.refuse_if_broken()
-        me = _caller()
+        me = Caller()
         with live.lock:
             answer = query.answer
             is_new = answer is not None and answer.number > self._number
@@ -101,15 +99,20 @@ class Watching(Generic[T]):
             if live.is_over or ((is_new or must_read) and due <= monotonic()):
                 if is_new:
                     return Step(answer=answer)
-                if query.read_by in (None, me):  # after Ctrl-C it may be this one, which does not read now
+                if self._may_read(query.read_by, me):
                     return Step(reading=live.begin(query, me))
-                due = math.inf  # the end of that read wakes it
+                due = monotonic() + LOOK  # the end of that read wakes it; unless its task is lost
             elif not (is_new or must_read):
                 live.sleep(query)
                 due = math.inf
             signal = new_signal()
             query.waiters.add(signal)
             return Step(signal=signal, until=due)
+
+    def _may_read(self, other: Caller | None, me: Caller) -> bool:
+        """Whether nobody reads, or who does cannot be waited for: in a reader() it may wait for that connection."""
+        # After Ctrl-C it may be this one, which does not read now.
+        return other is None or other == me or other.is_lost or self._live.state.scopes.innermost() is not None
 
     def _is_news(self, answer: Answer) -> bool:
         """Whether the loop has not got these rows last; they are the last from now on."""
@@ -243,8 +246,3 @@ class Watch(Strict, Watching[T]):
             return wait_in_slices(step.signal, end, live.state) or monotonic() < until
         finally:
             self._forget(step)
-
-
-def _caller() -> object:
-    """The task, or the thread."""
-    return running_task() or get_ident()

@@ -28,16 +28,18 @@ LEFT = "was left by an error or a cancellation"
 class TaskBlock(Block):
     """A block whose statements the writer thread runs, as tasks send them.
 
-    Locks:   _lock guards _accepts, _changes and the putting of requests, so that each gets an answer.
+    Locks:   _lock guards _accepts, _changes, _is_kept, innermost and the putting of requests, so that each gets an
+             answer.
     Threads: made on a loop's thread, performed on the writer's, used and ended on that of any loop.
     """
 
-    __slots__ = ("_accepts", "_changes", "_lock", "entry", "innermost")
+    __slots__ = ("_accepts", "_changes", "_is_kept", "_lock", "entry", "innermost")
 
     def __init__(self, state: State, label: str | None, max_hold: float, frame: types.FrameType) -> None:
         super().__init__(state, label, max_hold, frame)
         self._lock = threading.RLock()  # a task that is collected while its thread is inside may leave it
         self._accepts = True
+        self._is_kept = False  # left well, and about to be committed
         self.entry: Callable[[], object] = object  # by which it is left, or None: that is collected
         self.innermost: TaskSavepoint | None = None  # of the open ones
         self._changes: list[asyncio.Future[None]] = []
@@ -109,6 +111,18 @@ class TaskBlock(Block):
         if failed and self.transaction is not None:  # a statement that still runs is interrupted
             self.transaction.close(LEFT)
 
+    def wait_for_call(self, tx: WriteLoan) -> None:
+        with self._lock:
+            self._is_kept = not self.failed
+        super().wait_for_call(tx)
+
+    def cancel_end(self) -> None:
+        """The task that leaves it well is cancelled: it is rolled back, unless it is about to be committed."""
+        with self._lock:
+            if not (self._is_kept or self.failed):
+                self.failed = True
+                self._revoke(failed=True)
+
     def _patience(self, until: float) -> float:
         return max(0.0, min(until - monotonic(), LOOK))
 
@@ -117,8 +131,14 @@ class TaskBlock(Block):
             return COLLECTED
         return LOOP_CLOSED if self.loop is not None and self.loop.is_closed() else ""
 
-    def enter(self, savepoint: TaskSavepoint) -> None:
-        self.innermost = savepoint
+    async def open_savepoint(self, outer: TaskSavepoint | None) -> TaskSavepoint:
+        """Wait for its turn; ``outer``: that in which the task was made."""
+        while True:
+            await self.until_innermost(outer)
+            with self._lock:  # a task of another loop may have opened one since
+                if self.innermost is open_one(outer) or not self._accepts:
+                    self.innermost = savepoint = TaskSavepoint(self, open_one(outer))
+                    return savepoint
 
     def leave(self, savepoint: TaskSavepoint) -> None:
         """It has ended: wake the tasks that wait for that."""
@@ -151,6 +171,7 @@ class TaskBlock(Block):
                     await future
             except asyncio.CancelledError as error:
                 cancelled = error
+                self.cancel_end()
         return cancelled
 
     def send(self, function: Callable[..., object], *args: Any) -> None:

@@ -88,44 +88,59 @@ class LoopDeadlines:
 
 
 class Turn:
-    """A lock for tasks, of any loop, in the order of asking.
+    """A lock for tasks, of any loop, in the order of asking. That of a loop that is closed loses it.
 
-    Locks: _lock guards _line and _is_taken. Re-entrant: a task that is collected while its thread is inside releases.
+    Locks: _lock guards _line and _owner. Re-entrant: a task that is collected while its thread is inside releases.
     """
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        self._is_taken = False
+        self._owner: asyncio.Future[None] | None = None  # what ``take`` or ``acquire`` has returned, until ``release``
         self._line: deque[asyncio.Future[None]] = deque()
 
-    def take(self) -> bool:
+    def take(self) -> asyncio.Future[None] | None:
         """Acquire it, if nobody has it."""
+        mine: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         with self._lock:
-            is_free, self._is_taken = not self._is_taken, True
-        return is_free
+            if self._owner is not None:
+                return None
+            self._owner = mine
+        return mine
 
-    async def acquire(self) -> None:
+    async def acquire(self) -> asyncio.Future[None]:
+        mine: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         with self._lock:
-            if self.take():
-                return
-            mine: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            if self._owner is None:
+                self._owner = mine
+                return mine
             self._line.append(mine)
         try:
-            await mine
+            while not mine.done():
+                await asyncio.wait([mine], timeout=TICK)
+                self._look()
         except BaseException:
             with self._lock:
                 if mine in self._line:
                     self._line.remove(mine)
                 else:  # it was given the turn in this moment
-                    self.release()
+                    self.release(mine)
             raise
+        return mine
 
-    def release(self) -> None:
+    def release(self, mine: asyncio.Future[None]) -> None:
+        """Again, or of one that has lost it, it changes nothing."""
         with self._lock:
-            first = self._next() if self._line else None
-            self._is_taken = first is not None
+            if self._owner is not mine:
+                return
+            self._owner = first = self._next() if self._line else None
         if first is not None:
             wake([first])
+
+    def _look(self) -> None:
+        """Its owner's loop may have been closed in the midst, and tells nobody."""
+        owner = self._owner
+        if owner is not None and owner.get_loop().is_closed():
+            self.release(owner)
 
     def _next(self) -> asyncio.Future[None] | None:
         while self._line:

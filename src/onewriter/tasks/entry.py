@@ -105,6 +105,8 @@ class TaskEntry:
                 raise cancelled from error
             return
         if cancelled is not None:
+            if block.failed:
+                raise cancelled
             outcome = "was committed" if block.failed_with is None else f"ended with {block.failed_with!r}"
             cancelled.add_note(f"onewriter: the transaction of {block.describe()} {outcome}")
             raise cancelled

@@ -11,6 +11,7 @@ import types
 import weakref
 from _thread import start_new_thread
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from time import monotonic
 from typing import Any, TypeVar
 
 from onewriter.base.arguments import check_sql
@@ -126,7 +127,8 @@ class TaskReads:
         except asyncio.CancelledError:
             if not call.withdraw():
                 if claim is not None:
-                    self.expire(claim)
+                    # At once, if nothing else uses the connection: an interrupt ends all that is half read there.
+                    self.expire(claim, 0.0 if begins else monotonic())
                 if waits:
                     await call.ended()
             elif claim is not None and begins:
@@ -152,9 +154,10 @@ class TaskReads:
             if call.is_done:  # perhaps before it was told so
                 call.then()
 
-    def expire(self, claim: Claim) -> None:
-        """Have the statement that runs there end soon."""
-        self._pool.clock.limit(claim, 0.0)
+    def expire(self, claim: Claim, since: float = 0.0) -> None:
+        """Have the statement that runs there end soon; by an interrupt, if it has not ended by itself soon after
+        ``since``."""
+        self._pool.clock.limit(claim, since)
 
     def lift(self, claim: Claim) -> None:
         """Remove the time limit for its next statements."""
@@ -304,10 +307,11 @@ class AsyncReader:
                 await self.call(math.inf, cursor.close)
 
     async def call(self, until: float, function: Callable[..., T], *args: Any) -> T:
-        if not self._turn.take():
+        turn = self._turn.take()
+        if turn is None:
             try:
                 async with asyncio.timeout(seconds_until(until)):
-                    await self._turn.acquire()
+                    turn = await self._turn.acquire()
             except TimeoutError:
                 text = f"{self._claim.label} is used by another task: the read did not begin in time"
                 raise ReadTimeoutError(text) from None
@@ -320,7 +324,7 @@ class AsyncReader:
                 self._reads.lift(self._claim)  # a cancellation has ended this call, and not the next
                 raise
         finally:
-            self._turn.release()
+            self._turn.release(turn)
 
     def lends(self) -> Snapshot:
         """Where the blocking reads of its task go."""
@@ -334,10 +338,10 @@ class AsyncReader:
     async def end(self) -> None:
         """Wait for what another task still runs here; a cancellation expires that, and is raised after its end."""
         cancelled: asyncio.CancelledError | None = None
-        while not self._turn.take():
+        turn = self._turn.take()
+        while turn is None:
             try:
-                await self._turn.acquire()
-                break
+                turn = await self._turn.acquire()
             except asyncio.CancelledError as error:
                 cancelled = error
                 self.expire()
@@ -345,7 +349,7 @@ class AsyncReader:
             cancelled = await self._reads.end(self._claim, self._snapshot) or cancelled
             self._lost.detach()
         finally:
-            self._turn.release()
+            self._turn.release(turn)
         if cancelled is not None:
             raise cancelled
 

@@ -7,11 +7,11 @@ import contextlib
 import types
 from typing import TypeAlias
 
-from onewriter.base.waiting import wake
 from onewriter.errors import TransactionClosedError
-from onewriter.tasks.block import TaskBlock, TaskSavepoint, open_one
+from onewriter.tasks.block import TaskBlock, TaskSavepoint
+from onewriter.tasks.call import Call
 from onewriter.tasks.collected import leave_if_collected
-from onewriter.write.loan import ENDED, WriteLoan
+from onewriter.write.loan import ENDED, WriteLoan, tell_kept
 
 Part: TypeAlias = contextlib.AbstractContextManager[None]  # a savepoint, as the writer thread enters and leaves it
 
@@ -34,9 +34,7 @@ class SavepointEntry:
         self._is_new = False
         around = (one for one in scopes.inherited() if isinstance(one, TaskSavepoint) and one.block is block)
         outer = next(around, None)
-        await block.until_innermost(outer)
-        savepoint = TaskSavepoint(block, open_one(outer))
-        block.enter(savepoint)
+        savepoint = await block.open_savepoint(outer)
         self._scope = scopes.enter(savepoint, writes=True)
         self._savepoint = savepoint
         self._collected = leave_if_collected(self, _undo, savepoint, self._part, self._inner)
@@ -78,30 +76,34 @@ async def _undo(
 ) -> None:
     if inner is not None:
         inner.close(ENDED)
-    with contextlib.suppress(TransactionClosedError):  # whose end has undone all
-        savepoint.block.send(_leave_part, part, GeneratorExit() if error is None else error)
-    savepoint.block.leave(savepoint)
+    block = savepoint.block
+    try:
+        block.send(_leave_part, part, GeneratorExit() if error is None else error)
+    except TransactionClosedError as late:  # whose end has undone all, or has kept it
+        if error is not None and block.lends().ended_well:
+            tell_kept(error, late, has_failed=True)
+    finally:
+        block.leave(savepoint)
 
 
 async def _keep(block: TaskBlock, part: Part) -> None:
     """Keep what the savepoint has done; if the task is cancelled before that has begun, undo it instead."""
-    outcome: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-    failures: list[BaseException] = []
-
-    def leave() -> None:
-        if outcome.cancelled():
-            _leave_part(part, asyncio.CancelledError())
-            return
+    call = Call(None, part.__exit__, None, None, None)
+    block.send(call.run)
+    try:
+        await call
+    except asyncio.CancelledError as error:
+        if call.withdraw():
+            with contextlib.suppress(TransactionClosedError):
+                block.send(_leave_part, part, error)
+            raise
+        await call.ended()
         try:
-            part.__exit__(None, None, None)
-        except BaseException as error:
-            failures.append(error)
-        wake([outcome])
-
-    block.send(leave)
-    await outcome
-    if failures:
-        raise failures.pop()
+            call.outcome()
+            error.add_note("onewriter: the savepoint had ended, and what it has done stays in its transaction")
+        except Exception as failure:
+            error.add_note(f"onewriter: the savepoint could not be kept: {failure!r}")
+        raise
 
 
 def _leave_part(part: Part, error: BaseException) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import math
 from collections.abc import AsyncIterator
 from time import monotonic
@@ -79,13 +80,11 @@ class AsyncWatch(Strict, Watching[T]):
     async def _use_thread(self, reading: Reading) -> None:
         try:
             if self._reads.here() is None:
-                found = await self._reads.use(reading.label, reading.alone, math.inf)
+                await self._reads.use(reading.label, functools.partial(self._live.read, reading), math.inf)
             else:  # this task may have the last connection, in a reader() block
-                found = await self._reads.call(self._live.read_beside, reading)
+                self._live.finish(reading, await self._reads.call(self._live.read_beside, reading))
         except BaseException as error:
             self._failed(reading, error)
-        else:
-            self._live.finish(reading, found)
 
     async def _sleep(self, loop: asyncio.AbstractEventLoop, step: Step, until: float) -> bool:
         """Wait for the signal of ``step``; False: not before ``until``."""

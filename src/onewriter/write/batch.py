@@ -243,8 +243,8 @@ class Batch:
                 with lock:
                     if job._stage > RUNNING:
                         continue
-                    job._stage = RUNNING
-                job.started_at = began = now
+                    job.started_at, job._stage = now, RUNNING
+                began = now
                 state.job = job
                 jobs.append(job)
                 try:
@@ -284,8 +284,7 @@ class Batch:
                 with lock:
                     if job._stage > RUNNING:
                         continue
-                    job._stage = RUNNING
-                job.started_at = now
+                    job.started_at, job._stage = now, RUNNING
                 jobs.append(job)
                 loan = WriteLoan(session, job) if job.lent else FunctionLoan(session, job)
                 savepoint, result, failure = shares or job.needs_savepoint, None, None

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from onewriter.base.log import Reporter
 from onewriter.base.stack import need_stack
-from onewriter.base.waiting import thread_signal, wait_in_slices
+from onewriter.base.waiting import SLICE, thread_signal, wait_in_slices
 from onewriter.errors import QueueFullError, ReentrantWriteError, closed_error, forked_error
 from onewriter.write.block import ThreadBlock, not_entered
 from onewriter.write.loan import WriteLoan
@@ -90,8 +90,9 @@ class ThreadDriver:
             in_time = wait_in_slices(job.granted, until, self._writer.state)
         if not in_time and job.cancel():
             raise not_entered(job, timeout, self._writer.state)
-        if not in_time:  # granted, or refused, in the same moment
-            job.granted.acquire()
+        # Granted, or refused, in the same moment; or the writer has died in the midst of that.
+        while not (in_time or job.done()):
+            in_time = job.granted.acquire(timeout=SLICE)
         return job.entered()
 
     def leave(self, job: ThreadBlock) -> None:
@@ -182,7 +183,8 @@ class InlineDriver:
         if self._writer.state.is_mine():  # the thread that is the writer runs it next
             self._writer.queue.put(job)
             return
-        if job.bounded and threading.get_ident() in self._inside:  # a signal handler's or finalizer's
+        # A signal handler's or finalizer's: the thread that it has interrupted runs it.
+        if self._writer.state.is_inside() or (job.bounded and threading.get_ident() in self._inside):
             self._writer.queue.put_unbounded(job)
             return
         if not self._take_turn(timeout):

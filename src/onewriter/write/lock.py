@@ -47,6 +47,7 @@ class WriteLock:
         self.longest_hold = LONGEST_HOLD
         self._held = self._free = 0.0  # seconds with and without the lock since it was last left free for others
         self._is_committing = False  # the last attempt was COMMIT
+        self.was_committing = False  # COMMIT was tried since the last BEGIN
 
     def begin(self, session: WriteSession, job: Job[Any], times: Times, now: float) -> float:
         """Take it, or raise SQLite's error; returns the time at which it was there."""
@@ -65,6 +66,7 @@ class WriteLock:
         self._free += now - self.released_at
         policy = self.policy
         policy.attempts, policy.waited, self._is_committing = 1, 0.0, False
+        self.was_committing = False
         self.attempts += 1
         try:
             # IMMEDIATE takes the write lock here, so BUSY comes before any job has had an effect.
@@ -87,6 +89,7 @@ class WriteLock:
     def try_commit(self, session: WriteSession) -> Failure | None:
         """Try once; returns why it is not committed."""
         self.attempts += 1
+        self.was_committing = True
         try:
             session.control["COMMIT"]()
         except FAILURES as error:

@@ -14,7 +14,7 @@ from onewriter.base.log import INTERRUPTS, call_all_safely, call_safely, report,
 from onewriter.base.state import State
 from onewriter.base.tally import Times
 from onewriter.base.waiting import wake
-from onewriter.errors import forked_error
+from onewriter.errors import CommitUnknownError, forked_error
 from onewriter.events import BatchEnded, Hook, publish
 from onewriter.sqlite.retry import is_busy, is_corrupt, note_descriptors
 from onewriter.write.connection import WriteConnection
@@ -83,15 +83,17 @@ class Outcomes:
         called: list[Job[Any]] = []
         unheard: list[Job[Any]] = []  # failures that no caller waits for: they have to be logged
         wakeups: list[Any] = []
-        with state.lock:
-            works, moments = list(map(work_of, jobs)), moments_of(jobs)
-            committed = self._resolve(jobs, times, called, unheard, wakeups)
-            if jobs and jobs[0].in_stats:
-                state.tally.committed = committed
-                state.tally.add_batch(moments, times, commits)
-        if unheard:
-            self._log(unheard)
-        wake(wakeups)
+        try:
+            with state.lock:
+                works, moments = list(map(work_of, jobs)), moments_of(jobs)
+                committed = self._resolve(jobs, times, called, unheard, wakeups)
+                if jobs and jobs[0].in_stats:
+                    state.tally.committed = committed
+                    state.tally.add_batch(moments, times, commits)
+            if unheard:
+                self._log(unheard)
+        finally:  # whatever failed (no memory, say): they have their outcome
+            wake(wakeups)
         del works  # only now does what the jobs worked with go: it may have finalizers
         if state.live is not None:
             call_safely(state, state.live.settled, self._connection.session, jobs)
@@ -178,7 +180,16 @@ def moments_of(jobs: list[Job[Any]]) -> list[tuple[float, float, float]]:
     try:
         return list(map(three_moments, jobs))
     except AttributeError:  # some have not
-        return [three_moments(job) for job in jobs if job._stage == RUNNING and job.in_stats]
+        ended = (job for job in jobs if job._stage == RUNNING and hasattr(job, "ended_at"))
+        return [three_moments(job) for job in ended if job.in_stats]
+
+
+def unknown_outcome(job: Job[Any], error: BaseException) -> CommitUnknownError:
+    """That of a job whose COMMIT was begun as ``error`` came."""
+    text = f"COMMIT of job {job.describe()} failed with {text_of(error)}: it may or may not be committed"
+    unknown = CommitUnknownError(text)
+    unknown.__cause__ = copy_of(error)
+    return unknown
 
 
 def copy_of(error: BaseException) -> BaseException:

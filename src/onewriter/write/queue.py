@@ -90,7 +90,7 @@ class JobQueue(queue.Queue[Job[Any]]):
             self._wait_for_room(waiter, timeout)
 
     def put_unbounded(self, job: Job[Any]) -> None:
-        """Add a bounded job although there may be no room."""
+        """Add a job although there may be no room."""
         with self.mutex:
             self.check_open()
             self._append(job)
@@ -98,7 +98,7 @@ class JobQueue(queue.Queue[Job[Any]]):
                 self._wake()
 
     def _append(self, job: Job[Any]) -> None:
-        self._bounded += 1
+        self._bounded += job.bounded
         job._is_queued = True
         self.queue.append(job)
 
@@ -336,8 +336,8 @@ class JobQueue(queue.Queue[Job[Any]]):
         it does not wait behind that."""
         me = threading.get_ident()
         outer = me in self._waiting_threads
-        self._waiting_threads.add(me)
         try:
+            self._waiting_threads.add(me)
             yield
         finally:
             if not outer:

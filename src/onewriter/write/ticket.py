@@ -200,6 +200,8 @@ class Ticket(Generic[T]):
     def add_done_callback(self, fn: Callable[[Ticket[T]], object]) -> None:
         """Call ``fn(ticket)`` when the job has its outcome, on the writer thread; now, if it has one already."""
         check_callback("the callback", fn)
+        if getattr(fn, "__module__", None) == "asyncio.tasks":  # it would never wake its loop
+            raise TypeError("asyncio.wait takes futures: give it asyncio.ensure_future(ticket)")
         first: list[Callable[[Ticket[T]], object]] = [fn]
         with self._state.lock:
             if self._callbacks:

@@ -14,7 +14,7 @@ from typing import Any
 from onewriter.base.log import call_all_safely, call_safely, report, text_of
 from onewriter.base.state import State, broken_error
 from onewriter.base.tally import Times
-from onewriter.errors import CommitUnknownError, WriterClosedError, forked_error
+from onewriter.errors import WriterClosedError, forked_error
 from onewriter.events import Hook, WriterBroken, publish
 from onewriter.sqlite.file import DatabaseFile, FileMovedError
 from onewriter.sqlite.retry import LockPolicy, is_busy
@@ -25,7 +25,7 @@ from onewriter.write.checkpoint import Checkpoint, Checkpointer, Readers
 from onewriter.write.connection import WriteConnection
 from onewriter.write.jobs import BareStatementJob, ConnectionJob, ControlJob
 from onewriter.write.lock import WriteLock
-from onewriter.write.outcomes import Outcomes, copy_of
+from onewriter.write.outcomes import Outcomes, copy_of, unknown_outcome
 from onewriter.write.own_turn import OwnTurn
 from onewriter.write.queue import JobQueue
 from onewriter.write.ticket import RUNNING, Job, Ticket
@@ -336,11 +336,7 @@ class Writer:
     def _commit_unknown(self, batch: Batch, jobs: list[Job[Any]], error: BaseException) -> None:
         for job in jobs:
             if job.failed_with is None:
-                unknown = CommitUnknownError(
-                    f"COMMIT of job {job.describe()} failed with {text_of(error)}: it may or may not be committed"
-                )
-                unknown.__cause__ = copy_of(error)
-                self._outcomes.fail(job, unknown)
+                self._outcomes.fail(job, unknown_outcome(job, error))
         report(self.state, logging.CRITICAL, "%s: out of service: COMMIT failed: %s", self.label, text_of(error))
         self._go_out_of_service(error)  # before anybody hears, and asks
         self._outcomes.settle(jobs, batch.times, batch.loans)
@@ -398,7 +394,8 @@ class Writer:
         waiting = (*self.queue.taken, *self.queue.empty_out())
         stranded = [job for job in waiting if not job.done()]
         for job in stranded:
-            job.set_outcome(None, broken_error(cause))
+            is_unknown = self._lock.was_committing and job.running() and job.failed_with is None
+            job.set_outcome(None, unknown_outcome(job, cause) if is_unknown else broken_error(cause))
             job.ended_at = monotonic()
         self._standing = None
         self._outcomes.settle(stranded, Times())

@@ -10,9 +10,9 @@ from typing import Any, NoReturn
 import pytest
 
 from aio_helpers import opened, run, until
-from helpers import core_of, raising
+from helpers import core_of, in_threads, raising
 from onewriter import DbWriter, ReadTimeoutError, ReentrantWriteError, WriterClosedError
-from onewriter.live.query import Known, Query
+from onewriter.live.query import Caller, Known, Query
 from onewriter.read.claim import new_claim
 from onewriter.read.read import sql_read
 
@@ -95,7 +95,7 @@ def test_an_older_read_that_ends_late_takes_nothing_back(new_db: DbWriter) -> No
     hub = core_of(new_db).live
     with new_db.watch("SELECT n FROM t") as live:
         query = live._entered()
-        older = hub.begin(query, None)
+        older = hub.begin(query, Caller())
         found = hub.pool.use(new_claim("test"), older.alone)
         new_db.run("INSERT INTO t VALUES (1)")
         new_db.close()
@@ -178,10 +178,16 @@ def test_who_leaves_takes_no_read_from_another(new_db: DbWriter) -> None:
     hub = core_of(new_db).live
     with new_db.watch("SELECT 1") as live:
         query = live._entered()
+        another = in_threads(Caller)[0]
+        assert isinstance(another, Caller)
         with new_db.watch("SELECT 1"), hub.lock:
-            hub.begin(query, "another")
-        assert query.read_by == "another"
-        hub.close(query, "another")
+            reading = hub.begin(query, another)
+        assert query.read_by == another
+        with hub.lock:
+            hub.begin(query, another)
+        hub.finish(reading, None)  # of one that was given up, late
+        assert query.read_by == another
+        hub.close(query, another)
         assert query.read_by is None
         query.watches += 1
 

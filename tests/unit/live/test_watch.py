@@ -23,6 +23,7 @@ from helpers import (
     drop_session,
     eventually,
     inserting,
+    pool_of,
     raising,
     run_child,
     session_of,
@@ -990,3 +991,15 @@ def test_behind_an_error_of_the_query_the_same_rows_are_given_again(table_db: Db
             live.next(DEADLINE)
         table_db.run("CREATE TABLE t (n)")
         assert live.next(DEADLINE) == [(0,)]
+
+
+def test_a_watch_in_a_reader_does_not_wait_for_a_read_that_waits_for_its_connection(path: Path) -> None:
+    with DbWriter(path, readers=1) as db, ThreadPoolExecutor() as threads:
+        db.run("CREATE TABLE t (n)")
+        with db.watch("SELECT n FROM t") as other:
+            with db.reader():
+                reading = threads.submit(other.next, DEADLINE)
+                eventually(lambda: pool_of(db).waiting == 1)
+                with db.watch("SELECT n FROM t") as live:
+                    assert live.next(DEADLINE) == []
+            assert reading.result(DEADLINE) == []

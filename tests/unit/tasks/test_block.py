@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from aio_helpers import Gate, beats, opened, rows, run, until, writer_parked
-from helpers import DEADLINE, state_of
+from aio_helpers import Gate, beats, left_in_a_closed_loop, opened, rows, run, until, writer_parked
+from helpers import DEADLINE, eventually, notes_of, state_of
 from onewriter import (
     AsyncDbWriter,
     AsyncTransaction,
@@ -804,3 +804,126 @@ def test_rollback_undoes_what_a_task_has_done_so_far(path: Path) -> None:
                 await tx.rollback()
 
     asyncio.run(main())
+
+
+def test_a_cancellation_behind_the_end_of_a_savepoint_says_that_it_is_kept(path: Path) -> None:
+    gate = Gate()
+
+    async def main() -> None:
+        async with opened(path, on_connect=gate.on_connect) as db:
+
+            async def part(tx: AsyncTransaction) -> None:
+                async with tx.savepoint():
+                    await tx.execute(INSERT, (1,))
+                    tx._block.send(gate._wait)  # so that its end waits
+                    await until(gate.entered.is_set)
+                    tx._block.send(lambda: loop.call_soon_threadsafe(task.cancel))
+
+            loop = asyncio.get_running_loop()
+            async with db.transaction() as tx:
+                task = asyncio.create_task(part(tx))
+                await until(gate.entered.is_set)
+                await until(lambda: tx._block._requests.qsize() == 2)
+                with ThreadPoolExecutor(1) as threads:  # opens it while the loop stands still: the end comes before
+                    threads.submit(gate.open.set)
+                    await_done = threads.submit(eventually, lambda: not tx._block._requests.qsize())
+                    await_done.result(DEADLINE)
+                with pytest.raises(asyncio.CancelledError) as cancelled:
+                    await task
+            assert "what it has done stays in its transaction" in notes_of(cancelled.value)
+            assert await rows(db) == [1]
+
+    run(main)
+
+
+@pytest.mark.parametrize("error", [None, LookupError(), asyncio.CancelledError()], ids=["well", "failed", "cancelled"])
+def test_who_is_in_a_savepoint_as_its_block_is_left_is_told_that_it_is_kept(
+    path: Path, error: BaseException | None
+) -> None:
+    async def main() -> None:
+        async with opened(path) as db:
+            entered, leave = asyncio.Event(), asyncio.Event()
+
+            async def part(tx: AsyncTransaction) -> None:
+                async with tx.savepoint():
+                    await tx.execute(INSERT, (1,))
+                    entered.set()
+                    await leave.wait()
+                    if error is not None:
+                        raise error
+
+            async with db.transaction() as tx:
+                task = asyncio.create_task(part(tx))
+                await entered.wait()
+            leave.set()
+            expected = asyncio.CancelledError if isinstance(error, asyncio.CancelledError) else TransactionClosedError
+            with pytest.raises(expected) as told:
+                await task
+            assert isinstance(error, asyncio.CancelledError) is ("was not undone" in notes_of(told.value))
+            assert await rows(db) == [1]
+
+    run(main)
+
+
+def test_a_block_that_is_cancelled_as_it_is_left_ends_the_statement_of_another_task(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path) as db:
+            tasks: list[asyncio.Task[Any]] = []
+
+            async def leave() -> None:
+                async with db.transaction() as tx:
+                    await tx.execute(INSERT, (1,))
+                    tasks.append(asyncio.create_task(tx.execute(ENDLESS)))
+                    await until(lambda: tx._block.transaction is not None and bool(tx._block.transaction._inside))
+
+            leaving = await beats(20, leave())
+            leaving.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await leaving
+            with pytest.raises(TransactionClosedError):
+                await tasks[0]
+            assert await rows(db) == []
+
+    run(main)
+
+
+def test_a_savepoint_whose_task_is_collected_with_its_closed_loop_keeps_no_other_from_its_own(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path) as db, db.transaction() as tx:
+            entered = threading.Event()
+
+            async def part() -> None:
+                async with tx.savepoint():
+                    await tx.execute(INSERT, (1,))
+                    entered.set()
+                    await asyncio.Event().wait()
+
+            await asyncio.to_thread(lambda: left_in_a_closed_loop(part(), entered.is_set) and None)  # nobody keeps it
+            gc.collect()
+            async with tx.savepoint():
+                await tx.execute(INSERT, (2,))
+            assert (await tx.execute("SELECT n FROM t")).rows == [(2,)]
+
+    run(main)
+
+
+def test_a_savepoint_that_a_task_of_another_loop_opens_in_the_same_moment_comes_first(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others: list[taskblock.TaskSavepoint] = []
+    until_innermost = taskblock.TaskBlock.until_innermost
+
+    async def too_late(self: taskblock.TaskBlock, outer: taskblock.TaskSavepoint | None) -> None:
+        await until_innermost(self, outer)
+        if not others:
+            self.innermost = other = taskblock.TaskSavepoint(self, None)
+            others.append(other)
+            asyncio.get_running_loop().call_later(0.01, self.leave, other)
+
+    async def main() -> None:
+        async with opened(path) as db, db.transaction() as tx:
+            monkeypatch.setattr(taskblock.TaskBlock, "until_innermost", too_late)
+            async with tx.savepoint():
+                assert [other.is_open for other in others] == [False]
+
+    run(main)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from aio_helpers import opened, run, until
+from aio_helpers import beats, opened, run, until
 from helpers import DEADLINE, eventually, handling, parked
 from onewriter import AsyncDbWriter, AsyncReader, DbWriter, WriteTimeoutError
 from onewriter.tasks import calls
@@ -107,17 +107,17 @@ def test_tasks_of_several_loops_take_turns() -> None:
     turns: list[str] = []
 
     async def use(name: str) -> None:
-        await turn.acquire()
+        mine = await turn.acquire()
         turns.append(name)
         await asyncio.sleep(0)
-        turn.release()
+        turn.release(mine)
 
     async def wait_for_ever() -> None:
         await turn.acquire()
         turns.append("never")
 
     async def hold() -> None:
-        await turn.acquire()
+        held = await turn.acquire()
         waiting.append(closed.create_task(wait_for_ever()))
         closed.call_soon(closed.stop)
         threads = [threading.Thread(target=asyncio.run, args=[use(name)]) for name in "ab"]
@@ -129,7 +129,7 @@ def test_tasks_of_several_loops_take_turns() -> None:
         mine.pop().cancel()
         closed.close()
         turns.append("first")
-        turn.release()
+        turn.release(held)
         await mine[0]
         for thread in threads:
             await asyncio.to_thread(thread.join, DEADLINE)
@@ -139,7 +139,7 @@ def test_tasks_of_several_loops_take_turns() -> None:
     waiting: list[asyncio.Task[None]] = []
     run(hold)
     assert (turns[0], sorted(turns[1:])) == ("first", ["a", "b", "c"])
-    assert not turn._is_taken
+    assert turn._owner is None
     waiting.clear()
     gc.collect()  # here, since asyncio logs that
 
@@ -147,10 +147,10 @@ def test_tasks_of_several_loops_take_turns() -> None:
 def test_a_task_that_is_cancelled_in_the_moment_of_its_turn_passes_it_on() -> None:
     async def main() -> None:
         turn = calls.Turn()
-        await turn.acquire()
+        held = await turn.acquire()
         first, second = (asyncio.create_task(turn.acquire()) for _ in range(2))
         await until(lambda: len(turn._line) == 2)
-        turn.release()
+        turn.release(held)
         await asyncio.sleep(0)
         first.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -170,5 +170,21 @@ def test_tasks_of_two_loops_share_a_reader(path: Path) -> None:
             other = asyncio.create_task(asyncio.to_thread(lambda: asyncio.run(count(reader))))
             await count(reader)
             await other
+
+    run(main)
+
+
+def test_a_task_whose_loop_is_closed_loses_its_turn_and_takes_none_from_who_has_it() -> None:
+    turn, loop = calls.Turn(), asyncio.new_event_loop()
+    lost = loop.run_until_complete(turn.acquire())
+
+    async def main() -> None:
+        next_one = await beats(5, turn.acquire())
+        loop.close()
+        mine = await next_one
+        turn.release(lost)  # as that task is collected
+        assert turn.take() is None
+        turn.release(mine)
+        assert turn.take() is not None
 
     run(main)

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from aio_helpers import Gate, beats, keep_busy, opened, rows, run, until
+from aio_helpers import Gate, beats, keep_busy, left_in_a_closed_loop, opened, rows, run, until
 from helpers import DEADLINE, pool_of, raises, raising, threads_of
 from onewriter import AsyncDbWriter, DbWriter, ReadTimeoutError, ReentrantWriteError, WriterClosedError
 from onewriter.read.claim import new_claim
@@ -341,12 +341,12 @@ def test_a_cancelled_reader_ends_the_statement_of_another_task(path: Path, where
                 async with db.reader() as reader:
                     readers.append(reader)
                     running.append(asyncio.create_task(reader.execute(ENDLESS)))
-                    await until(lambda: reader._turn._is_taken)
+                    await until(lambda: reader._turn._owner is not None)
                     if where == "in the block":
                         await asyncio.Event().wait()
 
             task = asyncio.create_task(parent())
-            await until(lambda: bool(running) and readers[0]._turn._is_taken)
+            await until(lambda: bool(running) and readers[0]._turn._owner is not None)
             if where == "leaving it":
                 await until(lambda: bool(readers[0]._turn._line))
             task.cancel()
@@ -409,7 +409,7 @@ def test_an_interrupted_statement_that_nobody_waits_for_is_not_logged(path: Path
         asyncio.get_running_loop().set_exception_handler(lambda _, context: logged.append(context))
         async with opened(path) as db, db.reader() as reader:
             task = asyncio.create_task(reader.execute(ENDLESS))
-            await until(lambda: reader._turn._is_taken and threads_of(db)._line.calls.empty())
+            await until(lambda: reader._turn._owner is not None and threads_of(db)._line.calls.empty())
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
@@ -814,3 +814,34 @@ def test_a_stream_cannot_write_and_checks_its_arguments(path: Path) -> None:
                     reader.stream("SELECT ?", "a")  # type: ignore[arg-type]
 
     asyncio.run(main())
+
+
+def test_a_task_of_another_loop_that_is_closed_in_its_call_keeps_nobody_from_the_block(path: Path) -> None:
+    gate = Gate()
+
+    async def main() -> None:
+        async with opened(path, readers=1, on_connect=gate.on_connect) as db:
+            async with db.reader() as reader:
+                call = reader.execute("SELECT gate()")
+                task = await asyncio.to_thread(left_in_a_closed_loop, call, gate.entered.is_set)
+                next_one = await beats(5, reader.execute("SELECT 1"))
+                gate.open.set()
+                assert (await next_one).rows == [(1,)]
+            assert not task.done()
+            assert await db.read_value("SELECT 2") == 2
+
+    run(main)
+
+
+def test_a_cancelled_call_ends_no_stream_of_the_same_block(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path) as db, db.reader() as reader:
+            stream = reader.stream(NUMBERS)
+            first = await anext(stream)
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.05):
+                    await reader.execute(ENDLESS)
+            assert (await reader.execute("SELECT 1")).rows == [(1,)]
+            assert [first] + [row async for row in stream] == [(n,) for n in range(1, 1001)]
+
+    run(main)

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from aio_helpers import Gate, beats, opened, run, until
-from helpers import DEADLINE, core_of, state_of
+from aio_helpers import Gate, beats, left_in_a_closed_loop, opened, run, until
+from helpers import DEADLINE, core_of, in_threads, pool_of, state_of
 from onewriter import AsyncDbWriter, AsyncWatch, DbWriter, ReadTimeoutError, ReentrantWriteError, WriterClosedError
 
 N = "SELECT n FROM t ORDER BY n"
@@ -301,3 +301,34 @@ def test_it_is_entered_once_and_with_async(path: Path) -> None:
                     await live.__aenter__()
 
     run(main)
+
+
+@pytest.mark.parametrize("where", ["in its read", "waiting for a connection"])
+def test_a_task_whose_loop_is_closed_as_it_reads_keeps_no_other_watch_from_rows(path: Path, where: str) -> None:
+    gate = Gate()
+    with DbWriter(path, readers=1, on_connect=gate.on_connect) as db, contextlib.ExitStack() as busy:
+        db.run("CREATE TABLE t (n)")
+        wrapped, got = AsyncDbWriter.wrap(db), list[Any]()
+        query = "SELECT n, gate() FROM t" if where == "in its read" else N
+
+        async def watch() -> None:
+            async with wrapped.watch(query, every=0) as live:
+                await collect(live, got)
+
+        db.run("INSERT INTO t VALUES (1)")
+        if where == "in its read":
+            is_there = gate.entered.is_set
+        else:
+            block = db.reader()
+            in_threads(block.__enter__)  # so that the task is not inside it
+            busy.push(block)
+            is_there = lambda: pool_of(db).waiting == 1  # noqa: E731
+        task = left_in_a_closed_loop(watch(), is_there)
+        busy.close()
+        gate.open.set()
+        with db.watch(query, every=0) as live:
+            assert live.next(DEADLINE)[0][0] == 1
+            db.run("UPDATE t SET n = 2")
+            assert live.next(DEADLINE)[0][0] == 2
+        assert not task.done()
+        assert got == []

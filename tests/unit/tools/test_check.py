@@ -517,6 +517,17 @@ def test_it_ends_quietly_if_nobody_reads_what_it_says(path: Path) -> None:
 
 
 @linux
+def test_its_exit_code_is_told_without_an_output_and_a_full_disk_has_its_own(path: Path) -> None:
+    plain(path).close()
+    command = f"{sys.executable} -m onewriter check {path}"
+    for output, expected in ((">&-", (0, "")), (">/dev/full", (141, "cannot write: No space left on device\n"))):
+        ended = subprocess.run(
+            ["sh", "-c", f"{command} {output}"], stderr=subprocess.PIPE, text=True, timeout=60, check=False
+        )
+        assert (ended.returncode, ended.stderr) == expected
+
+
+@linux
 def test_ctrl_c_ends_it_while_sqlite_is_at_work(path: Path) -> None:
     with contextlib.closing(sqlite3.connect(path)) as connection, connection:
         connection.execute("CREATE TABLE t (n, m NOT NULL AS (length(hex(zeroblob(n)))))")

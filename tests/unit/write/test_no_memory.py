@@ -11,8 +11,11 @@ from typing import Any, Literal
 
 import pytest
 
-from helpers import DEADLINE, checkpointer_of, parked, pool_of, rows, session_of
-from onewriter import CommitUnknownError, DbWriter, Ticket, Transaction
+from helpers import DEADLINE, checkpointer_of, parked, pool_of, rows, rows_in, session_of
+from onewriter import CommitUnknownError, DbWriter, Ticket, Transaction, WriterBrokenError
+from onewriter.base.tally import Tally
+from onewriter.write.block import ThreadBlock
+from onewriter.write.lock import WriteLock
 from onewriter.write.session import WriteSession, _Calls
 
 INSERT = "INSERT INTO t VALUES (?)"
@@ -208,3 +211,37 @@ def test_a_connection_that_cannot_be_reset_for_want_of_memory_is_replaced(path: 
             reader._internal = no_memory  # type: ignore[assignment]
         assert db.read_value("SELECT 1", timeout=DEADLINE) == 1
         assert reader not in pool_of(db)._readers
+
+
+def test_a_job_of_a_writer_that_fails_behind_its_commit_is_not_told_that_it_is_not_committed(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with DbWriter(path) as db:
+        db.run("CREATE TABLE t (n)")
+        monkeypatch.setattr(WriteLock, "released", no_memory)
+        with pytest.raises(CommitUnknownError, match="may or may not be committed"):
+            db.run(INSERT, (1,), timeout=DEADLINE)
+        with pytest.raises(WriterBrokenError):
+            db.run(INSERT, (2,))
+    assert rows_in(path) == [1]
+
+
+def test_who_waits_is_woken_although_the_counting_of_its_job_fails(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with DbWriter(path) as db:
+        db.run("CREATE TABLE t (n)")
+        monkeypatch.setattr(Tally, "add_batch", no_memory)
+        assert db.run(INSERT, (1,), timeout=DEADLINE).rowcount == 1
+
+
+def test_a_block_whose_granting_fails_is_not_waited_for_without_end(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lend(self: ThreadBlock, _: object) -> None:
+        with self._state.lock:
+            self._waiters = None
+        raise MemoryError
+
+    with DbWriter(path) as db:
+        monkeypatch.setattr(ThreadBlock, "lend", lend)
+        with pytest.raises(MemoryError), db.transaction(timeout=0.1, max_hold=DEADLINE):
+            pass
