@@ -47,7 +47,7 @@ class WriteLock:
         self.longest_hold = LONGEST_HOLD
         self._held = self._free = 0.0  # seconds with and without the lock since it was last left free for others
         self._is_committing = False  # the last attempt was COMMIT
-        self.was_committing = False  # COMMIT was tried since the last BEGIN
+        self.was_committing = False  # COMMIT was tried, and its outcome is not told yet
 
     def begin(self, session: WriteSession, job: Job[Any], times: Times, now: float) -> float:
         """Take it, or raise SQLite's error; returns the time at which it was there."""

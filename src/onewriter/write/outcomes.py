@@ -87,6 +87,7 @@ class Outcomes:
             with state.lock:
                 works, moments = list(map(work_of, jobs)), moments_of(jobs)
                 committed = self._resolve(jobs, times, called, unheard, wakeups)
+                self._lock.was_committing = False
                 if jobs and jobs[0].in_stats:
                     state.tally.committed = committed
                     state.tally.add_batch(moments, times, commits)
