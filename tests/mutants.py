@@ -49,13 +49,19 @@ PYTEST = ["pytest", "-x", "-q", "-p", "no:cacheprovider", "-o", f"faulthandler_t
 COLLECTED = ["collected", str(HANG)]  # tests/collected.py
 READERS = ("tests/unit/test_guarded_by.py", "tests/unit/test_rules.py")  # come by no line: they read the source
 FAST = ("unit", "acceptance", "property")
+# An interpreter that a test starts: coverage has the configuration of the first one, and would not know the test.
+IN_CHILDREN = """
+import os
+import coverage
+if (started := coverage.Coverage.current()) is not None and (test := os.environ.get("PYTEST_CURRENT_TEST")):
+    started.switch_context(test)
+"""
 MAP = "MUTANTS_MAP"  # names the folder for what the plugin finds out
 COVERAGE = """
 [run]
 source_pkgs = onewriter
 parallel = true
 data_file = {folder}/data
-context = ${{PYTEST_CURRENT_TEST-}}
 patch = subprocess, _exit, fork
 """
 
@@ -148,11 +154,15 @@ class Tests:
         if not (folder / "tests.json").exists():
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "coveragerc").write_text(COVERAGE.format(folder=folder))
+            (folder / "sitecustomize.py").write_text(IN_CHILDREN)
             command = ["coverage", "run", f"--rcfile={folder / 'coveragerc'}", "-m", "pytest", "-q", "-p", "mutants"]
             # A new interpreter for each child: one that is forked from another's would tell of the other's test.
-            _run(
-                [*command, *(f"tests/{name}" for name in FAST)], tree, {MAP: str(folder), "NEW_INTERPRETERS": "1"}, None
-            )
+            variables = {
+                MAP: str(folder),
+                "NEW_INTERPRETERS": "1",
+                "PYTHONPATH": os.pathsep.join([str(folder), _path(tree)]),
+            }
+            _run([*command, *(f"tests/{name}" for name in FAST)], tree, variables, None)
             shutil.copytree(tree / "src" / "onewriter", folder / "onewriter")
             seconds = json.loads((folder / "seconds.json").read_text())
             known = {"seconds": seconds, "passing": cls._read(folder, list(seconds))}
@@ -268,8 +278,7 @@ def _write(target: Path, text: str) -> None:
 
 def _python(module: list[str], tree: Path, variables: dict[str, str]) -> subprocess.Popen[str]:
     """``python -m module`` in ``tree``."""
-    path = f"{tree / 'src'}{os.pathsep}{tree / 'tests'}"
-    always = {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": ""}
+    always = {"PYTHONPATH": _path(tree), "PYTHONDONTWRITEBYTECODE": ""}
     return subprocess.Popen(
         [sys.executable, "-m", *module],
         cwd=tree,
@@ -280,6 +289,10 @@ def _python(module: list[str], tree: Path, variables: dict[str, str]) -> subproc
         text=True,
         start_new_session=True,
     )
+
+
+def _path(tree: Path) -> str:
+    return f"{tree / 'src'}{os.pathsep}{tree / 'tests'}"
 
 
 def _run(module: list[str], tree: Path, variables: dict[str, str], timeout: float | None) -> bool:
