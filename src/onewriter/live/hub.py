@@ -126,7 +126,9 @@ class LiveQueries:
         with self.lock:
             if reading.number >= query.begun:  # or else another one reads it now
                 query.read_by = None
-            if query.answer is None or reading.number > query.answer.number:
+            # One that has ended meanwhile may have begun its snapshot later.
+            is_late = reading.answers != query.answers and reading.number != math.inf
+            if not is_late and (query.answer is None or reading.number > query.answer.number):
                 self._keep(query, reading, found, error)
             signals = _waiters_of([query])
         wake(signals)
@@ -134,7 +136,7 @@ class LiveQueries:
     def _keep(self, query: Query, reading: Reading, found: Found | None, error: BaseException | None) -> None:
         if found is not None:
             query.known, query.as_of = found.known, reading.as_of
-            query.answer = Answer(reading.number, found.raw, found.rows)
+            query.answer, query.answers = Answer(reading.number, found.raw, found.rows), query.answers + 1
         elif error is not None:
             query.answer = Answer(reading.number, None, None, error)
 

@@ -72,6 +72,7 @@ class Query:
         self.known = Known()
         self.as_of = -1  # the last commit that is certainly in the answer, and in the schema by which that is known
         self.answer: Answer | None = None
+        self.answers = 0
         self.begun = 0  # reads
         self.read_by: Caller | None = None  # who reads it now
         self.waiters: set[Signal] = set()
@@ -88,7 +89,7 @@ class Query:
 class Reading:
     """One read of a query, as the pool and the threads of tasks want it."""
 
-    __slots__ = ("as_of", "asks_places", "known", "label", "number", "query")
+    __slots__ = ("answers", "as_of", "asks_places", "known", "label", "number", "query")
 
     def __init__(self, query: Query, number: float, as_of: int, asks_places: bool) -> None:
         self.query = query
@@ -96,6 +97,7 @@ class Reading:
         self.as_of = as_of
         self.asks_places = asks_places
         self.known = query.known
+        self.answers = query.answers
         self.label = query.read.label
 
     def alone(self, reader: Reader) -> Found:

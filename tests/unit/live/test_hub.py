@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import pytest
 
 from aio_helpers import opened, run, until
-from helpers import core_of, in_threads, raising
+from helpers import DEADLINE, core_of, in_threads, raising
 from onewriter import DbWriter, ReadTimeoutError, ReentrantWriteError, WriterClosedError
 from onewriter.live.query import Caller, Known, Query
 from onewriter.read.claim import new_claim
@@ -216,3 +216,18 @@ def test_a_finalizer_or_signal_handler_that_finds_its_lock_held_does_not_wait(ne
             assert hub.state.is_inside()
             with pytest.raises(ReentrantWriteError):
                 new_db.run("SELECT 2")
+
+
+def test_of_two_reads_at_the_same_time_the_rows_of_the_one_that_ends_first_stand(new_db: DbWriter) -> None:
+    """The other's snapshot may be the older one, whichever has begun first."""
+    new_db.run("CREATE TABLE t (n)")
+    hub = core_of(new_db).live
+    with new_db.watch("SELECT n FROM t") as live:
+        query = live._entered()
+        with hub.lock:
+            first, second = hub.begin(query, Caller()), hub.begin(query, Caller())
+        older = hub.pool.use(new_claim("test"), second.alone)
+        new_db.run("INSERT INTO t VALUES (1)")
+        hub.finish(first, hub.pool.use(new_claim("test"), first.alone))
+        hub.finish(second, older)
+        assert live.next(DEADLINE) == [(1,)]
