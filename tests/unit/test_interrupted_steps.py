@@ -24,6 +24,7 @@ from helpers import DEADLINE, driver_of, eventually, parked, pool_of, queue_of, 
 from onewriter import DbWriter, Transaction, WriterClosedError
 from onewriter.base.waiting import call_if_free
 from onewriter.write.own_turn import OwnTurn
+from onewriter.write.parts import Parts
 
 OURS = str(Path(onewriter.__file__).parent)
 INSERT = "INSERT INTO t (n) VALUES (?)"
@@ -394,6 +395,31 @@ def test_a_part_that_fails_is_undone_although_a_handler_raises_meanwhile(
     else:
         pytest.fail("there are more steps than that")
     assert len(errors) > 20
+
+
+@pytest.mark.parametrize("goes_on", [False, True])
+@pytest.mark.parametrize("kind", ["block", "own turn", "function"])
+def test_a_part_whose_undoing_was_interrupted_is_undone_before_anything_else(
+    db: DbWriter, monkeypatch: pytest.MonkeyPatch, kind: str, goes_on: bool
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise SignalError
+
+    def work(tx: Transaction) -> None:
+        with monkeypatch.context() as patch, contextlib.suppress(SignalError), tx.savepoint():
+            tx.execute(INSERT, (1,))
+            patch.setattr(Parts, "undo", interrupted)
+            raise LookupError
+        if goes_on:
+            tx.execute(INSERT, (2,))
+
+    if kind == "function":
+        db.run(work)
+    else:
+        eventually(lambda: queue_of(db)._asleep)
+        with db.transaction(max_hold=DEADLINE if kind == "block" else None) as tx:
+            work(tx)
+    assert rows(db) == [2] * goes_on
 
 
 def test_a_lock_that_is_taken_if_it_is_free_is_free_again() -> None:
