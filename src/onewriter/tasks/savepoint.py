@@ -5,15 +5,39 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import types
-from typing import TypeAlias
 
 from onewriter.errors import TransactionClosedError
 from onewriter.tasks.block import TaskBlock, TaskSavepoint
 from onewriter.tasks.call import Call
 from onewriter.tasks.collected import leave_if_collected
 from onewriter.write.loan import ENDED, WriteLoan, tell_kept
+from onewriter.write.parts import Mark
 
-Part: TypeAlias = contextlib.AbstractContextManager[None]  # a savepoint, as the writer thread enters and leaves it
+
+class Part:
+    """The savepoint, as the writer thread enters and leaves it. Not ``WriteLoan.part``, a generator: that would be
+    undone in the loop's thread, where it is collected, and wait there for a statement."""
+
+    _mark: Mark | None = None  # as long as it has not begun
+
+    def __init__(self, loan: WriteLoan) -> None:
+        self._loan = loan
+
+    def begin(self) -> None:
+        self._mark = self._loan.call(self._loan.all_parts().begin)
+
+    def keep(self) -> None:
+        assert self._mark is not None
+        try:
+            self._loan.call(self._loan.all_parts().end, self._mark)
+        except BaseException as error:
+            self._loan.undo_part(self._mark, error, has_failed=False)
+            raise
+
+    def undo(self, error: BaseException) -> None:
+        if self._mark is not None:
+            with contextlib.suppress(BaseException):  # the error is the task's own, and goes on there
+                self._loan.undo_part(self._mark, error, has_failed=True)
 
 
 class SavepointEntry:
@@ -24,7 +48,7 @@ class SavepointEntry:
 
     def __init__(self, block: TaskBlock, loan: WriteLoan, inner: WriteLoan | None = None) -> None:
         self._block = block
-        self._part: Part = loan.part()
+        self._part = Part(loan)
         self._inner = inner  # the loan that ends with it
 
     async def __aenter__(self) -> None:
@@ -39,7 +63,7 @@ class SavepointEntry:
         self._savepoint = savepoint
         self._collected = leave_if_collected(self, _undo, savepoint, self._part, self._inner)
         try:
-            await block.call(self._part.__enter__)
+            await block.call(self._part.begin)
         except BaseException as error:
             await self.__aexit__(type(error), error, None)
             raise
@@ -78,9 +102,9 @@ async def _undo(
         inner.close(ENDED)
     block = savepoint.block
     try:
-        block.send(_leave_part, part, GeneratorExit() if error is None else error)
+        block.send(part.undo, GeneratorExit() if error is None else error)
     except TransactionClosedError as late:  # whose end has undone all, or has kept it
-        if error is not None and block.lends().ended_well:
+        if error is not None and not (block.is_undone or block.lends().was_too_long):
             tell_kept(error, late, has_failed=True)
     finally:
         block.leave(savepoint)
@@ -88,14 +112,14 @@ async def _undo(
 
 async def _keep(block: TaskBlock, part: Part) -> None:
     """Keep what the savepoint has done; if the task is cancelled before that has begun, undo it instead."""
-    call = Call(None, part.__exit__, None, None, None)
+    call = Call(None, part.keep)
     block.send(call.run)
     try:
         await call
     except asyncio.CancelledError as error:
         if call.withdraw():
             with contextlib.suppress(TransactionClosedError):
-                block.send(_leave_part, part, error)
+                block.send(part.undo, error)
             raise
         await call.ended()
         try:
@@ -104,9 +128,3 @@ async def _keep(block: TaskBlock, part: Part) -> None:
         except Exception as failure:
             error.add_note(f"onewriter: the savepoint could not be kept: {failure!r}")
         raise
-
-
-def _leave_part(part: Part, error: BaseException) -> None:
-    """On the writer thread: what the savepoint raises again there is the task's own error."""
-    with contextlib.suppress(BaseException):
-        part.__exit__(type(error), error, error.__traceback__)

@@ -53,7 +53,7 @@ class Block(Job[None]):
 
     @property
     def is_undone(self) -> bool:
-        return self.failed or self._error is not None
+        return self._error is not None or (self.failed and not self.done())
 
     def line_up(self, granted: Any) -> None:
         """It waits for its turn, which wakes ``granted``; before anybody else knows it."""
@@ -67,7 +67,8 @@ class Block(Job[None]):
     def give_back(self, failed: bool) -> None:
         """End the block. Again, it changes nothing; after an interrupt in its midst, it comes to its end."""
         if not self.is_given_back:
-            self.failed = failed
+            if failed:  # and never back: two threads may leave it at the same time
+                self.failed = True
             self._revoke(failed)
             if self._requests is not None:
                 self._requests.put(None)

@@ -304,15 +304,19 @@ class WriteLoan:
             self.call(parts.end, mark)
         except BaseException as error:
             if not (self._closed or (self._around and self._around._closed)):
-                parts.has_failed = mark.has_failed = True  # if a signal handler ends this: the next call undoes it
-            try:
-                self.call(parts.undo, mark)
-            except TransactionClosedError as late:
-                if mark.is_kept or self.ended_well:
-                    tell_kept(error, late, has_failed)
-            except OneWriterError:
-                pass  # it was undone with all; or SQLite has called this, see above
+                parts.has_failed = mark.has_failed = True  # if a signal handler ends this, the next call undoes it
+            self.undo_part(mark, error, has_failed)
             raise
+
+    def undo_part(self, mark: Mark, error: BaseException, has_failed: bool) -> None:
+        """``error`` goes out of it: undo it, or say that it could not be. ``has_failed``: it came before its end."""
+        try:
+            self.call(self.all_parts().undo, mark)
+        except TransactionClosedError as late:
+            if mark.ended_with_outer or self.ended_well:
+                tell_kept(error, late, has_failed)
+        except OneWriterError:
+            pass  # it was undone with all; or a function of SQL calls this: then the next call does it
 
     @contextlib.contextmanager
     def savepoint(self) -> Iterator[None]:

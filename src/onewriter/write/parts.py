@@ -13,7 +13,8 @@ from onewriter.write.session import WriteSession
 
 Callback = Callable[[], object]
 T = TypeVar("T")
-ENDED_WITH_OUTER = "this savepoint ended with the one around it, whose outcome it shares"
+KEPT = "this savepoint ended with the one around it, whose outcome it shares"
+LOST = "this savepoint ended with the one around it, which was undone; what was written in it later was not"
 
 
 class Mark:
@@ -22,17 +23,18 @@ class Mark:
     Attributes:
         of_library: a library has made it on the connection that it was lent; no part of the job ends with it.
         has_failed: it is to be undone, before anything else is done.
-        is_kept: it has ended well, or with one around it that has; what becomes of that becomes of it.
+        ended_with_outer: why it cannot be undone, if one around it has ended before.
     """
 
-    __slots__ = ("after_commit", "after_rollback", "has_failed", "is_kept", "number", "of_library")
+    __slots__ = ("after_commit", "after_rollback", "ended_with_outer", "has_failed", "number", "of_library")
 
     def __init__(self, number: int, after_commit: int, after_rollback: int, of_library: bool = False) -> None:
         self.number = number
         self.after_commit = after_commit
         self.after_rollback = after_rollback
         self.of_library = of_library
-        self.has_failed = self.is_kept = False
+        self.has_failed = False
+        self.ended_with_outer = ""
 
 
 class Parts:
@@ -71,20 +73,18 @@ class Parts:
 
     def end(self, mark: Mark) -> None:
         if mark not in self._marks:
-            raise TransactionClosedError(ENDED_WITH_OUTER)
+            raise TransactionClosedError(mark.ended_with_outer or LOST)
         self._session.internal(f"RELEASE {self._name_of(mark)}")
-        for other in self._marks[self._marks.index(mark) :]:
-            other.is_kept = True
-        self._marks = self._before(mark)
+        self._end_inner(mark, KEPT)
 
     def undo(self, mark: Mark) -> None:
         """Undo what it has done, and end it; one that has ended by now stays as it is.
 
         Raises:
-            TransactionClosedError: it was kept with the one around it.
+            TransactionClosedError: it has ended with the one around it.
         """
-        if mark.is_kept:
-            raise TransactionClosedError(ENDED_WITH_OUTER)
+        if mark.ended_with_outer:
+            raise TransactionClosedError(mark.ended_with_outer)
         if mark in self._marks:
             self._forget_since(mark)
             try:
@@ -95,7 +95,14 @@ class Parts:
             except sqlite3.OperationalError as error:  # Ctrl-C came just behind its RELEASE
                 if "no such savepoint" not in str(error):
                     raise
-            self._marks = self._before(mark)  # the last step: until then it may have to be done again
+            self._end_inner(mark, LOST)  # the last step: until then it may have to be done again
+
+    def _end_inner(self, mark: Mark, why: str) -> None:
+        """It has ended, and with it those inside it, of other threads or tasks."""
+        place = self._marks.index(mark)
+        inner, self._marks = self._marks[place + 1 :], self._marks[:place]
+        for other in inner:
+            other.ended_with_outer = why
 
     def undo_failed(self) -> None:
         """Undo what has failed, if a signal handler has ended that, or a function of SQL could not do it."""

@@ -582,6 +582,32 @@ def test_savepoints_of_threads_that_cross_are_told_and_lose_nothing_in_silence(d
     assert db.read("SELECT n FROM t") == [(1,), (2,)]
 
 
+@pytest.mark.parametrize("ends_with", ["the block", "another savepoint", "one that fails"])
+def test_a_savepoint_that_fails_after_what_is_around_it_has_ended_says_so(db: DbWriter, ends_with: str) -> None:
+    """Its own error alone would say that it was undone."""
+    block = db.transaction()
+    tx = block.__enter__()
+    around: Any = block if ends_with == "the block" else tx.savepoint()
+    if around is not block:
+        around.__enter__()
+    part = tx.savepoint()
+    in_threads(part.__enter__)
+    tx.execute(INSERT, (1,))
+    if ends_with == "one that fails":
+        with pytest.raises(KeyError):
+            raise_through(around, KeyError())
+        tx.execute(INSERT, (1,))
+    else:
+        around.__exit__(None, None, None)
+    error = LookupError()
+    with pytest.raises(TransactionClosedError) as told:
+        in_threads(lambda: part.__exit__(LookupError, error, None))
+    assert told.value.__cause__ is error
+    if around is not block:
+        block.__exit__(None, None, None)
+    assert db.read("SELECT n FROM t") == [(1,)]
+
+
 def test_a_thread_with_the_number_of_an_ended_one_is_not_inside_though_it_has_the_context(db: DbWriter) -> None:
     context, block, numbers = contextvars.copy_context(), db.transaction(), []
 

@@ -865,6 +865,41 @@ def test_who_is_in_a_savepoint_as_its_block_is_left_is_told_that_it_is_kept(
     run(main)
 
 
+def test_a_savepoint_that_fails_as_its_block_is_left_while_the_writer_is_busy_says_that_it_is_kept(path: Path) -> None:
+    gate = Gate()
+
+    async def main() -> None:
+        async with opened(path, on_connect=gate.on_connect) as db:
+            leave = asyncio.Event()
+
+            async def part(tx: AsyncTransaction) -> None:
+                async with tx.savepoint():
+                    await tx.execute(INSERT, (1,))
+                    tasks.append(asyncio.create_task(tx.execute("SELECT gate()")))
+                    await leave.wait()
+                    raise LookupError
+
+            async def block() -> None:
+                async with db.transaction() as tx:
+                    blocks.append(tx._block)
+                    tasks.append(asyncio.create_task(part(tx)))
+                    await until(gate.entered.is_set)
+
+            tasks: list[asyncio.Task[Any]] = []
+            blocks: list[taskblock.TaskBlock] = []
+            leaving = asyncio.create_task(block())
+            await until(lambda: bool(blocks) and blocks[0].is_given_back)
+            leave.set()
+            with pytest.raises(TransactionClosedError):
+                await tasks[0]
+            gate.open.set()
+            await leaving
+            await asyncio.gather(tasks[1], return_exceptions=True)
+            assert await rows(db) == [1]
+
+    run(main)
+
+
 def test_a_block_that_is_cancelled_as_it_is_left_ends_the_statement_of_another_task(path: Path) -> None:
     async def main() -> None:
         async with opened(path) as db:
