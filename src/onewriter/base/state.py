@@ -82,6 +82,9 @@ class State:
         self._warned_of = 0.0  # the job that a warning has named: when it started
         self.lock = threading.RLock()
         self.locks: tuple[Any, ...] = (self.lock,)  # of the gateway, those that a finalizer or signal handler may find
+        # Held around every call into SQLite of a Transaction. Re-entrant: a signal handler may come just behind its
+        # acquisition, before the loan says that its thread is inside.
+        self.call_lock = threading.RLock()
         self.tally = Tally()  # guarded by lock
         self.forget: Callable[[Any], object] = id  # the queue's: what is withdrawn makes room there
         self.health = "ok"
@@ -198,7 +201,7 @@ class State:
 
     def cannot_wait(self) -> bool:
         """Whether the caller has interrupted the writer, or one of the locks that it needs."""
-        return threading.get_ident() == self.writer_thread or self.is_inside()
+        return threading.get_ident() == self.writer_thread or self.is_inside() or is_owned(self.call_lock)
 
     def would_deadlock(self, since: float = math.inf, commits: bool = True) -> bool:
         """Whether the writer could not go on while this thread waits for what was queued at ``since``, or now."""

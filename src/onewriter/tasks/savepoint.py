@@ -102,12 +102,17 @@ async def _undo(
         inner.close(ENDED)
     block = savepoint.block
     try:
-        block.send(part.undo, GeneratorExit() if error is None else error)
-    except TransactionClosedError as late:  # whose end has undone all, or has kept it
-        if error is not None and not (block.is_undone or block.lends().was_too_long):
-            tell_kept(error, late, has_failed=True)
+        _send_undo(block, part, GeneratorExit() if error is None else error)
     finally:
         block.leave(savepoint)
+
+
+def _send_undo(block: TaskBlock, part: Part, error: BaseException) -> None:
+    try:
+        block.send(part.undo, error)
+    except TransactionClosedError as late:  # whose end has undone all, or has kept it
+        if not (block.is_undone or block.lends().was_too_long):
+            tell_kept(error, late, has_failed=True)
 
 
 async def _keep(block: TaskBlock, part: Part) -> None:
@@ -118,8 +123,7 @@ async def _keep(block: TaskBlock, part: Part) -> None:
         await call
     except asyncio.CancelledError as error:
         if call.withdraw():
-            with contextlib.suppress(TransactionClosedError):
-                block.send(part.undo, error)
+            _send_undo(block, part, error)
             raise
         await call.ended()
         try:

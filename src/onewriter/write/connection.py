@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import sqlite3
-import threading
 
 from onewriter.base.log import report
 from onewriter.base.state import State
@@ -44,10 +43,6 @@ class WriteConnection:
         self._state = state
         self.file = file
         self._checkpointer = checkpointer
-        # Held around every call into SQLite of a Transaction. Re-entrant: a signal handler may come just behind its
-        # acquisition, before the loan says that its thread is inside.
-        self.lock = threading.RLock()
-        state.locks = (*state.locks, self.lock)
 
     def open(self) -> WriteSession:
         """Open it, or raise why that cannot be."""
@@ -65,7 +60,7 @@ class WriteConnection:
         return session
 
     def _new_session(self, connection: sqlite3.Connection, guard: Guard) -> WriteSession:
-        return WriteSession(connection, guard, self.lock)
+        return WriteSession(connection, guard, self._state.call_lock)
 
     def open_whole(self) -> sqlite3.Connection:
         """Open a connection that a function has for itself; ``close_whole`` closes it. The session stays open
