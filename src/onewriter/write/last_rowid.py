@@ -46,8 +46,9 @@ class LastRowid:
     def restore(self, session: WriteSession) -> None:
         """Outside any transaction, have the connection return the wanted values."""
         wanted, self.wanted = self.wanted, None
+        assert wanted is not None  # or else it need not be called
         try:
-            if wanted is not None and session.history() != wanted:
+            if session.history() != wanted:
                 session.set_history(*wanted)
         except sqlite3.Error as error:  # no room for a temporary file
             text = "%s: last_insert_rowid() could not be restored after a rollback: %s"
