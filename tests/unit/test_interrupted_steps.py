@@ -58,7 +58,13 @@ class Interrupter:
 
     def _look(self, frame: types.FrameType, event: str, _: object) -> None:
         # Not as a generator goes on: a signal handler comes behind that, where its ``except`` and ``finally`` hold.
-        comes = event == "c_return" or (event == "call" and not frame.f_code.co_flags & inspect.CO_GENERATOR)
+        # Nor as a part is about to be left: it stays open then, as docs/failures.md says.
+        code = frame.f_code
+        is_step = not code.co_flags & inspect.CO_GENERATOR and code.co_qualname not in (
+            "Part.__exit__",
+            "Inside.__exit__",
+        )
+        comes = event == "c_return" or (event == "call" and is_step)
         if comes and frame.f_code.co_filename.startswith(OURS):
             self._left -= 1
             if self._left == 0:

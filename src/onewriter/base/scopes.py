@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextvars import ContextVar
 from threading import get_ident
 from typing import Any, Generic, TypeAlias, TypeVar
@@ -89,15 +88,9 @@ class Scopes(Generic[S]):
         if node is not None and node[0]() is scope:
             _innermost.set(_first_open(node[1]))
 
-    @contextlib.contextmanager
-    def inside(self, what: S, *, writes: bool) -> Iterator[None]:
+    def inside(self, what: S, *, writes: bool) -> Inside:
         """For the ``with`` block the caller is inside ``what``."""
-        scope = self.enter(what, writes=writes)
-        try:
-            yield
-        finally:
-            scope.what = None  # not by a call, which a signal handler may end as it begins
-            self.leave(scope)
+        return Inside(self, what, writes)
 
     def begin_jobs(self) -> Callable[[S], None]:
         """For the writer, which runs one job at a time: until ``end_jobs`` all jobs share one scope, and enter it by
@@ -137,6 +130,22 @@ class Scopes(Generic[S]):
             if what is not None:
                 found.append(what)
         return found
+
+
+class Inside:
+    """Not of a generator, as ``write/part.py`` says."""
+
+    __slots__ = ("_scope", "_scopes", "_what", "_writes")
+
+    def __init__(self, scopes: Scopes[Any], what: Any, writes: bool) -> None:
+        self._scopes, self._what, self._writes = scopes, what, writes
+
+    def __enter__(self) -> None:
+        self._scope = self._scopes.enter(self._what, writes=self._writes)
+
+    def __exit__(self, *_: object) -> None:
+        self._scope.what = None  # not by a call, which a signal handler may end as it begins
+        self._scopes.leave(self._scope)
 
 
 def _first_open(node: Node) -> Node:

@@ -12,6 +12,7 @@ from time import monotonic
 from typing import Any, TypeAlias
 
 from onewriter.base.state import State
+from onewriter.errors import forked_error
 
 SLICE = 0.25  # seconds; a signal that comes just before the thread sleeps is seen at its next wake-up
 
@@ -65,12 +66,17 @@ def seconds_until(deadline: float) -> float | None:
     return None if deadline == math.inf else max(0.0, deadline - monotonic())
 
 
-def wait_in_slices(wakeup: Any, until: float, state: State) -> bool:
-    """Acquire ``wakeup``, which another thread releases; False if it did not until ``until``."""
+def wait_in_slices(wakeup: Any, until: float, state: State, is_over: Callable[[], bool] = bool) -> bool:
+    """Acquire ``wakeup``, which another thread releases; False if it did not until ``until``. ``is_over``: there is
+    nothing to wait for, although nobody says so: the writer has died in that moment."""
     left = until - monotonic()
     while not wakeup.acquire(timeout=SLICE if left > SLICE else max(0.0, left)):
         left = until - monotonic()
         if left <= 0.0:
             return False
+        if is_over():
+            return True
+        if state.forked:  # by a signal handler, and this is the child
+            raise forked_error()
         state.warn_if_slow(monotonic())
     return True

@@ -298,13 +298,23 @@ class AsyncReader:
 
     async def _stream(self, sql: str, parameters: Parameters) -> AsyncGenerator[Any, None]:
         cursor = await self.call(math.inf, open_cursor, self._snapshot, sql, parameters)
+        waits = is_collected = False
         try:
-            while rows := await self.call(math.inf, cursor.fetchmany, STREAMED):
+            while True:
+                waits = True
+                rows = await self.call(math.inf, cursor.fetchmany, STREAMED)
+                waits = False
+                if not rows:
+                    break
                 for row in rows:
                     yield row
+        except GeneratorExit:
+            is_collected = waits  # as its task, which cannot wait again: the end of the block closes the cursor
+            raise
         finally:
-            with contextlib.suppress(sqlite3.ProgrammingError):  # the block has ended, and with it the cursor
-                await self.call(math.inf, cursor.close)
+            if not is_collected:
+                with contextlib.suppress(sqlite3.ProgrammingError):  # the block has ended, and with it the cursor
+                    await self.call(math.inf, cursor.close)
 
     async def call(self, until: float, function: Callable[..., T], *args: Any) -> T:
         turn = self._turn.take()

@@ -10,13 +10,14 @@ from onewriter.errors import TransactionClosedError
 from onewriter.tasks.block import TaskBlock, TaskSavepoint
 from onewriter.tasks.call import Call
 from onewriter.tasks.collected import leave_if_collected
-from onewriter.write.loan import ENDED, WriteLoan, tell_kept
+from onewriter.write.loan import ENDED, WriteLoan
+from onewriter.write.part import tell_kept, undo
 from onewriter.write.parts import Mark
 
 
-class Part:
-    """The savepoint, as the writer thread enters and leaves it. Not ``WriteLoan.part``, a generator: that would be
-    undone in the loop's thread, where it is collected, and wait there for a statement."""
+class SentPart:
+    """The savepoint, as the writer thread begins and ends it. Not a ``Part``: that would be undone where it is
+    collected, in the loop's thread, and wait there for a statement."""
 
     _mark: Mark | None = None  # as long as it has not begun
 
@@ -31,13 +32,13 @@ class Part:
         try:
             self._loan.call(self._loan.all_parts().end, self._mark)
         except BaseException as error:
-            self._loan.undo_part(self._mark, error, has_failed=False)
+            undo(self._loan, self._mark, error, has_failed=False)
             raise
 
     def undo(self, error: BaseException) -> None:
         if self._mark is not None:
             with contextlib.suppress(BaseException):  # the error is the task's own, and goes on there
-                self._loan.undo_part(self._mark, error, has_failed=True)
+                undo(self._loan, self._mark, error, has_failed=True)
 
 
 class SavepointEntry:
@@ -48,7 +49,7 @@ class SavepointEntry:
 
     def __init__(self, block: TaskBlock, loan: WriteLoan, inner: WriteLoan | None = None) -> None:
         self._block = block
-        self._part = Part(loan)
+        self._part = SentPart(loan)
         self._inner = inner  # the loan that ends with it
 
     async def __aenter__(self) -> None:
@@ -96,7 +97,7 @@ class SavepointEntry:
 
 
 async def _undo(
-    savepoint: TaskSavepoint, part: Part, inner: WriteLoan | None, error: BaseException | None = None
+    savepoint: TaskSavepoint, part: SentPart, inner: WriteLoan | None, error: BaseException | None = None
 ) -> None:
     if inner is not None:
         inner.close(ENDED)
@@ -107,7 +108,7 @@ async def _undo(
         block.leave(savepoint)
 
 
-def _send_undo(block: TaskBlock, part: Part, error: BaseException) -> None:
+def _send_undo(block: TaskBlock, part: SentPart, error: BaseException) -> None:
     try:
         block.send(part.undo, error)
     except TransactionClosedError as late:  # whose end has undone all, or has kept it
@@ -115,7 +116,7 @@ def _send_undo(block: TaskBlock, part: Part, error: BaseException) -> None:
             tell_kept(error, late, has_failed=True)
 
 
-async def _keep(block: TaskBlock, part: Part) -> None:
+async def _keep(block: TaskBlock, part: SentPart) -> None:
     """Keep what the savepoint has done; if the task is cancelled before that has begun, undo it instead."""
     call = Call(None, part.keep)
     block.send(call.run)

@@ -85,6 +85,7 @@ class Block(Job[None]):
         until = self.started_at + self.max_hold
         while (request := self._next_request(tx, until)) is not None:
             request()
+            del request  # which may be the last that knows a task
             if self._state.forked:
                 raise forked_error()  # a function of the user's has forked, and this is the child
         self.wait_for_call(tx)

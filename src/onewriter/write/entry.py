@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import types
@@ -25,7 +24,7 @@ from onewriter.errors import (
 from onewriter.events import Hook, announce
 from onewriter.write.block import ThreadBlock
 from onewriter.write.loan import WriteLoan
-from onewriter.write.nested import part_of
+from onewriter.write.nested import NestedPart
 from onewriter.write.transaction import Transaction
 
 
@@ -49,7 +48,7 @@ class Entry:
 
     _is_new = True
     _scope: Scope[Any] | None = None  # as long as it is open
-    _part: contextlib.AbstractContextManager[WriteLoan] | None = None
+    _part: NestedPart | None = None
 
     def __init__(
         self, block: ThreadBlock, timeout: float | None, turns: Turns, hook: Hook | None, gateway: str
@@ -70,7 +69,7 @@ class Entry:
         if enclosing() is not None or state.job is not None:
             outer = state.here()
             if isinstance(outer, WriteLoan):
-                self._part = part_of(outer, block)
+                self._part = NestedPart(outer, block)
                 loan = self._part.__enter__()
                 try:
                     return Transaction(loan)
@@ -105,10 +104,8 @@ class Entry:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: types.TracebackType | None
     ) -> bool | None:
         if self._part is not None:
-            try:
-                return self._part.__exit__(kind, error, traceback)
-            finally:
-                self._part = None  # ended, if a signal handler has raised before it was, and something keeps that
+            self._part.__exit__(kind, error, traceback)
+            return None
         if self._scope is None:  # its end would be waited for without end
             raise RuntimeError("a block that was not entered cannot be left: use `with`")
         block = self._block

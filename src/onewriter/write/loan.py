@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import sqlite3
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from threading import get_ident
 from time import monotonic
 from typing import Any, TypeVar
@@ -15,7 +14,6 @@ from onewriter.base.state import IN_STATEMENT, INHERITED
 from onewriter.base.waiting import call_if_free
 from onewriter.errors import (
     ForkedError,
-    OneWriterError,
     ReentrantWriteError,
     TransactionAbortedError,
     TransactionClosedError,
@@ -28,7 +26,7 @@ from onewriter.sqlite.retry import is_corrupt, is_interrupted
 from onewriter.sqlite.statement import Parameters, describe_sql, script_parts
 from onewriter.sqlite.time_limit import TimeLimit
 from onewriter.write.connection_loan import ConnectionLoan
-from onewriter.write.parts import Callback, Mark, Parts
+from onewriter.write.parts import Callback, Parts
 from onewriter.write.session import WriteSession
 from onewriter.write.ticket import Job
 
@@ -292,41 +290,6 @@ class WriteLoan:
 
     # Savepoints and callbacks -----------------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def part(self) -> Iterator[None]:
-        """A savepoint for the ``with`` block."""
-        parts = self.all_parts()
-        mark: Mark = self.call(parts.begin)
-        has_failed = True
-        try:
-            yield
-            has_failed = False
-            self.call(parts.end, mark)
-        except BaseException as error:
-            if not (self._closed or (self._around and self._around._closed)):
-                parts.has_failed = mark.has_failed = True  # if a signal handler ends this, the next call undoes it
-            self.undo_part(mark, error, has_failed)
-            raise
-
-    def undo_part(self, mark: Mark, error: BaseException, has_failed: bool) -> None:
-        """``error`` goes out of it: undo it, or say that it could not be. ``has_failed``: it came before its end."""
-        try:
-            self.call(self.all_parts().undo, mark)
-        except TransactionClosedError as late:
-            if mark.ended_with_outer or self.ended_well:
-                tell_kept(error, late, has_failed)
-        except OneWriterError:
-            pass  # it was undone with all; or a function of SQL calls this: then the next call does it
-
-    @contextlib.contextmanager
-    def savepoint(self) -> Iterator[None]:
-        """The same; and inside a reader() inside this transaction, reads see the transaction again from here on."""
-        scopes = self.job._state.scopes
-        here, block = scopes.innermost(), scopes.innermost(writes=True)
-        is_inside = here is not block and isinstance(block, WriteLoan) and block._root is self._root
-        with scopes.inside(self, writes=True) if is_inside else contextlib.nullcontext(), self.part():
-            yield
-
     def undo(self) -> None:
         """Undo what this job, or its innermost nested part, has done so far; the transaction stays open."""
         self.call(self.all_parts().undo_innermost, mode=Mode.GATEWAY)
@@ -421,14 +384,3 @@ class WriteLoan:
         lent, self._lent = self._lent, None
         if lent is not None:
             lent.put_back()
-
-
-def tell_kept(error: BaseException, late: TransactionClosedError, has_failed: bool) -> None:
-    """A part cannot be undone any more: ``error`` alone would say that it was. If it has not failed by itself, that is
-    a signal handler's, just behind its end."""
-    if has_failed and isinstance(error, Exception):
-        if isinstance(error, TransactionClosedError):
-            return
-        raise late from error
-    with contextlib.suppress(BaseException):  # as from a frozen dataclass, which refuses notes
-        BaseException.add_note(error, f"onewriter: what failed was not undone: {late}")

@@ -23,10 +23,11 @@ class Mark:
     Attributes:
         of_library: a library has made it on the connection that it was lent; no part of the job ends with it.
         has_failed: it is to be undone, before anything else is done.
+        kept_by: who ends it, weakly; if that is collected while it is open, it is undone.
         ended_with_outer: why it cannot be undone, if one around it has ended before.
     """
 
-    __slots__ = ("after_commit", "after_rollback", "ended_with_outer", "has_failed", "number", "of_library")
+    __slots__ = ("after_commit", "after_rollback", "ended_with_outer", "has_failed", "kept_by", "number", "of_library")
 
     def __init__(self, number: int, after_commit: int, after_rollback: int, of_library: bool = False) -> None:
         self.number = number
@@ -35,6 +36,7 @@ class Mark:
         self.of_library = of_library
         self.has_failed = False
         self.ended_with_outer = ""
+        self.kept_by: object = None
 
 
 class Parts:

@@ -267,7 +267,7 @@ class Ticket(Generic[T]):
             else:
                 self._waiters = first
         try:
-            return wait_in_slices(signal, until, self._state)
+            return wait_in_slices(signal, until, self._state, self.done)
         finally:
             with self._state.lock:
                 if self._waiters and signal in self._waiters:

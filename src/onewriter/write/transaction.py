@@ -12,6 +12,7 @@ from onewriter.sqlite.parameters import Params, capture_many
 from onewriter.sqlite.result import Result
 from onewriter.sqlite.statement import check_many
 from onewriter.write.loan import WriteLoan
+from onewriter.write.part import Savepoint
 
 
 class Transaction:
@@ -67,7 +68,7 @@ class Transaction:
 
     def savepoint(self) -> contextlib.AbstractContextManager[None]:
         """A ``with`` block that is a part of the transaction; if it raises, only this part is undone."""
-        return self._loan.savepoint()
+        return Savepoint(self._loan)
 
     def rollback(self) -> None:
         """Undo what this job or block, or the ``savepoint()`` it is in, has done so far; the transaction goes on."""

@@ -962,3 +962,25 @@ def test_a_savepoint_that_a_task_of_another_loop_opens_in_the_same_moment_comes_
                 assert [other.is_open for other in others] == [False]
 
     run(main)
+
+
+def test_a_savepoint_whose_loop_is_closed_as_its_statement_runs_keeps_no_other_from_its_own(path: Path) -> None:
+    gate = Gate()
+
+    async def main() -> None:
+        async with opened(path, on_connect=gate.on_connect) as db, db.transaction() as tx:
+
+            async def part() -> None:
+                async with tx.savepoint():
+                    await tx.execute(INSERT, (1,))
+                    await tx.execute("SELECT gate()")
+
+            await asyncio.to_thread(lambda: left_in_a_closed_loop(part(), gate.entered.is_set) and None)
+            gate.open.set()
+            await tx.execute("SELECT 1")
+            gc.collect()
+            async with tx.savepoint():
+                await tx.execute(INSERT, (2,))
+            assert (await tx.execute("SELECT n FROM t")).rows == [(2,)]
+
+    run(main)

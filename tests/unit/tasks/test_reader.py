@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from aio_helpers import Gate, beats, keep_busy, left_in_a_closed_loop, opened, rows, run, until
-from helpers import DEADLINE, pool_of, raises, raising, threads_of
+from helpers import DEADLINE, eventually, pool_of, raises, raising, threads_of
 from onewriter import AsyncDbWriter, DbWriter, ReadTimeoutError, ReentrantWriteError, WriterClosedError
 from onewriter.read.claim import new_claim
 from onewriter.read.reader import Snapshot
@@ -843,5 +843,29 @@ def test_a_cancelled_call_ends_no_stream_of_the_same_block(path: Path) -> None:
                     await reader.execute(ENDLESS)
             assert (await reader.execute("SELECT 1")).rows == [(1,)]
             assert [first] + [row async for row in stream] == [(n,) for n in range(1, 1001)]
+
+    run(main)
+
+
+def test_a_stream_whose_task_is_collected_in_another_loop_keeps_nobody_from_the_block(path: Path) -> None:
+    gate = Gate()
+    slow = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT 999) SELECT iif(i=700, gate(), i) FROM n"
+
+    async def main() -> None:
+        async with opened(path, readers=1, on_connect=gate.on_connect) as db, db.reader() as reader:
+
+            async def stream() -> None:
+                async for _ in reader.stream(slow):
+                    pass
+
+            def lose() -> None:
+                task = left_in_a_closed_loop(stream(), gate.entered.is_set)
+                gate.open.set()
+                eventually(lambda: threads_of(db)._line.idle)
+                del task
+
+            await asyncio.to_thread(lose)
+            gc.collect()
+            assert (await reader.execute("SELECT 1")).rows == [(1,)]
 
     run(main)
