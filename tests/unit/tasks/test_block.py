@@ -977,7 +977,8 @@ def test_a_savepoint_whose_loop_is_closed_as_its_statement_runs_keeps_no_other_f
 
             await asyncio.to_thread(lambda: left_in_a_closed_loop(part(), gate.entered.is_set) and None)
             gate.open.set()
-            await tx.execute("SELECT 1")
+            loan = tx._block.lends()
+            await until(lambda: not loan._inside)
             gc.collect()
             async with tx.savepoint():
                 await tx.execute(INSERT, (2,))

@@ -849,7 +849,7 @@ def test_a_cancelled_call_ends_no_stream_of_the_same_block(path: Path) -> None:
 
 def test_a_stream_whose_task_is_collected_in_another_loop_keeps_nobody_from_the_block(path: Path) -> None:
     gate = Gate()
-    slow = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT 999) SELECT iif(i=700, gate(), i) FROM n"
+    slow = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT 999) SELECT iif(i=700,gate(),i) FROM n"
 
     async def main() -> None:
         async with opened(path, readers=1, on_connect=gate.on_connect) as db, db.reader() as reader:
