@@ -4,7 +4,8 @@ How many functions of ``src/onewriter`` are called, and in how many files, by on
 threads together, from the call to its return, and for ``enqueue`` to the result of its ticket. On the right, the files
 that are entered three times or more, and how often: a file is entered by a call from another file, at first or again.
 
-SRC is the ``src`` of another checkout: its figures come first, then those of this one.
+SRC is the ``src`` of another checkout: its figures come first, then those of this one. ``--all`` counts the functions
+of the standard library too: what asyncio or a thread pool does for us, or what is done without them.
 """
 
 from __future__ import annotations
@@ -44,8 +45,9 @@ class Way(NamedTuple):
 class Trace:
     """Counts calls into one folder, in each thread that starts after ``install``."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, counts_all: bool) -> None:
         self._folder = f"{folder}{os.sep}"
+        self._left_out = __file__ if counts_all else ""
         self._is_on = False
         self._functions = 0
         self._entries: Counter[str] = Counter()
@@ -64,7 +66,9 @@ class Trace:
 
     def _profile(self, frame: types.FrameType, event: str, _: object) -> None:
         code = frame.f_code
-        if not self._is_on or event != "call" or not code.co_filename.startswith(self._folder):
+        if not self._is_on or event != "call":
+            return
+        if code.co_filename == self._left_out or not (self._left_out or code.co_filename.startswith(self._folder)):
             return
         self._functions += frame.f_lasti <= begin_of(code)
         caller = frame.f_back
@@ -157,10 +161,10 @@ async def walk_tasks(trace: Trace, path: Path) -> dict[str, Way]:
     return walked
 
 
-def walk_all(src: Path) -> dict[str, Way]:
+def walk_all(src: Path, counts_all: bool) -> dict[str, Way]:
     """The ways through ``src``, which this process must not have imported from elsewhere."""
     sys.path.insert(0, str(src))
-    trace = Trace(src / "onewriter")
+    trace = Trace(src / "onewriter", counts_all)
     trace.install()
     logging.disable(logging.CRITICAL)
     with tempfile.TemporaryDirectory() as folder:
@@ -168,8 +172,8 @@ def walk_all(src: Path) -> dict[str, Way]:
         return {**dict(walk_threads(trace, path)), **asyncio.run(walk_tasks(trace, path))}
 
 
-def walk_apart(src: Path) -> dict[str, Way]:
-    command = [sys.executable, __file__, "--json", str(src)]
+def walk_apart(src: Path, counts_all: bool) -> dict[str, Way]:
+    command = [sys.executable, __file__, "--json", *["--all"] * counts_all, str(src)]
     found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
     return {name: Way(*values) for name, values in found.items()}
 
@@ -186,13 +190,14 @@ def table(columns: list[dict[str, Way]]) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="The way of each operation through the source.")
     parser.add_argument("src", nargs="?", type=Path, help="the src of another checkout, to compare with")
+    parser.add_argument("--all", action="store_true", help="count the functions of the standard library too")
     parser.add_argument("--json", action="store_true", help="that one alone, for programs")
     arguments = parser.parse_args()
     if arguments.json:
-        print(json.dumps(walk_all((arguments.src or SRC).resolve())))
+        print(json.dumps(walk_all((arguments.src or SRC).resolve(), arguments.all)))
     else:
         sources = [src.resolve() for src in (arguments.src, SRC) if src is not None]
-        print("\n".join(table([walk_apart(src) for src in sources])))
+        print("\n".join(table([walk_apart(src, arguments.all) for src in sources])))
 
 
 if __name__ == "__main__":
