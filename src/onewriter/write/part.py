@@ -74,8 +74,6 @@ class Part:
                 undo(loan, mark, error or GeneratorExit(), has_failed)
         except BaseException as failure:
             if kind is None:
-                if not (loan._closed or (loan._around and loan._around._closed)):
-                    self._parts.has_failed = mark.has_failed = True
                 undo(loan, mark, failure, has_failed)
             raise
         finally:
@@ -102,13 +100,16 @@ def _collected(loan: WriteLoan, mark: Mark, inner: WriteLoan | None, _: object) 
 
 def undo(loan: WriteLoan, mark: Mark, error: BaseException, has_failed: bool) -> None:
     """``error`` goes out of it: undo it, or say that it could not be. ``has_failed``: it came before its end."""
+    parts = loan.all_parts()
+    if not loan.is_closed:
+        parts.has_failed = mark.has_failed = True  # if that fails, the next call does it
     try:
-        loan.call(loan.all_parts().undo, mark)
+        loan.call(parts.undo, mark)
     except TransactionClosedError as late:
         if mark.ended_with_outer or loan.ended_well:
             tell_kept(error, late, has_failed)
     except OneWriterError:
-        pass  # it was undone with all; or a function of SQL calls this: then the next call does it
+        pass  # it was undone with all; or a function of SQL calls this
 
 
 def tell_kept(error: BaseException, late: TransactionClosedError, has_failed: bool) -> None:
