@@ -301,6 +301,7 @@ class Core:
         if state.forked:
             return CloseReport(0, 0, 0, 0, ())
         state.refuse_endless_wait("close", commits=False)
+        self.pool.end_lost()
         if timeout is None and (state.scopes.innermost() is not None or self.pool.has_mine):
             raise ReentrantWriteError(OWN_READER)
         self.queue.refuse(closed_error())

@@ -91,7 +91,7 @@ class Places:
         return self._line_up(claim, new_signal)
 
     def _line_up(self, claim: Claim, new_signal: Callable[[], Any]) -> bool:
-        self._end_lost()
+        self.end_lost()
         with self._lock:
             self._refuse_if_closed()
             if claim.is_extra:
@@ -162,7 +162,7 @@ class Places:
         if self._closed:
             raise closed_error()
 
-    def _end_lost(self) -> None:
+    def end_lost(self) -> None:
         """End those of tasks whose loop is closed: nothing of these runs any more, not even the end of their block."""
         for claim in self._lent():
             if claim.end_lost is not None and claim.loop is not None and claim.loop.is_closed():

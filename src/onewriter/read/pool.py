@@ -261,7 +261,7 @@ class ReaderPool(Places):
             self.end(closing)
         until = math.inf if patience is None else monotonic() + patience
         while not self._all_back.wait(max(0.0, min(SLICE, until - monotonic()))) and monotonic() < until:
-            self._end_lost()
+            self.end_lost()
         self.clock.stop()
 
     def stop_waiting(self) -> None:

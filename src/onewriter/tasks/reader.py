@@ -144,6 +144,7 @@ class TaskReads:
 
     def _end_lost_call(self, claim: Claim, known: Callable[[], Call[Any] | None], waits: bool) -> None:
         """No task waits for the call that begins to use its connection."""
+        claim.thread = 0  # nor does who waits for the connection, in that thread, wait for itself
         call = known()
         if call is None:  # the task was collected, and has ended it
             return

@@ -869,3 +869,12 @@ def test_a_stream_whose_task_is_collected_in_another_loop_keeps_nobody_from_the_
             assert (await reader.execute("SELECT 1")).rows == [(1,)]
 
     run(main)
+
+
+def test_a_thread_may_close_although_the_read_of_a_loop_that_it_has_closed_still_runs(path: Path) -> None:
+    gate = Gate()
+    db = DbWriter(path, readers=1, on_connect=gate.on_connect)
+    task = left_in_a_closed_loop(AsyncDbWriter.wrap(db).read("SELECT gate()"), gate.entered.is_set)
+    threading.Timer(0.05, gate.open.set).start()
+    db.close()
+    assert not task.done()
