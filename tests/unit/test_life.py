@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from helpers import child_code, in_threads, parked, raises, rows_in, run_child
+from helpers import child_code, in_threads, parked, raises, raising, rows_in, run_child
 from onewriter import DbWriter
 
 
@@ -98,4 +98,14 @@ def test_a_private_database_that_cannot_be_opened_leaves_no_folder(
         assert len(os.listdir(tmp_path)) == 2
         with pytest.raises(sqlite3.OperationalError, match="no such table"):
             second.read("SELECT * FROM t")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_private_database_whose_gateway_was_not_built_leaves_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("onewriter.core.check_company", raising(LookupError))
+    with pytest.raises(LookupError):
+        DbWriter(":memory:")
     assert os.listdir(tmp_path) == []
