@@ -133,7 +133,8 @@ class Scopes(Generic[S]):
 
 
 class Inside:
-    """Not of a generator, as ``write/part.py`` says."""
+    """A class, where contextlib would make it of a generator: what a signal handler raises in contextlib's functions
+    would leave the scope open."""
 
     __slots__ = ("_scope", "_scopes", "_what", "_writes")
 

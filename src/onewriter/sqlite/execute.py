@@ -43,7 +43,9 @@ class Executor:
     def _execute(self, sql: str, parameters: Parameters) -> Result:
         cursor, text, guard = self._cursor, describe_sql(sql), self._guard
         if text.verb == "PRAGMA" and "INCREMENTAL_VACUUM" in words_of(sql):
-            # Its rows have no columns: sqlite3 would leave it half run, since it fetches none before Python 3.12.
+            # Its rows have no columns: sqlite3 would leave it half run, since it fetches none before Python 3.12. A
+            # script has no parameters, and may be several statements: what ``execute`` refuses is refused here first.
+            sqlite3.Connection.execute(self._connection, f"EXPLAIN {sql}", parameters).close()
             self.execute_script(sql)
             return Result([], -1, None, None)
         guard.is_asking = text.verb in ASKING and guard.mode in OF_ITS_OWN

@@ -19,7 +19,7 @@ class SentPart:
     """The savepoint, as the writer thread begins and ends it. Not a ``Part``: that would be undone where it is
     collected, in the loop's thread, and wait there for a statement."""
 
-    _mark: Mark | None = None  # as long as it has not begun
+    _mark: Mark | None = None  # None: it has not begun
 
     def __init__(self, loan: WriteLoan) -> None:
         self._loan = loan

@@ -32,3 +32,15 @@ def test_a_statement_whose_rows_have_no_columns_runs_to_its_end(path: Path, how:
         assert db.read_value(free) == before - 3
         other.execute("INSERT INTO t VALUES (1)")
         other.commit()
+
+
+@pytest.mark.parametrize(
+    ("sql", "params"), [("PRAGMA incremental_vacuum; DELETE FROM t", ()), ("PRAGMA incremental_vacuum", (1,))]
+)
+def test_such_a_statement_is_one_and_has_no_parameters(path: Path, sql: str, params: tuple[int, ...]) -> None:
+    with DbWriter(path, pragmas={"auto_vacuum": 2}) as db:
+        db.run("CREATE TABLE t (data)")
+        db.run("INSERT INTO t VALUES (1)")
+        with pytest.raises((sqlite3.Warning, sqlite3.ProgrammingError)):
+            db.run(sql, params)
+        assert db.read_value("SELECT count(*) FROM t") == 1
