@@ -31,6 +31,8 @@ def db_writer(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[DbWrit
     or violates a foreign key. The test may close it itself.
     """
     mark = request.node.get_closest_marker("db_writer")
+    if mark is not None and mark.args:
+        raise TypeError(f"@pytest.mark.db_writer takes arguments by name only, as inline=True, not {mark.args!r}")
     db = DbWriter(tmp_path / "test.db", **({} if mark is None else mark.kwargs))
     yield db
     closed = db.close(CLOSE_TIMEOUT)

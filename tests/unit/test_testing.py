@@ -94,3 +94,10 @@ def end():
 """,
     )
     assert (code, "1 passed, 1 error" in output, why in output) == (1, True, True), output
+
+
+def test_arguments_without_a_name_are_refused(tmp_path: Path) -> None:
+    code, output = outcome_of(
+        tmp_path, "import pytest\n@pytest.mark.db_writer(True)\ndef test_it(db_writer):\n    pass\n"
+    )
+    assert (code, "by name only" in output) == (1, True), output

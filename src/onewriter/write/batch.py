@@ -184,7 +184,7 @@ class Batch:
             if commit_outcome_unknown(error, in_transaction=True) and error_code(error) not in UNWRITTEN:
                 unknown = error
             else:
-                self._fail(job, error)
+                self._fail(job, error, not is_busy(error))
                 self._connection.roll_back()
         job.ended_at = monotonic()
         return Verdict([job], int(unknown is None and job.failed_with is None), unknown=unknown)

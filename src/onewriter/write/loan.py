@@ -20,9 +20,9 @@ from onewriter.errors import (
     forked_error,
 )
 from onewriter.sqlite.guard import Mode
-from onewriter.sqlite.parameters import Params, capture
+from onewriter.sqlite.parameters import PLAIN_TYPES, Params, capture
 from onewriter.sqlite.result import Result
-from onewriter.sqlite.retry import is_corrupt, is_interrupted
+from onewriter.sqlite.retry import error_code, is_corrupt, is_interrupted
 from onewriter.sqlite.statement import Parameters, describe_sql, script_parts
 from onewriter.sqlite.time_limit import TimeLimit
 from onewriter.write.connection_loan import ConnectionLoan
@@ -215,8 +215,10 @@ class WriteLoan:
             raise ReentrantWriteError(IN_STATEMENT)
 
     def _explain(self, error: sqlite3.Error) -> None:
-        self.session.guard.explain(error)
-        if is_corrupt(error):
+        guard = self.session.guard
+        guard.explain(error)
+        # No database, in VACUUM, is the file that it would write INTO.
+        if is_corrupt(error) and not (guard.mode is Mode.VACUUM and error_code(error) == sqlite3.SQLITE_NOTADB):
             self.job._state.note_corruption(error)
         root = self._root
         if not is_interrupted(error):
@@ -323,7 +325,10 @@ class WriteLoan:
 
     def execute(self, sql: str, params: Params) -> Result:
         """One statement of a function or block, whose arguments were not checked."""
-        return self.call(self.session.executor.execute, sql, capture(sql, params))
+        if type(params) is not tuple or not PLAIN_TYPES.issuperset(map(type, params)):
+            params = capture(sql, params)
+        result = self.call(self.session.executor.insert, sql, params)
+        return Result([], 1, result, None) if type(result) is int else result  # type: ignore[return-value]
 
     def bare_statement(self, sql: str, parameters: Parameters) -> Result:
         mode = Mode.VACUUM if describe_sql(sql).verb == "VACUUM" else Mode.BARE

@@ -28,6 +28,13 @@ def test_vacuum_and_checkpoints_run_without_transaction(any_db: DbWriter, tmp_pa
     assert any_db.run_without_transaction("INSERT INTO t VALUES (1)").lastrowid == 1
 
 
+def test_a_file_that_vacuum_cannot_write_into_says_nothing_of_this_one(any_db: DbWriter, tmp_path: Path) -> None:
+    (tmp_path / "other").write_text("no database " * 1000)
+    with pytest.raises(sqlite3.DatabaseError, match="not a database"):
+        any_db.run_without_transaction("VACUUM INTO ?", (str(tmp_path / "other"),))
+    assert any_db.health == "ok"
+
+
 def test_a_table_is_rebuilt_without_foreign_keys_and_checked(any_db: DbWriter) -> None:
     any_db.run_script("""
         CREATE TABLE parent (id INTEGER PRIMARY KEY);

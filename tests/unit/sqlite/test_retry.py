@@ -217,7 +217,7 @@ def test_an_interrupt_that_sqlite_tells_by_its_text_alone_is_one_too(db: DbWrite
             raise error
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(executor, "execute", interrupted)
+            patch.setattr(executor, "insert", interrupted)
             tx.execute(INSERT, (1,))
 
 
