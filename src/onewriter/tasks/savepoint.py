@@ -11,7 +11,7 @@ from onewriter.tasks.block import TaskBlock, TaskSavepoint
 from onewriter.tasks.call import Call
 from onewriter.tasks.collected import leave_if_collected
 from onewriter.write.loan import ENDED, WriteLoan
-from onewriter.write.part import tell_kept, undo
+from onewriter.write.part import end, tell_kept, undo
 from onewriter.write.parts import Mark
 
 
@@ -30,7 +30,7 @@ class SentPart:
     def keep(self) -> None:
         assert self._mark is not None
         try:
-            self._loan.call(self._loan.all_parts().end, self._mark)
+            end(self._loan, self._mark)
         except BaseException as error:
             undo(self._loan, self._mark, error, has_failed=False)
             raise

@@ -59,7 +59,7 @@ class Part:
             return
         if scope is not None:
             scope.what = None
-        if kind is not None and not (loan._closed or (loan._around and loan._around._closed)):
+        if kind is not None and (loan._around or loan)._closed is None:
             self._parts.has_failed = mark.has_failed = True  # if a signal handler ends this, the next call undoes it
         has_failed = True
         try:
@@ -69,7 +69,7 @@ class Part:
                 self._inner.end()
             if kind is None:
                 has_failed = False
-                loan.call(self._parts.end, mark)
+                end(loan, mark)
             else:
                 undo(loan, mark, error or GeneratorExit(), has_failed)
         except BaseException as failure:
@@ -98,13 +98,18 @@ def _collected(loan: WriteLoan, mark: Mark, inner: WriteLoan | None, _: object) 
         undo(loan, mark, GeneratorExit(), has_failed=True)
 
 
+def end(loan: WriteLoan, mark: Mark) -> None:
+    """Keep what it has done. By the whole transaction's loan: a nested block's may be over, and still wait for this."""
+    loan._root.call(loan.all_parts().end, mark)
+
+
 def undo(loan: WriteLoan, mark: Mark, error: BaseException, has_failed: bool) -> None:
     """``error`` goes out of it: undo it, or say that it could not be. ``has_failed``: it came before its end."""
-    parts = loan.all_parts()
-    if not loan.is_closed:
+    parts, whole = loan.all_parts(), loan._root
+    if not whole.is_closed:
         parts.has_failed = mark.has_failed = True  # if that fails, the next call does it
     try:
-        loan.call(parts.undo, mark)
+        whole.call(parts.undo, mark)
     except TransactionClosedError as late:
         if mark.ended_with_outer or loan.ended_well:
             tell_kept(error, late, has_failed)
