@@ -33,6 +33,7 @@ from onewriter.sqlite.parameters import Params
 from onewriter.sqlite.result import Result, first_value
 from onewriter.tasks.block import TaskBlock, TaskSavepoint
 from onewriter.tasks.calls import LoopDeadlines, and_the_log, in_thread
+from onewriter.tasks.coroutine_functions import mark_coroutine_functions
 from onewriter.tasks.entry import TaskEntry
 from onewriter.tasks.reader import AsyncReader, ReaderEntry, TaskReads
 from onewriter.tasks.transaction import AsyncTransaction
@@ -46,6 +47,7 @@ T = TypeVar("T")
 NOT_OPEN = "the gateway is not open: use `async with AsyncDbWriter(…)` or `await db.open()`"
 
 
+@mark_coroutine_functions
 class AsyncDbWriter(Strict):
     """A ``DbWriter`` for asyncio: the same names and arguments, awaitable.
 

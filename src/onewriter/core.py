@@ -302,7 +302,7 @@ class Core:
             return CloseReport(0, 0, 0, 0, ())
         state.refuse_endless_wait("close", commits=False)
         self.pool.end_lost()
-        if timeout is None and (state.scopes.innermost() is not None or self.pool.has_mine):
+        if timeout is None and self.pool.has_mine_for_good():
             raise ReentrantWriteError(OWN_READER)
         self.queue.refuse(closed_error())
         if not drain:

@@ -7,9 +7,11 @@ import contextlib
 import contextvars
 import copy
 import gc
+import inspect
 import logging
 import os
 import sqlite3
+import sys
 import threading
 import warnings
 import weakref
@@ -25,6 +27,7 @@ from helpers import DEADLINE, eventually, holding_lock, notes_of, parked, pool_o
 from onewriter import (
     AsyncDbWriter,
     AsyncReader,
+    AsyncTransaction,
     DbWriter,
     QueueFullError,
     ReadTimeoutError,
@@ -924,5 +927,33 @@ def test_it_is_not_copied(path: Path) -> None:
         async with opened(path) as db:
             with pytest.raises(TypeError, match="cannot be copied"):
                 copy.copy(db)
+
+    run(main)
+
+
+@pytest.mark.parametrize("kind", [AsyncDbWriter, AsyncTransaction, AsyncReader])
+def test_what_returns_a_coroutine_is_known_as_a_coroutine_function(kind: type) -> None:
+    """Frameworks ask before they call: Starlette's background tasks would drop the coroutine of a plain function."""
+    is_one = asyncio.iscoroutinefunction if sys.version_info < (3, 12) else inspect.iscoroutinefunction
+    found = {
+        name: is_one(member)
+        for name, member in vars(kind).items()
+        if not name.startswith("_") and inspect.isfunction(member) and name not in ("leave", "drop", "call", "end")
+    }
+    returns = {name: str(getattr(kind, name).__annotations__["return"]) for name in found}
+    expected = {
+        name: inspect.iscoroutinefunction(inspect.unwrap(vars(kind)[name])) or text.startswith("Coroutine[")
+        for name, text in returns.items()
+    }
+    assert found == expected
+    assert any(found.values())
+    assert not all(found.values())
+
+
+def test_a_bound_method_is_a_coroutine_function_too(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path) as db:
+            assert asyncio.iscoroutinefunction(db.run)
+            assert not asyncio.iscoroutinefunction(db.enqueue)
 
     run(main)

@@ -23,8 +23,8 @@ class ReadClock:
     """Does at its time what reads cannot do themselves.
 
     It interrupts those whose deadline has passed, since SQLite counts no steps in functions, factories and converters;
-    logs those that are open for long; and ends a pause of the pool. Python code cannot be stopped; the statement that
-    called it ends when it returns.
+    logs those that are open for long; ends a pause of the pool; and helps those that wait for long. Python code cannot
+    be stopped; the statement that called it ends when it returns.
 
     Locks:   ``lock``, the pool's, guards ``rings_at``, ``_thread``, ``is_named`` and ``deadline``, and is held around
              interrupt().
@@ -40,6 +40,7 @@ class ReadClock:
         state: State,
         interrupt: Callable[[Claim], None],
         end_pause: Callable[[float], float],
+        help_waiting: Callable[[], float],
     ) -> None:
         self.lock = lock
         self.rings_at = math.inf
@@ -47,6 +48,7 @@ class ReadClock:
         self._state = state
         self._interrupt = interrupt
         self._end_pause = end_pause  # if it is over at that time; returns when it will be
+        self._help_waiting = help_waiting  # returns when to call it again
         self._bell = threading.Lock()  # released to have the thread look again
         self._bell.acquire()
         self._thread: threading.Thread | None = None
@@ -114,11 +116,12 @@ class ReadClock:
     def _next_look(self) -> float | None:
         self.warn()  # without the lock: it logs
         self._state.warn_if_slow(monotonic())
+        again = self._help_waiting()
         with self.lock:
             now = monotonic()
             if self.rings_at + GRACE <= now or self._is_stopped:
                 self.rings_at = math.inf  # before the look, so that a deadline that comes with it rings
-                self.rings_at = self._look(now) - GRACE
+                self.rings_at = min(self._look(now), again) - GRACE
             if self.rings_at == math.inf:
                 self._thread = None
                 return None

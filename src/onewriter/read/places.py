@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import threading
 import weakref
@@ -14,7 +15,7 @@ from time import monotonic
 from typing import Any, Protocol
 
 from onewriter.base.state import State
-from onewriter.base.waiting import thread_signal, wake
+from onewriter.base.waiting import UNREACHABLE, thread_signal, wake
 from onewriter.errors import ReadTimeoutError, closed_error
 from onewriter.read.claim import NOBODY, Claim
 from onewriter.read.clock import GRACE, ReadClock
@@ -109,10 +110,11 @@ class Places:
                 self._opening[claim] = None
                 del self._line[claim]
             signal = new_signal()
-            if claim in self._line:
-                claim.signal = signal
-                return False
-            return True
+            if claim not in self._line:
+                return True
+            claim.signal = signal
+        self.clock.set(monotonic() + UNREACHABLE - GRACE)
+        return False
 
     def check_admitted(self, claim: Claim) -> None:
         """To be called when the wait for its signal is over; raises the error if it has no connection."""
@@ -167,6 +169,25 @@ class Places:
         for claim in self._lent():
             if claim.end_lost is not None and claim.loop is not None and claim.loop.is_closed():
                 claim.end_lost()
+
+    def end_unreachable(self) -> None:
+        """A block in a reference cycle, as that of a generator which a framework has dropped, ends only when the
+        garbage collector runs: have it run, once for each block that is open for long.
+        """
+        now = monotonic()
+        blocks = [claim for claim in self._lent() if claim.thread == 0 or claim.loop is not None]
+        unknown = [claim for claim in blocks if not claim.is_looked_for and now - claim.since > UNREACHABLE]
+        for claim in unknown:
+            claim.is_looked_for = True
+        if unknown:
+            gc.collect()
+
+    def _help_those_that_wait(self) -> float:
+        """Returns when to do so again."""
+        if not self._line:
+            return math.inf
+        self.end_unreachable()
+        return monotonic() + UNREACHABLE
 
     # Who comes back ---------------------------------------------------------------------------------------------------
 
@@ -297,12 +318,18 @@ class Places:
 
     @property
     def has_mine(self) -> bool:
-        """Whether one cannot come back while the calling thread waits."""
+        """Whether one cannot come back while the calling thread waits, or it is inside a block or job."""
         me, loop = get_ident(), _get_running_loop()
-        if self._has_one(me):
+        if self._state.scopes.innermost() is not None or self._has_one(me):
             return True
         claims = (*list(self._line), *self._lent())
         return any(claim.thread == me or (loop is not None and claim.loop is loop) for claim in claims)
+
+    def has_mine_for_good(self) -> bool:
+        """The same, unless it is that of a generator, say, which nobody can reach: the garbage collector ends that."""
+        if self.has_mine:
+            gc.collect()
+        return self.has_mine
 
     def _has_one(self, thread: int) -> bool:
         return any(thread in (claim.thread, claim.runs_in) for claim in self._lent())

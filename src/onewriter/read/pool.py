@@ -40,7 +40,9 @@ class ReaderPool(Places):
         self._file = file
         self._slow_after = state.slow_after
         self._stop = threading.Event()
-        self.clock = ReadClock(self._lock, self._lent, state, self._interrupt, self._end_pause)
+        self.clock = ReadClock(
+            self._lock, self._lent, state, self._interrupt, self._end_pause, self._help_those_that_wait
+        )
 
     # Claims -----------------------------------------------------------------------------------------------------------
 
@@ -262,6 +264,7 @@ class ReaderPool(Places):
         until = math.inf if patience is None else monotonic() + patience
         while not self._all_back.wait(max(0.0, min(SLICE, until - monotonic()))) and monotonic() < until:
             self.end_lost()
+            self.end_unreachable()
         self.clock.stop()
 
     def stop_waiting(self) -> None:

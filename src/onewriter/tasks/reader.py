@@ -30,6 +30,7 @@ from onewriter.sqlite.statement import Parameters
 from onewriter.tasks.block import TaskBlock, TaskSavepoint
 from onewriter.tasks.call import Call
 from onewriter.tasks.calls import LoopDeadlines, Turn
+from onewriter.tasks.coroutine_functions import mark_coroutine_functions
 from onewriter.tasks.threads import ReadingThreads
 from onewriter.write.loan import WriteLoan
 
@@ -251,6 +252,7 @@ class ReaderEntry:
             await reader.leave(kind)
 
 
+@mark_coroutine_functions
 class AsyncReader:
     """What ``async with db.reader()`` returns: it runs SELECTs on one snapshot of the database."""
 

@@ -12,10 +12,12 @@ from onewriter.sqlite.parameters import Params, capture, capture_many
 from onewriter.sqlite.result import Result
 from onewriter.sqlite.statement import check_many
 from onewriter.tasks.block import TaskBlock
+from onewriter.tasks.coroutine_functions import mark_coroutine_functions
 from onewriter.tasks.savepoint import SavepointEntry
 from onewriter.write.loan import WriteLoan
 
 
+@mark_coroutine_functions
 class AsyncTransaction(Strict):
     """What ``async with db.transaction()`` returns: a ``Transaction`` whose statements run on the writer thread.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import queue
 import threading
 import types
@@ -14,7 +15,7 @@ from typing import Any
 from onewriter.base.arguments import exact
 from onewriter.base.log import call_all_safely
 from onewriter.base.state import State
-from onewriter.base.waiting import SLICE
+from onewriter.base.waiting import SLICE, UNREACHABLE
 from onewriter.errors import TransactionClosedError, WriteTimeoutError, forked_error
 from onewriter.write.loan import ENDED, TOO_LONG, WriteLoan
 from onewriter.write.ticket import Job
@@ -37,7 +38,10 @@ class Block(Job[None]):
             an outcome without one (withdrawn, no lock to be acquired).
     """
 
-    __slots__ = ("_requests", "failed", "granted", "is_given_back", "loop", "max_hold", "nested", "transaction")
+    __slots__ = (
+        *("_is_looked_for", "_requests", "failed", "granted", "is_given_back", "loop", "max_hold", "nested"),
+        "transaction",
+    )
     granted: Any
     exclusive = lent = needs_savepoint = True
     logs_failure = False  # its own thread or task gets the error
@@ -47,7 +51,7 @@ class Block(Job[None]):
         self.max_hold = max_hold
         self.loop: AbstractEventLoop | None = None  # in whose thread it is entered
         self.transaction: WriteLoan | None = None
-        self.failed = self.is_given_back = False
+        self.failed = self.is_given_back = self._is_looked_for = False
         self.nested = 0  # writes that were acknowledged as a part of it
         self._requests: Any = None  # to the writer, which serves it: callables, and None: it is given back
 
@@ -99,10 +103,18 @@ class Block(Job[None]):
             except queue.Empty:
                 pass
             self._state.warn_if_slow(monotonic())
+            self.end_unreachable()
             why = TOO_LONG if monotonic() >= until else self._is_lost()
             if why:
                 tx.revoke(why)
                 raise tx.closed_error()
+
+    def end_unreachable(self) -> None:
+        """For the writer, once it has waited for long: who could leave it may be in a reference cycle, as a generator
+        which a framework has dropped, and be there only until the garbage collector runs. Once."""
+        if not self._is_looked_for and monotonic() - self.started_at > UNREACHABLE:
+            self._is_looked_for = True
+            gc.collect()
 
     def failure_at_end(self, tx: WriteLoan) -> BaseException | None:
         """Given back, and the writer has not served it: returns what has failed it."""

@@ -248,6 +248,7 @@ class JobQueue(queue.Queue[Job[Any]]):
                 return cast(Job[Any], block)
             if not self._token.acquire(timeout=SLICE):
                 self._state.warn_if_slow(monotonic())
+                block.end_unreachable()
                 if block.end_if_lost():
                     self.hand_over(block)
         return None

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import functools
+import gc
+import math
 import sqlite3
 import sys
 import threading
@@ -15,9 +19,17 @@ from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, eventually, is_clean, pool_of, writer_of
-from onewriter import DbWriter, ReadTimeoutError, ReentrantWriteError, WriterBrokenError, WriterClosedError
+from helpers import DEADLINE, eventually, in_threads, is_clean, pool_of, writer_of
+from onewriter import (
+    AsyncDbWriter,
+    DbWriter,
+    ReadTimeoutError,
+    ReentrantWriteError,
+    WriterBrokenError,
+    WriterClosedError,
+)
 from onewriter.base.waiting import thread_signal
+from onewriter.read import places as places_module
 from onewriter.read import pool as pool_module
 from onewriter.read.claim import NOBODY, Claim, new_claim
 from onewriter.read.places import Idle
@@ -607,3 +619,95 @@ def test_what_a_signal_handler_raised_in_a_backup_comes_out(db: DbWriter) -> Non
 
     with pytest.raises(LookupError, match="of a signal handler"):
         pool_of(db).backup("backup", copy)
+
+
+@pytest.fixture
+def dropped(one: DbWriter, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The only connection is that of a generator in a reference cycle, which nobody can reach."""
+
+    def rows() -> Iterator[Any]:
+        with one.reader() as connection:
+            yield from connection.execute("SELECT 1 UNION SELECT 2")
+
+    monkeypatch.setattr(places_module, "UNREACHABLE", 0.01)
+    gc.disable()
+    cycle: list[Any] = [rows()]
+    cycle.append(cycle)
+    in_threads(functools.partial(next, cycle[0]))
+    cycle = []
+    assert pool_of(one).in_use == 1
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("dropped")
+def test_a_read_gets_the_connection_of_a_block_that_nobody_can_reach(one: DbWriter) -> None:
+    assert one.read("SELECT 1", timeout=DEADLINE) == [(1,)]
+
+
+@pytest.mark.usefixtures("dropped")
+def test_a_read_of_a_task_gets_it_too(one: DbWriter) -> None:
+    async def main() -> None:
+        assert await AsyncDbWriter.wrap(one).read("SELECT 1", timeout=DEADLINE) == [(1,)]
+
+    asyncio.run(main())
+
+
+@pytest.mark.usefixtures("dropped")
+def test_close_ends_a_block_that_nobody_can_reach(one: DbWriter) -> None:
+    one.close()
+
+
+def test_close_is_not_refused_for_one_in_its_own_thread_that_nobody_can_reach(one: DbWriter) -> None:
+    gc.disable()
+    try:
+        cycle: list[Any] = [one.reader()]
+        cycle.append(cycle)
+        cycle[0].__enter__()
+        with pytest.raises(ReentrantWriteError, match="close waits for all readers"):
+            one.close()
+        cycle = []
+        one.close()
+    finally:
+        gc.enable()
+
+
+def test_the_collector_runs_once_for_a_block_that_others_wait_for(
+    one: DbWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs: list[None] = []
+    monkeypatch.setattr(places_module, "UNREACHABLE", 0.0)
+    monkeypatch.setattr(gc, "collect", lambda: runs.append(None))
+    pool = pool_of(one)
+    with one.reader():
+        assert pool._help_those_that_wait() == math.inf  # nobody waits
+        assert runs == []
+        reading = ThreadPoolExecutor().submit(one.read, "SELECT 1")
+        eventually(lambda: pool.waiting == 1)
+        for _ in range(3):
+            assert pool._help_those_that_wait() < math.inf
+        assert len(runs) == 1
+    assert reading.result(DEADLINE) == [(1,)]
+
+
+def test_it_does_not_run_for_a_read_which_ends_by_itself(one: DbWriter, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[None] = []
+    begun, end = threading.Event(), threading.Event()
+    monkeypatch.setattr(places_module, "UNREACHABLE", 0.0)
+    monkeypatch.setattr(gc, "collect", lambda: runs.append(None))
+    pool = pool_of(one)
+
+    def wait(_: sqlite3.Connection) -> bool:
+        begun.set()
+        return end.wait(DEADLINE)
+
+    with ThreadPoolExecutor() as threads:
+        first = threads.submit(one.read, wait)
+        assert begun.wait(DEADLINE)
+        second = threads.submit(one.read, "SELECT 1")
+        eventually(lambda: pool.waiting == 1)
+        pool.end_unreachable()
+        end.set()
+        first.result(DEADLINE)
+        assert second.result(DEADLINE) == [(1,)]
+    assert runs == []

@@ -26,6 +26,7 @@ from onewriter import (
     WriterClosedError,
     WriteTimeoutError,
 )
+from onewriter.write import block as block_module
 from onewriter.write import driver
 
 INSERT = "INSERT INTO t VALUES (?)"
@@ -467,3 +468,47 @@ def test_a_block_that_was_never_accepted_is_not_counted(path: Path) -> None:
     with pytest.raises(WriterClosedError), new_db.transaction():
         pass
     assert new_db.close().cancelled == 0
+
+
+@pytest.mark.parametrize("is_alone", [True, False], ids=["alone", "behind others"])
+def test_a_block_that_nobody_can_reach_ends_when_others_wait(
+    db: DbWriter, monkeypatch: pytest.MonkeyPatch, is_alone: bool
+) -> None:
+    """It is that of a generator in a reference cycle: only the garbage collector finds it."""
+
+    def writes() -> Iterator[int]:
+        with db.transaction() as tx:
+            tx.execute(INSERT, (1,))
+            yield 1
+            raise AssertionError("it is never resumed")
+
+    monkeypatch.setattr(block_module, "UNREACHABLE", 0.01)
+    gc.disable()
+    try:
+        cycle: list[Any] = [writes()]
+        cycle.append(cycle)
+        with contextlib.nullcontext() if is_alone else parked(db) as release:
+            entered = ThreadPoolExecutor().submit(next, cycle[0])
+            if release is not None:
+                release.set()
+        entered.result(DEADLINE)
+        del entered
+        cycle = []
+        db.run(INSERT, (2,), timeout=DEADLINE)
+    finally:
+        gc.enable()
+    assert rows(db) == [2]
+
+
+def test_the_collector_runs_once_for_a_block_that_others_wait_for(
+    db: DbWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs: list[None] = []
+    monkeypatch.setattr(block_module, "UNREACHABLE", 0.0)
+    monkeypatch.setattr(gc, "collect", lambda: runs.append(None))
+    with db.transaction() as tx:
+        block = tx._loan.job
+        assert isinstance(block, block_module.Block)
+        for _ in range(3):
+            block.end_unreachable()
+    assert len(runs) == 1
