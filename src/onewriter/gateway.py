@@ -461,8 +461,8 @@ class DbWriter(Strict):
             return
         writer = None if here is None else self._state.scopes.innermost(writes=True)
         # A job's SQL has its limit, wherever it runs; a block is taken away, and its thread may go on reading.
-        until = writer.held_until if isinstance(writer, WriteLoan) and writer.is_of_function else math.inf
-        with self._core.pool.snapshot(label, deadline, until) as snapshot:
+        job = writer if isinstance(writer, WriteLoan) and writer.is_of_function else None
+        with self._core.pool.snapshot(label, deadline, job) as snapshot:
             yield snapshot.to_lend
 
     @overload

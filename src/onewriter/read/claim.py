@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import math
+import sqlite3
 from asyncio import AbstractEventLoop
 from collections.abc import Callable
 from threading import get_ident
 from time import monotonic
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Protocol
+
+
+class Limit(Protocol):
+    """The loan of a function's job, which has a time limit."""
+
+    @property
+    def held_until(self) -> float: ...
+    def refuse_late(self, error: sqlite3.Error) -> None: ...
 
 
 class Claim(SimpleNamespace):
@@ -32,6 +41,7 @@ class Claim(SimpleNamespace):
     runs_in = 0  # the thread of a task's call
     ends_in: int  # the thread that ends it; others leave it to that one
     loop: AbstractEventLoop | None = None  # of its task, or in whose thread the block was entered
+    job: Limit | None = None  # of the function that the block is in, and its statements end with
     end_lost: Callable[[], object] | None = None  # of a task's block: to be called once its loop is closed
 
     __eq__ = object.__eq__

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from onewriter.base.state import State
 from onewriter.base.waiting import SLICE, thread_signal, wake
-from onewriter.read.claim import NOBODY, Claim, new_claim
+from onewriter.read.claim import NOBODY, Claim, Limit, new_claim
 from onewriter.read.clock import GRACE, ReadClock
 from onewriter.read.places import NONE_IDLE, Places
 from onewriter.read.reader import Reader, Snapshot, new_reader
@@ -117,15 +117,16 @@ class ReaderPool(Places):
             self.end(claim)
 
     @contextlib.contextmanager
-    def snapshot(self, label: str, until: float, end_at: float = math.inf) -> Iterator[Snapshot]:
-        """Lend, for the ``with`` block, a connection with one snapshot; its statements end at ``end_at``. Raises as
-        ``use`` does.
+    def snapshot(self, label: str, until: float, job: Limit | None = None) -> Iterator[Snapshot]:
+        """Lend, for the ``with`` block, a connection with one snapshot; its statements end with ``job``, that of a
+        function around it. Raises as ``use`` does.
         """
         claim = new_claim(label, until)
+        claim.job = job
         try:
             reader = self.wait_for(claim)
             with reader.snapshot() as snapshot:
-                self.clock.watch(claim, end_at)
+                self.clock.watch(claim, math.inf if job is None else job.held_until)
                 # Only inside does the scope say that a signal handler's close would wait for its own thread.
                 claim.thread, claim.loop = 0, _get_running_loop()
                 try:

@@ -119,8 +119,12 @@ class Reader:
             del error, late  # the traceback holds this frame
 
     def note(self, error: sqlite3.DatabaseError) -> None:
+        """Raises TransactionClosedError if it was ended because the job around it has held the writer for too long."""
         if is_corrupt(error):
             self.state.note_corruption(error)
+        job = self.claim.job
+        if job is not None and is_interrupted(error):
+            job.refuse_late(error)
 
     @contextlib.contextmanager
     def snapshot(self) -> Iterator[Snapshot]:

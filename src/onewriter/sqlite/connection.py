@@ -6,6 +6,7 @@ import contextlib
 import functools
 import gc
 import os
+import shutil
 import sqlite3
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -26,6 +27,7 @@ T = TypeVar("T")
 BEFORE_WAL = ("page_size", "auto_vacuum", "encoding")  # cannot be changed in WAL mode
 LONGEST_TIMEOUT = 2**31 - 1  # milliseconds, of SQLite's own
 NO_WAL = 'as on network file systems: use journal_mode="DELETE" there'
+INDEX_SIZE = 32768  # bytes, at least; https://www.sqlite.org/walformat.html
 NO_INDEX = {  # the -shm file, or its locks, cannot be used here
     getattr(sqlite3, f"SQLITE_{name}")
     for name in ("IOERR_SHMOPEN", "IOERR_SHMSIZE", "IOERR_SHMLOCK", "IOERR_SHMMAP", "PROTOCOL")
@@ -158,7 +160,8 @@ def _open(settings: Settings, policy: LockPolicy, log: Callable[[bool, str], obj
     except sqlite3.Error as error:
         if getattr(error, "sqlite_errorcode", None) is None or getattr(error, "from_hook", False):
             raise
-        named = type(error)(f"cannot open {settings.path}: {error}")
+        beginning = f"cannot open {settings.path}: "
+        named = type(error)(beginning + str(error).removeprefix(beginning))
         named.sqlite_errorcode, named.sqlite_errorname = error.sqlite_errorcode, error.sqlite_errorname
         if is_busy(error):
             named.add_note(f"onewriter: waited {policy.waited:.2f} s; {describe_lock(settings.path)}")
@@ -201,7 +204,9 @@ def _set_journal_mode(connection: sqlite3.Connection, settings: Settings) -> Non
         if before != "wal":  # a file left in WAL mode could not be opened here again
             with contextlib.suppress(sqlite3.Error):
                 _leave_wal(settings, before)
-        text = f"{error}: the index of its log ({settings.path}{INDEX}) cannot be created or used here, {NO_WAL}"
+        is_full = shutil.disk_usage(os.path.dirname(settings.path)).free < INDEX_SIZE
+        why = "the disk is full" if is_full else NO_WAL
+        text = f"{error}: the index of its log ({settings.path}{INDEX}) cannot be created or used here, {why}"
         raise cannot_open(settings.path, text, error.sqlite_errorcode, error.sqlite_errorname) from error
 
 

@@ -27,6 +27,7 @@ FAR = 2  # times wal_limit: a larger log is reported at once
 SOON, RARELY = 0.005, 1.0  # seconds after an attempt that failed until the next, at first and at most
 
 
+ROOM_AGAIN = 1.0  # seconds after an attempt to make room on a full disk that failed until the next
 LONG = 0.2  # seconds; a read that lasts longer will hardly end while new reads wait
 
 
@@ -98,6 +99,8 @@ class Checkpointer:
         self._schema: list[object] = []
         self._version: list[object] = []  # PRAGMA data_version, when the size of the file was remembered
         self._failed = False  # the last attempt, and that was logged
+        self.lacks_room = False  # a job has met a full disk
+        self._room_again_at = 0.0
         self.last: tuple[Checkpoint, float] | None = None
 
     @property
@@ -131,8 +134,18 @@ class Checkpointer:
 
     def after_batch(self, session: WriteSession) -> None:
         """Count what a batch wrote, and checkpoint if it is time."""
-        if self.is_due(session):
+        if self.lacks_room:
+            self._make_room(session)
+        elif self.is_due(session):
             self.attempt(self._checkpoint, session)
+
+    def _make_room(self, session: WriteSession) -> None:
+        """It may be the log that has filled the disk, and no commit comes which would make a checkpoint due."""
+        self.lacks_room, now = False, monotonic()
+        if self._is_counting and now >= self._room_again_at and self._file.wal_bytes():
+            self.attempt(self.empty, session)
+            if self._file.wal_bytes():
+                self._room_again_at = now + ROOM_AGAIN
 
     def is_due(self, session: WriteSession) -> bool:
         """Count what a batch wrote; whether it is time for a checkpoint."""

@@ -225,6 +225,11 @@ class WriteLoan:
             return
         if root._time_limit is not None:
             root._time_limit.raise_caught()
+        self.refuse_late(error)
+
+    def refuse_late(self, error: sqlite3.Error) -> None:
+        """Raise why the statement was interrupted, if it was since its transaction was ended, or has to be."""
+        root = self._root
         if root._closed is not None or monotonic() > root._until:
             raise self._refusal() from error
 

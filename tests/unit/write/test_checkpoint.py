@@ -7,6 +7,7 @@ import logging
 import os
 import sqlite3
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -473,3 +474,45 @@ def test_a_lock_that_somebody_else_takes_right_after_a_commit_costs_the_writer_n
         until_waiting(db)
         other.execute("COMMIT")
         assert later.result(DEADLINE).rowcount == 1
+
+
+@pytest.fixture
+def full(path: Path) -> Iterator[DbWriter]:
+    """A gateway whose file cannot become larger, as on a full disk, and whose log holds something."""
+
+    def limit(connection: sqlite3.Connection, readonly: bool) -> None:
+        if not readonly:
+            connection.execute("CREATE TABLE IF NOT EXISTS t (n INTEGER PRIMARY KEY, text TEXT)")
+            connection.execute("PRAGMA max_page_count = 40")
+
+    with DbWriter(path, on_connect=limit) as db:
+        db.run(INSERT, (1, "x" * 1000))
+        assert log_size(path) > 0
+        yield db
+
+
+def meet_a_full_disk(db: DbWriter) -> None:
+    with pytest.raises(sqlite3.OperationalError, match="full"):
+        db.run_many(INSERT, [(None, "x" * 1000) for _ in range(500)])
+    db.flush(DEADLINE)
+
+
+def test_a_full_disk_has_the_log_emptied_which_may_have_filled_it(full: DbWriter, path: Path) -> None:
+    for n in (2, 3):
+        meet_a_full_disk(full)
+        assert log_size(path) == 0
+        full.run(INSERT, (n, ""))
+
+
+def test_on_a_full_disk_a_log_that_cannot_be_emptied_is_left_alone_for_a_while(
+    full: DbWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "ROOM_AGAIN", 1000.0)
+    attempts: list[None] = []
+    empty = checkpointer_of(full).empty
+    monkeypatch.setattr(checkpointer_of(full), "empty", lambda session: (attempts.append(None), empty(session)))
+    with full.reader() as connection:
+        connection.execute("SELECT * FROM t").fetchone()
+        for _ in range(3):
+            meet_a_full_disk(full)
+    assert len(attempts) == 1

@@ -67,8 +67,13 @@ def test_max_hold_ends_a_jobs_statement_on_a_reader_too(path: Path) -> None:
             with db.reader() as connection:
                 connection.execute(ENDLESS + "SELECT count(*) FROM c")
 
-        with pytest.raises(sqlite3.OperationalError, match="interrupted"):
-            db.run(job, timeout=DEADLINE)
+        def job_that_reads(tx: Transaction) -> None:
+            with db.reader():
+                db.read(ENDLESS + "SELECT count(*) FROM c")
+
+        for function in (job, job_that_reads):
+            with pytest.raises(TransactionClosedError, match="longer than max_hold"):
+                db.run(function, timeout=DEADLINE)
         db.run("SELECT 1", timeout=DEADLINE)
 
 
