@@ -22,7 +22,7 @@ from typing import Any, assert_type
 
 import pytest
 
-from aio_helpers import beats, opened, rows, run, until, writer_parked
+from aio_helpers import beats, left_in_a_closed_loop, opened, rows, run, until, writer_parked
 from helpers import DEADLINE, eventually, holding_lock, notes_of, parked, pool_of, queue_of, rows_in
 from onewriter import (
     AsyncDbWriter,
@@ -684,6 +684,24 @@ def test_a_failure_after_the_wait_for_it_was_given_up_is_loud(
             assert heard == ["unheard"]
 
     run(main)
+
+
+def test_a_failure_whose_task_was_left_in_a_closed_loop_is_loud(path: Path) -> None:
+    heard: list[str] = []
+    with DbWriter(path, on_error=lambda ticket: heard.append(ticket.label)) as db:
+        with parked(db):
+            ticket = db.enqueue("INSERT INTO nowhere VALUES (1)", label="unheard")
+
+            async def wait() -> None:
+                await ticket
+
+            left = left_in_a_closed_loop(wait(), lambda: bool(ticket._waiters))
+        db.flush(DEADLINE)
+        assert heard == ["unheard"]
+        assert not left.done()
+        wait_for_it = left.get_coro()
+        assert inspect.iscoroutine(wait_for_it)
+        wait_for_it.close()
 
 
 async def enter(db: AsyncDbWriter) -> None:

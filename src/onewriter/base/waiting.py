@@ -28,6 +28,11 @@ def thread_signal() -> Any:
     return signal
 
 
+def is_there(waiter: Any) -> bool:
+    """Whether it waits: a task whose loop is closed never goes on."""
+    return not (isinstance(waiter, Future) and waiter.get_loop().is_closed())
+
+
 def wake(waiters: Iterable[Any]) -> None:
     """Wake threads, which wait with a lock, and tasks, which wait with a future: one call for each of their loops."""
     loops: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] | None = None

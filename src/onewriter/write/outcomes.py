@@ -13,7 +13,7 @@ from onewriter.base.call_site import without_own_frames
 from onewriter.base.log import INTERRUPTS, call_all_safely, call_safely, report, text_of, traceback_of
 from onewriter.base.state import State
 from onewriter.base.tally import Times
-from onewriter.base.waiting import wake
+from onewriter.base.waiting import is_there, wake
 from onewriter.errors import CommitUnknownError, forked_error
 from onewriter.events import BatchEnded, Hook, publish
 from onewriter.sqlite.retry import error_code, is_busy, is_corrupt, note_descriptors
@@ -140,7 +140,7 @@ class Outcomes:
         """Count the failure; whether no caller waits for it."""
         if job.in_stats:
             self._state.tally.count_failed(job.label)
-        return job.logs_failure and not job._waiters and not job._callbacks
+        return job.logs_failure and not job._callbacks and not any(map(is_there, job._waiters or ()))
 
     def _log(self, unheard: list[Job[Any]]) -> None:
         """Before anybody hears of a later job of the batch, who is to find these in the log. Whatever the handlers do,
