@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import queue
 import threading
 import types
@@ -112,7 +113,8 @@ class Block(Job[None]):
     def end_unreachable(self) -> None:
         """For the writer, once it has waited for long: who could leave it may be in a reference cycle, as a generator
         which a framework has dropped, and be there only until the garbage collector runs. Once."""
-        if not self._is_looked_for and monotonic() - self.started_at > UNREACHABLE:
+        since = getattr(self, "started_at", math.inf)  # its thread may be about to start it
+        if not self._is_looked_for and monotonic() - since > UNREACHABLE:
             self._is_looked_for = True
             gc.collect()
 
