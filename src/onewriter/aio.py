@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import sqlite3
 import sys
@@ -64,7 +65,6 @@ class AsyncDbWriter(Strict):
         self._make: Callable[[], Core] = lambda: _open(path, Options(**options))
         self._opened: Core | None = None
         self._wrapped: DbWriter | None = None
-        self._is_closed = False
         self._prepare()
 
     @classmethod
@@ -77,14 +77,15 @@ class AsyncDbWriter(Strict):
             raise ValueError("an inline DbWriter runs jobs in the calling thread, which is the event loop's")
         self = cls.__new__(cls)
         self._opened = core
-        self._wrapped, self._is_closed = db, False  # kept: it would close when it is collected
+        self._wrapped = db  # kept: it would close when it is collected
         self._prepare()
         return self
 
     def _prepare(self) -> None:
-        self._lock = threading.Lock()
+        self._is_closed, self._lock = False, threading.Lock()
         self._opens_in: asyncio.AbstractEventLoop | None = None  # that of the task that opens it now
         self._openers: list[asyncio.Future[None]] = []  # of tasks that wait while another one opens
+        self._left: list[threading.Thread] = []  # that open it for tasks which were cancelled
         self._reads: TaskReads | None = None
         self._deadlines = LoopDeadlines()
 
@@ -121,11 +122,11 @@ class AsyncDbWriter(Strict):
                     self._end_opening(loop, None)
 
         try:
-            core = await in_thread(attempt, undo=_close)
+            core = await in_thread(attempt, _close, self._left)
         finally:
             self._end_opening(loop, core)
         if self._opened is not core:  # it was closed meanwhile
-            await in_thread(lambda: _close(core))
+            await in_thread(lambda: _close(core), left=self._left)
 
     def _end_opening(self, loop: asyncio.AbstractEventLoop, core: Core | None) -> None:
         with self._lock:
@@ -161,12 +162,14 @@ class AsyncDbWriter(Strict):
 
     async def close(self, timeout: Seconds = None, *, drain: bool = True) -> CloseReport:
         """As ``DbWriter.close``. A wrapped DbWriter stays open."""
+        check_timeout(timeout)
         with self._lock:
             core = self._opened
-            if core is None:
-                self._is_closed = True
-                return CloseReport(0, 0, 0, 0, ())
-        check_timeout(timeout)
+            self._is_closed = self._is_closed or core is None
+        if core is None:
+            for thread in self._left:  # each closes what it has opened
+                await in_thread(functools.partial(thread.join, timeout))
+            return CloseReport(0, 0, 0, 0, ())
         if not core.state.forked:
             core.state.refuse_endless_wait("close", awaits=True, commits=False)
         if timeout is None and self._wrapped is None and core.state.scopes.innermost() is not None:

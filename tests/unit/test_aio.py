@@ -23,7 +23,7 @@ from typing import Any, assert_type
 import pytest
 
 from aio_helpers import beats, left_in_a_closed_loop, opened, rows, run, until, writer_parked
-from helpers import DEADLINE, eventually, holding_lock, notes_of, parked, pool_of, queue_of, rows_in
+from helpers import BRIEFLY, DEADLINE, eventually, holding_lock, notes_of, parked, pool_of, queue_of, rows_in
 from onewriter import (
     AsyncDbWriter,
     AsyncReader,
@@ -272,6 +272,33 @@ def test_an_opening_that_is_cancelled_leaves_nothing_open(path: Path) -> None:
                 await opening
             other.execute("COMMIT")
         await until(lambda: not any("writer" in thread.name for thread in threading.enumerate()))
+
+    run(main)
+
+
+def test_close_waits_for_an_opening_that_was_cancelled(path: Path) -> None:
+    """Or else files would appear behind it."""
+    entered, release, has_closed = threading.Event(), threading.Event(), threading.Event()
+
+    def wait(connection: sqlite3.Connection, readonly: bool) -> None:
+        entered.set()
+        release.wait(DEADLINE)
+
+    async def main() -> None:
+        db = AsyncDbWriter(path, on_connect=wait)
+        opening = asyncio.create_task(db.open())
+        await until(entered.is_set)
+        opening.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await opening
+        closing = asyncio.create_task(db.close())
+        closing.add_done_callback(lambda _: has_closed.set())
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(asyncio.shield(closing), BRIEFLY)
+        assert not has_closed.is_set()
+        release.set()
+        await closing
+        assert os.listdir(path.parent) == [path.name]
 
     run(main)
 

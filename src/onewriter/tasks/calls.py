@@ -150,8 +150,12 @@ class Turn:
         return None
 
 
-async def in_thread(function: Callable[[], T], undo: Callable[[T], object] | None = None) -> T:
-    """Call ``function`` in a thread of its own; ``undo`` what it returns if no task waits for it any more."""
+async def in_thread(
+    function: Callable[[], T], undo: Callable[[T], object] | None = None, left: list[threading.Thread] | None = None
+) -> T:
+    """Call ``function`` in a thread of its own; ``undo`` what it returns if no task waits for it any more. ``left``
+    gets the threads that go on then.
+    """
     loop = asyncio.get_running_loop()
     future: asyncio.Future[None] = loop.create_future()
     outcome: list[Any] = []
@@ -165,13 +169,17 @@ async def in_thread(function: Callable[[], T], undo: Callable[[T], object] | Non
             undo(outcome[0])
         wake([future])
 
-    threading.Thread(target=call, name="onewriter-call", daemon=True).start()
+    thread = threading.Thread(target=call, name="onewriter-call", daemon=True)
+    thread.start()
     try:
         await future
     except (asyncio.CancelledError, GeneratorExit):
         if outcome and undo is not None and outcome[1] is None:
             with contextlib.suppress(RuntimeError):  # the interpreter ends
-                threading.Thread(target=undo, args=[outcome[0]], daemon=True).start()
+                thread = threading.Thread(target=undo, args=[outcome[0]], daemon=True)
+                thread.start()
+        if left is not None:
+            left.append(thread)
         raise
     result, error = outcome
     if error is not None:

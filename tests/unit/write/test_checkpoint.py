@@ -33,6 +33,7 @@ from onewriter.read.claim import new_claim
 from onewriter.write import checkpoint
 from onewriter.write import writer as loop
 from onewriter.write.checkpoint import Checkpointer
+from onewriter.write.session import WriteSession
 
 UPDATE = "UPDATE t SET text = ? WHERE id = ?"
 INSERT = "INSERT INTO t VALUES (?, ?)"
@@ -508,9 +509,14 @@ def test_on_a_full_disk_a_log_that_cannot_be_emptied_is_left_alone_for_a_while(
     full: DbWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpoint, "ROOM_AGAIN", 1000.0)
-    attempts: list[None] = []
+    attempts: list[WriteSession] = []
     empty = checkpointer_of(full).empty
-    monkeypatch.setattr(checkpointer_of(full), "empty", lambda session: (attempts.append(None), empty(session)))
+
+    def attempt(session: WriteSession) -> None:
+        attempts.append(session)
+        empty(session)
+
+    monkeypatch.setattr(checkpointer_of(full), "empty", attempt)
     with full.reader() as connection:
         connection.execute("SELECT * FROM t").fetchone()
         for _ in range(3):
