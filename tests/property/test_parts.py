@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,13 @@ class Write:
 
 
 @dataclasses.dataclass(frozen=True)
+class Keep:
+    """A callback of each kind, by the transaction so many parts further out, or by the outermost one."""
+
+    outwards: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Part:
     """A savepoint or a nested block, in which it all happens; if it fails, that is caught right around it."""
 
@@ -39,60 +47,101 @@ class Part:
 
 
 STEPS = st.recursive(
-    st.builds(Write, st.integers(0, 3)),
+    st.builds(Write, st.integers(0, 3)) | st.builds(Keep, st.integers(0, 3)),
     lambda step: st.builds(Part, st.booleans(), st.lists(step, max_size=3), st.booleans()),
     max_leaves=8,
 )
 
 
-def rows_of(steps: list[Any]) -> int:
-    return sum(1 if isinstance(step, Write) else 0 if step.fails else rows_of(step.steps) for step in steps)
+class Story:
+    """What happens, numbered; and which of it must be found at the end."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, int]] = []
+        self._number = 0
+
+    def chosen(self, transactions: list[Any], step: Write | Keep) -> Any:
+        return transactions[-1 - step.outwards] if step.outwards < len(transactions) else None
+
+    def keep(self, transactions: list[Any], step: Keep) -> None:
+        tx, self._number = self.chosen(transactions, step) or transactions[0], self._number + 1
+        tx.on_commit(functools.partial(self.told.append, ("committed", self._number)))
+        tx.on_rollback(functools.partial(self.told.append, ("rolled back", self._number)))
 
 
-def chosen(transactions: list[Any], step: Write) -> Any:
-    return transactions[-1 - step.outwards] if step.outwards < len(transactions) else None
+def expected(steps: list[Any]) -> tuple[int, list[tuple[str, int]]]:
+    """How many rows there are then, and which callbacks were called: those of what was undone first."""
+    number, rows = 0, 0
+    undone: list[tuple[str, int]] = []
+    kept: list[tuple[str, int]] = []
+
+    def follow(steps: list[Any]) -> None:
+        nonlocal number, rows
+        for step in steps:
+            if isinstance(step, Write):
+                rows += 1
+            elif isinstance(step, Keep):
+                number += 1
+                kept.append(("committed", number))
+            else:
+                before, begun = rows, len(kept)
+                follow(step.steps)
+                if step.fails:
+                    rows = before
+                    undone.extend(("rolled back", one) for _, one in kept[begun:])
+                    del kept[begun:]
+
+    follow(steps)
+    return rows, [*undone, *kept]
 
 
-def in_thread(db: DbWriter, steps: list[Any], transactions: list[Any]) -> None:
+def in_thread(db: DbWriter, story: Story, steps: list[Any], transactions: list[Any]) -> None:
     for step in steps:
+        if isinstance(step, Keep):
+            story.keep(transactions, step)
+            continue
         if isinstance(step, Write):
-            tx = chosen(transactions, step)
+            tx = story.chosen(transactions, step)
             db.run(INSERT) if tx is None else tx.execute(INSERT)
             continue
         part = db.transaction() if step.is_nested else transactions[-1].savepoint()
         with contextlib.suppress(FailError), part as inner:
-            in_thread(db, step.steps, [*transactions, inner or transactions[-1]])
+            in_thread(db, story, step.steps, [*transactions, inner or transactions[-1]])
             if step.fails:
                 raise FailError
 
 
-async def in_task(db: AsyncDbWriter, steps: list[Any], transactions: list[Any]) -> None:
+async def in_task(db: AsyncDbWriter, story: Story, steps: list[Any], transactions: list[Any]) -> None:
     for step in steps:
+        if isinstance(step, Keep):
+            story.keep(transactions, step)
+            continue
         if isinstance(step, Write):
-            tx = chosen(transactions, step)
+            tx = story.chosen(transactions, step)
             await (db.run(INSERT) if tx is None else tx.execute(INSERT))
             continue
         part = db.transaction() if step.is_nested else transactions[-1].savepoint()
         with contextlib.suppress(FailError):
             async with part as inner:
-                await in_task(db, step.steps, [*transactions, inner or transactions[-1]])
+                await in_task(db, story, step.steps, [*transactions, inner or transactions[-1]])
                 if step.fails:
                     raise FailError
 
 
 @pytest.mark.parametrize("way", ["block", "function", "task"])
 def test_what_fails_inside_is_undone_alone(way: str) -> None:
-    def block(db: DbWriter, steps: list[Any]) -> None:
+    def block(db: DbWriter, story: Story, steps: list[Any]) -> None:
         with db.transaction() as tx:
-            in_thread(db, steps, [tx])
+            in_thread(db, story, steps, [tx])
 
-    def function(db: DbWriter, steps: list[Any]) -> None:
-        db.run(lambda tx: in_thread(db, steps, [tx]))
+    def function(db: DbWriter, story: Story, steps: list[Any]) -> None:
+        db.run(lambda tx: in_thread(db, story, steps, [tx]))
+        db.flush()  # its callbacks run behind it
 
-    def task(db: DbWriter, steps: list[Any]) -> None:
+    def task(db: DbWriter, story: Story, steps: list[Any]) -> None:
         async def main() -> None:
             async with AsyncDbWriter.wrap(db) as tasks_db, tasks_db.transaction() as tx:
-                await in_task(tasks_db, steps, [tx])
+                await in_task(tasks_db, story, steps, [tx])
 
         asyncio.run(main())
 
@@ -104,7 +153,8 @@ def test_what_fails_inside_is_undone_alone(way: str) -> None:
         @given(st.lists(STEPS, max_size=4))
         def check(steps: list[Any]) -> None:
             db.run("DELETE FROM t")
-            act(db, steps)
-            assert db.read_value("SELECT count(*) FROM t") == rows_of(steps)
+            story = Story()
+            act(db, story, steps)
+            assert (db.read_value("SELECT count(*) FROM t"), story.told) == expected(steps)
 
         check()

@@ -174,11 +174,12 @@ class TaskBlock(Block):
                 self.cancel_end()
         return cancelled
 
-    def send(self, function: Callable[..., object], *args: Any) -> None:
-        """Have the writer thread call ``function``, after what was sent earlier."""
+    def send(self, function: Callable[..., object], *args: Any, before: Callable[[], object] = bool) -> None:
+        """Have the writer thread call ``function``, after what was sent earlier; call ``before`` here, if it will."""
         with self._lock:
             if not self._accepts:
                 raise self.closed_error()
+            before()
             self._requests.put(functools.partial(function, *args))
 
     def keep(self, transaction: WriteLoan, committed: bool, fn: Callable[[], object]) -> None:

@@ -985,3 +985,49 @@ def test_a_savepoint_whose_loop_is_closed_as_its_statement_runs_keeps_no_other_f
             assert (await tx.execute("SELECT n FROM t")).rows == [(2,)]
 
     run(main)
+
+
+def test_behind_a_savepoint_that_has_failed_a_blocking_read_and_a_callback_are_not_in_it(db: DbWriter) -> None:
+    """The task goes on before the writer thread has undone it."""
+    told: list[str] = []
+
+    async def main() -> None:
+        db.run("CREATE TABLE t (n)")
+        async with AsyncDbWriter.wrap(db) as tasks_db, tasks_db.transaction() as tx:
+            for part in (tx.savepoint, tasks_db.transaction):
+                with contextlib.suppress(LookupError):
+                    async with part():
+                        await tx.execute(INSERT, (1,))
+                        tx.on_commit(lambda: told.append("of the part"))
+                        raise LookupError
+                tx.on_commit(lambda: told.append("behind it"))
+                assert db.read("SELECT * FROM t") == []
+
+    run(main)
+    assert told == ["behind it"] * 2
+
+
+def test_a_savepoint_whose_task_is_cancelled_before_it_begins_takes_nothing_that_comes_later(path: Path) -> None:
+    told: list[str] = []
+    gate = Gate()
+
+    async def main() -> None:
+        async with opened(path, on_connect=gate.on_connect) as db, db.transaction() as tx:
+            busy = asyncio.create_task(tx.execute("INSERT INTO t SELECT gate()"))
+            await until(gate.entered.is_set)
+
+            async def enter() -> None:
+                async with tx.savepoint():
+                    raise AssertionError("it has begun")
+
+            entering = asyncio.create_task(enter())
+            await until(lambda: tx._block.innermost is not None)
+            entering.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await entering
+            tx.on_commit(lambda: told.append("behind it"))
+            gate.open.set()
+            await busy
+
+    run(main)
+    assert told == ["behind it"]
