@@ -26,10 +26,9 @@ class SentPart:
         self._loan = loan
 
     def begin(self) -> None:
-        if not self._is_over:
-            self._mark = mark = self._loan.call(self._loan.all_parts().begin)
-            if self._is_over:  # in this moment
-                mark.is_forgotten = True
+        self._mark = mark = self._loan.call(self._loan.all_parts().begin)
+        if self._is_over:  # the task was cancelled in this moment
+            mark.is_forgotten = True
 
     def keep(self) -> None:
         assert self._mark is not None

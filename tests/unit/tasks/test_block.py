@@ -31,6 +31,7 @@ from onewriter import (
 )
 from onewriter.tasks import block as taskblock
 from onewriter.write.loan import WriteLoan
+from onewriter.write.parts import Mark, Parts
 
 INSERT = "INSERT INTO t VALUES (?)"
 ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
@@ -1007,27 +1008,58 @@ def test_behind_a_savepoint_that_has_failed_a_blocking_read_and_a_callback_are_n
     assert told == ["behind it"] * 2
 
 
-def test_a_savepoint_whose_task_is_cancelled_before_it_begins_takes_nothing_that_comes_later(path: Path) -> None:
+def test_a_savepoint_whose_task_is_cancelled_as_it_begins_takes_nothing_that_comes_later(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     told: list[str] = []
-    gate = Gate()
+    entered, go_on = threading.Event(), threading.Event()
+    begin = Parts.begin
+
+    def hesitate(parts: Parts, **options: Any) -> Mark:
+        mark = begin(parts, **options)
+        entered.set()
+        go_on.wait(DEADLINE)
+        return mark
 
     async def main() -> None:
-        async with opened(path, on_connect=gate.on_connect) as db, db.transaction() as tx:
-            busy = asyncio.create_task(tx.execute("INSERT INTO t SELECT gate()"))
-            await until(gate.entered.is_set)
+        async with opened(path) as db, db.transaction() as tx:
 
             async def enter() -> None:
                 async with tx.savepoint():
-                    raise AssertionError("it has begun")
+                    raise AssertionError("it is entered")
 
             entering = asyncio.create_task(enter())
-            await until(lambda: tx._block.innermost is not None)
+            await until(entered.is_set)
             entering.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await entering
             tx.on_commit(lambda: told.append("behind it"))
-            gate.open.set()
-            await busy
+            go_on.set()
 
+    monkeypatch.setattr(Parts, "begin", hesitate)
     run(main)
     assert told == ["behind it"]
+
+
+def test_a_savepoint_of_a_nested_block_that_another_task_has_left_is_kept(path: Path) -> None:
+    """The block's end waits for it."""
+
+    async def main() -> None:
+        async with opened(path) as db, db.transaction():
+            nested, go_on = asyncio.Event(), asyncio.Event()
+
+            async def use(tx: AsyncTransaction) -> None:
+                async with tx.savepoint():
+                    await tx.execute(INSERT, (1,))
+                    nested.set()
+                    await go_on.wait()
+
+            async with db.transaction() as inner:
+                using = asyncio.create_task(use(inner))
+                await nested.wait()
+                asyncio.get_running_loop().call_later(0.01, go_on.set)
+            await using
+        async with AsyncDbWriter(path) as db:
+            assert await rows(db) == [1]
+
+    run(main)
