@@ -14,7 +14,6 @@ from typing import Any, TypeAlias
 from onewriter.base.state import State
 from onewriter.errors import forked_error
 
-UNREACHABLE = 1.0  # seconds for which something is kept from others before it is looked for among the garbage
 SLICE = 0.25  # seconds; a signal that comes just before the thread sleeps is seen at its next wake-up
 
 

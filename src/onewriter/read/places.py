@@ -14,8 +14,9 @@ from threading import get_ident
 from time import monotonic
 from typing import Any, Protocol
 
+from onewriter.base import garbage
 from onewriter.base.state import State
-from onewriter.base.waiting import UNREACHABLE, thread_signal, wake
+from onewriter.base.waiting import thread_signal, wake
 from onewriter.errors import ReadTimeoutError, closed_error
 from onewriter.read.claim import NOBODY, Claim
 from onewriter.read.clock import GRACE, ReadClock
@@ -113,7 +114,7 @@ class Places:
             if claim not in self._line:
                 return True
             claim.signal = signal
-        self.clock.set(monotonic() + UNREACHABLE - GRACE)
+        self.clock.set(monotonic() + garbage.LONG - GRACE)
         return False
 
     def check_admitted(self, claim: Claim) -> None:
@@ -170,24 +171,24 @@ class Places:
             if claim.end_lost is not None and claim.loop is not None and claim.loop.is_closed():
                 claim.end_lost()
 
-    def end_unreachable(self) -> None:
+    def end_unreachable(self, seconds: float) -> None:
         """A block in a reference cycle, as that of a generator which a framework has dropped, ends only when the
-        garbage collector runs: have it run, once for each block that is open for long.
+        garbage collector runs: have it run, once for each block that is open for longer than that.
         """
         now = monotonic()
         blocks = [claim for claim in self._lent() if claim.thread == 0 or claim.loop is not None]
-        unknown = [claim for claim in blocks if not claim.is_looked_for and now - claim.since > UNREACHABLE]
+        unknown = [claim for claim in blocks if not claim.is_looked_for and now - claim.since > seconds]
         for claim in unknown:
             claim.is_looked_for = True
         if unknown:
-            gc.collect()
+            garbage.collect_soon()
 
     def _help_those_that_wait(self) -> float:
         """Returns when to do so again."""
         if not self._line:
             return math.inf
-        self.end_unreachable()
-        return monotonic() + UNREACHABLE
+        self.end_unreachable(garbage.LONG)
+        return monotonic() + garbage.LONG
 
     # Who comes back ---------------------------------------------------------------------------------------------------
 
@@ -327,7 +328,7 @@ class Places:
 
     def has_mine_for_good(self) -> bool:
         """The same, unless it is that of a generator, say, which nobody can reach: the garbage collector ends that."""
-        if self.has_mine:
+        if self.has_mine and gc.isenabled():
             gc.collect()
         return self.has_mine
 

@@ -265,7 +265,7 @@ class ReaderPool(Places):
         until = math.inf if patience is None else monotonic() + patience
         while not self._all_back.wait(max(0.0, min(SLICE, until - monotonic()))) and monotonic() < until:
             self.end_lost()
-            self.end_unreachable()
+            self.end_unreachable(SLICE)
         self.clock.stop()
 
     def stop_waiting(self) -> None:

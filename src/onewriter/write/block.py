@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import queue
 import threading
@@ -13,10 +12,11 @@ from collections.abc import Callable
 from time import monotonic
 from typing import Any
 
+from onewriter.base import garbage
 from onewriter.base.arguments import exact
 from onewriter.base.log import call_all_safely
 from onewriter.base.state import State
-from onewriter.base.waiting import SLICE, UNREACHABLE
+from onewriter.base.waiting import SLICE
 from onewriter.errors import TransactionClosedError, WriteTimeoutError, forked_error
 from onewriter.write.loan import ENDED, TOO_LONG, WriteLoan
 from onewriter.write.ticket import Job
@@ -111,12 +111,13 @@ class Block(Job[None]):
                 raise tx.closed_error()
 
     def end_unreachable(self) -> None:
-        """For the writer, once it has waited for long: who could leave it may be in a reference cycle, as a generator
-        which a framework has dropped, and be there only until the garbage collector runs. Once."""
+        """For the writer: who could leave it may be in a reference cycle, as a generator which a framework has dropped,
+        and be there until the garbage collector runs. That it does once, if it is open for long and jobs wait.
+        """
         since = getattr(self, "started_at", math.inf)  # its thread may be about to start it
-        if not self._is_looked_for and monotonic() - since > UNREACHABLE:
+        if not self._is_looked_for and monotonic() - since > garbage.LONG and self._state.is_awaited():
             self._is_looked_for = True
-            gc.collect()
+            garbage.collect_soon()
 
     def failure_at_end(self, tx: WriteLoan) -> BaseException | None:
         """Given back, and the writer has not served it: returns what has failed it."""

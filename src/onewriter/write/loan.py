@@ -317,6 +317,8 @@ class WriteLoan:
         """The same for a task, which cannot wait for a statement that another one runs, and may fail at once."""
         if self.is_closed:
             raise self.closed_error()
+        if not self.session.connection.in_transaction:
+            raise self.aborted_error()
         self.all_parts().keep(committed, fn)
 
     def callbacks(self, committed: bool) -> list[Callback]:

@@ -28,8 +28,8 @@ from onewriter import (
     WriterBrokenError,
     WriterClosedError,
 )
+from onewriter.base import garbage
 from onewriter.base.waiting import thread_signal
-from onewriter.read import places as places_module
 from onewriter.read import pool as pool_module
 from onewriter.read.claim import NOBODY, Claim, new_claim
 from onewriter.read.places import Idle
@@ -629,15 +629,16 @@ def dropped(one: DbWriter, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         with one.reader() as connection:
             yield from connection.execute("SELECT 1 UNION SELECT 2")
 
-    monkeypatch.setattr(places_module, "UNREACHABLE", 0.01)
-    gc.disable()
+    monkeypatch.setattr(garbage, "LONG", 0.01)
+    thresholds = gc.get_threshold()
+    gc.set_threshold(0)  # none by itself
     cycle: list[Any] = [rows()]
     cycle.append(cycle)
     in_threads(functools.partial(next, cycle[0]))
     cycle = []
     assert pool_of(one).in_use == 1
     yield
-    gc.enable()
+    gc.set_threshold(*thresholds)
 
 
 @pytest.mark.usefixtures("dropped")
@@ -659,7 +660,8 @@ def test_close_ends_a_block_that_nobody_can_reach(one: DbWriter) -> None:
 
 
 def test_close_is_not_refused_for_one_in_its_own_thread_that_nobody_can_reach(one: DbWriter) -> None:
-    gc.disable()
+    thresholds = gc.get_threshold()
+    gc.set_threshold(0)
     try:
         cycle: list[Any] = [one.reader()]
         cycle.append(cycle)
@@ -669,15 +671,15 @@ def test_close_is_not_refused_for_one_in_its_own_thread_that_nobody_can_reach(on
         cycle = []
         one.close()
     finally:
-        gc.enable()
+        gc.set_threshold(*thresholds)
 
 
 def test_the_collector_runs_once_for_a_block_that_others_wait_for(
     one: DbWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs: list[None] = []
-    monkeypatch.setattr(places_module, "UNREACHABLE", 0.0)
-    monkeypatch.setattr(gc, "collect", lambda: runs.append(None))
+    monkeypatch.setattr(garbage, "LONG", 0.0)
+    monkeypatch.setattr(garbage, "collect_soon", lambda: runs.append(None))
     pool = pool_of(one)
     with one.reader():
         assert pool._help_those_that_wait() == math.inf  # nobody waits
@@ -693,8 +695,8 @@ def test_the_collector_runs_once_for_a_block_that_others_wait_for(
 def test_it_does_not_run_for_a_read_which_ends_by_itself(one: DbWriter, monkeypatch: pytest.MonkeyPatch) -> None:
     runs: list[None] = []
     begun, end = threading.Event(), threading.Event()
-    monkeypatch.setattr(places_module, "UNREACHABLE", 0.0)
-    monkeypatch.setattr(gc, "collect", lambda: runs.append(None))
+    monkeypatch.setattr(garbage, "LONG", 0.0)
+    monkeypatch.setattr(garbage, "collect_soon", lambda: runs.append(None))
     pool = pool_of(one)
 
     def wait(_: sqlite3.Connection) -> bool:
@@ -706,7 +708,7 @@ def test_it_does_not_run_for_a_read_which_ends_by_itself(one: DbWriter, monkeypa
         assert begun.wait(DEADLINE)
         second = threads.submit(one.read, "SELECT 1")
         eventually(lambda: pool.waiting == 1)
-        pool.end_unreachable()
+        pool.end_unreachable(0.0)
         end.set()
         first.result(DEADLINE)
         assert second.result(DEADLINE) == [(1,)]

@@ -1063,3 +1063,19 @@ def test_a_savepoint_of_a_nested_block_that_another_task_has_left_is_kept(path: 
             assert await rows(db) == [1]
 
     run(main)
+
+
+def test_a_callback_is_refused_after_sqlite_has_rolled_back_by_itself(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path) as db:
+            await db.run("CREATE UNIQUE INDEX i ON t (n)")
+            with pytest.raises(TransactionAbortedError):
+                async with db.transaction() as tx:
+                    await tx.execute(INSERT, (1,))
+                    with pytest.raises(sqlite3.IntegrityError):
+                        await tx.execute("INSERT OR ROLLBACK INTO t VALUES (1)")
+                    for keep in (tx.on_commit, tx.on_rollback):
+                        with pytest.raises(TransactionAbortedError):
+                            keep(list)
+
+    run(main)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gc
 import logging
 import sqlite3
@@ -26,6 +27,7 @@ from onewriter import (
     WriterClosedError,
     WriteTimeoutError,
 )
+from onewriter.base import garbage
 from onewriter.write import block as block_module
 from onewriter.write import driver
 
@@ -482,8 +484,9 @@ def test_a_block_that_nobody_can_reach_ends_when_others_wait(
             yield 1
             raise AssertionError("it is never resumed")
 
-    monkeypatch.setattr(block_module, "UNREACHABLE", 0.01)
-    gc.disable()
+    monkeypatch.setattr(garbage, "LONG", 0.01)
+    thresholds = gc.get_threshold()
+    gc.set_threshold(0)
     try:
         cycle: list[Any] = [writes()]
         cycle.append(cycle)
@@ -496,7 +499,7 @@ def test_a_block_that_nobody_can_reach_ends_when_others_wait(
         cycle = []
         db.run(INSERT, (2,), timeout=DEADLINE)
     finally:
-        gc.enable()
+        gc.set_threshold(*thresholds)
     assert rows(db) == [2]
 
 
@@ -504,11 +507,54 @@ def test_the_collector_runs_once_for_a_block_that_others_wait_for(
     db: DbWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs: list[None] = []
-    monkeypatch.setattr(block_module, "UNREACHABLE", 0.0)
-    monkeypatch.setattr(gc, "collect", lambda: runs.append(None))
+    monkeypatch.setattr(garbage, "LONG", 0.0)
+    monkeypatch.setattr(garbage, "collect_soon", lambda: runs.append(None))
     with db.transaction() as tx:
         block = tx._loan.job
         assert isinstance(block, block_module.Block)
-        for _ in range(3):
-            block.end_unreachable()
-    assert len(runs) == 1
+        block.end_unreachable()
+        assert runs == []  # nobody waits
+        ticket = db.enqueue("SELECT 1")
+        eventually(lambda: len(runs) == 1)
+        block.end_unreachable()
+        assert len(runs) == 1
+    ticket.result(DEADLINE)
+
+
+def test_what_a_collected_generator_does_at_its_end_keeps_nobody_from_anything(
+    db: DbWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may write, and wait: the collector runs in a thread of its own."""
+    written: list[int] = []
+
+    def writes() -> Iterator[int]:
+        try:
+            with db.transaction():
+                yield 1
+        finally:
+            written.append(db.run(INSERT, (2,)).rowcount)
+
+    monkeypatch.setattr(garbage, "LONG", 0.01)
+    thresholds = gc.get_threshold()
+    gc.set_threshold(0)
+    try:
+        cycle: list[Any] = [writes()]
+        cycle.append(cycle)
+        in_threads(functools.partial(next, cycle[0]))
+        cycle = []
+        db.run(INSERT, (1,), timeout=DEADLINE)
+        eventually(lambda: written == [1])
+    finally:
+        gc.set_threshold(*thresholds)
+
+
+def test_a_program_that_has_turned_the_collector_off_is_not_held_up_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[None] = []
+    monkeypatch.setattr(gc, "collect", lambda: runs.append(None))
+    gc.disable()
+    try:
+        garbage.collect_soon()
+    finally:
+        gc.enable()
+    garbage.collect_soon()
+    eventually(lambda: len(runs) == 1)
