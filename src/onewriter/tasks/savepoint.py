@@ -71,7 +71,7 @@ class SavepointEntry:
         savepoint = await block.open_savepoint(outer)
         self._scope = scopes.enter(savepoint, writes=True)
         self._savepoint = savepoint
-        self._collected = leave_if_collected(self, _undo, savepoint, self._part, self._inner)
+        self._collected = leave_if_collected(self, _undo, savepoint, self._part, self._inner, GeneratorExit())
         try:
             await block.call(self._part.begin)
         except BaseException as error:
@@ -88,7 +88,7 @@ class SavepointEntry:
             return
         try:
             if kind is not None:
-                await _undo(savepoint, self._part, self._inner, error)
+                await _undo(savepoint, self._part, self._inner, error or GeneratorExit())
                 return
             if self._inner is not None:
                 self._inner.close(ENDED)
@@ -105,14 +105,12 @@ class SavepointEntry:
             self._block._state.scopes.leave(self._scope)
 
 
-async def _undo(
-    savepoint: TaskSavepoint, part: SentPart, inner: WriteLoan | None, error: BaseException | None = None
-) -> None:
+async def _undo(savepoint: TaskSavepoint, part: SentPart, inner: WriteLoan | None, error: BaseException) -> None:
     if inner is not None:
         inner.close(ENDED)
     block = savepoint.block
     try:
-        _send_undo(block, part, GeneratorExit() if error is None else error)
+        _send_undo(block, part, error)
     finally:
         block.leave(savepoint)
 
