@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import os
 import sqlite3
 import sys
@@ -33,7 +32,7 @@ from onewriter.read.reader import FETCHONE
 from onewriter.sqlite.parameters import Params
 from onewriter.sqlite.result import Result, first_value
 from onewriter.tasks.block import TaskBlock, TaskSavepoint
-from onewriter.tasks.calls import LoopDeadlines, and_the_log, in_thread
+from onewriter.tasks.calls import LoopDeadlines, and_the_log, call_and_join, in_thread
 from onewriter.tasks.coroutine_functions import mark_coroutine_functions
 from onewriter.tasks.entry import TaskEntry
 from onewriter.tasks.reader import AsyncReader, ReaderEntry, TaskReads
@@ -166,10 +165,9 @@ class AsyncDbWriter(Strict):
         with self._lock:
             core = self._opened
             self._is_closed = self._is_closed or core is None
+        left, until = self._left, deadline_of(timeout)
         if core is None:
-            for thread in self._left:  # each closes what it has opened
-                await in_thread(functools.partial(thread.join, timeout))
-            return CloseReport(0, 0, 0, 0, ())
+            return await in_thread(lambda: call_and_join(lambda: CloseReport(0, 0, 0, 0, ()), left, until))
         if not core.state.forked:
             core.state.refuse_endless_wait("close", awaits=True, commits=False)
         if timeout is None and self._wrapped is None and core.state.scopes.innermost() is not None:
@@ -178,7 +176,7 @@ class AsyncDbWriter(Strict):
         try:
             if self._wrapped is not None:
                 return core.report()
-            return await in_thread(lambda: core.close(timeout, drain))
+            return await in_thread(lambda: call_and_join(lambda: core.close(timeout, drain), left, until))
         finally:
             if self._reads is not None:
                 self._reads.threads.shutdown()

@@ -28,6 +28,7 @@ from onewriter import (
     AsyncDbWriter,
     AsyncReader,
     AsyncTransaction,
+    CloseReport,
     DbWriter,
     QueueFullError,
     ReadTimeoutError,
@@ -291,6 +292,7 @@ def test_close_waits_for_an_opening_that_was_cancelled(path: Path) -> None:
         opening.cancel()
         with pytest.raises(asyncio.CancelledError):
             await opening
+        assert await db.close(0.01) == CloseReport(0, 0, 0, 0, ())
         closing = asyncio.create_task(db.close())
         closing.add_done_callback(lambda _: has_closed.set())
         with pytest.raises(TimeoutError):

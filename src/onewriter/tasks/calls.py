@@ -13,7 +13,7 @@ from time import monotonic
 from typing import Any, TypeVar
 
 from onewriter.base.state import State
-from onewriter.base.waiting import resolve, wake
+from onewriter.base.waiting import resolve, seconds_until, wake
 
 T = TypeVar("T")
 
@@ -179,7 +179,7 @@ async def in_thread(
                 thread = threading.Thread(target=undo, args=[outcome[0]], daemon=True)
                 thread.start()
         if left is not None:
-            left.append(thread)
+            left[:] = [*filter(threading.Thread.is_alive, left), thread]
         raise
     result, error = outcome
     if error is not None:
@@ -188,6 +188,15 @@ async def in_thread(
         finally:
             del error, outcome
     return result  # type: ignore[no-any-return]
+
+
+def call_and_join(function: Callable[[], T], threads: list[threading.Thread], until: float) -> T:
+    """Call it, and wait for the end of ``threads``."""
+    try:
+        return function()
+    finally:
+        for thread in threads:
+            thread.join(seconds_until(until))
 
 
 async def and_the_log(flush: Callable[[], Coroutine[Any, Any, None]], state: State, timeout: float | None) -> None:
