@@ -206,7 +206,7 @@ class State:
 
     def would_deadlock(self, since: float = math.inf, commits: bool = True) -> bool:
         """Whether the writer could not go on while this thread waits for what was queued at ``since``, or now."""
-        if self.cannot_wait() or (enclosing() is not None and self._holds_it_up(commits)):
+        if self.cannot_wait() or self._holds_it_up(commits):
             return True
         # A block that a task has, or will have before that, cannot end while the thread of its loop waits.
         loop = _get_running_loop() if self.blocks else None
@@ -234,6 +234,8 @@ class State:
 
     def _holds_it_up(self, commits: bool) -> bool:
         """Whether the caller is inside what must end before the writer goes on, or ``commits``."""
+        if enclosing() is None:  # as nearly always
+            return False
         return self.scopes.innermost(writes=not (commits and self.readers_block_commits)) is not None
 
     def refuse_endless_wait(

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from helpers import DEADLINE, holding_lock, in_threads, make, raises, run_child
 from onewriter import DbWriter
+from onewriter.sqlite import connection as connection_module
 from onewriter.sqlite import pragma_values
 from onewriter.tools.check import check
 
@@ -514,3 +517,25 @@ def test_the_check_of_cells_is_a_setting_that_is_put_back(path: Path) -> None:
         assert db.run("PRAGMA cell_size_check").rows == [(1,)]
         db.read("PRAGMA cell_size_check = 0")
         assert db.read_value("PRAGMA cell_size_check") == 1
+
+
+@pytest.mark.parametrize(("free", "why"), [(0, "the disk is full"), (10**9, "as on network file systems")])
+def test_an_index_that_cannot_be_created_is_told_once_and_with_its_reason(
+    path: Path, monkeypatch: pytest.MonkeyPatch, free: int, why: str
+) -> None:
+    error = sqlite3.OperationalError("disk I/O error")
+    error.sqlite_errorcode, error.sqlite_errorname = sqlite3.SQLITE_IOERR_SHMSIZE, "SQLITE_IOERR_SHMSIZE"
+    pragma = connection_module.pragma
+
+    def without_index(connection: sqlite3.Connection, name: str, *value: Any, **options: Any) -> Any:
+        if name == "schema_version" and pragma(connection, "journal_mode") == "wal":
+            raise error
+        return pragma(connection, name, *value, **options)
+
+    monkeypatch.setattr(connection_module, "pragma", without_index)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
+    with pytest.raises(sqlite3.OperationalError) as caught:
+        DbWriter(path)
+    assert str(caught.value).count("cannot open") == 1
+    assert why in str(caught.value)
+    assert caught.value.sqlite_errorcode == sqlite3.SQLITE_IOERR_SHMSIZE
