@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import platform
+import queue
 import sqlite3
 import statistics
 import sys
@@ -417,6 +418,44 @@ def bare_hop(folder: Path, synchronous: str, count: int) -> float:
         return hops(count, write)
 
 
+def bare_queue(threads: int) -> Measure:
+    """The least that a writer thread can do which shares commits: what Python itself allows. No errors, no time limits,
+    no order but that of the queue.
+    """
+
+    def measure(folder: Path, synchronous: str, count: int) -> float:
+        jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+        def write() -> None:
+            while (taken := [jobs.get()]) != [None]:
+                while not jobs.empty():
+                    taken.append(jobs.get())
+                connection.execute("BEGIN IMMEDIATE")
+                for _ in taken:
+                    connection.execute(INSERT, ROW)
+                connection.execute("COMMIT")
+                for wakeup in taken:
+                    wakeup.release()
+
+        def work(each: int) -> None:
+            for _ in range(each):
+                wakeup = threading.Lock()
+                wakeup.acquire()
+                jobs.put(wakeup)
+                wakeup.acquire()
+
+        with contextlib.closing(plain(folder, synchronous)) as connection:
+            writer = threading.Thread(target=write)
+            writer.start()
+            try:
+                return timed(count, in_threads(threads, count, work))
+            finally:
+                jobs.put(None)
+                writer.join()
+
+    return measure
+
+
 def hops(count: int, write: Callable[[], None]) -> float:
     here, there = threading.Lock(), threading.Lock()
     here.acquire()
@@ -455,6 +494,7 @@ CONTESTANTS: list[tuple[str, Measure, int, str, str]] = [
     ("autocommit", autocommit, 2_000, "", ""),
     ("two threads that wake each other and write", bare_hop, 2_000, "autocommit", ""),
     ("run, 1 thread", run(1), 2_000, "autocommit", ""),
+    ("a bare queue, 1 thread", bare_queue(1), 2_000, "run, 1 thread", ""),
     ("run of a function, 1 thread", run(1, lambda db: db.run(insert)), 2_000, "run, 1 thread", ""),
     ("BEGIN, 3 INSERTs, COMMIT", raw_block, 1_000, "", ""),
     ("transaction() with 3 INSERTs", block, 1_000, "BEGIN, 3 INSERTs, COMMIT", ""),
@@ -462,9 +502,11 @@ CONTESTANTS: list[tuple[str, Measure, int, str, str]] = [
     ("connection per thread, 16 threads", connection_each(16), 2_000, "one connection and a lock, 16 threads", ""),
     ("APSW and a lock, 16 threads", apsw_and_a_lock, 2_000, "one connection and a lock, 16 threads", "apsw"),
     ("run, 16 threads", run(16), 8_000, "one connection and a lock, 16 threads", ""),
+    ("a bare queue, 16 threads", bare_queue(16), 8_000, "run, 16 threads", ""),
     ("peewee's queue, 16 threads that wait", peewee_waiting, 2_000, "run, 16 threads", "playhouse.sqliteq"),
     ("one connection and a lock, 64 threads", one_and_a_lock(64), 2_000, "", ""),
     ("run, 64 threads", run(64), 12_800, "one connection and a lock, 64 threads", ""),
+    ("a bare queue, 64 threads", bare_queue(64), 12_800, "run, 64 threads", ""),
     ("aiosqlite, 64 tasks", aiosqlite_tasks, 3_200, "", "aiosqlite"),
     ("Datasette's write thread, 64 tasks", datasette_tasks, 1_280, "aiosqlite, 64 tasks", "datasette"),
     ("await run, 64 tasks", await_run(64, INSERT, ROW), 25_600, "aiosqlite, 64 tasks", ""),

@@ -525,7 +525,7 @@ def test_an_index_that_cannot_be_created_is_told_once_and_with_its_reason(
 ) -> None:
     error = sqlite3.OperationalError("disk I/O error")
     error.sqlite_errorcode, error.sqlite_errorname = sqlite3.SQLITE_IOERR_SHMSIZE, "SQLITE_IOERR_SHMSIZE"
-    pragma = connection_module.pragma
+    pragma = pragma_values.pragma
 
     def without_index(connection: sqlite3.Connection, name: str, *value: Any, **options: Any) -> Any:
         if name == "schema_version" and pragma(connection, "journal_mode") == "wal":
