@@ -20,7 +20,7 @@ from onewriter import DbWriter, ForkedError
 
 PATH, MODE, INLINE, PLACE, ACTION = {path!r}, {mode!r}, {inline!r}, {place!r}, {action!r}
 ROW = "INSERT INTO t VALUES (?)"
-db = DbWriter(PATH, journal_mode=MODE, inline=INLINE)
+db = DbWriter(PATH, journal_mode=MODE, inline=INLINE, slow_after=60.0)
 db.run("CREATE TABLE t (n)")
 db.run_many(ROW, [(n,) for n in range(100)])
 db.read("SELECT count(*) FROM t")
@@ -72,7 +72,7 @@ def child(tx=None):
         del db
     elif ACTION == "open":
         refused(lambda: DbWriter(PATH))
-        with DbWriter(PATH + "-of-the-child") as own:
+        with DbWriter(PATH + "-of-the-child", slow_after=60.0) as own:
             own.run("CREATE TABLE t (n)")
     elif ACTION == "sys.exit":
         sys.exit(0)
@@ -171,7 +171,7 @@ warnings.simplefilter("ignore", DeprecationWarning)
 from onewriter import DbWriter, ForkedError
 pids = []
 try:
-    with DbWriter({path!r}, inline={inline}) as db:
+    with DbWriter({path!r}, inline={inline}, slow_after=60.0) as db:
         db.run("CREATE TABLE t (n)")
         with db.transaction() as tx:
             tx.execute("INSERT INTO t VALUES (1)")
@@ -281,7 +281,7 @@ logging.getLogger("onewriter").addHandler(Handler())
 logging.getLogger("onewriter").propagate = False
 ready = PLACE == "on_connect"
 try:
-    db = DbWriter(PATH, on_connect=on_connect, on_event=on_event, on_error=fork if PLACE == "on_error" else None,
+    db = DbWriter(PATH, on_connect=on_connect, on_event=on_event, slow_after=60.0, on_error=fork if PLACE == "on_error" else None,
                   inline={inline!r})
 except NameError:
     sys.exit(0)  # the child of the constructor has no gateway
