@@ -12,6 +12,7 @@ from collections.abc import Callable
 from time import monotonic
 from typing import Any, TypeVar
 
+from onewriter.base.arguments import check_callback
 from onewriter.base.state import State
 from onewriter.base.waiting import seconds_until, wake
 from onewriter.errors import ReadTimeoutError, TransactionClosedError
@@ -174,20 +175,18 @@ class TaskBlock(Block):
                 self.cancel_end()
         return cancelled
 
-    def send(self, function: Callable[..., object], *args: Any, before: Callable[[], object] = bool) -> None:
-        """Have the writer thread call ``function``, after what was sent earlier; call ``before`` here, if it will."""
+    def send(self, function: Callable[..., object], *args: Any) -> None:
+        """Have the writer thread call ``function``, after what was sent earlier."""
         with self._lock:
             if not self._accepts:
                 raise self.closed_error()
-            before()
             self._requests.put(functools.partial(function, *args))
 
     def keep(self, transaction: WriteLoan, committed: bool, fn: Callable[[], object]) -> None:
-        """Keep a callback now, since the block may fail before the writer gets to it."""
-        with self._lock:
-            if not self._accepts:
-                raise self.closed_error()
-            transaction.keep_for_task(committed, fn)
+        """Keep a callback, behind what was sent earlier: the end of a savepoint, say, that it is not in."""
+        check_callback("the callback", fn)
+        transaction.check_open()
+        self.send(transaction.keep_late, committed, fn)
 
     def closed_error(self) -> Exception:
         assert self.transaction is not None

@@ -20,15 +20,12 @@ class SentPart:
     collected, in the loop's thread, and wait there for a statement."""
 
     _mark: Mark | None = None  # None: it has not begun
-    _is_over = False  # it is to be undone
 
     def __init__(self, loan: WriteLoan) -> None:
         self._loan = loan
 
     def begin(self) -> None:
-        self._mark = mark = self._loan.call(self._loan.all_parts().begin)
-        if self._is_over:  # the task was cancelled in this moment
-            mark.is_forgotten = True
+        self._mark = self._loan.call(self._loan.all_parts().begin)
 
     def keep(self) -> None:
         assert self._mark is not None
@@ -37,12 +34,6 @@ class SentPart:
         except BaseException as error:
             undo(self._loan, self._mark, error, has_failed=False)
             raise
-
-    def will_undo(self) -> None:
-        """As that is sent, in the loop's thread: what the task does from now on is not in it."""
-        self._is_over = True
-        if self._mark is not None:
-            self._loan.all_parts().will_undo(self._mark)
 
     def undo(self, error: BaseException) -> None:
         if self._mark is not None:
@@ -117,7 +108,7 @@ async def _undo(savepoint: TaskSavepoint, part: SentPart, inner: WriteLoan | Non
 
 def _send_undo(block: TaskBlock, part: SentPart, error: BaseException) -> None:
     try:
-        block.send(part.undo, error, before=part.will_undo)
+        block.send(part.undo, error)
     except TransactionClosedError as late:  # whose end has undone all, or has kept it
         if not (block.is_undone or block.lends().was_too_long):
             tell_kept(error, late, has_failed=True)

@@ -313,12 +313,15 @@ class WriteLoan:
         """Have ``fn()`` called once, after COMMIT, or else after a rollback."""
         self.call(self.all_parts().keep, committed, fn)
 
-    def keep_for_task(self, committed: bool, fn: Callback) -> None:
-        """The same for a task, which cannot wait for a statement that another one runs, and may fail at once."""
+    def check_open(self) -> None:
+        """Raise what a call would, if it can be told without one."""
         if self.is_closed:
             raise self.closed_error()
         if not self.session.connection.in_transaction:
             raise self.aborted_error()
+
+    def keep_late(self, committed: bool, fn: Callback) -> None:
+        """``keep`` for a task, on the writer's thread, also if the block has failed by then."""
         self.all_parts().keep(committed, fn)
 
     def callbacks(self, committed: bool) -> list[Callback]:

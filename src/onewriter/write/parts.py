@@ -23,22 +23,18 @@ class Mark:
     Attributes:
         of_library: a library has made it on the connection that it was lent; no part of the job ends with it.
         has_failed: it is to be undone, before anything else is done.
-        is_forgotten: it has no callbacks any more; those that come are not its own.
         kept_by: who ends it, weakly; if that is collected while it is open, it is undone.
         ended_with_outer: why it cannot be undone, if one around it has ended before.
     """
 
-    __slots__ = (
-        *("after_commit", "after_rollback", "ended_with_outer", "has_failed", "is_forgotten", "kept_by", "number"),
-        "of_library",
-    )
+    __slots__ = ("after_commit", "after_rollback", "ended_with_outer", "has_failed", "kept_by", "number", "of_library")
 
     def __init__(self, number: int, after_commit: int, after_rollback: int, of_library: bool = False) -> None:
         self.number = number
         self.after_commit = after_commit
         self.after_rollback = after_rollback
         self.of_library = of_library
-        self.has_failed = self.is_forgotten = False
+        self.has_failed = False
         self.ended_with_outer = ""
         self.kept_by: object = None
 
@@ -46,7 +42,7 @@ class Mark:
 class Parts:
     """Made for a transaction that has a savepoint or a callback; most have none.
 
-    Locks: the session's lock guards all of it; a task, which cannot wait for that, keeps its callbacks under another.
+    Locks: the session's lock guards all of it. Those of a task's block are used by the writer's thread only.
     """
 
     __slots__ = ("_after_commit", "_after_rollback", "_marks", "_session", "_undone", "has_failed")
@@ -103,11 +99,6 @@ class Parts:
                     raise
             self._end_inner(mark, LOST)  # the last step: until then it may have to be done again
 
-    def will_undo(self, mark: Mark) -> None:
-        """For a task, which goes on before that is done."""
-        self._forget_since(mark)
-        self.has_failed = mark.has_failed = mark.is_forgotten = True
-
     def _end_inner(self, mark: Mark, why: str) -> None:
         """It has ended, and with it those inside it, of other threads or tasks."""
         place = self._marks.index(mark)
@@ -116,8 +107,7 @@ class Parts:
             other.ended_with_outer = why
 
     def undo_failed(self) -> None:
-        """Undo what has failed, if a signal handler has ended that, a function of SQL could not do it, or a task went
-        on."""
+        """Undo what has failed, if a signal handler has ended that, or a function of SQL could not do it."""
         for mark in self._marks:
             if mark.has_failed:
                 self.undo(mark)  # with those inside it
@@ -173,11 +163,7 @@ class Parts:
         return f"{self._session.guard.mark}_{mark.number}"
 
     def _forget_since(self, mark: Mark) -> None:
-        if mark.is_forgotten:
-            return
         del self._after_commit[mark.after_commit :]
         undone = self._after_rollback[mark.after_rollback :]
-        # Not all that is there by then: a task, whose thread is another one, may have kept one more.
-        end = mark.after_rollback + len(undone)
         self._undone = self._undone + undone  # and no call until they are taken out there: one step
-        del self._after_rollback[mark.after_rollback : end]
+        del self._after_rollback[mark.after_rollback :]

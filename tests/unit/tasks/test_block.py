@@ -31,7 +31,6 @@ from onewriter import (
 )
 from onewriter.tasks import block as taskblock
 from onewriter.write.loan import WriteLoan
-from onewriter.write.parts import Mark, Parts
 
 INSERT = "INSERT INTO t VALUES (?)"
 ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
@@ -988,7 +987,7 @@ def test_a_savepoint_whose_loop_is_closed_as_its_statement_runs_keeps_no_other_f
     run(main)
 
 
-def test_behind_a_savepoint_that_has_failed_a_blocking_read_and_a_callback_are_not_in_it(db: DbWriter) -> None:
+def test_a_callback_behind_a_savepoint_that_has_failed_is_not_in_it(db: DbWriter) -> None:
     """The task goes on before the writer thread has undone it."""
     told: list[str] = []
 
@@ -1002,43 +1001,59 @@ def test_behind_a_savepoint_that_has_failed_a_blocking_read_and_a_callback_are_n
                         tx.on_commit(lambda: told.append("of the part"))
                         raise LookupError
                 tx.on_commit(lambda: told.append("behind it"))
-                assert db.read("SELECT * FROM t") == []
 
     run(main)
     assert told == ["behind it"] * 2
+    assert db.read("SELECT * FROM t") == []
 
 
-def test_a_savepoint_whose_task_is_cancelled_as_it_begins_takes_nothing_that_comes_later(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_savepoint_that_is_cancelled_while_a_function_runs_in_it_is_undone_with_all_of_that(path: Path) -> None:
+    """Not at once: what the function writes next would be in no savepoint."""
     told: list[str] = []
     entered, go_on = threading.Event(), threading.Event()
-    begin = Parts.begin
 
-    def hesitate(parts: Parts, **options: Any) -> Mark:
-        mark = begin(parts, **options)
+    def function(tx: Transaction) -> None:
+        tx.execute(INSERT, (1,))
         entered.set()
         go_on.wait(DEADLINE)
-        return mark
+        tx.on_commit(lambda: told.append("of the function"))
+        tx.execute(INSERT, (2,))
 
     async def main() -> None:
-        async with opened(path) as db, db.transaction() as tx:
+        async with opened(path) as db:
+            async with db.transaction() as tx:
+                await tx.execute(INSERT, (0,))
 
-            async def enter() -> None:
-                async with tx.savepoint():
-                    raise AssertionError("it is entered")
+                async def part() -> None:
+                    async with tx.savepoint():
+                        await db.run(function)
 
-            entering = asyncio.create_task(enter())
-            await until(entered.is_set)
-            entering.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await entering
-            tx.on_commit(lambda: told.append("behind it"))
-            go_on.set()
+                running = asyncio.create_task(part())
+                await until(entered.is_set)
+                running.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await running
+                tx.on_commit(lambda: told.append("behind it"))
+                go_on.set()
+                await tx.execute(INSERT, (3,))
+            assert await rows(db) == [0, 3]
 
-    monkeypatch.setattr(Parts, "begin", hesitate)
     run(main)
     assert told == ["behind it"]
+
+
+def test_callbacks_of_a_block_that_fails_at_once_are_called(db: DbWriter) -> None:
+    told: list[str] = []
+
+    async def main() -> None:
+        with contextlib.suppress(LookupError):
+            async with AsyncDbWriter.wrap(db) as tasks_db, tasks_db.transaction() as tx:
+                tx.on_commit(lambda: told.append("committed"))
+                tx.on_rollback(lambda: told.append("rolled back"))
+                raise LookupError
+
+    run(main)
+    assert told == ["rolled back"]
 
 
 def test_a_savepoint_of_a_nested_block_that_another_task_has_left_is_kept(path: Path) -> None:
