@@ -220,6 +220,7 @@ class InlineDriver:
         try:
             with self._as_writer():
                 self._writer.end_block(job)
+            self._writer.state.entering.discard(threading.get_ident())  # the block is over: jobs may write and wait
             self._drive()
         finally:
             self._give_turn()

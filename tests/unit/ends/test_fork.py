@@ -281,8 +281,8 @@ logging.getLogger("onewriter").addHandler(Handler())
 logging.getLogger("onewriter").propagate = False
 ready = PLACE == "on_connect"
 try:
-    db = DbWriter(PATH, on_connect=on_connect, on_event=on_event, slow_after=60.0, on_error=fork if PLACE == "on_error" else None,
-                  inline={inline!r})
+    db = DbWriter(PATH, on_connect=on_connect, on_event=on_event, on_error=fork if PLACE == "on_error" else None,
+                  inline={inline!r}, slow_after=60.0)
 except NameError:
     sys.exit(0)  # the child of the constructor has no gateway
 db.run("CREATE TABLE t (n)")

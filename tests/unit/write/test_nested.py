@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from helpers import rows_in
+from helpers import DEADLINE, rows_in
 from onewriter import AsyncDbWriter, DbWriter, Transaction, TransactionClosedError
+from onewriter.write.loan import TOO_LONG
 
 INSERT = "INSERT INTO t VALUES (?)"
 RETURNING = "INSERT INTO t VALUES (7), (8) RETURNING n"
@@ -207,3 +208,41 @@ def test_a_function_of_sql_may_read_the_committed_state_in_every_kind_of_job(pat
         db.run(lambda tx: tx.execute("INSERT INTO t VALUES (committed())"))
         db.run_many("INSERT INTO t VALUES (committed() + ?)", [(0,)])
         assert db.read("SELECT n FROM t") == [(0,), (1,), (2,)]
+
+
+def test_a_savepoint_in_a_reader_in_its_transaction_sees_that_again(table_db: DbWriter) -> None:
+    with table_db.transaction() as tx, table_db.reader():
+        tx.execute(INSERT, (1,))
+        assert table_db.read("SELECT n FROM t") == []
+        with tx.savepoint():
+            assert table_db.read("SELECT n FROM t") == [(1,)]
+        assert table_db.read("SELECT n FROM t") == []
+
+
+def test_a_savepoint_that_ends_with_the_one_around_it_says_whose_outcome_it_shares(table_db: DbWriter) -> None:
+    with table_db.transaction() as tx:
+        outer, inner = tx.savepoint(), tx.savepoint()
+        outer.__enter__()
+        inner.__enter__()
+        outer.__exit__(None, None, None)
+        with pytest.raises(TransactionClosedError, match="whose outcome it shares"):
+            inner.__exit__(None, None, None)
+
+
+def test_a_savepoint_that_fails_in_a_transaction_which_was_taken_away_says_nothing_of_being_kept(
+    table_db: DbWriter,
+) -> None:
+    with pytest.raises(LookupError), table_db.transaction() as tx, tx.savepoint():
+        tx.execute(INSERT, (1,))
+        tx._loan.close(TOO_LONG)
+        raise LookupError
+    assert rows_in(Path(table_db.path)) == []
+
+
+@NESTED
+def test_a_job_that_was_queued_inside_a_block_may_write_as_any(table_db: DbWriter, nest: Nest) -> None:
+    with table_db.transaction() as tx:
+        tx.execute(INSERT, (1,))
+        ticket = table_db.enqueue(lambda tx: nest(table_db, lambda inner: inner.execute(INSERT, (2,))))
+    ticket.result(DEADLINE)
+    assert rows_in(Path(table_db.path)) == [1, 2]

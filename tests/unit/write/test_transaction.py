@@ -25,7 +25,7 @@ from onewriter import (
     TransactionClosedError,
 )
 from onewriter.write import loan
-from onewriter.write.parts import Mark, Parts
+from onewriter.write.parts import Parts
 
 INSERT = "INSERT INTO t VALUES (?)"
 ENDLESS = "WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c) SELECT max(n) FROM c"
@@ -722,20 +722,6 @@ def test_rollback_undoes_what_was_done_so_far_and_the_block_goes_on(any_db: DbWr
     assert any_db.read("SELECT n FROM t") == [(2,), (4,), (2,), (4,)]
     with pytest.raises(TransactionClosedError):
         tx.rollback()
-
-
-def test_a_callback_that_a_task_keeps_while_a_part_is_undone_is_called_all_the_same(new_db: DbWriter) -> None:
-    class Kept(list[Any]):
-        def __getitem__(self, of: Any) -> Any:
-            found = super().__getitem__(of)
-            self.append("by the task")
-            return found
-
-    parts = Parts(session_of(new_db))
-    parts._after_rollback = Kept()
-    parts.keep(False, print)
-    parts._forget_since(Mark(0, 0, 0))
-    assert parts.callbacks(committed=False) == [print, "by the task"]
 
 
 def test_rollback_in_a_job_leaves_those_that_share_its_transaction(new_db: DbWriter) -> None:

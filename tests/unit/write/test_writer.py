@@ -12,12 +12,25 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
 
-from helpers import DEADLINE, handling, inserting, notes_of, parked, raising, released_when_met, session_of, writer_of
+from helpers import (
+    DEADLINE,
+    eventually,
+    handling,
+    inserting,
+    notes_of,
+    parked,
+    queue_of,
+    raising,
+    released_when_met,
+    session_of,
+    writer_of,
+)
 from onewriter import DbWriter, Ticket, Transaction, TransactionClosedError, WriterBrokenError
 from onewriter.base.waiting import wake
 
@@ -288,3 +301,31 @@ def test_a_job_that_swallows_the_end_of_max_hold_hears_of_it(path: Path) -> None
         db.run("CREATE TABLE t (n)")
     with DbWriter(path, max_hold=0.02) as db, pytest.raises(TransactionClosedError, match="max_hold"):
         db.run(job)
+
+
+def test_where_the_lock_is_not_to_be_had_only_what_needs_it_fails(path: Path) -> None:
+    """What is no transaction of ours, and stands behind, is not refused with it."""
+
+    def refuse() -> None:
+        error = sqlite3.OperationalError("database is locked")
+        error.sqlite_errorcode = sqlite3.SQLITE_BUSY
+        raise error
+
+    with DbWriter(path, lock_timeout=0.01, on_error=lambda ticket: None) as db, ThreadPoolExecutor() as threads:
+        db.run("CREATE TABLE t (n)")
+        control: Any = session_of(db).control
+        with parked(db):
+            failing = db.enqueue("INSERT INTO t VALUES (1)")
+            withdrawn = db.enqueue("INSERT INTO t VALUES (2)")
+            queued = queue_of(db).depth
+            flushing = threads.submit(db.flush, DEADLINE)
+            reading = threads.submit(db.run_without_transaction, "PRAGMA user_version")
+            eventually(lambda: queue_of(db).depth == queued + 2)
+            withdrawn.cancel()
+            control["BEGIN IMMEDIATE"] = refuse
+        with pytest.raises(sqlite3.OperationalError, match="locked"):
+            failing.result(DEADLINE)
+        flushing.result(DEADLINE)
+        assert reading.result(DEADLINE).rows == [(0,)]
+        assert withdrawn.cancelled()
+        del control["BEGIN IMMEDIATE"]
