@@ -1,4 +1,4 @@
-"""Savepoints and nested blocks, in each other in any way: what fails is undone, as a whole and alone."""
+"""Savepoints, nested blocks and jobs, in each other in any way: what fails is undone, as a whole and alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from onewriter import AsyncDbWriter, DbWriter
+from onewriter import AsyncDbWriter, DbWriter, Transaction
 
 INSERT = "INSERT INTO t DEFAULT VALUES"
 
@@ -39,16 +39,18 @@ class Keep:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A savepoint or a nested block, in which it all happens; if it fails, that is caught right around it."""
+    """What has an end of its own, in which it all happens; if it fails, that is caught right around it."""
 
-    is_nested: bool
+    kind: str
     steps: list[Any]
     fails: bool
 
 
 STEPS = st.recursive(
     st.builds(Write, st.integers(0, 3)) | st.builds(Keep, st.integers(0, 3)),
-    lambda step: st.builds(Part, st.booleans(), st.lists(step, max_size=3), st.booleans()),
+    lambda step: st.builds(
+        Part, st.sampled_from(["savepoint", "block", "job"]), st.lists(step, max_size=3), st.booleans()
+    ),
     max_leaves=8,
 )
 
@@ -104,14 +106,25 @@ def in_thread(db: DbWriter, story: Story, steps: list[Any], transactions: list[A
             tx = story.chosen(transactions, step)
             db.run(INSERT) if tx is None else tx.execute(INSERT)
             continue
-        part = db.transaction() if step.is_nested else transactions[-1].savepoint()
-        with contextlib.suppress(FailError), part as inner:
-            in_thread(db, story, step.steps, [*transactions, inner or transactions[-1]])
-            if step.fails:
-                raise FailError
+        with contextlib.suppress(FailError):
+            if step.kind == "job":
+                db.run(functools.partial(as_job, db, story, step))
+                continue
+            with db.transaction() if step.kind == "block" else transactions[-1].savepoint() as inner:
+                in_thread(db, story, step.steps, [*transactions, inner or transactions[-1]])
+                if step.fails:
+                    raise FailError
 
 
-async def in_task(db: AsyncDbWriter, story: Story, steps: list[Any], transactions: list[Any]) -> None:
+def as_job(db: DbWriter, story: Story, step: Part, tx: Transaction) -> None:
+    in_thread(db, story, step.steps, [tx])
+    if step.fails:
+        raise FailError
+
+
+async def in_task(
+    db: AsyncDbWriter, threads_db: DbWriter, story: Story, steps: list[Any], transactions: list[Any]
+) -> None:
     for step in steps:
         if isinstance(step, Keep):
             story.keep(transactions, step)
@@ -120,10 +133,12 @@ async def in_task(db: AsyncDbWriter, story: Story, steps: list[Any], transaction
             tx = story.chosen(transactions, step)
             await (db.run(INSERT) if tx is None else tx.execute(INSERT))
             continue
-        part = db.transaction() if step.is_nested else transactions[-1].savepoint()
         with contextlib.suppress(FailError):
-            async with part as inner:
-                await in_task(db, story, step.steps, [*transactions, inner or transactions[-1]])
+            if step.kind == "job":
+                await db.run(functools.partial(as_job, threads_db, story, step))
+                continue
+            async with db.transaction() if step.kind == "block" else transactions[-1].savepoint() as inner:
+                await in_task(db, threads_db, story, step.steps, [*transactions, inner or transactions[-1]])
                 if step.fails:
                     raise FailError
 
@@ -141,7 +156,7 @@ def test_what_fails_inside_is_undone_alone(way: str) -> None:
     def task(db: DbWriter, story: Story, steps: list[Any]) -> None:
         async def main() -> None:
             async with AsyncDbWriter.wrap(db) as tasks_db, tasks_db.transaction() as tx:
-                await in_task(tasks_db, story, steps, [tx])
+                await in_task(tasks_db, db, story, steps, [tx])
 
         asyncio.run(main())
 
