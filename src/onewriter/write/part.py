@@ -113,6 +113,8 @@ def undo(loan: WriteLoan, mark: Mark, error: BaseException, has_failed: bool) ->
     except TransactionClosedError as late:
         if mark.ended_with_outer or loan.ended_well:
             tell_kept(error, late, has_failed)
+        else:
+            parts.forget(mark)  # its callbacks come before those of what is around it, which is undone as well
     except OneWriterError:
         pass  # it was undone with all; or a function of SQL calls this
 

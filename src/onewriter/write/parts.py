@@ -162,6 +162,11 @@ class Parts:
     def _name_of(self, mark: Mark) -> str:
         return f"{self._session.guard.mark}_{mark.number}"
 
+    def forget(self, mark: Mark) -> None:
+        """It is undone with all."""
+        if mark in self._marks:
+            self._forget_since(mark)
+
     def _forget_since(self, mark: Mark) -> None:
         del self._after_commit[mark.after_commit :]
         undone = self._after_rollback[mark.after_rollback :]
