@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sqlite3
 import weakref
 from threading import get_ident
@@ -101,6 +102,8 @@ class Reading:
         self.label = query.read.label
 
     def alone(self, reader: Reader) -> Found:
+        if reader.claim.deadline != math.inf:  # which was for the wait
+            reader.clock.limit(reader.claim, math.inf)
         read = self.query.read
         if isinstance(read, FunctionRead):
             result = read.alone(reader)

@@ -191,8 +191,8 @@ class Watch(Strict, Watching[T]):
         """Wait for the next rows, and return them; the first call returns them as they are.
 
         Args:
-            timeout: seconds to wait for a commit that changes them; a read that is under way is not ended by it. None:
-                for ever.
+            timeout: seconds to wait for a commit that changes them, and for a connection to read them; a read that is
+                under way is not ended by it. None: for ever.
 
         Raises:
             ReadTimeoutError: there was none.
@@ -216,17 +216,17 @@ class Watch(Strict, Watching[T]):
                 if self._is_news(step.answer):
                     return step.answer
             elif step.reading is not None:
-                self._use_pool(step.reading)
+                self._use_pool(step.reading, until)
             elif step.signal is None:
                 return None
             elif not self._sleep(step, until):
                 raise self._late(timeout)
 
-    def _use_pool(self, reading: Reading) -> None:
+    def _use_pool(self, reading: Reading, until: float) -> None:
         live = self._live
         try:
             if live.state.scopes.innermost() is None:
-                found = live.pool.use(new_claim(reading.label), reading.alone)
+                found = live.pool.use(new_claim(reading.label, until), reading.alone)
             else:  # this thread may have the last connection, in a reader() block
                 found = live.read_beside(reading)
         except BaseException as error:

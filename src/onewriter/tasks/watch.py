@@ -71,16 +71,16 @@ class AsyncWatch(Strict, Watching[T]):
                 if self._is_news(step.answer):
                     return step.answer
             elif step.reading is not None:
-                await self._use_thread(step.reading)
+                await self._use_thread(step.reading, until)
             elif step.signal is None:
                 return None
             elif not await self._sleep(loop, step, until):
                 raise self._late(timeout)
 
-    async def _use_thread(self, reading: Reading) -> None:
+    async def _use_thread(self, reading: Reading, until: float) -> None:
         try:
             if self._reads.here() is None:
-                await self._reads.use(reading.label, functools.partial(self._live.read, reading), math.inf)
+                await self._reads.use(reading.label, functools.partial(self._live.read, reading), until)
             else:  # this task may have the last connection, in a reader() block
                 self._live.finish(reading, await self._reads.call(self._live.read_beside, reading))
         except BaseException as error:

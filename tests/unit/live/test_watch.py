@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gc
 import math
@@ -30,6 +31,7 @@ from helpers import (
     state_of,
 )
 from onewriter import (
+    AsyncDbWriter,
     DbWriter,
     ReadTimeoutError,
     ReentrantWriteError,
@@ -1003,3 +1005,36 @@ def test_a_watch_in_a_reader_does_not_wait_for_a_read_that_waits_for_its_connect
                 with db.watch("SELECT n FROM t") as live:
                     assert live.next(DEADLINE) == []
             assert reading.result(DEADLINE) == []
+
+
+def test_its_timeout_is_for_the_wait_for_a_connection_too(one: DbWriter) -> None:
+    entered, leave = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with one.reader(label="held"):
+            entered.set()
+            leave.wait(DEADLINE)
+
+    async def in_a_task() -> None:
+        async with AsyncDbWriter.wrap(one).watch("SELECT * FROM t") as live:
+            with pytest.raises(ReadTimeoutError, match="in use, by 'held'"):
+                await live.next(timeout=0.01)
+            leave.set()
+            assert await live.next(timeout=DEADLINE) == []
+
+    with one.watch("SELECT * FROM t") as live, ThreadPoolExecutor() as threads:
+        holding = threads.submit(hold)
+        assert entered.wait(DEADLINE)
+        with pytest.raises(ReadTimeoutError, match="in use, by 'held'"):
+            live.next(timeout=0.01)
+        asyncio.run(in_a_task())
+        holding.result(DEADLINE)
+        assert live.next(timeout=DEADLINE) == []
+
+
+def test_a_read_that_has_begun_is_not_ended_by_its_timeout(one: DbWriter) -> None:
+    def deadlines(connection: sqlite3.Connection) -> list[float]:
+        return [claim.deadline for claim in pool_of(one)._lent()]
+
+    with one.watch(deadlines) as live:
+        assert live.next(timeout=DEADLINE) == [math.inf]
