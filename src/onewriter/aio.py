@@ -33,6 +33,7 @@ from onewriter.sqlite.parameters import Params
 from onewriter.sqlite.result import Result, first_value
 from onewriter.tasks.block import TaskBlock, TaskSavepoint
 from onewriter.tasks.calls import LoopDeadlines, and_the_log, call_and_join, in_thread
+from onewriter.tasks.collected import wait_for_collected
 from onewriter.tasks.coroutine_functions import mark_coroutine_functions
 from onewriter.tasks.entry import TaskEntry
 from onewriter.tasks.reader import AsyncReader, ReaderEntry, TaskReads
@@ -169,6 +170,7 @@ class AsyncDbWriter(Strict):
         if core is None:
             return await in_thread(lambda: call_and_join(lambda: CloseReport(0, 0, 0, 0, ()), left, until))
         if not core.state.forked:
+            await wait_for_collected(core.state)
             core.state.refuse_endless_wait("close", awaits=True, commits=False)
         if timeout is None and self._wrapped is None and core.state.scopes.innermost() is not None:
             raise ReentrantWriteError(OWN_READER)

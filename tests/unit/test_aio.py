@@ -15,7 +15,7 @@ import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, assert_type
@@ -1004,3 +1004,35 @@ def test_a_bound_method_is_a_coroutine_function_too(path: Path) -> None:
             assert not asyncio.iscoroutinefunction(db.enqueue)
 
     run(main)
+
+
+@pytest.mark.parametrize("kind", ["reader", "block"])
+@pytest.mark.parametrize("is_kept_by_itself", [False, True])
+def test_close_is_not_refused_for_a_generator_that_was_left_early(
+    path: Path, kind: str, is_kept_by_itself: bool
+) -> None:
+    """asyncio closes it in a task, which needs a step of the loop; in a reference cycle, a collection before that."""
+
+    async def numbers(db: AsyncDbWriter, kept: list[Any]) -> AsyncIterator[int]:
+        async with db.reader() if kind == "reader" else db.transaction():
+            for n in range(3):
+                yield n
+
+    async def main() -> None:
+        async with opened(path) as db:
+            kept: list[Any] = []
+            found = numbers(db, kept)
+            if is_kept_by_itself:
+                kept.append(found)
+            del kept
+            async for _ in found:
+                break
+            del found
+        assert db.closed
+
+    thresholds = gc.get_threshold()
+    gc.set_threshold(0)
+    try:
+        run(main)
+    finally:
+        gc.set_threshold(*thresholds)

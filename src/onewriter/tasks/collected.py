@@ -4,11 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import weakref
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeAlias
 
+from onewriter.base.state import State
+
+STEPS = 10  # of a loop, more than it takes to begin the end of a generator
+
 Leave: TypeAlias = Callable[..., Coroutine[Any, Any, object]]
+
+
+async def wait_for_collected(state: State) -> None:
+    """If the caller is inside something, give its loop the steps in which that ends, if it is a dropped generator's;
+    the last of them behind a collection.
+    """
+    for step in range(STEPS):
+        if state.scopes.innermost() is None:
+            return
+        if step == STEPS // 2 and gc.isenabled():
+            gc.collect()
+        await asyncio.sleep(0)
 
 
 def leave_if_collected(entry: object, leave: Leave, *args: Any) -> weakref.finalize[Any, Any]:
