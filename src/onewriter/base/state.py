@@ -87,7 +87,7 @@ class State:
         self.call_lock = threading.RLock()
         self.tally = Tally()  # guarded by lock
         self.forget: Callable[[Any], object] = id  # the queue's: what is withdrawn makes room there
-        self.is_awaited: Callable[[], object] = bool  # the queue's: whether jobs wait there
+        self.is_awaited: Callable[[], object] = bool  # the queue's: whether jobs, or close, wait for the writer
         self.health = "ok"
         self.broken: BaseException | None = None  # why the gateway is out of service
         self.readers_block_commits = False  # as in the rollback-journal modes

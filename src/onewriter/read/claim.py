@@ -11,6 +11,8 @@ from time import monotonic
 from types import SimpleNamespace
 from typing import Any, Protocol
 
+from onewriter.base.garbage import Search
+
 
 class Limit(Protocol):
     """The loan of a function's job, which has a time limit."""
@@ -37,7 +39,7 @@ class Claim(SimpleNamespace):
     signal: Any = None  # a lock or a future, as long as it waits
     is_extra = False  # for a connection in addition to the pool's
     is_named = False  # a warning was given
-    is_looked_for = False  # the garbage collector has run since
+    search: Search | None = None  # in the garbage, for what is inside it, while others wait
     runs_in = 0  # the thread of a task's call
     ends_in: int  # the thread that ends it; others leave it to that one
     loop: AbstractEventLoop | None = None  # of its task, or in whose thread the block was entered

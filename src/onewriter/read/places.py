@@ -171,24 +171,20 @@ class Places:
             if claim.end_lost is not None and claim.loop is not None and claim.loop.is_closed():
                 claim.end_lost()
 
-    def end_unreachable(self, seconds: float) -> None:
-        """A block in a reference cycle, as that of a generator which a framework has dropped, ends only when the
-        garbage collector runs: have it run, once for each block that is open for longer than that.
-        """
-        now = monotonic()
-        blocks = [claim for claim in self._lent() if claim.thread == 0 or claim.loop is not None]
-        unknown = [claim for claim in blocks if not claim.is_looked_for and now - claim.since > seconds]
-        for claim in unknown:
-            claim.is_looked_for = True
-        if unknown:
-            garbage.collect_soon()
-
     def _help_those_that_wait(self) -> float:
-        """Returns when to do so again."""
+        """A block in a reference cycle, as that of a generator which a framework has dropped, ends only when the
+        garbage collector runs: have it run, for each that is open for long. Returns when to do so again.
+        """
         if not self._line:
             return math.inf
-        self.end_unreachable(garbage.LONG)
-        return monotonic() + garbage.LONG
+        now, is_due = monotonic(), False
+        for claim in self._lent():
+            if claim.thread == 0 or claim.loop is not None:
+                claim.search = claim.search or garbage.Search(claim.since, garbage.LONG)
+                is_due |= claim.search.is_due(now)
+        if is_due:
+            garbage.collect_soon()
+        return now + garbage.LONG
 
     # Who comes back ---------------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from threading import get_ident
 from time import monotonic
 from typing import Any, TypeVar
 
+from onewriter.base import garbage
 from onewriter.base.state import State
 from onewriter.base.waiting import SLICE, thread_signal, wake
 from onewriter.read.claim import NOBODY, Claim, Limit, new_claim
@@ -263,9 +264,11 @@ class ReaderPool(Places):
         finally:
             self.end(closing)
         until = math.inf if patience is None else monotonic() + patience
+        search = garbage.Search(monotonic(), SLICE)
         while not self._all_back.wait(max(0.0, min(SLICE, until - monotonic()))) and monotonic() < until:
             self.end_lost()
-            self.end_unreachable(SLICE)
+            if search.is_due(monotonic()):
+                garbage.collect_soon()
         self.clock.stop()
 
     def stop_waiting(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import queue
 import threading
 import types
@@ -40,8 +39,7 @@ class Block(Job[None]):
     """
 
     __slots__ = (
-        *("_is_looked_for", "_requests", "failed", "granted", "is_given_back", "loop", "max_hold", "nested"),
-        "transaction",
+        *("_requests", "_search", "failed", "granted", "is_given_back", "loop", "max_hold", "nested", "transaction"),
     )
     granted: Any
     exclusive = lent = needs_savepoint = True
@@ -52,7 +50,8 @@ class Block(Job[None]):
         self.max_hold = max_hold
         self.loop: AbstractEventLoop | None = None  # in whose thread it is entered
         self.transaction: WriteLoan | None = None
-        self.failed = self.is_given_back = self._is_looked_for = False
+        self.failed = self.is_given_back = False
+        self._search: garbage.Search | None = None  # in the garbage, for who could leave it
         self.nested = 0  # writes that were acknowledged as a part of it
         self._requests: Any = None  # to the writer, which serves it: callables, and None: it is given back
 
@@ -112,11 +111,10 @@ class Block(Job[None]):
 
     def end_unreachable(self) -> None:
         """For the writer: who could leave it may be in a reference cycle, as a generator which a framework has dropped,
-        and be there until the garbage collector runs. That it does once, if it is open for long and jobs wait.
+        and be there until the garbage collector runs. That it does, if it is open for long and jobs wait.
         """
-        since = getattr(self, "started_at", math.inf)  # its thread may be about to start it
-        if not self._is_looked_for and monotonic() - since > garbage.LONG and self._state.is_awaited():
-            self._is_looked_for = True
+        search = self._search = self._search or garbage.Search(monotonic(), garbage.LONG)
+        if self._state.is_awaited() and search.is_due(monotonic()):
             garbage.collect_soon()
 
     def failure_at_end(self, tx: WriteLoan) -> BaseException | None:

@@ -56,7 +56,7 @@ class JobQueue(queue.Queue[Job[Any]]):
         self._withdrawn: set[Job[Any]] = set()  # withdrawn jobs whose slot in the queue is not removed yet
         self._is_taking = False
         self._forgotten: list[Job[Any]] = []  # meanwhile
-        state.forget, state.is_awaited = self.forget, self._has_jobs
+        state.forget, state.is_awaited = self.forget, self._is_awaited
         self._waiting_threads: set[int] = set()
 
     def put(self, item: Job[Any], timeout: float | None = None) -> None:  # type: ignore[override]
@@ -280,8 +280,9 @@ class JobQueue(queue.Queue[Job[Any]]):
         """How many jobs wait; not qsize(), whose lock inside another one could meet a finalizer's."""
         return max(0, len(self.queue) - len(self._withdrawn))
 
-    def _has_jobs(self) -> bool:
-        return bool(self.queue)
+    def _is_awaited(self) -> bool:
+        """Whether anything waits for what the consumer does now: a job, or close."""
+        return bool(self.queue) or self._refusal is not None
 
     def oldest_age(self, now: float) -> float:
         """For how many seconds the oldest job without an outcome has been here."""
