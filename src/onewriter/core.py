@@ -300,9 +300,10 @@ class Core:
         state = self.state
         if state.forked:
             return CloseReport(0, 0, 0, 0, ())
-        state.refuse_endless_wait("close", commits=False)
         self.pool.end_lost()
-        if timeout is None and self.pool.has_mine_for_good():
+        is_inside = self.pool.has_mine_for_good()
+        state.refuse_endless_wait("close", commits=False)
+        if timeout is None and is_inside:
             raise ReentrantWriteError(OWN_READER)
         self.queue.refuse(closed_error())
         if not drain:

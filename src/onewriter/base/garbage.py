@@ -7,6 +7,7 @@ import gc
 import threading
 
 LONG = 5.0  # seconds for which something is kept from others before it is looked for there: a collection stops all
+MOST = 12  # times that, at most, from one look to the next
 
 
 class Search:
@@ -20,7 +21,7 @@ class Search:
     def is_due(self, now: float) -> bool:
         if now < self._at:
             return False
-        self._pause *= 2
+        self._pause = min(2 * self._pause, MOST * LONG)
         self._at = now + self._pause
         return True
 

@@ -90,6 +90,7 @@ class State:
         self.is_awaited: Callable[[], object] = bool  # the queue's: whether jobs, or close, wait for the writer
         self.health = "ok"
         self.broken: BaseException | None = None  # why the gateway is out of service
+        self.lacks_room = False  # a job has met a full disk: a checkpoint may make room
         self.readers_block_commits = False  # as in the rollback-journal modes
         self.forked = False  # this is a child of the process that it belongs to
         self.writer_thread = 0

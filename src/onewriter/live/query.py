@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sqlite3
 import weakref
 from threading import get_ident
@@ -102,8 +101,7 @@ class Reading:
         self.label = query.read.label
 
     def alone(self, reader: Reader) -> Found:
-        if reader.claim.deadline != math.inf:  # which was for the wait
-            reader.clock.limit(reader.claim, math.inf)
+        reader.clock.lift(reader.claim)  # its deadline was for the wait
         read = self.query.read
         if isinstance(read, FunctionRead):
             result = read.alone(reader)

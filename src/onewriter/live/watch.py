@@ -195,7 +195,7 @@ class Watch(Strict, Watching[T]):
                 under way is not ended by it. None: for ever.
 
         Raises:
-            ReadTimeoutError: there was none.
+            ReadTimeoutError: there was none in time.
             WriterClosedError: the gateway is closed, and this has given its last state.
             RuntimeError: the block was left.
             ReentrantWriteError: called inside a job or block, which keeps the writer from committing anything.

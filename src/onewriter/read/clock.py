@@ -28,9 +28,9 @@ class ReadClock:
 
     Locks:   ``lock``, the pool's, guards ``rings_at``, ``_thread``, ``is_named`` and ``deadline``, and is held around
              interrupt().
-    Threads: one of its own, from the first read with a time limit, or block, to the first look that finds nothing to
-             wait for. A read looks at ``rings_at`` only, which comes before its own deadline unless that is an early
-             one.
+    Threads: one of its own, from the first read that has a time limit or waits, or block, to the first look that finds
+             nothing to wait for. A read looks at ``rings_at`` only, which comes before its own deadline unless that is
+             an early one.
     """
 
     def __init__(
@@ -40,15 +40,15 @@ class ReadClock:
         state: State,
         interrupt: Callable[[Claim], None],
         end_pause: Callable[[float], float],
-        help_waiting: Callable[[], float],
+        help_waiting: Callable[[], object],
     ) -> None:
         self.lock = lock
         self.rings_at = math.inf
         self._lent = lent
         self._state = state
         self._interrupt = interrupt
-        self._end_pause = end_pause  # if it is over at that time; returns when it will be
-        self._help_waiting = help_waiting  # returns when to call it again
+        self._end_pause = end_pause  # if it is over at that time; returns when to look again
+        self._help_waiting = help_waiting  # without the lock
         self._bell = threading.Lock()  # released to have the thread look again
         self._bell.acquire()
         self._thread: threading.Thread | None = None
@@ -85,6 +85,12 @@ class ReadClock:
         if deadline < self.rings_at:
             self.set(deadline)
 
+    def lift(self, claim: Claim) -> None:
+        """Have its statements end at no time, unless they are to end at once, as those of a task that is cancelled."""
+        with self.lock:
+            if claim.deadline > 0.0:
+                claim.deadline = math.inf
+
     def watch(self, claim: Claim, deadline: float) -> None:
         """The same for a block, which is logged when it is open for long."""
         with self.lock:
@@ -116,12 +122,12 @@ class ReadClock:
     def _next_look(self) -> float | None:
         self.warn()  # without the lock: it logs
         self._state.warn_if_slow(monotonic())
-        again = self._help_waiting()
+        self._help_waiting()
         with self.lock:
             now = monotonic()
             if self.rings_at + GRACE <= now or self._is_stopped:
                 self.rings_at = math.inf  # before the look, so that a deadline that comes with it rings
-                self.rings_at = min(self._look(now), again) - GRACE
+                self.rings_at = self._look(now) - GRACE
             if self.rings_at == math.inf:
                 self._thread = None
                 return None

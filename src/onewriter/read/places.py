@@ -171,20 +171,17 @@ class Places:
             if claim.end_lost is not None and claim.loop is not None and claim.loop.is_closed():
                 claim.end_lost()
 
-    def _help_those_that_wait(self) -> float:
+    def _help_those_that_wait(self) -> None:
         """A block in a reference cycle, as that of a generator which a framework has dropped, ends only when the
-        garbage collector runs: have it run, for each that is open for long. Returns when to do so again.
+        garbage collector runs: have it run, for each that is open for long.
         """
-        if not self._line:
-            return math.inf
         now, is_due = monotonic(), False
-        for claim in self._lent():
-            if claim.thread == 0 or claim.loop is not None:
+        for claim in self._lent() if self._line else ():
+            if claim.thread == 0 or claim.end_lost is not None:  # no read, which ends by itself
                 claim.search = claim.search or garbage.Search(claim.since, garbage.LONG)
                 is_due |= claim.search.is_due(now)
         if is_due:
             garbage.collect_soon()
-        return now + garbage.LONG
 
     # Who comes back ---------------------------------------------------------------------------------------------------
 
@@ -280,11 +277,12 @@ class Places:
                 self._serve()
 
     def _end_pause(self, now: float) -> float:
-        """If it is over, admit claims that came during it; otherwise return when it will be."""
+        """If it is over, admit claims that came during it; returns when to look again, for any that wait."""
         if self._paused_until and now >= self._paused_until:
             self._paused_until = 0.0
             self._serve()
-        return self._paused_until or math.inf
+        until = self._paused_until or math.inf
+        return min(until, now + garbage.LONG) if self._line else until
 
     # Who has one ------------------------------------------------------------------------------------------------------
 

@@ -101,9 +101,9 @@ class Reader:
         """Try ``again`` if it was a lock; raise ``error``, or ReadTimeoutError if there is no time left."""
         late: BaseException = error
         try:
-            self.note(error)
             self.watch.raise_caught()
             self.guard.explain(error)
+            self.note(error)
             if again is not None and is_busy(error):
                 if needs_writer(error):
                     self.clock.ask_writer()

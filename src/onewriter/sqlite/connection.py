@@ -204,10 +204,16 @@ def _set_journal_mode(connection: sqlite3.Connection, settings: Settings) -> Non
         if before != "wal":  # a file left in WAL mode could not be opened here again
             with contextlib.suppress(sqlite3.Error):
                 _leave_wal(settings, before)
-        is_full = shutil.disk_usage(os.path.dirname(settings.path)).free < INDEX_SIZE
-        why = "the disk is full" if is_full else NO_WAL
+        why = "the disk is full" if _is_full(settings.path) else NO_WAL
         text = f"{error}: the index of its log ({settings.path}{INDEX}) cannot be created or used here, {why}"
         raise cannot_open(settings.path, text, error.sqlite_errorcode, error.sqlite_errorname) from error
+
+
+def _is_full(path: str) -> bool:
+    try:
+        return shutil.disk_usage(os.path.dirname(os.path.realpath(path))).free < INDEX_SIZE
+    except OSError:
+        return False
 
 
 def _leave_wal(settings: Settings, mode: str) -> None:

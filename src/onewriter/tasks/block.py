@@ -186,7 +186,10 @@ class TaskBlock(Block):
         """Keep a callback, behind what was sent earlier: the end of a savepoint, say, that it is not in."""
         check_callback("the callback", fn)
         transaction.check_open()
-        self.send(transaction.keep_late, committed, fn)
+        if threading.get_ident() == self._state.writer_thread:  # a function that was sent, of whose part it is
+            transaction.keep_late(committed, fn)
+        else:
+            self.send(transaction.keep_late, committed, fn)
 
     def closed_error(self) -> Exception:
         assert self.transaction is not None

@@ -179,7 +179,7 @@ async def in_thread(
                 thread = threading.Thread(target=undo, args=[outcome[0]], daemon=True)
                 thread.start()
         if left is not None:
-            left[:] = [*filter(threading.Thread.is_alive, left), thread]
+            left[:] = filter(threading.Thread.is_alive, [*left, thread])
         raise
     result, error = outcome
     if error is not None:

@@ -39,7 +39,15 @@ class Block(Job[None]):
     """
 
     __slots__ = (
-        *("_requests", "_search", "failed", "granted", "is_given_back", "loop", "max_hold", "nested", "transaction"),
+        "_requests",
+        "_search",
+        "failed",
+        "granted",
+        "is_given_back",
+        "loop",
+        "max_hold",
+        "nested",
+        "transaction",
     )
     granted: Any
     exclusive = lent = needs_savepoint = True
@@ -103,15 +111,15 @@ class Block(Job[None]):
             except queue.Empty:
                 pass
             self._state.warn_if_slow(monotonic())
-            self.end_unreachable()
+            self.look_for_dropped()
             why = TOO_LONG if monotonic() >= until else self._is_lost()
             if why:
                 tx.revoke(why)
                 raise tx.closed_error()
 
-    def end_unreachable(self) -> None:
+    def look_for_dropped(self) -> None:
         """For the writer: who could leave it may be in a reference cycle, as a generator which a framework has dropped,
-        and be there until the garbage collector runs. That it does, if it is open for long and jobs wait.
+        and be there until the garbage collector runs. That it does, if it is open for long and jobs wait, or close.
         """
         search = self._search = self._search or garbage.Search(monotonic(), garbage.LONG)
         if self._state.is_awaited() and search.is_due(monotonic()):

@@ -99,7 +99,6 @@ class Checkpointer:
         self._schema: list[object] = []
         self._version: list[object] = []  # PRAGMA data_version, when the size of the file was remembered
         self._failed = False  # the last attempt, and that was logged
-        self.lacks_room = False  # a job has met a full disk
         self._room_again_at = 0.0
         self.last: tuple[Checkpoint, float] | None = None
 
@@ -134,14 +133,15 @@ class Checkpointer:
 
     def after_batch(self, session: WriteSession) -> None:
         """Count what a batch wrote, and checkpoint if it is time."""
-        if self.lacks_room:
+        is_due = self.is_due(session)
+        if self._state.lacks_room:
             self._make_room(session)
-        elif self.is_due(session):
+        elif is_due:
             self.attempt(self._checkpoint, session)
 
     def _make_room(self, session: WriteSession) -> None:
         """It may be the log that has filled the disk, and no commit comes which would make a checkpoint due."""
-        self.lacks_room, now = False, monotonic()
+        self._state.lacks_room, now = False, monotonic()
         if self._is_counting and now >= self._room_again_at and self._file.wal_bytes():
             self.attempt(self.empty, session)
             if self._file.wal_bytes():

@@ -220,17 +220,20 @@ class WriteLoan:
         # No database, in VACUUM, is the file that it would write INTO.
         if is_corrupt(error) and not (guard.mode is Mode.VACUUM and error_code(error) == sqlite3.SQLITE_NOTADB):
             self.job._state.note_corruption(error)
+        if error_code(error) & 0xFF == sqlite3.SQLITE_FULL:
+            self.job._state.lacks_room = True
         root = self._root
         if not is_interrupted(error):
             return
         if root._time_limit is not None:
             root._time_limit.raise_caught()
-        self.refuse_late(error)
+        if root._closed is not None or monotonic() > root._until:
+            raise self._refusal() from error
 
     def refuse_late(self, error: sqlite3.Error) -> None:
-        """Raise why the statement was interrupted, if it was since its transaction was ended, or has to be."""
+        """Raise why a read of the job was interrupted, if it was since that has held the writer for too long."""
         root = self._root
-        if root._closed is not None or monotonic() > root._until:
+        if root._closed == TOO_LONG or (root._closed is None and monotonic() > root._until):
             raise self._refusal() from error
 
     # Its length and its end -------------------------------------------------------------------------------------------
@@ -305,7 +308,7 @@ class WriteLoan:
         """Those of the whole transaction."""
         root = self._root
         if root.parts is None:
-            with self.job._state.lock:  # a task, and a function that it has sent, may both come first
+            with self.job._state.lock:  # several threads may come first
                 root.parts = root.parts or Parts(self.session)
         return root.parts
 
@@ -322,7 +325,11 @@ class WriteLoan:
 
     def keep_late(self, committed: bool, fn: Callback) -> None:
         """``keep`` for a task, on the writer's thread, also if the block has failed by then."""
-        self.all_parts().keep(committed, fn)
+        keep = self.all_parts().keep
+        try:
+            self._root.call(keep, committed, fn)
+        except (TransactionClosedError, TransactionAbortedError):
+            keep(committed, fn)
 
     def callbacks(self, committed: bool) -> list[Callback]:
         return [] if self.parts is None else self.parts.callbacks(committed)

@@ -17,7 +17,6 @@ from onewriter.base.waiting import is_there, wake
 from onewriter.errors import CommitUnknownError, forked_error
 from onewriter.events import BatchEnded, Hook, publish
 from onewriter.sqlite.retry import error_code, is_busy, is_corrupt, note_descriptors
-from onewriter.write.checkpoint import Checkpointer
 from onewriter.write.connection import WriteConnection
 from onewriter.write.loan import WriteLoan
 from onewriter.write.lock import WriteLock
@@ -35,14 +34,12 @@ class Outcomes:
         state: State,
         connection: WriteConnection,
         lock: WriteLock,
-        checkpointer: Checkpointer,
         on_error: Callable[[Ticket[Any]], object] | None,
         on_event: Hook | None,
     ) -> None:
         self._state = state
         self._connection = connection
         self._lock = lock
-        self._checkpointer = checkpointer
         self._on_error = on_error
         self._on_event = on_event
 
@@ -63,7 +60,7 @@ class Outcomes:
             if self._state.reporter is None and issubclass(type(failure), INTERRUPTS):
                 self._state.interrupt = failure
         if error_code(error) & 0xFF == sqlite3.SQLITE_FULL:
-            self._checkpointer.lacks_room = True
+            self._state.lacks_room = True
         job.set_outcome(None, error)
 
     def _annotate(self, job: Job[Any], error: BaseException, is_known: bool) -> None:

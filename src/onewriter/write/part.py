@@ -9,7 +9,7 @@ import weakref
 from typing import Any
 
 from onewriter.base.scopes import Scope
-from onewriter.errors import OneWriterError, TransactionClosedError
+from onewriter.errors import OneWriterError, TransactionAbortedError, TransactionClosedError
 from onewriter.write.loan import WriteLoan
 from onewriter.write.parts import Mark, Parts
 
@@ -113,10 +113,12 @@ def undo(loan: WriteLoan, mark: Mark, error: BaseException, has_failed: bool) ->
     except TransactionClosedError as late:
         if mark.ended_with_outer or loan.ended_well:
             tell_kept(error, late, has_failed)
-        else:
-            parts.forget(mark)  # its callbacks come before those of what is around it, which is undone as well
+        elif whole.is_closed:
+            parts.forget(mark)
+    except TransactionAbortedError:
+        parts.forget(mark)
     except OneWriterError:
-        pass  # it was undone with all; or a function of SQL calls this
+        pass  # a function of SQL calls this: the next call does it
 
 
 def tell_kept(error: BaseException, late: TransactionClosedError, has_failed: bool) -> None:

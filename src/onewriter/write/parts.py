@@ -42,7 +42,7 @@ class Mark:
 class Parts:
     """Made for a transaction that has a savepoint or a callback; most have none.
 
-    Locks: the session's lock guards all of it. Those of a task's block are used by the writer's thread only.
+    Locks: the session's lock guards all of it, while the transaction is open.
     """
 
     __slots__ = ("_after_commit", "_after_rollback", "_marks", "_session", "_undone", "has_failed")
@@ -163,7 +163,7 @@ class Parts:
         return f"{self._session.guard.mark}_{mark.number}"
 
     def forget(self, mark: Mark) -> None:
-        """It is undone with all."""
+        """It is undone with all: its callbacks come before those of what is around it."""
         if mark in self._marks:
             self._forget_since(mark)
 

@@ -248,7 +248,7 @@ class JobQueue(queue.Queue[Job[Any]]):
                 return cast(Job[Any], block)
             if not self._token.acquire(timeout=SLICE):
                 self._state.warn_if_slow(monotonic())
-                block.end_unreachable()
+                block.look_for_dropped()
                 if block.end_if_lost():
                     self.hand_over(block)
         return None
@@ -282,7 +282,7 @@ class JobQueue(queue.Queue[Job[Any]]):
 
     def _is_awaited(self) -> bool:
         """Whether anything waits for what the consumer does now: a job, or close."""
-        return bool(self.queue) or self._refusal is not None
+        return bool(self.queue) or len(self.taken) > 1 or self._refusal is not None
 
     def oldest_age(self, now: float) -> float:
         """For how many seconds the oldest job without an outcome has been here."""

@@ -74,9 +74,7 @@ class Writer:
         self._checkpointer = Checkpointer(settings, label, file, readers, state, on_event)
         self._connection = WriteConnection(settings, label, policy, state, file, self._checkpointer)
         self._lock = WriteLock(policy, settings.path, state, file, readers, self._connection.tell_waiting)
-        self._outcomes = outcomes = Outcomes(
-            state, self._connection, self._lock, self._checkpointer, on_error, on_event
-        )
+        self._outcomes = outcomes = Outcomes(state, self._connection, self._lock, on_error, on_event)
         self._means = means = Means(self._connection, self._lock, state, max_hold, outcomes.fail)
         self.own_turn = OwnTurn(means, queue, file, outcomes, self._checkpointer, readers, on_event)
         self._again: dict[Job[Any], Again] = {}  # of jobs whose transaction was undone
@@ -306,7 +304,7 @@ class Writer:
         else:
             self._outcomes.settle(settled, batch.times, batch.loans, commits)
             session = self._connection.session
-            if (commits or self._checkpointer.lacks_room) and session is not None:
+            if (commits or self.state.lacks_room) and session is not None:
                 self._checkpointer.after_batch(session)
             if self.readers.in_use:
                 self.readers.warn_if_slow()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ import pytest
 from helpers import DEADLINE, eventually, in_threads, pool_of, queue_of, raising
 from onewriter import AsyncDbWriter, DbWriter, ReadTimeoutError, ReentrantWriteError, WriterClosedError
 from onewriter.read import places
+from onewriter.read.claim import new_claim
 
 NUMBERS = "WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c LIMIT 1000000000) SELECT {} FROM c"
 SOON = 0.2  # seconds
@@ -368,3 +370,12 @@ def test_a_pause_that_nobody_ends_is_over_for_the_next_who_comes(path: Path) -> 
             pool_of(db)._serve()
         assert db.read_value("SELECT 2", timeout=DEADLINE) == 2
         assert (pool_of(db)._paused_until, pool_of(db)._count, db.stats().readers_waiting) == (0.0, 1, 0)
+
+
+def test_what_is_to_end_at_once_does_although_its_time_limit_is_lifted(one: DbWriter) -> None:
+    """As the read of a watch whose task is cancelled before it begins."""
+    pool = pool_of(one)
+    for deadline, expected in ((5.0, math.inf), (0.0, 0.0)):
+        claim = new_claim("read", deadline)
+        pool.clock.lift(claim)
+        assert claim.deadline == expected

@@ -1094,3 +1094,21 @@ def test_a_callback_is_refused_after_sqlite_has_rolled_back_by_itself(path: Path
                             keep(list)
 
     run(main)
+
+
+def test_a_callback_that_a_function_keeps_by_the_tasks_transaction_is_its_own(db: DbWriter) -> None:
+    told: list[str] = []
+
+    async def main() -> None:
+        async with AsyncDbWriter.wrap(db) as tasks_db, tasks_db.transaction() as tx:
+
+            def fail(inner: Transaction) -> None:
+                tx.on_commit(lambda: told.append("of what failed"))
+                raise LookupError
+
+            with pytest.raises(LookupError):
+                await tasks_db.run(fail)
+            tx.on_commit(lambda: told.append("of the task"))
+
+    run(main)
+    assert told == ["of the task"]

@@ -18,9 +18,10 @@ from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, eventually, file_of, holding_lock, in_threads, parked, rows
+from helpers import DEADLINE, eventually, file_of, holding_lock, in_threads, parked, queue_of, rows
 from onewriter import (
     DbWriter,
+    ReentrantWriteError,
     Transaction,
     TransactionClosedError,
     WriterBrokenError,
@@ -519,7 +520,7 @@ def test_the_collector_runs_for_a_block_only_if_others_wait_for_it(
     with db.transaction() as tx:
         block = tx._loan.job
         assert isinstance(block, block_module.Block)
-        block.end_unreachable()
+        block.look_for_dropped()
         assert runs == []  # nobody waits
         ticket = db.enqueue("SELECT 1")
         eventually(lambda: bool(runs))
@@ -563,3 +564,44 @@ def test_a_program_that_has_turned_the_collector_off_is_not_held_up_by_it(monkey
         gc.enable()
     garbage.collect_soon()
     eventually(lambda: len(runs) == 1)
+
+
+def test_those_that_were_taken_with_a_dropped_block_wait_for_it_too(
+    db: DbWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs: list[None] = []
+    monkeypatch.setattr(garbage, "LONG", 0.01)
+    monkeypatch.setattr(garbage, "collect_soon", lambda: runs.append(None))
+    entered, leave = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with db.transaction():
+            entered.set()
+            leave.wait(DEADLINE)
+
+    with ThreadPoolExecutor() as threads:
+        with parked(db):
+            before = queue_of(db).depth
+            holding = threads.submit(hold)
+            eventually(lambda: queue_of(db).depth == before + 1)
+            ticket = db.enqueue(INSERT, (1,))
+        assert entered.wait(DEADLINE)
+        eventually(lambda: bool(runs))
+        leave.set()
+        holding.result(DEADLINE)
+    ticket.result(DEADLINE)
+
+
+def test_close_ends_a_block_of_its_own_thread_that_nobody_can_reach(new_db: DbWriter) -> None:
+    thresholds = gc.get_threshold()
+    gc.set_threshold(0)
+    try:
+        cycle: list[Any] = [new_db.transaction()]
+        cycle.append(cycle)
+        cycle[0].__enter__()
+        with pytest.raises(ReentrantWriteError):
+            new_db.close()
+        cycle = []
+        assert new_db.close().failed == 1
+    finally:
+        gc.set_threshold(*thresholds)

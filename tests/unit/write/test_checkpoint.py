@@ -7,7 +7,7 @@ import logging
 import os
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -27,7 +27,7 @@ from helpers import (
     until_waiting,
     writer_of,
 )
-from onewriter import DbWriter, WriteTimeoutError
+from onewriter import DbWriter, Transaction, WriteTimeoutError
 from onewriter.events import CheckpointEnded
 from onewriter.read.claim import new_claim
 from onewriter.write import checkpoint
@@ -498,9 +498,30 @@ def meet_a_full_disk(db: DbWriter) -> None:
     db.flush(DEADLINE)
 
 
-def test_a_full_disk_has_the_log_emptied_which_may_have_filled_it(full: DbWriter, path: Path) -> None:
+def meet_it_in_a_block(db: DbWriter) -> None:
+    with pytest.raises(sqlite3.OperationalError, match="full"), db.transaction() as tx:
+        tx.executemany(INSERT, [(None, "x" * 1000) for _ in range(500)])
+    db.flush(DEADLINE)
+
+
+def meet_it_wrapped(db: DbWriter) -> None:
+    def fail(tx: Transaction) -> None:
+        try:
+            tx.executemany(INSERT, [(None, "x" * 1000) for _ in range(500)])
+        except sqlite3.OperationalError as error:
+            raise LookupError from error
+
+    with pytest.raises(LookupError):
+        db.run(fail)
+    db.flush(DEADLINE)
+
+
+@pytest.mark.parametrize("meet", [meet_a_full_disk, meet_it_in_a_block, meet_it_wrapped])
+def test_a_full_disk_has_the_log_emptied_which_may_have_filled_it(
+    full: DbWriter, path: Path, meet: Callable[[DbWriter], None]
+) -> None:
     for n in (2, 3):
-        meet_a_full_disk(full)
+        meet(full)
         assert log_size(path) == 0
         full.run(INSERT, (n, ""))
 
