@@ -1112,3 +1112,25 @@ def test_a_callback_that_a_function_keeps_by_the_tasks_transaction_is_its_own(db
 
     run(main)
     assert told == ["of the task"]
+
+
+def test_of_a_block_that_fails_inside_a_savepoint_the_callbacks_of_that_come_first(path: Path) -> None:
+    told: list[str] = []
+    gate = Gate()
+
+    async def main() -> None:
+        async with opened(path, on_connect=gate.on_connect) as db:
+            with contextlib.suppress(LookupError):
+                async with db.transaction() as tx:
+                    tx.on_rollback(lambda: told.append("outer"))
+                    async with tx.savepoint():
+                        tx.on_rollback(lambda: told.append("inner"))
+                        busy = asyncio.create_task(tx.execute("SELECT gate()"))
+                        await until(gate.entered.is_set)
+                        asyncio.get_running_loop().call_later(0.01, gate.open.set)
+                        raise LookupError  # the block has failed before the writer comes to the savepoint
+            with contextlib.suppress(sqlite3.OperationalError, TransactionClosedError):
+                await busy
+
+    run(main)
+    assert told == ["inner", "outer"]

@@ -24,6 +24,7 @@ from helpers import (
     make,
     parked,
     pool_of,
+    session_of,
     until_waiting,
     writer_of,
 )
@@ -516,7 +517,21 @@ def meet_it_wrapped(db: DbWriter) -> None:
     db.flush(DEADLINE)
 
 
-@pytest.mark.parametrize("meet", [meet_a_full_disk, meet_it_in_a_block, meet_it_wrapped])
+def meet_it_at_commit(db: DbWriter) -> None:
+    def full() -> None:
+        error = sqlite3.OperationalError("database or disk is full")
+        error.sqlite_errorcode = sqlite3.SQLITE_FULL
+        raise error
+
+    control: Any = session_of(db).control
+    control["COMMIT"] = full
+    with pytest.raises(sqlite3.OperationalError, match="full"):
+        db.run(INSERT, (None, ""))
+    del control["COMMIT"]
+    db.flush(DEADLINE)
+
+
+@pytest.mark.parametrize("meet", [meet_a_full_disk, meet_it_in_a_block, meet_it_wrapped, meet_it_at_commit])
 def test_a_full_disk_has_the_log_emptied_which_may_have_filled_it(
     full: DbWriter, path: Path, meet: Callable[[DbWriter], None]
 ) -> None:

@@ -247,3 +247,14 @@ def test_a_job_that_was_queued_inside_a_block_may_write_as_any(table_db: DbWrite
         ticket = table_db.enqueue(lambda tx: nest(table_db, lambda inner: inner.execute(INSERT, (2,))))
     ticket.result(DEADLINE)
     assert rows_in(Path(table_db.path)) == [1, 2]
+
+
+def test_where_sqlite_rolls_back_all_the_callbacks_of_the_inner_part_come_first(table_db: DbWriter) -> None:
+    told: list[str] = []
+    with pytest.raises(sqlite3.IntegrityError), table_db.transaction() as tx:
+        tx.execute(INSERT, (1,))
+        tx.on_rollback(lambda: told.append("outer"))
+        with tx.savepoint():
+            tx.on_rollback(lambda: told.append("inner"))
+            tx.execute("INSERT OR ROLLBACK INTO t VALUES (1)")
+    assert told == ["inner", "outer"]
