@@ -29,12 +29,14 @@ class Heard:
     """A hook that keeps what it was told."""
 
     def __init__(self) -> None:
-        self.events: list[Event] = []
-        self.threads: list[int] = []
+        self.heard: list[tuple[Event, int]] = []  # and in which thread: noted in one step
 
     def __call__(self, event: Event) -> None:
-        self.events.append(event)
-        self.threads.append(threading.get_ident())
+        self.heard.append((event, threading.get_ident()))
+
+    @property
+    def events(self) -> list[Event]:
+        return [event for event, _ in self.heard]
 
     def of(self, kind: type[E]) -> list[E]:
         return [event for event in self.events if isinstance(event, kind)]
@@ -60,7 +62,7 @@ def test_every_job_is_told_when_it_is_handed_in_and_when_it_ends(path: Path, inl
     assert all(ticket.timings for ticket in ended)
     assert [event.ticket for event in heard.of(JobSubmitted)] == ended
     me, writers = threading.get_ident(), set()
-    for event, thread in zip(heard.events, heard.threads, strict=True):
+    for event, thread in heard.heard:
         if isinstance(event, JobSubmitted):
             assert thread == me
         else:
