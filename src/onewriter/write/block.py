@@ -144,6 +144,7 @@ class Block(Job[None]):
             raise BlockFailedError
         if not tx.wait_for_call(self.started_at + self.max_hold):
             tx.revoke(TOO_LONG)
+        if tx.was_too_long:  # also if only a call was refused for that: the end of a failed savepoint, say
             raise tx.closed_error()
 
     def entered(self) -> WriteLoan:

@@ -1134,3 +1134,34 @@ def test_of_a_block_that_fails_inside_a_savepoint_the_callbacks_of_that_come_fir
 
     run(main)
     assert told == ["inner", "outer"]
+
+
+def test_a_block_whose_savepoint_could_not_be_undone_since_max_hold_was_over_is_rolled_back(path: Path) -> None:
+    """The savepoint is left in time, and the writer thread comes to it late."""
+
+    async def main() -> None:
+        async with opened(path) as db:
+            with pytest.raises(TransactionClosedError, match="longer than max_hold"):
+                async with db.transaction(max_hold=DEADLINE) as tx:
+                    with contextlib.suppress(LookupError):
+                        async with tx.savepoint():
+                            await tx.execute(INSERT, (1,))
+                            tx._transaction._until = 0.0
+                            raise LookupError
+            assert await rows(db) == []
+
+    run(main)
+
+
+def test_a_block_in_which_a_refusal_for_max_hold_was_caught_is_rolled_back(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path) as db:
+            with pytest.raises(TransactionClosedError, match="longer than max_hold"):
+                async with db.transaction(max_hold=DEADLINE) as tx:
+                    await tx.execute(INSERT, (1,))
+                    tx._transaction._until = 0.0
+                    with contextlib.suppress(TransactionClosedError):
+                        await tx.execute(INSERT, (2,))
+            assert await rows(db) == []
+
+    run(main)
