@@ -14,6 +14,8 @@ from onewriter.write.loan import ENDED, WriteLoan
 from onewriter.write.part import end, tell_kept, undo
 from onewriter.write.parts import Mark
 
+STAYS = "onewriter: the savepoint had ended, and what it has done stays in its transaction"
+
 
 class SentPart:
     """The savepoint, as the writer thread begins and ends it. Not a ``Part``: that would be undone where it is
@@ -109,6 +111,8 @@ async def _undo(savepoint: TaskSavepoint, part: SentPart, inner: WriteLoan | Non
 def _send_undo(block: TaskBlock, part: SentPart, error: BaseException) -> None:
     try:
         block.send(part.undo, error)
+        if STAYS in getattr(error, "__notes__", ()):  # of one inside this
+            error.add_note("onewriter: it does no more: the savepoint around it is undone")
     except TransactionClosedError as late:  # whose end has undone all, or has kept it
         if not (block.is_undone or block.lends().was_too_long):
             tell_kept(error, late, has_failed=True)
@@ -127,7 +131,7 @@ async def _keep(block: TaskBlock, part: SentPart) -> None:
         await call.ended()
         try:
             call.outcome()
-            error.add_note("onewriter: the savepoint had ended, and what it has done stays in its transaction")
+            error.add_note(STAYS)
         except Exception as failure:
             error.add_note(f"onewriter: the savepoint could not be kept: {failure!r}")
         raise

@@ -806,7 +806,8 @@ def test_rollback_undoes_what_a_task_has_done_so_far(path: Path) -> None:
     asyncio.run(main())
 
 
-def test_a_cancellation_behind_the_end_of_a_savepoint_says_that_it_is_kept(path: Path) -> None:
+@pytest.mark.parametrize("is_inside_another", [False, True])
+def test_a_cancellation_behind_the_end_of_a_savepoint_says_that_it_is_kept(path: Path, is_inside_another: bool) -> None:
     gate = Gate()
 
     async def main() -> None:
@@ -819,9 +820,13 @@ def test_a_cancellation_behind_the_end_of_a_savepoint_says_that_it_is_kept(path:
                     await until(gate.entered.is_set)
                     tx._block.send(lambda: loop.call_soon_threadsafe(task.cancel))
 
+            async def outer(tx: AsyncTransaction) -> None:
+                async with tx.savepoint():
+                    await part(tx)
+
             loop = asyncio.get_running_loop()
             async with db.transaction() as tx:
-                task = asyncio.create_task(part(tx))
+                task = asyncio.create_task(outer(tx) if is_inside_another else part(tx))
                 await until(gate.entered.is_set)
                 await until(lambda: tx._block._requests.qsize() == 2)
                 with ThreadPoolExecutor(1) as threads:  # opens it while the loop stands still: the end comes before
@@ -830,8 +835,10 @@ def test_a_cancellation_behind_the_end_of_a_savepoint_says_that_it_is_kept(path:
                     await_done.result(DEADLINE)
                 with pytest.raises(asyncio.CancelledError) as cancelled:
                     await task
-            assert "what it has done stays in its transaction" in notes_of(cancelled.value)
-            assert await rows(db) == [1]
+            notes = notes_of(cancelled.value)
+            assert "what it has done stays in its transaction" in notes
+            assert ("does no more" in notes) is is_inside_another
+            assert await rows(db) == ([] if is_inside_another else [1])
 
     run(main)
 
