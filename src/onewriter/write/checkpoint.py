@@ -25,9 +25,6 @@ FEWEST = 100  # to which a small wal_limit brings that down: each checkpoint cos
 HOLD_BACK = 0.05  # seconds that new reads wait, at most, so that the log can be reset
 FAR = 2  # times wal_limit: a larger log is reported at once
 SOON, RARELY = 0.005, 1.0  # seconds after an attempt that failed until the next, at first and at most
-
-
-ROOM_AGAIN = 1.0  # seconds after an attempt to make room on a full disk that failed until the next
 LONG = 0.2  # seconds; a read that lasts longer will hardly end while new reads wait
 
 
@@ -145,7 +142,7 @@ class Checkpointer:
         if self._is_counting and now >= self._room_again_at and self._file.wal_bytes():
             self.attempt(self.empty, session)
             if self._file.wal_bytes():
-                self._room_again_at = now + ROOM_AGAIN
+                self._room_again_at = now + RARELY
 
     def is_due(self, session: WriteSession) -> bool:
         """Count what a batch wrote; whether it is time for a checkpoint."""

@@ -544,7 +544,7 @@ def test_a_full_disk_has_the_log_emptied_which_may_have_filled_it(
 def test_on_a_full_disk_a_log_that_cannot_be_emptied_is_left_alone_for_a_while(
     full: DbWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint, "ROOM_AGAIN", 1000.0)
+    monkeypatch.setattr(checkpoint, "RARELY", 1000.0)
     attempts: list[WriteSession] = []
     empty = checkpointer_of(full).empty
 
