@@ -377,8 +377,10 @@ def main() -> int:
             if monotonic() > end:
                 return
             tree = trees.get()
-            is_alive = tree.survives(mutant, tests.of(mutant))
-            trees.put(tree)
+            try:
+                is_alive = tree.survives(mutant, tests.of(mutant))
+            finally:
+                trees.put(tree)  # or the others wait for it without end
             outcomes["alive" if is_alive else "noticed"] += 1
             tried[mutant.file] += 1
             if is_alive:

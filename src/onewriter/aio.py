@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import sqlite3
 import sys
@@ -15,7 +16,7 @@ import threading
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, Literal, Self, TypeVar, overload
 
-from onewriter.base.arguments import check_label, check_timeout
+from onewriter.base.arguments import check_timeout
 from onewriter.base.call_site import called_from
 from onewriter.base.scopes import enclosing
 from onewriter.base.strict import Strict
@@ -27,6 +28,7 @@ from onewriter.errors import ReentrantWriteError, WriterClosedError
 from onewriter.events import announce
 from onewriter.gateway import DbWriter
 from onewriter.options import Options
+from onewriter.read.claim import reader_label
 from onewriter.read.read import Read, read_of, sql_read
 from onewriter.read.reader import FETCHONE
 from onewriter.sqlite.parameters import Params
@@ -426,10 +428,8 @@ class AsyncDbWriter(Strict):
         self, *, label: Label = None, timeout: Seconds = 30.0, after: After = None
     ) -> contextlib.AbstractAsyncContextManager[AsyncReader]:
         """As ``DbWriter.reader``, for ``async with``."""
-        label = check_label(label)
-        place = repr(label) if label else f"reader() in {called_from(sys._getframe(1))}"
-        reads = self._task_reads()
-        return ReaderEntry(reads, place, lambda: self._after(after, timeout, reads.here()))
+        place = reader_label(label, sys._getframe(1))
+        return ReaderEntry(self._task_reads(), place, functools.partial(self._after, after, timeout))
 
     @overload
     def watch(

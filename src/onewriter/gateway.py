@@ -14,7 +14,7 @@ from threading import get_ident
 from time import monotonic
 from typing import Any, Literal, Self, TypeVar, overload
 
-from onewriter.base.arguments import NOT_PLAIN, check_function, check_label, check_timeout
+from onewriter.base.arguments import NOT_PLAIN, check_function, check_timeout
 from onewriter.base.call_site import called_from
 from onewriter.base.log import warn_of_blocking
 from onewriter.base.scopes import enclosing
@@ -26,7 +26,7 @@ from onewriter.ends.backup import check_backup
 from onewriter.errors import ReentrantWriteError
 from onewriter.live.watch import Watch
 from onewriter.options import Options
-from onewriter.read.claim import Claim, new_claim
+from onewriter.read.claim import Claim, new_claim, reader_label
 from onewriter.read.read import Read, read_of, sql_read
 from onewriter.read.reader import FETCHONE, Reader, Snapshot
 from onewriter.sqlite.parameters import Params, capture
@@ -448,9 +448,8 @@ class DbWriter(Strict):
         Raises:
             ReadTimeoutError: no connection in time.
         """
-        label = check_label(label)
         check_timeout(timeout)
-        return self._reader(repr(label) if label else f"reader() in {called_from(sys._getframe(1))}", timeout, after)
+        return self._reader(reader_label(label, sys._getframe(1)), timeout, after)
 
     @contextlib.contextmanager
     def _reader(self, label: str, timeout: Seconds, after: After) -> Iterator[sqlite3.Connection]:

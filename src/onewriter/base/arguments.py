@@ -108,6 +108,8 @@ def check_no_params(params: object) -> None:
 
 
 def check_sql(sql: str) -> str:
+    if type(sql) is str:  # as nearly always
+        return sql
     if not isinstance(sql, str):
         raise TypeError(f"the SQL must be a str, not {type(sql).__name__}")
     return exact(sql)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import weakref
+from asyncio import _get_running_loop
 from collections.abc import Callable
 from contextvars import ContextVar
 from threading import get_ident
@@ -36,10 +37,6 @@ class Scope(Generic[S]):
         self._thread: threading.Thread | None = None
         self._task: asyncio.Task[Any] | None = None
         self._call_of_pool: Callable[[], object] | None = None
-
-    @property
-    def is_open(self) -> bool:
-        return self.what is not None
 
     def is_around(self) -> bool:
         """Whether the caller is inside, given that its context is."""
@@ -75,8 +72,11 @@ class Scopes(Generic[S]):
         """The scope is open until ``leave``, and as long as there is a reference to what this returns."""
         scope: Scope[S] = Scope(self, None, writes)
         scope._number, scope._thread = get_ident(), threading.current_thread()
-        scope._task, scope._call_of_pool = running_task(), _weakly(call_of_pool())
-        _innermost.set((weakref.ref(scope), _first_open(_innermost.get())))
+        scope._task = running_task()
+        call, node = call_of_pool(), _innermost.get()
+        if call is not None:
+            scope._call_of_pool = _weakly(call)
+        _innermost.set((weakref.ref(scope), node and _first_open(node)))
         scope.what = what  # the last step: a call that Ctrl-C ends has entered nothing
         return scope
 
@@ -86,7 +86,7 @@ class Scopes(Generic[S]):
         scope._call_of_pool = None
         node = _innermost.get()
         if node is not None and node[0]() is scope:
-            _innermost.set(_first_open(node[1]))
+            _innermost.set(node[1] and _first_open(node[1]))
 
     def inside(self, what: S, *, writes: bool) -> Inside:
         """For the ``with`` block the caller is inside ``what``."""
@@ -162,12 +162,10 @@ def _first_open(node: Node) -> Node:
     return None
 
 
-def _weakly(call: object | None) -> Callable[[], object] | None:
+def _weakly(call: object) -> Callable[[], object]:
     """A piece of work refers to a block that it has entered; with a reference back, the block would not be collected
     before the garbage collector runs.
     """
-    if call is None:
-        return None
     try:
         return weakref.ref(call)
     except TypeError:  # a frame
@@ -175,7 +173,5 @@ def _weakly(call: object | None) -> Callable[[], object] | None:
 
 
 def running_task() -> asyncio.Task[Any] | None:
-    try:
-        return asyncio.current_task()
-    except RuntimeError:  # no loop runs in this thread
-        return None
+    loop = _get_running_loop()
+    return None if loop is None else asyncio.current_task(loop)

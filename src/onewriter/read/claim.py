@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sqlite3
+import types
 from asyncio import AbstractEventLoop
 from collections.abc import Callable
 from threading import get_ident
@@ -11,6 +12,8 @@ from time import monotonic
 from types import SimpleNamespace
 from typing import Any, Protocol
 
+from onewriter.base.arguments import check_label
+from onewriter.base.call_site import place_of
 from onewriter.base.garbage import Search
 
 
@@ -51,6 +54,12 @@ class Claim(SimpleNamespace):
 
 
 NOBODY = Claim(label="", since=0.0, deadline=math.inf, thread=0)  # has what is idle
+
+
+def reader_label(label: str | None, frame: types.FrameType) -> str:
+    """The name of a ``reader()`` block, called from ``frame``, in messages and figures."""
+    label = check_label(label)
+    return repr(label) if label else f"reader() in {place_of(frame.f_code, frame.f_lasti)}"
 
 
 def new_claim(label: str, deadline: float = math.inf) -> Claim:

@@ -213,7 +213,7 @@ class ReaderPool(Places):
         reader = self._lent_to(claim) or self._leave(claim)
         if reader is None or reader.is_inherited:
             return
-        if reader.ends_later(functools.partial(self.end, claim)):
+        if (reader.inside or reader.shares) and reader.ends_later(functools.partial(self.end, claim)):
             return
         if vars(claim).setdefault("ends_in", get_ident()) != get_ident():
             return

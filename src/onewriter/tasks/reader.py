@@ -222,17 +222,17 @@ class ReaderEntry:
     _is_new = True
     _reader: AsyncReader | None = None  # as long as it is open
 
-    def __init__(self, reads: TaskReads, label: str, deadline: Callable[[], Awaitable[float]]) -> None:
+    def __init__(self, reads: TaskReads, label: str, deadline: Callable[[Any], Awaitable[float]]) -> None:
         self._reads = reads
         self._label = label
-        self._deadline = deadline  # waits for what the block is to see, and says until when it waits for a connection
+        self._deadline = deadline  # waits for what a block there is to see; returns until when it may wait itself
 
     async def __aenter__(self) -> AsyncReader:
         if not self._is_new:
             raise RuntimeError("a reader() block is entered once: call reader() again for another one")
         self._is_new = False
-        until = await self._deadline()
         here = self._reads.here()
+        until = await self._deadline(here)  # which waits for nothing inside another reader, whose snapshot stays
         reader = here if isinstance(here, AsyncReader) else await self._reads.reader(new_claim(self._label, until))
         reader.shares += 1
         self._scope = self._reads.state.scopes.enter(reader, writes=False)

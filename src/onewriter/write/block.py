@@ -156,8 +156,9 @@ class Block(Job[None]):
 
     def call_back(self, job: Any = None) -> None:
         """Its callbacks are called by who leaves it."""
-        if self.transaction is not None:
-            callbacks = self.transaction.callbacks(committed=self.failed_with is None)
+        loan = self.transaction
+        if loan is not None and loan.parts is not None:
+            callbacks = loan.callbacks(committed=self.failed_with is None)
             call_all_safely(self._state, [(callback,) for callback in callbacks])
 
     def lend(self, tx: WriteLoan) -> None:

@@ -167,8 +167,7 @@ def _end(block: ThreadBlock, turns: Turns, scope: Scope[Any] | None, failed: boo
         state.entering.discard(me)
         block.add_done_callback(block.call_back)
         raise
-    if loan.parts is not None:
-        block.call_back()
+    block.call_back()
 
 
 def _give_up(block: ThreadBlock, turns: Turns, scope: Scope[Any] | None, error: BaseException | None) -> None:
@@ -184,7 +183,7 @@ def _give_up(block: ThreadBlock, turns: Turns, scope: Scope[Any] | None, error: 
 
 def _forget(block: ThreadBlock, scope: Scope[Any] | None) -> None:
     block.entry = None
-    if scope is not None and scope.is_open:
+    if scope is not None and scope.what is not None:
         block._state.scopes.leave(scope)
     if block.loop is not None:
         block._state.forget_block(block)

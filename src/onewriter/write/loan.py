@@ -105,7 +105,7 @@ class WriteLoan:
     @property
     def is_inside(self) -> bool:
         """Whether the calling thread is in a call of it, so that no other can begin."""
-        return self._root._inside == get_ident()
+        return (self._around or self)._inside == get_ident()
 
     @property
     def label(self) -> str:
