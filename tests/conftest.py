@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import shutil
 import sqlite3
@@ -38,6 +39,15 @@ def bytecode(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Where no bytecode is to be written, it is not written there, but each child process does not compile all anew."""
     if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
         os.environ["PYTHONPYCACHEPREFIX"] = str(tmp_path_factory.mktemp("bytecode"))
+
+
+@pytest.fixture
+def no_collections() -> Iterator[None]:
+    """The garbage collector runs when it is called, and not by itself."""
+    thresholds = gc.get_threshold()
+    gc.set_threshold(0)
+    yield
+    gc.set_threshold(*thresholds)
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import gc
 import sqlite3
 import sys
 import threading
@@ -621,7 +620,7 @@ def test_what_a_signal_handler_raised_in_a_backup_comes_out(db: DbWriter) -> Non
 
 
 @pytest.fixture
-def dropped(one: DbWriter, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def dropped(one: DbWriter, monkeypatch: pytest.MonkeyPatch, no_collections: None) -> None:
     """The only connection is that of a generator in a reference cycle, which nobody can reach."""
 
     def rows() -> Iterator[Any]:
@@ -629,15 +628,11 @@ def dropped(one: DbWriter, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             yield from connection.execute("SELECT 1 UNION SELECT 2")
 
     monkeypatch.setattr(garbage, "LONG", 0.01)
-    thresholds = gc.get_threshold()
-    gc.set_threshold(0)  # none by itself
     cycle: list[Any] = [rows()]
     cycle.append(cycle)
     in_threads(functools.partial(next, cycle[0]))
     cycle = []
     assert pool_of(one).in_use == 1
-    yield
-    gc.set_threshold(*thresholds)
 
 
 @pytest.mark.usefixtures("dropped")
@@ -658,19 +653,15 @@ def test_close_ends_a_block_that_nobody_can_reach(one: DbWriter) -> None:
     one.close()
 
 
+@pytest.mark.usefixtures("no_collections")
 def test_close_is_not_refused_for_one_in_its_own_thread_that_nobody_can_reach(one: DbWriter) -> None:
-    thresholds = gc.get_threshold()
-    gc.set_threshold(0)
-    try:
-        cycle: list[Any] = [one.reader()]
-        cycle.append(cycle)
-        cycle[0].__enter__()
-        with pytest.raises(ReentrantWriteError, match="close waits for all readers"):
-            one.close()
-        cycle = []
+    cycle: list[Any] = [one.reader()]
+    cycle.append(cycle)
+    cycle[0].__enter__()
+    with pytest.raises(ReentrantWriteError, match="close waits for all readers"):
         one.close()
-    finally:
-        gc.set_threshold(*thresholds)
+    cycle = []
+    one.close()
 
 
 def test_the_collector_runs_for_a_block_only_if_others_wait_for_it(

@@ -473,6 +473,7 @@ def test_a_block_that_was_never_accepted_is_not_counted(path: Path) -> None:
     assert new_db.close().cancelled == 0
 
 
+@pytest.mark.usefixtures("no_collections")
 @pytest.mark.parametrize("who", ["a write", "close"])
 @pytest.mark.parametrize("is_alone", [True, False], ids=["alone", "behind others"])
 def test_a_block_that_nobody_can_reach_ends_when_others_wait(
@@ -490,24 +491,19 @@ def test_a_block_that_nobody_can_reach_ends_when_others_wait(
             raise AssertionError("it is never resumed")
 
     monkeypatch.setattr(garbage, "LONG", 0.01)
-    thresholds = gc.get_threshold()
-    gc.set_threshold(0)
-    try:
-        cycle: list[Any] = [writes()]
-        cycle.append(cycle)
-        with contextlib.nullcontext() if is_alone else parked(db) as release:
-            entered = ThreadPoolExecutor().submit(next, cycle[0])
-            if release is not None:
-                release.set()
-        entered.result(DEADLINE)
-        del entered
-        cycle = []
-        if who == "close":
-            assert db.close().failed == 1
-            return
-        db.run(INSERT, (2,), timeout=DEADLINE)
-    finally:
-        gc.set_threshold(*thresholds)
+    cycle: list[Any] = [writes()]
+    cycle.append(cycle)
+    with contextlib.nullcontext() if is_alone else parked(db) as release:
+        entered = ThreadPoolExecutor().submit(next, cycle[0])
+        if release is not None:
+            release.set()
+    entered.result(DEADLINE)
+    del entered
+    cycle = []
+    if who == "close":
+        assert db.close().failed == 1
+        return
+    db.run(INSERT, (2,), timeout=DEADLINE)
     assert rows(db) == [2]
 
 
@@ -527,6 +523,7 @@ def test_the_collector_runs_for_a_block_only_if_others_wait_for_it(
     ticket.result(DEADLINE)
 
 
+@pytest.mark.usefixtures("no_collections")
 def test_what_a_collected_generator_does_at_its_end_keeps_nobody_from_anything(
     db: DbWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -541,17 +538,12 @@ def test_what_a_collected_generator_does_at_its_end_keeps_nobody_from_anything(
             written.append(db.run(INSERT, (2,)).rowcount)
 
     monkeypatch.setattr(garbage, "LONG", 0.01)
-    thresholds = gc.get_threshold()
-    gc.set_threshold(0)
-    try:
-        cycle: list[Any] = [writes()]
-        cycle.append(cycle)
-        in_threads(functools.partial(next, cycle[0]))
-        cycle = []
-        db.run(INSERT, (1,), timeout=DEADLINE)
-        eventually(lambda: written == [1])
-    finally:
-        gc.set_threshold(*thresholds)
+    cycle: list[Any] = [writes()]
+    cycle.append(cycle)
+    in_threads(functools.partial(next, cycle[0]))
+    cycle = []
+    db.run(INSERT, (1,), timeout=DEADLINE)
+    eventually(lambda: written == [1])
 
 
 def test_a_program_that_has_turned_the_collector_off_is_not_held_up_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -592,16 +584,12 @@ def test_those_that_were_taken_with_a_dropped_block_wait_for_it_too(
     ticket.result(DEADLINE)
 
 
+@pytest.mark.usefixtures("no_collections")
 def test_close_ends_a_block_of_its_own_thread_that_nobody_can_reach(new_db: DbWriter) -> None:
-    thresholds = gc.get_threshold()
-    gc.set_threshold(0)
-    try:
-        cycle: list[Any] = [new_db.transaction()]
-        cycle.append(cycle)
-        cycle[0].__enter__()
-        with pytest.raises(ReentrantWriteError):
-            new_db.close()
-        cycle = []
-        assert new_db.close().failed == 1
-    finally:
-        gc.set_threshold(*thresholds)
+    cycle: list[Any] = [new_db.transaction()]
+    cycle.append(cycle)
+    cycle[0].__enter__()
+    with pytest.raises(ReentrantWriteError):
+        new_db.close()
+    cycle = []
+    assert new_db.close().failed == 1
