@@ -608,6 +608,37 @@ def test_a_savepoint_that_fails_after_what_is_around_it_has_ended_says_so(db: Db
     assert db.read("SELECT n FROM t") == [(1,)]
 
 
+def test_of_a_block_and_a_reader_that_cross_each_is_left_by_itself(db: DbWriter) -> None:
+    """As two generators of one thread may have them."""
+    block, reader = db.transaction(), db.reader()
+    tx = block.__enter__()
+    reader.__enter__()
+    tx.execute(INSERT, (1,))
+    block.__exit__(None, None, None)
+    assert db.read_value(COUNT) == 0
+    reader.__exit__(None, None, None)
+    assert db.read_value(COUNT) == 1
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_savepoint_that_fails_after_its_function_says_so_if_that_is_committed(db: DbWriter, fails: bool) -> None:
+    parts: list[contextlib.AbstractContextManager[None]] = []
+
+    def leave_open(tx: Transaction) -> None:
+        parts.append(tx.savepoint())
+        parts[0].__enter__()
+        tx.execute(INSERT, (1,))
+        if fails:
+            raise KeyError
+
+    with pytest.raises(KeyError) if fails else contextlib.nullcontext():
+        db.run(leave_open)
+    error = LookupError()
+    with contextlib.nullcontext() if fails else pytest.raises(TransactionClosedError):
+        parts[0].__exit__(LookupError, error, None)
+    assert db.read_value(COUNT) == (0 if fails else 1)
+
+
 def test_a_thread_with_the_number_of_an_ended_one_is_not_inside_though_it_has_the_context(db: DbWriter) -> None:
     context, block, numbers = contextvars.copy_context(), db.transaction(), []
 

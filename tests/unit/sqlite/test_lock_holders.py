@@ -87,6 +87,16 @@ def test_where_it_cannot_be_told_the_error_says_so(path: Path, monkeypatch: pyte
     assert "cannot be determined here" in notes_of(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("found", "text"), [(None, "the holder of SQLite's lock cannot be"), ([], "no holder of SQLite's lock was found")]
+)
+def test_that_nobody_was_found_is_not_said_where_none_can_be(
+    monkeypatch: pytest.MonkeyPatch, found: list[int] | None, text: str
+) -> None:
+    monkeypatch.setattr(lock_holders, "lock_holders", lambda path: found)
+    assert lock_holders.describe_lock("app.db").startswith(text)
+
+
 @linux
 def test_opening_names_the_holder_too(path: Path) -> None:
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:

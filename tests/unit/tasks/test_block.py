@@ -30,6 +30,7 @@ from onewriter import (
     WriteTimeoutError,
 )
 from onewriter.tasks import block as taskblock
+from onewriter.tasks.savepoint import SentPart
 from onewriter.write.loan import WriteLoan
 
 INSERT = "INSERT INTO t VALUES (?)"
@@ -839,6 +840,36 @@ def test_a_cancellation_behind_the_end_of_a_savepoint_says_that_it_is_kept(path:
             assert "what it has done stays in its transaction" in notes
             assert ("does no more" in notes) is is_inside_another
             assert await rows(db) == ([] if is_inside_another else [1])
+
+    run(main)
+
+
+def test_a_cancellation_while_a_savepoint_cannot_be_kept_says_so(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def keep(part: object) -> None:
+        begun.set()
+        go_on.wait(DEADLINE)
+        raise LookupError("no room")
+
+    monkeypatch.setattr(SentPart, "keep", keep)
+
+    async def main() -> None:
+        async with opened(path) as db:
+
+            async def part(tx: AsyncTransaction) -> None:
+                async with tx.savepoint():
+                    pass
+
+            async with db.transaction() as tx:
+                task = asyncio.create_task(part(tx))
+                await until(begun.is_set)
+                task.cancel()
+                await asyncio.sleep(0)
+                go_on.set()
+                with pytest.raises(asyncio.CancelledError) as cancelled:
+                    await task
+            assert "the savepoint could not be kept: LookupError('no room')" in notes_of(cancelled.value)
 
     run(main)
 

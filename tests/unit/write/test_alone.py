@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import sqlite3
 import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from time import monotonic
 from typing import Any, Literal, assert_type
 
 import pytest
@@ -228,6 +230,20 @@ def test_max_hold_ends_its_statement(path: Path) -> None:
         with pytest.raises(TransactionClosedError, match="max_hold"):
             db.run_without_transaction(lambda connection: connection.execute(ENDLESS).fetchall(), timeout=DEADLINE)
         db.run("CREATE TABLE t (n)")
+
+
+@pytest.mark.parametrize("max_hold", [0.02, math.inf])
+def test_an_error_that_max_hold_has_not_caused_is_the_functions_own(path: Path, max_hold: float) -> None:
+    error = sqlite3.OperationalError("its own")
+    error.sqlite_errorcode = sqlite3.SQLITE_ERROR if max_hold < DEADLINE else sqlite3.SQLITE_INTERRUPT
+    until = monotonic() + 0.04
+
+    def fail(connection: sqlite3.Connection) -> None:
+        eventually(lambda: monotonic() > until)
+        raise error
+
+    with DbWriter(path, max_hold=max_hold) as db, pytest.raises(sqlite3.OperationalError, match="its own"):
+        db.run_without_transaction(fail)
 
 
 def test_sqlites_lock_is_waited_for_as_long_as_lock_timeout(path: Path) -> None:

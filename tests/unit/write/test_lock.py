@@ -7,12 +7,24 @@ import logging
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, holding_lock, parked, policy_of, rows, until_waiting, waiting_for_lock, writer_of
+from helpers import (
+    DEADLINE,
+    eventually,
+    holding_lock,
+    parked,
+    policy_of,
+    queue_of,
+    rows,
+    until_waiting,
+    waiting_for_lock,
+    writer_of,
+)
 from onewriter import DbWriter, Transaction
 from onewriter.write import lock
 
@@ -197,3 +209,18 @@ def test_many_jobs_behind_a_busy_commit_wait_for_the_lock_once(path: Path) -> No
             errors = {str(ticket.exception(DEADLINE)) for ticket in tickets}
         assert errors == {"database is locked"}
         assert len(attempts) <= 2  # of the job that parks, and of them all
+
+
+def test_what_takes_the_lock_by_itself_is_not_refused_with_those_that_share_a_transaction(path: Path) -> None:
+    with DbWriter(path, lock_timeout=0.3) as db, ThreadPoolExecutor(1) as threads:
+        db.run("CREATE TABLE t (n)")
+        with holding_lock(path) as other:
+            first = db.enqueue("INSERT INTO t VALUES (1)")
+            until_waiting(db)
+            second = db.enqueue("INSERT INTO t VALUES (2)")
+            second.add_done_callback(lambda _: other.execute("COMMIT"))
+            alone = threads.submit(db.run_without_transaction, "INSERT INTO t VALUES (3)")
+            eventually(lambda: queue_of(db).depth == 2)  # these are taken together
+            assert alone.result(DEADLINE).rowcount == 1
+        assert {type(ticket.exception()) for ticket in (first, second)} == {sqlite3.OperationalError}
+        assert rows(db) == [3]

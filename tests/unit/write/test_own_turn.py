@@ -456,3 +456,18 @@ def test_a_block_looks_itself_at_whether_the_file_is_there(db: DbWriter, steps: 
         file_of(db).look_again_at = 0.0
     assert steps.take() == [("BEGIN", True), ("COMMIT", True)]
     assert file_of(db).look_again_at > 0.0
+
+
+@pytest.mark.parametrize("moment", ["before it", "in it"])
+def test_that_the_file_was_moved_is_known_as_soon_as_a_block_has_found_it(path: Path, moment: str) -> None:
+    with DbWriter(path) as db:
+        db.run("CREATE TABLE t (n)")
+        block = db.transaction()
+        if moment == "in it":
+            block.__enter__()
+        path.rename(path.with_name("elsewhere.db"))
+        file_of(db).look_again_at = 0.0  # a tenth of a second ago
+        with pytest.raises(WriterBrokenError, match="moved"):
+            block.__exit__(None, None, None) if moment == "in it" else block.__enter__()
+        assert db.health.startswith("broken")
+        assert db.close().failed == 1
