@@ -121,13 +121,16 @@ class Scopes(Generic[S]):
                     return what  # type: ignore[no-any-return]
         return None
 
-    def inherited(self) -> list[S]:
-        """The scopes of the caller's context, innermost first: its own, and those in which its task was created."""
+    def inherited(self, *, around: bool = False) -> list[S]:
+        """The scopes of the caller's context, innermost first: its own, and those in which its task was created;
+        ``around``: only those that the caller is inside."""
         found, node = [], _innermost.get()
         while node is not None:
             scope, node = node[0](), node[1]
-            what = None if scope is None or scope._scopes is not self else scope.what
-            if what is not None:
+            if scope is None or scope._scopes is not self:
+                continue
+            what = scope.what
+            if what is not None and (not around or scope.is_around()):
                 found.append(what)
         return found
 

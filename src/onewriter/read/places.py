@@ -20,7 +20,7 @@ from onewriter.base.waiting import thread_signal, wake
 from onewriter.errors import ReadTimeoutError, closed_error
 from onewriter.read.claim import NOBODY, Claim
 from onewriter.read.clock import GRACE, ReadClock
-from onewriter.read.reader import Reader
+from onewriter.read.reader import Reader, Snapshot
 
 LONG = 0.2  # seconds; a read that lasts longer will hardly end during a pause
 
@@ -104,9 +104,7 @@ class Places:
             self._line[claim] = None
             self._end_pause(monotonic())
             self._serve()
-            # It would wait for itself: a read in a row factory, say. It gets an additional one. A task never needs it.
-            is_needed = new_signal is thread_signal and claim.thread != 0 and self._has_one(claim.thread)
-            if is_needed and claim in self._line:
+            if claim in self._line and self._waits_for_itself(claim, new_signal is thread_signal):
                 self._count += 1
                 self._opening[claim] = None
                 del self._line[claim]
@@ -116,6 +114,16 @@ class Places:
             claim.signal = signal
         self.clock.set(monotonic() + garbage.LONG - GRACE)
         return False
+
+    def _waits_for_itself(self, claim: Claim, is_threads: bool) -> bool:
+        """Whether its caller has a connection, so that it needs an additional one: for a read in a row factory, say, or
+        a reader() in a block in a reader(). In a factory a task never is.
+        """
+        if claim.thread == 0:  # it is not the calling thread's
+            return False
+        if is_threads and self._has_one(claim.thread):
+            return True
+        return any(isinstance(here.lends(), Snapshot) for here in self._state.scopes.inherited(around=True))
 
     def check_admitted(self, claim: Claim) -> None:
         """To be called when the wait for its signal is over; raises the error if it has no connection."""

@@ -55,6 +55,42 @@ def test_waiters_for_a_connection_are_served_in_order_or_told(one: DbWriter) -> 
     assert served == [0, 1, 2, 3]
 
 
+def test_who_is_in_a_reader_waits_for_none_but_gets_an_additional_connection(one: DbWriter) -> None:
+    with one.reader() as before, one.transaction() as tx:
+        tx.execute(INSERT, (1,))
+        with one.reader() as apart, one.transaction(), one.reader() as another:
+            for connection in (before, apart, another):
+                assert connection.execute(COUNT).fetchone() == (0,)
+        with one.watch(COUNT) as live:
+            assert live.next(timeout=DEADLINE) == [(0,)]
+        assert pool_of(one).in_use == 1
+    assert (pool_of(one).in_use, one.read_value(COUNT)) == (0, 1)
+
+
+def test_who_is_in_a_block_only_waits_as_all_do(one: DbWriter) -> None:
+    reader = one.reader()
+    in_threads(reader.__enter__)
+    with one.transaction(), pytest.raises(ReadTimeoutError), one.reader(timeout=0.0):
+        pass
+    reader.__exit__(None, None, None)
+
+
+def test_so_does_a_task(one: DbWriter) -> None:
+    async def main() -> None:
+        db = AsyncDbWriter.wrap(one)
+        async with db.reader() as before, db.transaction() as tx:
+            await tx.execute(INSERT, (1,))
+            async with db.reader() as apart, db.transaction(), db.reader() as another:
+                for snapshot in (before, apart, another):
+                    assert (await snapshot.execute(COUNT)).rows == [(0,)]
+            async with db.watch(COUNT) as live:
+                assert await anext(live) == [(0,)]
+        assert await db.read_value(COUNT) == 1
+
+    asyncio.run(main())
+    assert pool_of(one).in_use == 0
+
+
 @pytest.mark.parametrize("how", ["read", "function", "reader", "backup"])
 def test_a_read_in_too_deep_a_recursion_gives_its_connection_back(
     one: DbWriter, how: str, path: Path, monkeypatch: pytest.MonkeyPatch
