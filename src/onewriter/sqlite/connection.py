@@ -40,12 +40,14 @@ def open_writer(
     policy: LockPolicy,
     log: Callable[[bool, str], object],
     make: Callable[[sqlite3.Connection, Guard], T],
+    *,
+    again: bool,
 ) -> T:
     """Open and configure the write connection; returns ``make(connection, guard)``, which may read.
 
-    Retries while other connections that open or close hold a lock.
+    Retries while other connections that open or close hold a lock. ``again``: it was open before.
     """
-    return _open(settings, policy, log, lambda: _writer(settings, guard, make))
+    return _open(settings, policy, log, lambda: _writer(settings, guard, make, again))
 
 
 def open_reader(
@@ -110,7 +112,7 @@ def is_closed(connection: sqlite3.Connection) -> bool:
 def close_whole(connection: sqlite3.Connection, journal_mode: str) -> bool:
     """Close it; returns whether a transaction was open, which is rolled back.
 
-    Raises SQLite's error if ``journal_mode``, which is stored in the file, was changed and cannot be restored.
+    Raises SQLite's error if ``journal_mode``, which the file had before, was changed and cannot be restored.
     """
     try:
         # A statement that was not read to its end would outlive the connection, and with it its lock.
@@ -122,7 +124,7 @@ def close_whole(connection: sqlite3.Connection, journal_mode: str) -> bool:
         connection.set_progress_handler(None, 0)
         if was_open:
             sqlite3.Connection.execute(connection, "ROLLBACK").close()  # which, unlike rollback(), heeds no mode
-        if pragma(connection, "journal_mode").upper() != journal_mode:
+        if pragma(connection, "journal_mode") != journal_mode:
             pragma(connection, "journal_mode", journal_mode)
         return was_open
     finally:
@@ -169,7 +171,7 @@ def _open(settings: Settings, policy: LockPolicy, log: Callable[[bool, str], obj
         raise named from error
 
 
-def _writer(settings: Settings, guard: Guard, make: Callable[[sqlite3.Connection, Guard], T]) -> T:
+def _writer(settings: Settings, guard: Guard, make: Callable[[sqlite3.Connection, Guard], T], again: bool) -> T:
     connection = _connect(settings, "rwc")
     with _closing_on_error(connection):
         # Reads the header: a file that is not a database is refused here, before anything is written.
@@ -177,7 +179,7 @@ def _writer(settings: Settings, guard: Guard, make: Callable[[sqlite3.Connection
         for name, value in settings.pragmas.items():
             if name.lower() in BEFORE_WAL:
                 pragma(connection, name, value)
-        _set_journal_mode(connection, settings)
+        _set_journal_mode(connection, settings, again)
         configure(connection, settings, ["main"])
         _call_hook(connection, settings, guard, readonly=False)
         pragma(connection, "locking_mode", "NORMAL")
@@ -187,10 +189,15 @@ def _writer(settings: Settings, guard: Guard, make: Callable[[sqlite3.Connection
         return make(connection, guard)
 
 
-def _set_journal_mode(connection: sqlite3.Connection, settings: Settings) -> None:
+def _set_journal_mode(connection: sqlite3.Connection, settings: Settings, again: bool) -> None:
     before = mode = pragma(connection, "journal_mode")
     if mode.upper() != settings.journal_mode:
-        mode = pragma(connection, "journal_mode", settings.journal_mode)
+        try:
+            mode = pragma(connection, "journal_mode", settings.journal_mode)
+        except sqlite3.OperationalError as error:
+            if again and is_busy(error):  # another program has switched it, and somebody has it open: so it stays
+                return
+            raise
     if mode.upper() != settings.journal_mode:
         raise cannot_open(
             settings.path, f"journal_mode={settings.journal_mode} was refused ({mode} is in force), {NO_WAL}"

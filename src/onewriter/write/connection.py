@@ -10,7 +10,7 @@ from onewriter.base.state import State
 from onewriter.sqlite.connection import close_whole, configure, is_closed, open_whole, open_writer
 from onewriter.sqlite.file import DatabaseFile, exposure
 from onewriter.sqlite.guard import Guard
-from onewriter.sqlite.pragma_values import set_pragma
+from onewriter.sqlite.pragma_values import pragma, set_pragma
 from onewriter.sqlite.retry import FAILURES, LockPolicy
 from onewriter.sqlite.settings import Settings
 from onewriter.write.checkpoint import Checkpointer
@@ -43,11 +43,14 @@ class WriteConnection:
         self._state = state
         self.file = file
         self._checkpointer = checkpointer
+        self._mode_before = ""  # the file's journal mode, before a function had its own connection
 
     def open(self) -> WriteSession:
         """Open it, or raise why that cannot be."""
         self.file.check()  # SQLite would create it again
-        session = open_writer(self._settings, self.guard, self._policy, self.tell_waiting, self._new_session)
+        again = self.file.identity is not None
+        make, tell = self._new_session, self.tell_waiting
+        session = open_writer(self._settings, self.guard, self._policy, tell, make, again=again)
         self.session = session
         try:
             self.file.remember(session.files.values(), session.logs.values())
@@ -67,8 +70,9 @@ class WriteConnection:
         meanwhile, idle, so that the other one is not the last: closing that would checkpoint, and delete the log.
         """
         self.file.check()  # a file that has taken the place of ours must not be opened
-        self.whole = open_whole(self._settings, self.guard, self._policy, self.tell_waiting)
-        return self.whole
+        self.whole = whole = open_whole(self._settings, self.guard, self._policy, self.tell_waiting)
+        self._mode_before = pragma(whole, "journal_mode")
+        return whole
 
     def close_whole(self) -> bool:
         """Returns whether a transaction was open, and is rolled back."""
@@ -78,7 +82,7 @@ class WriteConnection:
         try:
             if is_closed(connection):  # by the function, which may have changed the file's journal mode
                 connection = open_whole(self._settings, self.guard, self._policy, self.tell_waiting)
-            was_open = close_whole(connection, self._settings.journal_mode)
+            was_open = close_whole(connection, self._mode_before)
         finally:
             self._checkpointer.count_others()
         self.file.check()

@@ -187,7 +187,9 @@ class Writer:
             return
         if self.state.live is not None:
             call_safely(self.state, self.state.live.look, self._connection.session)
-        if self._checkpointer.has_work and monotonic() - self._lock.released_at >= IDLE:
+        now = monotonic()
+        # Of a log that was lost meanwhile, it would write over what others have written since.
+        if self._checkpointer.has_work and now - self._lock.released_at >= IDLE and not self._is_moved(now):
             self._checkpointer.attempt(self._checkpointer.empty, self._connection.session)
 
     def end(self, patience: float | None = None) -> None:

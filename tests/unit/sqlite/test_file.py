@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from helpers import drop_session, file_of, names_in, run_child
+from helpers import drop_session, eventually, file_of, names_in, run_child
 from onewriter import DbWriter, WriterBrokenError
 from onewriter.sqlite import file
 
@@ -220,13 +220,13 @@ def take_for_last(path: Path) -> None:
     lose_log(path)
 
 
-WRITES_AND_IS_KILLED = """
+WRITES = """
 import os, signal, sqlite3
 connection = sqlite3.connect({path!r}, isolation_level=None)
 connection.execute("PRAGMA journal_mode = WAL")
 connection.execute("INSERT INTO t VALUES (100)")
-os.kill(os.getpid(), signal.SIGKILL)
 """
+WRITES_AND_IS_KILLED = f"{WRITES}os.kill(os.getpid(), signal.SIGKILL)\n"
 
 
 def seen_by_others(path: Path) -> str:
@@ -256,6 +256,17 @@ def test_a_log_that_is_lost_is_as_good_as_the_file(path: Path, away: Callable[[P
                 call()
         assert db.health.startswith("broken: ")
     assert seen_by_others(path) == "[(1,)]"
+
+
+def test_an_idle_gateway_does_not_write_a_lost_log_over_what_others_have_written(path: Path) -> None:
+    with DbWriter(path) as db:
+        db.run("CREATE TABLE t (n)")
+        db.checkpoint()
+        db.run(INSERT, (1,))
+        lose_log(path)
+        run_child(WRITES.format(path=str(path)))
+        eventually(lambda: db.health.startswith("broken"))
+    assert seen_by_others(path) == "[(100,)]"
 
 
 @pytest.mark.parametrize("is_noticed", [True, False])

@@ -425,3 +425,22 @@ def test_an_error_of_a_function_leaves_its_commit_unknown_only_if_something_may_
     with pytest.raises(CommitUnknownError if unknown else sqlite3.OperationalError):
         new_db.run_without_transaction(fail)
     assert (new_db.health == "ok") is not unknown
+
+
+@pytest.mark.parametrize("stays", [False, True])
+def test_a_file_that_another_program_has_switched_to_wal_is_written_as_before(path: Path, stays: bool) -> None:
+    """The gateway's own readers, or the other program, keep it from being switched back."""
+    with DbWriter(path, journal_mode="DELETE") as db:
+        db.run("CREATE TABLE t (n)")
+        with contextlib.closing(sqlite3.connect(path)) as other:
+            other.execute("PRAGMA journal_mode = WAL")
+            if not stays:
+                other.close()
+            assert db.read("SELECT n FROM t") == []
+            db.run_without_transaction("VACUUM")
+            db.run("INSERT INTO t VALUES (1)")
+            db.run_without_transaction(lambda connection: connection.execute("INSERT INTO t VALUES (2)").close())
+            assert db.read("SELECT n FROM t") == [(1,), (2,)]
+            assert db.stats().wal_bytes > 0  # known now, and kept small
+    with DbWriter(path, journal_mode="DELETE") as db:
+        assert db.read_value("PRAGMA journal_mode") == "delete"
