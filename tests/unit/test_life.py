@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sqlite3
@@ -109,3 +110,11 @@ def test_a_private_database_whose_gateway_was_not_built_leaves_no_folder(
     with pytest.raises(LookupError):
         DbWriter(":memory:")
     assert os.listdir(tmp_path) == []
+
+
+def test_a_file_that_somebody_has_open_in_wal_mode_is_not_opened_in_another(path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(path)) as other:
+        other.execute("PRAGMA journal_mode = WAL")
+        other.execute("CREATE TABLE t (n)")
+        with pytest.raises(sqlite3.OperationalError, match="cannot open"):
+            DbWriter(path, journal_mode="DELETE", lock_timeout=0.05)
