@@ -44,8 +44,8 @@ class Fate:
         with contextlib.closing(sqlite3.connect(path)) as connection:
             rows = [n for (n,) in connection.execute("SELECT n FROM t")]
         found = set(rows)
-        outcome.acknowledged = len(self.there)
-        outcome.lost = len(self.there - found)
+        outcome.acknowledged += len(self.there)
+        outcome.lost += len(self.there - found)
         if self.there - found:
             outcome.find(f"acknowledged, and not there: {sorted(self.there - found)[:9]}")
         if self.undone & found:

@@ -8,7 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from experiments import badinput, hands, histories, interrupts, oddities, recipes, schedules, soak, tasks, watches
+from experiments import (
+    badinput,
+    hands,
+    histories,
+    interrupts,
+    oddities,
+    programs,
+    recipes,
+    schedules,
+    soak,
+    tasks,
+    watches,
+)
 from experiments.histories import Call, linearizable
 from onewriter import DbWriter
 
@@ -64,6 +76,20 @@ def test_tasks_that_are_cancelled_or_have_no_time_lose_nothing(tmp_path: Path) -
     outcome = tasks.run(1500, 1, tmp_path)
     assert outcome.good, outcome
     assert outcome.acknowledged > 10
+
+
+def test_programs_of_tasks_end_as_their_tasks_were_told(tmp_path: Path) -> None:
+    outcome = programs.run(12, 1, tmp_path)
+    assert outcome.good, outcome
+    assert outcome.acknowledged > 20
+    assert min(outcome.notes[ending] for ending in ("committed", "rolled back")) > 5
+
+
+def test_programs_of_tasks_find_failed_savepoints_that_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onewriter.tasks.savepoint.SentPart.undo", lambda part, error: None)
+    found = "\n".join(programs.run(12, 1, tmp_path).findings)
+    assert "rolled back or withdrawn, and there" in found
+    assert "not called" in found
 
 
 def test_blocks_and_readers_that_go_from_hand_to_hand_keep_what_they_promise(tmp_path: Path) -> None:
