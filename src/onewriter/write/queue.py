@@ -134,9 +134,7 @@ class JobQueue(queue.Queue[Job[Any]]):
             elif getattr(job, "_is_queued", False):
                 self._bounded -= job.bounded
                 self._withdrawn.add(job)
-                self._made_room()
-                if self._asleep and self.queue:
-                    self._wake()
+                self._made_room()  # what comes in wakes nobody: the consumer is awake, since this job was queued
                 if 2 * len(self._withdrawn) > len(self.queue) + FEW:
                     self._tidy()
 

@@ -468,13 +468,20 @@ def test_a_ticket_of_before_a_waiting_block_may_be_waited_for_in_the_loop(db: Db
     asyncio.run(main())
 
 
-def test_a_full_queue_never_makes_a_task_wait_whose_loop_has_a_block(path: Path) -> None:
+@pytest.mark.parametrize("is_inside", [True, False])
+def test_a_full_queue_never_makes_a_task_wait_whose_loop_has_a_block(path: Path, is_inside: bool) -> None:
     async def main() -> None:
         with DbWriter(path, maxsize=2) as db:
             db.run("CREATE TABLE t (n)")
+
+            async def enqueue() -> list[Any]:
+                return [db.enqueue(INSERT, (n,)) for n in range(5)]
+
             async with both(db) as shared:
+                outside = contextvars.copy_context()
                 async with shared.transaction():
-                    tickets = [db.enqueue(INSERT, (n,)) for n in range(5)]
+                    other = asyncio.create_task(enqueue(), context=None if is_inside else outside)
+                    tickets = await other
                 await asyncio.gather(*tickets)
             assert db.read_value(COUNT) == 5
 

@@ -689,6 +689,25 @@ def test_close_ends_a_block_that_nobody_can_reach(one: DbWriter) -> None:
     one.close()
 
 
+def test_close_is_refused_on_the_thread_of_a_loop_whose_task_is_in_a_reader(one: DbWriter) -> None:
+    async def main() -> None:
+        entered, leave = asyncio.Event(), asyncio.Event()
+
+        async def hold() -> None:
+            with one.reader():
+                entered.set()
+                await leave.wait()
+
+        holding = asyncio.create_task(hold())
+        await entered.wait()
+        with pytest.raises(ReentrantWriteError):
+            one.close(timeout=None)
+        leave.set()
+        await holding
+
+    asyncio.run(main())
+
+
 @pytest.mark.usefixtures("no_collections")
 def test_close_is_not_refused_for_one_in_its_own_thread_that_nobody_can_reach(one: DbWriter) -> None:
     cycle: list[Any] = [one.reader()]

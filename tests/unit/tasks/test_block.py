@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from aio_helpers import Gate, beats, left_in_a_closed_loop, opened, rows, run, until, writer_parked
-from helpers import DEADLINE, eventually, notes_of, state_of
+from helpers import DEADLINE, eventually, notes_of, raising, state_of
 from onewriter import (
     AsyncDbWriter,
     AsyncTransaction,
@@ -32,6 +32,7 @@ from onewriter import (
 from onewriter.tasks import block as taskblock
 from onewriter.tasks.savepoint import SentPart
 from onewriter.write.loan import WriteLoan
+from onewriter.write.parts import Parts
 
 INSERT = "INSERT INTO t VALUES (?)"
 ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
@@ -840,6 +841,21 @@ def test_a_cancellation_behind_the_end_of_a_savepoint_says_that_it_is_kept(path:
             assert "what it has done stays in its transaction" in notes
             assert ("does no more" in notes) is is_inside_another
             assert await rows(db) == ([] if is_inside_another else [1])
+
+    run(main)
+
+
+def test_a_savepoint_that_cannot_be_kept_is_undone(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Parts, "end", raising(LookupError))
+
+    async def main() -> None:
+        async with opened(path) as db:
+            async with db.transaction() as tx:
+                await tx.execute(INSERT, (1,))
+                with pytest.raises(LookupError):
+                    async with tx.savepoint():
+                        await tx.execute(INSERT, (2,))
+            assert await rows(db) == [1]
 
     run(main)
 
