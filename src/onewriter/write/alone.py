@@ -43,7 +43,6 @@ def call_alone(job: ConnectionJob[T], writer: WriteConnection, state: State, max
         failure = error
         raise
     finally:
-        del connection
         _end(job, writer, state, failure)
 
 

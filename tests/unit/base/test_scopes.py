@@ -589,6 +589,15 @@ def test_savepoints_of_threads_that_cross_are_told_and_lose_nothing_in_silence(d
     assert db.read("SELECT n FROM t") == [(1,), (2,)]
 
 
+def test_a_savepoint_that_fails_after_its_block_was_rolled_back_has_nothing_more_to_say(db: DbWriter) -> None:
+    block = db.transaction()
+    part = block.__enter__().savepoint()
+    in_threads(part.__enter__)
+    with pytest.raises(KeyError):
+        raise_through(block, KeyError())
+    in_threads(lambda: part.__exit__(LookupError, LookupError(), None))
+
+
 @pytest.mark.parametrize("ends_with", ["the block", "another savepoint", "one that fails"])
 def test_a_savepoint_that_fails_after_what_is_around_it_has_ended_says_so(db: DbWriter, ends_with: str) -> None:
     """Its own error alone would say that it was undone."""

@@ -878,3 +878,28 @@ def test_a_thread_may_close_although_the_read_of_a_loop_that_it_has_closed_still
     threading.Timer(0.05, gate.open.set).start()
     db.close()
     assert not task.done()
+
+
+def test_a_reader_that_has_read_is_ended_as_its_loop_is_closed(one: DbWriter) -> None:
+    blocks: list[object] = []
+
+    async def main() -> None:
+        blocks.append(AsyncDbWriter.wrap(one).reader())
+        snapshot = await blocks[0].__aenter__()  # type: ignore[attr-defined]
+        await snapshot.execute(COUNT)
+        blocks.append(snapshot)
+
+    asyncio.run(main())
+    assert one.read_value(COUNT, timeout=DEADLINE) == 0
+
+
+def test_a_call_that_is_given_up_leaves_the_reader_its_connection(one: DbWriter) -> None:
+    async def main() -> None:
+        async with AsyncDbWriter.wrap(one).reader() as snapshot:
+            call = snapshot.execute(LONG)
+            call.send(None)
+            call.close()  # as where its task is collected
+            assert (await snapshot.execute(COUNT)).fetchone() == (0,)
+            assert pool_of(one).in_use == 1
+
+    asyncio.run(main())

@@ -179,6 +179,25 @@ def test_an_exception_that_refuses_notes_or_has_no_text_reaches_its_caller_and_t
     assert any_db.run("SELECT 1").fetchone() == (1,)
 
 
+class InterruptingError(Exception):
+    @property
+    def __notes__(self) -> Any:
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("inline", "error"), [(True, KeyboardInterrupt), (False, InterruptingError)])
+def test_an_interrupt_in_the_midst_of_a_note_comes_out_of_an_inline_gateway_only(
+    path: Path, inline: bool, error: type[BaseException]
+) -> None:
+    def job(tx: Transaction) -> None:
+        raise InterruptingError
+
+    with DbWriter(path, inline=inline) as db:
+        with pytest.raises(error):
+            db.run(job)
+        assert db.run("SELECT 1").fetchone() == (1,)
+
+
 def test_an_error_about_rows_that_a_busy_commit_undid_is_not_told(path: Path) -> None:
     with DbWriter(path, journal_mode="DELETE", lock_timeout=0.05) as db:
         db.run("CREATE TABLE t (k UNIQUE)")

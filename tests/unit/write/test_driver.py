@@ -99,7 +99,8 @@ def interrupt(connection, readonly):
 
 try:
     DbWriter(path, on_connect=interrupt)
-except ERROR:
+except ERROR as error:
+    kept = error  # and with it the frames that have what was opened
     interrupted.set()
     eventually(lambda: threading.active_count() == 1)
     print(*enders)
