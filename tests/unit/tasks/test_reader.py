@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from aio_helpers import Gate, beats, keep_busy, left_in_a_closed_loop, opened, rows, run, until
-from helpers import DEADLINE, eventually, pool_of, raises, raising, threads_of
+from helpers import DEADLINE, eventually, in_threads, pool_of, raises, raising, threads_of
 from onewriter import AsyncDbWriter, DbWriter, ReadTimeoutError, ReentrantWriteError, WriterClosedError
 from onewriter.read.claim import new_claim
 from onewriter.read.reader import Snapshot
@@ -889,7 +889,7 @@ def test_a_reader_that_has_read_is_ended_as_its_loop_is_closed(one: DbWriter) ->
         await snapshot.execute(COUNT)
         blocks.append(snapshot)
 
-    asyncio.run(main())
+    in_threads(lambda: asyncio.run(main()))
     assert one.read_value(COUNT, timeout=DEADLINE) == 0
 
 

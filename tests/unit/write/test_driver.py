@@ -109,6 +109,31 @@ except ERROR as error:
     assert (child.stdout, child.returncode) == ("app.db-writer\n", 0), child.stderr
 
 
+def test_an_opening_that_waits_for_a_lock_ends_with_ctrl_c(path: Path) -> None:
+    code = """
+import sqlite3
+from helpers import eventually
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+holder = sqlite3.connect(path, isolation_level=None)
+holder.execute("BEGIN EXCLUSIVE")
+
+def interrupt():
+    eventually(lambda: any(thread.name == "app.db-writer" for thread in threading.enumerate()))
+    signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+threading.Thread(target=interrupt).start()
+try:
+    DbWriter(path, lock_timeout=1000.0)
+except KeyboardInterrupt as error:
+    kept = error
+    eventually(lambda: threading.active_count() == 1)
+    print("ended")
+"""
+    child = run_child(child_code(path, code))
+    assert (child.stdout, child.returncode) == ("ended\n", 0), child.stderr
+
+
 class Turn:
     """A lock in whose taking and giving something else happens, as a signal does."""
 
