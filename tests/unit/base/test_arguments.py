@@ -6,7 +6,7 @@ import asyncio
 import enum
 import functools
 import sqlite3
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -149,3 +149,32 @@ def test_options_may_be_members_of_an_enumeration_of_strings(path: Path) -> None
         db.run(Word.ROWS)
         assert db.read("SELECT * FROM t") == [(1,)]
         assert db.run("PRAGMA journal_mode").fetchone() == ("truncate",)
+
+
+LABELLED: list[Callable[[Any], object]] = [
+    lambda db: db.run("SELECT 1", label=5),
+    lambda db: db.run(lambda tx: None, label=5),
+    lambda db: db.enqueue("SELECT 1", label=5),
+    lambda db: db.run_many("SELECT ?", [(1,)], label=5),
+    lambda db: db.enqueue_many("SELECT ?", [(1,)], label=5),
+    lambda db: db.run_script("SELECT 1", label=5),
+    lambda db: db.run_without_transaction("SELECT 1", label=5),
+    lambda db: db.migrate(["SELECT 1"], label=5),
+    lambda db: db.transaction(label=5),
+    lambda db: db.read("SELECT 1", label=5),
+    lambda db: db.read(lambda connection: None, label=5),
+    lambda db: db.reader(label=5),
+    lambda db: db.watch("SELECT 1", label=5),
+]
+
+
+@pytest.mark.parametrize("call", LABELLED)
+def test_a_label_is_a_str(path: Path, call: Callable[[Any], object]) -> None:
+    async def main() -> None:
+        async with AsyncDbWriter(path) as db:
+            with pytest.raises(TypeError, match="label must be a str"):
+                call(db)
+
+    with DbWriter(path) as db, pytest.raises(TypeError, match="label must be a str"):
+        call(db)
+    asyncio.run(main())

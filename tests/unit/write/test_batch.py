@@ -181,7 +181,7 @@ def test_an_exception_that_refuses_notes_or_has_no_text_reaches_its_caller_and_t
 
 class InterruptingError(Exception):
     @property
-    def __notes__(self) -> Any:
+    def __notes__(self) -> Any:  # type: ignore[override]
         raise KeyboardInterrupt
 
 
