@@ -370,13 +370,18 @@ def grow(db: DbWriter) -> None:
 
 @pytest.mark.parametrize("inline", [False, True])
 @pytest.mark.parametrize("is_empty", [True, False])
-def test_a_file_that_is_overwritten_by_a_smaller_one_is_told_as_that(path: Path, inline: bool, is_empty: bool) -> None:
+@pytest.mark.parametrize("has_log", [True, False])
+def test_a_file_that_is_overwritten_by_a_smaller_one_is_told_as_that(
+    path: Path, inline: bool, is_empty: bool, has_log: bool
+) -> None:
     small = path.parent / "small.db"
     with DbWriter(small) as db:
         db.run("CREATE TABLE t (n, text)")
     with DbWriter(path, inline=inline) as db:
         grow(db)
         db.checkpoint()
+        if has_log:
+            db.run("INSERT INTO t VALUES (0, '')")
         if is_empty:
             path.write_bytes(b"")
         else:
@@ -556,3 +561,24 @@ def test_logs_that_go_with_a_close_in_this_moment_are_not_lost(path: Path, monke
         file.check_logs()
         monkeypatch.undo()
         file._logs = logs
+
+
+@pytest.mark.parametrize("moment", ["before a job", "as it is closed"])
+def test_an_error_of_a_look_at_the_log_means_nothing(path: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+    stat = os.stat
+
+    def fail(name: Any, *args: Any, **options: Any) -> os.stat_result:
+        if str(name).endswith("-wal"):
+            raise OSError(errno.EIO, "Input/output error")
+        return stat(name, *args, **options)
+
+    with DbWriter(path) as db:
+        db.run("CREATE TABLE t (n)")
+        monkeypatch.setattr(os, "stat", fail)
+        if moment == "before a job":
+            file_of(db).look_again_at = 0.0
+            db.run(INSERT, (1,))
+            assert db.health == "ok"
+            monkeypatch.undo()
+    monkeypatch.undo()
+    assert names_in(path.parent) == ["app.db"]

@@ -795,3 +795,10 @@ def test_a_lent_connection_tells_its_configuration_where_python_can(new_db: DbWr
     with new_db.transaction() as tx:
         told = None if option is None else getattr(tx.connection, "getconfig")(option)  # noqa: B009 - from 3.12 on
     assert told is (None if option is None else True)
+
+
+def test_a_function_cannot_be_created_when_the_loan_has_ended(db: DbWriter) -> None:
+    with db.transaction() as tx:
+        connection = tx.connection
+    with pytest.raises(sqlite3.ProgrammingError):
+        connection.create_function("f", 0, lambda: 1)
