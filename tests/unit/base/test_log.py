@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import sqlite3
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, handling, in_threads, parked, raising, run_child, state_of
+from helpers import DEADLINE, eventually, handling, in_threads, parked, raising, run_child, state_of
 from onewriter import AsyncDbWriter, DbWriter, Transaction
 from onewriter.base import log, waiting
 from onewriter.write import outcomes
@@ -368,3 +370,24 @@ def test_a_failure_is_said_before_who_waits_for_a_later_job_of_its_batch_is_woke
 def test_an_error_without_a_text_is_called_by_its_type() -> None:
     assert log.text_of(MemoryError()) == "MemoryError"
     assert log.text_of(MemoryError("no room")) == "no room"
+
+
+def test_nothing_of_a_failure_is_kept_when_it_was_told(path: Path) -> None:
+    class OwnError(Exception):
+        pass
+
+    known: list[weakref.ref[BaseException]] = []
+
+    def fail(tx: Transaction) -> None:
+        error = OwnError()
+        known.append(weakref.ref(error))
+        raise error
+
+    def is_gone() -> bool:
+        gc.collect()
+        return known[0]() is None
+
+    with DbWriter(path) as db, handling(lambda record: None):
+        db.enqueue(fail)
+        db.flush()
+        eventually(is_gone)

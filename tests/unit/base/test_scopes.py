@@ -624,6 +624,16 @@ def test_a_savepoint_that_fails_after_what_is_around_it_has_ended_says_so(db: Db
     assert db.read("SELECT n FROM t") == [(1,)]
 
 
+@pytest.mark.parametrize(("mode", "text"), [("WAL", "inside a job, block or callback"), ("DELETE", "inside a reader")])
+def test_a_refused_wait_says_what_it_is_inside(path: Path, mode: Any, text: str) -> None:
+    with (
+        DbWriter(path, journal_mode=mode) as db,
+        db.transaction() if mode == "WAL" else db.reader(),
+        pytest.raises(ReentrantWriteError, match=text),
+    ):
+        db.flush()
+
+
 def test_of_a_block_and_a_reader_that_cross_each_is_left_by_itself(db: DbWriter) -> None:
     """As two generators of one thread may have them."""
     block, reader = db.transaction(), db.reader()
