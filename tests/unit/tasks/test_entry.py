@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import gc
 import sqlite3
 import threading
@@ -263,7 +264,7 @@ def test_a_task_that_is_collected_with_its_loop_gives_its_reader_back_once(two_r
 
 def waiting_task(db: DbWriter, loop: asyncio.AbstractEventLoop) -> asyncio.Task[None]:
     """One that waits for a connection, all of which are in use."""
-    task = loop.create_task(read_for_ever(db))
+    task = loop.create_task(read_for_ever(db), context=contextvars.Context())  # not inside the caller's reader()
     while not pool_of(db).waiting:
         turn(loop)
     return task
