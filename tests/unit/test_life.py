@@ -12,7 +12,19 @@ from typing import Any
 
 import pytest
 
-from helpers import child_code, in_threads, parked, raises, raising, rows_in, run_child
+from helpers import (
+    DEADLINE,
+    child_code,
+    drop_session,
+    eventually,
+    in_threads,
+    parked,
+    policy_of,
+    raises,
+    raising,
+    rows_in,
+    run_child,
+)
 from onewriter import DbWriter
 
 
@@ -118,3 +130,18 @@ def test_a_file_that_somebody_has_open_in_wal_mode_is_not_opened_in_another(path
         other.execute("CREATE TABLE t (n)")
         with pytest.raises(sqlite3.OperationalError, match="cannot open"):
             DbWriter(path, journal_mode="DELETE", lock_timeout=0.05)
+
+
+def test_a_file_that_was_switched_from_wal_is_switched_back_as_soon_as_nobody_reads_it(path: Path) -> None:
+    with DbWriter(path, lock_timeout=DEADLINE) as db:
+        db.run("CREATE TABLE t (n)")
+        drop_session(db)
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as other:
+            assert other.execute("PRAGMA journal_mode = DELETE").fetchone() == ("delete",)
+            other.execute("BEGIN")
+            other.execute("SELECT * FROM t").fetchall()
+            ticket = db.enqueue("INSERT INTO t VALUES (1)")
+            eventually(lambda: policy_of(db).attempts > 1)
+            other.execute("ROLLBACK")
+            ticket.result(DEADLINE)
+        assert db.read_value("PRAGMA journal_mode") == "wal"

@@ -121,16 +121,16 @@ class Scopes(Generic[S]):
                     return what  # type: ignore[no-any-return]
         return None
 
-    def inherited(self, *, around: bool = False) -> list[S]:
+    def inherited(self, *, own: bool = False) -> list[S]:
         """The scopes of the caller's context, innermost first: its own, and those in which its task was created;
-        ``around``: only those that the caller is inside."""
+        ``own``: only those that its task, or without one its thread, has entered and is inside."""
         found, node = [], _innermost.get()
         while node is not None:
             scope, node = node[0](), node[1]
             if scope is None or scope._scopes is not self:
                 continue
             what = scope.what
-            if what is not None and (not around or scope.is_around()):
+            if what is not None and (not own or (scope._task is running_task() and scope.is_around())):
                 found.append(what)
         return found
 

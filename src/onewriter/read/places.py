@@ -117,13 +117,14 @@ class Places:
 
     def _waits_for_itself(self, claim: Claim, is_threads: bool) -> bool:
         """Whether its caller has a connection, so that it needs an additional one: for a read in a row factory, say, or
-        a reader() in a block in a reader(). In a factory a task never is.
+        a reader() in a block in a reader(). In a factory a task never is. As many as are nested, at most: tasks whose
+        loop runs inside a reader() of its thread wait as all do.
         """
         if claim.thread == 0:  # it is not the calling thread's
             return False
         if is_threads and self._has_one(claim.thread):
             return True
-        return any(isinstance(here.lends(), Snapshot) for here in self._state.scopes.inherited(around=True))
+        return any(isinstance(here.lends(), Snapshot) for here in self._state.scopes.inherited(own=True))
 
     def check_admitted(self, claim: Claim) -> None:
         """To be called when the wait for its signal is over; raises the error if it has no connection."""

@@ -195,7 +195,8 @@ def _set_journal_mode(connection: sqlite3.Connection, settings: Settings, again:
         try:
             mode = pragma(connection, "journal_mode", settings.journal_mode)
         except sqlite3.OperationalError as error:
-            if again and is_busy(error):  # another program has switched it, and somebody has it open: so it stays
+            # Another program has switched it, and somebody has it open, perhaps a reader of ours: so it stays.
+            if again and before == "wal" and is_busy(error):
                 return
             raise
     if mode.upper() != settings.journal_mode:

@@ -67,6 +67,19 @@ def test_who_is_in_a_reader_waits_for_none_but_gets_an_additional_connection(one
     assert (pool_of(one).in_use, one.read_value(COUNT)) == (0, 1)
 
 
+def test_tasks_whose_loop_runs_inside_a_reader_wait_as_all_do(path: Path) -> None:
+    async def read(db: DbWriter) -> None:
+        async with AsyncDbWriter.wrap(db).reader():
+            await asyncio.sleep(0)
+            assert pool_of(db).in_use == 2
+
+    async def main() -> None:
+        await asyncio.gather(*(read(db) for _ in range(5)))
+
+    with DbWriter(path, readers=2) as db, db.reader():
+        asyncio.run(main())
+
+
 def test_who_is_in_a_block_only_waits_as_all_do(one: DbWriter) -> None:
     reader = one.reader()
     in_threads(reader.__enter__)
