@@ -78,3 +78,22 @@ def test_a_real_mount_of_the_one_file_is_seen(tmp_path: Path) -> None:
     assert "mounted without its folder" in there
     assert "mounted without its folder" in child.stderr
     assert here == "[]"
+
+
+def test_the_innermost_mount_above_a_path_has_it_and_of_those_in_one_place_the_last(mountinfo: Path) -> None:
+    points = {"8:1": "/", "8:2": "/data", "8:4": "/data", "8:5": "/da", "8:3": "/data/of/others"}
+    mountinfo.write_text("".join(f"1 1 {device} / {point} rw - ext4 x rw\n" for device, point in points.items()))
+    assert mounts.mount_of("/data/app.db") == mounts.Mount("/data", (8, 4))
+
+
+@pytest.mark.parametrize("is_alone", [True, False])
+@pytest.mark.usefixtures("mountinfo")
+def test_where_the_mounts_are_unknown_the_device_decides(
+    path: Path, monkeypatch: pytest.MonkeyPatch, is_alone: bool
+) -> None:
+    path.touch()
+    place, found = os.path.realpath(path), list(os.stat(path))
+    found[2] += is_alone  # st_dev
+    stat = os.stat
+    monkeypatch.setattr(os, "stat", lambda name, **options: os.stat_result(found) if name == place else stat(name))
+    assert mounts.is_mounted_alone(str(path)) is is_alone
