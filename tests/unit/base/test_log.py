@@ -391,3 +391,25 @@ def test_nothing_of_a_failure_is_kept_when_it_was_told(path: Path) -> None:
         db.enqueue(fail)
         db.flush()
         eventually(is_gone)
+
+
+def test_of_lines_that_a_handler_is_too_slow_for_the_critical_ones_are_said(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log, "MOST_LINES", 2)
+    release, said = threading.Event(), list[str]()
+
+    def say_slowly(record: logging.LogRecord) -> None:
+        release.wait(DEADLINE)
+        said.append(f"{record.levelname} {record.getMessage()}")
+
+    with handling(say_slowly), DbWriter(path) as db:
+        for _ in range(5):
+            db.enqueue(BAD)
+        eventually(lambda: db.stats().failed == 5)
+        db.run(lambda tx: log.report(state_of(db), logging.CRITICAL, "it is critical"))
+        release.set()
+        db.flush()
+    assert "CRITICAL it is critical" in said
+    assert any("3 lines were dropped" in text for text in said)
+    assert len(said) == 4
