@@ -109,10 +109,11 @@ def is_closed(connection: sqlite3.Connection) -> bool:
     return False
 
 
-def close_whole(connection: sqlite3.Connection, journal_mode: str) -> bool:
+def close_whole(connection: sqlite3.Connection, before: str, wanted: str) -> bool:
     """Close it; returns whether a transaction was open, which is rolled back.
 
-    Raises SQLite's error if ``journal_mode``, which the file had before, was changed and cannot be restored.
+    The file gets back the journal mode that it had ``before``, unless it has the gateway's by now, ``wanted``. Raises
+    SQLite's error if that cannot be.
     """
     try:
         # A statement that was not read to its end would outlive the connection, and with it its lock.
@@ -124,8 +125,8 @@ def close_whole(connection: sqlite3.Connection, journal_mode: str) -> bool:
         connection.set_progress_handler(None, 0)
         if was_open:
             sqlite3.Connection.execute(connection, "ROLLBACK").close()  # which, unlike rollback(), heeds no mode
-        if pragma(connection, "journal_mode") != journal_mode:
-            pragma(connection, "journal_mode", journal_mode)
+        if pragma(connection, "journal_mode") not in (before, wanted.lower()):
+            pragma(connection, "journal_mode", before)
         return was_open
     finally:
         sqlite3.Connection.close(connection)

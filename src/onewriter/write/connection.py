@@ -82,7 +82,7 @@ class WriteConnection:
         try:
             if is_closed(connection):  # by the function, which may have changed the file's journal mode
                 connection = open_whole(self._settings, self.guard, self._policy, self.tell_waiting)
-            was_open = close_whole(connection, self._mode_before)
+            was_open = close_whole(connection, self._mode_before, self._settings.journal_mode)
         finally:
             self._checkpointer.count_others()
         self.file.check()

@@ -444,3 +444,17 @@ def test_a_file_that_another_program_has_switched_to_wal_is_written_as_before(pa
             assert db.stats().wal_bytes > 0  # known now, and kept small
     with DbWriter(path, journal_mode="DELETE") as db:
         assert db.read_value("PRAGMA journal_mode") == "delete"
+
+
+def test_a_function_may_switch_the_file_back_to_the_gateways_journal_mode(path: Path) -> None:
+    def switch(connection: sqlite3.Connection) -> str:
+        (mode,) = connection.execute("PRAGMA journal_mode = DELETE").fetchone()
+        return str(mode)
+
+    with DbWriter(path, journal_mode="DELETE") as db:
+        db.run("CREATE TABLE t (n)")
+        with contextlib.closing(sqlite3.connect(path)) as other:
+            other.execute("PRAGMA journal_mode = WAL")
+        assert db.run_without_transaction(switch) == "delete"
+        with contextlib.closing(sqlite3.connect(path)) as other:
+            assert other.execute("PRAGMA journal_mode").fetchone() == ("delete",)
