@@ -903,19 +903,3 @@ def test_a_call_that_is_given_up_leaves_the_reader_its_connection(one: DbWriter)
             assert pool_of(one).in_use == 1
 
     asyncio.run(main())
-
-
-def test_the_statement_of_a_stream_that_is_left_early_is_closed_at_once(one: DbWriter) -> None:
-    async def main() -> None:
-        async with AsyncDbWriter.wrap(one).reader() as snapshot:
-            async with contextlib.aclosing(snapshot.stream("SELECT 1 UNION SELECT 2")) as found:
-                async for row in found:
-                    assert row == (1,)
-                    break
-            lent = snapshot.lends().lent
-            assert lent is not None
-            for cursor in list(lent.live):
-                with pytest.raises(sqlite3.ProgrammingError, match="closed cursor"):
-                    sqlite3.Cursor.fetchone(cursor)  # type: ignore[arg-type]
-
-    asyncio.run(main())
