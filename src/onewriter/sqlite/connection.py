@@ -82,13 +82,14 @@ def _reader(settings: Settings, guard: ReadGuard) -> sqlite3.Connection:
 
 def open_whole(
     settings: Settings, guard: Guard, policy: LockPolicy, log: Callable[[bool, str], object]
-) -> sqlite3.Connection:
-    """Open a connection like the writer's, but nothing is refused on it, not even transactions.
+) -> tuple[sqlite3.Connection, str]:
+    """Open a connection like the writer's, but nothing is refused on it, not even transactions; returns it with the
+    journal mode of the file.
 
     It waits for locks inside SQLite, up to ``lock_timeout`` seconds, since the gateway cannot repeat its statements.
     """
 
-    def attempt() -> sqlite3.Connection:
+    def attempt() -> tuple[sqlite3.Connection, str]:
         connection = _connect(settings, "rw", any_thread=False)
         with _closing_on_error(connection):
             configure(connection, settings, ["main"])
@@ -96,7 +97,7 @@ def open_whole(
             configure(connection, settings, database_names(connection))
             _disable_implicit_transactions(connection)
             pragma(connection, "busy_timeout", int(min(1000 * settings.lock_timeout, LONGEST_TIMEOUT)))
-            return connection
+            return connection, pragma(connection, "journal_mode")
 
     return _open(settings, policy, log, attempt)
 

@@ -10,7 +10,7 @@ from onewriter.base.state import State
 from onewriter.sqlite.connection import close_whole, configure, is_closed, open_whole, open_writer
 from onewriter.sqlite.file import DatabaseFile, exposure
 from onewriter.sqlite.guard import Guard
-from onewriter.sqlite.pragma_values import pragma, set_pragma
+from onewriter.sqlite.pragma_values import set_pragma
 from onewriter.sqlite.retry import FAILURES, LockPolicy
 from onewriter.sqlite.settings import Settings
 from onewriter.write.checkpoint import Checkpointer
@@ -70,9 +70,8 @@ class WriteConnection:
         meanwhile, idle, so that the other one is not the last: closing that would checkpoint, and delete the log.
         """
         self.file.check()  # a file that has taken the place of ours must not be opened
-        self.whole = whole = open_whole(self._settings, self.guard, self._policy, self.tell_waiting)
-        self._mode_before = pragma(whole, "journal_mode")
-        return whole
+        self.whole, self._mode_before = open_whole(self._settings, self.guard, self._policy, self.tell_waiting)
+        return self.whole
 
     def close_whole(self) -> bool:
         """Returns whether a transaction was open, and is rolled back."""
@@ -81,7 +80,7 @@ class WriteConnection:
         self.file.forget_size()  # VACUUM makes it smaller
         try:
             if is_closed(connection):  # by the function, which may have changed the file's journal mode
-                connection = open_whole(self._settings, self.guard, self._policy, self.tell_waiting)
+                connection, _ = open_whole(self._settings, self.guard, self._policy, self.tell_waiting)
             was_open = close_whole(connection, self._mode_before, self._settings.journal_mode)
         finally:
             self._checkpointer.count_others()
