@@ -53,7 +53,7 @@ class DbWriter(Strict):
         path: the database file, created if it does not exist. ``":memory:"`` and ``""``: a private temporary file,
             removed at close.
         label: name used for threads and in the log; default: the file name.
-        readers: maximum number of read-only connections.
+        readers: maximum number of read-only connections, but for who has one and would wait for itself.
         maxsize: maximum number of ``enqueue`` jobs in the queue.
         lock_timeout: seconds to keep trying for SQLite's write lock.
         synchronous: https://www.sqlite.org/pragma.html#pragma_synchronous; FULL survives power loss.

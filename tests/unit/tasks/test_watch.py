@@ -332,24 +332,3 @@ def test_a_task_whose_loop_is_closed_as_it_reads_keeps_no_other_watch_from_rows(
             assert live.next(DEADLINE)[0][0] == 2
         assert not task.done()
         assert got == []
-
-
-def test_a_watch_that_got_no_connection_in_time_keeps_no_other_of_the_same_from_reading(path: Path) -> None:
-    async def main() -> None:
-        async with opened(path, readers=1) as db, db.watch(N) as first, db.watch(N) as second:
-            entered, leave = asyncio.Event(), asyncio.Event()
-
-            async def hold() -> None:
-                async with db.reader():
-                    entered.set()
-                    await leave.wait()
-
-            holding = asyncio.create_task(hold())
-            await entered.wait()
-            with pytest.raises(ReadTimeoutError):
-                await first.next(timeout=0.01)
-            leave.set()
-            await holding
-            assert await second.next(DEADLINE) == []
-
-    run(main)
