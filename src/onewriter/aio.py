@@ -58,7 +58,8 @@ class AsyncDbWriter(Strict):
     and errors are those of ``DbWriter``; a call belongs to the transaction or reader block of the task in which it is
     *called*, wherever it is awaited.
 
-    Locks: _lock guards _openers, _opens_in, _reads and, until it is open, _opened. Nothing waits while it is held.
+    Locks: _lock guards _openers, _opens_in, _is_closed, _reads and, until it is open, _opened. Nothing waits while it
+           is held.
     """
 
     def __init__(self, path: str | bytes | os.PathLike[Any], **options: Any) -> None:
@@ -144,11 +145,10 @@ class AsyncDbWriter(Strict):
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
-    def __enter__(self) -> None:
+    def __enter__(self, *_: object) -> None:
         raise TypeError("AsyncDbWriter needs `async with`; `with` goes with DbWriter")
 
-    def __exit__(self, *_: object) -> None:
-        raise TypeError("AsyncDbWriter needs `async with`; `with` goes with DbWriter")
+    __exit__ = __enter__
 
     def __reduce__(self) -> Any:
         raise TypeError("an AsyncDbWriter cannot be copied or pickled: share it, or open one in each process")
@@ -176,7 +176,8 @@ class AsyncDbWriter(Strict):
             core.state.refuse_endless_wait("close", awaits=True, commits=False)
         if timeout is None and self._wrapped is None and core.state.scopes.innermost() is not None:
             raise ReentrantWriteError(OWN_READER)
-        self._is_closed = True
+        with self._lock:
+            self._is_closed = True
         try:
             if self._wrapped is not None:
                 return core.report()

@@ -130,7 +130,7 @@ GUARDS = [
         held=frozenset(("begin", "sleep")),
         free=frozenset(("__init__",)),
     ),
-    Guard("aio.py", "_lock", {"_openers", "_opens_in", "_reads"}, free=frozenset(("_prepare",))),
+    Guard("aio.py", "_lock", {"_is_closed", "_openers", "_opens_in", "_reads"}, free=frozenset(("_prepare",))),
     Guard(
         "tasks/threads.py",
         "lock",
@@ -145,8 +145,9 @@ GUARDS = [
         also_read=True,
         free=frozenset(("__init__", "needs", "until_innermost")),
     ),
-    Guard("tasks/calls.py", "_lock", {"_is_taken", "_line"}, held=frozenset(("_next",)), free=frozenset(("__init__",))),
+    Guard("tasks/calls.py", "_lock", {"_line", "_owner"}, held=frozenset(("_next",)), free=frozenset(("__init__",))),
     Guard("tasks/block.py", "_lock", {"_changes"}, also_read=True, free=frozenset(("__init__",))),
+    Guard("tasks/block.py", "_lock", {"_is_kept", "innermost"}, free=frozenset(("__init__",))),
 ]
 
 

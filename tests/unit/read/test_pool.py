@@ -772,3 +772,21 @@ def test_it_does_not_run_for_a_read_which_ends_by_itself(one: DbWriter, monkeypa
 def test_it_is_looked_for_less_and_less_often() -> None:
     search = garbage.Search(100.0, 5.0)
     assert [now for now in range(100, 200) if search.is_due(now)] == [105, 115, 135, 175]
+
+
+def test_a_reader_whose_thread_has_no_room_for_the_call_is_given_back_by_another_thread(
+    one: DbWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool, me = pool_of(one), threading.get_ident()
+
+    def end(claim: Claim) -> None:
+        if threading.get_ident() == me:
+            raise RecursionError
+        ReaderPool.end(pool, claim)
+
+    with monkeypatch.context() as patched, pytest.raises(RecursionError):
+        patched.setattr(pool, "end", end)
+        with one.reader() as connection:
+            connection.execute("SELECT 1").fetchall()
+    eventually(lambda: pool.in_use == 0)
+    assert one.read("SELECT 1", timeout=DEADLINE) == [(1,)]

@@ -392,6 +392,22 @@ def test_a_file_that_is_overwritten_by_a_smaller_one_is_told_as_that(
     assert path.stat().st_size == (0 if is_empty else small.stat().st_size)  # closing has written nothing
 
 
+def test_closing_writes_nothing_of_a_log_into_a_file_that_was_overwritten_by_a_little_smaller_one(path: Path) -> None:
+    """Of one that is smaller by more than 64 KiB SQLite itself says that it is damaged."""
+    small = path.parent / "small.db"
+    with DbWriter(small) as db:
+        db.run("CREATE TABLE t (n, text)")
+    with DbWriter(path) as db:
+        db.run("CREATE TABLE t (n, text)")
+        db.run_many("INSERT INTO t VALUES (?, ?)", [(n, "x" * 100) for n in range(200)])
+        db.checkpoint()
+        db.run("INSERT INTO t VALUES (0, '')")
+        shutil.copyfile(small, path)
+        with pytest.raises(WriterBrokenError, match="overwritten while it was open"):
+            db.run("INSERT INTO t VALUES (1, '')")
+    assert path.read_bytes() == small.read_bytes()
+
+
 @pytest.mark.parametrize("settings", [{}, {"pragmas": {"auto_vacuum": "FULL"}}, {"journal_mode": "DELETE"}])
 def test_a_file_that_sqlite_itself_makes_smaller_is_not_overwritten(path: Path, settings: Any) -> None:
     with DbWriter(path, **settings) as db:

@@ -526,3 +526,8 @@ def test_a_statement_on_a_closed_cursor_begins_nothing(tx: Transaction) -> None:
             with pytest.raises(sqlite3.ProgrammingError, match="closed cursor"):
                 cursor.execute("INSERT INTO t VALUES (1)")
             assert not connection.in_transaction
+
+
+def test_what_fails_behind_a_pragma_that_changes_nothing_fails(tx: Transaction) -> None:
+    with pytest.raises(sqlite3.ProgrammingError, match="one statement"):
+        tx.connection.execute("PRAGMA user_version = 0; SELECT 1")

@@ -919,6 +919,31 @@ def test_who_is_in_a_savepoint_as_its_block_is_left_is_told_that_it_is_kept(
     run(main)
 
 
+def test_who_is_in_a_savepoint_as_its_block_fails_gets_the_error_alone(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path) as db:
+            await db.run("CREATE TABLE parent (id INTEGER PRIMARY KEY)")
+            await db.run("CREATE TABLE child (id REFERENCES parent DEFERRABLE INITIALLY DEFERRED)")
+            entered, leave = asyncio.Event(), asyncio.Event()
+
+            async def part(tx: AsyncTransaction) -> None:
+                async with tx.savepoint():
+                    await tx.execute("INSERT INTO child VALUES (1)")
+                    entered.set()
+                    await leave.wait()
+                    raise LookupError
+
+            with pytest.raises(sqlite3.IntegrityError):
+                async with db.transaction() as tx:
+                    task = asyncio.create_task(part(tx))
+                    await entered.wait()
+            leave.set()
+            with pytest.raises(LookupError):
+                await task
+
+    run(main)
+
+
 def test_a_savepoint_that_fails_as_its_block_is_left_while_the_writer_is_busy_says_that_it_is_kept(path: Path) -> None:
     gate = Gate()
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import sqlite3
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -332,3 +333,22 @@ def test_a_task_whose_loop_is_closed_as_it_reads_keeps_no_other_watch_from_rows(
             assert live.next(DEADLINE)[0][0] == 2
         assert not task.done()
         assert got == []
+
+
+def test_a_task_whose_loop_is_closed_in_a_read_that_fails_keeps_no_other_watch_from_its_turn(path: Path) -> None:
+    gate = Gate()
+    query = "SELECT abs(0 * gate() - 9223372036854775807 - 1)"  # an integer overflow
+    with DbWriter(path, on_connect=gate.on_connect) as db:
+        wrapped = AsyncDbWriter.wrap(db)
+
+        async def watch() -> None:
+            async with wrapped.watch(query) as live:
+                await live.next()
+
+        task = left_in_a_closed_loop(watch(), gate.entered.is_set)
+        with db.watch(query) as live, ThreadPoolExecutor(1) as pool:
+            other = pool.submit(live.next, DEADLINE)
+            gate.open.set()
+            with pytest.raises(sqlite3.OperationalError, match="overflow"):
+                other.result()
+        assert not task.done()

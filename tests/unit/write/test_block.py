@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, eventually, file_of, holding_lock, in_threads, parked, queue_of, rows
+from helpers import DEADLINE, eventually, file_of, holding_lock, in_threads, parked, queue_of, rows, state_of
 from onewriter import (
     DbWriter,
     ReentrantWriteError,
@@ -593,3 +593,21 @@ def test_close_ends_a_block_of_its_own_thread_that_nobody_can_reach(new_db: DbWr
         new_db.close()
     cycle = []
     assert new_db.close().failed == 1
+
+
+def test_a_savepoint_that_fails_while_its_block_commits_says_that_it_is_kept(path: Path) -> None:
+    with DbWriter(path, journal_mode="DELETE") as db, ThreadPoolExecutor(1) as pool:
+        db.run("CREATE TABLE t (n)")
+        block = db.transaction()
+        tx = pool.submit(block.__enter__).result()
+        other = sqlite3.connect(path)
+        with pytest.raises(TransactionClosedError, match="has ended"), tx.savepoint():
+            tx.execute(INSERT, (1,))
+            reading = other.execute("SELECT 1 FROM sqlite_schema")  # in this journal mode COMMIT waits for it
+            left = pool.submit(block.__exit__, None, None, None)
+            eventually(lambda: state_of(db).waiting is not None)
+            raise LookupError
+        assert reading.fetchone() == (1,)
+        other.close()
+        left.result(DEADLINE)
+        assert rows(db) == [1]

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, eventually, in_threads, rows, state_of
+from helpers import DEADLINE, eventually, in_threads, raising, rows, state_of
 from onewriter import DbWriter, ReentrantWriteError, TransactionClosedError
+from onewriter.write import entry
 
 INSERT = "INSERT INTO t VALUES (?)"
 
@@ -175,3 +176,15 @@ def test_the_callbacks_of_a_block_that_is_left_twice_are_called_once(table_db: D
     block.__exit__(None, None, None)
     block.__exit__(None, None, None)
     assert called == [1]
+
+
+def test_a_block_whose_thread_has_no_room_to_leave_it_is_rolled_back_by_another(
+    db: DbWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    db.run("CREATE TABLE t (n)")
+    monkeypatch.setattr(entry, "_leave", raising(RecursionError))
+    with pytest.raises(RecursionError) as kept, db.transaction() as tx:  # and with its traceback the block
+        tx.execute(INSERT, (1,))
+    db.run(INSERT, (2,), timeout=DEADLINE)  # outside it
+    assert rows(db) == [2]
+    assert kept.value.__traceback__ is not None

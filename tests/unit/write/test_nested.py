@@ -7,12 +7,14 @@ import contextvars
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, rows_in
+from helpers import DEADLINE, raising, rows, rows_in
 from onewriter import AsyncDbWriter, DbWriter, Transaction, TransactionClosedError
+from onewriter.write import part
 from onewriter.write.loan import TOO_LONG
 
 INSERT = "INSERT INTO t VALUES (?)"
@@ -258,3 +260,18 @@ def test_where_sqlite_rolls_back_all_the_callbacks_of_the_inner_part_come_first(
             tx.on_rollback(lambda: told.append("inner"))
             tx.execute("INSERT OR ROLLBACK INTO t VALUES (1)")
     assert told == ["inner", "outer"]
+
+
+@pytest.mark.parametrize("is_nested", [True, False], ids=["block", "savepoint"])
+def test_what_an_interrupt_ends_as_it_begins_is_over_for_its_thread(
+    table_db: DbWriter, is_nested: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with table_db.transaction() as tx:
+        tx.execute(INSERT, (1,))
+        with monkeypatch.context() as patched:
+            patched.setattr(part, "weakref", SimpleNamespace(ref=raising(KeyboardInterrupt)))
+            with pytest.raises(KeyboardInterrupt) as kept:  # and with its traceback the part
+                (table_db.transaction() if is_nested else tx.savepoint()).__enter__()
+    table_db.run(INSERT, (2,))  # outside it
+    assert rows(table_db) == [1, 2]
+    assert kept.value.__traceback__ is not None
