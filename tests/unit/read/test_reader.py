@@ -707,3 +707,15 @@ def test_a_read_inside_a_read_does_not_open_the_outer_one_for_writing(table_db: 
     with pytest.raises(sqlite3.OperationalError, match="readonly"):
         table_db.run(lambda tx: table_db.read(outer))
     table_db.run("INSERT INTO t VALUES (1)")
+
+
+def test_a_read_in_a_reader_inside_a_function_that_takes_too_long_says_that_and_the_function_goes_on(
+    one: DbWriter,
+) -> None:
+    def function(tx: Transaction) -> None:
+        with one.reader(), pytest.raises(ReadTimeoutError):
+            one.read(ENDLESS, timeout=0.05)
+        tx.execute("CREATE TABLE after_it (n)")
+
+    one.run(function)
+    assert one.read("SELECT count(*) FROM after_it") == [(0,)]

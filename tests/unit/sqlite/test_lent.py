@@ -802,3 +802,23 @@ def test_a_function_cannot_be_created_when_the_loan_has_ended(db: DbWriter) -> N
         connection = tx.connection
     with pytest.raises(sqlite3.ProgrammingError):
         connection.create_function("f", 0, lambda: 1)
+
+
+def test_a_cursor_that_is_dropped_in_a_sql_function_leaves_the_call_around_it_under_way(path: Path) -> None:
+    kept: list[sqlite3.Cursor] = []
+    told: list[str] = []
+
+    def drop() -> None:
+        kept.clear()
+        with pytest.raises(ReentrantWriteError) as caught:
+            tx.execute("SELECT 1")
+        told.append(str(caught.value))
+
+    with (
+        DbWriter(path, on_connect=lambda connection, _: connection.create_function("drop_it", 0, drop)) as db,
+        db.transaction() as tx,
+    ):
+        kept.append(tx.connection.execute("SELECT 1 UNION SELECT 2"))
+        tx.execute("SELECT drop_it()")
+        assert tx.execute("SELECT 1").rows == [(1,)]
+    assert len(told) == 1

@@ -520,7 +520,7 @@ def test_each_job_of_a_batch_has_its_own_callbacks(path: Path) -> None:
     assert told == ["0 committed", "1 committed", "2 committed", "3 rolled back", "4 rolled back"]
 
 
-def test_a_job_that_had_failed_before_its_batch_was_undone_is_told_once(path: Path) -> None:
+def test_a_job_that_had_failed_before_its_batch_was_undone_and_the_one_that_undid_it_are_told_once(path: Path) -> None:
     told: list[str] = []
 
     def fail(tx: Transaction) -> None:
@@ -528,6 +528,7 @@ def test_a_job_that_had_failed_before_its_batch_was_undone_is_told_once(path: Pa
         raise ZeroDivisionError
 
     def undo_all(tx: Transaction) -> None:
+        tx.on_rollback(lambda: told.append("has undone all"))
         tx.execute("INSERT OR ROLLBACK INTO t VALUES (1)")
 
     with DbWriter(path, on_error=lambda ticket: None) as db:
@@ -542,7 +543,8 @@ def test_a_job_that_had_failed_before_its_batch_was_undone_is_told_once(path: Pa
             ]
         errors = [type(ticket.exception(DEADLINE)) for ticket in tickets]
         assert errors == [ZeroDivisionError, sqlite3.IntegrityError, type(None), sqlite3.IntegrityError]
-        assert told == ["failed"]
+        db.flush(DEADLINE)
+        assert told == ["failed", "has undone all"]
         assert db.read("SELECT n FROM t ORDER BY n") == [(1,), (2,)]
 
 
