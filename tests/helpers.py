@@ -268,6 +268,17 @@ def raising(error: type[BaseException]) -> Callable[..., NoReturn]:
     return fail
 
 
+class UnhelpfulError(Exception):
+    """It can be neither told from False nor asked for its notes."""
+
+    def __bool__(self) -> NoReturn:
+        raise RuntimeError("neither true nor false")
+
+    @property
+    def __notes__(self) -> NoReturn:  # type: ignore[override]
+        raise RuntimeError("no notes")
+
+
 def raises(error: BaseException) -> Callable[[sqlite3.Connection, bool], object]:
     """A hook, ``on_connect``, that raises it."""
 

@@ -567,7 +567,7 @@ class DbWriter(Strict):
             ValueError, TypeError: an invalid target: the database itself, or one that is in use.
             sqlite3.Error, OSError: what SQLite or the file system raised. The target is unchanged.
             ReentrantWriteError: called inside a job.
-            What ``progress`` raised: The target is unchanged.
+            What ``progress`` raised. The target is unchanged; after the last step a connection has the whole copy.
         """
         self._state.refuse_endless_wait("backup", commits=False)
         check_backup(target, progress, pages)

@@ -142,6 +142,15 @@ def test_jobs_that_ran_twice_and_jobs_that_were_retried_are_counted(db: DbWriter
     assert 0 < stats.lock_wait < DEADLINE
 
 
+def test_jobs_that_waited_for_the_lock_in_vain_are_counted_as_retried_too(path: Path) -> None:
+    with DbWriter(path, lock_timeout=0.05) as db:
+        db.run("CREATE TABLE t (n)")
+        with holding_lock(path), pytest.raises(sqlite3.OperationalError):
+            db.run("INSERT INTO t VALUES (1)")
+        stats = db.stats()
+    assert (stats.failed, stats.retried) == (1, 1)
+
+
 def test_a_statement_without_transaction_that_met_a_lock_is_retried(db: DbWriter, path: Path) -> None:
     with released_when_met(db, path):
         db.run_without_transaction("VACUUM")

@@ -169,7 +169,7 @@ def _run(state: State, tell: Callable[[BaseException], object], function: Callab
         if not issubclass(type(error), INTERRUPTS) or (is_writer and state.reporter is not None):
             tell(error)
         elif is_writer:
-            state.interrupt = state.interrupt or error
+            state.interrupt = error if state.interrupt is None else state.interrupt
         else:
             raise
     if is_writer and state.forked:
@@ -212,6 +212,13 @@ def text_of(error: BaseException) -> str:
         return str(error) or type(error).__name__
     except BaseException:
         return f"{type(error).__name__}, which has no text"
+
+
+def has_note(error: BaseException, note: str) -> bool:
+    try:
+        return note in getattr(error, "__notes__", ())
+    except BaseException:
+        return False
 
 
 def _can_be_shown(error: BaseException) -> bool:

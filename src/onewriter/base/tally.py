@@ -90,7 +90,8 @@ class Stats:
         retried: jobs whose transaction had to wait for SQLite's lock.
         run_twice: jobs that ran again because the transaction that they shared was rolled back.
         commits: transactions committed. jobs_per_commit: jobs committed / commits.
-        lock_attempts: attempts at BEGIN and COMMIT. lock_wait: time spent waiting for SQLite's lock.
+        lock_attempts: attempts at BEGIN and COMMIT. lock_wait: time spent waiting for SQLite's lock, counted when a
+            wait ends; ``waiting_for_lock`` has the one that goes on.
         queue_wait, run: of each job that has started: in the queue, the wait for the lock not counted; and running.
         commit: of each COMMIT.
         readers_in_use, readers_waiting: connections in use, and calls that wait for one.

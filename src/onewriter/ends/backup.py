@@ -27,7 +27,7 @@ def check_backup(target: Any, progress: Any, pages: Any) -> None:
     """Refuse an invalid target before anything is created."""
     if not isinstance(pages, int) or isinstance(pages, bool):
         raise TypeError(f"pages must be an int, not {type(pages).__name__}")
-    if pages == 0 or not -(2**31) <= pages < 2**31:
+    if pages == 0 or not -1 <= pages < 2**31:
         raise ValueError(f"pages must be a number of pages for each step, or -1 for all at once, not {pages}")
     if progress is not None:
         check_callback("progress", progress)

@@ -174,7 +174,8 @@ class LiveQueries:
     def look(self, session: WriteSession | None) -> None:
         """Whether others have committed."""
         self._look_at = monotonic() + LOOK
-        if session is None:
+        if session is None:  # whom nobody can ask, until the next write opens one
+            self._touch(None)
             return
         try:
             versions = [session.internal(f'PRAGMA "{name}".data_version') for name in session.databases]

@@ -104,10 +104,11 @@ class Places:
             self._line[claim] = None
             self._end_pause(monotonic())
             self._serve()
-            if claim in self._line and self._waits_for_itself(claim, new_signal is thread_signal):
+            needs_its_own = claim in self._line and self._waits_for_itself(claim, new_signal is thread_signal)
+            if needs_its_own and claim in self._line:  # a signal handler may have had it admitted; from here on no call
+                del self._line[claim]
                 self._count += 1
                 self._opening[claim] = None
-                del self._line[claim]
             signal = new_signal()
             if claim not in self._line:
                 return True
@@ -118,11 +119,12 @@ class Places:
     def _waits_for_itself(self, claim: Claim, is_threads: bool) -> bool:
         """Whether its caller has a connection, so that it needs an additional one: for a read in a row factory, say, or
         a reader() in a block in a reader(). In a factory a task never is. As many as are nested, at most: tasks whose
-        loop runs inside a reader() of its thread wait as all do.
+        loop runs inside a reader() of its thread wait as all do. Or its caller waits for one, and this is a signal
+        handler's or finalizer's, behind which that cannot go on.
         """
         if claim.thread == 0:  # it is not the calling thread's
             return False
-        if is_threads and self._has_one(claim.thread):
+        if is_threads and (self._has_one(claim.thread) or self._is_waiting(claim)):
             return True
         return any(isinstance(here.lends(), Snapshot) for here in self._state.scopes.inherited(own=True))
 
@@ -142,20 +144,21 @@ class Places:
                 first, now = next(iter(self._line)), monotonic()
             except (StopIteration, RuntimeError):  # a signal handler or finalizer was here
                 continue
-            if first not in self._line:
-                continue
             if first.loop is not None and first.loop.is_closed():  # its task never goes on
-                del self._line[first]
+                self._line.pop(first, None)
                 continue
-            if self._idle:  # from here on no call, until it has left the line
+            if first not in self._line:  # one was here
+                continue
+            if self._idle:  # since that look no call, until it has left the line
                 reader = self._idle.last
                 reader.claim = first
+                del self._line[first]
             elif self._count < self._most:
+                del self._line[first]
                 self._count += 1
                 self._opening[first] = None
             else:
                 break
-            del self._line[first]
             first.since = now
             signal, first.signal = first.signal, None  # a task whose loop is closed now is kept by nothing any more
             if signal is not None:
@@ -334,6 +337,11 @@ class Places:
         if self.has_mine and gc.isenabled():
             gc.collect()
         return self.has_mine
+
+    def _is_waiting(self, claim: Claim) -> bool:
+        """Whether the thread of ``claim`` waits with another one, and no task does."""
+        same = (one for one in list(self._line) if one.thread == claim.thread and one.loop is None)
+        return any(one is not claim for one in same)
 
     def _has_one(self, thread: int) -> bool:
         return any(thread in (claim.thread, claim.runs_in) for claim in self._lent())

@@ -73,13 +73,12 @@ class _Refusals:
             self.is_deciding = True
             self.within = within
             answer = self.decide(action, first, second, third)
-            self._answers += 1
-            return answer
         except BaseException as error:
             self._caught = error
-            return sqlite3.SQLITE_DENY
-        finally:
-            self.is_deciding = False
+            answer = sqlite3.SQLITE_DENY
+        self.is_deciding = False
+        self._answers += 1  # from the end of the ``try`` on no call: no signal handler comes in between
+        return answer
 
     def _note(self, place: Place) -> None:
         places = self.places  # looked up once: another thread may set it to None

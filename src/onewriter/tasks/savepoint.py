@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import types
 
+from onewriter.base.log import has_note
 from onewriter.errors import TransactionClosedError
 from onewriter.tasks.block import TaskBlock, TaskSavepoint
 from onewriter.tasks.call import Call
@@ -81,7 +82,7 @@ class SavepointEntry:
             return
         try:
             if kind is not None:
-                await _undo(savepoint, self._part, self._inner, error or GeneratorExit())
+                await _undo(savepoint, self._part, self._inner, GeneratorExit() if error is None else error)
                 return
             if self._inner is not None:
                 self._inner.close(ENDED)
@@ -111,7 +112,7 @@ async def _undo(savepoint: TaskSavepoint, part: SentPart, inner: WriteLoan | Non
 def _send_undo(block: TaskBlock, part: SentPart, error: BaseException) -> None:
     try:
         block.send(part.undo, error)
-        if STAYS in getattr(error, "__notes__", ()):  # of one inside this
+        if has_note(error, STAYS):  # of one inside this
             error.add_note("onewriter: it does no more: the savepoint around it is undone")
     except TransactionClosedError as late:  # whose end has undone all, or has kept it
         if not (block.is_undone or block.lends().was_too_long):

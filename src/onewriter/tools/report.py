@@ -65,7 +65,9 @@ class Report:
 
 def judge(report: Report) -> None:
     """Add what the findings mean, and the verdict."""
-    report.can_be_checkpointed = report.journal_mode != "WAL" or not report.wal_readers
+    # Of a file that is damaged, or could not be read, the log may be what saves it.
+    is_sound = report.tables is not None and not report.quick_check
+    report.can_be_checkpointed = is_sound and (report.journal_mode != "WAL" or not report.wal_readers)
     report.problems += _problems(report)
     report.advice += _advice(report)
     if report.quick_check:
@@ -100,21 +102,21 @@ def _problems(report: Report) -> Iterator[str]:
 def _advice(report: Report) -> Iterator[str]:
     if report.tables == 0 and report.bytes:
         yield "there are no tables in it: if there should be, look whether this is the path that the application opens"
-    if report.wal_bytes > LARGE_WAL and not report.wal_readers:
+    if report.wal_bytes > LARGE_WAL and report.can_be_checkpointed:
         yield "the write-ahead log is large, and no reader uses it now: `PRAGMA wal_checkpoint(TRUNCATE)` truncates it"
     if report.write_lock and "quick_check" not in report.not_checked:
         yield (
             f"SQLite's write lock is held at this moment by {names(report.write_lock)}: if it is named "
             "repeatedly, have it commit before it computes or waits"
         )
-    if report.journal_mode not in ("WAL", "unknown") and report.bytes:
+    if report.journal_mode not in ("WAL", "unknown") and report.bytes and not report.quick_check:
         yield (
             "readers and the writer wait for each other in this journal mode: `PRAGMA journal_mode = WAL` changes it "
             "for good; DbWriter does so unless told otherwise"
         )
     if report.journal_mode == "WAL" and _has_wal_reset_bug(sqlite3.sqlite_version_info):
         yield from _wal_reset_bug(report)
-    if report.pages and report.free_pages * 2 > report.pages:
+    if report.pages and report.free_pages * 2 > report.pages and not report.quick_check:
         yield "more than half of the file is free pages: `VACUUM` makes it smaller"
 
 
@@ -155,7 +157,7 @@ def _rows(report: Report) -> Iterator[tuple[str, str]]:
         yield "pages", f"{report.pages:,} of {report.page_size:,} bytes, {report.free_pages:,} of them free"
     yield "journal mode", report.journal_mode if report.bytes else "none yet"
     if report.journal_mode == "WAL" or report.wal_bytes:
-        blocked = "" if report.can_be_checkpointed else ", cannot be reset while it is read"
+        blocked = ", cannot be reset while it is read" if report.wal_readers else ""
         yield "log (-wal)", f"{report.wal_bytes:,} bytes{blocked}"
         yield "opened by", _nobody_or(report.opened_by)
     yield "read by", _nobody_or(report.wal_readers)

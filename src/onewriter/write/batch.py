@@ -322,7 +322,7 @@ class Batch:
         """End a job; if it has failed, undo it alone where it shares the transaction. Returns the time."""
         job, session, state = loan.job, self._session, self._state
         if state.forked:
-            raise error or forked_error()  # the job has forked, and this is the child
+            raise forked_error() if error is None else error  # the job has forked, and this is the child
         session.guard.mode = Mode.GATEWAY
         job.ended_at = now = state.leave()
         if loan.parts is not None and not job.lent:

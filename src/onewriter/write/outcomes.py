@@ -7,6 +7,7 @@ import logging
 import sqlite3
 from collections.abc import Callable, Sequence
 from operator import attrgetter
+from time import monotonic
 from typing import Any
 
 from onewriter.base.call_site import without_own_frames
@@ -76,6 +77,16 @@ class Outcomes:
         note_descriptors(error)
         if note not in getattr(error, "__notes__", ()):
             BaseException.add_note(error, note)
+
+    def refuse(self, jobs: list[Job[Any]], error: BaseException, times: Times) -> None:
+        """Settle what there was no transaction for."""
+        if times.retried:
+            with self._state.lock:  # those that had started, and were undone, are counted with their times
+                self._state.tally.retried += sum(not job.running() for job in jobs)
+        for job in jobs:
+            job.ended_at = monotonic()  # one that was undone in its midst has none
+            self.fail(job, copy_of(error))
+        self.settle(jobs, times)
 
     def settle(self, jobs: list[Job[Any]], times: Times, loans: Sequence[WriteLoan] = (), commits: int = 0) -> None:
         """Make the outcomes visible, wake who waits, call the callbacks; ``loans`` are those with callbacks."""

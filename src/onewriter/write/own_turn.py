@@ -122,6 +122,7 @@ class OwnTurn:
         self._is_committing = True
         self._failure = self._lock.try_commit(session)
         if self._failure is not None:
+            session.guard.explain(self._failure)  # as in ``begin``
             return False
         return self._tell(batch, block, session, now)
 

@@ -71,7 +71,7 @@ class Part:
                 has_failed = False
                 end(loan, mark)
             else:
-                undo(loan, mark, error or GeneratorExit(), has_failed)
+                undo(loan, mark, GeneratorExit() if error is None else error, has_failed)
         except BaseException as failure:
             if kind is None:
                 undo(loan, mark, failure, has_failed)

@@ -25,7 +25,7 @@ from onewriter.write.checkpoint import Checkpoint, Checkpointer, Readers
 from onewriter.write.connection import WriteConnection
 from onewriter.write.jobs import BareStatementJob, ConnectionJob, ControlJob
 from onewriter.write.lock import WriteLock
-from onewriter.write.outcomes import Outcomes, copy_of, unknown_outcome
+from onewriter.write.outcomes import Outcomes, unknown_outcome
 from onewriter.write.own_turn import OwnTurn
 from onewriter.write.queue import JobQueue
 from onewriter.write.ticket import RUNNING, Job, Ticket
@@ -287,10 +287,7 @@ class Writer:
             and not (ended and not job.running())
             and self._again.get(job) is not Again.STANDS
         ]
-        for job in waiting:
-            job.ended_at = monotonic()  # one that was undone in its midst has none
-            self._outcomes.fail(job, copy_of(error))
-        self._outcomes.settle(waiting, times)
+        self._outcomes.refuse(waiting, error, times)
 
     def _obey(self, batch: Batch, verdict: Verdict, todo: list[Job[Any]]) -> None:
         """Settle what is decided, have run again what is to, and checkpoint; or go out of service."""

@@ -167,7 +167,7 @@ def test_a_target_that_cannot_be_meant_is_refused_and_nothing_is_created(db: DbW
         ]:
             with pytest.raises(sqlite3.OperationalError, match=word):
                 db.backup(target)
-        for arguments in [{"pages": 0}]:
+        for arguments in [{"pages": 0}, {"pages": -5}, {"pages": 2**31}]:
             with pytest.raises(ValueError, match="pages"):
                 db.backup(path.parent / "copy.db", **arguments)  # type: ignore[arg-type]
         for wrong in [{"pages": 1.5}, {"pages": True}, {"pages": None}, {"progress": 1}]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sqlite3
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
 
 from aio_helpers import opened, run, until
-from helpers import DEADLINE, core_of, in_threads, raising
+from helpers import DEADLINE, core_of, drop_session, eventually, in_threads, raising
 from onewriter import DbWriter, ReadTimeoutError, ReentrantWriteError, WriterClosedError
 from onewriter.live.query import Caller, Known, Query
 from onewriter.read.claim import new_claim
@@ -231,3 +233,20 @@ def test_of_two_reads_at_the_same_time_the_rows_of_the_one_that_ends_first_stand
         hub.finish(first, hub.pool.use(new_claim("test"), first.alone))
         hub.finish(second, older)
         assert live.next(DEADLINE) == [(1,)]
+
+
+@pytest.mark.parametrize("closes", [False, True], ids=["open", "at close"])
+def test_while_the_writer_has_no_connection_commits_of_others_are_seen_too(path: Path, closes: bool) -> None:
+    """As after a statement outside any transaction that has changed the journal mode of an attached file."""
+    other = sqlite3.connect(path, isolation_level=None)
+    with DbWriter(path) as db, contextlib.closing(other), ThreadPoolExecutor(1) as pool:
+        db.run("CREATE TABLE t (n)")
+        with db.watch("SELECT count(*) FROM t", every=0) as live:
+            assert live.next(DEADLINE) == [(0,)]
+            following = pool.submit(live.next, DEADLINE)
+            eventually(lambda: core_of(db).live._asleep)
+            drop_session(db)
+            other.execute("INSERT INTO t VALUES (1)")
+            if closes:
+                db.close()
+            assert following.result() == [(1,)]

@@ -790,3 +790,61 @@ def test_a_reader_whose_thread_has_no_room_for_the_call_is_given_back_by_another
             connection.execute("SELECT 1").fetchall()
     eventually(lambda: pool.in_use == 0)
     assert one.read("SELECT 1", timeout=DEADLINE) == [(1,)]
+
+
+def test_a_signal_handler_that_reads_while_its_thread_waits_for_a_connection_has_one_of_its_own(
+    one: DbWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Any] = []
+
+    class Interrupted:
+        def __init__(self) -> None:
+            self._signal = thread_signal()
+            self.release = self._signal.release
+
+        def acquire(self, timeout: float) -> bool:
+            monkeypatch.undo()
+            read.append(one.read_value("SELECT 2", timeout=DEADLINE))
+            block.__exit__(None, None, None)
+            return bool(self._signal.acquire(timeout=timeout))
+
+    with ThreadPoolExecutor(1) as pool:
+        block = one.reader()
+        pool.submit(block.__enter__).result(DEADLINE)
+        monkeypatch.setattr(pool_module, "thread_signal", Interrupted)
+        assert one.read_value("SELECT 1", timeout=DEADLINE) == 1
+    assert read == [2]
+    assert (pool_of(one).in_use, len(pool_of(one)._readers)) == (0, 1)
+
+
+def test_a_claim_that_a_signal_handler_has_admitted_meanwhile_is_admitted_once(path: Path) -> None:
+    class Loop(asyncio.SelectorEventLoop):
+        came = False
+
+        def is_closed(self) -> bool:
+            if not self.came:  # a signal handler may come in any call
+                self.came = True
+                db.read("SELECT 1", timeout=DEADLINE)
+            return super().is_closed()
+
+    with DbWriter(path, readers=2) as db, contextlib.closing(Loop()) as loop:
+        pool, claim = pool_of(db), new_claim("a task's")
+        claim.loop = loop
+        assert pool.ask(claim, thread_signal)
+        assert (loop.came, pool.in_use) == (True, 1)
+        pool.end(claim)
+        assert pool.in_use == 0
+
+
+def test_what_comes_back_while_it_is_seen_whether_one_waits_for_itself_is_lent_once(
+    one: DbWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def waits(claim: Claim, is_threads: bool) -> bool:
+        block.__exit__(None, None, None)
+        return True
+
+    block = one.reader()
+    in_threads(block.__enter__)
+    monkeypatch.setattr(pool_of(one), "_waits_for_itself", waits)
+    assert one.read_value("SELECT 1", timeout=DEADLINE) == 1
+    assert (pool_of(one).in_use, len(pool_of(one)._readers)) == (0, 1)

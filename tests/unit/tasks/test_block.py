@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from aio_helpers import Gate, beats, left_in_a_closed_loop, opened, rows, run, until, writer_parked
-from helpers import DEADLINE, eventually, notes_of, raising, state_of
+from helpers import DEADLINE, UnhelpfulError, eventually, notes_of, raising, state_of
 from onewriter import (
     AsyncDbWriter,
     AsyncTransaction,
@@ -1242,5 +1242,22 @@ def test_a_block_in_which_a_refusal_for_max_hold_was_caught_is_rolled_back(path:
                     with contextlib.suppress(TransactionClosedError):
                         await tx.execute(INSERT, (2,))
             assert await rows(db) == []
+
+    run(main)
+
+
+@pytest.mark.parametrize("is_nested", [True, False], ids=["block", "savepoint"])
+def test_an_unhelpful_exception_comes_out_of_a_savepoint_as_it_is(path: Path, is_nested: bool) -> None:
+    async def main() -> None:
+        async with opened(path) as db:
+            async with db.transaction() as tx:
+                try:  # not pytest.raises: pytest cannot show one that has this in its context
+                    async with db.transaction() if is_nested else tx.savepoint():
+                        await tx.execute(INSERT, (1,))
+                        raise UnhelpfulError
+                except Exception as error:
+                    came = type(error)
+                await tx.execute(INSERT, (2,))
+            assert (came, await rows(db)) == (UnhelpfulError, [2])
 
     run(main)

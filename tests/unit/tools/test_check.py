@@ -22,7 +22,7 @@ from onewriter.__main__ import main
 from onewriter.sqlite import lock_holders
 from onewriter.sqlite.connection import open_to_look
 from onewriter.tools import check
-from onewriter.tools.report import LARGE_WAL, Report, describe
+from onewriter.tools.report import LARGE_WAL, Report, describe, judge
 from onewriter.tools.versions import versions
 
 READER = """
@@ -439,10 +439,11 @@ def test_a_database_without_tables_is_told(path: Path, capsys: pytest.CaptureFix
 def test_a_log_beside_an_empty_file_survives_a_check(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path.touch()
     log = Path(f"{path}-wal")
-    log.write_bytes(b"what there was")
+    log.write_bytes(b"w" * (LARGE_WAL + 1))
     code, report = asked(path, capsys)
-    assert (code, report["wal_bytes"]) == (1, 14)
-    assert log.read_bytes() == b"what there was"
+    assert (code, report["wal_bytes"]) == (1, LARGE_WAL + 1)
+    assert log.read_bytes() == b"w" * (LARGE_WAL + 1)
+    assert (report["advice"], report["can_be_checkpointed"]) == ([], False)  # a checkpoint would delete it
 
 
 @pytest.mark.parametrize(("count", "said"), [(1, "1 violation"), (2, "2 violations"), (30, "30 violations")])
@@ -497,6 +498,19 @@ def test_check_of_a_closed_damaged_file_in_wal_mode_says_wal(damaged: Path) -> N
     report = check.check(str(damaged))
     assert report.quick_check
     assert report.journal_mode == "WAL"
+    assert not report.can_be_checkpointed
+
+
+@pytest.mark.parametrize(("mode", "count"), [("WAL", 2), ("DELETE", 3)])
+def test_nothing_that_writes_is_advised_of_a_damaged_file(mode: str, count: int) -> None:
+    def advice(*damage: str) -> list[str]:
+        report = Report("app.db", bytes=1, journal_mode=mode, tables=1, pages=10, free_pages=9, opened_by=[])
+        report.wal_bytes, report.quick_check = LARGE_WAL + 1, [*damage]
+        judge(report)
+        return report.advice
+
+    assert advice("a page is damaged") == []
+    assert len(advice()) == count
 
 
 def test_the_command_line_tells_the_version(capsys: pytest.CaptureFixture[str]) -> None:

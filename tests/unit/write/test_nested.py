@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, raising, rows, rows_in
+from helpers import DEADLINE, UnhelpfulError, raising, rows, rows_in
 from onewriter import AsyncDbWriter, DbWriter, Transaction, TransactionClosedError
 from onewriter.write import part
 from onewriter.write.loan import TOO_LONG
@@ -275,3 +275,22 @@ def test_what_an_interrupt_ends_as_it_begins_is_over_for_its_thread(
     table_db.run(INSERT, (2,))  # outside it
     assert rows(table_db) == [1, 2]
     assert kept.value.__traceback__ is not None
+
+
+@pytest.mark.parametrize("nest", [in_a_job, in_a_block, None], ids=["job", "block", "savepoint"])
+def test_an_unhelpful_exception_comes_out_as_it_is(table_db: DbWriter, nest: Nest | None) -> None:
+    def fail(inner: Transaction) -> None:
+        inner.execute(INSERT, (1,))
+        raise UnhelpfulError
+
+    def in_a_savepoint(work: Work) -> None:
+        with tx.savepoint():
+            work(tx)
+
+    with table_db.transaction() as tx:
+        try:  # not pytest.raises: pytest cannot show one that has this in its context
+            in_a_savepoint(fail) if nest is None else nest(table_db, fail)
+        except Exception as error:
+            came = type(error)
+        tx.execute(INSERT, (2,))
+    assert (came, rows(table_db)) == (UnhelpfulError, [2])

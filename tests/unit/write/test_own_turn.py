@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import sqlite3
 import threading
@@ -428,6 +429,26 @@ def test_what_a_signal_handler_raises_while_sqlite_asks_about_begin_comes_out(
         pytest.fail("entered")
     db.run(INSERT, (1,))
     assert rows(db) == [1]
+
+
+def test_what_a_signal_handler_raises_before_the_guard_can_answer_about_commit_comes_out(db: DbWriter) -> None:
+    """Only a KeyboardInterrupt: the exception itself cannot be caught there, and SQLite says "not authorized"."""
+    session: Any = session_of(db)
+    guard, came = session.guard, list[bool]()
+
+    def ask(action: int, verb: str | None, *rest: Any) -> int:
+        if (action, verb) == (sqlite3.SQLITE_TRANSACTION, "COMMIT") and not came:
+            came.append(True)
+            raise SignalError
+        answer: int = guard._ask(action, verb, *rest)
+        return answer
+
+    with pytest.raises(KeyboardInterrupt), db.transaction() as tx:
+        tx.execute(INSERT, (1,))
+        guard._answers, guard.authorizer = 0, functools.lru_cache(maxsize=0)(ask)
+        session.connection.set_authorizer(guard.authorizer)  # COMMIT is asked about again
+    db.run(INSERT, (2,))
+    assert (came, rows(db)) == ([True], [2])
 
 
 def test_a_block_that_was_interrupted_behind_its_begin_leaves_no_transaction_to_the_job_behind_it(
