@@ -33,11 +33,17 @@ def is_there(waiter: Any) -> bool:
 
 
 def wake(waiters: Iterable[Any]) -> None:
-    """Wake threads, which wait with a lock, and tasks, which wait with a future: one call for each of their loops."""
+    """Wake threads, which wait with a lock, and tasks, which wait with a future: one call for each of their loops.
+
+    Again, it changes nothing: where a signal handler may raise as it begins, and nobody else would, it is called twice.
+    """
     loops: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] | None = None
     for waiter in waiters:
         if not isinstance(waiter, Future):
-            waiter.release()
+            try:
+                waiter.release()
+            except RuntimeError:  # it was released before
+                pass
             continue
         if loops is None:
             loops = {}

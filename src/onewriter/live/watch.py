@@ -243,6 +243,6 @@ class Watch(Strict, Watching[T]):
                 with contextlib.suppress(WriterClosedError):  # in this moment: the last state is on its way
                     live.ask()
             end = min(until, step.until, monotonic() + LOOK if live.polls else math.inf)
-            return wait_in_slices(step.signal, end, live.state) or monotonic() < until
+            return wait_in_slices(step.signal, end, live.state, lambda: self._is_left) or monotonic() < until
         finally:
             self._forget(step)

@@ -162,7 +162,11 @@ class Places:
             first.since = now
             signal, first.signal = first.signal, None  # a task whose loop is closed now is kept by nothing any more
             if signal is not None:
-                wake([signal])
+                try:
+                    wake([signal])
+                except BaseException:  # Ctrl-C
+                    wake([signal])
+                    raise
         self._is_watched = bool(self._line or self._paused_until) or self._count > self._most
         if not self._is_watched and self._state.broken is None:
             self._door = self._idle

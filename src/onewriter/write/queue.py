@@ -372,9 +372,8 @@ class JobQueue(queue.Queue[Job[Any]]):
                 self._bounded += 1
                 job._is_queued = waiter.accepted = True
                 self.queue.append(job)  # and no call since it is accepted, behind which one could come
-            if waiter in self._room:
-                del self._room[waiter]
-                wake([waiter.signal])
+            wake([waiter.signal])  # before it is out, or Ctrl-C comes in between and nobody does
+            self._room.pop(waiter, None)
         if self.is_nearly_full and self._bounded <= self.maxsize // 2:
             self.is_nearly_full, self._limit = False, self._mark
 

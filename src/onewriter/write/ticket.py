@@ -157,8 +157,13 @@ class Ticket(Generic[T]):
                 self._state.tally.count_cancelled(self.label)
             woken, self._waiters = self._waiters, None
             _work, self.work = self.work, None  # which goes at the end, not under the lock: it may have finalizers
-        self._state.forget(self)
-        wake(woken or ())
+        try:
+            wake(woken or ())
+        except BaseException:  # Ctrl-C
+            wake(woken or ())
+            raise
+        finally:
+            self._state.forget(self)
         return True
 
     def result(self, timeout: float | None = None) -> T:

@@ -1,0 +1,108 @@
+"""Wake-ups: none is lost to a signal handler that raises in that moment."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from aio_helpers import run, until
+from helpers import DEADLINE, core_of, eventually, parked, pool_of, queue_of
+from onewriter import DbWriter, Ticket
+from onewriter.base.waiting import thread_signal, wake
+from onewriter.live import hub
+from onewriter.read import places
+from onewriter.write import queue, ticket
+
+Interrupt = Callable[[ModuleType], None]
+
+
+@pytest.fixture
+def interrupt(monkeypatch: pytest.MonkeyPatch) -> Interrupt:
+    """The next call of ``wake`` in that module is interrupted by Ctrl-C as it begins."""
+
+    def interrupt(module: ModuleType) -> None:
+        def interrupted(waiters: Iterable[Any]) -> None:
+            monkeypatch.setattr(module, "wake", wake)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(module, "wake", interrupted)
+
+    return interrupt
+
+
+@pytest.fixture
+def db(path: Path) -> Iterable[DbWriter]:
+    with DbWriter(path, readers=1, maxsize=1) as gateway:
+        gateway.run("CREATE TABLE t (n)")
+        yield gateway
+
+
+def test_of_who_waits_for_a_connection(db: DbWriter, interrupt: Interrupt) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        block = db.reader()
+        block.__enter__()
+        waiting = pool.submit(db.read_value, "SELECT 1", timeout=None)
+        eventually(lambda: pool_of(db).waiting)
+        interrupt(places)
+        with pytest.raises(KeyboardInterrupt):
+            block.__exit__(None, None, None)
+        assert waiting.result(DEADLINE) == 1
+
+
+def test_of_who_waits_for_room(db: DbWriter, interrupt: Interrupt) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        with parked(db):
+            first = db.enqueue("INSERT INTO t VALUES (1)")
+            waiting = pool.submit(lambda: db.enqueue("INSERT INTO t VALUES (2)", timeout=None))
+            eventually(lambda: queue_of(db)._room)
+            interrupt(queue)
+            with pytest.raises(KeyboardInterrupt):
+                first.cancel()
+        assert waiting.result(DEADLINE).result(DEADLINE).rowcount == 1
+    assert (first.cancelled(), db.read("SELECT n FROM t")) == (True, [(2,)])
+
+
+def test_of_a_task_that_waits_for_what_another_withdraws(db: DbWriter, interrupt: Interrupt) -> None:
+    async def wait_for(job: Ticket[Any]) -> Any:
+        return await job
+
+    async def main() -> None:
+        job = db.enqueue("INSERT INTO t VALUES (1)")
+        waiting = asyncio.create_task(wait_for(job))
+        await until(lambda: bool(job._waiters))
+        interrupt(ticket)
+        with pytest.raises(KeyboardInterrupt):
+            job.cancel()
+        async with asyncio.timeout(DEADLINE):
+            with pytest.raises(CancelledError):
+                await waiting
+
+    with parked(db):
+        run(main)
+
+
+def test_of_a_thread_that_follows_a_watch_which_another_leaves(db: DbWriter, interrupt: Interrupt) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        live = db.watch("SELECT n FROM t")
+        with live:
+            assert live.next() == []
+            following = pool.submit(live.next)
+            eventually(lambda: core_of(db).live._asleep)
+            interrupt(hub)
+            with pytest.raises(KeyboardInterrupt):
+                live.__exit__(None, None, None)
+            with pytest.raises(RuntimeError, match="has ended"):
+                following.result(DEADLINE)
+
+
+def test_who_was_woken_may_be_woken_again() -> None:
+    signal = thread_signal()
+    wake([signal, signal])
+    assert signal.acquire(blocking=False)
+    assert not signal.acquire(blocking=False)
