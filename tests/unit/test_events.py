@@ -10,13 +10,22 @@ import sqlite3
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
 
 from helpers import DEADLINE, core_of, holding_lock, parked, released_when_met, state_of, writer_of
-from onewriter import AsyncDbWriter, CommitUnknownError, DbWriter, ReentrantWriteError, Ticket, WriterClosedError
+from onewriter import (
+    AsyncDbWriter,
+    CloseReport,
+    CommitUnknownError,
+    DbWriter,
+    ReentrantWriteError,
+    Ticket,
+    WriterClosedError,
+)
 from onewriter.events import BackupEnded, BatchEnded, CheckpointEnded, Event, JobSubmitted, WriterBroken
 from onewriter.write.jobs import ControlJob
 
@@ -69,6 +78,37 @@ def test_every_job_is_told_when_it_is_handed_in_and_when_it_ends(path: Path, inl
             writers.add(thread)
     assert (writers == {me}) is inline
     assert len(writers) == 1
+
+
+@pytest.mark.parametrize("is_busy", [True, False])
+@pytest.mark.parametrize("inline", [True, False])
+def test_a_block_that_is_withdrawn_as_it_is_announced_never_begins(path: Path, inline: bool, is_busy: bool) -> None:
+    def withdraw(event: object) -> None:
+        if isinstance(event, JobSubmitted) and event.ticket.label == "withdrawn":
+            assert event.ticket.cancel()
+
+    with DbWriter(path, on_event=withdraw, inline=inline) as db:
+        with contextlib.ExitStack() as busy:
+            if is_busy and not inline:
+                busy.enter_context(parked(db))
+            with pytest.raises(CancelledError), db.transaction(label="withdrawn", timeout=None):
+                pytest.fail("entered")
+        with db.transaction(label="another"):
+            pass
+        assert (db.stats().cancelled, db.stats().committed - is_busy * (not inline)) == (1, 1)
+
+
+def test_a_job_that_is_refused_as_it_is_announced_was_never_there(path: Path) -> None:
+    def refuse(event: object) -> None:
+        if isinstance(event, JobSubmitted):
+            raise SystemExit
+
+    with DbWriter(path, on_event=refuse) as db:
+        with pytest.raises(SystemExit), db.transaction():
+            pytest.fail("entered")
+        with pytest.raises(SystemExit):
+            db.run("SELECT 1")
+    assert db.close() == CloseReport(0, 0, 0, 0, ())
 
 
 def test_a_batch_is_one_event(path: Path) -> None:

@@ -35,7 +35,7 @@ GUARDS = [
             "write/ticket.py": ["__init__", "expect_outcome"],
             "write/jobs.py": ["__init__"],
             "write/batch.py": [],
-            "write/block.py": ["__init__", "line_up"],
+            "write/block.py": ["__init__"],
             "tasks/block.py": ["__init__"],
         }.items()
     ),

@@ -136,6 +136,13 @@ class Watching(Generic[T]):
             raise RuntimeError(NOT_ENTERED)
         return self._query
 
+    def _refuse_in_reader(self, *, awaits: bool = False) -> None:
+        """Where a COMMIT waits for readers, and so for the reader() that the caller is in, a second connection waits
+        for that COMMIT."""
+        state = self._live.state
+        if state.readers_block_commits and state.scopes.innermost() is not state.scopes.innermost(writes=True):
+            state.refuse_endless_wait(WAIT, awaits=awaits)
+
     def _forget(self, step: Step) -> None:
         self._live.forget(self._entered(), step.signal)
 
@@ -228,6 +235,7 @@ class Watch(Strict, Watching[T]):
             if live.state.scopes.innermost() is None:
                 found = live.pool.use(new_claim(reading.label, until), reading.alone)
             else:  # this thread may have the last connection, in a reader() block
+                self._refuse_in_reader()
                 found = live.read_beside(reading)
         except BaseException as error:
             self._failed(reading, error)

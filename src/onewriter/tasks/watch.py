@@ -82,6 +82,7 @@ class AsyncWatch(Strict, Watching[T]):
             if self._reads.here() is None:
                 await self._reads.use(reading.label, functools.partial(self._live.read, reading), until)
             else:  # this task may have the last connection, in a reader() block
+                self._refuse_in_reader(awaits=True)
                 self._live.finish(reading, await self._reads.call(self._live.read_beside, reading))
         except BaseException as error:
             self._failed(reading, error)

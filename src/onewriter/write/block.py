@@ -15,7 +15,7 @@ from onewriter.base import garbage
 from onewriter.base.arguments import exact
 from onewriter.base.log import call_all_safely
 from onewriter.base.state import State
-from onewriter.base.waiting import SLICE
+from onewriter.base.waiting import SLICE, wake
 from onewriter.errors import TransactionClosedError, WriteTimeoutError, forked_error
 from onewriter.write.loan import ENDED, TOO_LONG, WriteLoan
 from onewriter.write.ticket import Job
@@ -68,9 +68,13 @@ class Block(Job[None]):
         return self._error is not None or (self.failed and not self.done())
 
     def line_up(self, granted: Any) -> None:
-        """It waits for its turn, which wakes ``granted``; before anybody else knows it."""
+        """It waits for its turn, which wakes ``granted``; so does its withdrawal, even by who was told of it before."""
         self.granted, self._requests = granted, queue.SimpleQueue()
-        self._waiters = [granted]
+        with self._state.lock:
+            self._waiters = [granted]
+            was_withdrawn = self.done()
+        if was_withdrawn:
+            wake([granted])
 
     def needs(self, loop: AbstractEventLoop) -> bool:
         """Whether it cannot end while the thread of ``loop`` waits."""

@@ -79,11 +79,11 @@ class Entry:
         if state.forked or state.would_deadlock():
             state.refuse_endless_wait("transaction()")
         me = get_ident()
+        if self._hook is not None:
+            announce(state, self._hook, block, waits=True)
         try:  # with all of it: Ctrl-C comes behind a call
             block.entry = weakref.ref(self, functools.partial(_collected, block, self._turns, self._gateway))
             block.come(loop)
-            if self._hook is not None:
-                announce(state, self._hook, block, waits=True)
             state.entering.add(me)
             loan = self._turns.enter(block, self._timeout)
             self._scope = state.scopes.enter(loan, writes=True)

@@ -423,13 +423,13 @@ def test_a_commit_before_the_sleep_ends_it(new_db: DbWriter, monkeypatch: pytest
     with new_db.watch(N, every=0) as live:
         settle(new_db, live)
 
-        def commit_first(signal: Any, until: float, state: Any) -> bool:
+        def commit_first(signal: Any, *rest: Any) -> bool:
             monkeypatch.setattr(watch_module, "wait_in_slices", wait_in_slices)
             in_a_thread(lambda: new_db.run("INSERT INTO t VALUES (1)"))
             in_a_thread(new_db.flush)
             assert signal.acquire(blocking=False)
             signal.release()
-            return wait_in_slices(signal, until, state)
+            return wait_in_slices(signal, *rest)
 
         monkeypatch.setattr(watch_module, "wait_in_slices", commit_first)
         assert live.next(DEADLINE) == [(1,)]
@@ -1038,3 +1038,14 @@ def test_a_read_that_has_begun_is_not_ended_by_its_timeout(one: DbWriter) -> Non
 
     with one.watch(deadlines) as live:
         assert live.next(timeout=DEADLINE) == [math.inf]
+
+
+def test_in_a_reader_for_which_a_commit_waits_it_does_not_wait_for_that(path: Path) -> None:
+    with DbWriter(path, journal_mode="DELETE") as db, db.watch(N, every=0) as live:
+        db.run("CREATE TABLE t (n)")
+        with db.reader(), pytest.raises(ReentrantWriteError, match=r"inside a reader\(\)"):
+            live.next()
+        with db.transaction():
+            assert live.next(DEADLINE) == []
+        db.run("INSERT INTO t VALUES (1)")
+        assert live.next(DEADLINE) == [(1,)]

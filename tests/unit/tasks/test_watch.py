@@ -352,3 +352,15 @@ def test_a_task_whose_loop_is_closed_in_a_read_that_fails_keeps_no_other_watch_f
             with pytest.raises(sqlite3.OperationalError, match="overflow"):
                 other.result()
         assert not task.done()
+
+
+def test_in_a_reader_for_which_a_commit_waits_it_does_not_wait_for_that(path: Path) -> None:
+    async def main() -> None:
+        async with AsyncDbWriter(path, journal_mode="DELETE") as db, db.watch(N) as live:
+            await db.run("CREATE TABLE t (n)")
+            async with db.reader():
+                with pytest.raises(ReentrantWriteError, match=r"inside a reader\(\)"):
+                    await live.next()
+            assert await live.next(DEADLINE) == []
+
+    run(main)
