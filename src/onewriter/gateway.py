@@ -648,6 +648,8 @@ class DbWriter(Strict):
         """
         here = None if enclosing() is None else self._state.scopes.innermost()
         if here is not None:
+            if self._state.entering:
+                self._state.here("a read")  # of a block that this thread, whose signal handler this is, begins or ends
             return here.lends()  # type: ignore[no-any-return]
         job = self._state.job
         if get_ident() == self._state.writer_thread and not (is_apart and job is not None and job.in_transaction):

@@ -288,6 +288,32 @@ def test_a_handler_may_leave_the_block_of_its_thread_at_any_step(
         pytest.fail("there are more steps than that")
 
 
+@pytest.mark.parametrize("read", [lambda db: db.read("SELECT 1"), lambda db: db.reader().__enter__()])
+def test_a_handler_may_read_at_any_step_of_a_block_or_is_told_that_it_cannot(
+    path: Path, read: Callable[[DbWriter], object]
+) -> None:
+    with DbWriter(path, synchronous="OFF") as db:
+        db.run("CREATE TABLE t (n)")
+        refused = 0
+
+        def handler() -> None:
+            nonlocal refused
+            try:
+                read(db)
+            except onewriter.ReentrantWriteError:
+                refused += 1
+
+        for row in range(1, 1000):
+            with Interrupter(row, handler=handler) as interrupter:
+                block(db, row, Told())
+            if not interrupter.where:
+                break
+        else:
+            pytest.fail("there are more steps than that")
+        assert refused
+        assert rows(db) == list(range(1, row + 1))
+
+
 def test_while_a_thread_ends_its_block_nobody_else_does(db: DbWriter, monkeypatch: pytest.MonkeyPatch) -> None:
     end, seen = OwnTurn.end, list[bool]()
 
