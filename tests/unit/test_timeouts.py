@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import onewriter.gateway as gateway_module
 from helpers import DEADLINE, in_threads, parked, state_of
 from onewriter import AsyncDbWriter, DbWriter, QueueFullError, ReadTimeoutError, Ticket, WriteTimeoutError
 
@@ -140,3 +141,14 @@ def test_a_timeout_error_can_be_pickled_and_copied(db: DbWriter) -> None:
         db.run("SELECT 1", timeout=0.0)
     for again in (pickle.loads(pickle.dumps(timeout.value)), copy.copy(timeout.value)):
         assert (type(again), str(again), again.started) == (WriteTimeoutError, str(timeout.value), False)
+
+
+def test_an_outcome_that_comes_in_the_moment_of_the_timeout_is_returned(
+    db: DbWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_late(wakeup: Any, *_: object) -> bool:
+        assert wakeup.acquire(timeout=DEADLINE)
+        return False
+
+    monkeypatch.setattr(gateway_module, "wait_in_slices", too_late)
+    assert db.run("SELECT 1").rows == [(1,)]

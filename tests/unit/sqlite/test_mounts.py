@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import DEADLINE
+from helpers import DEADLINE, raising
 from onewriter import DbWriter
 from onewriter.sqlite import file, mounts
 
@@ -97,3 +97,11 @@ def test_where_the_mounts_are_unknown_the_device_decides(
     stat = os.stat
     monkeypatch.setattr(os, "stat", lambda name, **options: os.stat_result(found) if name == place else stat(name))
     assert mounts.is_mounted_alone(str(path)) is is_alone
+
+
+def test_a_file_that_cannot_be_looked_at_is_taken_for_an_ordinary_one(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path.touch()
+    monkeypatch.setattr(mounts, "mount_of", raising(PermissionError))
+    assert not mounts.is_mounted_alone(str(path))

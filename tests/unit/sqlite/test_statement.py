@@ -260,3 +260,8 @@ def test_a_script_with_several_transactions_is_refused(any_db: DbWriter, script:
     with pytest.raises(sqlite3.DatabaseError, match="not authorized"):
         any_db.run_script(script)
     assert any_db.read("SELECT * FROM sqlite_schema") == []
+
+
+def test_a_name_in_deep_parentheses_is_no_clause() -> None:
+    assert not describe_sql("INSERT INTO t SELECT (((((( 1 ))))) + returning) FROM s").returning
+    assert describe_sql("INSERT INTO t SELECT (((((( 1 ))))) + n) FROM s RETURNING n").returning

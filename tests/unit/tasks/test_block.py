@@ -968,6 +968,8 @@ def test_a_savepoint_that_fails_as_its_block_is_left_while_the_writer_is_busy_sa
             blocks: list[taskblock.TaskBlock] = []
             leaving = asyncio.create_task(block())
             await until(lambda: bool(blocks) and blocks[0].is_given_back)
+            with pytest.raises(TransactionClosedError, match="has ended"):
+                await blocks[0].call(int)
             leave.set()
             with pytest.raises(TransactionClosedError):
                 await tasks[0]

@@ -19,7 +19,7 @@ from aio_helpers import Gate, beats, keep_busy, left_in_a_closed_loop, opened, r
 from helpers import DEADLINE, eventually, in_threads, pool_of, raises, raising, threads_of
 from onewriter import AsyncDbWriter, DbWriter, ReadTimeoutError, ReentrantWriteError, WriterClosedError
 from onewriter.read.claim import new_claim
-from onewriter.read.reader import Snapshot
+from onewriter.read.reader import Reader, Snapshot
 from onewriter.tasks import reader
 from onewriter.tasks import reader as tasks_reader
 from onewriter.tasks.reader import AsyncReader
@@ -903,3 +903,16 @@ def test_a_call_that_is_given_up_leaves_the_reader_its_connection(one: DbWriter)
             assert pool_of(one).in_use == 1
 
     asyncio.run(main())
+
+
+def test_a_connection_on_which_no_snapshot_can_begin_is_given_back(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        async with opened(path, readers=1) as db:
+            with monkeypatch.context() as patch, pytest.raises(OSError, match="own making"):
+                patch.setattr(Reader, "pin", raising(OSError))
+                async with db.reader():
+                    pytest.fail("entered")
+            assert pool_of(db).in_use == 0
+            assert await db.read_value("SELECT 1", timeout=DEADLINE) == 1
+
+    run(main)

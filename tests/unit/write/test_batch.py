@@ -602,3 +602,16 @@ def test_damage_of_another_database_that_a_function_meets_is_not_told_of_this_on
         with pytest.raises(sqlite3.DatabaseError, match="malformed"):
             call()
     assert table_db.health == "ok"
+
+
+def test_a_statement_with_parameters_that_fails_as_it_runs_fails_alone(new_db: DbWriter) -> None:
+    db = new_db
+    db.run("CREATE TABLE t (n)")
+    with parked(db):
+        first = db.enqueue(INSERT, (1,))
+        failing = db.enqueue("INSERT INTO t VALUES (abs(?))", (-(2**63),))
+        last = db.enqueue(INSERT, (2,))
+    assert (first.result(DEADLINE).rowcount, last.result(DEADLINE).rowcount) == (1, 1)
+    with pytest.raises(sqlite3.OperationalError, match="integer overflow"):
+        failing.result(DEADLINE)
+    assert rows(db) == [1, 2]

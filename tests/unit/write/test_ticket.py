@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from helpers import BRIEFLY, DEADLINE, holding_lock, notes_of, parked, rows
-from onewriter import DbWriter, ReentrantWriteError, Result, Ticket, Transaction
+from helpers import BRIEFLY, DEADLINE, holding_lock, notes_of, parked, rows, state_of
+from onewriter import DbWriter, ForkedError, ReentrantWriteError, Result, Ticket, Transaction
 
 INSERT = "INSERT INTO t VALUES (?)"
 LONG = "INSERT INTO t VALUES (1) -- a text that is longer than sixty characters are"
@@ -464,3 +464,18 @@ def test_a_label_itself_is_the_first_sixty_characters(table_db: DbWriter) -> Non
     assert table_db.enqueue(LONG).label == LONG[:60]
     assert "…" not in table_db.enqueue("SELECT 1").describe()
     assert table_db.enqueue("SELECT 1", label="x" * 70).describe().startswith(f"'{'x' * 70}' ")
+
+
+def test_in_a_forked_child_only_a_ticket_with_an_outcome_says_that_it_cannot_be_cancelled(
+    db: DbWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = db.enqueue("SELECT 1")
+    done.result(DEADLINE)
+    with parked(db):
+        pending = db.enqueue("SELECT 1")
+        with monkeypatch.context() as patch:
+            patch.setattr(state_of(db), "forked", True)
+            with pytest.raises(ForkedError):
+                pending.cancel()
+            assert not done.cancel()
+    assert pending.result(DEADLINE).rows == [(1,)]

@@ -870,3 +870,14 @@ def test_a_function_whose_transaction_sqlite_has_ended_writes_nothing_more_whate
     with pytest.raises(TransactionAbortedError):
         db.run(job)
     assert rows(db) == [1]
+
+
+def test_a_script_goes_no_further_when_max_hold_is_over(path: Path) -> None:
+    def wait_for_it(connection: sqlite3.Connection, readonly: bool) -> None:
+        connection.create_function("hold", 0, lambda: threading.Event().wait(0.1))
+
+    with DbWriter(path, max_hold=0.05, on_connect=wait_for_it) as db:
+        db.run("CREATE TABLE t (n)")
+        with pytest.raises(TransactionClosedError, match="longer than max_hold"):
+            db.run(lambda tx: tx.executescript("INSERT INTO t VALUES (hold()); INSERT INTO t VALUES (2)"))
+        assert rows(db) == []
