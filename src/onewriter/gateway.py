@@ -648,9 +648,10 @@ class DbWriter(Strict):
         """
         here = None if enclosing() is None else self._state.scopes.innermost()
         if here is not None:
-            if self._state.entering:
-                self._state.here("a read")  # of a block that this thread, whose signal handler this is, begins or ends
-            return here.lends()  # type: ignore[no-any-return]
+            loan: WriteLoan | Snapshot = here.lends()
+            if isinstance(loan, WriteLoan) and loan.is_closed and get_ident() in self._state.entering:
+                self._state.refuse_endless_wait("a read")  # by a signal handler, as its thread ends the block
+            return loan
         job = self._state.job
         if get_ident() == self._state.writer_thread and not (is_apart and job is not None and job.in_transaction):
             self._state.here()  # inside a statement of the writer its connection cannot be used

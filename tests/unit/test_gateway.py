@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import dataclasses
 import inspect
 import logging
 import pickle
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from helpers import in_threads, raises
-from onewriter import AsyncDbWriter, DbWriter, WriterClosedError
+from helpers import DEADLINE, eventually, in_threads, raises, state_of
+from onewriter import AsyncDbWriter, DbWriter, Transaction, WriterClosedError
 from onewriter.options import Options
 
 
@@ -135,3 +137,20 @@ def test_the_defaults_are_the_same_for_threads_and_tasks() -> None:
     signature = inspect.signature(DbWriter).parameters
     options = {field.name: field.default for field in dataclasses.fields(Options)}
     assert {name: signature[name].default for name in options} == options
+
+
+def test_a_function_reads_in_another_context_while_a_thread_waits_for_its_block(db: DbWriter) -> None:
+    def function(tx: Transaction) -> list[Any]:
+        waiting.append(pool.submit(db.transaction().__enter__))
+        eventually(lambda: state_of(db).entering)
+
+        def read() -> list[Any]:
+            with db.reader():
+                return db.read("SELECT 1")
+
+        return contextvars.Context().run(read)
+
+    waiting: list[Future[Any]] = []
+    with ThreadPoolExecutor(1) as pool:
+        assert db.run(function) == [(1,)]
+        waiting[0].result(DEADLINE)

@@ -181,7 +181,7 @@ class State:
     def has_lock(self) -> None:
         self.waiting = None
 
-    def here(self, what: str = "a write") -> Any:
+    def here(self) -> Any:
         """The block or job that a call which writes belongs to: a Transaction, or the object of a task's block."""
         here = self.scopes.innermost(writes=True)
         if here is None and self.job is not None and self.writer_thread == threading.get_ident():
@@ -189,7 +189,7 @@ class State:
                 raise ReentrantWriteError(IN_STATEMENT if self.job.in_transaction else HAS_ITS_OWN)
             raise ReentrantWriteError(IN_STATEMENT if self.transaction.is_inside else ELSEWHERE)
         if here is not None and self.entering and threading.get_ident() in self.entering:
-            self.refuse_endless_wait(what)  # by a signal handler, as its thread begins or ends the block
+            self.refuse_endless_wait("a write")  # by a signal handler, as its thread begins or ends the block
         return here
 
     def is_mine(self) -> bool:

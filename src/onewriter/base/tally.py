@@ -217,10 +217,6 @@ class Tally:
         self.failed += 1
         self.labels.append(label)
 
-    def count_cancelled(self, label: str) -> None:
-        self.cancelled += 1
-        self.labels.append(label)
-
     @property
     def finished(self) -> int:
         return self.committed + self.failed + self.cancelled

@@ -142,7 +142,11 @@ class LiveQueries:
 
     def read(self, reading: Reading, reader: Reader) -> Found:
         """Read with one of the pool's, and tell in the thread that does: the task that waits may never go on."""
-        found = reading.alone(reader)
+        try:
+            found = reading.alone(reader)
+        except BaseException:
+            self.finish(reading, None)
+            raise
         self.finish(reading, found)
         return found
 

@@ -187,12 +187,21 @@ class Places:
             if claim.end_lost is not None and claim.loop is not None and claim.loop.is_closed():
                 claim.end_lost()
 
+    def free_lost(self) -> None:
+        """For the writer, whose COMMIT waits for readers: end those that nobody else ends any more."""
+        self.end_lost()
+        self._look_in_the_garbage()
+
     def _help_those_that_wait(self) -> None:
+        if self._line:
+            self._look_in_the_garbage()
+
+    def _look_in_the_garbage(self) -> None:
         """A block in a reference cycle, as that of a generator which a framework has dropped, ends only when the
         garbage collector runs: have it run, for each that is open for long.
         """
         now, is_due = monotonic(), False
-        for claim in self._lent() if self._line else ():
+        for claim in self._lent():
             if claim.thread == 0 or claim.end_lost is not None:  # no read, which ends by itself
                 claim.search = claim.search or garbage.Search(claim.since, garbage.LONG)
                 is_due |= claim.search.is_due(now)
@@ -273,6 +282,7 @@ class Places:
 
         Not if one has been in use for long already: it would not come back in time.
         """
+        self.end_lost()
         if seconds <= 0.0 or self.out_for(LONG):
             yield
             return

@@ -278,6 +278,7 @@ class LentTransaction:
     # Savepoints -------------------------------------------------------------------------------------------------------
 
     def _push(self, name: str | None, *, of_script: bool = False) -> _Savepoint:
+        self._first()  # forgets what has ended with a part of the job, behind which this one would hide it
         savepoint = _Savepoint(name, self._savepoints.begin(of_library=True), of_script)
         self._open.append(savepoint)
         return savepoint

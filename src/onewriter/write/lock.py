@@ -6,6 +6,7 @@ from collections.abc import Callable
 from time import monotonic
 from typing import Any
 
+from onewriter.base import garbage
 from onewriter.base.state import State
 from onewriter.base.tally import Times
 from onewriter.sqlite.file import DatabaseFile
@@ -17,6 +18,7 @@ from onewriter.write.ticket import Job
 
 LONGEST_HOLD = 0.05  # seconds after which a batch takes no further job
 SHARED_HOLD = 0.02  # the same while other processes want the lock too: shorter turns make equal shares sooner
+LOOK = 0.05  # seconds after which a COMMIT that readers hold up looks for lost ones; less and less often
 GAP = 0.001  # seconds for which the lock is left free after it was held that long
 
 
@@ -118,9 +120,13 @@ class WriteLock:
         return describe_lock(self._path, self._file.attached)
 
     def _keep_trying(self, session: WriteSession, sql: str, job: Job[Any], times: Times, first: Failure) -> None:
+        search = garbage.Search(monotonic(), LOOK)
+
         def again() -> None:
             if self._is_undone(session):
                 raise _UndoneError from first
+            if self._is_committing and search.is_due(monotonic()):
+                self._readers.free_lost()
             session.control[sql]()
 
         if not is_busy(first) or self._is_undone(session):

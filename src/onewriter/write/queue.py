@@ -131,7 +131,7 @@ class JobQueue(queue.Queue[Job[Any]]):
         with self.mutex:
             if self._is_taking:  # this is a finalizer, inside _pop
                 self._forgotten.append(job)
-            elif getattr(job, "_is_queued", False):
+            elif getattr(job, "_is_queued", False) and job not in self._withdrawn:
                 self._bounded -= job.bounded
                 self._withdrawn.add(job)
                 self._made_room()  # what comes in wakes nobody: the consumer is awake, since this job was queued

@@ -143,28 +143,42 @@ class Ticket(Generic[T]):
 
     def withdraw(self, error: BaseException | None) -> bool:
         """Cancel; ``error`` is what ``result`` raises then, in place of CancelledError."""
-        if self.withdraw_quietly(error):
-            self.run_callbacks()
+        try:
+            if self.withdraw_quietly(error):
+                self.run_callbacks()
+        except BaseException:  # Ctrl-C
+            if self._stage == CANCELLED:
+                self.run_callbacks()
+            raise
         return self._stage == CANCELLED
 
     def withdraw_quietly(self, error: BaseException | None) -> bool:
         """The same, but its callbacks are still to be run; False if there was nothing to withdraw."""
-        with self._state.lock:
-            if self._stage != PENDING:
-                return False
-            self._stage, self._error = CANCELLED, error
-            if self.in_stats:
-                self._state.tally.count_cancelled(self.label)
-            woken, self._waiters = self._waiters, None
-            _work, self.work = self.work, None  # which goes at the end, not under the lock: it may have finalizers
+        woken: list[Any] | None = None
         try:
-            wake(woken or ())
-        except BaseException:  # Ctrl-C
-            wake(woken or ())
+            with self._state.lock:
+                if self._stage != PENDING:
+                    return False
+                # From here on no call until all is noted: behind one Ctrl-C may come.
+                if self.in_stats:
+                    self._state.tally.cancelled += 1
+                woken, self._waiters = self._waiters or [], None
+                _work, self.work = self.work, None  # which goes at the end, not under the lock: it may have finalizers
+                self._stage, self._error = CANCELLED, error
+            self._tell_withdrawn(woken)
+        except BaseException:
+            if woken is not None:
+                self._tell_withdrawn(woken)
             raise
-        finally:
-            self._state.forget(self)
+        if self.in_stats:
+            with self._state.lock:
+                self._state.tally.labels.append(self.label)
         return True
+
+    def _tell_withdrawn(self, woken: list[Any]) -> None:
+        """Those who wait for it, and the queue. Again, it changes nothing."""
+        wake(woken)
+        self._state.forget(self)
 
     def result(self, timeout: float | None = None) -> T:
         """Wait for the outcome and return it, at most ``timeout`` seconds (None: no limit).
@@ -305,7 +319,12 @@ class Ticket(Generic[T]):
                 callbacks, self._callbacks = self._callbacks, None
             if not callbacks:
                 return
-            call_all_safely(self._state, [(fn, self) for fn in callbacks])
+            rest = iter([(fn, self) for fn in callbacks])
+            try:
+                call_all_safely(self._state, rest)
+            except BaseException:  # Ctrl-C, perhaps as that began
+                call_all_safely(self._state, rest)
+                raise
 
 
 class _TicketFuture(concurrent.futures.Future[T]):

@@ -14,6 +14,7 @@ import pytest
 from aio_helpers import run, until
 from helpers import DEADLINE, core_of, eventually, parked, pool_of, queue_of
 from onewriter import DbWriter, Ticket
+from onewriter.base.log import call_all_safely
 from onewriter.base.waiting import thread_signal, wake
 from onewriter.live import hub
 from onewriter.read import places
@@ -106,3 +107,42 @@ def test_who_was_woken_may_be_woken_again() -> None:
     wake([signal, signal])
     assert signal.acquire(blocking=False)
     assert not signal.acquire(blocking=False)
+
+
+@pytest.mark.parametrize("name", ["_tell_withdrawn", "run_callbacks"])
+def test_a_withdrawal_that_is_interrupted_is_told_and_calls_its_callbacks(
+    db: DbWriter, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def interrupted(self: Ticket[Any], *_: object) -> None:
+        patch.undo()
+        raise KeyboardInterrupt
+
+    told: list[Ticket[Any]] = []
+    with parked(db), monkeypatch.context() as patch:
+        job = db.enqueue("INSERT INTO t VALUES (1)")
+        job.add_done_callback(told.append)
+        patch.setattr(Ticket, name, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            job.cancel()
+        assert told == [job]
+        db.enqueue("INSERT INTO t VALUES (2)", timeout=0).add_done_callback(told.append)  # there is room for one
+    db.flush(DEADLINE)
+    assert (len(told), db.stats().cancelled, db.read("SELECT n FROM t")) == (2, 1, [(2,)])
+
+
+def test_callbacks_whose_calls_are_interrupted_as_they_begin_are_called(
+    db: DbWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = list[Ticket[Any]]()
+
+    def interrupted(*_: object) -> None:
+        monkeypatch.setattr(ticket, "call_all_safely", call_all_safely)
+        raise KeyboardInterrupt
+
+    with parked(db):
+        job = db.enqueue("INSERT INTO t VALUES (1)")
+        job.add_done_callback(told.append)
+        monkeypatch.setattr(ticket, "call_all_safely", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            job.cancel()
+        assert told == [job]

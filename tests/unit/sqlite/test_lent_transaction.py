@@ -531,3 +531,24 @@ def test_a_statement_on_a_closed_cursor_begins_nothing(tx: Transaction) -> None:
 def test_what_fails_behind_a_pragma_that_changes_nothing_fails(tx: Transaction) -> None:
     with pytest.raises(sqlite3.ProgrammingError, match="one statement"):
         tx.connection.execute("PRAGMA user_version = 0; SELECT 1")
+
+
+@pytest.mark.parametrize("end", ["rollback", "ROLLBACK TO second"])
+@pytest.mark.parametrize("first", ["BEGIN", "SAVEPOINT first"])
+def test_a_transaction_that_ended_with_its_savepoint_is_not_the_one_that_begins_in_the_next(
+    db: DbWriter, first: str, end: str
+) -> None:
+    with db.transaction() as tx:
+        connection = tx.connection
+        with tx.savepoint():
+            connection.execute(first)
+            connection.execute(INSERT, (1,))
+        with tx.savepoint():
+            connection.execute("SAVEPOINT second")
+            connection.execute(INSERT, (2,))
+            with tx.savepoint():
+                connection.execute(INSERT, (3,))
+                connection.rollback() if end == "rollback" else connection.execute(end)
+                tx.execute(INSERT, (4,))
+        tx.execute(INSERT, (5,))
+    assert rows(db) == [1, 4, 5]

@@ -916,3 +916,24 @@ def test_a_connection_on_which_no_snapshot_can_begin_is_given_back(path: Path, m
             assert await db.read_value("SELECT 1", timeout=DEADLINE) == 1
 
     run(main)
+
+
+@pytest.mark.parametrize("mode", ["WAL", "DELETE"])
+def test_a_reader_of_a_closed_loop_holds_up_no_commit_and_keeps_no_log(path: Path, mode: Any) -> None:
+    with DbWriter(path, journal_mode=mode, lock_timeout=DEADLINE) as db:
+        wrapped = AsyncDbWriter.wrap(db)
+        db.run("CREATE TABLE t (n)")
+        db.run("INSERT INTO t VALUES (1)")
+        is_there = asyncio.Event()
+
+        async def reads_for_ever() -> None:
+            async with wrapped.reader() as connection:
+                await connection.execute("SELECT n FROM t")
+                is_there.set()
+                await asyncio.Event().wait()
+
+        task = left_in_a_closed_loop(reads_for_ever(), is_there.is_set)
+        db.run("INSERT INTO t VALUES (2)")
+        eventually(lambda: not db.checkpoint().busy)
+        assert pool_of(db).in_use == 0
+        assert not task.done()

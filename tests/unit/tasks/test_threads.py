@@ -18,6 +18,7 @@ from aio_helpers import keep_busy, until
 from helpers import DEADLINE, child_code, eventually, pool_of, run_child, threads_of
 from onewriter import AsyncDbWriter, DbWriter, ReadTimeoutError
 from onewriter.read.claim import Claim
+from onewriter.tasks.call import Call
 
 Leave = Callable[[AsyncDbWriter], Coroutine[Any, Any, None]]
 
@@ -223,11 +224,14 @@ def test_a_read_that_another_thread_takes_while_none_can_be_started_has_its_resu
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def start(thread: threading.Thread) -> None:
-        other = threading.Thread(target=threads_of(gateway)._line.work)  # which nobody knows of
+        other = threading.Thread(target=lambda: run_one(threads_of(gateway)._line.calls.get()))  # nobody knows of it
         start_one(other)
-        threads_of(gateway)._line.calls.put(None)  # its end
         other.join(DEADLINE)
         no_thread(thread)
+
+    def run_one(call: Call[Any] | None) -> None:
+        assert call is not None
+        call.run()
 
     async def main() -> list[Any]:
         with monkeypatch.context() as patch:

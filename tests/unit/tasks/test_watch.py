@@ -335,7 +335,10 @@ def test_a_task_whose_loop_is_closed_as_it_reads_keeps_no_other_watch_from_rows(
         assert got == []
 
 
-def test_a_task_whose_loop_is_closed_in_a_read_that_fails_keeps_no_other_watch_from_its_turn(path: Path) -> None:
+@pytest.mark.parametrize("closes", [True, False], ids=["closed", "stands still"])
+def test_a_task_whose_loop_ends_in_a_read_that_fails_keeps_no_other_watch_from_its_turn(
+    path: Path, closes: bool
+) -> None:
     gate = Gate()
     query = "SELECT abs(0 * gate() - 9223372036854775807 - 1)"  # an integer overflow
     with DbWriter(path, on_connect=gate.on_connect) as db:
@@ -345,13 +348,22 @@ def test_a_task_whose_loop_is_closed_in_a_read_that_fails_keeps_no_other_watch_f
             async with wrapped.watch(query) as live:
                 await live.next()
 
-        task = left_in_a_closed_loop(watch(), gate.entered.is_set)
+        loop = asyncio.new_event_loop()
+        if closes:
+            task = left_in_a_closed_loop(watch(), gate.entered.is_set)
+        else:
+            task = loop.create_task(watch())
+            loop.run_until_complete(until(gate.entered.is_set))
         with db.watch(query) as live, ThreadPoolExecutor(1) as pool:
             other = pool.submit(live.next, DEADLINE)
             gate.open.set()
             with pytest.raises(sqlite3.OperationalError, match="overflow"):
                 other.result()
         assert not task.done()
+        if not closes:
+            with pytest.raises(sqlite3.OperationalError, match="overflow"):
+                loop.run_until_complete(task)
+        loop.close()
 
 
 def test_in_a_reader_for_which_a_commit_waits_it_does_not_wait_for_that(path: Path) -> None:
