@@ -230,7 +230,7 @@ class Places:
         """Give its connection to the first in line, or keep it for the next. False: it must be closed."""
         with self._lock:
             if reader.claim is claim:
-                if self._count > self._most:
+                if self._count > self._most or claim.is_extra:
                     return False
                 reader.claim = NOBODY
                 self._idle.append(reader)  # and no call in between

@@ -199,7 +199,8 @@ class Reader:
         if self.connection.in_transaction:
             try:
                 self._internal("ROLLBACK")
-            except FAILURES:
+            except FAILURES as error:
+                self.guard.explain(error)  # which raises what a signal handler did, while SQLite asked
                 return False
         return True
 

@@ -66,7 +66,7 @@ class _Refusals:
         self.authorizer = functools.lru_cache(maxsize=0)(self._ask)  # caches nothing, counts the calls
         self._answers = 0  # calls that have returned
         self.is_deciding = False  # SQLite is in the midst of a call: a signal handler must not use the connection
-        self._caught: BaseException | None = None
+        self._caught: tuple[BaseException, int] | None = None  # what has ended a call, and in which thread
 
     def _ask(self, action: int, first: str | None, second: str | None, third: str | None, within: str | None) -> int:
         try:
@@ -74,7 +74,7 @@ class _Refusals:
             self.within = within
             answer = self.decide(action, first, second, third)
         except BaseException as error:
-            self._caught = error
+            self._caught = error, threading.get_ident()
             answer = sqlite3.SQLITE_DENY
         self.is_deciding = False
         self._answers += 1  # from the end of the ``try`` on no call: no signal handler comes in between
@@ -113,8 +113,8 @@ class _Refusals:
         reason, self.refusal = self.refusal, None
         caught, self._caught = self._caught, None
         unanswered, self._answers = questions != self._answers, questions
-        if caught is not None:
-            raise caught from error
+        if caught is not None and caught[1] == threading.get_ident():  # or it is of a call whose error nobody explained
+            raise caught[0] from error
         if unanswered and threading.current_thread() is threading.main_thread():  # the thread of signal handlers
             need_stack(ROOM)  # or it was a RecursionError, which comes here too
             raise KeyboardInterrupt("a signal handler raised while SQLite prepared a statement") from error

@@ -239,7 +239,8 @@ class LentTransaction:
             return
         except sqlite3.DatabaseError as error:
             name, value, schema = guard.pragma
-            if error_code(error) != sqlite3.SQLITE_AUTH or value is None:
+            # Without a refusal it was what a signal handler raised while SQLite asked.
+            if error_code(error) != sqlite3.SQLITE_AUTH or value is None or guard.refusal is None:
                 raise
             quoted = name if schema is None else '"{}".{}'.format(schema.replace('"', '""'), name)
             refusal = guard.refusal

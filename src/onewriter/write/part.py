@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sqlite3
 import types
 import weakref
 from typing import Any
@@ -117,8 +118,8 @@ def undo(loan: WriteLoan, mark: Mark, error: BaseException, has_failed: bool) ->
             parts.forget(mark)
     except TransactionAbortedError:
         parts.forget(mark)
-    except OneWriterError:
-        pass  # a function of SQL calls this: the next call does it
+    except (OneWriterError, sqlite3.Error):
+        pass  # a function of SQL calls this, or interrupt() was called: the next call does it
 
 
 def tell_kept(error: BaseException, late: TransactionClosedError, has_failed: bool) -> None:

@@ -1045,7 +1045,7 @@ def test_in_a_reader_for_which_a_commit_waits_it_does_not_wait_for_that(path: Pa
         db.run("CREATE TABLE t (n)")
         with db.reader(), pytest.raises(ReentrantWriteError, match=r"inside a reader\(\)"):
             live.next()
-        with db.transaction():
+        with db.transaction(), db.reader():
             assert live.next(DEADLINE) == []
         db.run("INSERT INTO t VALUES (1)")
         assert live.next(DEADLINE) == [(1,)]

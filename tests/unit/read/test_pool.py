@@ -661,7 +661,7 @@ def test_what_a_signal_handler_raised_in_a_backup_comes_out(db: DbWriter) -> Non
 
     def copy(connection: sqlite3.Connection) -> None:
         (reader,) = (one for one in pool_of(db)._readers if one.connection is connection)
-        reader.guard._caught = LookupError("of a signal handler")
+        reader.guard._caught = LookupError("of a signal handler"), threading.get_ident()
         raise sqlite3.DatabaseError("not authorized")
 
     with pytest.raises(LookupError, match="of a signal handler"):
@@ -848,3 +848,19 @@ def test_what_comes_back_while_it_is_seen_whether_one_waits_for_itself_is_lent_o
     monkeypatch.setattr(pool_of(one), "_waits_for_itself", waits)
     assert one.read_value("SELECT 1", timeout=DEADLINE) == 1
     assert (pool_of(one).in_use, len(pool_of(one)._readers)) == (0, 1)
+
+
+def test_an_additional_connection_that_an_interrupt_keeps_from_its_use_is_closed(
+    one: DbWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool, reader_of = pool_of(one), ReaderPool.reader_of
+
+    def interrupted(self: ReaderPool, claim: Claim) -> Reader:
+        reader_of(self, claim)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ReaderPool, "reader_of", interrupted)
+        pool.use_beside("beside", lambda reader: None)
+    assert (pool.in_use, pool._most, len(pool._readers)) == (0, 1, 0)
+    assert one.read("SELECT 1") == [(1,)]

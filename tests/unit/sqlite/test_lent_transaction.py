@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from helpers import rows
+from helpers import rows, session_of
 from onewriter import DbWriter, ReentrantWriteError, Transaction, TransactionAbortedError, TransactionClosedError
 
 INSERT = "INSERT INTO t VALUES (?)"
@@ -552,3 +552,23 @@ def test_a_transaction_that_ended_with_its_savepoint_is_not_the_one_that_begins_
                 tx.execute(INSERT, (4,))
         tx.execute(INSERT, (5,))
     assert rows(db) == [1, 4, 5]
+
+
+def test_what_a_signal_handler_raises_while_sqlite_asks_about_a_pragma_that_changes_nothing_comes_out(
+    db: DbWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> int:
+        monkeypatch.undo()
+        raise LookupError("of a signal handler")
+
+    with pytest.raises(LookupError, match="of a signal handler"), db.transaction() as tx:
+        tx.connection.execute(INSERT, (1,))
+        monkeypatch.setattr(session_of(db).guard, "_pragma", interrupted)
+        tx.connection.execute("PRAGMA foreign_keys = 1")
+    assert rows(db) == []
+
+
+def test_what_a_signal_handler_raised_in_another_thread_is_of_no_other_statement(db: DbWriter) -> None:
+    session_of(db).guard._caught = LookupError("of a signal handler"), 0
+    with pytest.raises(sqlite3.OperationalError, match="no such table"):
+        db.run("INSERT INTO missing VALUES (1)")

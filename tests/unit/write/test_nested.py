@@ -294,3 +294,23 @@ def test_an_unhelpful_exception_comes_out_as_it_is(table_db: DbWriter, nest: Nes
             came = type(error)
         tx.execute(INSERT, (2,))
     assert (came, rows(table_db)) == (UnhelpfulError, [2])
+
+
+@NESTED
+def test_a_part_that_cannot_be_undone_since_all_is_interrupted_raises_its_own_error(
+    table_db: DbWriter, nest: Nest
+) -> None:
+    """As long as a statement runs, and a half read one does, SQLite refuses others after interrupt()."""
+
+    def fail(inner: Transaction) -> None:
+        inner.execute(INSERT, (3,))
+        tx.connection.interrupt()
+        raise LookupError("its own")
+
+    with table_db.transaction() as tx:
+        tx.connection.execute("INSERT INTO t VALUES (1), (2)")
+        half_read = tx.connection.execute("SELECT n FROM t")
+        assert half_read.fetchone() == (1,)
+        with pytest.raises(LookupError, match="its own"):
+            nest(table_db, fail)
+    assert rows(table_db) == [1, 2]  # undone at the end of the block, which has closed the cursor
