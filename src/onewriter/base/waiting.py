@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
 import threading
 from asyncio import Future
@@ -50,8 +49,12 @@ def wake(waiters: Iterable[Any]) -> None:
         loops.setdefault(waiter.get_loop(), []).append(waiter)
     if loops is not None:
         for loop, futures in loops.items():
-            with contextlib.suppress(Exception):  # the loop is closed: no task waits there any more
+            try:
                 loop.call_soon_threadsafe(resolve, futures)
+            except Exception:
+                # A closed loop's, where no task waits any more; or a signal handler's, which only the main thread runs.
+                if threading.current_thread() is threading.main_thread() and not loop.is_closed():
+                    raise
 
 
 def resolve(futures: Iterable[asyncio.Future[None]]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from aio_helpers import run, until
-from helpers import DEADLINE, core_of, eventually, parked, pool_of, queue_of
+from helpers import DEADLINE, core_of, eventually, in_threads, parked, pool_of, queue_of
 from onewriter import DbWriter, Ticket
 from onewriter.base.log import call_all_safely
 from onewriter.base.waiting import thread_signal, wake
@@ -146,3 +146,21 @@ def test_callbacks_whose_calls_are_interrupted_as_they_begin_are_called(
         with pytest.raises(KeyboardInterrupt):
             job.cancel()
         assert told == [job]
+
+
+class Loop(asyncio.SelectorEventLoop):
+    """In which a signal handler, or the loop itself, raises as another thread calls it."""
+
+    def call_soon_threadsafe(self, *_: Any, **__: Any) -> asyncio.Handle:  # type: ignore[override]
+        raise LookupError
+
+
+def test_what_a_signal_handler_raises_as_a_task_is_woken_comes_out() -> None:
+    loop = Loop()
+    future = loop.create_future()
+    with pytest.raises(LookupError):
+        wake([future])
+    in_threads(lambda: wake([future]))  # no signal handler's: the writer goes on
+    loop.close()
+    wake([future])
+    assert not future.done()

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, holding_lock, notes_of, parked, pool_of, raising, rows
+from helpers import DEADLINE, holding_lock, notes_of, parked, raising, rows
 from onewriter import DbWriter, Transaction
 from onewriter.sqlite import guard
 
@@ -479,19 +479,3 @@ def test_too_deep_a_recursion_while_sqlite_asks_is_no_interrupt(
         monkeypatch.setattr(guard, "need_stack", raising(RecursionError))
     with pytest.raises(KeyboardInterrupt if has_room else RecursionError):
         reader.explain(sqlite3.DatabaseError("not authorized"))
-
-
-def test_what_a_signal_handler_raises_while_sqlite_asks_about_the_end_of_a_reader_comes_out(
-    one: DbWriter, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (reader,) = one.read("SELECT 1") and pool_of(one)._readers
-
-    def interrupted(action: int, *_: object) -> int:
-        monkeypatch.undo()
-        raise LookupError("of a signal handler")
-
-    with pytest.raises(LookupError, match="of a signal handler"), one.reader() as connection:
-        connection.execute("SELECT 1").fetchall()
-        monkeypatch.setattr(reader.guard, "decide", interrupted)
-        reader.guard.install(reader.connection)  # ROLLBACK is asked about again
-    assert (pool_of(one).in_use, one.read("SELECT 1")) == (0, [(1,)])
