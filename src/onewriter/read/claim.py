@@ -41,6 +41,7 @@ class Claim(SimpleNamespace):
     thread: int  # which gives it back; 0: any may
     signal: Any = None  # a lock or a future, as long as it waits
     is_extra = False  # for a connection in addition to the pool's
+    is_nested = False  # a signal handler's or finalizer's, whose thread waits for a connection, and behind it goes on
     is_named = False  # a warning was given
     search: Search | None = None  # in the garbage, for what is inside it, while others wait
     runs_in = 0  # the thread of a task's call

@@ -68,6 +68,7 @@ class Places:
         self._count = 0  # of both; above _most while threads that have one need another
         self._most = size  # of _count; one more for each that is lent in addition; 0: closed
         self._line: OrderedDict[Claim, None] = OrderedDict()  # in order; any may leave
+        self._asking: set[int] = set()  # threads that wait for one, or are about to
         self._closed = False
         self._all_back = threading.Event()
         self._on_all_back: Callable[[], object] = str  # or what is to be called then
@@ -119,12 +120,11 @@ class Places:
     def _waits_for_itself(self, claim: Claim, is_threads: bool) -> bool:
         """Whether its caller has a connection, so that it needs an additional one: for a read in a row factory, say, or
         a reader() in a block in a reader(). In a factory a task never is. As many as are nested, at most: tasks whose
-        loop runs inside a reader() of its thread wait as all do. Or its caller waits for one, and this is a signal
-        handler's or finalizer's, behind which that cannot go on.
+        loop runs inside a reader() of its thread wait as all do.
         """
         if claim.thread == 0:  # it is not the calling thread's
             return False
-        if is_threads and (self._has_one(claim.thread) or self._is_waiting(claim)):
+        if is_threads and (claim.is_nested or self._has_one(claim.thread)):
             return True
         return any(isinstance(here.lends(), Snapshot) for here in self._state.scopes.inherited(own=True))
 
@@ -351,11 +351,6 @@ class Places:
         if self.has_mine and gc.isenabled():
             gc.collect()
         return self.has_mine
-
-    def _is_waiting(self, claim: Claim) -> bool:
-        """Whether the thread of ``claim`` waits with another one, and no task does."""
-        same = (one for one in list(self._line) if one.thread == claim.thread and one.loop is None)
-        return any(one is not claim for one in same)
 
     def _has_one(self, thread: int) -> bool:
         return any(thread in (claim.thread, claim.runs_in) for claim in self._lent())

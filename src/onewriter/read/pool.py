@@ -163,14 +163,21 @@ class ReaderPool(Places):
 
     def wait_for(self, claim: Claim) -> Reader:
         """In a thread: ask, and wait. Raises as ``use`` does."""
-        if not self.ask(claim, thread_signal):
-            if self._state.is_inside():
-                self._state.refuse_endless_wait(f"waiting for a connection for {claim.label}")
-            left, signal = claim.deadline - monotonic(), claim.signal
-            if signal is not None:
-                signal.acquire(timeout=-1 if left == math.inf else max(0.0, min(left, threading.TIMEOUT_MAX)))
-            self.check_admitted(claim)
-        return self.reader_of(claim)
+        me = get_ident()
+        claim.is_nested = me in self._asking
+        try:
+            self._asking.add(me)
+            if not self.ask(claim, thread_signal):
+                if self._state.is_inside():
+                    self._state.refuse_endless_wait(f"waiting for a connection for {claim.label}")
+                left, signal = claim.deadline - monotonic(), claim.signal
+                if signal is not None:
+                    signal.acquire(timeout=-1 if left == math.inf else max(0.0, min(left, threading.TIMEOUT_MAX)))
+                self.check_admitted(claim)
+            return self.reader_of(claim)
+        finally:
+            if not claim.is_nested:
+                self._asking.discard(me)
 
     def reader_of(self, claim: Claim) -> Reader:
         """The connection of an admitted claim, which may have to be opened; its time is limited from now on."""
