@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, raising, rows, session_of
+from helpers import DEADLINE, notes_of, raising, rows, session_of
 from onewriter import DbWriter, ReentrantWriteError, Transaction, TransactionAbortedError, TransactionClosedError
 from onewriter.sqlite import lent
 from onewriter.sqlite.lent_cursor import MANY, is_plain_row
@@ -822,3 +822,19 @@ def test_a_cursor_that_is_dropped_in_a_sql_function_leaves_the_call_around_it_un
         tx.execute("SELECT drop_it()")
         assert tx.execute("SELECT 1").rows == [(1,)]
     assert len(told) == 1
+
+
+def test_what_is_refused_in_a_sql_function_of_the_connection_says_why(path: Path) -> None:
+    told: list[str] = []
+
+    def ask() -> None:
+        with pytest.raises(sqlite3.DatabaseError, match="not authorized") as caught:
+            tx.connection.execute("ATTACH 'other.db' AS other")
+        told.append(notes_of(caught.value))
+
+    with (
+        DbWriter(path, on_connect=lambda connection, _: connection.create_function("ask", 0, ask)) as db,
+        db.transaction() as tx,
+    ):
+        tx.connection.execute("SELECT ask()").fetchall()
+    assert "onewriter: ATTACH and DETACH belong in on_connect" in told[0]

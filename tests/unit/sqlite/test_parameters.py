@@ -579,3 +579,9 @@ def test_a_type_checker_refuses_a_str_where_values_are_wanted(any_db: DbWriter) 
     for params in given:
         assert any_db.run("INSERT INTO t VALUES (:n)" if params is named else "INSERT INTO t VALUES (?)", params)
     assert any_db.read("SELECT n FROM t") == [(1,)] * 5
+
+
+def test_an_adapter_for_a_plain_type_holds_from_the_first_call_on() -> None:
+    assert capture("SELECT ?", (1,)) == (1,)
+    sqlite3.register_adapter(int, str)
+    assert capture("SELECT ?", (1,)) == ("1",)

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import gc
 import logging
+import math
 import sqlite3
 import sys
 import threading
@@ -14,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -31,6 +33,7 @@ from onewriter import (
 from onewriter.base import garbage
 from onewriter.write import block as block_module
 from onewriter.write import driver
+from onewriter.write.block import ThreadBlock
 
 INSERT = "INSERT INTO t VALUES (?)"
 ENDLESS = "WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c) "
@@ -611,3 +614,11 @@ def test_a_savepoint_that_fails_while_its_block_commits_says_that_it_is_kept(pat
         other.close()
         left.result(DEADLINE)
         assert rows(db) == [1]
+
+
+def test_a_block_that_is_slow_by_now_is_looked_at_no_more_often_for_that(db: DbWriter) -> None:
+    block = ThreadBlock(state_of(db), None, math.inf, sys._getframe())
+    block.started_at = monotonic() - 2 * state_of(db).slow_after
+    assert block._patience(math.inf) > 0.0
+    block.started_at = monotonic()
+    assert block._patience(math.inf) > 0.0
