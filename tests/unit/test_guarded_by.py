@@ -57,6 +57,7 @@ GUARDS = [
         "mutex",
         {
             "queue",
+            "_aside",
             "_asleep",
             "_bounded",
             "_limit",
@@ -68,7 +69,9 @@ GUARDS = [
             "is_handed_over",
             "is_nearly_full",
         },
-        held=frozenset(("_append", "_end_turn", "_has_become_nearly_full", "_made_room", "_pop", "_tidy", "_wake")),
+        held=frozenset(
+            ("_append", "_end_turn", "_has_become_nearly_full", "_made_room", "_pop", "_put_back", "_tidy", "_wake")
+        ),
         free=frozenset(("__init__", "after_fork_in_child")),
     ),
     *(

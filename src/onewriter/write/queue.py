@@ -54,6 +54,7 @@ class JobQueue(queue.Queue[Job[Any]]):
         self._refusal: OneWriterError | None = None
         self._room: OrderedDict[_Waiter, None] = OrderedDict()  # who waits for room, in order; any may leave
         self._withdrawn: set[Job[Any]] = set()  # withdrawn jobs whose slot in the queue is not removed yet
+        self._aside: deque[Job[Any]] = deque()  # what waits, as withdrawn jobs are taken out
         self._is_taking = False
         self._forgotten: list[Job[Any]] = []  # meanwhile
         state.forget, state.is_awaited = self.forget, self._is_awaited
@@ -131,18 +132,33 @@ class JobQueue(queue.Queue[Job[Any]]):
         with self.mutex:
             if self._is_taking:  # this is a finalizer, inside _pop
                 self._forgotten.append(job)
-            elif getattr(job, "_is_queued", False) and job not in self._withdrawn:
+                return
+            if getattr(job, "_is_queued", False):
                 self._bounded -= job.bounded
+                job._is_queued = False  # and no call in between: it makes room once, though it may be forgotten again
                 self._withdrawn.add(job)
-                self._made_room()  # what comes in wakes nobody: the consumer is awake, since this job was queued
-                if 2 * len(self._withdrawn) > len(self.queue) + FEW:
-                    self._tidy()
+            self._made_room()  # what comes in wakes nobody: the consumer is awake, since this job was queued
+            if 2 * len(self._withdrawn) > len(self.queue) + FEW or self._aside:
+                self._tidy()
 
     def _tidy(self) -> None:
         """Take the places of withdrawn jobs out. What a finalizer puts meanwhile comes behind the rest."""
-        old, self.queue = self.queue, deque()
-        gone, self._withdrawn = self._withdrawn, set()
-        self.queue.extendleft(reversed([job for job in old if job not in gone]))
+        fresh: deque[Job[Any]] = deque()
+        if not self._aside:
+            self._aside, self.queue = self.queue, fresh
+        try:
+            self._put_back()
+        except BaseException:  # Ctrl-C
+            self._put_back()
+            raise
+
+    def _put_back(self) -> None:
+        """Of those that were put aside, the ones that wait. Again, it changes nothing."""
+        aside, none = self._aside, deque[Job[Any]]()
+        gone, there = self._withdrawn, set(self.queue)
+        self.queue.extendleft(reversed([job for job in aside if job not in gone and job not in there]))
+        self._aside = none  # and no call before the next, or what is gone would be put back
+        gone.difference_update(aside)
 
     def get(self, block: bool = True, timeout: float | None = None) -> Job[Any]:
         raise NotImplementedError("the writer takes what waits in one go: use take")
@@ -174,6 +190,8 @@ class JobQueue(queue.Queue[Job[Any]]):
             return self._pop(limit)
 
     def _pop(self, limit: int) -> list[Job[Any]]:
+        if self._aside:  # Ctrl-C came twice
+            self._put_back()
         self._is_taking = True
         # One by one: copying and clearing would lose what a finalizer puts in between.
         self.taken = jobs = list(islice(iter(self.queue.popleft, None), min(limit, len(self.queue))))
@@ -300,6 +318,8 @@ class JobQueue(queue.Queue[Job[Any]]):
     def empty_out(self) -> list[Job[Any]]:
         """Take everything that waits, without waiting; it must refuse already. The consumer keeps what it has."""
         with self.mutex:
+            if self._aside:
+                self._put_back()
             jobs = list(self.queue)
             _forget_places(jobs)
             self.queue.clear()

@@ -825,3 +825,40 @@ def test_a_consumer_that_looks_between_the_wake_and_the_end_of_a_turn_is_woken_a
     waiting.give_turn()
     assert looked == [True]
     assert waiting._token.acquire(blocking=False)
+
+
+@pytest.mark.parametrize("moment", ["before", "behind"])
+@pytest.mark.parametrize("times", [1, 2])
+def test_an_interrupt_while_withdrawn_jobs_are_taken_out_loses_none_of_the_others(
+    new_db: DbWriter, monkeypatch: pytest.MonkeyPatch, moment: str, times: int
+) -> None:
+    class Deque(deque[Any]):
+        left = times
+
+        def extendleft(self, jobs: Any) -> None:
+            if moment == "behind":
+                super().extendleft(jobs)
+            if Deque.left:
+                Deque.left -= 1
+                raise KeyboardInterrupt
+            if moment == "before":
+                super().extendleft(jobs)
+
+    db = new_db
+    db.run("CREATE TABLE t (n)")
+    with parked(db):
+        tickets = [db.enqueue("INSERT INTO t VALUES (?)", (n,)) for n in range(200)]
+        monkeypatch.setattr(queue_module, "deque", Deque)
+        withdrawn = 0
+        while Deque.left == times:
+            withdrawn += 1
+            try:
+                tickets[withdrawn - 1].cancel()
+            except KeyboardInterrupt:
+                pass
+        late = db.enqueue("INSERT INTO t VALUES (200)")
+    assert late.result(DEADLINE).rowcount == 1
+    assert rows(db) == list(range(withdrawn, 201))
+    queue = queue_of(db)
+    assert (queue.depth, queue._bounded, queue._withdrawn) == (0, 0, set())
+    assert db.stats().cancelled == withdrawn
