@@ -52,9 +52,11 @@ def wake(waiters: Iterable[Any]) -> None:
             try:
                 loop.call_soon_threadsafe(resolve, futures)
             except Exception:
-                # A closed loop's, where no task waits any more; or a signal handler's, which only the main thread runs.
-                if threading.current_thread() is threading.main_thread() and not loop.is_closed():
-                    raise
+                try:
+                    loop.call_soon_threadsafe(resolve, futures)
+                except Exception:
+                    continue  # the loop is closed: no task waits there any more
+                raise  # a signal handler's
 
 
 def resolve(futures: Iterable[asyncio.Future[None]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from aio_helpers import run, until
-from helpers import DEADLINE, core_of, eventually, in_threads, parked, pool_of, queue_of
+from helpers import DEADLINE, core_of, eventually, parked, pool_of, queue_of
 from onewriter import DbWriter, Ticket
 from onewriter.base.log import call_all_safely
 from onewriter.base.waiting import thread_signal, wake
@@ -149,18 +150,20 @@ def test_callbacks_whose_calls_are_interrupted_as_they_begin_are_called(
 
 
 class Loop(asyncio.SelectorEventLoop):
-    """In which a signal handler, or the loop itself, raises as another thread calls it."""
+    """In which a signal handler raises as it is called for the first time."""
 
-    def call_soon_threadsafe(self, *_: Any, **__: Any) -> asyncio.Handle:  # type: ignore[override]
-        raise LookupError
+    was_called = False
+
+    def call_soon_threadsafe(self, *args: Any, **options: Any) -> asyncio.Handle:  # type: ignore[override]
+        if not self.was_called:
+            self.was_called = True
+            raise LookupError
+        return super().call_soon_threadsafe(*args, **options)
 
 
-def test_what_a_signal_handler_raises_as_a_task_is_woken_comes_out() -> None:
-    loop = Loop()
-    future = loop.create_future()
-    with pytest.raises(LookupError):
-        wake([future])
-    in_threads(lambda: wake([future]))  # no signal handler's: the writer goes on
-    loop.close()
-    wake([future])
-    assert not future.done()
+def test_what_a_signal_handler_raises_as_a_task_is_woken_comes_out_and_the_task_is_woken() -> None:
+    with contextlib.closing(Loop()) as loop:
+        future = loop.create_future()
+        with pytest.raises(LookupError):
+            wake([future])
+        loop.run_until_complete(future)
