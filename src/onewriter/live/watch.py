@@ -138,9 +138,9 @@ class Watching(Generic[T]):
 
     def _refuse_in_reader(self, *, awaits: bool = False) -> None:
         """Where a COMMIT waits for readers, and so for the reader() that the caller is in, a second connection waits
-        for that COMMIT. There is none while the caller is inside a job or block."""
+        for that COMMIT. There is none while the caller is inside a job or block that has the writer."""
         state = self._live.state
-        if state.readers_block_commits and state.scopes.innermost(writes=True) is None:
+        if state.readers_block_commits and not state.is_in_writer():
             state.refuse_endless_wait(WAIT, awaits=awaits)
 
     def _forget(self, step: Step) -> None:

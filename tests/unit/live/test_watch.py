@@ -36,6 +36,7 @@ from onewriter import (
     ReadTimeoutError,
     ReentrantWriteError,
     Transaction,
+    TransactionClosedError,
     Watch,
     WriterBrokenError,
     WriterClosedError,
@@ -1049,3 +1050,12 @@ def test_in_a_reader_for_which_a_commit_waits_it_does_not_wait_for_that(path: Pa
             assert live.next(DEADLINE) == []
         db.run("INSERT INTO t VALUES (1)")
         assert live.next(DEADLINE) == [(1,)]
+
+
+def test_in_a_reader_in_a_block_that_max_hold_has_ended_it_does_not_wait_either(path: Path) -> None:
+    with DbWriter(path, journal_mode="DELETE") as db, db.watch(N, every=0) as live:
+        db.run("CREATE TABLE t (n)")
+        with pytest.raises(TransactionClosedError), db.transaction(max_hold=0.01) as tx, db.reader():
+            eventually(lambda: tx._loan.is_closed)
+            with pytest.raises(ReentrantWriteError, match=r"inside a reader\(\)"):
+                live.next()
