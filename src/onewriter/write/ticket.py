@@ -7,7 +7,7 @@ import concurrent.futures
 import contextlib
 import math
 import types
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator
 from time import monotonic
 from typing import Any, Generic, NoReturn, TypeVar, cast
 
@@ -154,15 +154,15 @@ class Ticket(Generic[T]):
 
     def withdraw_quietly(self, error: BaseException | None) -> bool:
         """The same, but its callbacks are still to be run; False if there was nothing to withdraw."""
-        woken: list[Any] | None = None
+        woken: Collection[Any] | None = None
         try:
             with self._state.lock:
                 if self._stage != PENDING:
                     return False
-                # From here on no call until all is noted: behind one Ctrl-C may come.
+                # From here on no call and no list until all is noted: Ctrl-C, or a finalizer, may come behind one.
                 if self.in_stats:
                     self._state.tally.cancelled += 1
-                woken, self._waiters = self._waiters or [], None
+                woken, self._waiters = self._waiters or (), None
                 _work, self.work = self.work, None  # which goes at the end, not under the lock: it may have finalizers
                 self._stage, self._error = CANCELLED, error
             self._tell_withdrawn(woken)
@@ -175,7 +175,7 @@ class Ticket(Generic[T]):
                 self._state.tally.labels.append(self.label)
         return True
 
-    def _tell_withdrawn(self, woken: list[Any]) -> None:
+    def _tell_withdrawn(self, woken: Collection[Any]) -> None:
         """Those who wait for it, and the queue. Again, it changes nothing."""
         wake(woken)
         self._state.forget(self)
