@@ -34,7 +34,7 @@ def is_there(waiter: Any) -> bool:
 def wake(waiters: Iterable[Any]) -> None:
     """Wake threads, which wait with a lock, and tasks, which wait with a future: one call for each of their loops.
 
-    Again, it changes nothing: where a signal handler may raise as it begins, and nobody else would, it is called twice.
+    A second call changes nothing: it is made where a signal handler may raise as the first one begins.
     """
     loops: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] | None = None
     for waiter in waiters:

@@ -156,9 +156,13 @@ class JobQueue(queue.Queue[Job[Any]]):
         """Of those that were put aside, the ones that wait. Again, it changes nothing."""
         aside, none = self._aside, deque[Job[Any]]()
         gone, there = self._withdrawn, set(self.queue)
-        self.queue.extendleft(reversed([job for job in aside if job not in gone and job not in there]))
-        self._aside = none  # and no call before the next, or what is gone would be put back
-        gone.difference_update(aside)
+        kept = [job for job in aside if job not in gone and job not in there]
+        dropped = [job for job in aside if job in gone and job not in there]
+        kept.reverse()
+        if self._aside is aside:  # since this look no call: one that a signal handler has withdrawn has put them back
+            self.queue.extendleft(kept)
+            self._aside = none  # and no call before the next, or what is gone would be put back
+            gone.difference_update(dropped)
 
     def get(self, block: bool = True, timeout: float | None = None) -> Job[Any]:
         raise NotImplementedError("the writer takes what waits in one go: use take")

@@ -862,3 +862,28 @@ def test_an_interrupt_while_withdrawn_jobs_are_taken_out_loses_none_of_the_other
     queue = queue_of(db)
     assert (queue.depth, queue._bounded, queue._withdrawn) == (0, 0, set())
     assert db.stats().cancelled == withdrawn
+
+
+def test_a_signal_handler_that_withdraws_another_one_meanwhile_puts_no_job_back_twice(new_db: DbWriter) -> None:
+    class Withdrawn(set[Any]):
+        came = False
+
+        def __contains__(self, job: object) -> bool:
+            if not Withdrawn.came:
+                Withdrawn.came = True
+                tickets[150].cancel()
+            return super().__contains__(job)
+
+    db, queue = new_db, queue_of(new_db)
+    db.run("CREATE TABLE t (n)")
+    with parked(db):
+        tickets = [db.enqueue("INSERT INTO t VALUES (?)", (n,)) for n in range(200)]
+        queue._withdrawn = Withdrawn()
+        withdrawn = 0
+        while not Withdrawn.came:
+            tickets[withdrawn].cancel()
+            withdrawn += 1
+        assert (queue.depth, queue._bounded) == (199 - withdrawn, 199 - withdrawn)
+    db.flush(DEADLINE)
+    assert rows(db) == [n for n in range(withdrawn, 200) if n != 150]
+    assert (queue.depth, queue._bounded, queue._withdrawn) == (0, 0, set())
