@@ -119,7 +119,8 @@ holder = sqlite3.connect(path, isolation_level=None)
 holder.execute("BEGIN EXCLUSIVE")
 
 def interrupt():
-    eventually(lambda: any(thread.name == "app.db-writer" for thread in threading.enumerate()))
+    # One without a number is listed too, before it runs: interrupted then, it never does, and stays listed.
+    eventually(lambda: any(thread.name == "app.db-writer" and thread.ident for thread in threading.enumerate()))
     signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
 threading.Thread(target=interrupt).start()
