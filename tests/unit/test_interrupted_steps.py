@@ -7,6 +7,7 @@ in the calling thread, is interrupted in its turn.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import inspect
 import sqlite3
@@ -14,6 +15,8 @@ import sys
 import threading
 import types
 from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +24,11 @@ import pytest
 
 import onewriter
 from helpers import DEADLINE, driver_of, eventually, parked, pool_of, queue_of, rows, state_of
-from onewriter import DbWriter, Transaction, WriterClosedError
+from onewriter import DbWriter, Ticket, Transaction, WriterClosedError
 from onewriter.base.waiting import call_if_free
 from onewriter.write.own_turn import OwnTurn
 from onewriter.write.parts import Parts
+from onewriter.write.ticket import TicketFuture
 
 OURS = str(Path(onewriter.__file__).parent)
 INSERT = "INSERT INTO t (n) VALUES (?)"
@@ -42,7 +46,11 @@ class Interrupter:
     """Raises at the place with the number ``at``, and again ``then`` places further on; or calls ``handler`` there."""
 
     def __init__(
-        self, at: int, error: type[Exception] = SignalError, then: int = 0, handler: Callable[[], object] | None = None
+        self,
+        at: int,
+        error: type[BaseException] = SignalError,
+        then: int = 0,
+        handler: Callable[[], object] | None = None,
     ) -> None:
         self.where = ""
         self._left, self._error, self._then, self._handler = at, error, then, handler
@@ -304,6 +312,7 @@ def test_a_handler_may_read_at_any_step_of_a_block_or_is_told_that_it_cannot(
                 refused += 1
 
         for row in range(1, 1000):
+            eventually(lambda: queue_of(db)._asleep)  # so that each time the same steps come
             with Interrupter(row, handler=handler) as interrupter:
                 block(db, row, Told())
             if not interrupter.where:
@@ -470,3 +479,83 @@ def test_a_lock_that_is_taken_if_it_is_free_is_free_again() -> None:
     with lock:
         call_if_free(lock, called.clear)
     assert called
+
+
+def note(told: list[str], what: str, _: object) -> None:
+    told.append(what)
+
+
+def both_wait(db: DbWriter, job: Ticket[Any]) -> bool:
+    """A thread for ``job``, and one for room in the queue."""
+    return bool(job._waiters and queue_of(db)._room)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SignalError, RuntimeError])
+def test_a_ticket_that_is_cancelled_tells_everybody_at_whatever_step_something_is_raised(
+    path: Path, error: type[BaseException]
+) -> None:
+    with DbWriter(path, synchronous="OFF", maxsize=1) as db, ThreadPoolExecutor(2) as threads:
+        db.run("CREATE TABLE t (n)")
+        cancelled = 0
+        for step in range(1, 1000):
+            told: list[str] = []
+            with parked(db):
+                job = db.enqueue("INSERT INTO t VALUES (1)")
+                job.add_done_callback(functools.partial(note, told, "first"))
+                future = job.future()
+                job.add_done_callback(functools.partial(note, told, "last"))
+                waits_for_it = threads.submit(job.exception)
+                waits_for_room = threads.submit(lambda: db.enqueue("SELECT 1", timeout=None))
+                eventually(functools.partial(both_wait, db, job))
+                is_through = False
+                with contextlib.suppress(error), Interrupter(step, error) as interrupter:
+                    job.cancel()
+                    is_through = True
+                # What is raised in a callback is logged, if it is no interrupt; and that of a Future is one.
+                is_in_callback = any(name in interrupter.where for name in ("TicketFuture", "Ticket.cancelled"))
+                assert not (is_through and interrupter.where) or is_in_callback, interrupter.where
+                if job.cancelled():
+                    assert told == ["first", "last"], interrupter.where
+                    with pytest.raises(CancelledError):
+                        waits_for_it.result(DEADLINE)
+                    waits_for_room.result(DEADLINE)
+            db.flush(DEADLINE)
+            assert told == ["first", "last"], interrupter.where
+            assert future.done() or "TicketFuture.resolve" in interrupter.where, interrupter.where  # as that began
+            cancelled += job.cancelled()
+            assert (queue_of(db)._bounded, db.stats().cancelled) == (0, cancelled), interrupter.where
+            if not interrupter.where:
+                break
+        else:
+            pytest.fail("there are more steps than that")
+
+
+@pytest.mark.parametrize("outcome", ["committed", "failed", "cancelled"])
+def test_the_future_of_a_ticket_is_done_whatever_is_raised_as_it_is_told(db: DbWriter, outcome: str) -> None:
+    with parked(db):
+        job = db.enqueue(INSERT, ("text",) if outcome == "failed" else (1,))
+        if outcome == "cancelled":
+            job.cancel()
+    db.flush(DEADLINE)
+    for step in range(2, 100):  # the first is its own begin
+        future, called = TicketFuture(job), list[object]()
+
+        future.add_done_callback(called.append)
+        with contextlib.suppress(SignalError), Interrupter(step) as interrupter:
+            future.resolve(job)
+        assert (called, future.cancelled()) == ([future], outcome == "cancelled"), interrupter.where
+        assert wait_for([future], DEADLINE).done
+        if not interrupter.where:
+            break
+    else:
+        pytest.fail("there are more steps than that")
+
+    future = TicketFuture(job)
+    future.add_done_callback(interrupts)
+    with pytest.raises(KeyboardInterrupt):
+        future.resolve(job)
+    assert wait_for([future], DEADLINE).done
+
+
+def interrupts(_: object) -> None:
+    raise KeyboardInterrupt

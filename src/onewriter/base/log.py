@@ -141,22 +141,30 @@ def call_safely(state: State, function: Callable[..., object], *args: Any) -> No
     KeyboardInterrupt and SystemExit propagate in a thread of the user's: at once, or, if that is the writer, at the end
     of its turn. In a child that ``function`` has forked on the writer's stack: ForkedError.
     """
-    _run(
-        state, lambda error: report(state, logging.ERROR, "callback %r failed", function, error=error), function, *args
-    )
+    _run(state, functools.partial(_report_callback, state, function), function, *args)
 
 
 def call_all_safely(state: State, calls: Iterable[tuple[Any, ...]]) -> None:
     """``call_safely`` each function with its arguments; an interrupt propagates when all were called."""
+    is_writer = get_ident() == state.writer_thread
     rest = iter(calls)
     try:
-        for call in rest:
+        for function, *args in rest:
             if state.forked:
                 return  # one of them has forked: the others are the parent's
-            call_safely(state, *call)
-    except INTERRUPTS:
+            try:
+                function(*args)  # not by a function of ours, as which begins a signal handler could raise
+            except BaseException as error:
+                _heed(state, is_writer, error, functools.partial(_report_callback, state, function))
+            if is_writer and state.forked:
+                raise forked_error()
+    except BaseException:  # what a signal handler raises may come between two of them
         call_all_safely(state, rest)
         raise
+
+
+def _report_callback(state: State, function: Callable[..., object], error: BaseException) -> None:
+    report(state, logging.ERROR, "callback %r failed", function, error=error)
 
 
 def _run(state: State, tell: Callable[[BaseException], object], function: Callable[..., object], *args: Any) -> None:
@@ -164,16 +172,21 @@ def _run(state: State, tell: Callable[[BaseException], object], function: Callab
     try:
         function(*args)
     except BaseException as error:
-        if is_writer and state.forked:
-            raise
-        if not issubclass(type(error), INTERRUPTS) or (is_writer and state.reporter is not None):
-            tell(error)
-        elif is_writer:
-            state.interrupt = error if state.interrupt is None else state.interrupt
-        else:
-            raise
+        _heed(state, is_writer, error, tell)
     if is_writer and state.forked:
         raise forked_error()
+
+
+def _heed(state: State, is_writer: bool, error: BaseException, tell: Callable[[BaseException], object]) -> None:
+    """Tell of ``error``, which was raised and is being handled; or keep it for the end of the turn, or raise it."""
+    if is_writer and state.forked:
+        raise error
+    if not issubclass(type(error), INTERRUPTS) or (is_writer and state.reporter is not None):
+        tell(error)
+    elif is_writer:
+        state.interrupt = error if state.interrupt is None else state.interrupt
+    else:
+        raise error
 
 
 def _log(state: State, level: int, message: str, args: tuple[object, ...], error: BaseException | None) -> None:

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 from onewriter.base.state import State
 from onewriter.errors import forked_error
 
+RELEASED_BEFORE = ("release unlocked lock",)
 SLICE = 0.25  # seconds; a signal that comes just before the thread sleeps is seen at its next wake-up
 
 
@@ -41,8 +42,9 @@ def wake(waiters: Iterable[Any]) -> None:
         if not isinstance(waiter, Future):
             try:
                 waiter.release()
-            except RuntimeError:  # it was released before
-                pass
+            except RuntimeError as error:
+                if error.args != RELEASED_BEFORE:  # but a signal handler's
+                    raise
             continue
         if loops is None:
             loops = {}

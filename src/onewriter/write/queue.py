@@ -386,12 +386,15 @@ class JobQueue(queue.Queue[Job[Any]]):
         )
 
     def _made_room(self) -> None:
-        while self._room and self._bounded < self.maxsize and self._refusal is None:
-            try:
-                waiter = next(iter(self._room))
-            except (StopIteration, RuntimeError):  # a finalizer that has withdrawn a job was here
-                continue
-            if not waiter.accepted:
+        while self._refusal is None:
+            waiter = None
+            for waiter in self._room:  # noqa: B007 - no call, behind which a finalizer or a signal handler could come
+                break
+            if waiter is None:
+                break
+            if not waiter.accepted:  # or Ctrl-C came before it was woken
+                if self._bounded >= self.maxsize:
+                    break
                 job = waiter.job
                 self._bounded += 1
                 job._is_queued = waiter.accepted = True

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import itertools
 import math
 import types
-from collections.abc import Callable, Collection, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from time import monotonic
 from typing import Any, Generic, NoReturn, TypeVar, cast
 
@@ -233,7 +234,7 @@ class Ticket(Generic[T]):
 
     def future(self) -> concurrent.futures.Future[T]:
         """A ``concurrent.futures.Future`` for the same outcome; cancelling it withdraws the job."""
-        future = _TicketFuture(self)
+        future = TicketFuture(self)
         self.add_done_callback(future.resolve)
         return future
 
@@ -314,20 +315,21 @@ class Ticket(Generic[T]):
 
     def run_callbacks(self) -> None:
         """Call the callbacks in order, once each; see ``call_safely``."""
-        while True:
+        callbacks: list[Callable[[Ticket[T]], object]] | None = None
+        rest: Iterable[tuple[Any, ...]] | None = None
+        try:
             with self._state.lock:
                 callbacks, self._callbacks = self._callbacks, None
-            if not callbacks:
-                return
-            rest = iter([(fn, self) for fn in callbacks])
-            try:
+            if callbacks:
+                rest = zip(callbacks, itertools.repeat(self))
                 call_all_safely(self._state, rest)
-            except BaseException:  # Ctrl-C, perhaps as that began
-                call_all_safely(self._state, rest)
-                raise
+        except BaseException:  # Ctrl-C, perhaps before the first of them
+            if callbacks:
+                call_all_safely(self._state, zip(callbacks, itertools.repeat(self)) if rest is None else rest)
+            raise
 
 
-class _TicketFuture(concurrent.futures.Future[T]):
+class TicketFuture(concurrent.futures.Future[T]):
     def __init__(self, ticket: Ticket[T]) -> None:
         super().__init__()
         self._ticket = ticket
@@ -347,15 +349,24 @@ class _TicketFuture(concurrent.futures.Future[T]):
         return super().exception(timeout)
 
     def resolve(self, ticket: Ticket[T]) -> None:
+        try:
+            self._resolve(ticket)
+        except BaseException:  # Ctrl-C, perhaps in a callback: nobody calls this again
+            self._resolve(ticket)
+            raise
+
+    def _resolve(self, ticket: Ticket[T]) -> None:
         if ticket.cancelled():
             super().cancel()
-        if not self.set_running_or_notify_cancel():
-            return
-        error = ticket.exception()
-        if error is not None:
-            self.set_exception(error)
-        else:
-            self.set_result(ticket.result())
+            self.set_running_or_notify_cancel()
+        elif not self.done():
+            if not super().running():
+                self.set_running_or_notify_cancel()
+            error = ticket.exception()
+            if error is not None:
+                self.set_exception(error)
+            else:
+                self.set_result(ticket.result())
 
 
 class Job(Ticket[T]):

@@ -9,7 +9,7 @@ import logging
 import sqlite3
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -413,3 +413,23 @@ def test_of_lines_that_a_handler_is_too_slow_for_the_critical_ones_are_said(
     assert "CRITICAL it is critical" in said
     assert any("3 lines were dropped" in text for text in said)
     assert len(said) == 4
+
+
+class Interrupted(Iterator[tuple[Any, ...]]):
+    """As where a signal handler raises behind the first of ``calls``."""
+
+    def __init__(self, *calls: tuple[Any, ...]) -> None:
+        self._calls, self._left = iter(calls), 2
+
+    def __next__(self) -> tuple[Any, ...]:
+        self._left -= 1
+        if not self._left:
+            raise TimeoutError
+        return next(self._calls)
+
+
+def test_what_a_signal_handler_raises_between_two_callbacks_keeps_none_from_being_called(path: Path) -> None:
+    called: list[int] = []
+    with DbWriter(path) as db, pytest.raises(TimeoutError):
+        log.call_all_safely(state_of(db), Interrupted(*((called.append, n) for n in range(3))))
+    assert called == [0, 1, 2]
