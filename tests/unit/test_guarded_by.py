@@ -70,7 +70,17 @@ GUARDS = [
             "is_nearly_full",
         },
         held=frozenset(
-            ("_append", "_end_turn", "_has_become_nearly_full", "_made_room", "_pop", "_put_back", "_tidy", "_wake")
+            (
+                "_append",
+                "_end_turn",
+                "_has_become_nearly_full",
+                "_made_room",
+                "_pop",
+                "_put_back",
+                "_tell_refused",
+                "_tidy",
+                "_wake",
+            )
         ),
         free=frozenset(("__init__", "after_fork_in_child")),
     ),

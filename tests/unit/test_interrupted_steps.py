@@ -24,7 +24,7 @@ import pytest
 
 import onewriter
 from helpers import DEADLINE, driver_of, eventually, parked, pool_of, queue_of, rows, state_of
-from onewriter import DbWriter, Ticket, Transaction, WriterClosedError
+from onewriter import DbWriter, Ticket, Transaction, WriterClosedError, core
 from onewriter.base.waiting import call_if_free
 from onewriter.write.own_turn import OwnTurn
 from onewriter.write.parts import Parts
@@ -239,6 +239,14 @@ def test_an_interrupt_at_any_step_leaves_nothing_behind(
 @pytest.mark.parametrize("call", [block, block_that_waits, failing_block])
 def test_an_error_as_of_a_closed_gateway_does_so_too(db: DbWriter, call: Callable[[DbWriter, int, Told], None]) -> None:
     interrupt_each_step(db, call, ClosedError)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("call", [statement, function, block, block_that_waits, read, reader, watched])
+def test_an_error_as_of_a_lock_that_is_not_acquired_comes_out_too(
+    db: DbWriter, call: Callable[[DbWriter, int, Told], None]
+) -> None:
+    interrupt_each_step(db, call, RuntimeError)
 
 
 @pytest.mark.parametrize("then", [1, 2, 4, 8])
@@ -485,6 +493,10 @@ def note(told: list[str], what: str, _: object) -> None:
     told.append(what)
 
 
+def enqueue_with_patience(db: DbWriter) -> object:
+    return db.enqueue("SELECT 1", timeout=None)
+
+
 def both_wait(db: DbWriter, job: Ticket[Any]) -> bool:
     """A thread for ``job``, and one for room in the queue."""
     return bool(job._waiters and queue_of(db)._room)
@@ -505,7 +517,7 @@ def test_a_ticket_that_is_cancelled_tells_everybody_at_whatever_step_something_i
                 future = job.future()
                 job.add_done_callback(functools.partial(note, told, "last"))
                 waits_for_it = threads.submit(job.exception)
-                waits_for_room = threads.submit(lambda: db.enqueue("SELECT 1", timeout=None))
+                waits_for_room = threads.submit(enqueue_with_patience, db)
                 eventually(functools.partial(both_wait, db, job))
                 is_through = False
                 with contextlib.suppress(error), Interrupter(step, error) as interrupter:
@@ -559,3 +571,62 @@ def test_the_future_of_a_ticket_is_done_whatever_is_raised_as_it_is_told(db: DbW
 
 def interrupts(_: object) -> None:
     raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("arguments", [{"timeout": 0, "drain": False}, {"timeout": 0}], ids=str)
+def test_a_close_that_is_interrupted_at_any_step_leaves_no_job_without_an_outcome(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(core, "GRACE", 0.0)
+    with ThreadPoolExecutor(1) as threads:
+        for step in range(1, 1000):
+            told: list[str] = []
+            db = DbWriter(tmp_path / f"{step}.db", synchronous="OFF", maxsize=2)
+            with parked(db):
+                jobs = [db.enqueue("CREATE TABLE t (n)"), db.enqueue("INSERT INTO t VALUES (1)")]
+                for job in jobs:
+                    job.add_done_callback(functools.partial(note, told, "done"))
+                waits_for_room = threads.submit(enqueue_with_patience, db)
+                eventually(functools.partial(getattr, queue_of(db), "_room"))
+                with contextlib.suppress(SignalError), Interrupter(step) as interrupter:
+                    db.close(**arguments)
+                if queue_of(db).refusing:
+                    with pytest.raises(WriterClosedError):
+                        waits_for_room.result(DEADLINE)
+            for job in jobs:
+                assert job.wait(DEADLINE), interrupter.where
+            db.close()
+            assert told == ["done"] * 2, interrupter.where
+            if not interrupter.where:
+                break
+        else:
+            pytest.fail("there are more steps than that")
+
+
+def test_a_close_that_gives_up_tells_all_that_it_has_withdrawn_and_nobody_else(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(core, "GRACE", 0.0)
+    entered, release, told = threading.Event(), threading.Event(), list[object]()
+
+    def is_told(job: Ticket[Any]) -> None:
+        told.append(job)
+        raise KeyboardInterrupt
+
+    def hold(tx: Transaction) -> None:
+        entered.set()
+        release.wait(DEADLINE)
+
+    db = DbWriter(path, synchronous="OFF")
+    running = db.enqueue(hold)
+    running.add_done_callback(told.append)
+    assert entered.wait(DEADLINE)
+    jobs = [db.enqueue("SELECT 1") for _ in range(4)]
+    for job in jobs:
+        job.add_done_callback(is_told)
+    with pytest.raises(KeyboardInterrupt):
+        db.close(0)
+    assert told == jobs
+    release.set()
+    db.close()
+    assert told == [*jobs, running]

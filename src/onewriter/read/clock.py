@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import threading
@@ -12,6 +11,7 @@ from typing import Any
 
 from onewriter.base.log import report
 from onewriter.base.state import State
+from onewriter.base.waiting import wake
 from onewriter.read.claim import Claim
 
 GRACE = 0.05  # seconds: a statement whose time goes into SQLite's own steps has ended by itself by then
@@ -112,8 +112,7 @@ class ReadClock:
         self._ring()
 
     def _ring(self) -> None:
-        with contextlib.suppress(RuntimeError):  # it was rung already
-            self._bell.release()
+        wake([self._bell])
 
     def _run(self) -> None:
         while (next_look := self._next_look()) is not None:

@@ -140,10 +140,9 @@ class Places:
         """Admit those in line while there are connections. As long as some wait, others cannot take one."""
         self._door, self._is_watched = NONE_IDLE, True  # before the look: who gives one back after it looks here
         while self._line and not self._paused_until:
-            try:
-                first, now = next(iter(self._line)), monotonic()
-            except (StopIteration, RuntimeError):  # a signal handler or finalizer was here
-                continue
+            for first in self._line:  # noqa: B007 - no call, behind which a finalizer or a signal handler could come
+                break
+            now = monotonic()
             if first.loop is not None and first.loop.is_closed():  # its task never goes on
                 self._line.pop(first, None)
                 continue

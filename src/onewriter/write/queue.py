@@ -15,7 +15,7 @@ from typing import Any, cast
 
 from onewriter.base.log import report
 from onewriter.base.state import State
-from onewriter.base.waiting import SLICE, Signal, thread_signal, wake
+from onewriter.base.waiting import RELEASED_BEFORE, SLICE, Signal, thread_signal, wake
 from onewriter.errors import OneWriterError, QueueFullError
 from onewriter.write.ticket import Job
 
@@ -277,11 +277,18 @@ class JobQueue(queue.Queue[Job[Any]]):
         """Accept nothing from now on: every later put raises a copy of ``error``. False if it was so already."""
         with self.mutex:
             first, self._refusal = self._refusal is None, error
-            wake(waiter.signal for waiter in self._room)
-            self._room.clear()
-            if self._asleep:
-                self._wake()
+            try:
+                self._tell_refused()
+            except BaseException:  # Ctrl-C
+                self._tell_refused()
+                raise
         return first
+
+    def _tell_refused(self) -> None:
+        wake(waiter.signal for waiter in self._room)
+        self._room.clear()
+        if self._asleep:
+            self._wake()
 
     def after_fork_in_child(self, error: OneWriterError) -> None:
         """In a forked child: refuse everything; another thread of the parent may have held the lock."""
@@ -319,17 +326,11 @@ class JobQueue(queue.Queue[Job[Any]]):
             return None
         return next((job for job in self.queue.copy() if not job.done()), None) if first.done() else first
 
-    def empty_out(self) -> list[Job[Any]]:
-        """Take everything that waits, without waiting; it must refuse already. The consumer keeps what it has."""
+    def waiting_jobs(self) -> list[Job[Any]]:
         with self.mutex:
             if self._aside:
                 self._put_back()
-            jobs = list(self.queue)
-            _forget_places(jobs)
-            self.queue.clear()
-            self._withdrawn.clear()
-            self._bounded = 0
-            return jobs
+            return list(self.queue)
 
     @property
     def refusing(self) -> bool:
@@ -353,8 +354,9 @@ class JobQueue(queue.Queue[Job[Any]]):
         # In this order: Ctrl-C in between leaves a token, which the next put finds.
         try:
             self._token.release()
-        except RuntimeError:
-            pass  # the token of a sleep that never came about is still there; one is enough
+        except RuntimeError as error:  # the token of a sleep that never came about is still there; one is enough
+            if error.args != RELEASED_BEFORE:
+                raise
         self._asleep = False
 
     @contextlib.contextmanager

@@ -421,3 +421,14 @@ class Job(Ticket[T]):
     @property
     def failed_with(self) -> BaseException | None:
         return self._error
+
+
+def call_back_withdrawn(jobs: Iterator[Job[Any]]) -> None:
+    """Call the callbacks of those that were withdrawn; an interrupt propagates when all were called."""
+    try:
+        for job in jobs:
+            if job.cancelled():
+                job.run_callbacks()
+    except BaseException:
+        call_back_withdrawn(jobs)
+        raise

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from time import monotonic
 from typing import Any
 
-from onewriter.base.log import call_all_safely, call_safely, report, text_of
+from onewriter.base.log import call_safely, report, text_of
 from onewriter.base.state import State, broken_error
 from onewriter.base.tally import Times
 from onewriter.errors import WriterClosedError, forked_error
@@ -28,7 +28,7 @@ from onewriter.write.lock import WriteLock
 from onewriter.write.outcomes import Outcomes, unknown_outcome
 from onewriter.write.own_turn import OwnTurn
 from onewriter.write.queue import JobQueue
-from onewriter.write.ticket import RUNNING, Job, Ticket
+from onewriter.write.ticket import RUNNING, Job, Ticket, call_back_withdrawn
 
 MOST_TAKEN = 2048  # jobs
 LOOK = 0.05  # seconds without jobs after which it looks for commits of others, if something is watched
@@ -84,11 +84,20 @@ class Writer:
     def abandon(self) -> None:
         """Withdraw what has not started, and end a wait for SQLite's lock. The queue must refuse already."""
         self._stop.set()
-        # What moves from the queue to ``taken`` meanwhile is withdrawn by the writer thread, which looks at _stop.
-        dropped = [job for job in [*self.queue.empty_out(), *self.queue.taken] if self._withdraw(job)]
+        # They stay in the queue, and what is not withdrawn here is by the writer thread, which looks at _stop.
+        jobs = [*self.queue.waiting_jobs(), *self.queue.taken]
+        try:
+            self._withdraw_all(jobs)
+        except BaseException:  # Ctrl-C
+            self._withdraw_all(jobs)
+            raise
+
+    def _withdraw_all(self, jobs: list[Job[Any]]) -> None:
+        """First all, then their callbacks, since one may wait for another job. Again, it goes on with the rest."""
+        dropped = sum(map(withdraw, jobs))
         if dropped:
-            report(self.state, logging.WARNING, "%s: close withdrew %d queued jobs", self.label, len(dropped))
-        call_all_safely(self.state, [(job.run_callbacks,) for job in dropped])
+            report(self.state, logging.WARNING, "%s: close withdrew %d queued jobs", self.label, dropped)
+        call_back_withdrawn(iter(jobs))
 
     def end_block_at_exit(self) -> None:
         job = self.state.job
@@ -366,11 +375,8 @@ class Writer:
             return
         self._obey(batch, batch.run_whole(job) if isinstance(job, ConnectionJob) else batch.run_bare(job), [])
 
-    def _withdraw(self, job: Job[Any]) -> bool:
-        return job.withdraw_quietly(WithdrawnError(f"closed before job {job.describe()} started"))
-
     def _withdraw_itself(self, job: Job[Any]) -> None:
-        if self._withdraw(job):
+        if withdraw(job):
             self.withdrawn.append(job.label)
             job.run_callbacks()
 
@@ -390,7 +396,7 @@ class Writer:
     def _break(self, cause: BaseException) -> None:
         """Out of service: everything that waits, and everything later, fails at once."""
         self._go_out_of_service(cause)
-        waiting = (*self.queue.taken, *self.queue.empty_out())
+        waiting = (*self.queue.taken, *self.queue.waiting_jobs())
         stranded = [job for job in waiting if not job.done()]
         for job in stranded:
             is_unknown = self._lock.was_committing and job.running() and job.failed_with is None
@@ -406,6 +412,11 @@ class Writer:
         self.state.broken = cause
         self.readers.refuse()
         self.queue.refuse(broken_error(cause))
+
+
+def withdraw(job: Job[Any]) -> bool:
+    """Before it starts: whether it is its end. Its callbacks are still to be called."""
+    return job.withdraw_quietly(WithdrawnError(f"closed before job {job.describe()} started"))
 
 
 class WithdrawnError(WriterClosedError, concurrent.futures.CancelledError):

@@ -320,6 +320,17 @@ def test_without_a_thread_for_it_a_slow_reader_is_named_after_the_next_batch(
         assert any("has been open for" in message for message in caplog.messages)
 
 
+def test_a_slow_reader_that_the_clock_has_not_named_is_named_at_its_end(
+    path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with DbWriter(path, slow_after=1e-9) as db:
+        monkeypatch.setattr(pool_of(db).clock, "watch", lambda claim, deadline: None)
+        monkeypatch.setattr(pool_of(db).clock, "warn", lambda: None)
+        with db.reader():
+            pass
+        assert [" was open for " in message for message in caplog.messages] == [True]
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_a_clock_that_could_not_be_started_is_started_by_the_next_read(
     path: Path, error: type[BaseException], monkeypatch: pytest.MonkeyPatch

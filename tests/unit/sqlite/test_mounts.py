@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import DEADLINE, raising
+from helpers import DEADLINE, drop_session, raising
 from onewriter import DbWriter
 from onewriter.sqlite import file, mounts
 
@@ -57,6 +57,9 @@ def test_a_file_that_is_mounted_alone_is_told_at_once(
         assert db.health.startswith("degraded: ")
         assert "Mount the folder" in db.health
         db.run("CREATE TABLE t (n)")
+        db.flush(DEADLINE)
+        drop_session(db)
+        db.run("INSERT INTO t VALUES (1)")  # with another connection, of which nothing new is to be told
     assert [record.levelname for record in caplog.records] == ["CRITICAL"]
     mountinfo.write_text(f"22 1 8:1 / / rw - ext4 /dev/a rw\n23 22 8:1 /a {path.parent} rw - ext4 /dev/a rw\n")
     with DbWriter(path) as db:

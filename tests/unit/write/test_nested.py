@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import gc
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
@@ -314,3 +315,22 @@ def test_a_part_that_cannot_be_undone_since_all_is_interrupted_raises_its_own_er
         with pytest.raises(LookupError, match="its own"):
             nest(table_db, fail)
     assert rows(table_db) == [1, 2]  # undone at the end of the block, which has closed the cursor
+
+
+def test_a_part_that_is_dropped_while_it_is_open_is_undone(table_db: DbWriter) -> None:
+    with table_db.transaction() as tx:
+        part = tx.savepoint()
+        part.__enter__()
+        tx.execute(INSERT, (1,))
+        del part
+        gc.collect()
+        tx.execute(INSERT, (2,))
+        nested = table_db.transaction()
+        inner = nested.__enter__()
+        inner.execute(INSERT, (3,))
+        del nested
+        gc.collect()
+        with pytest.raises(TransactionClosedError):
+            inner.execute(INSERT, (4,))
+        tx.execute(INSERT, (5,))
+    assert rows(table_db) == [2, 5]

@@ -371,7 +371,7 @@ STEPS: dict[str, Callable[[JobQueue, StatementJob], object]] = {
     "take_turn": JobQueue.take_turn,
     "refuse": lambda queue, job: queue.refuse(WriterClosedError("closed")),
     "unfinished": lambda queue, job: queue.unfinished(),
-    "empty_out": lambda queue, job: queue.empty_out(),
+    "waiting_jobs": lambda queue, job: queue.waiting_jobs(),
 }
 
 

@@ -463,6 +463,7 @@ def test_a_label_that_is_cut_says_so_in_messages(table_db: DbWriter, run: Callab
 def test_a_label_itself_is_the_first_sixty_characters(table_db: DbWriter) -> None:
     assert table_db.enqueue(LONG).label == LONG[:60]
     assert "…" not in table_db.enqueue("SELECT 1").describe()
+    assert "…" not in table_db.enqueue_many(INSERT, [(1,)]).describe()
     assert table_db.enqueue("SELECT 1", label="x" * 70).describe().startswith(f"'{'x' * 70}' ")
 
 
@@ -479,3 +480,14 @@ def test_in_a_forked_child_only_a_ticket_with_an_outcome_says_that_it_cannot_be_
                 pending.cancel()
             assert not done.cancel()
     assert pending.result(DEADLINE).rows == [(1,)]
+
+
+def test_a_failure_is_logged_although_somebody_had_waited_for_it_and_gave_up(
+    db: DbWriter, caplog: pytest.LogCaptureFixture
+) -> None:
+    with parked(db):
+        ticket = db.enqueue("INSERT INTO nowhere VALUES (1)")
+        with pytest.raises(TimeoutError):
+            ticket.result(0)
+    db.flush(DEADLINE)
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
