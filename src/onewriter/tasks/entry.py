@@ -117,7 +117,11 @@ async def _leave(block: TaskBlock, failed: bool) -> asyncio.CancelledError | Non
     try:
         block.give_back(failed)
         cancelled = await block.ended()
-        block.call_back()
+        try:
+            block.call_back()
+        except BaseException:  # Ctrl-C, perhaps as that began
+            block.call_back()
+            raise
         return cancelled
     finally:
         block._state.forget_block(block)

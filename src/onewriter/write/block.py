@@ -159,11 +159,10 @@ class Block(Job[None]):
         return self.transaction
 
     def call_back(self, job: Any = None) -> None:
-        """Its callbacks are called by who leaves it."""
+        """Its callbacks are called by who leaves it. Again, it goes on with the rest."""
         loan = self.transaction
         if loan is not None and loan.parts is not None:
-            callbacks = loan.callbacks(committed=self.failed_with is None)
-            call_all_safely(self._state, [(callback,) for callback in callbacks])
+            call_all_safely(self._state, loan.parts.callbacks(committed=self.failed_with is None))
 
     def lend(self, tx: WriteLoan) -> None:
         """Let those that wait for it have the transaction."""

@@ -163,11 +163,11 @@ def _end(block: ThreadBlock, turns: Turns, scope: Scope[Any] | None, failed: boo
         state.entering.discard(me)
         if not block.done():
             block.wait(None)
+        block.call_back()
     except BaseException:  # Ctrl-C: it comes to its end all the same
         state.entering.discard(me)
         block.add_done_callback(block.call_back)
         raise
-    block.call_back()
 
 
 def _give_up(block: ThreadBlock, turns: Turns, scope: Scope[Any] | None, error: BaseException | None) -> None:

@@ -331,9 +331,6 @@ class WriteLoan:
         except (TransactionClosedError, TransactionAbortedError):
             keep(committed, fn)
 
-    def callbacks(self, committed: bool) -> list[Callback]:
-        return [] if self.parts is None else self.parts.callbacks(committed)
-
     # Statements, whose parameters were checked and captured already --------------------------------------------------
 
     def statement(self, sql: str, parameters: Parameters) -> Result:

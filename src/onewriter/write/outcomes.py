@@ -181,12 +181,9 @@ class Outcomes:
 
     def call_back(self, loan: WriteLoan, committed: bool) -> None:
         """Call what ``on_commit`` or ``on_rollback`` has kept."""
-        if loan.job.lent:
-            return  # its own thread does
-        callbacks = loan.callbacks(committed)
-        if callbacks:
+        if loan.parts is not None and not loan.job.lent:  # or else its own thread does
             self._state.begin_callbacks(loan.job)
-            call_all_safely(self._state, [(callback,) for callback in callbacks])
+            call_all_safely(self._state, loan.parts.callbacks(committed))
 
 
 def moments_of(jobs: list[Job[Any]]) -> list[tuple[float, float, float]]:

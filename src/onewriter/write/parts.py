@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from onewriter.base.arguments import check_callback
@@ -45,7 +45,7 @@ class Parts:
     Locks: the session's lock guards all of it, while the transaction is open.
     """
 
-    __slots__ = ("_after_commit", "_after_rollback", "_marks", "_session", "_undone", "has_failed")
+    __slots__ = ("_after_commit", "_after_rollback", "_calls", "_marks", "_session", "_undone", "has_failed")
 
     def __init__(self, session: WriteSession) -> None:
         self._session = session
@@ -53,13 +53,16 @@ class Parts:
         self._after_commit: list[Callback] = []
         self._after_rollback: list[Callback] = []
         self._undone: list[Callback] = []  # on_rollback of savepoints that were rolled back
+        self._calls: list[Iterator[tuple[Callback]]] = []  # the first of them: those that are yet to be made at the end
         self.has_failed = False  # one of them, that may not be undone yet
 
-    def callbacks(self, committed: bool) -> list[Callback]:
-        """What is to be called, now that the transaction has ended: told once, although several threads may ask."""
-        undone, after_commit, after_rollback = self._undone, self._after_commit, self._after_rollback
-        self._undone, self._after_commit, self._after_rollback = [], [], []  # no call since the look: one step
-        return undone + (after_commit if committed else after_rollback)
+    def callbacks(self, committed: bool) -> Iterator[tuple[Callback]]:
+        """What is to be called, now that the transaction has ended: each is there once, although several threads may
+        ask, or one again after Ctrl-C.
+        """
+        self._calls.append(zip(self._undone + (self._after_commit if committed else self._after_rollback)))
+        self._undone, self._after_commit, self._after_rollback = [], [], []
+        return self._calls[0]
 
     def keep(self, committed: bool, fn: Any) -> None:
         """Keep what is to be called after COMMIT, or else after a rollback."""

@@ -352,7 +352,8 @@ class TicketFuture(concurrent.futures.Future[T]):
         try:
             self._resolve(ticket)
         except BaseException:  # Ctrl-C, perhaps in a callback: nobody calls this again
-            self._resolve(ticket)
+            with contextlib.suppress(RuntimeError):  # it came behind the last step
+                self._resolve(ticket)
             raise
 
     def _resolve(self, ticket: Ticket[T]) -> None:

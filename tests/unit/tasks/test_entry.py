@@ -454,3 +454,24 @@ def test_a_task_that_is_kept_gives_its_connection_back_when_its_loop_is_closed(p
     db.close()
     assert not pool_of(db)._readers
     assert not task.done()
+
+
+def test_an_interrupt_as_the_callbacks_of_a_block_begin_keeps_none_from_being_called(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call_back, told = TaskBlock.call_back, list[str]()
+
+    def interrupted(block: TaskBlock, job: object = None) -> None:
+        monkeypatch.setattr(TaskBlock, "call_back", call_back)
+        raise InterruptedError
+
+    async def main() -> None:
+        async with opened(path) as db:
+            with pytest.raises(InterruptedError):
+                async with db.transaction() as tx:
+                    await tx.execute(INSERT, (1,))
+                    tx.on_commit(lambda: told.append("committed"))
+                    monkeypatch.setattr(TaskBlock, "call_back", interrupted)
+
+    run(main)
+    assert told == ["committed"]
