@@ -25,7 +25,7 @@ import pytest
 import onewriter
 from helpers import DEADLINE, driver_of, eventually, parked, pool_of, queue_of, rows, state_of
 from onewriter import DbWriter, Ticket, Transaction, WriterClosedError, core
-from onewriter.base.waiting import call_if_free
+from onewriter.base.waiting import Flag, call_if_free
 from onewriter.write.own_turn import OwnTurn
 from onewriter.write.parts import Parts
 from onewriter.write.ticket import TicketFuture
@@ -643,3 +643,43 @@ def test_a_close_that_gives_up_tells_all_that_it_has_withdrawn_and_nobody_else(
     release.set()
     db.close()
     assert told == [*jobs, running]
+
+
+def test_a_handler_may_open_a_watch_of_the_same_query_at_any_step_of_another(db: DbWriter) -> None:
+    def handler() -> None:
+        with db.watch("SELECT count(*) FROM t") as other:
+            other.next(DEADLINE)
+
+    with db.watch("SELECT count(*) FROM t") as live:
+        assert live.next(DEADLINE) == [(0,)]
+        for step in range(1, 1000):
+            db.run(INSERT, (step,))
+            with Interrupter(step, handler=handler) as interrupter:
+                found = live.next(DEADLINE)
+            assert found == [(step,)], interrupter.where
+            if not interrupter.where:
+                break
+        else:
+            pytest.fail("there are more steps than that")
+
+
+def test_a_flag_is_set_and_waited_for_whatever_is_raised_as_it_is_set() -> None:
+    with ThreadPoolExecutor(1) as threads:
+        for step in range(1, 100):
+            flag = Flag()
+            waits = threads.submit(flag.wait)
+            eventually(functools.partial(getattr, flag, "_waiters"))
+            with contextlib.suppress(SignalError), Interrupter(step) as interrupter:
+                flag.set()
+            flag.set()
+            assert waits.result(DEADLINE), interrupter.where
+            with contextlib.suppress(SignalError), Interrupter(step):
+                flag.wait(DEADLINE)
+            flag.clear()
+            with contextlib.suppress(SignalError), Interrupter(step) as of_wait:
+                assert not flag.wait(0)
+            assert flag._waiters == [], of_wait.where
+            if not interrupter.where and not of_wait.where:
+                break
+        else:
+            pytest.fail("there are more steps than that")

@@ -27,6 +27,44 @@ def thread_signal() -> Any:
     return signal
 
 
+class Flag:
+    """What threads wait for.
+
+    As ``threading.Event``; but that one's lock stays acquired if a signal handler raises at a certain step of a wait or
+    of ``set``, and who sets it next hangs.
+
+    Threads: any.
+    """
+
+    def __init__(self) -> None:
+        self._is_set = False
+        self._waiters: list[Any] = []
+
+    def is_set(self) -> bool:
+        return self._is_set
+
+    def set(self) -> None:
+        self._is_set = True  # first: who begins to wait now looks behind that
+        wake(self._waiters.copy())
+
+    def clear(self) -> None:
+        self._is_set = False
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until it is set; False: it is not, after ``timeout`` seconds."""
+        until, signal = math.inf if timeout is None else monotonic() + timeout, thread_signal()
+        try:
+            self._waiters.append(signal)  # no call since ``try``
+            while not self._is_set:
+                left = until - monotonic()
+                if left <= 0.0:
+                    return False
+                signal.acquire(timeout=min(left, SLICE))
+            return True
+        finally:
+            self._waiters.remove(signal)
+
+
 def is_there(waiter: Any) -> bool:
     """Whether it waits: a task whose loop is closed never goes on."""
     return not (isinstance(waiter, Future) and waiter.get_loop().is_closed())

@@ -19,6 +19,7 @@ from onewriter.write.writer import Writer
 
 SLICE = 0.05  # seconds between two looks at whether jobs still finish
 INTERRUPTS = 1000  # of the drain, by signal handlers, with which it goes on
+HOOKS = 2  # each can be ended by one that comes between two bytecodes outside of its ``try``
 _open: dict[Writer, Driver] = {}  # used in single steps: a lock could meet a signal handler that closes
 _hooked = 0  # the process that has our hook in multiprocessing
 
@@ -36,7 +37,8 @@ def _hook_into_multiprocessing() -> None:
         from multiprocessing.util import Finalize
 
         _hooked = os.getpid()
-        Finalize(None, _drain_all, exitpriority=1)
+        for _ in range(HOOKS):
+            Finalize(None, _drain_all, exitpriority=1)
 
 
 def forget(writer: Writer) -> None:
@@ -81,7 +83,6 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_in_child)
 
 
-@atexit.register
 def _drain_all() -> None:
     # The writers are daemon threads, because others are joined before any hook of ours runs: they would never be told
     # to end. They run on until atexit is through (https://docs.python.org/3/library/atexit.html).
@@ -123,3 +124,7 @@ def _drain(writer: Writer, driver: Driver) -> None:
     if writer.drained.is_set():
         writer.readers.stop_waiting()
         driver.join(writer.lock_timeout)
+
+
+for _ in range(HOOKS):
+    atexit.register(_drain_all)

@@ -90,11 +90,11 @@ class Watching(Generic[T]):
         live.state.refuse_if_broken()
         me = Caller()
         with live.lock:
-            answer = query.answer
+            must_read = self._last is None or live.is_stale(query)
+            answer = query.answer  # behind that look: a signal handler's watch may have read it meanwhile
             is_new = answer is not None and answer.number > self._number
             if self._is_left or (live.is_over and not is_new):
                 return Step()
-            must_read = self._last is None or live.is_stale(query)
             due = self._looked_at + self._every
             if live.is_over or ((is_new or must_read) and due <= monotonic()):
                 if is_new:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from onewriter.base import garbage
 from onewriter.base.state import State
-from onewriter.base.waiting import thread_signal, wake
+from onewriter.base.waiting import Flag, thread_signal, wake
 from onewriter.errors import ReadTimeoutError, closed_error
 from onewriter.read.claim import NOBODY, Claim
 from onewriter.read.clock import GRACE, ReadClock
@@ -70,11 +70,11 @@ class Places:
         self._line: OrderedDict[Claim, None] = OrderedDict()  # in order; any may leave
         self._asking: set[int] = set()  # threads that wait for one, or are about to
         self._closed = False
-        self._all_back = threading.Event()
+        self._all_back = Flag()
         self._on_all_back: Callable[[], object] = str  # or what is to be called then
         self.used_by = set()
         self._paused_until = 0.0  # no claim is admitted until then; 0: there is no pause
-        self._returned = threading.Event()  # in a pause: one has come back
+        self._returned = Flag()  # in a pause: one has come back
 
     # Who waits --------------------------------------------------------------------------------------------------------
 
@@ -140,9 +140,12 @@ class Places:
         """Admit those in line while there are connections. As long as some wait, others cannot take one."""
         self._door, self._is_watched = NONE_IDLE, True  # before the look: who gives one back after it looks here
         while self._line and not self._paused_until:
+            first = None
             for first in self._line:  # noqa: B007 - no call, behind which a finalizer or a signal handler could come
                 break
             now = monotonic()
+            if first is None:  # one was here as the iterator was made
+                continue
             if first.loop is not None and first.loop.is_closed():  # its task never goes on
                 self._line.pop(first, None)
                 continue

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from onewriter.base import garbage
 from onewriter.base.state import State
-from onewriter.base.waiting import SLICE, thread_signal, wake
+from onewriter.base.waiting import SLICE, Flag, thread_signal, wake
 from onewriter.read.claim import NOBODY, Claim, Limit, new_claim
 from onewriter.read.clock import GRACE, ReadClock
 from onewriter.read.places import NONE_IDLE, Places
@@ -40,7 +40,7 @@ class ReaderPool(Places):
         self._settings = settings
         self._file = file
         self._slow_after = state.slow_after
-        self._stop = threading.Event()
+        self._stop = Flag()
         self.clock = ReadClock(
             self._lock, self._lent, state, self._interrupt, self._end_pause, self._help_those_that_wait
         )

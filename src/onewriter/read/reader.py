@@ -11,7 +11,7 @@ from time import monotonic
 from typing import Any, TypeVar
 
 from onewriter.base.state import IN_STATEMENT, State
-from onewriter.base.waiting import call_if_free
+from onewriter.base.waiting import Flag, call_if_free
 from onewriter.errors import ReadTimeoutError, ReentrantWriteError, forked_error
 from onewriter.read.claim import NOBODY
 from onewriter.read.clock import ReadClock
@@ -207,7 +207,7 @@ class Reader:
         return monotonic() > self.claim.deadline
 
 
-def new_reader(settings: Settings, stop: threading.Event, clock: ReadClock, state: State) -> Reader:
+def new_reader(settings: Settings, stop: Flag, clock: ReadClock, state: State) -> Reader:
     policy, guard = LockPolicy(settings.lock_timeout, stop), ReadGuard()
     return Reader(open_reader(settings, guard, policy, clock.ask_writer), guard, policy, clock, state)
 

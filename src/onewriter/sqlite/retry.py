@@ -6,13 +6,14 @@ import errno
 import os
 import random
 import sqlite3
-import threading
 import time
 from collections.abc import Callable
 from time import monotonic
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar, cast
 
 import tenacity
+
+from onewriter.base.waiting import Flag
 
 T = TypeVar("T")
 # What sqlite3 raises where a statement of the gateway's own fails: without memory, it is not one of its own errors.
@@ -87,7 +88,7 @@ class LockPolicy:
     Threads: used by one thread at a time. ``attempts`` and ``waited`` describe its last ``call``.
     """
 
-    def __init__(self, lock_timeout: float, stop: threading.Event, sleep: Callable[[float], Any] | None = None) -> None:
+    def __init__(self, lock_timeout: float, stop: Flag, sleep: Callable[[float], Any] | None = None) -> None:
         self.lock_timeout = lock_timeout
         self.stop = stop
         self.sleep: Callable[[float], Any] = sleep or time.sleep  # half the price of stop.wait
@@ -135,7 +136,7 @@ class LockPolicy:
         try:
             result = tenacity.Retrying(
                 retry=tenacity.retry_if_exception(is_busy),
-                stop=tenacity.stop_after_delay(seconds) | tenacity.stop_when_event_set(self.stop),
+                stop=tenacity.stop_after_delay(seconds) | tenacity.stop_when_event_set(cast(Any, self.stop)),
                 wait=tenacity.wait_random(0, POLL),
                 sleep=self.sleep,
                 before_sleep=count,

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from onewriter.base.log import Reporter
 from onewriter.base.stack import need_stack
-from onewriter.base.waiting import SLICE, thread_signal, wait_in_slices
+from onewriter.base.waiting import SLICE, Flag, thread_signal, wait_in_slices
 from onewriter.errors import QueueFullError, ReentrantWriteError, closed_error, forked_error
 from onewriter.write.block import ThreadBlock, not_entered
 from onewriter.write.loan import WriteLoan
@@ -54,8 +54,8 @@ class ThreadDriver:
     def __init__(self, writer: Writer) -> None:
         self._writer = writer
         self.submit = writer.queue.put
-        self._ready = threading.Event()
-        self._ended = threading.Event()
+        self._ready = Flag()
+        self._ended = Flag()
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._main, name=f"{writer.label}-writer", daemon=True)
         writer.state.reporter = Reporter(writer.state, f"{writer.label}-log")
@@ -116,7 +116,7 @@ class ThreadDriver:
 
     def join(self, timeout: float | None) -> bool:
         # Before 3.13, a join that Ctrl-C ends says of the thread that it has ended.
-        if not self._ended.wait(None if timeout is None else min(timeout, threading.TIMEOUT_MAX)):
+        if not self._ended.wait(timeout):
             return False
         self._thread.join()  # which is about to end
         return True

@@ -6,7 +6,6 @@ import concurrent.futures
 import functools
 import logging
 import os
-import threading
 from collections.abc import Callable
 from time import monotonic
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from onewriter.base.log import call_safely, report, text_of
 from onewriter.base.state import State, broken_error
 from onewriter.base.tally import Times
+from onewriter.base.waiting import Flag
 from onewriter.errors import WriterClosedError, forked_error
 from onewriter.events import Hook, WriterBroken, publish
 from onewriter.sqlite.file import DatabaseFile, FileMovedError
@@ -65,11 +65,11 @@ class Writer:
         self.file = file
         self.readers = readers
         self.on_event = on_event
-        self.drained = threading.Event()  # every accepted job has its outcome, and no other comes
+        self.drained = Flag()  # every accepted job has its outcome, and no other comes
         self.leaving = False  # set at exit: a lock that cannot be acquired ends the drain
         self.withdrawn: list[str] = []  # labels of what the writer itself withdrew
         self._on_end = on_end
-        self._stop = threading.Event()  # ends the wait for SQLite's lock; what has not started does not start
+        self._stop = Flag()  # ends the wait for SQLite's lock; what has not started does not start
         policy = LockPolicy(settings.lock_timeout, self._stop)
         self._checkpointer = Checkpointer(settings, label, file, readers, state, on_event)
         self._connection = WriteConnection(settings, label, policy, state, file, self._checkpointer)

@@ -242,3 +242,19 @@ def test_a_block_whose_thread_or_loop_goes_on_at_exit_comes_to_its_own_end(table
     child = run_child(child_code(table, OPEN + GOES_ON.replace("WORK", work)))
     assert child.returncode == 0, child.stderr
     assert rows_in(table) == [1, 2]
+
+
+def test_an_interrupt_outside_of_what_catches_it_is_followed_by_the_rest_of_the_drain(table: Path) -> None:
+    code = """
+from onewriter.ends import exit
+
+class Open(dict):
+    def copy(self):
+        exit._open = was
+        raise KeyboardInterrupt
+
+was, exit._open = exit._open, Open()
+"""
+    child = run_child(child_code(table, OPEN + code + FILL))
+    assert "KeyboardInterrupt" in child.stderr
+    assert rows_in(table) == list(range(3000))

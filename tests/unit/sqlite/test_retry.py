@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import tenacity
 import onewriter.sqlite.retry
 from helpers import holding_lock, released_soon
 from onewriter import DbWriter, TransactionClosedError
+from onewriter.base.waiting import Flag
 from onewriter.sqlite.retry import LockPolicy, is_busy
 
 INSERT = "INSERT INTO t VALUES (?)"
@@ -45,7 +45,7 @@ def test_a_lock_is_tried_for_again_until_it_is_free(connection: sqlite3.Connecti
 
     told: Told = []
     with holding_lock(path) as holder:
-        policy = LockPolicy(30, threading.Event(), sleep)
+        policy = LockPolicy(30, Flag(), sleep)
         assert policy.call(lambda: begin(connection), lambda *line: told.append(line)) == "begun"
     assert (policy.attempts, len(sleeps)) == (4, 3)
     assert sleeps[0] <= 0.001  # tenacity's, of a random length
@@ -58,7 +58,7 @@ def test_whoever_has_waited_longer_tries_more_often_but_not_without_limit(
 ) -> None:
     sleeps: list[float] = []
     now = 0.0
-    stop = threading.Event()
+    stop = Flag()
 
     def sleep(seconds: float) -> None:
         nonlocal now
@@ -83,7 +83,7 @@ def test_attempts_end_with_the_time_that_is_given(
 ) -> None:
     monkeypatch.setattr(onewriter.sqlite.retry, "ROUND", 3600.0)
     with holding_lock(path), pytest.raises(sqlite3.OperationalError, match="locked"):
-        LockPolicy(0.05, threading.Event()).call(lambda: begin(connection), lambda *line: None)
+        LockPolicy(0.05, Flag()).call(lambda: begin(connection), lambda *line: None)
 
 
 def test_tenacity_is_asked_once_for_several_attempts(
@@ -106,7 +106,7 @@ def test_tenacity_is_asked_once_for_several_attempts(
     monkeypatch.setattr(onewriter.sqlite.retry, "ROUND", 60.0)
     monkeypatch.setattr(tenacity, "Retrying", Counted)
     with holding_lock(path) as holder:
-        policy = LockPolicy(30, threading.Event(), sleep)
+        policy = LockPolicy(30, Flag(), sleep)
         policy.call(lambda: begin(connection), lambda *line: None)
     assert policy.attempts == 6
     assert set(rounds) == {1, 2}  # the first attempt, whose error is raised again, and all the others
@@ -116,7 +116,7 @@ def test_a_lock_that_is_free_is_had_without_tenacity(
     connection: sqlite3.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tenacity, "Retrying", None)
-    policy = LockPolicy(30, threading.Event())
+    policy = LockPolicy(30, Flag())
     assert policy.call(lambda: begin(connection), lambda *line: None) == "begun"
     assert policy.attempts == 1
 
@@ -124,7 +124,7 @@ def test_a_lock_that_is_free_is_had_without_tenacity(
 def test_the_end_of_patience_is_sqlites_own_error_and_is_told(connection: sqlite3.Connection, path: Path) -> None:
     told: Told = []
     with holding_lock(path), pytest.raises(sqlite3.OperationalError, match="locked") as caught:
-        LockPolicy(0.25, threading.Event()).call(lambda: begin(connection), lambda *line: told.append(line))
+        LockPolicy(0.25, Flag()).call(lambda: begin(connection), lambda *line: told.append(line))
     assert caught.value.sqlite_errorcode == sqlite3.SQLITE_BUSY
     # Noticeable after 0.1 s, then whenever the wait has doubled, then the end.
     assert [text.split(":")[0] for _, text in told] == ["waits for SQLite's lock"] * 2 + ["did not get SQLite's lock"]
@@ -133,7 +133,7 @@ def test_the_end_of_patience_is_sqlites_own_error_and_is_told(connection: sqlite
 
 
 def test_close_ends_a_wait_at_once(connection: sqlite3.Connection, path: Path) -> None:
-    stop = threading.Event()
+    stop = Flag()
     policy = LockPolicy(3600, stop, lambda seconds: stop.set())
     with holding_lock(path), pytest.raises(sqlite3.OperationalError, match="locked"):
         policy.call(lambda: begin(connection), lambda *line: None)
@@ -147,7 +147,7 @@ def test_other_errors_are_not_tried_again(connection: sqlite3.Connection, path: 
         calls.append(sql)
         connection.execute(sql)
 
-    policy = LockPolicy(3600, threading.Event())
+    policy = LockPolicy(3600, Flag())
     with pytest.raises(sqlite3.OperationalError, match="nowhere"):
         policy.call(lambda: execute("SELECT * FROM nowhere"), lambda *line: None)
     connection.execute("BEGIN")
@@ -172,7 +172,7 @@ def test_an_error_midway_ends_the_wait(connection: sqlite3.Connection, path: Pat
         begin(connection)
 
     with holding_lock(path), pytest.raises(error, match="midway"):
-        LockPolicy(3600, threading.Event()).call(attempt, lambda *line: None)
+        LockPolicy(3600, Flag()).call(attempt, lambda *line: None)
     assert attempts == 3
 
 
@@ -254,14 +254,14 @@ class Attempts:
 @pytest.mark.parametrize("refusals", [0, 1, 2, 5, 50])
 def test_there_is_one_sleep_before_each_further_attempt(refusals: int) -> None:
     attempts = Attempts(refusals)
-    policy = LockPolicy(3600, threading.Event(), attempts.sleep)
+    policy = LockPolicy(3600, Flag(), attempts.sleep)
     assert policy.call(attempts, lambda level, text: None) == "had"
     assert attempts.order == ["attempt"] + ["sleep", "attempt"] * refusals
     assert policy.attempts == refusals + 1
 
 
 def test_each_call_counts_for_itself() -> None:
-    policy = LockPolicy(3600, threading.Event(), lambda seconds: None)
+    policy = LockPolicy(3600, Flag(), lambda seconds: None)
     for refusals in (3, 0, 1):
         assert policy.call(Attempts(refusals), lambda level, text: None) == "had"
         assert policy.attempts == refusals + 1
@@ -271,13 +271,13 @@ def test_each_call_counts_for_itself() -> None:
 def test_without_patience_one_refusal_is_the_end() -> None:
     attempts = Attempts(5)
     with pytest.raises(sqlite3.OperationalError, match="not told by its text") as caught:
-        LockPolicy(3600, threading.Event(), attempts.sleep).call(attempts, lambda level, text: None, 0.0)
+        LockPolicy(3600, Flag(), attempts.sleep).call(attempts, lambda level, text: None, 0.0)
     assert type(caught.value) is sqlite3.OperationalError
     assert attempts.order == ["attempt"]
 
 
 def test_a_wait_that_close_has_ended_before_does_not_begin() -> None:
-    stop = threading.Event()
+    stop = Flag()
     stop.set()
     attempts = Attempts(5)
     with pytest.raises(sqlite3.OperationalError):
@@ -290,7 +290,7 @@ def test_an_interrupt_while_it_sleeps_ends_the_wait_as_it_is() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        LockPolicy(3600, threading.Event(), interrupted).call(Attempts(5), lambda level, text: None)
+        LockPolicy(3600, Flag(), interrupted).call(Attempts(5), lambda level, text: None)
 
 
 def test_what_is_logged_doubles_so_that_a_long_wait_takes_few_lines(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,7 +303,7 @@ def test_what_is_logged_doubles_so_that_a_long_wait_takes_few_lines(monkeypatch:
 
     monkeypatch.setattr("onewriter.sqlite.retry.monotonic", lambda: now)
     told: list[tuple[bool, str]] = []
-    policy = LockPolicy(3600, threading.Event(), sleep)
+    policy = LockPolicy(3600, Flag(), sleep)
     policy.call(Attempts(1000), lambda *line: told.append(line))
     # The first at 0.1 s, then at the doubles of it, up to 6.4 s; the last says that it was had after 10 s.
     assert len(told) == 8
