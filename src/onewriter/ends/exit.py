@@ -19,7 +19,7 @@ from onewriter.write.writer import Writer
 
 SLICE = 0.05  # seconds between two looks at whether jobs still finish
 INTERRUPTS = 1000  # of the drain, by signal handlers, with which it goes on
-HOOKS = 2  # each can be ended by one that comes between two bytecodes outside of its ``try``
+HOOKS = 10  # each can be ended by one that comes between two bytecodes outside of its ``try``
 _open: dict[Writer, Driver] = {}  # used in single steps: a lock could meet a signal handler that closes
 _hooked = 0  # the process that has our hook in multiprocessing
 
