@@ -133,6 +133,7 @@ def _leave(block: ThreadBlock, turns: Turns, scope: Scope[Any] | None, failed: b
         _end(block, turns, scope, failed)
     except BaseException as error:
         _give_up(block, turns, scope, error)
+        block.add_done_callback(block.call_back)
         raise
     _forget(block, scope)
 
@@ -166,7 +167,6 @@ def _end(block: ThreadBlock, turns: Turns, scope: Scope[Any] | None, failed: boo
         block.call_back()
     except BaseException:  # Ctrl-C: it comes to its end all the same
         state.entering.discard(me)
-        block.add_done_callback(block.call_back)
         raise
 
 
