@@ -487,3 +487,9 @@ def test_the_file_system_is_asked_without_a_lock(db: DbWriter, monkeypatch: pyte
     monkeypatch.setattr(file_of(db), "wal_bytes", size)
     assert db.stats().wal_bytes == 7
     assert held == [False]
+
+
+def test_what_is_in_no_transaction_has_no_time_of_a_commit(db: DbWriter) -> None:
+    before = db.stats().commit.count
+    db.run_without_transaction("VACUUM")
+    assert db.stats().commit.count == before

@@ -96,6 +96,7 @@ def _drain_all() -> None:
                 writer = next(iter(todo))
                 _drain(writer, todo[writer])
                 todo.pop(writer)
+                _open.pop(writer, None)  # also one that was given up: the next hook has nothing to do
             break
         except BaseException as error:  # Ctrl-C, say; what was accepted is written all the same
             interrupt = error

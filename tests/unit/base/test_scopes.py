@@ -24,6 +24,7 @@ from onewriter import (
     TransactionClosedError,
     WriteTimeoutError,
 )
+from onewriter.base import scopes
 
 INSERT = "INSERT INTO t VALUES (?)"
 COUNT = "SELECT count(*) FROM t"
@@ -731,3 +732,13 @@ def test_a_task_waits_while_another_task_of_its_loop_holds_a_block_of_its_thread
         await db.run(INSERT, (2,))
 
     assert asyncio.run(main()) == [(1,), (2,)]
+
+
+def test_scopes_that_have_ended_are_not_kept_by_a_context_that_enters_ever_more(db: DbWriter) -> None:
+    for _ in range(5):
+        with db.transaction():
+            pass
+    node, depth = scopes.enclosing(), 0
+    while node is not None:
+        (_, node), depth = node, depth + 1
+    assert depth <= 1

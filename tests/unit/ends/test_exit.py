@@ -258,3 +258,14 @@ was, exit._open = exit._open, Open()
     child = run_child(child_code(table, OPEN + code + FILL))
     assert "KeyboardInterrupt" in child.stderr
     assert rows_in(table) == list(range(3000))
+
+
+def test_a_drain_is_given_up_once(table: Path) -> None:
+    code = """
+import logging
+logging.basicConfig()
+db = DbWriter(path, lock_timeout=0.05)
+db.enqueue(lambda tx: threading.Event().wait())
+"""
+    child = run_child(child_code(table, code))
+    assert child.stderr.count("were not written at exit") == 1

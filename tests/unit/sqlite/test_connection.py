@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sqlite3
@@ -11,7 +12,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -519,12 +520,9 @@ def test_the_check_of_cells_is_a_setting_that_is_put_back(path: Path) -> None:
         assert db.read_value("PRAGMA cell_size_check") == 1
 
 
-@pytest.mark.parametrize(("free", "why"), [(0, "the disk is full"), (10**9, "as on network file systems")])
-def test_an_index_that_cannot_be_created_is_told_once_and_with_its_reason(
-    path: Path, monkeypatch: pytest.MonkeyPatch, free: int, why: str
-) -> None:
-    error = sqlite3.OperationalError("disk I/O error")
-    error.sqlite_errorcode, error.sqlite_errorname = sqlite3.SQLITE_IOERR_SHMSIZE, "SQLITE_IOERR_SHMSIZE"
+def fail_at_the_index(monkeypatch: pytest.MonkeyPatch, error: sqlite3.Error, name: str) -> None:
+    """As where the index of the log cannot be used."""
+    error.sqlite_errorcode, error.sqlite_errorname = getattr(sqlite3, name), name
     pragma = pragma_values.pragma
 
     def without_index(connection: sqlite3.Connection, name: str, *value: Any, **options: Any) -> Any:
@@ -533,9 +531,42 @@ def test_an_index_that_cannot_be_created_is_told_once_and_with_its_reason(
         return pragma(connection, name, *value, **options)
 
     monkeypatch.setattr(connection_module, "pragma", without_index)
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
+
+
+def no_such_folder(folder: str) -> NoReturn:
+    raise FileNotFoundError(folder)
+
+
+@pytest.mark.parametrize(
+    ("usage", "why"),
+    [
+        (lambda folder: SimpleNamespace(free=0), "the disk is full"),
+        (lambda folder: SimpleNamespace(free=10**9), "as on network file systems"),
+        (no_such_folder, "as on network file systems"),
+    ],
+    ids=["full", "room", "no folder"],
+)
+def test_an_index_that_cannot_be_created_is_told_once_and_with_its_reason(
+    path: Path, monkeypatch: pytest.MonkeyPatch, usage: Callable[[str], object], why: str
+) -> None:
+    make(path, "DELETE")
+    error = sqlite3.OperationalError("disk I/O error")
+    fail_at_the_index(monkeypatch, error, "SQLITE_IOERR_SHMSIZE")
+    monkeypatch.setattr(shutil, "disk_usage", usage)
     with pytest.raises(sqlite3.OperationalError) as caught:
         DbWriter(path)
+    with contextlib.closing(sqlite3.connect(path)) as plain:
+        assert plain.execute("PRAGMA journal_mode").fetchone() == ("delete",)  # as it was
     assert str(caught.value).count("cannot open") == 1
     assert why in str(caught.value)
     assert caught.value.sqlite_errorcode == sqlite3.SQLITE_IOERR_SHMSIZE
+
+
+def test_another_error_where_the_index_is_used_first_is_told_as_it_is(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = sqlite3.DatabaseError("database disk image is malformed")
+    fail_at_the_index(monkeypatch, error, "SQLITE_CORRUPT")
+    with pytest.raises(sqlite3.DatabaseError) as caught:
+        DbWriter(path)
+    assert "index" not in str(caught.value)
