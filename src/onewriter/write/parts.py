@@ -60,7 +60,8 @@ class Parts:
         """What is to be called, now that the transaction has ended: each is there once, although several threads may
         ask, or one again after Ctrl-C.
         """
-        self._calls.append(zip(self._undone + (self._after_commit if committed else self._after_rollback)))
+        functions = self._undone + (self._after_commit if committed else self._after_rollback)
+        self._calls.append(iter([(function,) for function in functions]))
         self._undone, self._after_commit, self._after_rollback = [], [], []
         return self._calls[0]
 

@@ -396,12 +396,12 @@ class Writer:
     def _break(self, cause: BaseException) -> None:
         """Out of service: everything that waits, and everything later, fails at once."""
         self._go_out_of_service(cause)
-        waiting = (*self.queue.taken, *self.queue.waiting_jobs())
-        stranded = [job for job in waiting if not job.done()]
+        stranded = [job for job in (*self.queue.taken, *self.queue.waiting_jobs()) if not job.done()]
         for job in stranded:
             is_unknown = self._lock.was_committing and job.running() and job.failed_with is None
             job.set_outcome(None, unknown_outcome(job, cause) if is_unknown else broken_error(cause))
             job.ended_at = monotonic()
+            self.queue.forget(job)
         self._standing = None
         self._outcomes.settle(stranded, Times())
         if self.on_event is not None:

@@ -269,3 +269,16 @@ db.enqueue(lambda tx: threading.Event().wait())
 """
     child = run_child(child_code(table, code))
     assert child.stderr.count("were not written at exit") == 1
+
+
+def test_a_tasks_block_whose_loop_stands_still_holds_up_nothing(table: Path) -> None:
+    code = """
+import asyncio
+loop = asyncio.new_event_loop()
+entry = AsyncDbWriter.wrap(db).transaction()
+tx = loop.run_until_complete(entry.__aenter__())
+db.enqueue(INSERT, (1,))
+"""
+    child = run_child(child_code(table, OPEN + "from onewriter import AsyncDbWriter" + code))
+    assert "not written" not in child.stderr
+    assert rows_in(table) == [1]

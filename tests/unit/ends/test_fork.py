@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import run_child
+from helpers import child_code, run_child
 
 PROGRAM = """
 import contextlib, multiprocessing, os, sqlite3, sys, threading, warnings
@@ -464,3 +464,22 @@ db.close()
 def test_a_child_cannot_cancel_a_job_of_its_parent(path: Path) -> None:
     child = run_child(CANCELS.format(path=str(path)))
     assert child.returncode == 0, child.stderr
+
+
+def test_a_child_that_is_forked_while_the_gateway_opens_cannot_open_the_file(path: Path) -> None:
+    code = """
+def forks(connection, readonly):
+    global forks
+    forks = lambda connection, readonly: None
+    if os.fork() == 0:
+        try:
+            DbWriter(path)
+        except ForkedError:
+            os._exit(7)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.wait()[1]))
+
+DbWriter(path, on_connect=lambda *connected: forks(*connected)).close()
+"""
+    child = run_child(child_code(path, "import os\nfrom onewriter import ForkedError" + code))
+    assert child.stdout == "7\n", child.stderr

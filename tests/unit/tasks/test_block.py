@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -1261,5 +1262,25 @@ def test_an_unhelpful_exception_comes_out_of_a_savepoint_as_it_is(path: Path, is
                     came = type(error)
                 await tx.execute(INSERT, (2,))
             assert (came, await rows(db)) == (UnhelpfulError, [2])
+
+    run(main)
+
+
+def test_who_waits_for_the_innermost_savepoint_looks_again_under_the_lock(path: Path) -> None:
+    class Block(SimpleNamespace):
+        """As whose end comes just before the lock is acquired."""
+
+        def __enter__(self) -> None:
+            self._accepts = False
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    async def main() -> None:
+        block = Block(innermost=object(), _accepts=True, _changes=[])
+        block._lock = block
+        async with asyncio.timeout(DEADLINE):
+            await taskblock.TaskBlock.until_innermost(block, None)  # type: ignore[arg-type]
+        assert block._changes == []
 
     run(main)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from aio_helpers import keep_busy, until
+from aio_helpers import keep_busy, opened, run, until
 from helpers import DEADLINE, child_code, eventually, pool_of, run_child, threads_of
 from onewriter import AsyncDbWriter, DbWriter, ReadTimeoutError
 from onewriter.read.claim import Claim
@@ -438,3 +438,15 @@ def test_what_is_raised_as_a_thread_was_started_leaves_the_connection_to_that(
     start_one, gate = threading.Thread.start, threading.Event()
     with DbWriter(path, readers=1, on_connect=connect) as db:
         asyncio.run(main())
+
+
+def test_what_a_call_has_returned_is_not_kept_by_the_thread_that_waits_for_the_next(path: Path) -> None:
+    class Kept:
+        pass
+
+    async def main() -> None:
+        async with opened(path) as db:
+            kept = weakref.ref(await db.read(lambda connection: Kept()))
+            await until(lambda: kept() is None)
+
+    run(main)

@@ -6,6 +6,7 @@ import asyncio
 import contextvars
 import gc
 import sqlite3
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -334,3 +335,16 @@ def test_a_part_that_is_dropped_while_it_is_open_is_undone(table_db: DbWriter) -
             inner.execute(INSERT, (4,))
         tx.execute(INSERT, (5,))
     assert rows(table_db) == [2, 5]
+
+
+def test_callbacks_that_were_called_are_not_kept_by_the_transaction(table_db: DbWriter) -> None:
+    class Called:
+        def __call__(self) -> None:
+            pass
+
+    called = Called()
+    with table_db.transaction() as tx:
+        tx.on_commit(called)
+    kept = weakref.ref(called)
+    del called
+    assert kept() is None

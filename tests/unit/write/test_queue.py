@@ -886,3 +886,20 @@ def test_a_signal_handler_that_withdraws_another_one_meanwhile_puts_no_job_back_
     db.flush(DEADLINE)
     assert rows(db) == [n for n in range(withdrawn, 200) if n != 150]
     assert (queue.depth, queue._bounded, queue._withdrawn) == (0, 0, set())
+
+
+def test_what_a_finalizer_withdraws_while_jobs_are_taken_gives_its_room(
+    bare: JobQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = job_for(bare), job_for(bare)
+    bare.put(first)
+    bare.put(second)
+    forget_places = queue_module._forget_places
+
+    def collects(jobs: list[Any]) -> None:
+        second.cancel()
+        forget_places(jobs)
+
+    monkeypatch.setattr(queue_module, "_forget_places", collects)
+    assert bare.take_now(1) == [first]
+    assert (bare._bounded, bare.depth) == (0, 0)

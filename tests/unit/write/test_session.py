@@ -391,3 +391,18 @@ def test_in_a_forked_child_neither_begin_nor_commit_nor_a_savepoint_reaches_sqli
 
 def test_opening_a_connection_does_not_settle_where_temporary_tables_are(new_db: DbWriter) -> None:
     new_db.run("PRAGMA temp_store = MEMORY")  # an error, in a transaction, as soon as there is a temporary database
+
+
+def test_what_the_job_that_undoes_a_batch_leaves_is_found_behind_it(path: Path) -> None:
+    def undoes(tx: Transaction) -> None:
+        tx.execute("INSERT INTO t VALUES (50, 1)")
+        tx.execute("INSERT OR ROLLBACK INTO t VALUES (51, 1)")
+
+    with DbWriter(path) as db:
+        db.run_script("CREATE TABLE t (id INTEGER PRIMARY KEY, n UNIQUE); CREATE TABLE child (id)")
+        with parked(db):
+            db.enqueue("INSERT INTO t VALUES (10, 0)")
+            db.enqueue(undoes)
+            db.enqueue("INSERT INTO child VALUES (last_insert_rowid())")
+        db.flush(DEADLINE)
+        assert db.read("SELECT * FROM child") == [(50,)]

@@ -33,6 +33,7 @@ from helpers import (
 )
 from onewriter import DbWriter, Ticket, Transaction, TransactionClosedError, WriterBrokenError
 from onewriter.base.waiting import wake
+from onewriter.sqlite import file
 
 ENDLESS = "WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c) "
 TABLE = "CREATE TABLE t (n)"
@@ -329,3 +330,38 @@ def test_where_the_lock_is_not_to_be_had_only_what_needs_it_fails(path: Path) ->
         assert reading.result(DEADLINE).rows == [(0,)]
         assert withdrawn.cancelled()
         del control["BEGIN IMMEDIATE"]
+
+
+@pytest.mark.parametrize("name", ["SQLITE_NOTADB", "SQLITE_CORRUPT"])
+def test_damage_that_a_job_meets_is_told(path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    damage = sqlite3.DatabaseError("damaged")
+    damage.sqlite_errorcode, damage.sqlite_errorname = getattr(sqlite3, name), name
+    with DbWriter(path) as db:
+        db.flush(DEADLINE)
+        monkeypatch.setattr(session_of(db).executor, "insert", raises_it(damage))
+        with pytest.raises(sqlite3.DatabaseError):
+            db.run(lambda tx: tx.execute("SELECT 1"))
+        assert db.health == "degraded: damaged"
+
+
+def raises_it(error: BaseException) -> Callable[..., NoReturn]:
+    def function(*_: object) -> NoReturn:
+        raise error
+
+    return function
+
+
+def test_a_gateway_that_breaks_has_nothing_queued_when_it_tells_of_that(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    depths: list[int] = []
+    monkeypatch.setattr(file, "CHECK_INTERVAL", 0.0)
+    with DbWriter(path, on_error=lambda ticket: depths.append(one.stats().queue_depth)) as one:
+        one.run(TABLE)
+        with parked(one):
+            for n in range(3):
+                one.enqueue(INSERT, (n,))
+            path.rename(path.with_name("moved.db"))
+        one.close(DEADLINE)
+    assert depths[-1] == 0
+    assert queue_of(one)._bounded == 0
