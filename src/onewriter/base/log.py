@@ -155,7 +155,8 @@ def call_all_safely(state: State, calls: Iterable[tuple[Any, ...]]) -> None:
             try:
                 function(*args)  # not by a function of ours, as which begins a signal handler could raise
             except BaseException as error:
-                _heed(state, is_writer, error, functools.partial(_report_callback, state, function))
+                if _propagates(state, is_writer, error, functools.partial(_report_callback, state, function)):
+                    raise
             if is_writer and state.forked:
                 raise forked_error()
     except BaseException:  # what a signal handler raises may come between two of them
@@ -172,21 +173,22 @@ def _run(state: State, tell: Callable[[BaseException], object], function: Callab
     try:
         function(*args)
     except BaseException as error:
-        _heed(state, is_writer, error, tell)
+        if _propagates(state, is_writer, error, tell):
+            raise
     if is_writer and state.forked:
         raise forked_error()
 
 
-def _heed(state: State, is_writer: bool, error: BaseException, tell: Callable[[BaseException], object]) -> None:
-    """Tell of ``error``, which was raised and is being handled; or keep it for the end of the turn, or raise it."""
+def _propagates(state: State, is_writer: bool, error: BaseException, tell: Callable[[BaseException], object]) -> bool:
+    """Whether ``error`` is to be raised again; or else it is told, or kept for the end of the turn."""
     if is_writer and state.forked:
-        raise error
+        return True
     if not issubclass(type(error), INTERRUPTS) or (is_writer and state.reporter is not None):
         tell(error)
-    elif is_writer:
+        return False
+    if is_writer:
         state.interrupt = error if state.interrupt is None else state.interrupt
-    else:
-        raise error
+    return not is_writer
 
 
 def _log(state: State, level: int, message: str, args: tuple[object, ...], error: BaseException | None) -> None:

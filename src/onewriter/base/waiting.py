@@ -55,14 +55,17 @@ class Flag:
         until, signal = math.inf if timeout is None else monotonic() + timeout, thread_signal()
         try:
             self._waiters.append(signal)  # no call since ``try``
-            while not self._is_set:
-                left = until - monotonic()
-                if left <= 0.0:
-                    return False
-                signal.acquire(timeout=min(left, SLICE))
-            return True
+            return self._wait_with(signal, until)
         finally:
             self._waiters.remove(signal)
+
+    def _wait_with(self, signal: Signal, until: float) -> bool:
+        while not self._is_set:
+            left = until - monotonic()
+            if left <= 0.0:
+                return False
+            signal.acquire(timeout=min(left, SLICE))
+        return True
 
 
 def is_there(waiter: Any) -> bool:

@@ -184,6 +184,7 @@ class Outcomes:
         if loan.parts is not None and not loan.job.lent:  # or else its own thread does
             self._state.begin_callbacks(loan.job)
             call_all_safely(self._state, loan.parts.callbacks(committed))
+            self._state.end_callbacks()
 
 
 def moments_of(jobs: list[Job[Any]]) -> list[tuple[float, float, float]]:

@@ -235,7 +235,8 @@ class Ticket(Generic[T]):
     def future(self) -> concurrent.futures.Future[T]:
         """A ``concurrent.futures.Future`` for the same outcome; cancelling it withdraws the job."""
         future = TicketFuture(self)
-        self.add_done_callback(future.resolve)
+        for _ in range(2):  # Ctrl-C may come as one begins
+            self.add_done_callback(future.resolve)
         return future
 
     def __await__(self) -> Generator[Any, None, T]:
@@ -349,9 +350,11 @@ class TicketFuture(concurrent.futures.Future[T]):
         return super().exception(timeout)
 
     def resolve(self, ticket: Ticket[T]) -> None:
+        if self.done():
+            return
         try:
             self._resolve(ticket)
-        except BaseException:  # Ctrl-C, perhaps in a callback: nobody calls this again
+        except BaseException:  # Ctrl-C, perhaps in a callback
             with contextlib.suppress(RuntimeError):  # it came behind the last step
                 self._resolve(ticket)
             raise

@@ -325,7 +325,6 @@ class Writer:
         for loan in batch.loans:
             if again.get(loan.job, Again.STANDS) is not Again.STANDS:
                 self._outcomes.call_back(loan, committed=False)
-        self.state.end_callbacks()
         if Again.STANDS in again.values():
             self._standing = batch
         with self.state.lock:

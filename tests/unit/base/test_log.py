@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from helpers import DEADLINE, eventually, handling, in_threads, parked, raising, run_child, state_of
-from onewriter import AsyncDbWriter, DbWriter, Transaction
+from onewriter import AsyncDbWriter, DbWriter, Ticket, Transaction
 from onewriter.base import log, waiting
 from onewriter.write import outcomes
 
@@ -433,3 +433,23 @@ def test_what_a_signal_handler_raises_between_two_callbacks_keeps_none_from_bein
     with DbWriter(path) as db, pytest.raises(TimeoutError):
         log.call_all_safely(state_of(db), Interrupted(*((called.append, n) for n in range(3))))
     assert called == [0, 1, 2]
+
+
+def test_an_interrupt_that_a_callback_raises_is_in_no_reference_cycle(path: Path) -> None:
+    class Interrupt(KeyboardInterrupt):
+        pass
+
+    def interrupts(ticket: Ticket[Any]) -> None:
+        raise Interrupt
+
+    with DbWriter(path) as db, parked(db):
+        job = db.enqueue("SELECT 1")
+        job.add_done_callback(interrupts)
+        gc.disable()
+        try:
+            job.cancel()
+        except Interrupt as error:
+            kept = weakref.ref(error)
+        finally:
+            gc.enable()
+        assert kept() is None

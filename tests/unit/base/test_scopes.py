@@ -742,3 +742,14 @@ def test_scopes_that_have_ended_are_not_kept_by_a_context_that_enters_ever_more(
     while node is not None:
         (_, node), depth = node, depth + 1
     assert depth <= 1
+
+
+def test_a_scope_that_was_left_elsewhere_is_gone_when_the_one_inside_it_is_left() -> None:
+    def main() -> None:
+        known = scopes.Scopes[str]()
+        outer, inner = known.enter("outer", writes=True), known.enter("inner", writes=True)
+        contextvars.copy_context().run(known.leave, outer)
+        known.leave(inner)
+        assert scopes.enclosing() is None
+
+    contextvars.Context().run(main)

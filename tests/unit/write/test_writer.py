@@ -29,6 +29,7 @@ from helpers import (
     raising,
     released_when_met,
     session_of,
+    state_of,
     writer_of,
 )
 from onewriter import DbWriter, Ticket, Transaction, TransactionClosedError, WriterBrokenError
@@ -365,3 +366,19 @@ def test_a_gateway_that_breaks_has_nothing_queued_when_it_tells_of_that(
         one.close(DEADLINE)
     assert depths[-1] == 0
     assert queue_of(one)._bounded == 0
+
+
+def test_a_job_at_whose_end_the_file_is_gone_is_not_named_as_one_that_calls_back(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def job(tx: Transaction) -> None:
+        with tx.savepoint():
+            tx.execute("CREATE TABLE t (n)")
+        path.rename(path.with_name("moved.db"))
+
+    monkeypatch.setattr(file, "CHECK_INTERVAL", 0.0)
+    with DbWriter(path) as db:
+        with pytest.raises(WriterBrokenError):
+            db.run(job)
+        db.close(DEADLINE)
+        assert state_of(db).calling_back is None
