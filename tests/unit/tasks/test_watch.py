@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import sqlite3
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -374,5 +375,21 @@ def test_in_a_reader_for_which_a_commit_waits_it_does_not_wait_for_that(path: Pa
                 with pytest.raises(ReentrantWriteError, match=r"inside a reader\(\)"):
                     await live.next()
             assert await live.next(DEADLINE) == []
+
+    run(main)
+
+
+def test_a_watch_that_gets_no_connection_in_time_leaves_the_query_to_another_one(path: Path) -> None:
+    async def other(db: AsyncDbWriter) -> Any:
+        async with db.watch("SELECT n FROM t") as live:
+            return await live.next(DEADLINE)
+
+    async def main() -> None:
+        async with opened(path, readers=1) as db, db.watch("SELECT n FROM t") as live:
+            async with db.reader():
+                reading = asyncio.create_task(live.next(0.01), context=contextvars.Context())
+                with pytest.raises(ReadTimeoutError):
+                    await reading
+            assert await asyncio.create_task(other(db)) == []
 
     run(main)

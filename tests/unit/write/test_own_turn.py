@@ -369,6 +369,8 @@ def test_a_file_that_is_gone_is_seen_before_a_block_is_entered(db: DbWriter, pat
     file_of(db).look_again_at = 0.0
     with pytest.raises(WriterBrokenError), db.transaction():
         pytest.fail("entered")
+    assert db.health.startswith("broken: ")
+    assert queue_of(db).guest is None
 
 
 def test_nothing_of_a_block_that_has_met_a_lock_stays_alive(db: DbWriter, path: Path) -> None:
