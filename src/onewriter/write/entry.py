@@ -132,8 +132,10 @@ def _leave(block: ThreadBlock, turns: Turns, scope: Scope[Any] | None, failed: b
     try:
         _end(block, turns, scope, failed)
     except BaseException as error:
-        _give_up(block, turns, scope, error)
-        block.add_done_callback(block.call_back)
+        try:
+            _give_up(block, turns, scope, error)
+        finally:
+            block.add_done_callback(block.call_back)
         raise
     _forget(block, scope)
 

@@ -85,7 +85,7 @@ class Writer:
         """Withdraw what has not started, and end a wait for SQLite's lock. The queue must refuse already."""
         self._stop.set()
         # They stay in the queue, and what is not withdrawn here is by the writer thread, which looks at _stop.
-        jobs = [*self.queue.waiting_jobs(), *self.queue.taken]
+        jobs = [job for job in (*self.queue.waiting_jobs(), *self.queue.taken) if not job.done()]
         try:
             self._withdraw_all(jobs)
         except BaseException:  # Ctrl-C
@@ -94,8 +94,8 @@ class Writer:
 
     def _withdraw_all(self, jobs: list[Job[Any]]) -> None:
         """First all, then their callbacks, since one may wait for another job. Again, it goes on with the rest."""
-        dropped = sum(map(withdraw, jobs))
-        if dropped:
+        if sum(map(withdraw, jobs)):
+            dropped = sum(job.cancelled() for job in jobs)
             report(self.state, logging.WARNING, "%s: close withdrew %d queued jobs", self.label, dropped)
         call_back_withdrawn(iter(jobs))
 
