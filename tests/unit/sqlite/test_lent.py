@@ -19,6 +19,7 @@ import pytest
 from helpers import DEADLINE, notes_of, raising, rows, session_of
 from onewriter import DbWriter, ReentrantWriteError, Transaction, TransactionAbortedError, TransactionClosedError
 from onewriter.sqlite import lent
+from onewriter.sqlite.lent_blob import LentBlob
 from onewriter.sqlite.lent_cursor import MANY, is_plain_row
 
 INSERT = "INSERT INTO t VALUES (?)"
@@ -838,3 +839,12 @@ def test_what_is_refused_in_a_sql_function_of_the_connection_says_why(path: Path
     ):
         tx.connection.execute("SELECT ask()").fetchall()
     assert "onewriter: ATTACH and DETACH belong in on_connect" in told[0]
+
+
+def test_a_blob_that_was_never_opened_is_collected_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", said.append)
+    with pytest.raises(TypeError, match="blobopen"):
+        LentBlob()
+    gc.collect()
+    assert said == []
