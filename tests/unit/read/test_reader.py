@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, in_threads, is_clean, notes_of, parked, pool_of, rows, writer_of
+from helpers import BRIEFLY, DEADLINE, in_threads, is_clean, notes_of, parked, pool_of, rows, writer_of
 from onewriter import AsyncDbWriter, DbWriter, ReadTimeoutError, ReentrantWriteError, Ticket, Transaction
 from onewriter.read.claim import Claim
 from onewriter.read.clock import ReadClock
@@ -719,3 +719,26 @@ def test_a_read_in_a_reader_inside_a_function_that_takes_too_long_says_that_and_
 
     one.run(function)
     assert one.read("SELECT count(*) FROM after_it") == [(0,)]
+
+
+def test_who_leaves_a_reader_waits_for_the_call_that_another_thread_is_in(path: Path) -> None:
+    entered, release = threading.Event(), threading.Event()
+
+    def stay() -> None:
+        entered.set()
+        release.wait(DEADLINE)
+
+    def connect(connection: sqlite3.Connection, readonly: bool) -> None:
+        connection.create_function("stay", 0, stay)
+
+    with DbWriter(path, on_connect=connect) as db, ThreadPoolExecutor(2) as pool:
+        entry = db.reader()
+        lent = entry.__enter__()
+        calling = pool.submit(lent.execute, "SELECT stay()")
+        assert entered.wait(DEADLINE)
+        leaving = pool.submit(entry.__exit__, None, None, None)
+        with pytest.raises(TimeoutError):
+            leaving.result(BRIEFLY)
+        release.set()
+        leaving.result(DEADLINE)
+        assert calling.exception(DEADLINE) is None
