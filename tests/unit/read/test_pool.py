@@ -863,3 +863,19 @@ def test_an_additional_connection_that_an_interrupt_keeps_from_its_use_is_closed
         pool.use_beside("beside", lambda reader: None)
     assert (pool.in_use, pool._most, len(pool._readers)) == (0, 1, 0)
     assert one.read("SELECT 1") == [(1,)]
+
+
+def test_a_pause_begins_as_soon_as_the_last_connection_has_come_back(one: DbWriter) -> None:
+    readers, has_begun = pool_of(one), threading.Event()
+
+    def pause() -> None:
+        with readers.pause(2 * DEADLINE):
+            has_begun.set()
+
+    with ThreadPoolExecutor(1) as pool:
+        with one.reader():
+            pausing = pool.submit(pause)
+            eventually(lambda: readers._paused_until)
+            assert not has_begun.is_set()
+        assert has_begun.wait(DEADLINE)
+        pausing.result(DEADLINE)
