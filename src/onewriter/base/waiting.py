@@ -37,18 +37,15 @@ class Flag:
     """
 
     def __init__(self) -> None:
-        self._is_set = False
+        self.is_set = False
         self._waiters: list[Any] = []
 
-    def is_set(self) -> bool:
-        return self._is_set
-
     def set(self) -> None:
-        self._is_set = True  # first: who begins to wait now looks behind that
+        self.is_set = True  # first: who begins to wait now looks behind that
         wake(self._waiters.copy())
 
     def clear(self) -> None:
-        self._is_set = False
+        self.is_set = False
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until it is set; False: it is not, after ``timeout`` seconds."""
@@ -60,7 +57,7 @@ class Flag:
             self._waiters.remove(signal)
 
     def _wait_with(self, signal: Signal, until: float) -> bool:
-        while not self._is_set:
+        while not self.is_set:
             left = until - monotonic()
             if left <= 0.0:
                 return False

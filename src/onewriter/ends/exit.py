@@ -122,7 +122,7 @@ def _drain(writer: Writer, driver: Driver) -> None:
         text = "%s: %d jobs were not written at exit, since no job has finished for %s s: %s; %s"
         arguments = (writer.label, len(labels), writer.lock_timeout, counts, writer.state.describe())
         report(writer.state, logging.CRITICAL, text, *arguments)
-    if writer.drained.is_set():
+    if writer.drained.is_set:
         writer.readers.stop_waiting()
         driver.join(writer.lock_timeout)
 

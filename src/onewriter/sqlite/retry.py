@@ -9,7 +9,7 @@ import sqlite3
 import time
 from collections.abc import Callable
 from time import monotonic
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import Any, TypeAlias, TypeVar
 
 import tenacity
 
@@ -118,6 +118,7 @@ class LockPolicy:
         """Go on after a first attempt, which raised ``first``. Separate, since tenacity always costs 7 µs."""
         began, threshold = monotonic(), NOTICEABLE
         seconds = self.lock_timeout if budget is None else budget
+        is_late = tenacity.stop_after_delay(seconds)
 
         def count(state: tenacity.RetryCallState) -> None:
             nonlocal threshold
@@ -136,7 +137,7 @@ class LockPolicy:
         try:
             result = tenacity.Retrying(
                 retry=tenacity.retry_if_exception(is_busy),
-                stop=tenacity.stop_after_delay(seconds) | tenacity.stop_when_event_set(cast(Any, self.stop)),
+                stop=lambda state: self.stop.is_set or is_late(state),
                 wait=tenacity.wait_random(0, POLL),
                 sleep=self.sleep,
                 before_sleep=count,
@@ -160,7 +161,7 @@ class LockPolicy:
             try:
                 return attempt()
             except sqlite3.OperationalError as error:
-                if (now := monotonic()) >= until or self.stop.is_set() or not is_busy(error):
+                if (now := monotonic()) >= until or self.stop.is_set or not is_busy(error):
                     raise
             self.sleep((POLL + JITTER * random.random()) / min(SOONEST, 1.0 + SOONER * (now - began)))
 

@@ -258,7 +258,7 @@ class Writer:
             self._settle_in_turn(todo.pop(0))
         elif now >= self.file.look_again_at and self._is_moved(now):
             return
-        elif self._stop.is_set() and not first.running():
+        elif self._stop.is_set and not first.running():
             self._withdraw_itself(first)
         elif first.in_transaction and first.in_stats:
             batch = self._begin(todo, now)
@@ -288,7 +288,7 @@ class Writer:
         self._connection.roll_back()
         if self.leaving and is_busy(error):
             self._stop.set()
-        ended = self._stop.is_set() and is_busy(error)  # by close: what has not started is withdrawn, not failed
+        ended = self._stop.is_set and is_busy(error)  # by close: what has not started is withdrawn, not failed
         waiting = [
             job
             for job in todo
