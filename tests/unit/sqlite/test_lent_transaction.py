@@ -194,8 +194,10 @@ def test_autocommit_is_what_this_python_has(tx: Transaction) -> None:
         with pytest.raises(AttributeError):
             connection.autocommit = True
         return
-    connection.autocommit = False
+    connection.execute(INSERT, (0,))
+    connection.autocommit = False  # with what is open already
     assert connection.in_transaction
+    connection.rollback()
     connection.execute(INSERT, (1,))
     connection.commit()
     assert connection.in_transaction
