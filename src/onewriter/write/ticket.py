@@ -364,8 +364,6 @@ class TicketFuture(concurrent.futures.Future[T]):
             super().cancel()
             self.set_running_or_notify_cancel()
         elif not self.done():
-            if not super().running():
-                self.set_running_or_notify_cancel()
             error = ticket.exception()
             if error is not None:
                 self.set_exception(error)
