@@ -453,3 +453,20 @@ def test_an_interrupt_that_a_callback_raises_is_in_no_reference_cycle(path: Path
         finally:
             gc.enable()
         assert kept() is None
+
+
+def test_without_a_thread_for_the_log_its_lines_are_written_all_the_same(
+    path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+
+    def start_or_not(thread: threading.Thread) -> None:
+        if thread.name.endswith("-log"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with DbWriter(path) as db:
+        monkeypatch.setattr(threading.Thread, "start", start_or_not)
+        db.enqueue(BAD)
+        db.flush(DEADLINE)
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
