@@ -734,14 +734,18 @@ def test_a_task_waits_while_another_task_of_its_loop_holds_a_block_of_its_thread
     assert asyncio.run(main()) == [(1,), (2,)]
 
 
-def test_scopes_that_have_ended_are_not_kept_by_a_context_that_enters_ever_more(db: DbWriter) -> None:
-    for _ in range(5):
-        with db.transaction():
-            pass
-    node, depth = scopes.enclosing(), 0
-    while node is not None:
-        (_, node), depth = node, depth + 1
-    assert depth <= 1
+def test_scopes_that_were_left_elsewhere_are_not_kept_by_a_context_that_enters_ever_more() -> None:
+    def main() -> None:
+        known = scopes.Scopes[str]()
+        for _ in range(5):
+            scope = known.enter("block", writes=True)
+            contextvars.copy_context().run(known.leave, scope)
+        last = known.enter("block", writes=True)
+        node = scopes.enclosing()
+        assert node is not None
+        assert (node[0](), node[1]) == (last, None)
+
+    contextvars.Context().run(main)
 
 
 def test_a_scope_that_was_left_elsewhere_is_gone_when_the_one_inside_it_is_left() -> None:
