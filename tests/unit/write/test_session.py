@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, inserting, parked, session_of
+from helpers import DEADLINE, inserting, parked, raising, session_of
 from onewriter import AsyncDbWriter, DbWriter, ForkedError, Ticket, Transaction
 
 FAILS = "INSERT INTO t VALUES (abs(-9223372036854775808))"  # of which it is not certain that it left nothing
@@ -406,3 +406,19 @@ def test_what_the_job_that_undoes_a_batch_leaves_is_found_behind_it(path: Path) 
             db.enqueue("INSERT INTO child VALUES (last_insert_rowid())")
         db.flush(DEADLINE)
         assert db.read("SELECT * FROM child") == [(50,)]
+
+
+def test_a_last_rowid_that_cannot_be_restored_is_told_and_costs_no_job_anything(
+    path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with DbWriter(path) as db:
+        db.run("CREATE TABLE t (n UNIQUE)")
+        db.flush(DEADLINE)
+        monkeypatch.setattr(type(session_of(db)), "set_history", raising(sqlite3.OperationalError))
+        with parked(db):
+            first = db.enqueue("INSERT INTO t VALUES (1)")
+            undoes = db.enqueue(lambda tx: tx.execute("INSERT OR ROLLBACK INTO t VALUES (1)"))
+            last = db.enqueue("INSERT INTO t VALUES (2)")
+        assert isinstance(undoes.exception(DEADLINE), sqlite3.IntegrityError)
+        assert [job.result(DEADLINE).rowcount for job in (first, last)] == [1, 1]
+    assert "last_insert_rowid() could not be restored" in caplog.text
