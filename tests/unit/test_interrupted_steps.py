@@ -555,7 +555,6 @@ def test_the_future_of_a_ticket_is_done_whatever_is_raised_as_it_is_told(db: DbW
     db.flush(DEADLINE)
     for step in range(2, 100):  # the first is its own begin
         future, called = TicketFuture(job), list[object]()
-
         future.add_done_callback(called.append)
         with contextlib.suppress(SignalError), Interrupter(step) as interrupter:
             future.resolve(job)

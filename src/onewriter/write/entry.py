@@ -132,10 +132,8 @@ def _leave(block: ThreadBlock, turns: Turns, scope: Scope[Any] | None, failed: b
     try:
         _end(block, turns, scope, failed)
     except BaseException as error:
-        try:
-            _give_up(block, turns, scope, error)
-        finally:
-            block.add_done_callback(block.call_back)
+        _give_up(block, turns, scope, error)
+        block.add_done_callback(block.call_back)
         raise
     _forget(block, scope)
 

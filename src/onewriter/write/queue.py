@@ -125,7 +125,7 @@ class JobQueue(queue.Queue[Job[Any]]):
             self._room.pop(waiter, None)
 
     def forget(self, job: Job[Any]) -> None:
-        """A job was withdrawn: if it is in the queue, it makes room now, although its slot is removed later.
+        """A job never runs: if it is in the queue, it makes room now, although its slot is removed later.
 
         Finding the slot would cost a walk through the queue, for each of perhaps thousands that give up at once.
         """

@@ -414,7 +414,7 @@ class Writer:
 
 
 def withdraw(job: Job[Any]) -> bool:
-    """Before it starts: whether it is its end. Its callbacks are still to be called."""
+    """Whether it had not started, and never will. Its callbacks are still to be called."""
     return job.withdraw_quietly(WithdrawnError(f"closed before job {job.describe()} started"))
 
 

@@ -26,6 +26,7 @@ from helpers import (
     notes_of,
     parked,
     queue_of,
+    raises,
     raising,
     released_when_met,
     session_of,
@@ -339,17 +340,10 @@ def test_damage_that_a_job_meets_is_told(path: Path, monkeypatch: pytest.MonkeyP
     damage.sqlite_errorcode, damage.sqlite_errorname = getattr(sqlite3, name), name
     with DbWriter(path) as db:
         db.flush(DEADLINE)
-        monkeypatch.setattr(session_of(db).executor, "insert", raises_it(damage))
+        monkeypatch.setattr(session_of(db).executor, "insert", raises(damage))
         with pytest.raises(sqlite3.DatabaseError):
             db.run(lambda tx: tx.execute("SELECT 1"))
         assert db.health == "degraded: damaged"
-
-
-def raises_it(error: BaseException) -> Callable[..., NoReturn]:
-    def function(*_: object) -> NoReturn:
-        raise error
-
-    return function
 
 
 def test_a_gateway_that_breaks_has_nothing_queued_when_it_tells_of_that(
