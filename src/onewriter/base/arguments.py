@@ -76,6 +76,8 @@ def check_count(name: str, value: object, least: int = 1) -> None:
         raise TypeError(f"{name} must be an int, not {type(value).__name__}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, not {value}")
+    if value >= 2**63:  # the most that SQLite takes
+        raise ValueError(f"{name} must be less than 2**63")
 
 
 def exact(text: str) -> str:
