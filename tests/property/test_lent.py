@@ -70,6 +70,18 @@ MANY: list[tuple[Any, ...]] = [
         ("WITH x AS (SELECT ?) SELECT * FROM x", [(1,)]),
     ),
 ]
+
+
+class Each(list[Any]):
+    """Rows that are not in a plain list: they are fetched one by one."""
+
+
+MANY += [(sql, Each(rows)) for sql, rows in MANY]
+# That work, or do nothing at all: a lent connection undoes one that fails, and a plain one half of it.
+SCRIPTS: list[tuple[Any, ...]] = [
+    *(("INSERT OR IGNORE INTO t VALUES (16); VALUES (1), (2)",), ("",), ("DELETE FROM t WHERE n > 9",)),
+    *((5,), (None,), (b"SELECT 1",), ("SELECT '\0'",), ("SELECT '\ud800'",)),
+]
 ROW_FACTORIES = [None, sqlite3.Row, lambda cursor, row: [column[0] for column in cursor.description] + list(row)]
 LEVELS: list[Any] = ["deferred", "Exclusive", "x", 1, b"", "IMMEDIATE\0", "\xe9", "BEGIN"]
 MODES: list[tuple[str, Any]] = [("isolation_level", level) for level in ("", None, "IMMEDIATE")]
@@ -179,15 +191,16 @@ class Machine(RuleBasedStateMachine):
 
     @precondition(lambda self: not self.is_undone and getattr(self.plain, "autocommit", None) is not False)
     @rule(
-        calls=st.lists(st.sampled_from(STATEMENTS + MANY), min_size=1, max_size=4),
+        calls=st.lists(st.sampled_from(STATEMENTS + MANY + 4 * SCRIPTS), min_size=1, max_size=4),
         size=st.sampled_from([0, 1, 2, None]),
         then=st.sampled_from(["fetchall", "fetchone", "__next__", "close", "commit", "rollback"]),
+        factory=st.sampled_from([None, *ROW_FACTORIES]),
     )
-    def one_cursor(self, calls: list[tuple[Any, ...]], size: int | None, then: str) -> None:
+    def one_cursor(self, calls: list[tuple[Any, ...]], size: int | None, then: str, factory: Any) -> None:
         """Several statements on one cursor, some of which are not read to their end."""
 
         def use(connection: sqlite3.Connection) -> list[Any]:
-            return list(outcomes(connection, calls, size, then))
+            return list(outcomes(connection, calls, size, then, factory))
 
         self.both(use)
         self.changes_schema |= any("TABLE u" in str(call[0]) for call in calls)
@@ -266,10 +279,13 @@ class Machine(RuleBasedStateMachine):
         self.folder.cleanup()
 
 
-def outcomes(connection: Any, calls: list[tuple[Any, ...]], size: int | None, then: str) -> Iterator[Any]:
+def outcomes(connection: Any, calls: list[Any], size: int | None, then: str, factory: Any) -> Iterator[Any]:
     cursor, before, has_failed = connection.cursor(), connection.total_changes, False
+    if factory is not None:
+        cursor.row_factory = factory
     for call in calls:
-        bound = [cursor.executemany if call in MANY else cursor.execute, *call]
+        methods = {id(MANY): cursor.executemany, id(SCRIPTS): cursor.executescript}
+        bound = [next((methods[id(those)] for those in (MANY, SCRIPTS) if call in those), cursor.execute), *call]
         found = outcome_of(lambda bound: bound[0](*bound[1:]) is cursor, bound, Exception)
         yield found
         if found is True:

@@ -33,6 +33,8 @@ class LentCursor(sqlite3.Cursor):
     __applies = False  # the factory is called here, with this cursor; sqlite3 would pass the real one
     __described: Any = None  # the description that the base has
     __rowcount: int | None = None  # the sum, where many statements have run
+    __lastrowid: int | None = None  # of a cursor that this one has replaced
+    __is_closed = False
 
     def __new__(cls, connection: Any = None, *_: Any, **__: Any) -> Self:
         lent = cls._onewriter_lent or connection
@@ -91,7 +93,8 @@ class LentCursor(sqlite3.Cursor):
 
     @property
     def lastrowid(self) -> Any:
-        return self.__raw.lastrowid
+        rowid = self.__raw.lastrowid
+        return self.__lastrowid if rowid is None else rowid
 
     @property
     def rowcount(self) -> int:
@@ -137,6 +140,8 @@ class LentCursor(sqlite3.Cursor):
         # The rows may come from another cursor of this connection, or from this one, so no call holds the lock while
         # the next row is fetched. Nor are they collected first: the generator may yield one object again and again.
         old, call, count = self.__raw, self.__lent._loan.call, -1
+        if self.__is_closed or not is_text(sql):
+            call(sqlite3.Cursor.executemany, old, sql, ())  # raises why
         call(LentCursor.__open, self)
         new, self.__raw = self.__raw, old
         try:
@@ -147,7 +152,7 @@ class LentCursor(sqlite3.Cursor):
                 call(sqlite3.Cursor.executemany, new, sql, (row,))
                 count += new.rowcount if count >= 0 else 0
         finally:
-            self.__raw, self.__rowcount = new, count
+            self.__raw, self.__rowcount, self.__lastrowid = new, count, self.lastrowid
             self.__lent._lending.drop(old)
 
     def executescript(self, sql: str, /) -> Self:
@@ -157,15 +162,22 @@ class LentCursor(sqlite3.Cursor):
 
     def __run_script(self, sql: str) -> None:
         """In one call of the loan, so that no other statement comes between."""
-        if "\0" in sql:
-            raise ValueError("embedded null character")
-        transaction, raw = self.__lent._lending.transaction, self.__raw
+        if self.__is_closed or not is_text(sql):
+            sqlite3.Cursor.executescript(self.__raw, sql)  # raises why, before it does anything
+        lending = self.__lent._lending
+        # By another one: what this cursor has to give, and says of its last statement, stays as it is.
+        raw = sqlite3.Connection.cursor(lending.loan.connection)
+        raw.row_factory = None
 
         def run(statement: str) -> None:
-            transaction.run_bare(sqlite3.Cursor.execute, raw, statement)
-            drain(raw)
+            lending.transaction.run_bare(sqlite3.Cursor.execute, raw, statement)
+            for _ in raw:
+                pass
 
-        transaction.script(split_script(sql), run)
+        try:
+            lending.transaction.script(split_script(sql), run)
+        finally:
+            raw.close()
 
     def fetchone(self) -> Any:
         row = self.__fetch(sqlite3.Cursor.fetchone)
@@ -214,6 +226,7 @@ class LentCursor(sqlite3.Cursor):
         if not loan.is_over:
             with contextlib.suppress(TransactionAbortedError):  # it would hide why SQLite has rolled back
                 loan.call(sqlite3.Cursor.close, self.__raw)
+                self.__is_closed = True
 
 
 def is_plain_row(factory: Any) -> bool:
@@ -227,10 +240,12 @@ def is_plain_row(factory: Any) -> bool:
     )
 
 
-def drain(cursor: sqlite3.Cursor) -> None:
-    cursor.row_factory = None
-    for _ in cursor:
-        pass
+def is_text(sql: object) -> bool:
+    """Whether SQLite can be given it."""
+    try:
+        return isinstance(sql, str) and b"\0" not in str.encode(sql)
+    except UnicodeEncodeError:
+        return False
 
 
 def _scratch() -> sqlite3.Connection:

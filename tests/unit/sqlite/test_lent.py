@@ -579,6 +579,46 @@ def test_a_row_factory_sees_the_lent_cursor_and_its_columns(blobs: DbWriter, fac
 
 
 @pytest.mark.parametrize("lender", ["block", "nested"])
+def test_a_script_leaves_alone_what_its_cursor_has(blobs: DbWriter, lender: str) -> None:
+    with lent_by(blobs, lender) as connection:
+        cursor = connection.cursor()
+        cursor.row_factory = sqlite3.Row
+        cursor.execute("INSERT INTO t VALUES (7)")
+        cursor.execute("SELECT 1 AS a UNION SELECT 2")
+        before = cursor.description, cursor.lastrowid
+        assert tuple(cursor.fetchone()) == (1,)
+        assert cursor.executescript("INSERT INTO t VALUES (8); SELECT 3 AS b") is cursor
+        assert (cursor.description, cursor.lastrowid) == before
+        assert [row["a"] for row in cursor] == [2]
+        assert cursor.execute("SELECT 4 AS c").fetchone()["c"] == 4
+    assert blobs.read("SELECT n FROM t ORDER BY n") == [(7,), (8,)]
+
+
+@pytest.mark.parametrize("lender", ["block", "nested"])
+def test_many_rows_from_an_iterator_leave_the_last_rowid_as_it_was(blobs: DbWriter, lender: str) -> None:
+    with lent_by(blobs, lender) as connection:
+        cursor = connection.execute("INSERT INTO t VALUES (7)")
+        first = cursor.lastrowid
+        assert first is not None
+        assert cursor.executemany("INSERT INTO t VALUES (?)", iter([(8,)])).lastrowid == first
+        assert cursor.execute("INSERT INTO t VALUES (9)").lastrowid == first + 2
+
+
+@pytest.mark.parametrize("lender", ["block", "nested"])
+def test_a_closed_cursor_runs_nothing(blobs: DbWriter, lender: str) -> None:
+    with lent_by(blobs, lender) as connection:
+        cursor = connection.cursor()
+        cursor.close()
+        with pytest.raises(sqlite3.ProgrammingError, match="closed cursor"):
+            cursor.executescript("INSERT INTO t VALUES (1)")
+        with pytest.raises(sqlite3.ProgrammingError, match="closed cursor"):
+            cursor.executemany("INSERT INTO t VALUES (?)", iter([(1,)]))
+        with pytest.raises(sqlite3.ProgrammingError, match="closed cursor"):
+            cursor.execute("INSERT INTO t VALUES (1)")
+    assert blobs.read("SELECT * FROM t") == []
+
+
+@pytest.mark.parametrize("lender", ["block", "nested"])
 def test_one_cursor_may_feed_another(blobs: DbWriter, lender: str) -> None:
     blobs.run_many("INSERT INTO t VALUES (?)", [(1,), (2,), (3,)])
     one: dict[str, int] = {}
