@@ -60,10 +60,11 @@ def check_company(path: str) -> None:
                 "SQLITE_READONLY",
             )
     # The log first: a database that is being created is no longer empty once it has a log.
-    if size_of(f"{path}{LOG}") > 0 and os.path.exists(path) and size_of(path) == 0:
+    if size_of(f"{path}{LOG}") > 0 and size_of(path) == 0:
+        what, how = ("empty", "overwritten") if os.path.exists(path) else ("missing", "moved or deleted")
         raise cannot_open(
             path,
-            f"the file is empty and {path}{LOG} is not: the file was overwritten, and SQLite would delete the log too. "
+            f"the file is {what} and {path}{LOG} is not: the file was {how}, and SQLite would delete the log too. "
             "Put the file back, or move the log away",
         )
 

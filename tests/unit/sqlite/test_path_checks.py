@@ -106,18 +106,22 @@ def test_a_folder_in_the_place_of_a_log_is_named(path: Path, suffix: str) -> Non
     assert not path.exists()
 
 
-def test_a_log_beside_a_file_that_was_emptied_is_kept(path: Path, tmp_path: Path) -> None:
-    """SQLite deletes the log of an empty file, and what is in it with it."""
+@pytest.mark.parametrize("what", ["empty", "missing"])
+def test_a_log_beside_a_file_that_was_emptied_or_moved_is_kept(path: Path, tmp_path: Path, what: str) -> None:
+    """SQLite deletes the log of an empty or new file, and what is in it with it."""
     crashed = tmp_path / "crashed.db"
     with DbWriter(path) as db:
         db.run("CREATE TABLE t (n)")
         db.run("INSERT INTO t VALUES (1)")
         shutil.copyfile(f"{path}-wal", f"{crashed}-wal")
-    crashed.touch()
-    with pytest.raises(sqlite3.OperationalError, match=r"is empty and .*-wal is not"):
+    if what == "empty":
+        crashed.touch()
+    with pytest.raises(sqlite3.OperationalError, match=rf"is {what} and .*-wal is not"):
         DbWriter(crashed)
     assert Path(f"{crashed}-wal").stat().st_size > 0
-    assert any("overwritten" in text for text in check.check(str(crashed)).problems)
+    assert crashed.exists() == (what == "empty")
+    if what == "empty":
+        assert any("overwritten" in text for text in check.check(str(crashed)).problems)
 
 
 NO_ROOM_FOR_THE_INDEX = """
