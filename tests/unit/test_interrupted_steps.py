@@ -10,6 +10,7 @@ import contextlib
 import functools
 import gc
 import inspect
+import os
 import sqlite3
 import sys
 import threading
@@ -23,7 +24,7 @@ from typing import Any
 import pytest
 
 import onewriter
-from helpers import DEADLINE, driver_of, eventually, parked, pool_of, queue_of, rows, state_of
+from helpers import DEADLINE, driver_of, eventually, parked, pool_of, queue_of, rows, rows_in, state_of
 from onewriter import DbWriter, Ticket, Transaction, WriterClosedError, core
 from onewriter.base.waiting import Flag, call_if_free
 from onewriter.write.own_turn import OwnTurn
@@ -662,6 +663,34 @@ def test_a_handler_may_open_a_watch_of_the_same_query_at_any_step_of_another(db:
                 break
         else:
             pytest.fail("there are more steps than that")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of a connection, as it is opened
+def test_a_backup_that_is_interrupted_at_any_step_leaves_no_descriptor_and_no_file(db: DbWriter, path: Path) -> None:
+    target, before = path.with_name("copy.db"), set[tuple[int, int]]()
+    for at in range(1, 1000):
+        # KeyboardInterrupt: where it came while SQLite asked whether it may
+        with contextlib.suppress(SignalError, KeyboardInterrupt), Interrupter(at) as interrupter:
+            db.backup(target)
+        if not open_besides(path) <= before:
+            gc.collect()  # a connection, as it is opened
+            assert at == 1 or open_besides(path) <= before, interrupter.where
+        before |= open_besides(path)
+        assert [found.name for found in path.parent.glob("*.unfinished")] == [], interrupter.where
+        if not interrupter.where:
+            break
+    else:
+        pytest.fail("there are more steps than that")
+    assert rows_in(target) == rows_in(path)
+
+
+def open_besides(path: Path) -> set[tuple[int, int]]:
+    """The files that this process has open, but for those of the database."""
+    found = set[tuple[int, int]]()
+    for descriptor in os.listdir("/dev/fd"):
+        with contextlib.suppress(OSError):  # that with which these are listed
+            found.add((os.fstat(int(descriptor)).st_dev, os.fstat(int(descriptor)).st_ino))
+    return found.difference((os.stat(name).st_dev, os.stat(name).st_ino) for name in path.parent.glob(f"{path.name}*"))
 
 
 def test_a_flag_is_set_and_waited_for_whatever_is_raised_as_it_is_set() -> None:

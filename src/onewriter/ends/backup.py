@@ -65,30 +65,41 @@ def copy(source: sqlite3.Connection, target: Any, progress: Progress | None, pag
     path = os.path.realpath(os.fsdecode(target))
     with _appearing_at(path) as unfinished:
         # It stays open until SQLite has closed the file: closing it earlier would drop SQLite's locks there.
-        descriptor = _create(unfinished, [database_files(source)["main"], path])
-        try:
+        with _created(unfinished, [database_files(source)["main"], path]) as descriptor:
             _copy_in_steps(source, unfinished, descriptor, progress, pages)
             os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
-def _create(name: str, models: list[str]) -> int:
+@contextlib.contextmanager
+def _created(name: str, models: list[str]) -> Iterator[int]:
     """Create a file that only those may read who may read all of ``models`` that exist."""
     found = []
     for model in models:
         with contextlib.suppress(FileNotFoundError):
             found.append(os.stat(model))
     mode = functools.reduce(operator.and_, (file.st_mode for file in found), 0o644)
-    descriptor = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode | 0o600)
-    if hasattr(os, "fchown"):
-        for file in found[:1]:
-            with contextlib.suppress(OSError):  # only a member of the group may give it away
-                os.fchown(descriptor, -1, file.st_gid)
-        new = os.fstat(descriptor)
-        if any(file.st_gid != new.st_gid for file in found):
-            os.fchmod(descriptor, new.st_mode & 0o707)
-    return descriptor
+    with _opened(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode | 0o600) as descriptor:
+        if hasattr(os, "fchown"):
+            for file in found[:1]:
+                with contextlib.suppress(OSError):  # only a member of the group may give it away
+                    os.fchown(descriptor, -1, file.st_gid)
+            new = os.fstat(descriptor)
+            if any(file.st_gid != new.st_gid for file in found):
+                os.fchmod(descriptor, new.st_mode & 0o707)
+        yield descriptor
+
+
+@contextlib.contextmanager
+def _opened(path: str, flags: int, mode: int = 0o777) -> Iterator[int]:
+    """A descriptor that is closed at the end."""
+    opened: list[int] = []
+    try:
+        # Opened and noted in one step: what a signal handler raises in between would leave it open.
+        opened.extend(map(os.open, (path,), (flags,), (mode,)))
+        yield opened[0]
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
 
 
 def _copy_in_steps(
@@ -141,8 +152,5 @@ def _appearing_at(path: str) -> Iterator[str]:
 def _sync_folder(folder: str) -> None:
     """Make a new name survive a power loss."""
     if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
+        with _opened(folder, os.O_RDONLY) as descriptor:
             os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
