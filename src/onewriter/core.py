@@ -139,7 +139,8 @@ class Core:
                 at_exit.drain_at_exit(self.writer, self.driver)  # from now on it may be inherited
                 self.driver.start()
             except BaseException:
-                self.queue.refuse(closed_error())  # there is nothing to close
+                self.queue.refuse(closed_error())
+                self.driver.give_up()
                 raise
         if twins:
             text = "%s: %s is open in another DbWriter of this process: they wait for each other as two processes do"

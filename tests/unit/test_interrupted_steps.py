@@ -27,6 +27,7 @@ import onewriter
 from helpers import DEADLINE, driver_of, eventually, parked, pool_of, queue_of, rows, rows_in, state_of
 from onewriter import DbWriter, Ticket, Transaction, WriterClosedError, core
 from onewriter.base.waiting import Flag, call_if_free
+from onewriter.ends import exit as at_exit
 from onewriter.write.own_turn import OwnTurn
 from onewriter.write.parts import Parts
 from onewriter.write.ticket import TicketFuture
@@ -691,6 +692,27 @@ def open_besides(path: Path) -> set[tuple[int, int]]:
         with contextlib.suppress(OSError):  # that with which these are listed
             found.add((os.fstat(int(descriptor)).st_dev, os.fstat(int(descriptor)).st_ino))
     return found.difference((os.stat(name).st_dev, os.stat(name).st_ino) for name in path.parent.glob(f"{path.name}*"))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of a connection, as it is opened
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # of a gateway that was opened
+def test_an_opening_that_is_interrupted_at_any_step_leaves_no_thread_and_nothing_to_wait_for_at_exit(
+    path: Path,
+) -> None:
+    threads, opened = threading.active_count(), list[DbWriter]()
+    for at in range(1, 1000):
+        with contextlib.suppress(SignalError, KeyboardInterrupt), Interrupter(at) as interrupter:
+            opened.append(DbWriter(path))
+        if opened:
+            opened.pop().close()
+        try:
+            eventually(lambda: threading.active_count() == threads and not at_exit._open)
+        except AssertionError:
+            pytest.fail(interrupter.where)
+        if not interrupter.where:
+            break
+    else:
+        pytest.fail("there are more steps than that")
 
 
 def test_a_flag_is_set_and_waited_for_whatever_is_raised_as_it_is_set() -> None:

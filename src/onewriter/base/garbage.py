@@ -6,6 +6,8 @@ import contextlib
 import gc
 import threading
 
+from onewriter.base.threads import start
+
 LONG = 5.0  # seconds for which something is kept from others before it is looked for there: a collection stops all
 MOST = 12  # times that, at most, from one look to the next
 
@@ -32,4 +34,4 @@ def collect_soon() -> None:
     """
     if gc.isenabled():
         with contextlib.suppress(RuntimeError):  # the interpreter ends, or the system has no thread left
-            threading.Thread(target=gc.collect, name="onewriter-collect", daemon=True).start()
+            start(threading.Thread(target=gc.collect, name="onewriter-collect", daemon=True))

@@ -63,11 +63,11 @@ def copy(source: sqlite3.Connection, target: Any, progress: Progress | None, pag
         source.backup(target, pages=pages, progress=progress and _in_this_process(progress))
         return
     path = os.path.realpath(os.fsdecode(target))
-    with _appearing_at(path) as unfinished:
-        # It stays open until SQLite has closed the file: closing it earlier would drop SQLite's locks there.
-        with _created(unfinished, [database_files(source)["main"], path]) as descriptor:
-            _copy_in_steps(source, unfinished, descriptor, progress, pages)
-            os.fsync(descriptor)
+    models = [database_files(source)["main"], path]
+    # It stays open until SQLite has closed the file: closing it earlier would drop SQLite's locks there.
+    with _appearing_at(path) as unfinished, _created(unfinished, models) as descriptor:
+        _copy_in_steps(source, unfinished, descriptor, progress, pages)
+        os.fsync(descriptor)
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from typing import Any
 
 from onewriter.base.log import report
 from onewriter.base.state import State
+from onewriter.base.threads import start
 from onewriter.base.waiting import wake
 from onewriter.read.claim import Claim
 
@@ -71,7 +72,7 @@ class ReadClock:
             self._ring()
             return
         try:
-            started.start()
+            start(started)
         except BaseException as error:
             with self.lock:
                 self._thread, self.rings_at = None, math.inf

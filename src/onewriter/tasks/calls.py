@@ -13,6 +13,7 @@ from time import monotonic
 from typing import Any, TypeVar
 
 from onewriter.base.state import State
+from onewriter.base.threads import start
 from onewriter.base.waiting import resolve, seconds_until, wake
 
 T = TypeVar("T")
@@ -170,14 +171,14 @@ async def in_thread(
         wake([future])
 
     thread = threading.Thread(target=call, name="onewriter-call", daemon=True)
-    thread.start()
+    start(thread)
     try:
         await future
     except (asyncio.CancelledError, GeneratorExit):
         if outcome and undo is not None and outcome[1] is None:
             with contextlib.suppress(RuntimeError):  # the interpreter ends
                 thread = threading.Thread(target=undo, args=[outcome[0]], daemon=True)
-                thread.start()
+                start(thread)
         if left is not None:
             left[:] = filter(threading.Thread.is_alive, [*left, thread])
         raise

@@ -7,6 +7,7 @@ import threading
 from typing import Any
 
 from onewriter.base.state import State
+from onewriter.base.threads import start
 from onewriter.tasks.call import Call
 
 
@@ -43,7 +44,7 @@ class ReadingThreads:
             thread = threading.Thread(target=line.work, name=name, daemon=True)
             line.threads += 1  # first: a signal handler may raise when it has started
             try:
-                thread.start()
+                start(thread)
             except RuntimeError:
                 line.threads -= 1
                 if not line.threads and call.withdraw():

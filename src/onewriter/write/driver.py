@@ -11,8 +11,9 @@ from typing import Any, Protocol
 
 from onewriter.base.log import Reporter
 from onewriter.base.stack import need_stack
+from onewriter.base.threads import start
 from onewriter.base.waiting import SLICE, Flag, thread_signal, wait_in_slices
-from onewriter.errors import QueueFullError, ReentrantWriteError, closed_error, forked_error
+from onewriter.errors import QueueFullError, ReentrantWriteError, forked_error
 from onewriter.write.block import ThreadBlock, not_entered
 from onewriter.write.loan import WriteLoan
 from onewriter.write.ticket import Job
@@ -24,6 +25,9 @@ STACK = 100  # more calls in calls than the writer's own code ever makes
 class Driver(Protocol):
     def start(self) -> None:
         """Open the write connection, or raise what opening it raised."""
+
+    def give_up(self) -> None:
+        """After a start that has raised, or was not come to: end what there is. The queue must refuse already."""
 
     @property
     def submit(self) -> Callable[[Job[Any], float | None], None]:
@@ -51,6 +55,8 @@ class Driver(Protocol):
 class ThreadDriver:
     """One daemon thread is the writer, from the opening of its connection to its closing."""
 
+    _has_begun = False
+
     def __init__(self, writer: Writer) -> None:
         self._writer = writer
         self.submit = writer.queue.put
@@ -58,19 +64,12 @@ class ThreadDriver:
         self._ended = Flag()
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._main, name=f"{writer.label}-writer", daemon=True)
+        self._to_run = [self._run]  # taken out in one step by who calls it, or sees to it that nobody does
         writer.state.reporter = Reporter(writer.state, f"{writer.label}-log")
 
     def start(self) -> None:
-        try:
-            self._thread.start()
-            self._ready.wait()
-        except BaseException as error:
-            if isinstance(error, RuntimeError) and self._thread.ident is None:  # the system has no thread left
-                self._writer.end()
-            else:  # Ctrl-C, or what another signal handler raises, while it opens
-                self._writer.queue.refuse(closed_error())
-                self._writer.abandon()
-            raise
+        start(self._thread)
+        self._ready.wait()
         failure, self._failure = self._failure, None
         if failure is not None:
             self._thread.join()
@@ -78,6 +77,17 @@ class ThreadDriver:
                 raise failure
             finally:
                 del failure
+
+    def give_up(self) -> None:
+        try:
+            self._to_run.pop()
+        except IndexError:
+            self._writer.abandon()
+            return
+        try:
+            self._writer.end()
+        finally:
+            self._ended.set()
 
     def enter(self, job: ThreadBlock, timeout: float | None) -> WriteLoan:
         queue, until = self._writer.queue, math.inf if timeout is None else monotonic() + timeout
@@ -118,10 +128,19 @@ class ThreadDriver:
         # Before 3.13, a join that Ctrl-C ends says of the thread that it has ended.
         if not self._ended.wait(timeout):
             return False
-        self._thread.join()  # which is about to end
+        if self._has_begun:
+            self._thread.join()  # which is about to end
         return True
 
     def _main(self) -> None:
+        try:
+            run = self._to_run.pop()
+        except IndexError:
+            return
+        self._has_begun = True
+        run()
+
+    def _run(self) -> None:
         writer = self._writer
         writer.state.writer_thread = threading.get_ident()
         try:
@@ -173,11 +192,10 @@ class InlineDriver:
         clock.turn_off()
 
     def start(self) -> None:
-        try:
-            self._writer.open()
-        except BaseException:
-            self._writer.end()
-            raise
+        self._writer.open()
+
+    def give_up(self) -> None:
+        self._writer.end()
 
     def submit(self, job: Job[Any], timeout: float | None) -> None:
         if self._writer.state.is_mine():  # the thread that is the writer runs it next
