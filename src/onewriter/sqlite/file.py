@@ -48,6 +48,7 @@ class DatabaseFile:
         self.exposed = ""  # why commits may be lost with this file system; empty: they are not
         self.identity: Identity | None = None  # None: not opened yet
         self._logs: dict[str, Identity] = {}  # logs and their indexes, by name
+        self._main = self.files[0]
         self._attached: dict[str, Identity] = {}
         self.look_again_at = 0.0  # when the next ``check`` is due, by the writer
         self.size = 0  # bytes; the file cannot be smaller unless another connection shrank it
@@ -73,14 +74,14 @@ class DatabaseFile:
         logs = {}
         for name in (f"{path}{suffix}" for path in self.logged for suffix in (LOG, INDEX)):
             with contextlib.suppress(OSError):  # SQLite creates them on demand
-                logs[name] = _identity(os.stat(name))
+                logs[name] = _identity(os.lstat(name))
         self._logs = logs
-        main = os.path.realpath(self.path)
+        self._main = os.path.realpath(self.path)
         attached = {}
         for path in self.files:
             with contextlib.suppress(OSError):
-                attached[path] = _identity(os.stat(path))
-        attached.pop(main, None)
+                attached[path] = _identity(os.lstat(path))
+        attached.pop(self._main, None)
         self._attached = attached
 
     def remember_size(self, needed: int) -> None:
@@ -88,7 +89,9 @@ class DatabaseFile:
         goes with a checkpoint.
         """
         with contextlib.suppress(OSError):
-            self.size = min(needed, os.stat(self.path).st_size)
+            # Once there is something in it, it is never empty, unless it is overwritten: perhaps in this moment.
+            least = min(1, max(needed, self.size))
+            self.size = max(least, min(needed, os.stat(self.path).st_size))
         self.is_smaller = False
 
     def forget_size(self) -> None:
@@ -128,7 +131,8 @@ class DatabaseFile:
         self.is_smaller = file.st_size < self.size
         if self.is_smaller and file.st_size == 0:
             self.refuse_smaller(0)
-        _refuse_others(self._attached)
+        # Under the name that SQLite has followed the path to: beside it is the log.
+        _refuse_others({self._main: self.identity, **self._attached})
         self.check_logs()
 
     def check_logs(self) -> None:
@@ -167,9 +171,12 @@ class DatabaseFile:
             _left_open.append(self.identity)
 
     def _endangered(self) -> list[str]:
-        """The databases that closing the connection would checkpoint from a log that was replaced or deleted."""
+        """The databases that closing the connection would checkpoint from a log that was replaced or deleted, or that
+        others do not have: their names have become links to them.
+        """
+        main = self._main
         lost = {name.removesuffix(LOG).removesuffix(INDEX) for name in self._logs if self._is_lost(name)}
-        main = os.path.realpath(self.path)
+        lost.update(filter(os.path.islink, (main, *self._attached)))
         if self.overwritten and main in self.logged:
             lost.add(main)
         with contextlib.suppress(OSError):
@@ -180,7 +187,7 @@ class DatabaseFile:
     def _is_lost(self, name: str) -> bool:
         """Whether a log or index was replaced or deleted."""
         try:
-            return _identity(os.stat(name)) != self._logs[name]
+            return _identity(os.lstat(name)) != self._logs[name]
         except FileNotFoundError:
             return True
         except OSError:
@@ -188,9 +195,10 @@ class DatabaseFile:
 
 
 def _refuse_others(files: dict[str, Identity]) -> None:
+    """Their names are of files, not of links: as a link, each would be where others look for another log."""
     for name, identity in list(files.items()):
         try:
-            found = _identity(os.stat(name))
+            found = _identity(os.lstat(name))
         except FileNotFoundError:
             raise _moved(name, "is no longer there") from None
         except OSError:

@@ -308,6 +308,57 @@ def test_a_connection_that_cannot_be_closed_without_harm_stays_open_and_the_file
     assert seen_by_others(path) == "[(100,)]"
 
 
+def link_behind(path: Path) -> None:
+    moved = path.with_name("moved.db")
+    path.rename(moved)
+    path.symlink_to(moved)
+
+
+@pytest.mark.parametrize("is_noticed", [True, False])
+@pytest.mark.parametrize("inline", [False, True])
+@pytest.mark.parametrize("name", ["main", "other"])
+def test_a_file_whose_name_has_become_a_link_to_it_is_another_file(
+    path: Path, inline: bool, is_noticed: bool, name: str
+) -> None:
+    """Others follow the link, and have a log beside the file; ours is beside the link."""
+    files = {"main": path, "other": path.with_name("other.db")}
+    with contextlib.closing(sqlite3.connect(files["other"])) as connection:
+        connection.execute("PRAGMA journal_mode=WAL")
+    attach = ("ATTACH ? AS other", (str(files["other"]),))
+    db = DbWriter(path, inline=inline, on_connect=lambda c, readonly: c.execute(*attach))
+    db.run(f"CREATE TABLE {name}.t (n)")
+    db.checkpoint()
+    db.run(INSERT, (1,))  # in the log that nobody else has
+    link_behind(files[name])
+    run_child(WRITES_AND_IS_KILLED.format(path=str(files[name])))
+    if is_noticed:
+        with pytest.raises(WriterBrokenError, match="another file now"):
+            db.run(INSERT, (2,))
+    db.close()
+    assert seen_by_others(files[name]) == "[(100,)]"
+
+
+def test_a_file_that_was_moved_to_the_name_of_the_link_that_leads_to_it_is_another_file(path: Path) -> None:
+    link = path.with_name("link.db")
+    link.symlink_to(path)
+    with DbWriter(link) as db:
+        db.run("CREATE TABLE t (n)")
+        path.rename(link)
+        with pytest.raises(WriterBrokenError, match="no longer there"):
+            db.run(INSERT, (1,))
+
+
+@pytest.mark.parametrize("mode", ["DELETE", "TRUNCATE", "PERSIST"])
+def test_a_file_that_is_emptied_as_its_size_is_looked_at_is_noticed(path: Path, mode: Any) -> None:
+    with DbWriter(path, journal_mode=mode) as db:
+        db.run("CREATE TABLE t (n)")
+        path.write_bytes(b"")
+        file_of(db).remember_size(0)
+        with pytest.raises(WriterBrokenError, match="overwritten"):
+            db.run("CREATE TABLE t (n)")
+    assert path.stat().st_size == 0
+
+
 def test_a_second_gateway_is_refused_while_one_of_this_process_has_lost_the_log(path: Path) -> None:
     """SQLite has one index of the log for all connections of a process to a file."""
     with DbWriter(path) as db:
