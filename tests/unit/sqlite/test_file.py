@@ -352,6 +352,7 @@ def test_a_file_that_was_moved_to_the_name_of_the_link_that_leads_to_it_is_anoth
 def test_a_file_that_is_emptied_as_its_size_is_looked_at_is_noticed(path: Path, mode: Any) -> None:
     with DbWriter(path, journal_mode=mode) as db:
         db.run("CREATE TABLE t (n)")
+        db.flush()  # the size is looked at when ``run`` has returned
         path.write_bytes(b"")
         file_of(db).remember_size(0)
         with pytest.raises(WriterBrokenError, match="overwritten"):
