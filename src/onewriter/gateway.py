@@ -613,7 +613,8 @@ class DbWriter(Strict):
             if isinstance(transaction.job, ThreadBlock):
                 transaction.job.nested += 1
             return result
-        if (not is_outside or state.blocks or state.is_inside()) and state.would_deadlock():
+        may_deadlock = not is_outside or state.blocks or state.readers_block_commits or state.is_inside()
+        if may_deadlock and state.would_deadlock():
             state.refuse_endless_wait(f"waiting for job {job.describe()}")
         until = math.inf if timeout is None else job.created_at + timeout
         wakeup = job.expect_outcome(thread_signal())

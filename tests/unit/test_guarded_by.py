@@ -99,6 +99,7 @@ GUARDS = [
                 "_on_all_back",
                 "_opening",
                 "_paused_until",
+                "_pausing",
                 "_readers",
             },
             held=frozenset(("_end_pause", "_interrupt", "_serve")),

@@ -39,6 +39,10 @@ class Work(Protocol):
     def lent(self) -> bool: ...
     @property
     def in_transaction(self) -> bool: ...
+    @property
+    def in_stats(self) -> bool:
+        """It is of the user's, and not what the gateway does between two transactions."""
+
     def describe(self) -> str: ...
     def end_at_exit(self) -> bool: ...
 
@@ -92,6 +96,7 @@ class State:
         self.broken: BaseException | None = None  # why the gateway is out of service
         self.lacks_room = False  # a job has met a full disk: a checkpoint may make room
         self.readers_block_commits = False  # as in the rollback-journal modes
+        self.reads_here: Callable[[], bool] = bool  # the pool's: whether the calling thread is in the midst of a read
         self.forked = False  # this is a child of the process that it belongs to
         self.writer_thread = 0
         self.reporting: set[int] = set()  # threads inside our log calls: failures of what they enqueue stay unlogged
@@ -184,9 +189,10 @@ class State:
     def here(self) -> Any:
         """The block or job that a call which writes belongs to: a Transaction, or the object of a task's block."""
         here = self.scopes.innermost(writes=True)
-        if here is None and self.job is not None and self.writer_thread == threading.get_ident():
+        job = self.job
+        if here is None and job is not None and job.in_stats and self.writer_thread == threading.get_ident():
             if self.transaction is None:
-                raise ReentrantWriteError(IN_STATEMENT if self.job.in_transaction else HAS_ITS_OWN)
+                raise ReentrantWriteError(IN_STATEMENT if job.in_transaction else HAS_ITS_OWN)
             raise ReentrantWriteError(IN_STATEMENT if self.transaction.is_inside else ELSEWHERE)
         if here is not None and self.entering and threading.get_ident() in self.entering:
             self.refuse_endless_wait("a write")  # by a signal handler, as its thread begins or ends the block
@@ -208,6 +214,8 @@ class State:
     def would_deadlock(self, since: float = math.inf, commits: bool = True) -> bool:
         """Whether the writer could not go on while this thread waits for what was queued at ``since``, or now."""
         if self.cannot_wait() or self._holds_it_up(commits):
+            return True
+        if commits and self.readers_block_commits and self.reads_here():
             return True
         # A block that a task has, or will have before that, cannot end while the thread of its loop waits.
         loop = _get_running_loop() if self.blocks else None
@@ -252,10 +260,12 @@ class State:
             )
         if self.would_deadlock_task(commits) if awaits else self.would_deadlock(since, commits):
             here = self.scopes.innermost()
-            if self.readers_block_commits and here is not None and here is not self.scopes.innermost(writes=True):
+            is_reading = here is not self.scopes.innermost(writes=True) or (here is None and self.reads_here())
+            if self.readers_block_commits and is_reading:
+                where = "a read or backup" if here is None else "a reader()"
                 raise ReentrantWriteError(
-                    f"{what} inside a reader() waits for a COMMIT, which in this journal mode waits for that reader, "
-                    "so it would never end: call it outside, or use journal_mode='WAL'"
+                    f"{what} inside {where} waits for a COMMIT, which in this journal mode waits for that, so it would "
+                    "never end: call it outside, or use journal_mode='WAL'"
                 )
             raise ReentrantWriteError(
                 f"{what} inside a job, block or callback waits for the writer, which waits for the caller, so it would "

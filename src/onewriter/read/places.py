@@ -47,8 +47,8 @@ class Places:
     or of another, runs before its claim is noted. A thread that has to wait says so first, and looks then; one that
     gives a connection back looks afterwards. So one of them sees the other.
 
-    Locks:   _lock guards _door, _is_watched, _readers, _opening, _count, _most, _line, _paused_until and _closed.
-             Nothing blocks while it is held.
+    Locks:   _lock guards _door, _is_watched, _readers, _opening, _count, _most, _line, _paused_until, _pausing and
+             _closed. Nothing blocks while it is held.
     Threads: any.
     """
 
@@ -58,6 +58,7 @@ class Places:
     def __init__(self, size: int, state: State) -> None:
         self.size = size
         self._state = state
+        state.reads_here = self._reads_here
         self._lock = threading.RLock()  # a finalizer or signal handler may read while its thread is inside
         state.locks = (*state.locks, self._lock)
         self._idle = Idle()
@@ -74,6 +75,7 @@ class Places:
         self._on_all_back: Callable[[], object] = str  # or what is to be called then
         self.used_by = set()
         self._paused_until = 0.0  # no claim is admitted until then; 0: there is no pause
+        self._pausing = -1  # the thread that makes the pause
         self._returned = Flag()  # in a pause: one has come back
 
     # Who waits --------------------------------------------------------------------------------------------------------
@@ -103,6 +105,8 @@ class Places:
                 self._opening[claim] = None
                 return True
             self._line[claim] = None
+            if claim.thread == self._pausing:  # a callback or signal handler in that thread, which cannot go on before
+                self._paused_until = 0.0
             self._end_pause(monotonic())
             self._serve()
             needs_its_own = claim in self._line and self._waits_for_itself(claim, new_signal is thread_signal)
@@ -292,7 +296,7 @@ class Places:
         until = monotonic() + seconds
         try:
             with self._lock:
-                self._paused_until = until
+                self._paused_until, self._pausing = until, get_ident()
                 self._serve()
             self.clock.set(until - GRACE)
             while self.in_use and (left := until - monotonic()) > 0.0:
@@ -301,7 +305,7 @@ class Places:
             yield
         finally:
             with self._lock:
-                self._paused_until = 0.0
+                self._paused_until, self._pausing = 0.0, -1
                 self._serve()
 
     def _end_pause(self, now: float) -> float:
@@ -347,6 +351,11 @@ class Places:
             return True
         claims = (*list(self._line), *self._lent())
         return any(claim.thread == me or (loop is not None and claim.loop is loop) for claim in claims)
+
+    def _reads_here(self) -> bool:
+        """Whether the calling thread, and not a task of its loop, has one: what calls this, it goes on behind."""
+        me = get_ident()
+        return any(claim.thread == me and claim.loop is None for claim in self._lent())
 
     def has_mine_for_good(self) -> bool:
         """The same, unless it is that of a generator, say, which nobody can reach: the garbage collector ends that."""

@@ -28,7 +28,7 @@ from helpers import (
     until_waiting,
     writer_of,
 )
-from onewriter import DbWriter, Transaction, WriteTimeoutError
+from onewriter import DbWriter, ReentrantWriteError, Transaction, WriteTimeoutError
 from onewriter.events import CheckpointEnded
 from onewriter.read.claim import new_claim
 from onewriter.write import checkpoint
@@ -127,6 +127,25 @@ def test_a_reader_that_is_held_back_comes_in_when_the_log_has_begun_anew(path: P
         assert rows == 100
         with db.reader(), pool.pause(0.01):  # one that stays is not waited for
             pass
+
+
+@pytest.mark.parametrize("inline", [False, True])
+def test_a_callback_of_a_checkpoint_may_read_although_readers_are_held_back(path: Path, inline: bool) -> None:
+    found: list[Any] = []
+
+    def note(event: object) -> None:
+        if isinstance(event, CheckpointEnded) and not db.closed:
+            found.append(db.read_value("SELECT count(*) FROM t", timeout=DEADLINE))
+            with db.reader(timeout=DEADLINE) as reader:
+                found.append(reader.execute("SELECT count(*) FROM t").fetchone()[0])
+            with pytest.raises(ReentrantWriteError, match="inside a job, block or callback"):
+                db.run("DELETE FROM t")
+
+    with DbWriter(path, inline=inline, on_event=note, slow_after=600.0) as db:
+        fill(db)
+        found.clear()
+        db.checkpoint()
+    assert found == [100, 100]
 
 
 @pytest.mark.parametrize(
