@@ -174,7 +174,7 @@ class AsyncDbWriter(Strict):
         if not core.state.forked:
             await wait_for_collected(core.state)
             core.state.refuse_endless_wait("close", awaits=True, commits=False)
-        if timeout is None and self._wrapped is None and core.state.scopes.innermost() is not None:
+        if timeout is None and self._wrapped is None and core.state.is_inside_open():
             raise ReentrantWriteError(OWN_READER)
         with self._lock:
             self._is_closed = True

@@ -245,7 +245,14 @@ class State:
         """Whether the caller is inside what must end before the writer goes on, or ``commits``."""
         if enclosing() is None:  # as nearly always
             return False
-        return self.scopes.innermost(writes=not (commits and self.readers_block_commits)) is not None
+        return self.is_inside_open(writes=not (commits and self.readers_block_commits))
+
+    def is_inside_open(self, writes: bool = False) -> bool:
+        """Whether the caller is inside a job, block or reader that has not ended; ``writes``: a job or block.
+
+        A generator may keep a part of a block open that has ended: that holds up nobody.
+        """
+        return any(not is_over(what) for what in self.scopes.around(writes=writes))
 
     def refuse_endless_wait(
         self, what: str, *, awaits: bool = False, since: float = math.inf, commits: bool = True
@@ -303,6 +310,12 @@ class State:
             whose = "on_event" if calling_back[0] is None else f"the callbacks of {calling_back[0].describe()}"
             return f"the writer calls {whose}, for {monotonic() - calling_back[1]:.2f} s so far"
         return "the writer is between jobs"
+
+
+def is_over(what: Any) -> bool:
+    """Whether the outcome of the job or block is known."""
+    job = getattr(what.lends(), "job", None)
+    return job is not None and job.done()
 
 
 def broken_error(cause: BaseException) -> WriterBrokenError:

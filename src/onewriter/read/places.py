@@ -105,7 +105,8 @@ class Places:
                 self._opening[claim] = None
                 return True
             self._line[claim] = None
-            if claim.thread == self._pausing:  # a callback or signal handler in that thread, which cannot go on before
+            # In a callback or signal handler of the thread that pauses: that goes on behind it.
+            if new_signal is thread_signal and claim.thread == self._pausing:
                 self._paused_until = 0.0
             self._end_pause(monotonic())
             self._serve()
@@ -347,7 +348,7 @@ class Places:
     def has_mine(self) -> bool:
         """Whether one cannot come back while the calling thread waits, or it is inside a block or job."""
         me, loop = get_ident(), _get_running_loop()
-        if self._state.scopes.innermost() is not None or self._has_one(me):
+        if self._state.is_inside_open() or self._has_one(me):
             return True
         claims = (*list(self._line), *self._lent())
         return any(claim.thread == me or (loop is not None and claim.loop is loop) for claim in claims)

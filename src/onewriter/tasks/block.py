@@ -8,15 +8,18 @@ import functools
 import math
 import threading
 import types
+import weakref
 from collections.abc import Callable
 from time import monotonic
 from typing import Any, TypeVar
 
 from onewriter.base.arguments import check_callback
+from onewriter.base.scopes import running_task
 from onewriter.base.state import State
 from onewriter.base.waiting import seconds_until, wake
 from onewriter.errors import ReadTimeoutError, TransactionClosedError
 from onewriter.tasks.call import Call
+from onewriter.tasks.calls import TICK
 from onewriter.write.block import COLLECTED, Block
 from onewriter.write.loan import ENDED, WriteLoan
 
@@ -93,6 +96,7 @@ class TaskBlock(Block):
         finally:
             with self._lock:
                 self._accepts = False
+            self._look_again()
             tx.close(ENDED)
             tx.end_call()
             while not (self._state.forked or self._requests.empty()):  # they meet the closed transaction
@@ -137,16 +141,25 @@ class TaskBlock(Block):
         while True:
             await self.until_innermost(outer)
             with self._lock:  # a task of another loop may have opened one since
-                if self.innermost is open_one(outer) or not self._accepts:
-                    self.innermost = savepoint = TaskSavepoint(self, open_one(outer))
+                if self._is_turn_of(outer):
+                    self.innermost = savepoint = TaskSavepoint(self, self.innermost)
                     return savepoint
 
     def leave(self, savepoint: TaskSavepoint) -> None:
         """It has ended: wake the tasks that wait for that."""
-        savepoint.is_open = False
         with self._lock:
+            if savepoint.is_open:
+                self._end_those_inside(savepoint)
+            savepoint.is_open = False
             self.innermost = open_one(self.innermost)
         self._look_again()
+
+    def _end_those_inside(self, savepoint: TaskSavepoint) -> None:
+        """Those that nobody waits for have ended with it."""
+        inside = self.innermost
+        while inside is not None and inside is not savepoint:
+            inside.is_open = inside.is_open and inside.is_waited_for()
+            inside = inside.outer
 
     def _look_again(self) -> None:
         with self._lock:
@@ -154,14 +167,25 @@ class TaskBlock(Block):
         wake(changes)
 
     async def until_innermost(self, savepoint: TaskSavepoint | None) -> None:
-        """Wait until no task has a savepoint open inside ``savepoint``: they end in the order of a stack."""
-        while self.innermost is not open_one(savepoint) and self._accepts:
-            change: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Wait until no other task has a savepoint open inside ``savepoint``: they end in the order of a stack.
+
+        One of this task would be waited for without end, and is kept with ``savepoint``, as those of threads are.
+        """
+        change: asyncio.Future[None] | None = None
+        while True:
             with self._lock:
-                if self.innermost is open_one(savepoint) or not self._accepts:
+                if self._is_turn_of(savepoint):
                     return
-                self._changes.append(change)
-            await change
+                if change is None or change.done():
+                    change = asyncio.get_running_loop().create_future()
+                    self._changes.append(change)
+            await asyncio.wait([change], timeout=TICK)  # nobody tells that a task or loop has ended
+
+    def _is_turn_of(self, savepoint: TaskSavepoint | None) -> bool:
+        inside, end = self.innermost, open_one(savepoint)
+        while inside is not None and inside is not end and not inside.is_waited_for():
+            inside = inside.outer
+        return inside is end or not self._accepts
 
     async def ended(self) -> asyncio.CancelledError | None:
         """Wait until it is committed or rolled back, even if the task is cancelled; returns that cancellation."""
@@ -215,8 +239,20 @@ class TaskSavepoint:
 
     def __init__(self, block: TaskBlock, outer: TaskSavepoint | None) -> None:
         self.block = block
-        self.outer = outer
+        self.outer = outer  # in the order of the stack
         self.is_open = True
+        self.entry: Callable[[], object] = object  # by which it is left, or None: that is collected
+        task = running_task()
+        self._task = None if task is None else weakref.ref(task)
+
+    def is_waited_for(self) -> bool:
+        """Whether the running task waits for its end: not if it is its own, or if the task that has it goes on no
+        more; unless it is left in this moment, since nobody can leave it.
+        """
+        if self._task is None or self.entry() is None:
+            return True
+        task = self._task()
+        return not (task is None or task is running_task() or task.done() or task.get_loop().is_closed())
 
     def lends(self) -> WriteLoan:
         return self.block.lends()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import types
+import weakref
 
 from onewriter.base.log import has_note
 from onewriter.errors import TransactionClosedError
@@ -65,6 +66,7 @@ class SavepointEntry:
         savepoint = await block.open_savepoint(outer)
         self._scope = scopes.enter(savepoint, writes=True)
         self._savepoint = savepoint
+        savepoint.entry = weakref.ref(self)
         self._collected = leave_if_collected(self, _undo, savepoint, self._part, self._inner, GeneratorExit())
         try:
             await block.call(self._part.begin)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gc
 import sqlite3
 import threading
@@ -1034,6 +1035,7 @@ def test_a_savepoint_that_a_task_of_another_loop_opens_in_the_same_moment_comes_
         await until_innermost(self, outer)
         if not others:
             self.innermost = other = taskblock.TaskSavepoint(self, None)
+            other._task = None  # not this one's
             others.append(other)
             asyncio.get_running_loop().call_later(0.01, self.leave, other)
 
@@ -1277,8 +1279,10 @@ def test_who_waits_for_the_innermost_savepoint_looks_again_under_the_lock(path: 
             pass
 
     async def main() -> None:
-        block = Block(innermost=object(), _accepts=True, _changes=[])
-        block._lock = block
+        innermost = SimpleNamespace(outer=None, is_waited_for=lambda: True)
+        block = Block(innermost=innermost, _accepts=True, _changes=[])
+        is_turn_of: Any = taskblock.TaskBlock._is_turn_of
+        block._lock, block._is_turn_of = block, functools.partial(is_turn_of, block)
         async with asyncio.timeout(DEADLINE):
             await taskblock.TaskBlock.until_innermost(block, None)  # type: ignore[arg-type]
         assert block._changes == []

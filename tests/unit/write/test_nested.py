@@ -7,7 +7,7 @@ import contextvars
 import gc
 import sqlite3
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -348,3 +348,22 @@ def test_callbacks_that_were_called_are_not_kept_by_the_transaction(table_db: Db
     kept = weakref.ref(called)
     del called
     assert kept() is None
+
+
+def test_a_nested_block_that_is_open_behind_the_end_of_its_block_keeps_nobody_from_waiting(path: Path) -> None:
+    def inside(db: DbWriter) -> Iterator[None]:
+        with db.transaction():
+            yield
+
+    with DbWriter(path) as db:
+        db.run("CREATE TABLE t (n)")
+        with db.transaction():
+            generator = inside(db)
+            next(generator)
+        with pytest.raises(TransactionClosedError):
+            db.run("INSERT INTO t VALUES (1)")  # which is inside the one that has ended
+        db.enqueue("INSERT INTO t VALUES (2)").result(DEADLINE)
+        db.close(DEADLINE)
+        with pytest.raises(TransactionClosedError):
+            next(generator)
+    assert rows_in(path) == [2]
