@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sqlite3
 import stat
@@ -11,6 +12,7 @@ from onewriter.sqlite.file import INDEX, JOURNAL, LOG
 
 LOOKS = 3  # at a -wal, -shm or -journal file, which other processes may create and delete meanwhile
 SMALLEST_FILE = 512  # bytes; SQLite treats a smaller file as empty, and would overwrite it
+MAX_PATHNAME = 512  # bytes, of the names beside it, too; https://www.sqlite.org/src/file/src/os_unix.c
 
 
 def check_path(path: str) -> None:
@@ -20,6 +22,16 @@ def check_path(path: str) -> None:
     folder = os.path.dirname(path)
     if not os.path.isdir(folder):
         raise cannot_open(path, f"there is no folder {folder}")
+    longest = f"{path}{JOURNAL}"
+    for look, name in ((os.stat, path), (os.lstat, longest)):
+        try:
+            look(name)
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.ENAMETOOLONG):
+                raise cannot_open(path, f"{name}: {error.strerror}") from None
+    if os.name == "posix" and len(os.fsencode(longest)) > MAX_PATHNAME:
+        most = MAX_PATHNAME - len(JOURNAL)
+        raise cannot_open(path, f"its path has {len(os.fsencode(path))} bytes, and SQLite takes {most} at most")
     if os.path.exists(path):
         if os.path.isdir(path):
             raise cannot_open(path, "it is a folder")
@@ -49,7 +61,7 @@ def check_company(path: str) -> None:
         if owner != path and os.path.basename(owner) and os.path.exists(owner):
             raise cannot_open(path, f"SQLite keeps it for the database {owner}")
         name = f"{path}{suffix}"
-        if _stays_unusable(name, os.path.isfile):
+        if _stays_unusable(name, lambda name: os.path.isfile(name) and not os.path.islink(name)):
             raise cannot_open(path, f"{name}, which SQLite keeps beside the database, is not a regular file")
         if _stays_unusable(name, lambda name: _may(name, os.R_OK | os.W_OK)):
             raise cannot_open(

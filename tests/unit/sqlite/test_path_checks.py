@@ -106,6 +106,32 @@ def test_a_folder_in_the_place_of_a_log_is_named(path: Path, suffix: str) -> Non
     assert not path.exists()
 
 
+def test_a_path_that_sqlite_cannot_follow_or_is_too_long_is_told_as_that(tmp_path: Path) -> None:
+    loop = tmp_path / "loop.db"
+    loop.symlink_to(loop)
+    with pytest.raises(sqlite3.OperationalError, match="symbolic link"):
+        DbWriter(loop)
+    with pytest.raises(sqlite3.OperationalError, match="name too long"):
+        DbWriter(tmp_path / ("x" * 250))
+    folder = tmp_path / ("x" * 200) / ("y" * 200)
+    folder.mkdir(parents=True)
+    room = 504 - len(str(folder)) - 1
+    with pytest.raises(sqlite3.OperationalError, match="has 505 bytes, and SQLite takes 504"):
+        DbWriter(folder / ("z" * (room + 1)))
+    with DbWriter(folder / ("z" * room)) as db:
+        db.run("CREATE TABLE t (n)")
+
+
+@pytest.mark.parametrize("suffix", ["-wal", "-shm", "-journal"])
+def test_a_link_in_the_place_of_a_log_is_named(path: Path, suffix: str) -> None:
+    """SQLite does not follow it."""
+    target = path.with_name("target")
+    target.touch()
+    Path(f"{path}{suffix}").symlink_to(target)
+    with pytest.raises(sqlite3.OperationalError, match=f"{suffix}, which SQLite keeps .* not a regular file"):
+        DbWriter(path)
+
+
 @pytest.mark.parametrize("what", ["empty", "missing"])
 def test_a_log_beside_a_file_that_was_emptied_or_moved_is_kept(path: Path, tmp_path: Path, what: str) -> None:
     """SQLite deletes the log of an empty or new file, and what is in it with it."""
