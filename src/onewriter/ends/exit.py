@@ -108,9 +108,11 @@ def _drain(writer: Writer, driver: Driver) -> None:
     """Wait while jobs finish; give up when none has finished for ``lock_timeout`` seconds."""
     with contextlib.suppress(ReentrantWriteError):  # this thread has left a block open
         driver.join(0.0)  # without a writer thread, only this writes what is queued
-    finished, since = -1, monotonic()
+    finished, since, in_the_way = -1, monotonic(), ""
     while not writer.drained.wait(SLICE):
         writer.end_block_at_exit()
+        if writer.state.waiting is not None:  # and after that the writer gives up
+            in_the_way = writer.state.describe()
         now = writer.state.tally.finished
         if now != finished:
             finished, since = now, monotonic()
@@ -120,7 +122,7 @@ def _drain(writer: Writer, driver: Driver) -> None:
     if labels:
         counts = ", ".join(f"{count} × {label!r}" for label, count in collections.Counter(labels).most_common(20))
         text = "%s: %d jobs were not written at exit, since no job has finished for %s s: %s; %s"
-        arguments = (writer.label, len(labels), writer.lock_timeout, counts, writer.state.describe())
+        arguments = (writer.label, len(labels), writer.lock_timeout, counts, in_the_way or writer.state.describe())
         report(writer.state, logging.CRITICAL, text, *arguments)
     if writer.drained.is_set:
         writer.readers.stop_waiting()

@@ -126,6 +126,7 @@ print("accepted")
     told = "\n".join(critical_lines(child.stderr))
     assert "booking" in told
     assert re.search(r"\b5\b", told)
+    assert "for SQLite's lock, held elsewhere" in told
     assert rows_in(table) == []
 
 
