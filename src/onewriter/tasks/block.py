@@ -19,7 +19,6 @@ from onewriter.base.state import State
 from onewriter.base.waiting import seconds_until, wake
 from onewriter.errors import ReadTimeoutError, TransactionClosedError
 from onewriter.tasks.call import Call
-from onewriter.tasks.calls import TICK
 from onewriter.write.block import COLLECTED, Block
 from onewriter.write.loan import ENDED, WriteLoan
 
@@ -155,10 +154,10 @@ class TaskBlock(Block):
         self._look_again()
 
     def _end_those_inside(self, savepoint: TaskSavepoint) -> None:
-        """Those that nobody waits for have ended with it."""
+        """Those of this task have ended with it."""
         inside = self.innermost
         while inside is not None and inside is not savepoint:
-            inside.is_open = inside.is_open and inside.is_waited_for()
+            inside.is_open = inside.is_open and not inside.is_mine()
             inside = inside.outer
 
     def _look_again(self) -> None:
@@ -171,19 +170,17 @@ class TaskBlock(Block):
 
         One of this task would be waited for without end, and is kept with ``savepoint``, as those of threads are.
         """
-        change: asyncio.Future[None] | None = None
         while True:
+            change: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             with self._lock:
                 if self._is_turn_of(savepoint):
                     return
-                if change is None or change.done():
-                    change = asyncio.get_running_loop().create_future()
-                    self._changes.append(change)
-            await asyncio.wait([change], timeout=TICK)  # nobody tells that a task or loop has ended
+                self._changes.append(change)
+            await change
 
     def _is_turn_of(self, savepoint: TaskSavepoint | None) -> bool:
         inside, end = self.innermost, open_one(savepoint)
-        while inside is not None and inside is not end and not inside.is_waited_for():
+        while inside is not None and inside is not end and inside.is_mine():
             inside = inside.outer
         return inside is end or not self._accepts
 
@@ -245,14 +242,12 @@ class TaskSavepoint:
         task = running_task()
         self._task = None if task is None else weakref.ref(task)
 
-    def is_waited_for(self) -> bool:
-        """Whether the running task waits for its end: not if it is its own, or if the task that has it goes on no
-        more; unless it is left in this moment, since nobody can leave it.
+    def is_mine(self) -> bool:
+        """Whether the running task has entered it, so that it cannot wait for its end; unless it is left in this
+        moment, since nobody can leave it. That a task has ended means nothing: another may leave what it has entered.
         """
-        if self._task is None or self.entry() is None:
-            return True
-        task = self._task()
-        return not (task is None or task is running_task() or task.done() or task.get_loop().is_closed())
+        task = self._task and self._task()
+        return task is not None and task is running_task() and self.entry() is not None
 
     def lends(self) -> WriteLoan:
         return self.block.lends()

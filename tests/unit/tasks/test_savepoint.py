@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from aio_helpers import left_in_a_closed_loop, opened, rows, run
+from aio_helpers import beats, opened, rows, run
 from helpers import DEADLINE
 from onewriter import AsyncDbWriter, AsyncTransaction, TransactionClosedError
 
@@ -64,49 +64,28 @@ def test_two_generators_in_lockstep_end_in_any_order(path: Path, enter: Enter) -
     run(main)
 
 
-def test_one_whose_task_has_ended_keeps_no_other_waiting(path: Path) -> None:
-    """As of a fixture, whose end comes in another task; it ends with the one around it."""
-    kept: list[Any] = []
-
-    async def enters(tx: AsyncTransaction) -> None:
-        kept.append(tx.savepoint())
-        await kept[-1].__aenter__()
-        await tx.execute(INSERT, (1,))
+def test_one_that_a_helping_task_has_entered_is_waited_for(path: Path) -> None:
+    """As ``asyncio.shield`` or ``gather`` has it done: that this task has ended means nothing."""
 
     async def main() -> None:
         async with opened(path) as db:
             async with db.transaction() as tx:
-                async with tx.savepoint():
-                    await asyncio.create_task(enters(tx))
-                await asyncio.create_task(enters(tx))
-                async with tx.savepoint():
-                    await tx.execute(INSERT, (2,))
-                await kept[-1].__aexit__(None, None, None)
-            assert await rows(db) == [1, 1, 2]
+                stack, order = contextlib.AsyncExitStack(), []
+                await asyncio.shield(stack.enter_async_context(tx.savepoint()))
+
+                async def other() -> None:
+                    async with tx.savepoint():
+                        order.append("other")
+                        await tx.execute(INSERT, (2,))
+
+                waiting = await beats(3, other())
+                await tx.execute(INSERT, (1,))
+                order.append("first")
+                await stack.__aexit__(LookupError, LookupError(), None)
+                await waiting
+            assert (order, await rows(db)) == (["first", "other"], [2])
 
     run(main)
-
-
-def test_one_whose_loop_is_closed_keeps_no_other_waiting_though_its_task_is_referred_to(path: Path) -> None:
-    tasks: list[Any] = []
-
-    async def main() -> None:
-        async with opened(path) as db, db.transaction() as tx:
-            entered = asyncio.Event()
-
-            async def part() -> None:
-                tasks.append(asyncio.current_task())
-                async with tx.savepoint():
-                    await tx.execute(INSERT, (1,))
-                    entered.set()
-                    await asyncio.Event().wait()
-
-            tasks.append(await asyncio.to_thread(left_in_a_closed_loop, part(), entered.is_set))
-            async with tx.savepoint():
-                await tx.execute(INSERT, (2,))
-
-    run(main)
-    tasks.clear()
 
 
 def test_who_waits_for_one_is_told_when_max_hold_is_over(path: Path) -> None:
