@@ -354,9 +354,9 @@ class Places:
         return any(claim.thread == me or (loop is not None and claim.loop is loop) for claim in claims)
 
     def _reads_here(self) -> bool:
-        """Whether the calling thread, and not a task of its loop, has one: what calls this, it goes on behind."""
+        """Whether the calling thread is in the midst of a read with a snapshot, as of a backup: that goes on behind."""
         me = get_ident()
-        return any(claim.thread == me and claim.loop is None for claim in self._lent())
+        return any(reader.is_pinned and reader.claim.thread == me for reader in list(self._readers))
 
     def has_mine_for_good(self) -> bool:
         """The same, unless it is that of a generator, say, which nobody can reach: the garbage collector ends that."""
