@@ -28,6 +28,7 @@ from threading import get_ident
 from typing import Any, NamedTuple
 
 import onewriter.base.state
+import onewriter.base.threads
 
 MOST = 100_000  # switch points, after which a run has no end
 FAR = 1000.0  # seconds of its clock, too
@@ -497,6 +498,11 @@ def monotonic() -> float:
     return time.monotonic() if scheduler is None else scheduler.now
 
 
+def _start(thread: threading.Thread) -> None:
+    """No handler raises here, and the scheduler sees the threads that it starts."""
+    thread.start()
+
+
 def _is_owned(lock: Any) -> bool:
     return bool(lock._is_owned())
 
@@ -509,12 +515,14 @@ def installed() -> Iterator[None]:
         "queue": _Module(queue, {"SimpleQueue": SimpleQueue}),
         "monotonic": monotonic,
         "is_owned": _is_owned,
+        "start": _start,
     }
     reals = {
         "threading": threading,
         "queue": queue,
         "monotonic": time.monotonic,
         "is_owned": onewriter.base.state.is_owned,
+        "start": onewriter.base.threads.start,
     }
     modules = [module for name, module in sys.modules.items() if name.startswith("onewriter.")]
     replaced = [(module, name) for module in modules for name in reals if vars(module).get(name) is reals[name]]
