@@ -354,9 +354,11 @@ class Places:
         return any(claim.thread == me or (loop is not None and claim.loop is loop) for claim in claims)
 
     def _reads_here(self) -> bool:
-        """Whether the calling thread is in the midst of a read with a snapshot, as of a backup: that goes on behind."""
-        me = get_ident()
-        return any(reader.is_pinned and reader.claim.thread == me for reader in list(self._readers))
+        """Whether the calling thread, and not a task of its loop, has one with a snapshot, as a backup has: what calls
+        this, it goes on behind.
+        """
+        pinned, me = [reader.claim for reader in list(self._readers) if reader.is_pinned], get_ident()
+        return any(claim.thread == me and claim.loop is None for claim in pinned)
 
     def has_mine_for_good(self) -> bool:
         """The same, unless it is that of a generator, say, which nobody can reach: the garbage collector ends that."""

@@ -174,7 +174,7 @@ class JobQueue(queue.Queue[Job[Any]]):
         """
         with self.mutex:
             self._asleep = True
-            is_empty = not self.queue and self._refusal is None
+            is_empty = not (self.queue or self._aside) and self._refusal is None
             if not is_empty:
                 self._asleep = False
                 jobs = self._pop(limit)
