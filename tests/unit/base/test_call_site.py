@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import types
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from helpers import in_threads, parked
+from helpers import DEADLINE, eventually, in_threads, parked
 from onewriter import DbWriter
 from onewriter.base.call_site import call_of_pool
 
@@ -51,3 +54,22 @@ def test_the_call_of_a_pool_is_found_in_its_threads_and_in_its_processes(monkeyp
     assert in_a_worker_of("multiprocessing.pool") is not None
     monkeypatch.delitem(sys.modules, "multiprocessing.pool")
     assert in_a_worker_of("multiprocessing.pool") is None
+
+
+def test_to_look_for_the_work_of_a_pool_keeps_nothing_of_it_alive() -> None:
+    """The pool takes care that a failed one is not kept by its own error."""
+
+    def fails() -> None:
+        call_of_pool()
+        raise LookupError
+
+    with ThreadPoolExecutor(1) as pool:
+        gc.disable()
+        try:
+            future = pool.submit(fails)
+            kept = weakref.ref(future)
+            assert isinstance(future.exception(DEADLINE), LookupError)
+            del future
+            eventually(lambda: kept() is None)
+        finally:
+            gc.enable()
