@@ -921,6 +921,22 @@ def test_a_connection_on_which_no_snapshot_can_begin_is_given_back(path: Path, m
     run(main)
 
 
+def test_a_reader_whose_task_is_collected_behind_the_end_of_its_loop_is_given_back_there_and_then(path: Path) -> None:
+    """Its ``__aexit__`` runs, and there is no loop in which it could wait."""
+    with DbWriter(path) as db:
+        wrapped = AsyncDbWriter.wrap(db)
+        is_there = asyncio.Event()
+
+        async def reads_for_ever() -> None:
+            async with wrapped.reader():
+                is_there.set()
+                await asyncio.Event().wait()
+
+        left_in_a_closed_loop(reads_for_ever(), is_there.is_set)  # nobody keeps it
+        gc.collect()
+        assert pool_of(db).in_use == 0
+
+
 @pytest.mark.parametrize("mode", ["WAL", "DELETE"])
 def test_a_reader_of_a_closed_loop_holds_up_no_commit_and_keeps_no_log(path: Path, mode: Any) -> None:
     with DbWriter(path, journal_mode=mode, lock_timeout=DEADLINE) as db:
