@@ -921,8 +921,7 @@ def test_a_connection_on_which_no_snapshot_can_begin_is_given_back(path: Path, m
     run(main)
 
 
-def test_a_reader_whose_task_is_collected_behind_the_end_of_its_loop_is_given_back_there_and_then(path: Path) -> None:
-    """Its ``__aexit__`` runs, and there is no loop in which it could wait."""
+def test_a_reader_whose_coroutine_is_closed_where_no_loop_runs_is_given_back_there_and_then(path: Path) -> None:
     with DbWriter(path) as db:
         wrapped = AsyncDbWriter.wrap(db)
         is_there = asyncio.Event()
@@ -932,9 +931,11 @@ def test_a_reader_whose_task_is_collected_behind_the_end_of_its_loop_is_given_ba
                 is_there.set()
                 await asyncio.Event().wait()
 
-        left_in_a_closed_loop(reads_for_ever(), is_there.is_set)  # nobody keeps it
-        gc.collect()
+        reading = reads_for_ever()
+        task = left_in_a_closed_loop(reading, is_there.is_set)
+        reading.close()
         assert pool_of(db).in_use == 0
+        assert not task.done()
 
 
 @pytest.mark.parametrize("mode", ["WAL", "DELETE"])
