@@ -146,11 +146,7 @@ class JobQueue(queue.Queue[Job[Any]]):
         fresh: deque[Job[Any]] = deque()
         if not self._aside:
             self._aside, self.queue = self.queue, fresh
-        try:
-            self._put_back()
-        except BaseException:  # Ctrl-C
-            self._put_back()
-            raise
+        self._put_back()  # an interrupt leaves them aside: the next that looks here puts them back
 
     def _put_back(self) -> None:
         """Of those that were put aside, the ones that wait. Again, it changes nothing."""

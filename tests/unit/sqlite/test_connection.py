@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-from helpers import DEADLINE, holding_lock, in_threads, make, raises, run_child
+from helpers import DEADLINE, drop_session, holding_lock, in_threads, make, raises, rows_in, run_child
 from onewriter import DbWriter
 from onewriter.sqlite import connection as connection_module
 from onewriter.sqlite import pragma_values
@@ -247,6 +247,29 @@ def test_the_journal_mode_of_a_file_follows_the_gateway_that_opens_it(path: Path
             assert db.read_value("SELECT count(*) FROM t") >= 1
     with DbWriter(path) as db:
         assert db.read_value("SELECT count(*) FROM t") == 6
+
+
+def test_a_file_that_others_keep_in_wal_mode_is_not_opened_in_another(path: Path) -> None:
+    make(path)
+    with contextlib.closing(sqlite3.connect(path)) as other:
+        assert other.execute("SELECT n FROM t").fetchall() == []
+        with pytest.raises(sqlite3.OperationalError, match="cannot open"):
+            DbWriter(path, journal_mode="DELETE", lock_timeout=0.0)
+
+
+def test_a_file_that_another_program_has_put_into_wal_mode_is_opened_again_in_that(path: Path) -> None:
+    """As long as somebody has it open it cannot be put back; that is no reason to fail the jobs."""
+    with (
+        DbWriter(path, journal_mode="DELETE", lock_timeout=0.0) as db,
+        contextlib.closing(sqlite3.connect(path)) as other,
+    ):
+        db.run("CREATE TABLE t (n)")
+        assert other.execute("PRAGMA journal_mode = WAL").fetchall() == [("wal",)]
+        assert other.execute("SELECT n FROM t").fetchall() == []
+        db.flush()  # the writer is idle
+        drop_session(db)
+        db.run("INSERT INTO t VALUES (1)")
+        assert rows_in(path) == [1]
 
 
 def test_no_checkpoint_of_ours_without_auto_checkpoint(path: Path) -> None:

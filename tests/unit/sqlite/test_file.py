@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from helpers import drop_session, eventually, file_of, names_in, run_child
+from helpers import drop_session, eventually, file_of, names_in, raising, run_child
 from onewriter import DbWriter, WriterBrokenError
 from onewriter.sqlite import file
 
@@ -306,6 +306,24 @@ def test_a_connection_that_cannot_be_closed_without_harm_stays_open_and_the_file
     with pytest.raises(WriterBrokenError, match="in another process"):
         DbWriter(path)
     assert seen_by_others(path) == "[(100,)]"
+
+
+def test_a_log_is_looked_at_although_the_opening_before_was_interrupted(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A connection of which it is not known what its log is does not stay."""
+    db = DbWriter(path, inline=True)
+    db.run("CREATE TABLE t (n)")
+    drop_session(db)  # as after an error that leaves it in doubt
+    with monkeypatch.context() as patch:
+        patch.setattr(file_of(db), "remember", raising(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            db.run(INSERT, (1,))
+    db.run(INSERT, (1,))
+    lose_log(path)
+    with pytest.raises(WriterBrokenError, match="-wal"):
+        db.run(INSERT, (2,))
+    db.close()
 
 
 def link_behind(path: Path) -> None:

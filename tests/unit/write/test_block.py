@@ -291,6 +291,16 @@ def test_an_expired_block_may_not_take_the_next_call_for_nested(db: DbWriter) ->
     assert rows(db) == [2, 3]
 
 
+def test_an_expired_block_says_why_also_when_it_has_long_been_rolled_back(db: DbWriter) -> None:
+    def use(tx: Transaction) -> None:
+        eventually(lambda: state_of(db).job is None)
+        with pytest.raises(TransactionClosedError, match="longer than max_hold"):
+            tx.execute(INSERT, (2,))
+
+    assert "longer than max_hold" in str(expire(db, use))
+    assert rows(db) == []
+
+
 def test_the_own_error_of_an_expired_block_is_not_hidden(db: DbWriter) -> None:
     with pytest.raises(LookupError), db.transaction(max_hold=0.05) as tx:
         tx.execute(INSERT, (1,))

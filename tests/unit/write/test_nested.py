@@ -155,6 +155,61 @@ def test_a_savepoint_that_cannot_be_kept_is_undone(table_db: DbWriter) -> None:
     assert rows_in(Path(table_db.path)) == [1, 2]
 
 
+def test_a_savepoint_that_a_function_of_sql_has_left_is_undone_before_anything_else(path: Path) -> None:
+    """It cannot be ended there, nor undone: the statement around it goes on."""
+    parts: list[Any] = []
+
+    def leave() -> None:
+        parts.pop().__exit__(None, None, None)
+
+    def hook(connection: sqlite3.Connection, readonly: bool) -> None:
+        connection.create_function("leave", 0, leave)
+
+    def caller(tx: Transaction) -> None:
+        parts.append(tx.savepoint())
+        parts[0].__enter__()
+        tx.execute(INSERT, (1,))
+        with pytest.raises(sqlite3.OperationalError, match="exception"):
+            tx.execute("SELECT leave()")
+        tx.execute(INSERT, (2,))
+
+    with DbWriter(path, on_connect=hook) as db:
+        db.run("CREATE TABLE t (n)")
+        db.run(caller)
+        assert rows(db) == [2]
+
+
+@pytest.mark.parametrize("is_dropped", [True, False], ids=["dropped", "failed"])
+def test_a_nested_block_that_fails_or_is_dropped_in_a_function_of_sql_is_undone_too(
+    path: Path, is_dropped: bool
+) -> None:
+    blocks: list[Any] = []
+    came: list[object] = []
+
+    def end() -> None:
+        block = blocks.pop()
+        if is_dropped:
+            del block
+            gc.collect()
+        else:
+            came.append(block.__exit__(LookupError, LookupError(), None))
+
+    def hook(connection: sqlite3.Connection, readonly: bool) -> None:
+        connection.create_function("finish", 0, end)
+
+    def caller(tx: Transaction) -> None:
+        blocks.append(db.transaction())
+        blocks[0].__enter__().execute(INSERT, (1,))
+        tx.execute("SELECT finish()")
+        tx.execute(INSERT, (2,))
+
+    with DbWriter(path, on_connect=hook) as db:
+        db.run("CREATE TABLE t (n)")
+        db.run(caller)
+        assert rows(db) == [2]
+    assert came == [None] * (not is_dropped)  # its own error goes on
+
+
 def test_the_note_of_such_a_refusal_tells_of_no_lock(table_db: DbWriter) -> None:
     kept: list[sqlite3.Cursor] = []
 

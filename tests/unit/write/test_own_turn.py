@@ -40,6 +40,7 @@ from onewriter import (
     WriterClosedError,
     WriteTimeoutError,
 )
+from onewriter.write import queue as queue_module
 from onewriter.write.block import ThreadBlock
 
 INSERT = "INSERT INTO t VALUES (?)"
@@ -494,3 +495,24 @@ def test_that_the_file_was_moved_is_known_as_soon_as_a_block_has_found_it(path: 
             block.__exit__(None, None, None) if moment == "in it" else block.__enter__()
         assert db.health.startswith("broken")
         assert db.close().failed == 1
+
+
+def test_a_block_that_others_wait_for_stays_open_although_the_writer_looks_whether_it_is_lost(
+    db: DbWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[bool] = []
+    end_if_lost = ThreadBlock.end_if_lost
+
+    def look(block: ThreadBlock) -> bool:
+        looks.append(end_if_lost(block))
+        return looks[-1]
+
+    monkeypatch.setattr(queue_module, "SLICE", 0.001)
+    monkeypatch.setattr(ThreadBlock, "end_if_lost", look)
+    with db.transaction() as tx:
+        ticket = db.enqueue(INSERT, (2,))
+        eventually(lambda: len(looks) > 2)
+        tx.execute(INSERT, (1,))
+        assert not ticket.done()
+    ticket.result(DEADLINE)
+    assert (rows(db), set(looks)) == ([1, 2], {False})

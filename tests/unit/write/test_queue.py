@@ -903,3 +903,44 @@ def test_what_a_finalizer_withdraws_while_jobs_are_taken_gives_its_room(
     monkeypatch.setattr(queue_module, "_forget_places", collects)
     assert bare.take_now(1) == [first]
     assert (bare._bounded, bare.depth) == (0, 0)
+
+
+def test_a_job_that_a_signal_handler_withdraws_when_it_was_just_put_back_gives_its_room_once(
+    bare: JobQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Deque(deque[Any]):
+        def extendleft(self, jobs: Any) -> None:
+            super().extendleft(jobs)
+            second.cancel()
+
+    first, second, third = job_for(bare), job_for(bare), job_for(bare)
+    for job in (first, second, third):
+        bare.put(job)
+    monkeypatch.setattr(queue_module, "FEW", -2)  # the first that is withdrawn is worth a walk
+    monkeypatch.setattr(queue_module, "deque", Deque)
+    assert first.cancel()
+    assert second.cancelled()
+    assert bare.take_now(3) == [second, third]
+    assert (bare._bounded, bare.depth, bare._withdrawn) == (0, 0, set())
+
+
+@pytest.mark.parametrize(
+    "look",
+    [JobQueue.waiting_jobs, partial(JobQueue.take_now, limit=2), partial(JobQueue.take, limit=2)],
+    ids=["wait", "take now", "take"],
+)
+def test_what_interrupts_have_left_aside_is_among_what_waits(
+    bare: JobQueue, monkeypatch: pytest.MonkeyPatch, look: Callable[[JobQueue], Any]
+) -> None:
+    """The writer runs it, and who withdraws or fails all that waits does not pass it over."""
+    first, second = job_for(bare), job_for(bare)
+    bare.put(first)
+    bare.put(second)
+    with monkeypatch.context() as patch:
+        patch.setattr(queue_module, "FEW", -1)  # the first that is withdrawn is worth a walk
+        patch.setattr(bare, "_put_back", raising(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            first.cancel()
+        assert not bare.queue
+    monkeypatch.setattr(bare, "_token", None)  # for which there is no need to sleep
+    assert look(bare) == [second]
