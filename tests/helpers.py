@@ -24,7 +24,7 @@ from onewriter.sqlite.file import DatabaseFile
 from onewriter.sqlite.retry import LockPolicy
 from onewriter.tasks.threads import ReadingThreads
 from onewriter.write.checkpoint import Checkpointer
-from onewriter.write.driver import Driver
+from onewriter.write.driver import Driver, ThreadDriver
 from onewriter.write.queue import JobQueue
 from onewriter.write.session import WriteSession
 from onewriter.write.writer import Writer
@@ -68,7 +68,9 @@ def checkpointer_of(db: DbWriter | AsyncDbWriter) -> Checkpointer:
 
 
 def drop_session(db: DbWriter | AsyncDbWriter) -> None:
-    """As after an error that leaves it in doubt, while the writer is idle; the next job opens another."""
+    """As after an error that leaves it in doubt, as soon as the writer is idle; the next job opens another."""
+    is_free = threading.get_ident() == state_of(db).writer_thread or not isinstance(driver_of(db), ThreadDriver)
+    eventually(lambda: is_free or queue_of(db)._asleep)
     writer_of(db)._connection.drop()
 
 

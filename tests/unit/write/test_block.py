@@ -271,12 +271,19 @@ def test_a_python_function_inside_a_statement_is_waited_for_and_no_longer(path: 
     def hook(connection: sqlite3.Connection, readonly: bool) -> None:
         connection.create_function("wait", 0, wait)
 
+    def expires(db: DbWriter) -> TransactionClosedError:
+        # Long enough for it to come there on a busy machine, and shorter than the other waits.
+        with pytest.raises(TransactionClosedError) as caught, db.transaction(max_hold=0.5) as tx:
+            tx.execute(INSERT, (1,))
+            tx.execute("SELECT wait() UNION ALL SELECT 2")
+        return caught.value
+
     with DbWriter(path, on_connect=hook) as db, ThreadPoolExecutor() as pool:
         db.run("CREATE TABLE t (n UNIQUE)")
-        expired = pool.submit(expire, db, lambda tx: tx.execute("SELECT wait() UNION ALL SELECT 2"))
+        expired = pool.submit(expires, db)
         assert inside.wait(DEADLINE)
         with pytest.raises(WriteTimeoutError):
-            db.run(INSERT, (2,), timeout=0.2)
+            db.run(INSERT, (2,), timeout=1.0)
         go_on.set()
         assert "max_hold" in str(expired.result(DEADLINE))
         assert rows(db) == []
