@@ -184,7 +184,7 @@ class Tests:
             for file in data.measured_files():
                 lines = passing.setdefault("/".join(Path(file).parts[Path(file).parts.index("onewriter") + 1 :]), {})
                 for line, contexts in data.contexts_by_lineno(file).items():
-                    names = {context.split("|")[-1].rsplit(" (", 1)[0] for context in contexts}
+                    names = {re.sub(r" \((setup|call|teardown)\)$", "", context) for context in contexts}
                     lines.setdefault(line, set()).update(places[name] for name in names & places.keys())
             part.unlink()
         return {file: {line: sorted(found) for line, found in lines.items()} for file, lines in passing.items()}
