@@ -90,8 +90,7 @@ def test_closing_says_what_it_withdrew_and_nothing_if_that_is_nothing(
     assert caplog.messages == []
     db = DbWriter(path)
     with parked(db) as release:
-        db.enqueue("SELECT 1")
-        threading.Timer(0.05, release.set).start()
+        db.enqueue("SELECT 1").add_done_callback(lambda _: release.set())  # as soon as it is withdrawn
         report = db.close(drain=False)
     assert report.cancelled == 1
     assert [message for message in caplog.messages if "withdrew" in message] == ["app.db: close withdrew 1 queued jobs"]
