@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import sqlite3
-import threading
 from pathlib import Path
 from typing import Any
 

@@ -75,7 +75,7 @@ class Places:
         self._on_all_back: Callable[[], object] = str  # or what is to be called then
         self.used_by = set()
         self._paused_until = 0.0  # no claim is admitted until then; 0: there is no pause
-        self._pausing = -1  # the thread that makes the pause
+        self._pausing = -1  # the thread that makes the pause, or made the last one
         self._returned = Flag()  # in a pause: one has come back
 
     # Who waits --------------------------------------------------------------------------------------------------------
@@ -306,7 +306,7 @@ class Places:
             yield
         finally:
             with self._lock:
-                self._paused_until, self._pausing = 0.0, -1
+                self._paused_until = 0.0
                 self._serve()
 
     def _end_pause(self, now: float) -> float:

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import sqlite3
 import threading
+from collections import deque
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -171,13 +172,9 @@ class LentCursor(sqlite3.Cursor):
 
         def run(statement: str) -> None:
             lending.transaction.run_bare(sqlite3.Cursor.execute, raw, statement)
-            for _ in raw:
-                pass
+            deque(raw, 0)  # to its end: no signal handler comes in between, and leaves it half run
 
-        try:
-            lending.transaction.script(split_script(sql), run)
-        finally:
-            raw.close()
+        lending.transaction.script(split_script(sql), run)
 
     def fetchone(self) -> Any:
         row = self.__fetch(sqlite3.Cursor.fetchone)

@@ -157,7 +157,8 @@ class TaskBlock(Block):
         """Those of this task have ended with it."""
         inside = self.innermost
         while inside is not None and inside is not savepoint:
-            inside.is_open = inside.is_open and not inside.is_mine()
+            if inside.is_mine():
+                inside.is_open = False
             inside = inside.outer
 
     def _look_again(self) -> None:

@@ -349,10 +349,12 @@ def test_a_file_whose_name_has_become_a_link_to_it_is_another_file(
     db.run(INSERT, (1,))  # in the log that nobody else has
     link_behind(files[name])
     run_child(WRITES_AND_IS_KILLED.format(path=str(files[name])))
+    before = files[name].read_bytes()
     if is_noticed:
         with pytest.raises(WriterBrokenError, match="another file now"):
             db.run(INSERT, (2,))
     db.close()
+    assert files[name].read_bytes() == before
     assert seen_by_others(files[name]) == "[(100,)]"
 
 

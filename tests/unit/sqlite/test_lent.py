@@ -594,6 +594,11 @@ def test_a_script_leaves_alone_what_its_cursor_has(blobs: DbWriter, lender: str)
     assert blobs.read("SELECT n FROM t ORDER BY n") == [(7,), (8,)]
 
 
+def test_a_script_makes_no_rows(path: Path) -> None:
+    with DbWriter(path, row_factory=raising(LookupError)) as db, db.transaction() as tx:
+        tx.connection.executescript("SELECT 1; SELECT 2")
+
+
 @pytest.mark.parametrize("lender", ["block", "nested"])
 def test_many_rows_from_an_iterator_leave_the_last_rowid_as_it_was(blobs: DbWriter, lender: str) -> None:
     with lent_by(blobs, lender) as connection:

@@ -20,6 +20,13 @@ ENTERS: list[Enter] = [lambda _, tx: tx.savepoint(), lambda db, _: db.transactio
 kinds = pytest.mark.parametrize("enter", ENTERS, ids=["savepoint", "nested block"])
 
 
+async def write_in_savepoint(tx: AsyncTransaction, n: int, go_on: asyncio.Event | None = None) -> None:
+    if go_on is not None:
+        await go_on.wait()
+    async with tx.savepoint():
+        await tx.execute(INSERT, (n,))
+
+
 @kinds
 def test_one_that_is_left_before_one_of_the_same_task_inside_it_keeps_that_too(path: Path, enter: Enter) -> None:
     async def inside(db: AsyncDbWriter, tx: AsyncTransaction) -> AsyncIterator[None]:
@@ -33,11 +40,33 @@ def test_one_that_is_left_before_one_of_the_same_task_inside_it_keeps_that_too(p
                 async with tx.savepoint():
                     generator = inside(db, tx)
                     await anext(generator)
-                with pytest.raises(TransactionClosedError, match="savepoint"):
-                    await anext(generator)
+                await asyncio.create_task(write_in_savepoint(tx, 4))  # it has ended, though nobody has left it
+                go_on = asyncio.Event()
+                other = asyncio.create_task(write_in_savepoint(tx, 3, go_on))
                 async with tx.savepoint():
+                    with pytest.raises(TransactionClosedError, match="savepoint"):
+                        await anext(generator)
+                    go_on.set()
+                    waiting = await beats(3, other)  # for this one, which is open yet
                     await tx.execute(INSERT, (2,))
-            assert await rows(db) == [1, 2]
+                await waiting
+            assert await rows(db) == [1, 4, 2, 3]
+
+    run(main)
+
+
+@kinds
+def test_one_that_nobody_can_leave_is_undone_before_the_one_around_it_is_kept(path: Path, enter: Enter) -> None:
+    async def main() -> None:
+        async with opened(path) as db:
+            async with db.transaction() as tx:
+                async with tx.savepoint():
+                    entry = enter(db, tx)
+                    await entry.__aenter__()
+                    await tx.execute(INSERT, (1,))
+                    del entry
+                await tx.execute(INSERT, (2,))
+            assert await rows(db) == [2]
 
     run(main)
 
@@ -74,9 +103,8 @@ def test_one_that_a_helping_task_has_entered_is_waited_for(path: Path) -> None:
                 await asyncio.shield(stack.enter_async_context(tx.savepoint()))
 
                 async def other() -> None:
-                    async with tx.savepoint():
-                        order.append("other")
-                        await tx.execute(INSERT, (2,))
+                    await write_in_savepoint(tx, 2)
+                    order.append("other")
 
                 waiting = await beats(3, other())
                 await tx.execute(INSERT, (1,))

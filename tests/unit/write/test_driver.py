@@ -16,6 +16,8 @@ import pytest
 from helpers import DEADLINE, child_code, driver_of, eventually, raises, rows, run_child
 from onewriter import DbWriter, Ticket, WriteTimeoutError
 from onewriter.core import Core
+from onewriter.errors import closed_error
+from onewriter.options import Options
 from onewriter.write.driver import InlineDriver
 
 INSERT = "INSERT INTO t VALUES (?)"
@@ -211,3 +213,13 @@ def test_a_gateway_whose_constructor_was_interrupted_at_its_end_is_collected(
     with pytest.warns(ResourceWarning), pytest.raises(LookupError):
         DbWriter(path)
     eventually(lambda: not [thread for thread in threading.enumerate() if "writer" in thread.name])
+
+
+def test_a_writer_that_was_given_up_before_it_has_begun_has_ended(path: Path) -> None:
+    core = Core(path, Options())
+    core.queue.refuse(closed_error())
+    core.driver.give_up()
+    assert core.driver.join(DEADLINE)
+    driver: Any = core.driver
+    driver._main()  # its thread, if that begins after all
+    assert not path.exists()
