@@ -50,7 +50,7 @@ def test_one_that_is_left_before_one_of_the_same_task_inside_it_keeps_that_too(p
                     waiting = await beats(3, other)  # for this one, which is open yet
                     await tx.execute(INSERT, (2,))
                 await waiting
-            assert await rows(db) == [1, 4, 2, 3]
+            assert await rows(db) == [1, 2, 3, 4]
 
     run(main)
 
