@@ -37,11 +37,14 @@ def test_one_that_is_left_before_one_of_the_same_task_inside_it_keeps_that_too(p
     async def main() -> None:
         async with opened(path) as db:
             async with db.transaction() as tx:
+                go_on = asyncio.Event()
+                other = asyncio.create_task(write_in_savepoint(tx, 4, go_on))
                 async with tx.savepoint():
                     generator = inside(db, tx)
                     await anext(generator)
-                await asyncio.create_task(write_in_savepoint(tx, 4))  # it has ended, though nobody has left it
-                go_on = asyncio.Event()
+                go_on.set()
+                await other  # it has ended, though nobody has left it
+                go_on.clear()
                 other = asyncio.create_task(write_in_savepoint(tx, 3, go_on))
                 async with tx.savepoint():
                     with pytest.raises(TransactionClosedError, match="savepoint"):
