@@ -152,6 +152,9 @@ class LentCursor(sqlite3.Cursor):
             for row in rows:
                 call(sqlite3.Cursor.executemany, new, sql, (row,))
                 count += new.rowcount if count >= 0 else 0
+        except BaseException:
+            count = -1  # as of any that fails
+            raise
         finally:
             self.__raw, self.__rowcount, self.__lastrowid = new, count, self.lastrowid
             self.__lent._lending.drop(old)

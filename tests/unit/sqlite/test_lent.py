@@ -610,6 +610,15 @@ def test_many_rows_from_an_iterator_leave_the_last_rowid_as_it_was(blobs: DbWrit
 
 
 @pytest.mark.parametrize("lender", ["block", "nested"])
+def test_many_rows_from_an_iterator_of_which_one_fails_are_no_number_of_rows(blobs: DbWriter, lender: str) -> None:
+    with lent_by(blobs, lender) as connection:
+        cursor = connection.cursor()
+        with pytest.raises(sqlite3.ProgrammingError):
+            cursor.executemany("INSERT INTO t VALUES (?)", iter([(1,), (1, 2)]))
+        assert cursor.rowcount == -1
+
+
+@pytest.mark.parametrize("lender", ["block", "nested"])
 def test_a_closed_cursor_runs_nothing(blobs: DbWriter, lender: str) -> None:
     with lent_by(blobs, lender) as connection:
         cursor = connection.cursor()
