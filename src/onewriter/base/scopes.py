@@ -6,7 +6,7 @@ import asyncio
 import threading
 import weakref
 from asyncio import _get_running_loop
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextvars import ContextVar
 from threading import get_ident
 from typing import Any, Generic, TypeAlias, TypeVar
@@ -110,19 +110,18 @@ class Scopes(Generic[S]):
     def end_jobs(self) -> None:
         _innermost.set(self._around_job)
 
-    def innermost(self, *, writes: bool = False) -> S | None:
-        """The owner of the innermost scope that the caller is inside; ``writes``: of those that write."""
-        return next(self.around(writes=writes), None)
-
-    def around(self, *, writes: bool = False) -> Iterator[S]:
-        """The owners of all scopes that the caller is inside, innermost first; ``writes``: of those that write."""
+    def innermost(self, *, writes: bool = False, counts: Callable[[S], bool] | None = None) -> S | None:
+        """The owner of the innermost scope that the caller is inside; ``writes``: of those that write; ``counts``: of
+        those whose owner does.
+        """
         node = _innermost.get()
         while node is not None:
             scope, node = node[0](), node[1]
             if scope is not None and scope._scopes is self and (scope.writes or not writes):
                 what = scope.what  # looked up once: another thread may end it
-                if what is not None and scope.is_around():
-                    yield what
+                if what is not None and scope.is_around() and (counts is None or counts(what)):
+                    return what  # type: ignore[no-any-return]
+        return None
 
     def inherited(self, *, own: bool = False) -> list[S]:
         """The scopes of the caller's context, innermost first: its own, and those in which its task was created;

@@ -252,7 +252,7 @@ class State:
 
         A generator may keep a part of a block open that has ended: that holds up nobody.
         """
-        return any(not is_over(what) for what in self.scopes.around(writes=writes))
+        return self.scopes.innermost(writes=writes, counts=is_open) is not None
 
     def refuse_endless_wait(
         self, what: str, *, awaits: bool = False, since: float = math.inf, commits: bool = True
@@ -312,10 +312,10 @@ class State:
         return "the writer is between jobs"
 
 
-def is_over(what: Any) -> bool:
-    """Whether the outcome of the job or block is known."""
+def is_open(what: Any) -> bool:
+    """Whether the outcome of the job or block is not known yet; a reader has none."""
     job = getattr(what.lends(), "job", None)
-    return job is not None and job.done()
+    return job is None or not job.done()
 
 
 def broken_error(cause: BaseException) -> WriterBrokenError:
