@@ -390,3 +390,9 @@ def test_what_is_to_end_at_once_does_although_its_time_limit_is_lifted(one: DbWr
         claim = new_claim("read", deadline)
         pool.clock.lift(claim)
         assert claim.deadline == expected
+
+
+def test_a_read_that_was_slow_is_named_at_its_end(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with DbWriter(path, inline=True, slow_after=0.0) as db:
+        db.read("SELECT 5")
+    assert [message for message in caplog.messages if "SELECT 5 was open for" in message]
