@@ -96,7 +96,7 @@ class State:
         self.broken: BaseException | None = None  # why the gateway is out of service
         self.lacks_room = False  # a job has met a full disk: a checkpoint may make room
         self.readers_block_commits = False  # as in the rollback-journal modes
-        self.reads_here: Callable[[], bool] = bool  # the pool's: whether the calling thread is in the midst of a read
+        self.reads_here: Callable[[], bool] = bool  # the pool's: whether this thread is in a read that has a snapshot
         self.forked = False  # this is a child of the process that it belongs to
         self.writer_thread = 0
         self.reporting: set[int] = set()  # threads inside our log calls: failures of what they enqueue stay unlogged

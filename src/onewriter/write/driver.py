@@ -135,7 +135,7 @@ class ThreadDriver:
     def _main(self) -> None:
         try:
             run = self._to_run.pop()
-        except IndexError:
+        except IndexError:  # it was given up before it has begun
             return
         self._has_begun = True
         run()
