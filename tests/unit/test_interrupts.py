@@ -269,6 +269,19 @@ class _HandlerError(Exception):
     """What a signal handler of the application raises."""
 
 
+def test_what_a_handler_raises_while_sqlite_asks_comes_out_of_an_opening(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def decide(self: Guard, action: int, *_: object) -> int:
+        raise _HandlerError
+
+    with monkeypatch.context() as patch, pytest.raises(_HandlerError):
+        patch.setattr(Guard, "decide", decide)
+        DbWriter(tmp_path / "app.db", inline=True)
+    with DbWriter(tmp_path / "app.db", inline=True) as db:  # nothing was left behind
+        assert db.run("SELECT 1").rows == [(1,)]
+
+
 def test_what_a_handler_raises_while_sqlite_asks_comes_out_also_of_a_table_valued_pragma(
     any_db: DbWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -188,7 +188,11 @@ def _writer(settings: Settings, guard: Guard, make: Callable[[sqlite3.Connection
         configure(connection, settings, database_names(connection))
         _disable_implicit_transactions(connection)
         guard.install(connection)
-        return make(connection, guard)
+        try:
+            return make(connection, guard)
+        except sqlite3.Error as error:
+            guard.explain(error)  # which raises what a signal handler did, while SQLite asked
+            raise
 
 
 def _set_journal_mode(connection: sqlite3.Connection, settings: Settings, again: bool) -> None:
