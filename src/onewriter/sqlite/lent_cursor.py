@@ -154,10 +154,14 @@ class LentCursor(sqlite3.Cursor):
                 count += new.rowcount if count >= 0 else 0
         except BaseException:
             count = -1  # as of any that fails
+            with contextlib.suppress(Exception):  # the loan has ended: so has the statement
+                call(read_to_its_end, new)  # what RETURNING has left would be in the way of a COMMIT
             raise
         finally:
             self.__raw, self.__rowcount, self.__lastrowid = new, count, self.lastrowid
             self.__lent._lending.drop(old)
+            if self.__is_closed:  # by what gives the rows
+                self.close()
 
     def executescript(self, sql: str, /) -> Self:
         lent = self.__lent
@@ -171,13 +175,21 @@ class LentCursor(sqlite3.Cursor):
         lending = self.__lent._lending
         # By another one: what this cursor has to give, and says of its last statement, stays as it is.
         raw = sqlite3.Connection.cursor(lending.loan.connection)
+        lending.live[raw] = None
         raw.row_factory = None
 
         def run(statement: str) -> None:
-            lending.transaction.run_bare(sqlite3.Cursor.execute, raw, statement)
-            deque(raw, 0)  # to its end: no signal handler comes in between, and leaves it half run
+            try:
+                lending.transaction.run_bare(sqlite3.Cursor.execute, raw, statement)
+                read_to_its_end(raw)
+            except BaseException:
+                raw.close()  # a converter has failed: the statement is open yet, and nothing could be undone
+                raise
 
-        lending.transaction.script(split_script(sql), run)
+        try:
+            lending.transaction.script(split_script(sql), run)
+        finally:
+            lending.drop(raw)
 
     def fetchone(self) -> Any:
         row = self.__fetch(sqlite3.Cursor.fetchone)
@@ -227,6 +239,16 @@ class LentCursor(sqlite3.Cursor):
             with contextlib.suppress(TransactionAbortedError):  # it would hide why SQLite has rolled back
                 loan.call(sqlite3.Cursor.close, self.__raw)
                 self.__is_closed = True
+
+
+def read_to_its_end(raw: sqlite3.Cursor) -> None:
+    """Drop the rows; no text is decoded."""
+    connection = raw.connection
+    factory, connection.text_factory = connection.text_factory, bytes
+    try:
+        deque(raw, 0)  # in one call: no signal handler comes in between, and leaves it half run
+    finally:
+        connection.text_factory = factory
 
 
 def is_plain_row(factory: Any) -> bool:

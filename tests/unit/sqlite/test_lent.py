@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import linecache
 import sqlite3
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -596,7 +598,93 @@ def test_a_script_leaves_alone_what_its_cursor_has(blobs: DbWriter, lender: str)
 
 def test_a_script_makes_no_rows(path: Path) -> None:
     with DbWriter(path, row_factory=raising(LookupError)) as db, db.transaction() as tx:
-        tx.connection.executescript("SELECT 1; SELECT 2")
+        tx.connection.text_factory = raising(TypeError)
+        tx.connection.executescript("SELECT 1; SELECT 'a'; SELECT CAST(x'ff' AS TEXT)")
+        with pytest.raises(TypeError):
+            tx.connection.execute("SELECT 'a'").fetchone()
+
+
+def test_scripts_leave_no_cursors_behind(blobs: DbWriter) -> None:
+    with blobs.transaction() as tx:
+        counts = []
+        for _ in range(2):
+            for _ in range(9):
+                tx.connection.executescript("SELECT 1")
+            gc.collect()
+            counts.append(sum(type(thing) is sqlite3.Cursor for thing in gc.get_objects()))
+    assert counts[0] == counts[1]
+
+
+def test_a_script_whose_row_cannot_be_made_is_undone_with_that_error_and_leaves_nothing_open(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sqlite3.converters, "FAILS", raising(LookupError))
+    with DbWriter(path, detect_types=sqlite3.PARSE_COLNAMES, lock_timeout=0.1) as db:
+        db.run("CREATE TABLE t (n)")
+        ticket = db.enqueue(
+            lambda tx: tx.connection.executescript('INSERT INTO t VALUES (1) RETURNING n AS "n [fails]"')
+        )
+        error = ticket.exception(DEADLINE)  # which keeps the frames, and what they have
+        assert isinstance(error, LookupError)
+        with db.transaction() as tx:
+            with contextlib.suppress(LookupError):
+                tx.connection.executescript('INSERT INTO t VALUES (2) RETURNING n AS "n [fails]"')
+            tx.execute("INSERT INTO t VALUES (3)")
+        assert db.read("SELECT n FROM t") == [(3,)]
+
+
+def test_a_script_that_is_interrupted_twice_leaves_nothing_open_behind_its_block(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def second(frame: FrameType, event: str, _: object) -> Any:
+        line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+        if event == "line" and "raw.close()" in line:
+            sys.settrace(None)
+            raise KeyboardInterrupt
+        return second
+
+    monkeypatch.setitem(sqlite3.converters, "FAILS", raising(LookupError))
+    with DbWriter(path, detect_types=sqlite3.PARSE_COLNAMES, lock_timeout=0.1) as db:
+        db.run("CREATE TABLE t (n)")
+        with pytest.raises(BaseException) as caught, db.transaction() as tx:  # noqa: PT011 - whatever became of it
+            sys.settrace(second)
+            try:
+                tx.connection.executescript('INSERT INTO t VALUES (1) RETURNING n AS "n [fails]"')
+            finally:
+                was_interrupted = sys.gettrace() is None
+                sys.settrace(None)
+        assert was_interrupted and caught.value is not None  # its frames are kept
+        db.run("INSERT INTO t VALUES (3)")
+        assert db.read("SELECT n FROM t") == [(3,)]
+
+
+def test_rows_that_a_failing_executemany_returns_are_in_the_way_of_no_commit(blobs: DbWriter) -> None:
+    def rows() -> Iterator[tuple[int]]:
+        yield (1,)
+        raise LookupError
+
+    with blobs.transaction() as tx:
+        cursor = tx.connection.cursor()
+        with pytest.raises(LookupError):
+            cursor.executemany("INSERT INTO t VALUES (?) RETURNING n", rows())
+        tx.connection.commit()
+        tx.connection.execute("DELETE FROM t")
+        tx.connection.rollback()
+        assert cursor.fetchall() == [] and [column[0] for column in cursor.description] == ["n"]
+    assert blobs.read("SELECT n FROM t") == [(1,)]
+
+
+def test_a_cursor_that_is_closed_by_its_own_rows_is_closed(blobs: DbWriter) -> None:
+    def rows() -> Iterator[tuple[int]]:
+        yield (1,)
+        cursor.close()
+
+    with blobs.transaction() as tx:
+        cursor = tx.connection.cursor()
+        cursor.executemany("INSERT INTO t VALUES (?)", rows())
+        for call in (cursor.execute, cursor.executescript):
+            with pytest.raises(sqlite3.ProgrammingError, match="closed cursor"):
+                call("SELECT 1")
 
 
 @pytest.mark.parametrize("lender", ["block", "nested"])
