@@ -250,6 +250,13 @@ class TaskSavepoint:
         task = self._task and self._task()
         return task is not None and task is running_task() and self.entry() is not None
 
+    def is_left_late(self) -> bool:
+        """Whether one around it has been left before."""
+        outer = self.outer
+        while outer is not None and outer.is_open:
+            outer = outer.outer
+        return outer is not None
+
     def lends(self) -> WriteLoan:
         return self.block.lends()
 

@@ -44,6 +44,11 @@ class SentPart:
             with contextlib.suppress(BaseException):  # the error is the task's own, and goes on there
                 undo(self._loan, self._mark, error, has_failed=True)
 
+    def tell_if_kept(self, error: BaseException) -> None:
+        """Raise, in place of ``error``, if it could not be undone any more."""
+        if self._mark is not None and self._mark.ended_with_outer:
+            tell_kept(error, TransactionClosedError(self._mark.ended_with_outer), has_failed=True)
+
 
 class SavepointEntry:
     """Of tasks that share the transaction, one at a time is in a savepoint."""
@@ -106,12 +111,15 @@ async def _undo(savepoint: TaskSavepoint, part: SentPart, inner: WriteLoan | Non
         inner.close(ENDED)
     block = savepoint.block
     try:
-        _send_undo(block, part, error)
+        was_sent = _send_undo(block, part, error)
+        if was_sent and savepoint.is_left_late() and isinstance(error, Exception):
+            await block.call(part.tell_if_kept, error)
     finally:
         block.leave(savepoint)
 
 
-def _send_undo(block: TaskBlock, part: SentPart, error: BaseException) -> None:
+def _send_undo(block: TaskBlock, part: SentPart, error: BaseException) -> bool:
+    """Returns whether the writer thread is to do it; it is not waited for."""
     try:
         block.send(part.undo, error)
         if has_note(error, STAYS):  # of one inside this
@@ -119,6 +127,8 @@ def _send_undo(block: TaskBlock, part: SentPart, error: BaseException) -> None:
     except TransactionClosedError as late:  # whose end has undone all, or has kept it
         if not (block.is_undone or block.lends().was_too_long):
             tell_kept(error, late, has_failed=True)
+        return False
+    return True
 
 
 async def _keep(block: TaskBlock, part: SentPart) -> None:

@@ -125,9 +125,9 @@ def undo(loan: WriteLoan, mark: Mark, error: BaseException, has_failed: bool) ->
 def tell_kept(error: BaseException, late: TransactionClosedError, has_failed: bool) -> None:
     """A part cannot be undone any more: ``error`` alone would say that it was. If it has not failed by itself, that is
     a signal handler's, just behind its end."""
+    if isinstance(error, TransactionClosedError):
+        return
     if has_failed and isinstance(error, Exception):
-        if isinstance(error, TransactionClosedError):
-            return
         raise late from error
     with contextlib.suppress(BaseException):  # as from a frozen dataclass, which refuses notes
         BaseException.add_note(error, f"onewriter: what failed was not undone: {late}")

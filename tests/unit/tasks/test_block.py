@@ -10,7 +10,7 @@ import sqlite3
 import threading
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -203,11 +203,144 @@ def test_a_savepoint_that_fails_undoes_those_inside_it_that_are_still_open(path:
                         await entered.wait()
                         raise LookupError
                 leave.set()
-                with pytest.raises(TransactionClosedError, match="ended with the one around it"):
+                with pytest.raises(TransactionClosedError, match="ended with the one around it") as caught:
                     await task
+                assert not notes_of(caught.value), "a note that repeats it"
                 async with tx.savepoint():
                     await tx.execute(INSERT, (3,))
             assert await rows(db) == [3]
+
+    run(main)
+
+
+@pytest.mark.parametrize("outer_fails", [False, True])
+@pytest.mark.parametrize("between", [0, 1])
+def test_a_savepoint_that_fails_behind_the_one_around_it_says_that_it_is_not_undone(
+    path: Path, outer_fails: bool, between: int
+) -> None:
+    async def main() -> None:
+        async with opened(path) as db:
+            async with db.transaction() as tx:
+
+                async def inside() -> AsyncIterator[None]:
+                    async with contextlib.AsyncExitStack() as stack:
+                        for _ in range(between):
+                            await stack.enter_async_context(tx.savepoint())
+                        async with tx.savepoint():
+                            await tx.execute(INSERT, (2,))
+                            yield
+                            await tx.execute(INSERT, (3,))
+                            raise ZeroDivisionError
+
+                generator = inside()
+                with contextlib.suppress(LookupError):
+                    async with tx.savepoint():
+                        await tx.execute(INSERT, (1,))
+                        await anext(generator)
+                        if outer_fails:
+                            raise LookupError
+                with pytest.raises(TransactionClosedError, match="ended with the one around it") as caught:
+                    await anext(generator)
+                assert isinstance(caught.value.__cause__, ZeroDivisionError)
+                assert not notes_of(caught.value), "a note that repeats it"
+            assert await rows(db) == ([3] if outer_fails else [1, 2, 3])
+
+    run(main)
+
+
+def test_a_savepoint_that_fails_inside_one_of_a_block_that_is_over_gives_its_error(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path) as db:
+
+            async def inside(tx: AsyncTransaction) -> AsyncIterator[None]:
+                async with tx.savepoint():
+                    yield
+                    raise ZeroDivisionError
+
+            with pytest.raises(LookupError):
+                async with db.transaction() as tx:
+                    async with tx.savepoint():
+                        generator = inside(tx)
+                        await anext(generator)
+                        raise LookupError
+            with pytest.raises(ZeroDivisionError):  # all of it is undone
+                await anext(generator)
+
+    run(main)
+
+
+@pytest.mark.parametrize("has_begun", [False, True])
+def test_a_savepoint_of_another_task_that_fails_says_whether_it_ended_with_the_outermost(
+    path: Path, has_begun: bool
+) -> None:
+    async def main() -> None:
+        async with opened(path) as db:
+            outcomes: list[str] = []
+
+            async def inside(tx: AsyncTransaction, entered: asyncio.Event, leave: asyncio.Event) -> None:
+                async with tx.savepoint():
+                    if not has_begun:
+                        entered.set()
+                        await leave.wait()
+                    try:
+                        async with tx.savepoint():
+                            await tx.execute(INSERT, (1,))
+                            if has_begun:
+                                entered.set()
+                                await leave.wait()
+                            await tx.execute(INSERT, (2,))
+                            raise ZeroDivisionError
+                    except (ZeroDivisionError, TransactionClosedError) as error:
+                        outcomes.append(type(error).__name__)
+
+            async with db.transaction() as tx:
+                entered, leave = asyncio.Event(), asyncio.Event()
+                with pytest.raises(LookupError):
+                    async with tx.savepoint():
+                        task = asyncio.create_task(inside(tx, entered, leave))
+                        await entered.wait()
+                        raise LookupError
+                leave.set()
+                with pytest.raises(TransactionClosedError):
+                    await task
+            assert outcomes == ["TransactionClosedError" if has_begun else "ZeroDivisionError"]
+            assert await rows(db) == ([2] if has_begun else [])
+
+    run(main)
+
+
+def test_a_savepoint_that_is_cancelled_behind_the_one_around_it_says_so_once(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path) as db, db.transaction() as tx:
+
+            async def inside() -> AsyncIterator[None]:
+                async with tx.savepoint():
+                    yield
+                    raise asyncio.CancelledError
+
+            generator = inside()
+            async with tx.savepoint():
+                await anext(generator)
+            with pytest.raises(asyncio.CancelledError) as caught:
+                await anext(generator)
+            await tx.execute("SELECT 1")  # behind its end
+            assert notes_of(caught.value).count("was not undone") == 1
+
+    run(main)
+
+
+def test_a_savepoint_that_fails_does_not_wait_until_it_is_undone(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path) as db, db.transaction() as tx:
+            gate = threading.Event()
+            with pytest.raises(LookupError):
+                async with tx.savepoint():
+                    tx._block.send(gate.wait, DEADLINE)
+                    timer = asyncio.get_running_loop().call_later(1, gate.set)
+                    raise LookupError
+            assert not gate.is_set()
+            timer.cancel()
+            gate.set()
 
     run(main)
 
