@@ -102,6 +102,12 @@ class Reading:
 
     def alone(self, reader: Reader) -> Found:
         reader.clock.lift(reader.claim)  # its deadline was for the wait
+        try:
+            return self._read(reader)
+        except (StopIteration, StopAsyncIteration) as error:  # it would end the loop, as if the gateway were closed
+            raise RuntimeError(f"the query raised {type(error).__name__}") from error
+
+    def _read(self, reader: Reader) -> Found:
         read = self.query.read
         if isinstance(read, FunctionRead):
             result = read.alone(reader)

@@ -76,11 +76,12 @@ def _capture(sql: str, parameters: Any, caller: _Caller) -> Parameters:
             )
         if isinstance(parameters, Mapping):
             return _capture_named(sql, parameters, caller)
-        if isinstance(parameters, set | frozenset) or not (
-            isinstance(parameters, Iterable) or _is_sequence(parameters)
-        ):
+        if isinstance(parameters, Iterable) and not isinstance(parameters, set | frozenset):
+            parameters = tuple(parameters)
+        elif _is_sequence(parameters):  # as many as it has: it may raise no IndexError behind them
+            parameters = tuple([parameters[place] for place in range(len(parameters))])
+        else:
             raise TypeError(f"parameters are a sequence or a mapping, not {type(parameters).__name__}")
-        parameters = tuple(parameters)
     if _taken_as_is.issuperset(map(type, parameters)):
         return parameters  # type: ignore[no-any-return]
     return tuple([_take(value, place, caller) for place, value in enumerate(parameters, 1)])

@@ -640,6 +640,16 @@ def test_a_query_that_is_wrong_says_so(db: DbWriter) -> None:
         live.next()
 
 
+@pytest.mark.parametrize("error", [StopIteration, StopAsyncIteration])
+def test_a_query_that_raises_what_ends_loops_ends_none(db: DbWriter, error: type[Exception]) -> None:
+    with (
+        db.watch(raising(error), every=0) as live,
+        pytest.raises(RuntimeError, match=f"the query raised {error.__name__}") as e,
+    ):
+        list(live)
+    assert type(e.value.__cause__) is error
+
+
 def test_parameters_are_taken_at_the_call(db: DbWriter) -> None:
     params = [1]
     with db.watch("SELECT ?", params) as live:
