@@ -94,7 +94,8 @@ class SavepointEntry:
             if self._inner is not None:
                 self._inner.close(ENDED)
             try:
-                await self._block.until_innermost(savepoint)
+                if savepoint.is_open:  # or it has ended with the one around it, and only that is to be told
+                    await self._block.until_innermost(savepoint)
             except BaseException as late:
                 await _undo(savepoint, self._part, None, late)
                 raise

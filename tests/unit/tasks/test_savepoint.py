@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,81 @@ def test_one_that_is_left_before_one_of_the_same_task_inside_it_keeps_that_too(p
                     await tx.execute(INSERT, (2,))
                 await waiting
             assert await rows(db) == [1, 2, 3, 4]
+
+    run(main)
+
+
+@kinds
+def test_one_that_has_ended_with_the_one_around_it_waits_for_no_other_task_as_it_is_left(
+    path: Path, enter: Enter
+) -> None:
+    async def inside(db: AsyncDbWriter, tx: AsyncTransaction) -> AsyncIterator[None]:
+        async with enter(db, tx):
+            await tx.execute(INSERT, (1,))
+            yield
+
+    async def main() -> None:
+        async with opened(path) as db:
+            async with db.transaction() as tx:
+                entered, leave = asyncio.Event(), asyncio.Event()
+
+                async def other() -> None:
+                    async with tx.savepoint():
+                        await tx.execute(INSERT, (2,))
+                        entered.set()
+                        await leave.wait()
+
+                generator = inside(db, tx)
+                async with tx.savepoint():
+                    await anext(generator)
+                task = asyncio.create_task(other())
+                await entered.wait()
+                with pytest.raises(TransactionClosedError, match="savepoint"):
+                    await anext(generator)
+                leave.set()
+                await task
+            assert await rows(db) == [1, 2]
+
+    run(main)
+
+
+def test_one_of_another_task_that_has_ended_is_not_waited_for(path: Path) -> None:
+    """It is between two of one task, as where both tasks have one context."""
+
+    async def main() -> None:
+        async with opened(path) as db:
+            async with db.transaction() as tx:
+                context = contextvars.copy_context()
+                first, second, third = (asyncio.Event() for _ in range(3))
+
+                async def between() -> None:
+                    await first.wait()
+                    with pytest.raises(LookupError):
+                        async with tx.savepoint():
+                            second.set()
+                            await third.wait()
+                            raise LookupError
+
+                async def innermost() -> AsyncIterator[None]:
+                    async with tx.savepoint():
+                        yield
+
+                async def around() -> None:
+                    async with tx.savepoint():
+                        first.set()
+                        await second.wait()
+                        generator = innermost()
+                        await anext(generator)
+                        third.set()
+                        await task
+                    with pytest.raises(TransactionClosedError, match="ended with the one around it"):
+                        await anext(generator)
+
+                loop = asyncio.get_running_loop()
+                task = loop.create_task(between(), context=context)
+                await loop.create_task(around(), context=context)
+                await tx.execute(INSERT, (1,))
+            assert await rows(db) == [1]
 
     run(main)
 
