@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
-from asyncio import Future
-from collections.abc import Callable, Iterable
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from time import monotonic
 from typing import Any, TypeAlias
 
@@ -17,6 +17,7 @@ RELEASED_BEFORE = ("release unlocked lock",)
 SLICE = 0.25  # seconds; a signal that comes just before the thread sleeps is seen at its next wake-up
 
 
+KnownLoop: TypeAlias = "weakref.ref[asyncio.AbstractEventLoop]"  # nothing here keeps a loop, and the tasks in it
 Signal: TypeAlias = Any  # what one thread or task waits for: a lock that another releases, or a future of its loop
 
 
@@ -65,9 +66,17 @@ class Flag:
         return True
 
 
+def is_over(known: KnownLoop | None) -> bool:
+    """Whether the loop is closed, or was dropped without that: no task of it goes on."""
+    if known is None:
+        return False
+    loop = known()
+    return loop is None or loop.is_closed()
+
+
 def is_there(waiter: Any) -> bool:
     """Whether it waits: a task whose loop is closed never goes on."""
-    return not (isinstance(waiter, Future) and waiter.get_loop().is_closed())
+    return hasattr(waiter, "release") or not waiter.get_loop().is_closed()
 
 
 def wake(waiters: Iterable[Any]) -> None:
@@ -77,7 +86,7 @@ def wake(waiters: Iterable[Any]) -> None:
     """
     loops: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] | None = None
     for waiter in waiters:
-        if not isinstance(waiter, Future):
+        if hasattr(waiter, "release"):  # a lock; futures are of whatever class their loop has
             try:
                 waiter.release()
             except RuntimeError as error:
@@ -99,7 +108,17 @@ def wake(waiters: Iterable[Any]) -> None:
                 raise  # a signal handler's
 
 
-def resolve(futures: Iterable[asyncio.Future[None]]) -> None:
+def resolve(futures: Sequence[asyncio.Future[None]]) -> None:
+    """Called by their loop."""
+    try:
+        _resolve_each(futures)
+    except BaseException:  # a signal handler's, which asyncio would log, and go on
+        for future in futures[:1]:
+            future.get_loop().call_soon(_resolve_each, futures)
+        raise
+
+
+def _resolve_each(futures: Sequence[asyncio.Future[None]]) -> None:
     for future in futures:
         if not future.done():
             future.set_result(None)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import sqlite3
 import types
-from asyncio import AbstractEventLoop
 from collections.abc import Callable
 from threading import get_ident
 from time import monotonic
@@ -15,6 +14,7 @@ from typing import Any, Protocol
 from onewriter.base.arguments import check_label
 from onewriter.base.call_site import place_of
 from onewriter.base.garbage import Search
+from onewriter.base.waiting import KnownLoop
 
 
 class Limit(Protocol):
@@ -46,7 +46,7 @@ class Claim(SimpleNamespace):
     search: Search | None = None  # in the garbage, for what is inside it, while others wait
     runs_in = 0  # the thread of a task's call
     ends_in: int  # the thread that ends it; others leave it to that one
-    loop: AbstractEventLoop | None = None  # of its task, or in whose thread the block was entered
+    loop: KnownLoop | None = None  # of its task, or in whose thread the block was entered
     job: Limit | None = None  # of the function that the block is in, and its statements end with
     end_lost: Callable[[], object] | None = None  # of a task's block: to be called once its loop is closed
 

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from onewriter.base import garbage
 from onewriter.base.state import State
-from onewriter.base.waiting import Flag, thread_signal, wake
+from onewriter.base.waiting import Flag, is_over, thread_signal, wake
 from onewriter.errors import ReadTimeoutError, closed_error
 from onewriter.read.claim import NOBODY, Claim
 from onewriter.read.clock import GRACE, ReadClock
@@ -151,7 +151,7 @@ class Places:
             now = monotonic()
             if first is None:  # one was here as the iterator was made
                 continue
-            if first.loop is not None and first.loop.is_closed():  # its task never goes on
+            if is_over(first.loop):  # its task never goes on
                 self._line.pop(first, None)
                 continue
             if first not in self._line:  # one was here
@@ -191,7 +191,7 @@ class Places:
     def end_lost(self) -> None:
         """End those of tasks whose loop is closed: nothing of these runs any more, not even the end of their block."""
         for claim in self._lent():
-            if claim.end_lost is not None and claim.loop is not None and claim.loop.is_closed():
+            if claim.end_lost is not None and is_over(claim.loop):
                 claim.end_lost()
 
     def free_lost(self) -> None:
@@ -351,7 +351,7 @@ class Places:
         if self._state.is_inside_open() or self._has_one(me):
             return True
         claims = (*list(self._line), *self._lent())
-        return any(claim.thread == me or (loop is not None and claim.loop is loop) for claim in claims)
+        return any(claim.thread == me or (loop is not None and claim.loop is not None and claim.loop() is loop) for claim in claims)
 
     def _reads_here(self) -> bool:
         """Whether the calling thread, and not a task of its loop, has one with a snapshot, as a backup has: what calls

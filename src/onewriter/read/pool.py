@@ -7,6 +7,7 @@ import functools
 import math
 import sqlite3
 import threading
+import weakref
 from _thread import start_new_thread
 from asyncio import _get_running_loop
 from collections import OrderedDict
@@ -129,7 +130,8 @@ class ReaderPool(Places):
             with reader.snapshot() as snapshot:
                 self.clock.watch(claim, math.inf if job is None else job.held_until)
                 # Only inside does the scope say that a signal handler's close would wait for its own thread.
-                claim.thread, claim.loop = 0, _get_running_loop()
+                loop = _get_running_loop()
+                claim.thread, claim.loop = 0, None if loop is None else weakref.ref(loop)
                 try:
                     yield snapshot
                 finally:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from onewriter.base.arguments import check_callback
 from onewriter.base.scopes import running_task
 from onewriter.base.state import State
-from onewriter.base.waiting import seconds_until, wake
+from onewriter.base.waiting import is_over, seconds_until, wake
 from onewriter.errors import ReadTimeoutError, TransactionClosedError
 from onewriter.tasks.call import Call
 from onewriter.write.block import COLLECTED, Block
@@ -24,7 +24,7 @@ from onewriter.write.loan import ENDED, WriteLoan
 
 T = TypeVar("T")
 LOOK = 0.05  # seconds between two looks at whether the loop is closed
-LOOP_CLOSED = "was open when its loop was closed"
+LOOP_CLOSED = "was open when its loop was closed or dropped"
 LEFT = "was left by an error or a cancellation"
 
 
@@ -49,8 +49,9 @@ class TaskBlock(Block):
 
     def come(self) -> None:
         """A task is about to enter it."""
-        self.created_at, self.loop = monotonic(), asyncio.get_running_loop()
-        self.line_up(self.loop.create_future())
+        loop = asyncio.get_running_loop()
+        self.created_at, self.loop = monotonic(), weakref.ref(loop)
+        self.line_up(loop.create_future())
         self._state.note_block(self)
 
     @property
@@ -63,11 +64,12 @@ class TaskBlock(Block):
         return self.transaction
 
     def needs(self, loop: asyncio.AbstractEventLoop) -> bool:
-        return self.loop is loop and self._accepts
+        return self.loop is not None and self.loop() is loop and self._accepts
 
     def end_at_exit(self) -> bool:
         """Nothing can end it any more, if its loop does not run when the interpreter ends."""
-        if self.loop is not None and self.loop.is_running():
+        loop = None if self.loop is None else self.loop()
+        if loop is not None and loop.is_running():
             return False
         self.give_back(failed=True)
         return True
@@ -82,7 +84,8 @@ class TaskBlock(Block):
         with self._state.lock:
             self._waiters = self._others() or None
             self.transaction = tx
-        wake([self.granted])
+        granted, self.granted = self.granted, None  # a future has its loop
+        wake([granted])
 
     def _others(self) -> list[Any]:
         return [waiter for waiter in self._waiters or () if waiter is not self.granted]
@@ -133,7 +136,7 @@ class TaskBlock(Block):
     def _is_lost(self) -> str:
         if self.entry() is None:  # and perhaps a signal handler has raised as its finalizer began
             return COLLECTED
-        return LOOP_CLOSED if self.loop is not None and self.loop.is_closed() else ""
+        return LOOP_CLOSED if is_over(self.loop) else ""
 
     async def open_savepoint(self, outer: TaskSavepoint | None) -> TaskSavepoint:
         """Wait for its turn; ``outer``: that in which the task was made."""
@@ -181,7 +184,7 @@ class TaskBlock(Block):
 
     def _is_turn_of(self, savepoint: TaskSavepoint | None) -> bool:
         inside, end = self.innermost, open_one(savepoint)
-        while inside is not None and inside is not end and inside.is_mine():
+        while inside is not None and inside is not end and (inside.is_mine() or not inside.is_open):
             inside = inside.outer
         return inside is end or not self._accepts
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, TypeAlias
 
 from onewriter.base.state import State
+from onewriter.base.waiting import KnownLoop
 
 STEPS = 10  # of a loop, more than it takes to begin the end of a generator
 
@@ -34,13 +35,16 @@ def leave_if_collected(entry: object, leave: Leave, *args: Any) -> weakref.final
     Not there and then: the collector may run inside one of our locks. If the loop is closed by then, ``leave`` is run
     up to where it would wait. ``args`` are kept until then: no scope may be among them, which has its task.
     """
-    collected = weakref.finalize(entry, _leave_in, asyncio.get_running_loop(), leave, args)
+    collected = weakref.finalize(entry, _leave_in, weakref.ref(asyncio.get_running_loop()), leave, args)
     collected.atexit = False  # a loop may run on until the interpreter ends, and leave its block itself
     return collected
 
 
-def _leave_in(loop: asyncio.AbstractEventLoop, leave: Leave, args: tuple[Any, ...]) -> None:
+def _leave_in(known: KnownLoop, leave: Leave, args: tuple[Any, ...]) -> None:
+    loop = known()
     try:
+        if loop is None:
+            raise RuntimeError("it was dropped")
         loop.call_soon_threadsafe(lambda: loop.create_task(leave(*args)))
     except RuntimeError:  # it is closed
         with contextlib.suppress(StopIteration, RuntimeError), contextlib.closing(leave(*args)) as left:

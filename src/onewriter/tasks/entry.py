@@ -63,11 +63,11 @@ class TaskEntry:
         return AsyncTransaction(block, loan)
 
     async def _granted(self) -> WriteLoan:
-        block, state = self._block, self._block._state
+        block, state, granted = self._block, self._block._state, self._block.granted
         self._submit(block, None)
         try:
-            with self._deadlines.within(block.granted, self._timeout):
-                await block.granted
+            with self._deadlines.within(granted, self._timeout):
+                await granted
         except asyncio.CancelledError:
             if not block.cancel():
                 block.give_back(failed=True)

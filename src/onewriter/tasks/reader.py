@@ -86,8 +86,9 @@ class TaskReads:
     async def _admitted(self, claim: Claim) -> None:
         """Wait until it is admitted."""
         try:
-            claim.loop, claim.end_lost = asyncio.get_running_loop(), functools.partial(self.end_lost, claim, None)
-            if not self._pool.ask(claim, claim.loop.create_future):
+            loop = asyncio.get_running_loop()
+            claim.loop, claim.end_lost = weakref.ref(loop), functools.partial(self.end_lost, claim, None)
+            if not self._pool.ask(claim, loop.create_future):
                 signal = claim.signal
                 if signal is not None:
                     with self._deadlines.within(signal, seconds_until(claim.deadline)):

@@ -15,7 +15,7 @@ from onewriter.base import garbage
 from onewriter.base.arguments import exact
 from onewriter.base.log import call_all_safely
 from onewriter.base.state import State
-from onewriter.base.waiting import SLICE, wake
+from onewriter.base.waiting import SLICE, KnownLoop, wake
 from onewriter.errors import TransactionClosedError, WriteTimeoutError, forked_error
 from onewriter.write.loan import ENDED, TOO_LONG, WriteLoan
 from onewriter.write.ticket import Job
@@ -56,7 +56,7 @@ class Block(Job[None]):
     def __init__(self, state: State, label: str | None, max_hold: float, frame: types.FrameType) -> None:
         Job.__init__(self, state, "transaction" if label is None else exact(label) or "transaction", frame, None)
         self.max_hold = max_hold
-        self.loop: AbstractEventLoop | None = None  # in whose thread it is entered
+        self.loop: KnownLoop | None = None  # in whose thread it is entered
         self.transaction: WriteLoan | None = None
         self.failed = self.is_given_back = False
         self._search: garbage.Search | None = None  # in the garbage, for who could leave it
@@ -78,7 +78,7 @@ class Block(Job[None]):
 
     def needs(self, loop: AbstractEventLoop) -> bool:
         """Whether it cannot end while the thread of ``loop`` waits."""
-        return self.loop is loop and not self.is_given_back
+        return self.loop is not None and self.loop() is loop and not self.is_given_back
 
     def give_back(self, failed: bool) -> None:
         """End the block. Again, it changes nothing; after an interrupt in its midst, it comes to its end."""
@@ -193,7 +193,7 @@ class ThreadBlock(Block):
         """A thread, that of ``loop`` if there is one, is about to enter it."""
         self.created_at, self.thread, self.finalizer = monotonic(), threading.current_thread(), {}
         if loop is not None:
-            self.loop = loop
+            self.loop = weakref.ref(loop)
             self._state.note_block(self)
 
     def is_mine_to_end(self) -> bool:

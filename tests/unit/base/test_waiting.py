@@ -167,3 +167,28 @@ def test_what_a_signal_handler_raises_as_a_task_is_woken_comes_out_and_the_task_
         with pytest.raises(LookupError):
             wake([future])
         loop.run_until_complete(future)
+
+
+def test_of_the_other_tasks_of_a_loop_as_one_is_woken() -> None:
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+
+        class Interrupted(asyncio.Future[None]):
+            was_asked = False
+
+            def done(self) -> bool:
+                if not self.was_asked:
+                    self.was_asked = True
+                    raise LookupError
+                return super().done()
+
+        told: list[dict[str, Any]] = []
+        loop.set_exception_handler(lambda _, context: told.append(context))
+        futures = [loop.create_future(), Interrupted(loop=loop), loop.create_future()]
+        wake(futures)
+        async with asyncio.timeout(DEADLINE):
+            for future in futures:
+                await future
+        assert isinstance(told[0]["exception"], LookupError)
+
+    run(main)

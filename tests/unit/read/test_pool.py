@@ -8,6 +8,7 @@ import functools
 import sqlite3
 import sys
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -828,7 +829,7 @@ def test_a_claim_that_a_signal_handler_has_admitted_meanwhile_is_admitted_once(p
 
     with DbWriter(path, readers=2) as db, contextlib.closing(Loop()) as loop:
         pool, claim = pool_of(db), new_claim("a task's")
-        claim.loop = loop
+        claim.loop = weakref.ref(loop)
         assert pool.ask(claim, thread_signal)
         assert (loop.came, pool.in_use) == (True, 1)
         pool.end(claim)

@@ -1,0 +1,115 @@
+"""A loop that is stopped and dropped, without ``close``: nothing of the gateway keeps it, nor what its tasks have."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+import warnings
+import weakref
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import pytest
+
+from aio_helpers import until
+from helpers import DEADLINE, eventually, parked, pool_of, queue_of
+from onewriter import AsyncDbWriter, DbWriter
+
+INSERT = "INSERT INTO t VALUES (?)"
+Work: TypeAlias = Callable[[DbWriter, AsyncDbWriter, asyncio.Event], Coroutine[Any, Any, None]]
+
+
+@pytest.fixture
+def db(path: Path) -> Iterator[DbWriter]:
+    with DbWriter(path, readers=1) as gateway:
+        gateway.run("CREATE TABLE t (n)")
+        yield gateway
+
+
+async def block(db: DbWriter, aio: AsyncDbWriter, is_there: asyncio.Event) -> None:
+    async with aio.transaction() as tx:
+        await tx.execute(INSERT, (1,))
+        is_there.set()
+        await asyncio.sleep(DEADLINE)
+
+
+async def savepoint(db: DbWriter, aio: AsyncDbWriter, is_there: asyncio.Event) -> None:
+    async with aio.transaction() as tx, tx.savepoint():
+        await tx.execute(INSERT, (1,))
+        is_there.set()
+        await asyncio.sleep(DEADLINE)
+
+
+async def block_of_a_thread(db: DbWriter, aio: AsyncDbWriter, is_there: asyncio.Event) -> None:
+    with db.transaction() as tx:
+        tx.execute(INSERT, (1,))
+        is_there.set()
+        await asyncio.get_running_loop().create_future()
+
+
+async def reader(db: DbWriter, aio: AsyncDbWriter, is_there: asyncio.Event) -> None:
+    async with aio.reader() as connection:
+        await connection.execute("SELECT n FROM t")
+        is_there.set()
+        await asyncio.sleep(DEADLINE)
+
+
+async def stream(db: DbWriter, aio: AsyncDbWriter, is_there: asyncio.Event) -> None:
+    async def one() -> AsyncIterator[Any]:
+        async with aio.reader() as connection:
+            async for row in connection.stream("VALUES (1), (2)"):
+                yield row
+
+    async for _ in one():
+        is_there.set()
+        await asyncio.sleep(DEADLINE)
+
+
+async def reader_of_a_thread(db: DbWriter, aio: AsyncDbWriter, is_there: asyncio.Event) -> None:
+    with db.reader() as connection:
+        connection.execute("SELECT n FROM t")
+        is_there.set()
+        await asyncio.sleep(DEADLINE)
+
+
+def dropped(db: DbWriter, work: Work, is_there: Callable[[asyncio.Event], bool]) -> weakref.ref[Any]:
+    """A loop that nobody has any more, which ran ``work`` up to there."""
+    known: list[weakref.ref[Any]] = []
+
+    def in_thread() -> None:
+        loop = asyncio.new_event_loop()
+        known.append(weakref.ref(loop))
+        event = asyncio.Event()
+        task = loop.create_task(work(db, AsyncDbWriter.wrap(db), event))
+        task._log_destroy_pending = False  # type: ignore[attr-defined]
+        loop.run_until_complete(until(lambda: is_there(event)))
+
+    thread = threading.Thread(target=in_thread)
+    thread.start()
+    thread.join()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # of the loop, which asyncio wants closed
+        gc.collect()
+    return known[0]
+
+
+@pytest.mark.parametrize("work", [block, savepoint, block_of_a_thread, reader, stream, reader_of_a_thread])
+@pytest.mark.filterwarnings("ignore:unclosed event loop:ResourceWarning")
+def test_it_is_collected_with_its_tasks_and_what_they_have_is_given_back(db: DbWriter, work: Work) -> None:
+    known = dropped(db, work, asyncio.Event.is_set)
+    db.run(INSERT, (2,), timeout=DEADLINE)
+    assert db.read("SELECT n FROM t", timeout=DEADLINE) == [(2,)]
+    assert known() is None
+    assert pool_of(db).in_use == 0
+
+
+@pytest.mark.filterwarnings("ignore:unclosed event loop:ResourceWarning")
+def test_one_whose_block_had_to_wait_is_collected_once_it_is_its_turn(db: DbWriter) -> None:
+    with parked(db):
+        known = dropped(db, block, lambda _: queue_of(db).depth > 0)
+        assert known() is not None
+    eventually(lambda: queue_of(db).depth == 0 and gc.collect() >= 0 and known() is None)
+    db.run(INSERT, (2,), timeout=DEADLINE)
+    assert db.read("SELECT n FROM t", timeout=DEADLINE) == [(2,)]
