@@ -15,6 +15,7 @@ import sys
 import threading
 import warnings
 import weakref
+from asyncio.futures import _PyFuture  # type: ignore[attr-defined]
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -1032,3 +1033,29 @@ def test_close_is_not_refused_for_a_generator_that_was_left_early(
         assert db.closed
 
     run(main)
+
+
+class OwnFuturesLoop(asyncio.SelectorEventLoop):
+    """As every loop is under nest_asyncio, which puts asyncio's futures in Python in the place of those in C."""
+
+    def create_future(self) -> Any:
+        return _PyFuture(loop=self)
+
+
+def test_a_loop_may_have_futures_of_its_own_making(path: Path) -> None:
+    async def main() -> None:
+        async with asyncio.timeout(DEADLINE), opened(path) as db:
+            await db.run(INSERT, (1,))
+            await db.enqueue(INSERT, (2,))
+            async with db.transaction() as tx, tx.savepoint():
+                await tx.execute(INSERT, (3,))
+            async with db.reader() as reader:
+                assert (await reader.execute("SELECT count(*) FROM t")).rows == [(3,)]
+            async with db.watch("SELECT count(*) FROM t", every=0) as live:
+                assert await live.next() == [(3,)]
+                await db.run(INSERT, (4,))
+                assert await live.next() == [(4,)]
+            assert await db.read("SELECT n FROM t") == [(1,), (2,), (3,), (4,)]
+
+    with asyncio.Runner(loop_factory=OwnFuturesLoop) as runner:
+        runner.run(main())

@@ -47,8 +47,8 @@ class Caller:
 
     def __init__(self) -> None:
         task = running_task()
-        self._thread = 0 if task else get_ident()
-        self._task = weakref.ref(task) if task else None
+        self._thread = 0 if task is not None else get_ident()
+        self._task = None if task is None else weakref.ref(task)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Caller) and (self._thread, self._task) == (other._thread, other._task)

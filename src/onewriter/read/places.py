@@ -351,7 +351,10 @@ class Places:
         if self._state.is_inside_open() or self._has_one(me):
             return True
         claims = (*list(self._line), *self._lent())
-        return any(claim.thread == me or (loop is not None and claim.loop is not None and claim.loop() is loop) for claim in claims)
+        return any(
+            claim.thread == me or (loop is not None and claim.loop is not None and claim.loop() is loop)
+            for claim in claims
+        )
 
     def _reads_here(self) -> bool:
         """Whether the calling thread, and not a task of its loop, has one with a snapshot, as a backup has: what calls

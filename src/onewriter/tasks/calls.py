@@ -12,6 +12,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from time import monotonic
 from typing import Any, TypeVar
 
+from onewriter.base.scopes import running_task
 from onewriter.base.state import State
 from onewriter.base.threads import start
 from onewriter.base.waiting import resolve, seconds_until, wake
@@ -96,28 +97,33 @@ class Turn:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        self._owner: asyncio.Future[None] | None = None  # what ``take`` or ``acquire`` has returned, until ``release``
-        self._line: deque[asyncio.Future[None]] = deque()
+        self._owner: Asker | None = None  # what ``take`` or ``acquire`` has returned, until ``release``
+        self._line: deque[Asker] = deque()
 
-    def take(self) -> asyncio.Future[None] | None:
+    def take(self) -> Asker | None:
         """Acquire it, if nobody has it."""
-        mine: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        with self._lock:
-            if self._owner is not None:
-                return None
-            self._owner = mine
-        return mine
+        mine = Asker()
+        return mine if self._take_as(mine) else None
 
-    async def acquire(self) -> asyncio.Future[None]:
-        mine: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    def _take_as(self, mine: Asker) -> bool:
         with self._lock:
-            if self._owner is None:
+            owner = self._owner
+            # A task that has it does not ask again, unless Ctrl-C came just behind the acquiring, or before the release.
+            lost = owner if owner is not None and owner.is_running() else None
+            is_free = self._owner is lost
+            if is_free:  # and no call since that look
                 self._owner = mine
+        return is_free
+
+    async def acquire(self) -> Asker:
+        mine = Asker()
+        with self._lock:
+            if self._take_as(mine):
                 return mine
             self._line.append(mine)
         try:
-            while not mine.done():
-                await asyncio.wait([mine], timeout=TICK)
+            while not mine.signal.done():
+                await asyncio.wait([mine.signal], timeout=TICK)
                 self._look()
         except BaseException:
             with self._lock:
@@ -128,27 +134,38 @@ class Turn:
             raise
         return mine
 
-    def release(self, mine: asyncio.Future[None]) -> None:
-        """Again, or of one that has lost it, it changes nothing."""
+    def release(self, mine: Asker | None) -> None:
+        """Again, or of one that has lost it, it changes nothing. None: nobody had it, and some wait all the same."""
         with self._lock:
             if self._owner is not mine:
                 return
-            self._owner = first = self._next() if self._line else None
+            self._owner = first = self._line.popleft() if self._line else None
         if first is not None:
-            wake([first])
+            wake([first.signal])
 
     def _look(self) -> None:
-        """Its owner's loop may have been closed in the midst, and tells nobody."""
         owner = self._owner
-        if owner is not None and owner.get_loop().is_closed():
+        if owner is None or owner.has_lost_it():  # None: it came back as the first was about to wait
             self.release(owner)
 
-    def _next(self) -> asyncio.Future[None] | None:
-        while self._line:
-            first = self._line.popleft()
-            if not first.get_loop().is_closed():  # or else its task never goes on
-                return first
-        return None
+
+class Asker:
+    """A task that has the turn, or waits for it."""
+
+    __slots__ = ("_task", "signal")
+
+    def __init__(self) -> None:
+        self.signal: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        task = running_task()
+        self._task = None if task is None else weakref.ref(task)
+
+    def has_lost_it(self) -> bool:
+        """Whether nobody gives it back: its loop is closed, or its task has ended."""
+        task = self._task and self._task()
+        return self.signal.get_loop().is_closed() or (self._task is not None and (task is None or task.done()))
+
+    def is_running(self) -> bool:
+        return self._task is not None and self._task() is running_task()
 
 
 async def in_thread(

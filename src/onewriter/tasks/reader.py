@@ -81,7 +81,11 @@ class TaskReads:
         except asyncio.CancelledError:
             await self.end(claim, None)  # it has begun all the same
             raise
-        return AsyncReader(self, snapshot, claim)
+        try:
+            return AsyncReader(self, snapshot, claim)
+        except BaseException:  # Ctrl-C
+            self.end_lost(claim, snapshot)
+            raise
 
     async def _admitted(self, claim: Claim) -> None:
         """Wait until it is admitted."""
@@ -136,8 +140,8 @@ class TaskReads:
             elif claim is not None and begins:
                 self._end_unused(claim)
             raise
-        except GeneratorExit:  # the task is collected, and waits for nothing
-            if claim is not None and begins:
+        except BaseException:  # the task is collected or interrupted, and waits for nothing; or the call has failed
+            if claim is not None and begins and self._pool.is_out(claim):
                 self._end_lost_call(claim, lambda: call, waits)
             raise
         finally:

@@ -258,11 +258,10 @@ def test_a_savepoint_that_fails_inside_one_of_a_block_that_is_over_gives_its_err
                     raise ZeroDivisionError
 
             with pytest.raises(LookupError):
-                async with db.transaction() as tx:
-                    async with tx.savepoint():
-                        generator = inside(tx)
-                        await anext(generator)
-                        raise LookupError
+                async with db.transaction() as tx, tx.savepoint():
+                    generator = inside(tx)
+                    await anext(generator)
+                    raise LookupError
             with pytest.raises(ZeroDivisionError):  # all of it is undone
                 await anext(generator)
 

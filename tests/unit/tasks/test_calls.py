@@ -179,12 +179,74 @@ def test_a_task_whose_loop_is_closed_loses_its_turn_and_takes_none_from_who_has_
     lost = loop.run_until_complete(turn.acquire())
 
     async def main() -> None:
-        next_one = await beats(5, turn.acquire())
+        acquired, release = asyncio.Event(), asyncio.Event()
+
+        async def other() -> None:
+            mine = await turn.acquire()
+            acquired.set()
+            await release.wait()
+            turn.release(mine)
+
+        next_one = await beats(5, other())
         loop.close()
-        mine = await next_one
+        await acquired.wait()
         turn.release(lost)  # as that task is collected
         assert turn.take() is None
-        turn.release(mine)
+        release.set()
+        await next_one
         assert turn.take() is not None
+
+    run(main)
+
+
+def test_a_task_that_was_interrupted_as_it_took_the_turn_does_not_wait_for_itself() -> None:
+    async def main() -> None:
+        turn = calls.Turn()
+        assert turn.take() is not None  # Ctrl-C came before it was stored
+        mine = turn.take()
+        assert mine is not None
+        assert await turn.acquire() is not mine
+
+    run(main)
+
+
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_a_task_that_ended_without_giving_the_turn_back_has_lost_it(is_kept: bool) -> None:
+    async def main() -> None:
+        turn = calls.Turn()
+        kept: list[Any] = []
+
+        async def take() -> None:
+            kept.append(asyncio.current_task() if is_kept else None)
+            turn.take()
+
+        await asyncio.create_task(take())
+        async with asyncio.timeout(DEADLINE):
+            mine = await turn.acquire()
+        turn.release(mine)
+        assert turn._owner is None
+
+    run(main)
+
+
+def test_a_turn_that_came_back_as_a_task_was_about_to_wait_for_it_is_given_to_that_task() -> None:
+    async def main() -> None:
+        turn = calls.Turn()
+        assert turn.take() is not None
+        waiting = await beats(3, turn.acquire())
+        turn._owner = None
+        turn.release(await waiting)
+
+    run(main)
+
+
+def test_where_no_task_runs_a_turn_is_kept_until_it_is_given_back() -> None:
+    async def main() -> None:
+        turn, loop = calls.Turn(), asyncio.get_running_loop()
+        taken: list[Any] = []
+        loop.call_soon(lambda: taken.extend([turn.take(), turn.take()]))
+        await until(lambda: bool(taken))
+        assert taken[1] is None
+        turn.release(taken[0])
 
     run(main)

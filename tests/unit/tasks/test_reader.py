@@ -23,6 +23,8 @@ from onewriter.read.claim import new_claim
 from onewriter.read.reader import Reader, Snapshot
 from onewriter.tasks import reader
 from onewriter.tasks import reader as tasks_reader
+from onewriter.tasks.call import Call
+from onewriter.tasks.calls import Turn
 from onewriter.tasks.reader import AsyncReader
 
 INSERT = "INSERT INTO t VALUES (?)"
@@ -913,6 +915,7 @@ def test_a_connection_on_which_no_snapshot_can_begin_is_given_back(path: Path, m
         async with opened(path, readers=1) as db:
             with monkeypatch.context() as patch, pytest.raises(OSError, match="own making"):
                 patch.setattr(Reader, "pin", raising(OSError))
+                patch.setattr(tasks_reader, "start_new_thread", raising(AssertionError))  # to give it back again
                 async with db.reader():
                     pytest.fail("entered")
             assert pool_of(db).in_use == 0
@@ -957,3 +960,56 @@ def test_a_reader_of_a_closed_loop_holds_up_no_commit_and_keeps_no_log(path: Pat
         eventually(lambda: not db.checkpoint().busy)
         assert pool_of(db).in_use == 0
         assert not task.done()
+
+
+@pytest.mark.parametrize("is_stored", [False, True])
+def test_a_reader_whose_statement_was_interrupted_as_it_got_its_turn_can_be_left(
+    path: Path, monkeypatch: pytest.MonkeyPatch, is_stored: bool
+) -> None:
+    def interrupted(turn: Turn, *args: Any) -> None:
+        monkeypatch.undo()
+        getattr(turn, name)(*args)
+        raise KeyboardInterrupt
+
+    name = "release" if is_stored else "take"
+
+    async def main() -> None:
+        async with opened(path) as db:
+            async with asyncio.timeout(DEADLINE), db.reader() as reader:
+                if is_stored:  # as it begins to give it back
+                    monkeypatch.setattr(Turn, name, raising(KeyboardInterrupt))
+                else:
+                    monkeypatch.setattr(Turn, name, interrupted)
+                with pytest.raises(KeyboardInterrupt):
+                    await reader.execute("SELECT 1")
+                monkeypatch.undo()
+                assert (await reader.execute("SELECT 2")).rows == [(2,)]
+            assert await db.read("SELECT 3") == [(3,)]
+
+    run(main)
+
+
+def test_a_reader_whose_beginning_was_interrupted_is_given_back(one: DbWriter, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(call: Call[Any]) -> Any:
+        monkeypatch.undo()
+        yield from waits(call)
+        raise KeyboardInterrupt
+
+    waits = Call.__await__
+
+    async def main(where: Any) -> None:
+        monkeypatch.setattr(*where)
+        async with AsyncDbWriter.wrap(one).reader():
+            pytest.fail("entered")
+
+    wheres: list[Any] = [
+        (Call, "__await__", raising(KeyboardInterrupt)),
+        (Call, "__await__", interrupted),
+        (AsyncReader, "__init__", raising(KeyboardInterrupt)),
+    ]
+    for where in wheres:
+        with pytest.raises(KeyboardInterrupt):
+            asyncio.run(main(where))
+        monkeypatch.undo()
+        eventually(lambda: pool_of(one).in_use == 0)
+        assert one.read("SELECT 1", timeout=DEADLINE) == [(1,)]
