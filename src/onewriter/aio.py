@@ -125,7 +125,7 @@ class AsyncDbWriter(Strict):
                     self._end_opening(loop, None)
 
         try:
-            core = await in_thread(attempt, _close, self._left)
+            self._opened = core = await in_thread(attempt, _close, self._left)  # and no call: Ctrl-C comes behind one
         finally:
             self._end_opening(loop, core)
         if self._opened is not core:  # it was closed meanwhile

@@ -44,7 +44,7 @@ from onewriter.read.read import FunctionRead, Read, read_of
 from onewriter.read.reader import Snapshot
 from onewriter.sqlite.file import DatabaseFile
 from onewriter.sqlite.parameters import capture, capture_many
-from onewriter.sqlite.path_checks import cannot_open, check_company, check_path
+from onewriter.sqlite.path_checks import absolute, cannot_open, check
 from onewriter.sqlite.result import Result
 from onewriter.sqlite.settings import refuse_old_sqlite, refuse_unsafe_sqlite
 from onewriter.sqlite.statement import check_many, inside_of_dump
@@ -91,8 +91,7 @@ class Core:
         self.options = options
         self.path, self._folder = _resolve(path)
         with self._removed_on_error():
-            check_path(os.path.realpath(self.path))
-            check_company(os.path.realpath(self.path))
+            check(self.path)
             self._build()
 
     @contextlib.contextmanager
@@ -405,7 +404,7 @@ def _resolve(path: object) -> tuple[str, str | None]:
         raise ValueError(f"path {name!r} has a null character")
     if os.path.basename(name) in ("", os.curdir, os.pardir):  # abspath would leave that out
         raise cannot_open(name, "it is the path of a folder")
-    return os.path.abspath(name), None
+    return absolute(name), None
 
 
 def _say_nothing(ticket: Ticket[Any]) -> None:

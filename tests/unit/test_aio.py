@@ -24,7 +24,7 @@ from typing import Any, assert_type
 import pytest
 
 from aio_helpers import beats, left_in_a_closed_loop, opened, rows, run, until, writer_parked
-from helpers import BRIEFLY, DEADLINE, eventually, holding_lock, notes_of, parked, pool_of, queue_of, rows_in
+from helpers import BRIEFLY, DEADLINE, eventually, holding_lock, notes_of, parked, pool_of, queue_of, raising, rows_in
 from onewriter import (
     AsyncDbWriter,
     AsyncReader,
@@ -1059,3 +1059,18 @@ def test_a_loop_may_have_futures_of_its_own_making(path: Path) -> None:
 
     with asyncio.Runner(loop_factory=OwnFuturesLoop) as runner:
         runner.run(main())
+
+
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
+def test_an_opening_that_is_interrupted_as_it_is_done_leaves_no_gateway_open(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        async with AsyncDbWriter(path):
+            pytest.fail("entered")
+
+    before = set(threading.enumerate())
+    monkeypatch.setattr(AsyncDbWriter, "_end_opening", raising(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        asyncio.run(main())
+    eventually(lambda: gc.collect() >= 0 and set(threading.enumerate()) <= before)

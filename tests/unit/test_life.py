@@ -116,7 +116,7 @@ def test_a_private_database_whose_gateway_was_not_built_leaves_no_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr("onewriter.core.check_company", raising(LookupError))
+    monkeypatch.setattr("onewriter.core.check", raising(LookupError))
     with pytest.raises(LookupError):
         DbWriter(":memory:")
     assert os.listdir(tmp_path) == []

@@ -159,5 +159,7 @@ class ReadClock:
         with self.lock:
             first, claim.is_named = not claim.is_named, True
         if first:
-            text = "slow: %s %s for %.1f s; meanwhile the WAL cannot be reset"
-            report(self._state, logging.WARNING, text, claim.label, state, seconds)
+            kept = "no write can be committed" if self._state.readers_block_commits else "the WAL cannot be reset"
+            report(
+                self._state, logging.WARNING, "slow: %s %s for %.1f s; meanwhile %s", claim.label, state, seconds, kept
+            )

@@ -350,11 +350,9 @@ class Places:
         me, loop = get_ident(), _get_running_loop()
         if self._state.is_inside_open() or self._has_one(me):
             return True
+        mine = None if loop is None else weakref.ref(loop)
         claims = (*list(self._line), *self._lent())
-        return any(
-            claim.thread == me or (loop is not None and claim.loop is not None and claim.loop() is loop)
-            for claim in claims
-        )
+        return any(claim.thread == me or (claim.loop is not None and claim.loop == mine) for claim in claims)
 
     def _reads_here(self) -> bool:
         """Whether the calling thread, and not a task of its loop, has one with a snapshot, as a backup has: what calls

@@ -15,6 +15,21 @@ SMALLEST_FILE = 512  # bytes; SQLite treats a smaller file as empty, and would o
 MAX_PATHNAME = 512  # bytes, of the names beside it, too; https://www.sqlite.org/src/file/src/os_unix.c
 
 
+def absolute(path: str) -> str:
+    try:
+        return os.path.abspath(path)
+    except OSError as error:
+        raise cannot_open(path, f"the current folder: {error.strerror}") from None
+
+
+def check(path: str) -> None:
+    """Raise if no database can be opened at ``path``, or there is one whose rows would be lost."""
+    check_link(path)
+    real = os.path.realpath(path)
+    check_path(real)
+    check_company(real)
+
+
 def check_path(path: str) -> None:
     """Raise if ``path`` cannot be a database, before SQLite creates anything there. Uses stat only: closing another
     descriptor of the file would drop this process's locks on it (https://www.sqlite.org/howtocorrupt.html#_posix_advisory_locks).
@@ -22,14 +37,14 @@ def check_path(path: str) -> None:
     folder = os.path.dirname(path)
     if not os.path.isdir(folder):
         raise cannot_open(path, f"there is no folder {folder}")
-    longest = f"{path}{JOURNAL}"
+    longest = f"{path}{LOG if os.path.exists(path) else JOURNAL}"  # that of an existing one, in WAL mode
     for look, name in ((os.stat, path), (os.lstat, longest)):
         try:
             look(name)
         except OSError as error:
             if error.errno in (errno.ELOOP, errno.ENAMETOOLONG):
                 raise cannot_open(path, f"{name}: {error.strerror}") from None
-    if os.name == "posix" and len(os.fsencode(longest)) > MAX_PATHNAME:
+    if os.name == "posix" and len(os.fsencode(f"{path}{JOURNAL}")) > MAX_PATHNAME:
         most = MAX_PATHNAME - len(JOURNAL)
         raise cannot_open(path, f"its path has {len(os.fsencode(path))} bytes, and SQLite takes {most} at most")
     if os.path.exists(path):
@@ -46,6 +61,16 @@ def check_path(path: str) -> None:
             raise cannot_open(path, "the file is not writable", sqlite3.SQLITE_READONLY, "SQLITE_READONLY")
     if not _may(folder, os.W_OK | os.X_OK):
         raise cannot_open(path, f"the folder {folder} is not writable, and SQLite keeps its log beside the database")
+
+
+def check_link(path: str) -> None:
+    """Raise if a link has taken the place of a database whose log is still beside it."""
+    if os.path.islink(path) and size_of(f"{path}{LOG}") > 0:
+        raise cannot_open(
+            path,
+            f"it is a link, and {path}{LOG} is the log of a file that was there before: SQLite keeps that of the file "
+            "that the link points to beside that. Put the file back, or move the log away",
+        )
 
 
 def check_company(path: str) -> None:

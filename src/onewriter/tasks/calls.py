@@ -108,7 +108,7 @@ class Turn:
     def _take_as(self, mine: Asker) -> bool:
         with self._lock:
             owner = self._owner
-            # A task that has it does not ask again, unless Ctrl-C came just behind the acquiring, or before the release.
+            # A task that has it asks again only if Ctrl-C came just behind the acquiring, or before the release.
             lost = owner if owner is not None and owner.is_running() else None
             is_free = self._owner is lost
             if is_free:  # and no call since that look
@@ -191,7 +191,9 @@ async def in_thread(
     start(thread)
     try:
         await future
-    except (asyncio.CancelledError, GeneratorExit):
+    except BaseException:  # cancelled, collected or interrupted
+        with contextlib.suppress(RuntimeError):  # its loop is closed
+            future.cancel()
         if outcome and undo is not None and outcome[1] is None:
             with contextlib.suppress(RuntimeError):  # the interpreter ends
                 thread = threading.Thread(target=undo, args=[outcome[0]], daemon=True)

@@ -320,15 +320,20 @@ def test_without_a_thread_for_it_a_slow_reader_is_named_after_the_next_batch(
         assert any("has been open for" in message for message in caplog.messages)
 
 
+@pytest.mark.parametrize(
+    ("mode", "kept"), [("WAL", "the WAL cannot be reset"), ("DELETE", "no write can be committed")]
+)
 def test_a_slow_reader_that_the_clock_has_not_named_is_named_at_its_end(
-    path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, mode: Any, kept: str
 ) -> None:
-    with DbWriter(path, slow_after=1e-9) as db:
+    with DbWriter(path, slow_after=1e-9, journal_mode=mode) as db:
         monkeypatch.setattr(pool_of(db).clock, "watch", lambda claim, deadline: None)
         monkeypatch.setattr(pool_of(db).clock, "warn", lambda: None)
         with db.reader():
             pass
-        assert [" was open for " in message for message in caplog.messages] == [True]
+        (told,) = caplog.messages
+        assert " was open for " in told
+        assert told.endswith(f"; meanwhile {kept}")
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])

@@ -604,6 +604,13 @@ def test_a_script_makes_no_rows(path: Path) -> None:
             tx.connection.execute("SELECT 'a'").fetchone()
 
 
+def test_each_statement_of_a_script_runs_to_its_end(blobs: DbWriter) -> None:
+    with blobs.transaction() as tx:
+        tx.connection.executescript("INSERT INTO t VALUES (1), (2) RETURNING n")
+        tx.connection.commit()
+    assert blobs.read("SELECT n FROM t") == [(1,), (2,)]
+
+
 def test_scripts_leave_no_cursors_behind(blobs: DbWriter) -> None:
     with blobs.transaction() as tx:
         counts = []
@@ -653,7 +660,8 @@ def test_a_script_that_is_interrupted_twice_leaves_nothing_open_behind_its_block
             finally:
                 was_interrupted = sys.gettrace() is None
                 sys.settrace(None)
-        assert was_interrupted and caught.value is not None  # its frames are kept
+        assert was_interrupted
+        assert caught.value is not None  # its frames are kept
         db.run("INSERT INTO t VALUES (3)")
         assert db.read("SELECT n FROM t") == [(3,)]
 
@@ -670,7 +678,8 @@ def test_rows_that_a_failing_executemany_returns_are_in_the_way_of_no_commit(blo
         tx.connection.commit()
         tx.connection.execute("DELETE FROM t")
         tx.connection.rollback()
-        assert cursor.fetchall() == [] and [column[0] for column in cursor.description] == ["n"]
+        assert cursor.fetchall() == []
+        assert [column[0] for column in cursor.description] == ["n"]
     assert blobs.read("SELECT n FROM t") == [(1,)]
 
 

@@ -122,6 +122,41 @@ def test_a_path_that_sqlite_cannot_follow_or_is_too_long_is_told_as_that(tmp_pat
         db.run("CREATE TABLE t (n)")
 
 
+def test_a_database_in_wal_mode_may_have_a_name_with_just_enough_room_for_its_log(path: Path) -> None:
+    with DbWriter(path) as db:
+        db.run("CREATE TABLE t (n)")
+    with DbWriter(path.rename(path.with_name("x" * 251))) as db:
+        assert db.run("INSERT INTO t VALUES (1)").rowcount == 1
+    with pytest.raises(sqlite3.OperationalError, match="name too long"):
+        DbWriter(path.with_name("y" * 251))
+
+
+def test_a_relative_path_where_the_current_folder_is_gone_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(sqlite3.OperationalError, match=r"cannot open app\.db: the current folder: No such file"):
+        DbWriter("app.db")
+
+
+def test_a_link_that_has_taken_the_place_of_a_database_is_refused_while_the_log_of_that_is_there(path: Path) -> None:
+    target = path.with_name("moved.db")
+    with DbWriter(target) as db:
+        db.run("CREATE TABLE t (n)")
+    path.symlink_to(target)
+    log = Path(f"{path}-wal")
+    log.write_bytes(b"rows")
+    with pytest.raises(sqlite3.OperationalError, match=r"it is a link, and .*-wal is the log of a file that was there"):
+        DbWriter(path)
+    assert log.exists()
+    log.write_bytes(b"")
+    with DbWriter(path) as db:
+        assert db.read("SELECT * FROM t") == []
+
+
 @pytest.mark.parametrize("suffix", ["-wal", "-shm", "-journal"])
 def test_a_link_in_the_place_of_a_log_is_named(path: Path, suffix: str) -> None:
     """SQLite does not follow it."""

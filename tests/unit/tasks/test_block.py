@@ -1411,7 +1411,7 @@ def test_who_waits_for_the_innermost_savepoint_looks_again_under_the_lock(path: 
             pass
 
     async def main() -> None:
-        innermost = SimpleNamespace(outer=None, is_mine=lambda: False)
+        innermost = SimpleNamespace(outer=None, is_mine=lambda: False, is_open=True)
         block = Block(innermost=innermost, _accepts=True, _changes=[])
         is_turn_of: Any = taskblock.TaskBlock._is_turn_of
         block._lock, block._is_turn_of = block, functools.partial(is_turn_of, block)

@@ -8,6 +8,7 @@ import logging
 import threading
 import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -248,5 +249,24 @@ def test_where_no_task_runs_a_turn_is_kept_until_it_is_given_back() -> None:
         await until(lambda: bool(taken))
         assert taken[1] is None
         turn.release(taken[0])
+
+    run(main)
+
+
+def test_what_a_thread_makes_for_a_task_that_was_interrupted_as_it_waited_is_undone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Interrupted(asyncio.Future[None]):
+        def __await__(self) -> Any:
+            raise KeyboardInterrupt
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        gate, undone = threading.Event(), threading.Event()
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(loop, "create_future", lambda: Interrupted(loop=loop))
+            await calls.in_thread(lambda: gate.wait(DEADLINE), lambda made: undone.set())
+        gate.set()
+        assert await asyncio.to_thread(undone.wait, DEADLINE)
 
     run(main)
