@@ -300,7 +300,8 @@ class AsyncReader:
         """Run one SELECT and yield its rows in ``async for``; only a few hundred are in memory at a time.
 
         Other calls on this reader may run in between. If the loop is left early, the statement is closed at the end of
-        the block at the latest; ``contextlib.aclosing`` closes it at once.
+        the block at the latest; ``contextlib.aclosing`` closes it at once. A cancellation ends it, as any asynchronous
+        generator: ``async for`` behind that gives no more rows.
         """
         return self._stream(check_sql(sql), capture(sql, params))
 

@@ -6,6 +6,8 @@ import contextlib
 import re
 import signal
 import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -283,3 +285,21 @@ db.enqueue(INSERT, (1,))
     child = run_child(child_code(table, OPEN + "from onewriter import AsyncDbWriter" + code))
     assert "not written" not in child.stderr
     assert rows_in(table) == [1]
+
+
+def test_what_is_opened_behind_the_hooks_of_the_gateway_writes_at_once(table: Path) -> None:
+    """Handlers that were registered before ``import onewriter`` run behind them: nobody would drain a queue."""
+    code = f"""
+import atexit, threading
+
+def write():
+    db = DbWriter({str(table)!r})
+    tickets = [db.enqueue("INSERT INTO t VALUES (?)", (n,)) for n in range(100)]
+    print(all(ticket.done() for ticket in tickets), threading.active_count())
+
+atexit.register(write)
+from onewriter import DbWriter
+"""
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=DEADLINE)
+    assert child.stdout.split() == ["True", "1"], child.stderr
+    assert rows_in(table) == list(range(100))
