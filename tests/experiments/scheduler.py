@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 
 import onewriter.base.state
 import onewriter.base.threads
+import onewriter.base.waiting
 
 MOST = 100_000  # switch points, after which a run has no end
 FAR = 1000.0  # seconds of its clock, too
@@ -189,7 +190,8 @@ class Scheduler:
         if first.until == math.inf:
             self.find("deadlock: " + "; ".join(f"{thread.name} in {thread.where()}" for thread in self._alive()))
             return Option(first, False, 0)
-        self.jumps.append(f"{first.name} in {first.where()}")
+        if first.until > self.now:  # or its time is over, since another's wait until then has ended by that
+            self.jumps.append(f"{first.name} in {first.where()}")
         return Option(first, True, 0)
 
     def _choose(self, options: list[Option]) -> Option:
@@ -283,8 +285,9 @@ class Controlled(threading.Thread):
 
 
 def _place(frame: types.FrameType | None) -> str:
-    """Where the gateway is, or else the test."""
-    while frame is not None and frame.f_back is not None and frame.f_code.co_filename in (__file__, threading.__file__):
+    """Where the gateway is, or else the test: who waits, not by what."""
+    by = (__file__, threading.__file__, onewriter.base.waiting.__file__)
+    while frame is not None and frame.f_back is not None and frame.f_code.co_filename in by:
         frame = frame.f_back
     assert frame is not None
     file = "/".join(frame.f_code.co_filename.split("/")[-2:])
