@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import sqlite3
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from helpers import (
     rows_in,
     run_child,
 )
-from onewriter import DbWriter
+from onewriter import DbWriter, Transaction, TransactionClosedError
 
 
 def test_a_gateway_that_is_dropped_without_close_warns_writes_what_it_accepted_and_ends_its_threads(
@@ -143,3 +144,22 @@ def test_a_file_that_was_switched_from_wal_is_switched_back_as_soon_as_nobody_re
             other.execute("ROLLBACK")
             ticket.result(DEADLINE)
         assert db.read_value("PRAGMA journal_mode") == "wal"
+
+
+@pytest.mark.parametrize("kind", ["transaction", "savepoint"])
+@pytest.mark.parametrize("inline", [False, True])
+def test_close_waits_for_no_part_of_a_block_that_a_generator_keeps_behind_its_end(
+    path: Path, kind: str, inline: bool
+) -> None:
+    def inside(tx: Transaction) -> Iterator[None]:
+        with db.transaction() if kind == "transaction" else tx.savepoint():
+            yield
+
+    db = DbWriter(path, inline=inline)
+    db.run("CREATE TABLE t (n)")
+    with db.transaction() as tx:
+        generator = inside(tx)
+        next(generator)
+    assert db.close().committed == 2  # without a timeout: it would be refused, if it waited for this thread
+    with pytest.raises(TransactionClosedError):
+        next(generator)

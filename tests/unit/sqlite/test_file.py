@@ -358,6 +358,22 @@ def test_a_file_whose_name_has_become_a_link_to_it_is_another_file(
     assert seen_by_others(files[name]) == "[(100,)]"
 
 
+@pytest.mark.parametrize("is_noticed", [True, False])
+@pytest.mark.parametrize("suffix", ["-wal", "-shm"])
+def test_a_log_whose_name_has_become_a_link_to_it_is_another_log(path: Path, suffix: str, is_noticed: bool) -> None:
+    """SQLite follows no link there: others cannot have it."""
+    with DbWriter(path) as db:
+        db.run("CREATE TABLE t (n)")
+        db.checkpoint()
+        db.run(INSERT, (1,))
+        before = path.read_bytes()
+        link_behind(Path(f"{path}{suffix}"))
+        if is_noticed:
+            with pytest.raises(WriterBrokenError, match=f"{suffix} is another file now"):
+                db.run(INSERT, (2,))
+    assert path.read_bytes() == before
+
+
 def test_a_file_that_was_moved_to_the_name_of_the_link_that_leads_to_it_is_another_file(path: Path) -> None:
     link = path.with_name("link.db")
     link.symlink_to(path)
