@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import logging
 import math
@@ -89,7 +88,7 @@ class Core:
     def __init__(self, path: object, options: Options) -> None:
         refuse_old_sqlite()
         refuse_unsafe_sqlite()
-        self.options = dataclasses.replace(options, inline=True) if at_exit.is_over() else options
+        self.options = options
         self.path, self._folder = _resolve(path)
         with self._removed_on_error():
             check(self.path)

@@ -155,7 +155,8 @@ class LentCursor(sqlite3.Cursor):
         except BaseException:
             count = -1  # as of any that fails
             with contextlib.suppress(Exception):  # the loan has ended: so has the statement
-                call(read_to_its_end, new)  # what RETURNING has left would be in the way of a COMMIT
+                # Resets it: a row that RETURNING has left would be in the way of a COMMIT.
+                call(sqlite3.Cursor.executemany, new, sql, ())
             raise
         finally:
             self.__raw, self.__rowcount, self.__lastrowid = new, count, self.lastrowid
@@ -181,9 +182,9 @@ class LentCursor(sqlite3.Cursor):
         def run(statement: str) -> None:
             try:
                 lending.transaction.run_bare(sqlite3.Cursor.execute, raw, statement)
-                read_to_its_end(raw)
+                deque(raw, 0)  # to its end: no signal handler comes in between, and leaves it half run
             except BaseException:
-                raw.close()  # a converter has failed: the statement is open yet, and nothing could be undone
+                raw.close()  # a row could not be made: the statement is open yet, and nothing could be undone
                 raise
 
         try:
@@ -239,16 +240,6 @@ class LentCursor(sqlite3.Cursor):
             with contextlib.suppress(TransactionAbortedError):  # it would hide why SQLite has rolled back
                 loan.call(sqlite3.Cursor.close, self.__raw)
                 self.__is_closed = True
-
-
-def read_to_its_end(raw: sqlite3.Cursor) -> None:
-    """Drop the rows; no text is decoded."""
-    connection = raw.connection
-    factory, connection.text_factory = connection.text_factory, bytes
-    try:
-        deque(raw, 0)  # in one call: no signal handler comes in between, and leaves it half run
-    finally:
-        connection.text_factory = factory
 
 
 def is_plain_row(factory: Any) -> bool:

@@ -37,14 +37,14 @@ def check_path(path: str) -> None:
     folder = os.path.dirname(path)
     if not os.path.isdir(folder):
         raise cannot_open(path, f"there is no folder {folder}")
-    longest = f"{path}{LOG if os.path.exists(path) else JOURNAL}"  # that of an existing one, in WAL mode
+    longest = f"{path}{JOURNAL}"
     for look, name in ((os.stat, path), (os.lstat, longest)):
         try:
             look(name)
         except OSError as error:
             if error.errno in (errno.ELOOP, errno.ENAMETOOLONG):
                 raise cannot_open(path, f"{name}: {error.strerror}") from None
-    if os.name == "posix" and len(os.fsencode(f"{path}{JOURNAL}")) > MAX_PATHNAME:
+    if os.name == "posix" and len(os.fsencode(longest)) > MAX_PATHNAME:
         most = MAX_PATHNAME - len(JOURNAL)
         raise cannot_open(path, f"its path has {len(os.fsencode(path))} bytes, and SQLite takes {most} at most")
     if os.path.exists(path):
@@ -65,10 +65,11 @@ def check_path(path: str) -> None:
 
 def check_link(path: str) -> None:
     """Raise if a link has taken the place of a database whose log is still beside it."""
-    if os.path.islink(path) and size_of(f"{path}{LOG}") > 0:
+    log = f"{path}{LOG}"
+    if os.path.islink(path) and size_of(log) > 0 and not os.path.islink(log):
         raise cannot_open(
             path,
-            f"it is a link, and {path}{LOG} is the log of a file that was there before: SQLite keeps that of the file "
+            f"it is a link, and {log} is the log of a file that was there before: SQLite keeps that of the file "
             "that the link points to beside that. Put the file back, or move the log away",
         )
 

@@ -161,7 +161,7 @@ class Asker:
 
     def has_lost_it(self) -> bool:
         """Whether nobody gives it back: its loop is closed, or its task has ended."""
-        task = self._task and self._task()
+        task = None if self._task is None else self._task()
         return self.signal.get_loop().is_closed() or (self._task is not None and (task is None or task.done()))
 
     def is_running(self) -> bool:
