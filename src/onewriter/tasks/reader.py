@@ -70,22 +70,34 @@ class TaskReads:
     async def use(self, label: str, function: Callable[[Reader], T], until: float) -> T:
         """Wait for a connection of the pool, and call ``function`` with it in a thread."""
         claim = new_claim(label, until)
-        await self._admitted(claim)
-        return await self.call(self._pool.lend, claim, function, claim=claim, begins=True, waits=False)
+        try:
+            await self._admitted(claim)
+            return await self.call(self._pool.lend, claim, function, claim=claim, begins=True, waits=False)
+        except BaseException:
+            self._end_if_lost(claim)
+            raise
 
     async def reader(self, claim: Claim) -> AsyncReader:
         """Wait for a connection of the pool with a snapshot."""
-        await self._admitted(claim)
+        snapshot = None
         try:
-            snapshot = await self.call(self._begin, claim, claim=claim, begins=True)
-        except asyncio.CancelledError:
-            await self.end(claim, None)  # it has begun all the same
-            raise
-        try:
+            await self._admitted(claim)
+            try:
+                snapshot = await self.call(self._begin, claim, claim=claim, begins=True)
+            except asyncio.CancelledError:
+                await self.end(claim, None)  # it has begun all the same
+                raise
             return AsyncReader(self, snapshot, claim)
-        except BaseException:  # Ctrl-C
-            self.end_lost(claim, snapshot)
+        except BaseException:
+            if snapshot is not None:
+                claim.end_lost = functools.partial(self.end_lost, claim, snapshot)
+            self._end_if_lost(claim)
             raise
+
+    def _end_if_lost(self, claim: Claim) -> None:
+        """Ctrl-C came where nothing else gives it back: behind the admission, or before the reader is there."""
+        if claim.end_lost is not None:
+            claim.end_lost()
 
     async def _admitted(self, claim: Claim) -> None:
         """Wait until it is admitted."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import itertools
 import sqlite3
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -997,17 +998,24 @@ def test_a_reader_whose_beginning_was_interrupted_is_given_back(one: DbWriter, m
 
     waits = Call.__await__
 
-    async def main(where: Any) -> None:
+    async def enter(where: Any) -> None:
         monkeypatch.setattr(*where)
         async with AsyncDbWriter.wrap(one).reader():
             pytest.fail("entered")
 
+    async def read(where: Any) -> None:
+        monkeypatch.setattr(*where)
+        await AsyncDbWriter.wrap(one).read("SELECT 1")
+
     wheres: list[Any] = [
         (Call, "__await__", raising(KeyboardInterrupt)),
         (Call, "__await__", interrupted),
+        (Call, "__init__", raising(KeyboardInterrupt)),  # behind the admission
         (AsyncReader, "__init__", raising(KeyboardInterrupt)),
     ]
-    for where in wheres:
+    for main, where in itertools.product((enter, read), wheres):
+        if main is read and where[0] is AsyncReader:
+            continue
         with pytest.raises(KeyboardInterrupt):
             asyncio.run(main(where))
         monkeypatch.undo()
