@@ -85,6 +85,7 @@ class TaskReads:
             try:
                 snapshot = await self.call(self._begin, claim, claim=claim, begins=True)
             except asyncio.CancelledError:
+                claim.end_lost = functools.partial(self.end_lost, claim, None)
                 await self.end(claim, None)  # it has begun all the same
                 raise
             return AsyncReader(self, snapshot, claim)
@@ -96,7 +97,7 @@ class TaskReads:
 
     def _end_if_lost(self, claim: Claim) -> None:
         """Ctrl-C came where nothing else gives it back: behind the admission, or before the reader is there."""
-        if claim.end_lost is not None:
+        if claim.end_lost is not None and self._pool.is_out(claim):
             claim.end_lost()
 
     async def _admitted(self, claim: Claim) -> None:
@@ -141,16 +142,19 @@ class TaskReads:
                 self._end_unused(claim) if call.withdraw() else self._end_lost_call(claim, lambda: call, waits)
             raise
         try:
-            return await call
+            try:
+                return await call
+            except asyncio.CancelledError:
+                if not call.withdraw():
+                    if claim is not None:
+                        # At once, if nothing else uses the connection: an interrupt ends all that is half read there.
+                        self.expire(claim, 0.0 if begins else monotonic())
+                    if waits:
+                        await call.ended()
+                elif claim is not None and begins:
+                    self._end_unused(claim)
+                raise
         except asyncio.CancelledError:
-            if not call.withdraw():
-                if claim is not None:
-                    # At once, if nothing else uses the connection: an interrupt ends all that is half read there.
-                    self.expire(claim, 0.0 if begins else monotonic())
-                if waits:
-                    await call.ended()
-            elif claim is not None and begins:
-                self._end_unused(claim)
             raise
         except BaseException:  # the task is collected or interrupted, and waits for nothing; or the call has failed
             if claim is not None and begins and self._pool.is_out(claim):

@@ -49,6 +49,9 @@ class ReadingThreads:
                 line.threads -= 1
                 if not line.threads and call.withdraw():
                     raise  # or else one that is there comes to it
+            except BaseException:  # a signal handler's: it never begins, or does so in this moment, and is one more
+                line.threads -= thread.ident is None
+                raise
 
     def shutdown(self) -> None:
         """Have them end, each after its call. Does not wait. What comes later starts others."""

@@ -26,7 +26,7 @@ from onewriter.tasks import reader
 from onewriter.tasks import reader as tasks_reader
 from onewriter.tasks.call import Call
 from onewriter.tasks.calls import Turn
-from onewriter.tasks.reader import AsyncReader
+from onewriter.tasks.reader import AsyncReader, TaskReads
 
 INSERT = "INSERT INTO t VALUES (?)"
 ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
@@ -1021,3 +1021,58 @@ def test_a_reader_whose_beginning_was_interrupted_is_given_back(one: DbWriter, m
         monkeypatch.undo()
         eventually(lambda: pool_of(one).in_use == 0)
         assert one.read("SELECT 1", timeout=DEADLINE) == [(1,)]
+
+
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
+@pytest.mark.parametrize("is_closed", [True, False])
+def test_a_reader_whose_task_is_collected_as_its_cancellation_waits_is_given_back(
+    one: DbWriter, monkeypatch: pytest.MonkeyPatch, is_closed: bool
+) -> None:
+    def pin_later(reader: Reader) -> None:
+        gate.entered.set()
+        gate.open.wait(DEADLINE)
+        pin(reader)
+
+    async def enter() -> None:
+        async with AsyncDbWriter.wrap(one).reader():
+            pytest.fail("entered")
+
+    gate, pin = Gate(), Reader.pin
+    monkeypatch.setattr(Reader, "pin", pin_later)
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(enter())
+    task._log_destroy_pending = False  # type: ignore[attr-defined]
+    loop.run_until_complete(until(gate.entered.is_set))
+    task.cancel()
+    loop.run_until_complete(asyncio.sleep(0))
+    loop.run_until_complete(asyncio.sleep(0))
+    if is_closed:
+        loop.close()
+    del task, loop
+    gate.open.set()
+    eventually(lambda: gc.collect() >= 0 and pool_of(one).in_use == 0)
+    assert one.read("SELECT 1", timeout=DEADLINE) == [(1,)]
+
+
+def test_a_reader_whose_cancelled_beginning_is_interrupted_is_given_back(
+    one: DbWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def enter() -> None:
+        async with AsyncDbWriter.wrap(one).reader():
+            pytest.fail("entered")
+
+    async def main() -> None:
+        def pin_later(reader: Reader) -> None:
+            pin(reader)
+            loop.call_soon_threadsafe(task.cancel)
+
+        loop, pin = asyncio.get_running_loop(), Reader.pin
+        monkeypatch.setattr(Reader, "pin", pin_later)
+        monkeypatch.setattr(TaskReads, "end", raising(LookupError))
+        task = asyncio.create_task(enter())
+        with pytest.raises(LookupError):
+            await task
+        monkeypatch.undo()
+        await until(lambda: pool_of(one).in_use == 0)
+
+    run(main)

@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 
 from aio_helpers import keep_busy, opened, run, until
-from helpers import DEADLINE, child_code, eventually, pool_of, run_child, threads_of
+from helpers import DEADLINE, child_code, eventually, pool_of, raising, run_child, threads_of
 from onewriter import AsyncDbWriter, DbWriter, ReadTimeoutError
 from onewriter.read.claim import Claim
+from onewriter.tasks import threads
 from onewriter.tasks.call import Call
 
 Leave = Callable[[AsyncDbWriter], Coroutine[Any, Any, None]]
@@ -450,3 +451,14 @@ def test_what_a_call_has_returned_is_not_kept_by_the_thread_that_waits_for_the_n
             await until(lambda: kept() is None)
 
     run(main)
+
+
+def test_a_thread_that_was_never_started_since_that_was_interrupted_is_not_counted(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with DbWriter(path, readers=1) as db:
+        gateway = AsyncDbWriter.wrap(db)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(threads, "start", raising(KeyboardInterrupt))
+            asyncio.run(gateway.read("SELECT 1"))
+        assert asyncio.run(gateway.read("SELECT 1", timeout=DEADLINE)) == [(1,)]
