@@ -50,15 +50,20 @@ class Deadlines:
             timer.cancel()
 
     def _tick(self, loop: asyncio.AbstractEventLoop) -> None:
+        try:
+            self._resolve_late()
+        finally:  # whatever a signal handler has raised: asyncio logs it, and goes on
+            self._ticks = bool(self._waiting)
+            if self._ticks:
+                loop.call_later(TICK, self._tick, loop)
+
+    def _resolve_late(self) -> None:
         now = monotonic()
         waiting = list(self._waiting.items())  # copied in one step: a task that is collected meanwhile waits no more
         late = [kept for kept, until in waiting if until <= now]
         resolve([future for kept in late if (future := kept()) is not None])
         for kept in late:
             self._waiting.pop(kept, None)
-        self._ticks = bool(self._waiting)
-        if self._ticks:
-            loop.call_later(TICK, self._tick, loop)
 
 
 class LoopDeadlines:

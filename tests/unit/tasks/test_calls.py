@@ -270,3 +270,22 @@ def test_what_a_thread_makes_for_a_task_that_was_interrupted_as_it_waited_is_und
         assert await asyncio.to_thread(undone.wait, DEADLINE)
 
     run(main)
+
+
+def test_a_look_at_the_deadlines_that_is_interrupted_is_not_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted() -> float:
+        monkeypatch.undo()
+        raise LookupError
+
+    async def main() -> None:
+        loop, deadlines = asyncio.get_running_loop(), calls.Deadlines()
+        told: list[dict[str, Any]] = []
+        loop.set_exception_handler(lambda _, context: told.append(context))
+        future = loop.create_future()
+        deadlines.add(future, 1.0)
+        monkeypatch.setattr(calls, "monotonic", interrupted)
+        async with asyncio.timeout(DEADLINE):
+            await future
+        assert isinstance(told[0]["exception"], LookupError)
+
+    run(main)
