@@ -626,7 +626,7 @@ class DbWriter(Strict):
             if not job.withdraw(None):
                 job.stop_waiting_for()
             raise
-        if not in_time and not job.done():
+        if not in_time:
             self._core.give_up(job, timeout)
         if state.reporter is not None and state.reporter.is_behind:
             state.reporter.catch_up()

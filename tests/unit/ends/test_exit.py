@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from helpers import DEADLINE, child_code, holding_lock, rows_in, run_child
+from onewriter.ends.exit import HOOKS
 
 OPEN = """
 db = DbWriter(path, label="ledger")
@@ -90,6 +91,33 @@ atexit.register(leaving.set)
     assert "Exception ignored" in child.stderr
     assert child.returncode == 0, child.stderr
     assert rows_in(table) == rows_in(table.with_name(f"{table.name}.other")) == [1] * 20
+
+
+def test_more_signals_than_the_interpreter_has_hooks_of_ours_keep_nothing_from_being_written(table: Path) -> None:
+    code = f"""
+import atexit
+handled = threading.Event()
+
+def handle(number, frame):
+    handled.set()
+    raise KeyboardInterrupt
+
+def write(tx):
+    leaving.wait({DEADLINE})
+    handled.clear()
+    os.kill(os.getpid(), signal.SIGINT)
+    handled.wait({DEADLINE})
+    tx.execute(INSERT, (1,))
+
+leaving = threading.Event()
+signal.signal(signal.SIGINT, handle)
+for _ in range({2 * HOOKS}):
+    db.enqueue(write)
+atexit.register(leaving.set)
+"""
+    child = run_child(child_code(table, OPEN + code))
+    assert child.returncode == 0, child.stderr
+    assert rows_in(table) == [1] * (2 * HOOKS)
 
 
 @pytest.mark.parametrize("before", ["", FILL], ids=["idle", "beside the drain"])
