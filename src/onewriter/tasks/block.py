@@ -45,7 +45,7 @@ class TaskBlock(Block):
         self._is_kept = False  # left well, and about to be committed
         self.entry: Callable[[], object] = object  # by which it is left, or None: that is collected
         self.innermost: TaskSavepoint | None = None  # of the open ones
-        self._changes: list[asyncio.Future[None]] = []
+        self._changes: list[weakref.ref[asyncio.Future[None]]] = []  # their tasks keep them
 
     def come(self) -> None:
         """A task is about to enter it."""
@@ -167,7 +167,7 @@ class TaskBlock(Block):
     def _look_again(self) -> None:
         with self._lock:
             changes, self._changes = self._changes, []
-        wake(changes)
+        wake([change for known in changes if (change := known()) is not None])
 
     async def until_innermost(self, savepoint: TaskSavepoint | None) -> None:
         """Wait until no other task has a savepoint open inside ``savepoint``: they end in the order of a stack.
@@ -179,7 +179,7 @@ class TaskBlock(Block):
             with self._lock:
                 if self._is_turn_of(savepoint):
                     return
-                self._changes.append(change)
+                self._changes.append(weakref.ref(change))
             await change
 
     def _is_turn_of(self, savepoint: TaskSavepoint | None) -> bool:

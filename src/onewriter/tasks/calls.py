@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from onewriter.base.scopes import running_task
 from onewriter.base.state import State
 from onewriter.base.threads import start
-from onewriter.base.waiting import resolve, seconds_until, wake
+from onewriter.base.waiting import is_over, resolve, seconds_until, wake
 
 T = TypeVar("T")
 
@@ -122,13 +122,15 @@ class Turn:
 
     async def acquire(self) -> Asker:
         mine = Asker()
+        signal: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         with self._lock:
             if self._take_as(mine):
                 return mine
+            mine.signal = weakref.ref(signal)
             self._line.append(mine)
         try:
-            while not mine.signal.done():
-                await asyncio.wait([mine.signal], timeout=TICK)
+            while not signal.done():
+                await asyncio.wait([signal], timeout=TICK)
                 self._look()
         except BaseException:
             with self._lock:
@@ -145,8 +147,8 @@ class Turn:
             if self._owner is not mine:
                 return
             self._owner = first = self._line.popleft() if self._line else None
-        if first is not None:
-            wake([first.signal])
+        if first is not None and (signal := first.signal()) is not None:
+            wake([signal])
 
     def _look(self) -> None:
         owner = self._owner
@@ -155,19 +157,19 @@ class Turn:
 
 
 class Asker:
-    """A task that has the turn, or waits for it."""
+    """A task that has the turn, or waits for it. What refers to it keeps neither the task nor its loop."""
 
-    __slots__ = ("_task", "signal")
+    __slots__ = ("_loop", "_task", "signal")
 
     def __init__(self) -> None:
-        self.signal: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        task = running_task()
+        self.signal: Callable[[], asyncio.Future[None] | None] = type(None)  # of its wait
+        self._loop, task = weakref.ref(asyncio.get_running_loop()), running_task()
         self._task = None if task is None else weakref.ref(task)
 
     def has_lost_it(self) -> bool:
         """Whether nobody gives it back: its loop is closed, or its task has ended."""
         task = None if self._task is None else self._task()
-        return self.signal.get_loop().is_closed() or (self._task is not None and (task is None or task.done()))
+        return is_over(self._loop) or (self._task is not None and (task is None or task.done()))
 
     def is_running(self) -> bool:
         return self._task is not None and self._task() is running_task()

@@ -16,6 +16,7 @@ import pytest
 from aio_helpers import until
 from helpers import DEADLINE, eventually, parked, pool_of, queue_of
 from onewriter import AsyncDbWriter, DbWriter
+from onewriter.tasks.block import TaskBlock
 
 INSERT = "INSERT INTO t VALUES (?)"
 Work: TypeAlias = Callable[[DbWriter, AsyncDbWriter, asyncio.Event], Coroutine[Any, Any, None]]
@@ -54,6 +55,16 @@ async def reader(db: DbWriter, aio: AsyncDbWriter, is_there: asyncio.Event) -> N
         await connection.execute("SELECT n FROM t")
         is_there.set()
         await asyncio.sleep(DEADLINE)
+
+
+async def reader_of_two(db: DbWriter, aio: AsyncDbWriter, is_there: asyncio.Event) -> None:
+    async def read() -> None:
+        while True:
+            await connection.execute("SELECT n FROM t")
+            is_there.set()
+
+    async with aio.reader() as connection:
+        await asyncio.gather(read(), read())  # one waits for the other
 
 
 async def stream(db: DbWriter, aio: AsyncDbWriter, is_there: asyncio.Event) -> None:
@@ -95,13 +106,15 @@ def dropped(db: DbWriter, work: Work, is_there: Callable[[asyncio.Event], bool])
     return known[0]
 
 
-@pytest.mark.parametrize("work", [block, savepoint, block_of_a_thread, reader, stream, reader_of_a_thread])
+@pytest.mark.parametrize(
+    "work", [block, savepoint, block_of_a_thread, reader, reader_of_two, stream, reader_of_a_thread]
+)
 @pytest.mark.filterwarnings("ignore:unclosed event loop:ResourceWarning")
 def test_it_is_collected_with_its_tasks_and_what_they_have_is_given_back(db: DbWriter, work: Work) -> None:
     known = dropped(db, work, asyncio.Event.is_set)
+    eventually(lambda: gc.collect() >= 0 and known() is None)
     db.run(INSERT, (2,), timeout=DEADLINE)
     assert db.read("SELECT n FROM t", timeout=DEADLINE) == [(2,)]
-    assert known() is None
     assert pool_of(db).in_use == 0
 
 
@@ -113,3 +126,27 @@ def test_one_whose_block_had_to_wait_is_collected_once_it_is_its_turn(db: DbWrit
     eventually(lambda: queue_of(db).depth == 0 and gc.collect() >= 0 and known() is None)
     db.run(INSERT, (2,), timeout=DEADLINE)
     assert db.read("SELECT n FROM t", timeout=DEADLINE) == [(2,)]
+
+
+@pytest.mark.filterwarnings("ignore:unclosed event loop:ResourceWarning")
+def test_one_in_which_a_task_waits_for_the_savepoint_of_another_is_collected(db: DbWriter) -> None:
+    blocks: list[TaskBlock] = []
+
+    async def waits(db: DbWriter, aio: AsyncDbWriter, is_there: asyncio.Event) -> None:
+        async def other() -> None:
+            async with tx.savepoint():
+                is_there.set()
+                await asyncio.sleep(DEADLINE)
+
+        async with aio.transaction() as tx:
+            task = asyncio.create_task(other())
+            task._log_destroy_pending = False  # type: ignore[attr-defined]
+            await is_there.wait()
+            blocks.append(tx._block)
+            async with tx.savepoint():
+                pytest.fail("entered")
+
+    known = dropped(db, waits, lambda _: bool(blocks) and bool(blocks[0]._changes))
+    blocks.clear()
+    eventually(lambda: gc.collect() >= 0 and known() is None)
+    db.run(INSERT, (2,), timeout=DEADLINE)
