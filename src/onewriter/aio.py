@@ -125,7 +125,8 @@ class AsyncDbWriter(Strict):
                     self._end_opening(loop, None)
 
         try:
-            self._opened = core = await in_thread(attempt, _close, self._left)  # and no call: Ctrl-C comes behind one
+            # Without a call, as that of ``__setattr__``: Ctrl-C comes as one begins.
+            self.__dict__["_opened"] = core = await in_thread(attempt, _close, self._left)
         finally:
             self._end_opening(loop, core)
         if self._opened is not core:  # it was closed meanwhile

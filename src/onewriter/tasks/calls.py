@@ -195,8 +195,8 @@ async def in_thread(
         wake([future])
 
     thread = threading.Thread(target=call, name="onewriter-call", daemon=True)
-    start(thread)
     try:
+        start(thread)
         await future
     except BaseException:  # cancelled, collected or interrupted
         with contextlib.suppress(RuntimeError):  # its loop is closed

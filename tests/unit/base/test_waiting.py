@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
+import weakref
+from asyncio.futures import _PyFuture  # type: ignore[attr-defined]
 from collections.abc import Callable, Iterable
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +19,7 @@ from aio_helpers import run, until
 from helpers import DEADLINE, core_of, eventually, parked, pool_of, queue_of
 from onewriter import DbWriter, Ticket
 from onewriter.base.log import call_all_safely
-from onewriter.base.waiting import thread_signal, wake
+from onewriter.base.waiting import is_over, is_there, thread_signal, wake
 from onewriter.live import hub
 from onewriter.read import places
 from onewriter.write import queue, ticket
@@ -192,3 +195,18 @@ def test_of_the_other_tasks_of_a_loop_as_one_is_woken() -> None:
         assert isinstance(told[0]["exception"], LookupError)
 
     run(main)
+
+
+def test_a_loop_that_is_closed_or_gone_is_over_and_nobody_waits_there() -> None:
+    loop = asyncio.new_event_loop()
+    known, waiter = weakref.ref(loop), _PyFuture(loop=loop)
+    assert not is_over(None)
+    assert not is_over(known)
+    assert is_there(waiter)
+    loop.close()
+    assert is_over(known)
+    assert not is_there(waiter)
+    del loop, waiter
+    gc.collect()
+    assert known() is None
+    assert is_over(known)

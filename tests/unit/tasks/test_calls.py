@@ -253,9 +253,16 @@ def test_where_no_task_runs_a_turn_is_kept_until_it_is_given_back() -> None:
     run(main)
 
 
-def test_what_a_thread_makes_for_a_task_that_was_interrupted_as_it_waited_is_undone(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("where", ["as it waited", "as the thread was started"])
+def test_what_a_thread_makes_for_a_task_that_was_interrupted_is_undone(
+    monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
+    def start(thread: threading.Thread) -> None:
+        start_one(thread)
+        raise KeyboardInterrupt
+
+    start_one = calls.start
+
     class Interrupted(asyncio.Future[None]):
         def __await__(self) -> Any:
             raise KeyboardInterrupt
@@ -264,7 +271,10 @@ def test_what_a_thread_makes_for_a_task_that_was_interrupted_as_it_waited_is_und
         loop = asyncio.get_running_loop()
         gate, undone = threading.Event(), threading.Event()
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(loop, "create_future", lambda: Interrupted(loop=loop))
+            if where == "as it waited":
+                patch.setattr(loop, "create_future", lambda: Interrupted(loop=loop))
+            else:
+                patch.setattr(calls, "start", start)
             await calls.in_thread(lambda: gate.wait(DEADLINE), lambda made: undone.set())
         gate.set()
         assert await asyncio.to_thread(undone.wait, DEADLINE)
