@@ -15,6 +15,7 @@ import pytest
 from aio_helpers import beats, opened, run, until
 from helpers import DEADLINE, eventually, handling, parked
 from onewriter import AsyncDbWriter, AsyncReader, DbWriter, WriteTimeoutError
+from onewriter.base import threads
 from onewriter.tasks import calls
 
 
@@ -258,10 +259,8 @@ def test_what_a_thread_makes_for_a_task_that_was_interrupted_is_undone(
     monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     def start(thread: threading.Thread) -> None:
-        start_one(thread)
+        threads.start(thread)
         raise KeyboardInterrupt
-
-    start_one = calls.start
 
     class Interrupted(asyncio.Future[None]):
         def __await__(self) -> Any:
