@@ -8,6 +8,7 @@ import weakref
 from typing import Any
 
 from onewriter.base.scopes import Scope
+from onewriter.errors import OneWriterError
 from onewriter.events import Submit
 from onewriter.tasks.block import TaskBlock, TaskSavepoint
 from onewriter.tasks.calls import LoopDeadlines
@@ -54,13 +55,17 @@ class TaskEntry:
         block.come()
         try:
             loan = await self._granted()
-        except BaseException:
+            self._scope = state.scopes.enter(block, writes=True)
+            self._collected = leave_if_collected(self, _leave, block, True)
+            block.entry = weakref.ref(self)
+            return AsyncTransaction(block, loan)
+        except BaseException as error:
+            if not isinstance(error, OneWriterError):  # Ctrl-C, say: nobody leaves it
+                block.abandon()
+            if self._scope is not None:
+                state.scopes.leave(self._scope)
             state.forget_block(block)
             raise
-        self._scope = state.scopes.enter(block, writes=True)
-        self._collected = leave_if_collected(self, _leave, block, True)
-        block.entry = weakref.ref(self)
-        return AsyncTransaction(block, loan)
 
     async def _granted(self) -> WriteLoan:
         block, state, granted = self._block, self._block._state, self._block.granted
@@ -72,9 +77,6 @@ class TaskEntry:
             if not block.cancel():
                 block.give_back(failed=True)
                 await block.ended()
-            raise
-        except GeneratorExit:  # the task is closed, and waits for nothing
-            block.abandon()
             raise
         if block.transaction is None and not block.done():
             if block.cancel():

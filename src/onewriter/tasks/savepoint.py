@@ -69,13 +69,16 @@ class SavepointEntry:
         around = (one for one in scopes.inherited() if isinstance(one, TaskSavepoint) and one.block is block)
         outer = next(around, None)
         savepoint = await block.open_savepoint(outer)
-        self._scope = scopes.enter(savepoint, writes=True)
-        self._savepoint = savepoint
-        savepoint.entry = weakref.ref(self)
-        self._collected = leave_if_collected(self, _undo, savepoint, self._part, self._inner, GeneratorExit())
         try:
+            savepoint.entry = weakref.ref(self)
+            self._scope = scopes.enter(savepoint, writes=True)
+            self._collected = leave_if_collected(self, _undo, savepoint, self._part, self._inner, GeneratorExit())
+            self._savepoint = savepoint
             await block.call(self._part.begin)
         except BaseException as error:
+            if self._savepoint is None:  # Ctrl-C, before it could be left
+                block.leave(savepoint)
+                raise
             await self.__aexit__(type(error), error, None)
             raise
 

@@ -16,12 +16,21 @@ from typing import Any
 import pytest
 
 from aio_helpers import opened, rows, run, until, writer_parked
-from helpers import DEADLINE, eventually, in_threads, parked, pool_of, state_of
-from onewriter import AsyncDbWriter, AsyncTransaction, DbWriter, TransactionClosedError, WriteTimeoutError
+from helpers import DEADLINE, eventually, in_threads, parked, pool_of, raising, state_of
+from onewriter import (
+    AsyncDbWriter,
+    AsyncTransaction,
+    DbWriter,
+    TransactionClosedError,
+    WriterClosedError,
+    WriteTimeoutError,
+)
 from onewriter.read.claim import Claim
 from onewriter.read.reader import Snapshot
-from onewriter.tasks import collected
+from onewriter.tasks import collected, entry
+from onewriter.tasks import savepoint as tasks_savepoint
 from onewriter.tasks.block import TaskBlock
+from onewriter.tasks.calls import LoopDeadlines
 from onewriter.tasks.reader import TaskReads
 from onewriter.write.loan import WriteLoan
 
@@ -475,3 +484,59 @@ def test_an_interrupt_as_the_callbacks_of_a_block_begin_keeps_none_from_being_ca
 
     run(main)
     assert told == ["committed"]
+
+
+@pytest.mark.parametrize("where", ["as it is queued", "as it is granted", "as it can be left"])
+def test_a_block_whose_entry_is_interrupted_does_not_keep_the_writer(
+    path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    async def main() -> None:
+        gateway = AsyncDbWriter.wrap(db)
+        if where == "as it is queued":
+            monkeypatch.setattr(LoopDeadlines, "within", raising(KeyboardInterrupt))
+        elif where == "as it is granted":
+            monkeypatch.setattr(TaskBlock, "entered", raising(KeyboardInterrupt))
+        else:
+            monkeypatch.setattr(entry, "leave_if_collected", raising(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt) as caught:
+            await gateway.transaction().__aenter__()
+        monkeypatch.undo()
+        await gateway.run(INSERT, (1,), timeout=DEADLINE)
+        del caught  # which has kept all
+
+    with DbWriter(path) as db:
+        db.run("CREATE TABLE t (n)")
+        run(main)
+        assert db.read("SELECT n FROM t") == [(1,)]
+
+
+def test_a_savepoint_whose_entry_is_interrupted_keeps_no_other_task_from_its_own(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        async with opened(path) as db:
+            async with db.transaction() as tx:
+
+                async def other() -> None:
+                    async with tx.savepoint():
+                        await tx.execute(INSERT, (1,))
+
+                with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                    patch.setattr(tasks_savepoint, "leave_if_collected", raising(KeyboardInterrupt))
+                    async with tx.savepoint():
+                        pytest.fail("entered")
+                await asyncio.create_task(other())
+            assert await rows(db) == [1]
+
+    run(main)
+
+
+def test_a_block_that_is_refused_counts_as_no_withdrawn_job(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path) as db:
+            await db.close()
+            with pytest.raises(WriterClosedError):
+                await db.transaction().__aenter__()
+            assert (await db.close()).cancelled == 0
+
+    run(main)
