@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import logging
 import os
 import shutil
@@ -522,16 +523,17 @@ CHECKPOINTS = "import sqlite3; sqlite3.connect({path!r}).execute('PRAGMA wal_che
 
 @pytest.mark.parametrize("reason", [errno.EACCES, errno.EIO, errno.ESTALE, errno.ENFILE])
 def test_a_look_that_fails_for_a_moment_means_nothing(path: Path, reason: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(name: Any, *arguments: Any, **options: Any) -> os.stat_result:
+    def failing(look: Callable[..., os.stat_result], name: Any, *args: Any, **options: Any) -> os.stat_result:
         if str(path) in str(name):
             raise OSError(reason, os.strerror(reason), str(name))
-        return original(name, *arguments, **options)
+        return look(name, *args, **options)
 
-    original = os.stat
     with DbWriter(path) as db:
         db.run("CREATE TABLE t (n)")
         with monkeypatch.context() as patch:
-            patch.setattr(os, "stat", fail)
+            for look in (os.stat, os.lstat):
+                patch.setattr(os, look.__name__, functools.partial(failing, look))
+            file_of(db).look_again_at = 0.0
             db.run(INSERT, (1,))
             assert db.read("SELECT n FROM t") == [(1,)]
         assert db.run(INSERT, (2,)).rowcount == 1
@@ -654,35 +656,38 @@ def test_logs_that_go_with_a_close_in_this_moment_are_not_lost(path: Path, monke
         if name.endswith("-wal"):
             file._logs = {}
             raise FileNotFoundError(name)
-        return stat(name)
+        return lstat(name)
 
-    stat = os.stat
+    lstat = os.lstat
     with DbWriter(path) as db:
         db.run("CREATE TABLE t (n)")
         file = file_of(db)
         logs = file._logs
-        monkeypatch.setattr(os, "stat", closed_meanwhile)
+        monkeypatch.setattr(os, "lstat", closed_meanwhile)
         file.check_logs()
         monkeypatch.undo()
+        assert file._logs == {}
         file._logs = logs
 
 
 @pytest.mark.parametrize("moment", ["before a job", "as it is closed"])
 def test_an_error_of_a_look_at_the_log_means_nothing(path: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
-    stat = os.stat
+    lstat, failed = os.lstat, list[str]()
 
     def fail(name: Any, *args: Any, **options: Any) -> os.stat_result:
         if str(name).endswith("-wal"):
+            failed.append(name)
             raise OSError(errno.EIO, "Input/output error")
-        return stat(name, *args, **options)
+        return lstat(name, *args, **options)
 
     with DbWriter(path) as db:
         db.run("CREATE TABLE t (n)")
-        monkeypatch.setattr(os, "stat", fail)
+        monkeypatch.setattr(os, "lstat", fail)
         if moment == "before a job":
             file_of(db).look_again_at = 0.0
             db.run(INSERT, (1,))
             assert db.health == "ok"
             monkeypatch.undo()
     monkeypatch.undo()
+    assert failed
     assert names_in(path.parent) == ["app.db"]
