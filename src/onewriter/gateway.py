@@ -119,7 +119,7 @@ class DbWriter(Strict):
             max_hold=max_hold,
             wal_limit=wal_limit,
             auto_checkpoint=auto_checkpoint,
-            inline=inline or is_over(),  # no writer thread would be waited for any more, if one could start
+            inline=is_over() or inline,  # no writer thread would be waited for any more, if one could start
         )
         self._core = core = Core(path, options)
         self._state, self._submit, self._use_reader = core.state, core.submit, core.pool.use  # which each call asks for

@@ -154,3 +154,10 @@ def test_a_function_reads_in_another_context_while_a_thread_waits_for_its_block(
     with ThreadPoolExecutor(1) as pool:
         assert db.run(function) == [(1,)]
         waiting[0].result(DEADLINE)
+
+
+@pytest.mark.parametrize("value", [None, 0, ""])
+def test_what_is_no_bool_is_not_taken_for_one(path: Path, value: Any) -> None:
+    for name in ("inline", "auto_checkpoint", "foreign_keys"):
+        with pytest.raises(TypeError, match=f"{name} must be a bool"):
+            DbWriter(path, **{name: value})

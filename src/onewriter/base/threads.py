@@ -16,7 +16,7 @@ def start(thread: threading.Thread) -> None:
 
     Raises RuntimeError: the system has no thread left, or the interpreter ends.
     """
-    is_over, failures = Flag(), list[BaseException]()
+    is_over, failures, begun = Flag(), list[BaseException](), list[int]()
 
     def start_it() -> None:
         try:
@@ -26,7 +26,12 @@ def start(thread: threading.Thread) -> None:
         finally:
             is_over.set()
 
-    start_new_thread(start_it, ())
-    is_over.wait()
+    try:
+        begun.extend(map(start_new_thread, [start_it], [()]))  # in one step: what a handler raises comes behind it
+        is_over.wait()
+    except BaseException:
+        if begun:
+            is_over.wait()  # so that ``thread.ident`` tells whether it was started
+        raise
     if failures:
         raise failures.pop()

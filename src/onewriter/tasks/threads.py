@@ -49,7 +49,7 @@ class ReadingThreads:
                 line.threads -= 1
                 if not line.threads and call.withdraw():
                     raise  # or else one that is there comes to it
-            except BaseException:  # a signal handler's: it never begins, or does so in this moment, and is one more
+            except BaseException:  # a signal handler's
                 line.threads -= thread.ident is None
                 raise
 

@@ -6,8 +6,10 @@ import threading
 
 import pytest
 
-from helpers import DEADLINE
+from helpers import DEADLINE, raising
+from onewriter.base import threads
 from onewriter.base.threads import start
+from onewriter.base.waiting import Flag
 
 
 class NotedThread(threading.Thread):
@@ -33,3 +35,36 @@ def test_why_a_thread_cannot_be_started_is_raised() -> None:
     thread.join(DEADLINE)
     with pytest.raises(RuntimeError, match="threads can only be started once"):
         start(thread)
+
+
+def test_one_whose_starting_is_interrupted_has_been_started_when_that_comes_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class SlowThread(threading.Thread):
+        def start(self) -> None:
+            interrupted.wait(DEADLINE)
+            super().start()
+
+    def interrupt(flag: Flag, timeout: float | None = None) -> bool:
+        monkeypatch.undo()
+        interrupted.set()
+        raise KeyboardInterrupt
+
+    interrupted, has_run = threading.Event(), threading.Event()
+    thread = SlowThread(target=has_run.set)
+    monkeypatch.setattr(Flag, "wait", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        start(thread)
+    assert thread.ident is not None
+    thread.join(DEADLINE)
+    assert has_run.is_set()
+
+
+def test_one_whose_starting_is_interrupted_before_it_has_begun_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    thread = threading.Thread(target=print)
+    monkeypatch.setattr(threads, "start_new_thread", raising(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        start(thread)
+    assert thread.ident is None

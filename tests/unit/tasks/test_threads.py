@@ -17,6 +17,7 @@ import pytest
 from aio_helpers import keep_busy, opened, run, until
 from helpers import DEADLINE, child_code, eventually, pool_of, raising, run_child, threads_of
 from onewriter import AsyncDbWriter, DbWriter, ReadTimeoutError
+from onewriter.base.threads import start
 from onewriter.read.claim import Claim
 from onewriter.tasks import threads
 from onewriter.tasks.call import Call
@@ -462,3 +463,22 @@ def test_a_thread_that_was_never_started_since_that_was_interrupted_is_not_count
             patch.setattr(threads, "start", raising(KeyboardInterrupt))
             asyncio.run(gateway.read("SELECT 1"))
         assert asyncio.run(gateway.read("SELECT 1", timeout=DEADLINE)) == [(1,)]
+
+
+def test_a_thread_whose_start_was_interrupted_is_counted_and_ends_with_the_others(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        raise KeyboardInterrupt
+
+    before = set(threading.enumerate())
+    with DbWriter(path, readers=1) as db:
+        gateway = AsyncDbWriter.wrap(db)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(threads, "start", interrupted)
+            asyncio.run(gateway.read("SELECT 1"))
+        assert asyncio.run(gateway.read("SELECT 1", timeout=DEADLINE)) == [(1,)]
+        assert threads_of(gateway)._line.threads == 1
+    del gateway
+    eventually(lambda: gc.collect() >= 0 and set(threading.enumerate()) <= before)
