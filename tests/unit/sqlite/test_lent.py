@@ -995,3 +995,12 @@ def test_a_blob_that_was_never_opened_is_collected_without_a_word(monkeypatch: p
         LentBlob()
     gc.collect()
     assert said == []
+
+
+@pytest.mark.parametrize("lender", ["block", "nested"])
+def test_a_text_that_sqlite_cannot_be_given_is_refused_as_by_sqlite3(blobs: DbWriter, lender: str) -> None:
+    sql = "SELECT '\ud800'"
+    with lent_by(blobs, lender) as connection:
+        for call in (connection.execute, connection.executescript, lambda sql: connection.executemany(sql, iter([()]))):
+            with pytest.raises(UnicodeEncodeError):
+                call(sql)
