@@ -254,11 +254,8 @@ def is_plain_row(factory: Any) -> bool:
 
 
 def is_text(sql: object) -> bool:
-    """Whether SQLite can be given it."""
-    try:
-        return isinstance(sql, str) and b"\0" not in str.encode(sql)
-    except UnicodeEncodeError:
-        return False
+    """Whether SQLite can be given it; raises UnicodeEncodeError as sqlite3 does."""
+    return isinstance(sql, str) and b"\0" not in str.encode(sql)
 
 
 def _scratch() -> sqlite3.Connection:
