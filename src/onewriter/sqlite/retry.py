@@ -114,14 +114,9 @@ class LockPolicy:
         log: Callable[[bool, str], object],
         first: BaseException | None,
         budget: float | None = None,
-        stop: Flag | None = None,
     ) -> T:
-        """Go on after a first attempt, which raised ``first``. Separate, since tenacity always costs 7 µs.
-
-        stop: in place of that which close sets.
-        """
+        """Go on after a first attempt, which raised ``first``. Separate, since tenacity always costs 7 µs."""
         began, threshold = monotonic(), NOTICEABLE
-        stopped = self.stop if stop is None else stop
         seconds = self.lock_timeout if budget is None else budget
         is_late = tenacity.stop_after_delay(seconds)
 
@@ -137,12 +132,12 @@ class LockPolicy:
             if first is not None:
                 error, first = first, None
                 raise error
-            return self._round(attempt, began, began + seconds, stopped)
+            return self._round(attempt, began, began + seconds)
 
         try:
             result = tenacity.Retrying(
                 retry=tenacity.retry_if_exception(is_busy),
-                stop=lambda state: stopped.is_set or is_late(state),
+                stop=lambda state: self.stop.is_set or is_late(state),
                 wait=tenacity.wait_random(0, POLL),
                 sleep=self.sleep,
                 before_sleep=count,
@@ -158,7 +153,7 @@ class LockPolicy:
             log(True, f"got SQLite's lock: {self._so_far()}")
         return result
 
-    def _round(self, attempt: Callable[[], T], began: float, deadline: float, stop: Flag) -> T:
+    def _round(self, attempt: Callable[[], T], began: float, deadline: float) -> T:
         """Some attempts, until the deadline at the latest."""
         until = min(monotonic() + ROUND, deadline)
         while True:
@@ -166,7 +161,7 @@ class LockPolicy:
             try:
                 return attempt()
             except sqlite3.OperationalError as error:
-                if (now := monotonic()) >= until or stop.is_set or not is_busy(error):
+                if (now := monotonic()) >= until or self.stop.is_set or not is_busy(error):
                     raise
             self.sleep((POLL + JITTER * random.random()) / min(SOONEST, 1.0 + SOONER * (now - began)))
 

@@ -9,7 +9,6 @@ from typing import Any
 from onewriter.base import garbage
 from onewriter.base.state import State
 from onewriter.base.tally import Times
-from onewriter.base.waiting import Flag
 from onewriter.sqlite.file import DatabaseFile
 from onewriter.sqlite.lock_holders import describe_lock, describe_readers
 from onewriter.sqlite.retry import FAILURES, Failure, LockPolicy, is_busy
@@ -20,14 +19,13 @@ from onewriter.write.ticket import Job
 LONGEST_HOLD = 0.05  # seconds after which a batch takes no further job
 SHARED_HOLD = 0.02  # the same while other processes want the lock too: shorter turns make equal shares sooner
 LOOK = 0.05  # seconds after which a COMMIT that readers hold up looks for lost ones; less and less often
-NEVER = Flag()  # is set
 GAP = 0.001  # seconds for which the lock is left free after it was held that long
 
 
 class WriteLock:
     """SQLite's write lock. The only BEGIN IMMEDIATE and COMMIT.
 
-    Threads: the writer's. ``policy.stop`` ends a wait at BEGIN.
+    Threads: the writer's. ``policy.stop`` ends a wait.
     """
 
     def __init__(
@@ -136,8 +134,7 @@ class WriteLock:
         times.retried = True
         self._state.wait_for_lock(job, self.in_the_way)
         try:
-            stop = NEVER if self._is_committing else None  # what has started goes on, whole
-            self.policy.keep_trying(again, self._tell, first, stop=stop)
+            self.policy.keep_trying(again, self._tell, first)
         except _UndoneError:
             raise first from None
         finally:

@@ -13,18 +13,7 @@ from typing import Any
 
 import pytest
 
-from helpers import (
-    DEADLINE,
-    eventually,
-    holding_lock,
-    parked,
-    policy_of,
-    rows,
-    rows_in,
-    until_waiting,
-    waiting_for_lock,
-    writer_of,
-)
+from helpers import DEADLINE, holding_lock, parked, policy_of, rows, until_waiting, waiting_for_lock, writer_of
 from onewriter import DbWriter, Transaction
 from onewriter.write import lock
 
@@ -223,24 +212,3 @@ def test_what_takes_the_lock_by_itself_is_not_refused_with_those_that_share_a_tr
             assert alone.result(DEADLINE).rowcount == 1
         assert {type(ticket.exception()) for ticket in (first, second)} == {sqlite3.OperationalError}
         assert rows(db) == [3]
-
-
-@pytest.mark.parametrize("options", [{"drain": False}, {"timeout": 0.0}])
-def test_a_job_whose_commit_waits_for_readers_as_the_gateway_is_closed_goes_on(
-    path: Path, options: dict[str, Any]
-) -> None:
-    db = DbWriter(path, journal_mode="DELETE", lock_timeout=DEADLINE)
-    db.run("CREATE TABLE t (n)")
-    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as reader, ThreadPoolExecutor(2) as threads:
-        reader.execute("BEGIN")
-        reader.execute("SELECT * FROM t").fetchall()
-        ticket = db.enqueue("INSERT INTO t VALUES (1)")
-        eventually(lambda: db.stats().waiting_for_lock is not None)
-        closing = threads.submit(db.close, **options)
-        eventually(lambda: writer_of(db)._stop.is_set)
-        before = policy_of(db).attempts
-        eventually(lambda: policy_of(db).attempts > before + 2 or ticket.done())
-        reader.execute("COMMIT")
-        assert ticket.result(DEADLINE).rowcount == 1
-        closing.result(DEADLINE)
-    assert rows_in(path) == [1]
