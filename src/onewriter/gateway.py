@@ -23,7 +23,7 @@ from onewriter.base.tally import CloseReport, Stats
 from onewriter.base.waiting import seconds_until, thread_signal, wait_in_slices
 from onewriter.core import VERSION, After, Core, Function, Label, Seconds, Steps, deadline_of
 from onewriter.ends.backup import check_backup
-from onewriter.ends.exit import is_over
+from onewriter.ends.exit import interpreter_ends
 from onewriter.errors import ReentrantWriteError
 from onewriter.live.watch import Watch
 from onewriter.options import Options
@@ -119,7 +119,7 @@ class DbWriter(Strict):
             max_hold=max_hold,
             wal_limit=wal_limit,
             auto_checkpoint=auto_checkpoint,
-            inline=is_over() or inline,  # no writer thread would be waited for any more, if one could start
+            inline=interpreter_ends() or inline,  # no writer thread would be waited for any more, if one could start
         )
         self._core = core = Core(path, options)
         self._state, self._submit, self._use_reader = core.state, core.submit, core.pool.use  # which each call asks for

@@ -22,7 +22,7 @@ INTERRUPTS = 1000  # of the drain, by signal handlers, with which it goes on
 HOOKS = 10  # each can be ended by one that comes between two bytecodes outside of its ``try``
 _open: dict[Writer, Driver] = {}  # used in single steps: a lock could meet a signal handler that closes
 _hooked = 0  # the process that has our hook in multiprocessing
-_is_over = False  # our hooks have run: nobody drains what is opened now
+_has_run = False  # the hook: nobody drains what is opened now
 
 
 def drain_at_exit(writer: Writer, driver: Driver) -> None:
@@ -42,9 +42,9 @@ def _hook_into_multiprocessing() -> None:
             Finalize(None, _drain_all, exitpriority=1)
 
 
-def is_over() -> bool:
+def interpreter_ends() -> bool:
     """Whether the interpreter ends, and nobody would wait for a writer thread, if one could start at all."""
-    return _is_over
+    return _has_run
 
 
 def forget(writer: Writer) -> None:
@@ -92,8 +92,8 @@ if hasattr(os, "register_at_fork"):
 def _drain_all() -> None:
     # The writers are daemon threads, because others are joined before any hook of ours runs: they would never be told
     # to end. They run on until atexit is through (https://docs.python.org/3/library/atexit.html).
-    global _is_over
-    _is_over = True
+    global _has_run
+    _has_run = True
     todo, interrupt = _open.copy(), None
     for _ in range(INTERRUPTS):
         try:

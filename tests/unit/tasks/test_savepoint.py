@@ -21,6 +21,13 @@ ENTERS: list[Enter] = [lambda _, tx: tx.savepoint(), lambda db, _: db.transactio
 kinds = pytest.mark.parametrize("enter", ENTERS, ids=["savepoint", "nested block"])
 
 
+async def part(entry: contextlib.AbstractAsyncContextManager[Any], tx: AsyncTransaction, n: int) -> AsyncIterator[None]:
+    """Is in it, with a row, until it is asked for more."""
+    async with entry:
+        await tx.execute(INSERT, (n,))
+        yield
+
+
 async def write_in_savepoint(tx: AsyncTransaction, n: int, go_on: asyncio.Event | None = None) -> None:
     if go_on is not None:
         await go_on.wait()
@@ -30,18 +37,13 @@ async def write_in_savepoint(tx: AsyncTransaction, n: int, go_on: asyncio.Event 
 
 @kinds
 def test_one_that_is_left_before_one_of_the_same_task_inside_it_keeps_that_too(path: Path, enter: Enter) -> None:
-    async def inside(db: AsyncDbWriter, tx: AsyncTransaction) -> AsyncIterator[None]:
-        async with enter(db, tx):
-            await tx.execute(INSERT, (1,))
-            yield
-
     async def main() -> None:
         async with opened(path) as db:
             async with db.transaction() as tx:
                 go_on = asyncio.Event()
                 other = asyncio.create_task(write_in_savepoint(tx, 4, go_on))
                 async with tx.savepoint():
-                    generator = inside(db, tx)
+                    generator = part(enter(db, tx), tx, 1)
                     await anext(generator)
                 go_on.set()
                 await other  # it has ended, though nobody has left it
@@ -63,11 +65,6 @@ def test_one_that_is_left_before_one_of_the_same_task_inside_it_keeps_that_too(p
 def test_one_that_has_ended_with_the_one_around_it_waits_for_no_other_task_as_it_is_left(
     path: Path, enter: Enter
 ) -> None:
-    async def inside(db: AsyncDbWriter, tx: AsyncTransaction) -> AsyncIterator[None]:
-        async with enter(db, tx):
-            await tx.execute(INSERT, (1,))
-            yield
-
     async def main() -> None:
         async with opened(path) as db:
             async with db.transaction() as tx:
@@ -79,7 +76,7 @@ def test_one_that_has_ended_with_the_one_around_it_waits_for_no_other_task_as_it
                         entered.set()
                         await leave.wait()
 
-                generator = inside(db, tx)
+                generator = part(enter(db, tx), tx, 1)
                 async with tx.savepoint():
                     await anext(generator)
                 task = asyncio.create_task(other())
@@ -152,15 +149,10 @@ def test_one_that_nobody_can_leave_is_undone_before_the_one_around_it_is_kept(pa
 
 @kinds
 def test_two_generators_in_lockstep_end_in_any_order(path: Path, enter: Enter) -> None:
-    async def part(db: AsyncDbWriter, tx: AsyncTransaction, n: int) -> AsyncIterator[None]:
-        async with enter(db, tx):
-            await tx.execute(INSERT, (n,))
-            yield
-
     async def main() -> None:
         async with opened(path) as db:
             async with db.transaction() as tx:
-                first, second = part(db, tx, 1), part(db, tx, 2)
+                first, second = part(enter(db, tx), tx, 1), part(enter(db, tx), tx, 2)
                 await anext(first)
                 await anext(second)
                 with pytest.raises(StopAsyncIteration):

@@ -13,7 +13,18 @@ from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, holding_lock, parked, policy_of, rows, until_waiting, waiting_for_lock, writer_of
+from helpers import (
+    DEADLINE,
+    eventually,
+    holding_lock,
+    parked,
+    policy_of,
+    rows,
+    rows_in,
+    until_waiting,
+    waiting_for_lock,
+    writer_of,
+)
 from onewriter import DbWriter, Transaction
 from onewriter.write import lock
 
@@ -212,3 +223,18 @@ def test_what_takes_the_lock_by_itself_is_not_refused_with_those_that_share_a_tr
             assert alone.result(DEADLINE).rowcount == 1
         assert {type(ticket.exception()) for ticket in (first, second)} == {sqlite3.OperationalError}
         assert rows(db) == [3]
+
+
+def test_close_without_draining_ends_the_wait_of_a_commit_for_readers(path: Path) -> None:
+    db = DbWriter(path, journal_mode="DELETE", lock_timeout=2 * DEADLINE)
+    db.run("CREATE TABLE t (n)")
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as reader, ThreadPoolExecutor(1) as threads:
+        reader.execute("BEGIN")
+        reader.execute("SELECT * FROM t").fetchall()
+        ticket = db.enqueue("INSERT INTO t VALUES (1)")
+        eventually(lambda: db.stats().waiting_for_lock is not None)
+        closing = threads.submit(db.close, drain=False)
+        with pytest.raises(sqlite3.OperationalError, match="database is locked"):
+            ticket.result(DEADLINE)
+        assert closing.result(DEADLINE).failed == 1
+    assert rows_in(path) == []
