@@ -7,9 +7,13 @@ import os
 import sys
 import threading
 import types
+from collections.abc import Callable
 from types import TracebackType
 
 MOST_TABLES = 16  # line tables that are cached
+# Each look at ``f_lasti`` may make an int; the thousands of jobs that wait from one line share one.
+one_of: Callable[[int, int], int] = {}.setdefault  # type: ignore[assignment]
+
 OURS = ("onewriter.",)
 OURS_AND_CONTEXTLIB = (*OURS, "contextlib.")
 POOL_LOOPS = (("_worker", "concurrent.futures.thread"), ("worker", "multiprocessing.pool"))

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from time import monotonic
 from typing import Any, TypeVar, cast
 
+from onewriter.base.call_site import one_of
 from onewriter.base.state import State
 from onewriter.sqlite.guard import Mode
 from onewriter.sqlite.result import LIVE_RESULTS, Result, refuse_live
@@ -31,7 +32,8 @@ class StatementJob(Job[Result]):
         # Not super().__init__, and nothing that can wait: this is most of what enqueue does.
         self._state = state
         self._label = label
-        self._code, self._instruction = frame.f_code, frame.f_lasti
+        instruction = frame.f_lasti
+        self._code, self._instruction = frame.f_code, one_of(instruction, instruction)
         self._stage = PENDING
         self._result = self._error = self._waiters = self._callbacks = None
         self.bounded = bounded
@@ -85,7 +87,8 @@ class FunctionJob(Job[T]):
         # As in StatementJob.
         self._state = state
         self._label = label
-        self._code, self._instruction = frame.f_code, frame.f_lasti
+        instruction = frame.f_lasti
+        self._code, self._instruction = frame.f_code, one_of(instruction, instruction)
         self._stage = PENDING
         self._result = self._error = self._waiters = self._callbacks = None
         self.bounded = bounded

@@ -13,7 +13,7 @@ from time import monotonic
 from typing import Any, Generic, NoReturn, TypeVar, cast
 
 from onewriter.base.arguments import check_callback, check_timeout
-from onewriter.base.call_site import place_of
+from onewriter.base.call_site import one_of, place_of
 from onewriter.base.log import call_all_safely, call_safely, warn_of_blocking
 from onewriter.base.state import State
 from onewriter.base.tally import Times, Timings
@@ -66,7 +66,8 @@ class Ticket(Generic[T]):
     def __init__(self, state: State, label: str | None, frame: types.FrameType, work: Any) -> None:
         self._state = state
         self._label = label
-        self._code, self._instruction = frame.f_code, frame.f_lasti
+        instruction = frame.f_lasti
+        self._code, self._instruction = frame.f_code, one_of(instruction, instruction)
         self._stage = PENDING
         self._result: Any = None
         self._error: BaseException | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+import tracemalloc
 import types
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +31,26 @@ def test_many_call_sites_of_one_long_function_are_named_without_reading_it_anew_
         exec(compile(source, "long.py", "exec"), names)
         places = [ticket.called_from for ticket in names["tickets"]]
         assert places == [f"long.py:{line} in <module>" for line in range(2, calls + 2)]
+        release.set()
+
+
+def memory_of_jobs(db: DbWriter, before: str) -> float:
+    """Bytes for each job that waits, whose call is behind the code ``before`` in its function."""
+    source = f"{before}\nfor _ in range(1000): tickets.append(db.enqueue('SELECT 1'))"
+    names: dict[str, Any] = {"db": db, "tickets": []}
+    code = compile(source, "long.py", "exec")
+    tracemalloc.start()
+    try:
+        exec(code, names)
+        return tracemalloc.get_traced_memory()[0] / 1000
+    finally:
+        tracemalloc.stop()
+
+
+def test_the_jobs_of_a_line_far_down_in_a_long_function_take_no_more_memory(path: Path) -> None:
+    with DbWriter(path, maxsize=5000, slow_after=60) as db, parked(db) as release:
+        near, far = memory_of_jobs(db, ""), memory_of_jobs(db, "x = 1\n" * 500)
+        assert far == pytest.approx(near, abs=10)
         release.set()
 
 
