@@ -21,7 +21,7 @@ from onewriter.base.call_site import called_from
 from onewriter.base.scopes import enclosing
 from onewriter.base.strict import Strict
 from onewriter.base.tally import CloseReport, Stats
-from onewriter.base.waiting import seconds_until, wake
+from onewriter.base.waiting import KnownLoop, is_over, seconds_until, this_loop, wake
 from onewriter.core import OWN_READER, VERSION, After, Core, Function, Label, Seconds, Steps, core_of, deadline_of
 from onewriter.ends.backup import check_backup
 from onewriter.errors import ReentrantWriteError, WriterClosedError
@@ -34,7 +34,7 @@ from onewriter.read.reader import FETCHONE
 from onewriter.sqlite.parameters import Params
 from onewriter.sqlite.result import Result, first_value
 from onewriter.tasks.block import TaskBlock, TaskSavepoint
-from onewriter.tasks.calls import LoopDeadlines, and_the_log, call_and_join, in_thread
+from onewriter.tasks.calls import LoopDeadlines, and_the_log, call_and_join, in_thread, wait_with_looks
 from onewriter.tasks.collected import wait_for_collected
 from onewriter.tasks.coroutine_functions import mark_coroutine_functions
 from onewriter.tasks.entry import TaskEntry
@@ -86,7 +86,7 @@ class AsyncDbWriter(Strict):
 
     def _prepare(self) -> None:
         self._is_closed, self._lock = False, threading.Lock()
-        self._opens_in: asyncio.AbstractEventLoop | None = None  # that of the task that opens it now
+        self._opens_in: KnownLoop | None = None  # that of the task that opens it now
         self._openers: list[asyncio.Future[None]] = []  # of tasks that wait while another one opens
         self._left: list[threading.Thread] = []  # that open it for tasks which were cancelled
         self._reads: TaskReads | None = None
@@ -97,12 +97,11 @@ class AsyncDbWriter(Strict):
         if self._is_closed:
             raise WriterClosedError("the gateway is closed: open a new AsyncDbWriter")
         while True:
-            loop = asyncio.get_running_loop()
-            future: asyncio.Future[None] = loop.create_future()
+            loop, future = this_loop(), asyncio.get_running_loop().create_future()
             with self._lock:
                 if self._opened is not None or self._is_closed:
                     break
-                is_mine = self._opens_in is None or self._opens_in.is_closed()
+                is_mine = self._opens_in is None or is_over(self._opens_in)
                 if is_mine:
                     self._opens_in = loop
                 else:
@@ -110,18 +109,18 @@ class AsyncDbWriter(Strict):
             if is_mine:
                 await self._open_with(loop)
             else:  # another task opens it; if it fails, this one tries
-                await future
+                await wait_with_looks(future, lambda: self._opens_in is None or is_over(self._opens_in))
         self._core().queue.check_open()
         return self
 
-    async def _open_with(self, loop: asyncio.AbstractEventLoop) -> None:
+    async def _open_with(self, loop: KnownLoop) -> None:
         core = None
 
         def attempt() -> Core:
             try:
                 return self._make()
             finally:
-                if loop.is_closed():  # nothing of this task runs any more
+                if is_over(loop):  # nothing of this task runs any more
                     self._end_opening(loop, None)
 
         try:
@@ -132,9 +131,9 @@ class AsyncDbWriter(Strict):
         if self._opened is not core:  # it was closed meanwhile
             await in_thread(lambda: _close(core), left=self._left)
 
-    def _end_opening(self, loop: asyncio.AbstractEventLoop, core: Core | None) -> None:
+    def _end_opening(self, loop: KnownLoop, core: Core | None) -> None:
         with self._lock:
-            if self._opens_in is loop:
+            if self._opens_in == loop:
                 self._opens_in = None
                 self._opened = None if self._is_closed else core
             openers, self._openers = self._openers, []

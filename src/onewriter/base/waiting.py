@@ -66,6 +66,10 @@ class Flag:
         return True
 
 
+def this_loop() -> KnownLoop:
+    return weakref.ref(asyncio.get_running_loop())
+
+
 def is_over(known: KnownLoop | None) -> bool:
     """Whether the loop is closed, or was dropped without that: no task of it goes on."""
     if known is None:

@@ -105,7 +105,7 @@ def _opened(reader: Reader, program: Program) -> Iterator[tuple[str, str]]:
         if SCHEMA_PAGE in pages:
             yield schema, "sqlite_schema"
         listed = ", ".join(map(str, pages))
-        sql = f'SELECT DISTINCT tbl_name FROM "{schema}".sqlite_schema WHERE rootpage IN ({listed})'
+        sql = f'SELECT DISTINCT +tbl_name FROM "{schema}".sqlite_schema WHERE rootpage IN ({listed})'
         for (table,) in rows_of(reader.connection, sql):
             yield schema, table
 

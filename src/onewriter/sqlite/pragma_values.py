@@ -26,6 +26,8 @@ def pragma(connection: sqlite3.Connection, name: str, value: str | int | None = 
 
 
 def rows_of(connection: sqlite3.Connection, sql: str) -> list[Any]:
+    """Of an internal query. It has expressions for columns of a table (``+name``): these have no declared type, for
+    which the user's converters would be called."""
     factory, connection.text_factory = connection.text_factory, decode  # the user's must not see internal rows
     cursor = connection.cursor()
     try:

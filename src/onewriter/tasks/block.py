@@ -19,6 +19,7 @@ from onewriter.base.state import State
 from onewriter.base.waiting import is_over, seconds_until, wake
 from onewriter.errors import ReadTimeoutError, TransactionClosedError
 from onewriter.tasks.call import Call
+from onewriter.tasks.calls import wait_with_looks
 from onewriter.write.block import COLLECTED, Block
 from onewriter.write.loan import ENDED, WriteLoan
 
@@ -180,7 +181,7 @@ class TaskBlock(Block):
                 if self._is_turn_of(savepoint):
                     return
                 self._changes.append(weakref.ref(change))
-            await change
+            await wait_with_looks(change, lambda: self._is_turn_of(savepoint))
 
     def _is_turn_of(self, savepoint: TaskSavepoint | None) -> bool:
         inside, end = self.innermost, open_one(savepoint)

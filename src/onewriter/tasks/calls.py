@@ -15,12 +15,12 @@ from typing import Any, TypeVar
 from onewriter.base.scopes import running_task
 from onewriter.base.state import State
 from onewriter.base.threads import start
-from onewriter.base.waiting import is_over, resolve, seconds_until, wake
+from onewriter.base.waiting import is_over, resolve, seconds_until, this_loop, wake
 
 T = TypeVar("T")
 
 
-TICK = 0.1  # seconds between two looks at the deadlines of a loop
+TICK = 0.1  # seconds between two looks at the deadlines of a loop, or at what a task waits for
 
 
 class Deadlines:
@@ -94,6 +94,15 @@ class LoopDeadlines:
             deadlines.remove(future, timer)
 
 
+async def wait_with_looks(signal: asyncio.Future[None], is_over: Callable[[], bool]) -> None:
+    """Wait for ``signal``, or until ``is_over``: a signal handler may have raised where ``signal`` was to be resolved.
+
+    The loop has a timer meanwhile, and nothing else needs to refer to ``signal`` for it to keep the task that waits.
+    """
+    while not (signal.done() or is_over()):
+        await asyncio.wait([signal], timeout=TICK)
+
+
 class Turn:
     """A lock for tasks, of any loop, in the order of asking. That of a loop that is closed loses it.
 
@@ -129,9 +138,7 @@ class Turn:
             mine.signal = weakref.ref(signal)
             self._line.append(mine)
         try:
-            while not signal.done():
-                await asyncio.wait([signal], timeout=TICK)
-                self._look()
+            await wait_with_looks(signal, lambda: self._has_come_to(mine))
         except BaseException:
             with self._lock:
                 if mine in self._line:
@@ -150,10 +157,11 @@ class Turn:
         if first is not None and (signal := first.signal()) is not None:
             wake([signal])
 
-    def _look(self) -> None:
+    def _has_come_to(self, mine: Asker) -> bool:
         owner = self._owner
         if owner is None or owner.has_lost_it():  # None: it came back as the first was about to wait
             self.release(owner)
+        return self._owner is mine
 
 
 class Asker:
@@ -163,7 +171,7 @@ class Asker:
 
     def __init__(self) -> None:
         self.signal: Callable[[], asyncio.Future[None] | None] = type(None)  # of its wait
-        self._loop, task = weakref.ref(asyncio.get_running_loop()), running_task()
+        self._loop, task = this_loop(), running_task()
         self._task = None if task is None else weakref.ref(task)
 
     def has_lost_it(self) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, TypeAlias
 
 from onewriter.base.state import State
-from onewriter.base.waiting import KnownLoop
+from onewriter.base.waiting import KnownLoop, this_loop
 
 STEPS = 10  # of a loop, more than it takes to begin the end of a generator
 
@@ -35,7 +35,7 @@ def leave_if_collected(entry: object, leave: Leave, *args: Any) -> weakref.final
     Not there and then: the collector may run inside one of our locks. If the loop is closed by then, ``leave`` is run
     up to where it would wait. ``args`` are kept until then: no scope may be among them, which has its task.
     """
-    collected = weakref.finalize(entry, _leave_in, weakref.ref(asyncio.get_running_loop()), leave, args)
+    collected = weakref.finalize(entry, _leave_in, this_loop(), leave, args)
     collected.atexit = False  # a loop may run on until the interpreter ends, and leave its block itself
     return collected
 

@@ -150,7 +150,7 @@ class WriteSession:
     def _temp_objects(self) -> list[tuple[str, str]]:
         """Kind and name of what is in the TEMP schema, each before what it needs, virtual tables before others."""
         return self.internal(
-            "SELECT type, name FROM temp.sqlite_schema WHERE sql IS NOT NULL ORDER BY "
+            "SELECT +type, +name FROM temp.sqlite_schema WHERE sql IS NOT NULL ORDER BY "
             "type <> 'trigger', type <> 'view', type <> 'table', rootpage"
         )
 
@@ -177,7 +177,7 @@ class WriteSession:
         found: set[str] = set()
         for name in (*self.databases, "temp"):
             # Not by LIKE, which on_connect may have replaced.
-            for (text,) in self.internal(f'SELECT sql FROM "{name}".sqlite_schema WHERE sql IS NOT NULL'):
+            for (text,) in self.internal(f'SELECT +sql FROM "{name}".sqlite_schema WHERE sql IS NOT NULL'):
                 upper = text.upper()
                 if any(word in upper for word in words):
                     found |= words_of(text)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from aio_helpers import beats, opened, run, until
-from helpers import DEADLINE, eventually, handling, parked
+from helpers import DEADLINE, eventually, handling, parked, raising
 from onewriter import AsyncDbWriter, AsyncReader, DbWriter, WriteTimeoutError
 from onewriter.base import threads
 from onewriter.tasks import calls
@@ -68,6 +68,21 @@ def test_a_task_that_is_collected_while_its_loop_looks_who_is_late_keeps_no_othe
             deadlines._waiting[weakref.ref(future)] = Collecting(0.0)
         await first
         assert not deadlines._waiting
+
+    run(main)
+
+
+def test_who_waits_for_its_turn_goes_on_though_a_signal_handler_raises_as_it_is_woken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def main() -> None:
+        turn = calls.Turn()
+        mine = turn.take()
+        waiting = await beats(3, turn.acquire())
+        with monkeypatch.context() as patched, pytest.raises(LookupError):
+            patched.setattr(calls, "wake", raising(LookupError))
+            turn.release(mine)
+        turn.release(await waiting)
 
     run(main)
 

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 import pytest
 
-from aio_helpers import until
+from aio_helpers import run, until
 from helpers import DEADLINE, eventually, parked, pool_of, queue_of
 from onewriter import AsyncDbWriter, DbWriter
 from onewriter.tasks.block import TaskBlock
@@ -150,3 +150,29 @@ def test_one_in_which_a_task_waits_for_the_savepoint_of_another_is_collected(db:
     blocks.clear()
     eventually(lambda: gc.collect() >= 0 and known() is None)
     db.run(INSERT, (2,), timeout=DEADLINE)
+
+
+@pytest.mark.filterwarnings("ignore:unclosed event loop:ResourceWarning")
+def test_one_in_which_a_gateway_was_being_opened_keeps_no_other_from_opening_it(db: DbWriter, path: Path) -> None:
+    entered, go_on = threading.Event(), threading.Event()
+
+    def hesitate(connection: sqlite3.Connection, readonly: bool) -> None:
+        entered.set()
+        go_on.wait(DEADLINE)
+
+    opening = AsyncDbWriter(path.with_name("other.db"), on_connect=hesitate)
+
+    async def opens(db: DbWriter, aio: AsyncDbWriter, is_there: asyncio.Event) -> None:
+        await opening.open()
+
+    async def again() -> None:
+        waiting = asyncio.create_task(opening.open())
+        go_on.set()
+        await until(lambda: gc.collect() >= 0 and known() is None)
+        await waiting
+        await opening.close()
+
+    known = dropped(db, opens, lambda _: entered.is_set())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        run(again)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import gc
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from typing import Any
 import pytest
 
 from aio_helpers import beats, opened, rows, run
-from helpers import DEADLINE
+from helpers import DEADLINE, raising
 from onewriter import AsyncDbWriter, AsyncTransaction, TransactionClosedError
+from onewriter.tasks import block
 
 INSERT = "INSERT INTO t VALUES (?)"
 Enter = Callable[[AsyncDbWriter, AsyncTransaction], contextlib.AbstractAsyncContextManager[Any]]
@@ -228,5 +230,47 @@ def test_one_that_is_open_behind_the_end_of_its_block_keeps_nobody_from_waiting(
                 await db.close()
             with pytest.raises(TransactionClosedError):
                 await anext(generator)
+
+    run(main)
+
+
+def test_a_task_that_nobody_refers_to_waits_for_the_one_of_another(path: Path) -> None:
+    """As for asyncio's own locks: in a loop that goes on, it is not collected in the midst of its wait."""
+
+    async def main() -> None:
+        async with opened(path) as db:
+            async with db.transaction() as tx:
+                around, done = contextvars.copy_context(), asyncio.Event()
+
+                async def write() -> None:
+                    await write_in_savepoint(tx, 2)
+                    done.set()
+
+                async with tx.savepoint():
+                    asyncio.get_running_loop().call_soon(lambda: asyncio.create_task(write()), context=around)
+                    await tx.execute(INSERT, (1,))
+                    gc.collect()
+                async with asyncio.timeout(DEADLINE):
+                    await done.wait()
+            assert await rows(db) == [1, 2]
+
+    run(main)
+
+
+def test_who_waits_for_one_goes_on_though_a_signal_handler_raises_as_it_is_woken(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        async with opened(path) as db:
+            async with db.transaction() as tx:
+                go_on = asyncio.Event()
+                other = asyncio.create_task(write_in_savepoint(tx, 1, go_on))
+                with monkeypatch.context() as patched, pytest.raises(LookupError):
+                    async with tx.savepoint():
+                        go_on.set()
+                        waiting = await beats(3, other)
+                        patched.setattr(block, "wake", raising(LookupError))
+                await waiting
+            assert await rows(db) == [1]
 
     run(main)

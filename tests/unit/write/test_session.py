@@ -422,3 +422,27 @@ def test_a_last_rowid_that_cannot_be_restored_is_told_and_costs_no_job_anything(
         assert isinstance(undoes.exception(DEADLINE), sqlite3.IntegrityError)
         assert [job.result(DEADLINE).rowcount for job in (first, last)] == [1, 1]
     assert "last_insert_rowid() could not be restored" in caplog.text
+
+
+@pytest.mark.parametrize("convert", [raising(LookupError), lambda _: None, bytes], ids=["fails", "none", "bytes"])
+def test_converters_are_not_called_for_what_the_gateway_itself_asks(
+    path: Path, monkeypatch: pytest.MonkeyPatch, convert: Callable[[bytes], object]
+) -> None:
+    """The schema's own columns are declared as TEXT and INT, too."""
+    with DbWriter(path, detect_types=sqlite3.PARSE_DECLTYPES | sqlite3.PARSE_COLNAMES) as db:
+        db.run_script("CREATE TABLE t (n PRIMARY KEY, x) WITHOUT ROWID; CREATE INDEX i ON t (x)")
+        for declared in ("TEXT", "INT", "INTEGER"):
+            monkeypatch.setitem(sqlite3.converters, declared, convert)
+        with parked(db) as release:
+            tickets = [db.enqueue(sql) for sql in ("CREATE TEMP TABLE x (a)", "INSERT INTO t VALUES (1, 2)") * 2]
+            release.set()
+        outcomes = [type(ticket.exception(DEADLINE)) for ticket in tickets]
+        assert outcomes == [type(None), type(None), type(None), sqlite3.IntegrityError]
+        with db.watch("SELECT x FROM t ORDER BY x") as live:
+            assert live.next(DEADLINE) == [(2,)]
+            db.run("INSERT INTO t VALUES (2, 1)")
+            assert live.next(DEADLINE) == [(1,), (2,)]
+        db.run_many("INSERT INTO t VALUES (?, 3)", [(3,), (4,)])
+        with db.transaction() as tx, contextlib.closing(tx.connection.execute("SELECT x FROM t")) as cursor:
+            assert len(cursor.fetchall()) == 4
+        db.checkpoint()
