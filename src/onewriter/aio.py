@@ -13,6 +13,7 @@ import os
 import sqlite3
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, Literal, Self, TypeVar, overload
 
@@ -21,7 +22,8 @@ from onewriter.base.call_site import called_from
 from onewriter.base.scopes import enclosing
 from onewriter.base.strict import Strict
 from onewriter.base.tally import CloseReport, Stats
-from onewriter.base.waiting import KnownLoop, is_over, seconds_until, this_loop, wake
+from onewriter.base.task_waits import waits_of, within
+from onewriter.base.waiting import seconds_until
 from onewriter.core import OWN_READER, VERSION, After, Core, Function, Label, Seconds, Steps, core_of, deadline_of
 from onewriter.ends.backup import check_backup
 from onewriter.errors import ReentrantWriteError, WriterClosedError
@@ -34,7 +36,7 @@ from onewriter.read.reader import FETCHONE
 from onewriter.sqlite.parameters import Params
 from onewriter.sqlite.result import Result, first_value
 from onewriter.tasks.block import TaskBlock, TaskSavepoint
-from onewriter.tasks.calls import LoopDeadlines, and_the_log, call_and_join, in_thread, wait_with_looks
+from onewriter.tasks.calls import Turn, and_the_log, call_and_join, in_thread
 from onewriter.tasks.collected import wait_for_collected
 from onewriter.tasks.coroutine_functions import mark_coroutine_functions
 from onewriter.tasks.entry import TaskEntry
@@ -58,8 +60,7 @@ class AsyncDbWriter(Strict):
     and errors are those of ``DbWriter``; a call belongs to the transaction or reader block of the task in which it is
     *called*, wherever it is awaited.
 
-    Locks: _lock guards _openers, _opens_in, _is_closed, _reads and, until it is open, _opened. Nothing waits while it
-           is held.
+    Locks: _lock guards _is_closed, _reads and, until it is open, _opened. Nothing waits while it is held.
     """
 
     def __init__(self, path: str | bytes | os.PathLike[Any], **options: Any) -> None:
@@ -86,58 +87,32 @@ class AsyncDbWriter(Strict):
 
     def _prepare(self) -> None:
         self._is_closed, self._lock = False, threading.Lock()
-        self._opens_in: KnownLoop | None = None  # that of the task that opens it now
-        self._openers: list[asyncio.Future[None]] = []  # of tasks that wait while another one opens
+        self._opening = Turn()  # of the tasks that open it
         self._left: list[threading.Thread] = []  # that open it for tasks which were cancelled
         self._reads: TaskReads | None = None
-        self._deadlines = LoopDeadlines()
 
     async def open(self) -> Self:
         """Open the database; raises what ``DbWriter`` raises."""
         if self._is_closed:
             raise WriterClosedError("the gateway is closed: open a new AsyncDbWriter")
-        while True:
-            loop, future = this_loop(), asyncio.get_running_loop().create_future()
-            with self._lock:
-                if self._opened is not None or self._is_closed:
-                    break
-                is_mine = self._opens_in is None or is_over(self._opens_in)
-                if is_mine:
-                    self._opens_in = loop
-                else:
-                    self._openers.append(future)
-            if is_mine:
-                await self._open_with(loop)
-            else:  # another task opens it; if it fails, this one tries
-                await wait_with_looks(future, lambda: self._opens_in is None or is_over(self._opens_in))
+        if self._opened is None:
+            mine = await self._opening.acquire()
+            try:
+                if self._opened is None and not self._is_closed:  # if another task's opening fails, this one tries
+                    await self._open()
+            finally:
+                self._opening.release(mine)
         self._core().queue.check_open()
         return self
 
-    async def _open_with(self, loop: KnownLoop) -> None:
-        core = None
-
-        def attempt() -> Core:
-            try:
-                return self._make()
-            finally:
-                if is_over(loop):  # nothing of this task runs any more
-                    self._end_opening(loop, None)
-
-        try:
-            # Without a call, as that of ``__setattr__``: Ctrl-C comes as one begins.
-            self.__dict__["_opened"] = core = await in_thread(attempt, _close, self._left)
-        finally:
-            self._end_opening(loop, core)
-        if self._opened is not core:  # it was closed meanwhile
-            await in_thread(lambda: _close(core), left=self._left)
-
-    def _end_opening(self, loop: KnownLoop, core: Core | None) -> None:
+    async def _open(self) -> None:
+        # Without a call, as that of ``__setattr__``: Ctrl-C comes as one begins.
+        self.__dict__["_opened"] = core = await in_thread(self._make, _close, self._left)
         with self._lock:
-            if self._opens_in == loop:
-                self._opens_in = None
-                self._opened = None if self._is_closed else core
-            openers, self._openers = self._openers, []
-        wake(openers)
+            if self._is_closed:  # meanwhile
+                self._opened = None
+        if self._opened is None:
+            await in_thread(lambda: _close(core), left=self._left)
 
     async def __aenter__(self) -> Self:
         return await self.open()
@@ -303,11 +278,11 @@ class AsyncDbWriter(Strict):
             return job
         queue = core.queue
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        waiter = queue.line_up(job, future)
+        waiter = queue.line_up(job, weakref.ref(future))
         if waiter is None:
             return job
         try:
-            with self._deadlines.within(future, timeout):
+            with within(future, timeout):
                 await future
         except asyncio.CancelledError as error:
             queue.leave_line(waiter)
@@ -350,12 +325,10 @@ class AsyncDbWriter(Strict):
         if core.state.would_deadlock_task():  # inside a sync block, say, whose end waits for this
             core.state.refuse_endless_wait(f"waiting for job {job.describe()}", awaits=True)
         future: asyncio.Future[None] = loop.create_future()
-        job.expect_outcome(future)
+        job.expect_outcome(weakref.ref(future))
         core.submit(job, None)
-        deadlines = timer = None
-        if timeout is not None:
-            deadlines = self._deadlines.of(loop)
-            timer = deadlines.add(future, timeout)
+        waits = waits_of(loop)
+        timer = waits.add(future, timeout)
         try:
             await future
         except asyncio.CancelledError:
@@ -363,8 +336,7 @@ class AsyncDbWriter(Strict):
                 job.stop_waiting_for()
             raise
         finally:
-            if deadlines is not None:
-                deadlines.remove(future, timer)
+            waits.remove(future, timer)
         if not job.done():
             core.give_up(job, timeout)
         try:
@@ -382,7 +354,7 @@ class AsyncDbWriter(Strict):
         """
         core = self._core()
         block = TaskBlock(core.state, label, core.check_block(label, timeout, max_hold), sys._getframe(1))
-        return TaskEntry(block, timeout, core.submit, self._deadlines)
+        return TaskEntry(block, timeout, core.submit)
 
     # Reads ------------------------------------------------------------------------------------------------------------
 
@@ -465,7 +437,7 @@ class AsyncDbWriter(Strict):
         if self._reads is None:
             with self._lock:
                 if self._reads is None:
-                    self._reads = TaskReads(core.pool, core.state, self._deadlines, f"{core.label}-reader")
+                    self._reads = TaskReads(core.pool, core.state, f"{core.label}-reader")
         return self._reads
 
     async def _after(self, after: After, timeout: Seconds, here: Any) -> float:
@@ -478,7 +450,7 @@ class AsyncDbWriter(Strict):
             core.check_after(after, here)
             if not after.done():
                 core.state.refuse_endless_wait("read(after=…)", awaits=True)
-                with after.arrival() as future, self._deadlines.within(future, timeout):
+                with after.arrival(timeout) as future:
                     await future
                 if not after.done():
                     raise core.committed_late(after, timeout)

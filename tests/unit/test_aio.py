@@ -40,6 +40,7 @@ from onewriter import (
     WriterClosedError,
     WriteTimeoutError,
 )
+from onewriter.tasks.calls import Turn
 
 INSERT = "INSERT INTO t VALUES (?)"
 ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
@@ -892,7 +893,7 @@ def test_a_loop_that_opens_waits_for_that_of_another_thread(path: Path, closes: 
 
     async def second() -> None:
         opening = asyncio.create_task(db.open())
-        await until(lambda: bool(db._openers))
+        await until(lambda: bool(db._opening._line))
         if closes:
             await db.close()
         go_on.set()
@@ -1070,7 +1071,21 @@ def test_an_opening_that_is_interrupted_as_it_is_done_leaves_no_gateway_open(
             pytest.fail("entered")
 
     before = set(threading.enumerate())
-    monkeypatch.setattr(AsyncDbWriter, "_end_opening", raising(KeyboardInterrupt))
+    monkeypatch.setattr(Turn, "release", raising(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         asyncio.run(main())
     eventually(lambda: gc.collect() >= 0 and set(threading.enumerate()) <= before)
+
+
+def test_an_opening_that_is_interrupted_as_it_begins_keeps_no_other_from_opening(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        db = AsyncDbWriter(path)
+        with monkeypatch.context() as patched, pytest.raises(LookupError):
+            patched.setattr(AsyncDbWriter, "_open", raising(LookupError))
+            await asyncio.create_task(db.open())
+        await db.open()
+        await db.close()
+
+    run(main)

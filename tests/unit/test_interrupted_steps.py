@@ -9,12 +9,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
-import inspect
 import os
 import sqlite3
-import sys
 import threading
-import types
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
@@ -25,6 +22,7 @@ import pytest
 
 import onewriter
 from helpers import DEADLINE, driver_of, eventually, parked, pool_of, queue_of, rows, rows_in, state_of
+from interrupting import Interrupter, SignalError
 from onewriter import DbWriter, Ticket, Transaction, WriterClosedError, core
 from onewriter.base.waiting import Flag, call_if_free
 from onewriter.ends import exit as at_exit
@@ -32,59 +30,11 @@ from onewriter.write.own_turn import OwnTurn
 from onewriter.write.parts import Parts
 from onewriter.write.ticket import TicketFuture
 
-OURS = str(Path(onewriter.__file__).parent)
 INSERT = "INSERT INTO t (n) VALUES (?)"
-
-
-class SignalError(Exception):
-    """What the handler raises."""
 
 
 class ClosedError(WriterClosedError):
     """The same, as from a call of a gateway that is closed."""
-
-
-class Interrupter:
-    """Raises at the place with the number ``at``, and again ``then`` places further on; or calls ``handler`` there."""
-
-    def __init__(
-        self,
-        at: int,
-        error: type[BaseException] = SignalError,
-        then: int = 0,
-        handler: Callable[[], object] | None = None,
-    ) -> None:
-        self.where = ""
-        self._left, self._error, self._then, self._handler = at, error, then, handler
-
-    def __enter__(self) -> Interrupter:
-        gc.disable()  # what it frees are steps too, and what is raised in these nobody gets
-        sys.setprofile(self._look)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        sys.setprofile(None)
-        gc.enable()
-
-    def _look(self, frame: types.FrameType, event: str, _: object) -> None:
-        # Not as a generator goes on: a signal handler comes behind that, where its ``except`` and ``finally`` hold.
-        # Nor as a part is about to be left: it stays open then, as docs/failures.md says.
-        code = frame.f_code
-        is_step = not code.co_flags & inspect.CO_GENERATOR and code.co_qualname not in (
-            "Part.__exit__",
-            "Inside.__exit__",
-        )
-        comes = event == "c_return" or (event == "call" and is_step)
-        if comes and frame.f_code.co_filename.startswith(OURS):
-            self._left -= 1
-            if self._left == 0:
-                self.where += f"{frame.f_code.co_qualname}, line {frame.f_lineno}; "
-                self._left, self._then = self._then, 0
-                if not self._left:
-                    sys.setprofile(None)
-                if self._handler is None:
-                    raise self._error
-                self._handler()
 
 
 class Told:

@@ -18,7 +18,8 @@ SLICE = 0.25  # seconds; a signal that comes just before the thread sleeps is se
 
 
 KnownLoop: TypeAlias = "weakref.ref[asyncio.AbstractEventLoop]"  # nothing here keeps a loop, and the tasks in it
-Signal: TypeAlias = Any  # what one thread or task waits for: a lock that another releases, or a future of its loop
+# What one thread or task waits for: a lock that another releases, or a future of its loop, known weakly.
+Signal: TypeAlias = Any
 
 
 def thread_signal() -> Any:
@@ -78,12 +79,15 @@ def is_over(known: KnownLoop | None) -> bool:
     return loop is None or loop.is_closed()
 
 
-def is_there(waiter: Any) -> bool:
-    """Whether it waits: a task whose loop is closed never goes on."""
-    return hasattr(waiter, "release") or not waiter.get_loop().is_closed()
+def is_there(waiter: Signal) -> bool:
+    """Whether it waits: a task whose loop is closed, or was dropped, never goes on."""
+    if hasattr(waiter, "release"):
+        return True
+    future = waiter()
+    return future is not None and not future.get_loop().is_closed()
 
 
-def wake(waiters: Iterable[Any]) -> None:
+def wake(waiters: Iterable[Signal]) -> None:
     """Wake threads, which wait with a lock, and tasks, which wait with a future: one call for each of their loops.
 
     A second call changes nothing: it is made where a signal handler may raise as the first one begins.
@@ -97,9 +101,11 @@ def wake(waiters: Iterable[Any]) -> None:
                 if error.args != RELEASED_BEFORE:  # but a signal handler's
                     raise
             continue
-        if loops is None:
-            loops = {}
-        loops.setdefault(waiter.get_loop(), []).append(waiter)
+        future = waiter()
+        if future is not None:
+            if loops is None:
+                loops = {}
+            loops.setdefault(future.get_loop(), []).append(future)
     if loops is not None:
         for loop, futures in loops.items():
             try:

@@ -16,7 +16,7 @@ from onewriter.ends import exit as at_exit
 from onewriter.errors import forked_error
 from onewriter.sqlite.connection import open_new
 from onewriter.sqlite.lent import LentConnection
-from onewriter.sqlite.path_checks import check_path
+from onewriter.sqlite.path_checks import absolute, check_path
 from onewriter.sqlite.pragma_values import database_files
 
 Progress = Callable[[int, int, int], object]
@@ -41,7 +41,7 @@ def check_backup(target: Any, progress: Any, pages: Any) -> None:
         path = os.fsdecode(target)
         if path in ("", ":memory:") or path.startswith("file:") or "\0" in path:
             raise ValueError(f"the target {path!r} is not the path of a file: give one, or an open sqlite3.Connection")
-        path = os.path.realpath(path)
+        path = os.path.realpath(absolute(path))
         check_path(path)
     else:
         raise TypeError(f"the target is a path or a sqlite3.Connection, not {type(target).__name__}")

@@ -9,7 +9,16 @@ from onewriter.base.arguments import check_sql
 from onewriter.sqlite.guard import OF_ITS_OWN, Guard
 from onewriter.sqlite.result import Result
 from onewriter.sqlite.retry import FAILURES, error_code
-from onewriter.sqlite.statement import ASKING, CHANGING, READING, WITHOUT_ROWID, Parameters, describe_sql, words_of
+from onewriter.sqlite.statement import (
+    ASKING,
+    CHANGING,
+    READING,
+    WITHOUT_ROWID,
+    OwnText,
+    Parameters,
+    describe_sql,
+    words_of,
+)
 
 # Constraint errors after which SQLite has undone the whole statement, unless its conflict clause is FAIL.
 UNDONE = frozenset(
@@ -33,7 +42,7 @@ class Executor:
         self._cursor = sqlite3.Connection.cursor(connection)  # a new one for each statement would double its cost
         self._last_rowid: int | None = None
         self._known: object = object()  # the text of the last plain INSERT
-        self._table = ""  # of that INSERT
+        self._table = OwnText()  # of that INSERT
 
     def execute(self, sql: str, parameters: Parameters) -> Result:
         """Run one statement to completion."""
@@ -133,7 +142,7 @@ class Executor:
         finally:
             cursor.close()
 
-    def _inserted(self, table: str, rowcount: int, lastrowid: int | None) -> int | None:
+    def _inserted(self, table: OwnText, rowcount: int, lastrowid: int | None) -> int | None:
         before, self._last_rowid = self._last_rowid, lastrowid
         if rowcount < 1:
             return None

@@ -52,6 +52,18 @@ LONG = 10_000  # characters; such a text has its values in it, and seldom comes 
 WITHOUT_ROWID = "SELECT count(*) FROM pragma_table_list(?) WHERE wr"  # with the argument it reads one table only
 
 
+class OwnText(str):
+    """A parameter of the gateway's own, for which no adapter is called that the user has registered for ``str``."""
+
+    __slots__ = ()
+
+
+class OwnNumber(int):
+    """The same for ``int``."""
+
+    __slots__ = ()
+
+
 class Description(NamedTuple):
     """What the text of a statement says about it."""
 
@@ -59,7 +71,7 @@ class Description(NamedTuple):
     behind_with: bool
     returning: bool
     inserts: bool  # INSERT or REPLACE, not an upsert, so ``lastrowid`` is defined
-    table: str  # the target of INSERT or REPLACE
+    table: OwnText  # the target of INSERT or REPLACE
     fails: bool  # has the keyword FAIL, which keeps the changes made before an error
     isolated: bool  # may undo or change the transaction that it runs in, so it does not share one
 
@@ -82,7 +94,7 @@ def _describe(sql: str) -> Description:
         behind_with=main is not None,
         returning=verb in CHANGING and "RETURNING" in text and _has(_outside_parentheses(text), "RETURNING"),
         inserts=inserting and not ("DO" in text and UPSERT.search(text) and UPSERT.search(_outside_parentheses(text))),
-        table=_target(sql) if inserting else "",
+        table=OwnText(_target(sql) if inserting else ""),
         fails=_has(text, "FAIL"),
         isolated=any(_has(text, word) for word in ISOLATED),
     )

@@ -16,10 +16,10 @@ from typing import Any, TypeVar
 from onewriter.base.arguments import check_callback
 from onewriter.base.scopes import running_task
 from onewriter.base.state import State
-from onewriter.base.waiting import is_over, seconds_until, wake
+from onewriter.base.task_waits import wait_with_looks
+from onewriter.base.waiting import Signal, is_over, seconds_until, wake
 from onewriter.errors import ReadTimeoutError, TransactionClosedError
 from onewriter.tasks.call import Call
-from onewriter.tasks.calls import wait_with_looks
 from onewriter.write.block import COLLECTED, Block
 from onewriter.write.loan import ENDED, WriteLoan
 
@@ -46,14 +46,16 @@ class TaskBlock(Block):
         self._is_kept = False  # left well, and about to be committed
         self.entry: Callable[[], object] = object  # by which it is left, or None: that is collected
         self.innermost: TaskSavepoint | None = None  # of the open ones
-        self._changes: list[weakref.ref[asyncio.Future[None]]] = []  # their tasks keep them
+        self._changes: list[Signal] = []
 
-    def come(self) -> None:
-        """A task is about to enter it."""
+    def come(self) -> asyncio.Future[None]:
+        """A task is about to enter it; returns what it is to wait for."""
         loop = asyncio.get_running_loop()
+        granted: asyncio.Future[None] = loop.create_future()
         self.created_at, self.loop = monotonic(), weakref.ref(loop)
-        self.line_up(loop.create_future())
+        self.line_up(weakref.ref(granted))
         self._state.note_block(self)
+        return granted
 
     @property
     def block(self) -> TaskBlock:
@@ -85,8 +87,7 @@ class TaskBlock(Block):
         with self._state.lock:
             self._waiters = self._others() or None
             self.transaction = tx
-        granted, self.granted = self.granted, None  # a future has its loop
-        wake([granted])
+        wake([self.granted])
 
     def _others(self) -> list[Any]:
         return [waiter for waiter in self._waiters or () if waiter is not self.granted]
@@ -143,10 +144,17 @@ class TaskBlock(Block):
         """Wait for its turn; ``outer``: that in which the task was made."""
         while True:
             await self.until_innermost(outer)
-            with self._lock:  # a task of another loop may have opened one since
-                if self._is_turn_of(outer):
-                    self.innermost = savepoint = TaskSavepoint(self, self.innermost)
-                    return savepoint
+            savepoint = TaskSavepoint(self)
+            try:
+                with self._lock:  # a task of another loop may have opened one since
+                    if self._is_turn_of(outer):
+                        savepoint.outer = self.innermost
+                        self.innermost = savepoint
+                        return savepoint
+            except BaseException:  # Ctrl-C, as the lock was released
+                if self.innermost is savepoint:
+                    self.leave(savepoint)
+                raise
 
     def leave(self, savepoint: TaskSavepoint) -> None:
         """It has ended: wake the tasks that wait for that."""
@@ -168,7 +176,7 @@ class TaskBlock(Block):
     def _look_again(self) -> None:
         with self._lock:
             changes, self._changes = self._changes, []
-        wake([change for known in changes if (change := known()) is not None])
+        wake(changes)
 
     async def until_innermost(self, savepoint: TaskSavepoint | None) -> None:
         """Wait until no other task has a savepoint open inside ``savepoint``: they end in the order of a stack.
@@ -184,10 +192,14 @@ class TaskBlock(Block):
             await wait_with_looks(change, lambda: self._is_turn_of(savepoint))
 
     def _is_turn_of(self, savepoint: TaskSavepoint | None) -> bool:
+        with self._lock:
+            return not self._accepts or self._is_innermost_of_others(savepoint)
+
+    def _is_innermost_of_others(self, savepoint: TaskSavepoint | None) -> bool:
         inside, end = self.innermost, open_one(savepoint)
         while inside is not None and inside is not end and (inside.is_mine() or not inside.is_open):
             inside = inside.outer
-        return inside is end or not self._accepts
+        return inside is end
 
     async def ended(self) -> asyncio.CancelledError | None:
         """Wait until it is committed or rolled back, even if the task is cancelled; returns that cancellation."""
@@ -239,9 +251,9 @@ class TaskBlock(Block):
 class TaskSavepoint:
     """A savepoint of a task, as the tasks of its block see it."""
 
-    def __init__(self, block: TaskBlock, outer: TaskSavepoint | None) -> None:
+    def __init__(self, block: TaskBlock) -> None:
         self.block = block
-        self.outer = outer  # in the order of the stack
+        self.outer: TaskSavepoint | None = None  # in the order of the stack
         self.is_open = True
         self.entry: Callable[[], object] = object  # by which it is left, or None: that is collected
         task = running_task()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import weakref
 from collections.abc import Callable, Generator
 from threading import get_ident
 from typing import Any, Generic, TypeVar
@@ -41,7 +43,8 @@ class Call(Generic[T]):
         self._signal = self._first  # of the present wait; ``ended`` has others
         self._result: Any = None
         self._error: BaseException | None = None
-        self.is_done = self._withdrawn = False
+        self._withdrawn: list[Any] = []  # what was asked, if it will never begin
+        self.is_done = False
         self.then: Callable[[], object] = object  # called when it is done, in its thread
 
     def run(self) -> None:
@@ -63,17 +66,16 @@ class Call(Generic[T]):
             if claim is not None:
                 claim.runs_in = 0
             self.is_done = True
-            wake([self._signal])  # looked up behind ``is_done``: ``ended`` exchanges it, and looks behind that
+            # Looked up behind ``is_done``: ``ended`` exchanges it, and looks behind that.
+            wake([weakref.ref(self._signal)])
             self.then()
 
     def withdraw(self) -> bool:
         """Whether it will never begin."""
-        try:
-            self._asked.pop()
-            self._withdrawn = True
-        except IndexError:
-            pass
-        return self._withdrawn
+        with contextlib.suppress(IndexError):  # another thread has it
+            if self._asked:
+                self._withdrawn.extend(map(list.pop, (self._asked,)))  # one step: a handler may raise behind each
+        return bool(self._withdrawn)
 
     def expire(self, error: BaseException) -> None:
         """If it has not begun, it never does, and the task gets ``error``."""

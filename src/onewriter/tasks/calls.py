@@ -8,99 +8,17 @@ import math
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from time import monotonic
 from typing import Any, TypeVar
 
 from onewriter.base.scopes import running_task
 from onewriter.base.state import State
+from onewriter.base.task_waits import wait_with_looks
 from onewriter.base.threads import start
-from onewriter.base.waiting import is_over, resolve, seconds_until, this_loop, wake
+from onewriter.base.waiting import Signal, is_over, seconds_until, this_loop, wake
 
 T = TypeVar("T")
-
-
-TICK = 0.1  # seconds between two looks at the deadlines of a loop, or at what a task waits for
-
-
-class Deadlines:
-    """When to wake the waiting tasks of one loop: checked a few times a second, since one timer each costs too much.
-
-    The futures are kept by those that wait with them: what waits in a loop that was closed is to be collected.
-    """
-
-    def __init__(self) -> None:
-        self._waiting: dict[weakref.ref[asyncio.Future[None]], float] = {}
-        self._ticks = False
-
-    def add(self, future: asyncio.Future[None], timeout: float) -> asyncio.TimerHandle | None:
-        """Resolve ``future`` after so many seconds; returns what ``remove`` needs."""
-        if timeout < 1.0:  # a tick late would be late
-            return future.get_loop().call_later(timeout, resolve, [future])
-        self._waiting[weakref.ref(future)] = monotonic() + timeout
-        if not self._ticks:
-            self._ticks = True
-            future.get_loop().call_later(TICK, self._tick, future.get_loop())
-        return None
-
-    def remove(self, future: asyncio.Future[None], timer: asyncio.TimerHandle | None) -> None:
-        if timer is None:
-            self._waiting.pop(weakref.ref(future), None)
-        else:
-            timer.cancel()
-
-    def _tick(self, loop: asyncio.AbstractEventLoop) -> None:
-        try:
-            self._resolve_late()
-        finally:  # whatever a signal handler has raised: asyncio logs it, and goes on
-            self._ticks = bool(self._waiting)
-            if self._ticks:
-                loop.call_later(TICK, self._tick, loop)
-
-    def _resolve_late(self) -> None:
-        now = monotonic()
-        waiting = list(self._waiting.items())  # copied in one step: a task that is collected meanwhile waits no more
-        late = [kept for kept, until in waiting if until <= now]
-        resolve([future for kept in late if (future := kept()) is not None])
-        for kept in late:
-            self._waiting.pop(kept, None)
-
-
-class LoopDeadlines:
-    """The ``Deadlines`` of each loop. Threads: those of the loops, each for its own."""
-
-    def __init__(self) -> None:
-        self._of: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Deadlines] = weakref.WeakKeyDictionary()
-        self._last: tuple[Callable[[], object], Deadlines] = (object, Deadlines())
-
-    def of(self, loop: asyncio.AbstractEventLoop) -> Deadlines:
-        known, deadlines = self._last
-        if known() is not loop:
-            deadlines = self._of.setdefault(loop, Deadlines())
-            self._last = weakref.ref(loop), deadlines
-        return deadlines
-
-    @contextlib.contextmanager
-    def within(self, future: asyncio.Future[None], timeout: float | None) -> Iterator[None]:
-        """Resolve ``future`` after ``timeout`` seconds, if it is not resolved earlier."""
-        if timeout is None:
-            yield
-            return
-        deadlines = self.of(future.get_loop())
-        timer = deadlines.add(future, timeout)
-        try:
-            yield
-        finally:
-            deadlines.remove(future, timer)
-
-
-async def wait_with_looks(signal: asyncio.Future[None], is_over: Callable[[], bool]) -> None:
-    """Wait for ``signal``, or until ``is_over``: a signal handler may have raised where ``signal`` was to be resolved.
-
-    The loop has a timer meanwhile, and nothing else needs to refer to ``signal`` for it to keep the task that waits.
-    """
-    while not (signal.done() or is_over()):
-        await asyncio.wait([signal], timeout=TICK)
 
 
 class Turn:
@@ -132,12 +50,12 @@ class Turn:
     async def acquire(self) -> Asker:
         mine = Asker()
         signal: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        with self._lock:
-            if self._take_as(mine):
-                return mine
-            mine.signal = weakref.ref(signal)
-            self._line.append(mine)
+        mine.signal = weakref.ref(signal)
         try:
+            with self._lock:
+                if self._take_as(mine):
+                    return mine
+                self._line.append(mine)
             await wait_with_looks(signal, lambda: self._has_come_to(mine))
         except BaseException:
             with self._lock:
@@ -154,8 +72,8 @@ class Turn:
             if self._owner is not mine:
                 return
             self._owner = first = self._line.popleft() if self._line else None
-        if first is not None and (signal := first.signal()) is not None:
-            wake([signal])
+        if first is not None:
+            wake([first.signal])
 
     def _has_come_to(self, mine: Asker) -> bool:
         owner = self._owner
@@ -170,7 +88,7 @@ class Asker:
     __slots__ = ("_loop", "_task", "signal")
 
     def __init__(self) -> None:
-        self.signal: Callable[[], asyncio.Future[None] | None] = type(None)  # of its wait
+        self.signal: Signal = type(None)  # of its wait
         self._loop, task = this_loop(), running_task()
         self._task = None if task is None else weakref.ref(task)
 
@@ -200,7 +118,7 @@ async def in_thread(
             outcome[:] = (None, error)
         if (future.cancelled() or loop.is_closed()) and undo is not None and outcome[1] is None:
             undo(outcome[0])
-        wake([future])
+        wake([weakref.ref(future)])
 
     thread = threading.Thread(target=call, name="onewriter-call", daemon=True)
     try:

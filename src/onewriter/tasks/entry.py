@@ -8,10 +8,10 @@ import weakref
 from typing import Any
 
 from onewriter.base.scopes import Scope
+from onewriter.base.task_waits import within
 from onewriter.errors import OneWriterError
 from onewriter.events import Submit
 from onewriter.tasks.block import TaskBlock, TaskSavepoint
-from onewriter.tasks.calls import LoopDeadlines
 from onewriter.tasks.collected import leave_if_collected
 from onewriter.tasks.savepoint import SavepointEntry
 from onewriter.tasks.transaction import AsyncTransaction
@@ -33,11 +33,10 @@ class TaskEntry:
     _scope: Scope[Any] | None = None  # as long as it is open
     _part: SavepointEntry | None = None
 
-    def __init__(self, block: TaskBlock, timeout: float | None, submit: Submit, deadlines: LoopDeadlines) -> None:
+    def __init__(self, block: TaskBlock, timeout: float | None, submit: Submit) -> None:
         self._block = block
         self._timeout = timeout
         self._submit = submit
-        self._deadlines = deadlines
 
     async def __aenter__(self) -> AsyncTransaction:
         block, state = self._block, self._block._state
@@ -52,9 +51,9 @@ class TaskEntry:
             await self._part.__aenter__()
             return AsyncTransaction(here.block, inner)
         state.refuse_endless_wait("transaction()", awaits=True)
-        block.come()
+        granted = block.come()
         try:
-            loan = await self._granted()
+            loan = await self._wait_for(granted)
             self._scope = state.scopes.enter(block, writes=True)
             self._collected = leave_if_collected(self, _leave, block, True)
             block.entry = weakref.ref(self)
@@ -67,11 +66,11 @@ class TaskEntry:
             state.forget_block(block)
             raise
 
-    async def _granted(self) -> WriteLoan:
-        block, state, granted = self._block, self._block._state, self._block.granted
+    async def _wait_for(self, granted: asyncio.Future[None]) -> WriteLoan:
+        block, state = self._block, self._block._state
         self._submit(block, None)
         try:
-            with self._deadlines.within(granted, self._timeout):
+            with within(granted, self._timeout):
                 await granted
         except asyncio.CancelledError:
             if not block.cancel():
@@ -98,10 +97,14 @@ class TaskEntry:
         block, scope, self._scope = self._block, self._scope, None
         if scope is None:
             raise RuntimeError("a block that was not entered cannot be left: use `async with`")
-        block._state.scopes.leave(scope)
-        if self._collected.detach() is None:  # it was left by that
-            return
-        cancelled = await _leave(block, kind is not None)
+        try:
+            block._state.scopes.leave(scope)
+            if self._collected.detach() is None:  # it was left by that
+                return
+            cancelled = await _leave(block, kind is not None)
+        except BaseException:  # Ctrl-C, perhaps before it was given back
+            block.abandon()
+            raise
         if kind is not None:
             if cancelled is not None:
                 raise cancelled from error

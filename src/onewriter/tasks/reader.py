@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from onewriter.base.arguments import check_sql
 from onewriter.base.scopes import enclosing
 from onewriter.base.state import State
+from onewriter.base.task_waits import new_signal, within
 from onewriter.base.waiting import seconds_until
 from onewriter.errors import ReadTimeoutError
 from onewriter.read.claim import Claim, new_claim
@@ -29,7 +30,7 @@ from onewriter.sqlite.retry import is_interrupted
 from onewriter.sqlite.statement import Parameters
 from onewriter.tasks.block import TaskBlock, TaskSavepoint
 from onewriter.tasks.call import Call
-from onewriter.tasks.calls import LoopDeadlines, Turn
+from onewriter.tasks.calls import Turn
 from onewriter.tasks.coroutine_functions import mark_coroutine_functions
 from onewriter.tasks.threads import ReadingThreads
 from onewriter.write.loan import WriteLoan
@@ -44,10 +45,9 @@ class TaskReads:
     Nothing of SQLite is called in a loop's thread.
     """
 
-    def __init__(self, pool: ReaderPool, state: State, deadlines: LoopDeadlines, name: str) -> None:
+    def __init__(self, pool: ReaderPool, state: State, name: str) -> None:
         self._pool = pool
         self.state = state
-        self._deadlines = deadlines
         self.threads = ReadingThreads(pool.size, name, state)
         pool.used_by.add(weakref.ref(self.threads, pool.used_by.discard))
 
@@ -79,13 +79,13 @@ class TaskReads:
 
     async def reader(self, claim: Claim) -> AsyncReader:
         """Wait for a connection of the pool with a snapshot."""
-        snapshot = None
+        snapshot, end_lost = None, functools.partial(self.end_lost, claim, None)
         try:
             await self._admitted(claim)
             try:
                 snapshot = await self.call(self._begin, claim, claim=claim, begins=True)
             except asyncio.CancelledError:
-                claim.end_lost = functools.partial(self.end_lost, claim, None)
+                claim.end_lost = end_lost  # at once: Ctrl-C may come behind any call
                 await self.end(claim, None)  # it has begun all the same
                 raise
             return AsyncReader(self, snapshot, claim)
@@ -105,11 +105,11 @@ class TaskReads:
         try:
             loop = asyncio.get_running_loop()
             claim.loop, claim.end_lost = weakref.ref(loop), functools.partial(self.end_lost, claim, None)
-            if not self._pool.ask(claim, loop.create_future):
-                signal = claim.signal
-                if signal is not None:
-                    with self._deadlines.within(signal, seconds_until(claim.deadline)):
-                        await signal
+            kept: list[asyncio.Future[None]] = []
+            if not self._pool.ask(claim, functools.partial(new_signal, kept)):
+                if claim.signal is not None:
+                    with within(kept[0], seconds_until(claim.deadline)):
+                        await kept[0]
                 self._pool.check_admitted(claim)
         except BaseException:
             claim.end_lost = None
@@ -242,6 +242,7 @@ class ReaderEntry:
 
     _is_new = True
     _reader: AsyncReader | None = None  # as long as it is open
+    _collected: weakref.finalize[Any, Any] | None = None  # drops it, once
 
     def __init__(self, reads: TaskReads, label: str, deadline: Callable[[Any], Awaitable[float]]) -> None:
         self._reads = reads
@@ -256,20 +257,29 @@ class ReaderEntry:
         until = await self._deadline(here)  # which waits for nothing inside another reader, whose snapshot stays
         reader = here if isinstance(here, AsyncReader) else await self._reads.reader(new_claim(self._label, until))
         reader.shares += 1
-        self._scope = self._reads.state.scopes.enter(reader, writes=False)
-        self._collected = weakref.finalize(self, reader.drop)
-        self._collected.atexit = False
-        self._reader = reader
-        return reader
+        try:
+            self._collected = collected = weakref.finalize(self, reader.drop)
+            collected.atexit = False
+            self._scope = self._reads.state.scopes.enter(reader, writes=False)
+            self._reader = reader
+            return reader
+        except BaseException:  # Ctrl-C
+            (self._collected or reader.drop)()
+            raise
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: types.TracebackType | None
     ) -> None:
-        reader, self._reader = self._reader, None
-        if reader is None:
+        reader, self._reader, collected = self._reader, None, self._collected
+        if reader is None or collected is None:
             raise RuntimeError("a reader() block that was not entered cannot be left: use `async with`")
-        self._reads.state.scopes.leave(self._scope)
-        if self._collected.detach() is not None:  # or else it was left by that
+        try:
+            self._reads.state.scopes.leave(self._scope)
+            was_left = collected.detach() is None  # by that
+        except BaseException:  # Ctrl-C
+            collected()
+            raise
+        if not was_left:
             await reader.leave(kind)
 
 
@@ -295,11 +305,17 @@ class AsyncReader:
         self.shares -= 1
         if self.shares:
             return
-        if kind is GeneratorExit:  # perhaps the task is collected, and never goes on: it must not have the turn
-            await self._reads.end(self._claim, self._snapshot)
-            self._lost.detach()
-        else:
-            await self.end()
+        try:
+            if kind is GeneratorExit:  # perhaps the task is collected, and never goes on: it must not have the turn
+                cancelled = await self._reads.end(self._claim, self._snapshot)
+                self._lost.detach()
+                if cancelled is not None:
+                    raise cancelled
+            else:
+                await self.end()
+        except BaseException:  # Ctrl-C, perhaps before its end
+            self._lost()
+            raise
 
     def drop(self) -> None:
         """The same, without waiting: a thread ends it."""

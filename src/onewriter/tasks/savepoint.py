@@ -105,7 +105,11 @@ class SavepointEntry:
             try:
                 await _keep(self._block, self._part)
             finally:
-                self._block.leave(savepoint)
+                try:
+                    self._block.leave(savepoint)
+                except BaseException:  # Ctrl-C, as that began
+                    self._block.leave(savepoint)
+                    raise
         finally:
             self._block._state.scopes.leave(self._scope)
 
@@ -119,7 +123,11 @@ async def _undo(savepoint: TaskSavepoint, part: SentPart, inner: WriteLoan | Non
         if was_sent and savepoint.is_left_late() and isinstance(error, Exception):
             await block.call(part.tell_if_kept, error)
     finally:
-        block.leave(savepoint)
+        try:
+            block.leave(savepoint)
+        except BaseException:  # Ctrl-C, as that began
+            block.leave(savepoint)
+            raise
 
 
 def _send_undo(block: TaskBlock, part: SentPart, error: BaseException) -> bool:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import functools
 import math
+import weakref
 from collections.abc import AsyncIterator
 from time import monotonic
 from typing import Self, TypeVar
 
 from onewriter.base.arguments import check_timeout
 from onewriter.base.strict import Strict
-from onewriter.base.waiting import resolve
+from onewriter.base.task_waits import within
+from onewriter.base.waiting import seconds_until
 from onewriter.live.hub import LiveQueries
 from onewriter.live.query import Answer, Reading
 from onewriter.live.watch import WAIT, Step, Watching
@@ -66,7 +68,8 @@ class AsyncWatch(Strict, Watching[T]):
         until = math.inf if timeout is None else monotonic() + timeout
         loop = asyncio.get_running_loop()
         while True:
-            step = self._next_step(loop.create_future)
+            future: asyncio.Future[None] = loop.create_future()
+            step = self._next_step(functools.partial(weakref.ref, future))
             if step.answer is not None:
                 if self._is_news(step.answer):
                     return step.answer
@@ -74,7 +77,7 @@ class AsyncWatch(Strict, Watching[T]):
                 await self._use_thread(step.reading, until)
             elif step.signal is None:
                 return None
-            elif not await self._sleep(loop, step, until):
+            elif not await self._sleep(future, step, until):
                 raise self._late(timeout)
 
     async def _use_thread(self, reading: Reading, until: float) -> None:
@@ -87,17 +90,12 @@ class AsyncWatch(Strict, Watching[T]):
         except BaseException as error:
             self._failed(reading, error)
 
-    async def _sleep(self, loop: asyncio.AbstractEventLoop, step: Step, until: float) -> bool:
-        """Wait for the signal of ``step``; False: not before ``until``."""
-        timer = None
+    async def _sleep(self, future: asyncio.Future[None], step: Step, until: float) -> bool:
+        """Wait for ``future``, the signal of ``step``; False: not before ``until``."""
         try:
             self._live.state.refuse_endless_wait(WAIT, awaits=True)
-            end = min(until, step.until)
-            if end != math.inf:
-                timer = loop.call_later(end - monotonic(), resolve, [step.signal])
-            await step.signal
+            with within(future, seconds_until(min(until, step.until))):
+                await future
             return monotonic() < until
         finally:
-            if timer is not None:
-                timer.cancel()
             self._forget(step)

@@ -19,7 +19,7 @@ from typing import Any
 from onewriter.sqlite.connection import open_to_look
 from onewriter.sqlite.file import INDEX, JOURNAL, LOG, DatabaseFile, exposure
 from onewriter.sqlite.lock_holders import command_of, lock_holders, openers, readers_in_the_way, wal_readers
-from onewriter.sqlite.path_checks import check_company
+from onewriter.sqlite.path_checks import check_company, check_link
 from onewriter.tools.report import MOST_FINDINGS, Process, Report, describe, judge, names
 from onewriter.tools.terminal import printable
 
@@ -39,8 +39,9 @@ class CannotCheckError(Exception):
 def check(path: str) -> Report:
     """Look at the file. Raises CannotCheckError."""
     _refuse(path)
-    path = os.path.realpath(path)
-    company = _company(path)  # before SQLite opens the file: run by root, it gives its own files to the owner of that
+    given, path = path, os.path.realpath(path)
+    # Before SQLite opens the file: run by root, it gives its own files to the owner of that.
+    company = _company(given, path)
     if os.stat(path).st_size == 0 and DatabaseFile(path).wal_bytes() > 0:  # it would delete that log
         report = Report(path, wal_bytes=DatabaseFile(path).wal_bytes(), not_checked=[*ALL_CHECKS], problems=company)
         judge(report)
@@ -202,15 +203,16 @@ def _processes(pids: list[int] | None) -> list[Process] | None:
     return None if pids is None else [Process(pid, command_of(pid)) for pid in pids]
 
 
-def _company(path: str) -> list[str]:
+def _company(given: str, path: str) -> list[str]:
     """What is wrong with the file's names, and with SQLite's other files."""
     found = [exposure([path])]
     try:
+        check_link(given)
         check_company(path)
     except sqlite3.Error as error:
         # Who may not write the file need not be able to write its log.
         if error.sqlite_errorcode != sqlite3.SQLITE_READONLY or os.access(path, os.W_OK):
-            found.append(str(error).removeprefix(f"cannot open {path}: "))
+            found.append(str(error).removeprefix(f"cannot open {given}: ").removeprefix(f"cannot open {path}: "))
     file = os.stat(path)
     for name in (f"{path}{suffix}" for suffix in (LOG, INDEX, JOURNAL)):
         with contextlib.suppress(OSError):

@@ -14,7 +14,7 @@ from onewriter.sqlite.execute import Executor
 from onewriter.sqlite.guard import Guard, Mode
 from onewriter.sqlite.inherited import Inherited
 from onewriter.sqlite.pragma_values import database_files, decode
-from onewriter.sqlite.statement import words_of
+from onewriter.sqlite.statement import OwnNumber, words_of
 
 UNDOES_ALL = ("ROLLBACK", "DEFERRED")  # in a schema: RAISE, ON CONFLICT, and keys that COMMIT checks for all
 
@@ -141,9 +141,9 @@ class WriteSession:
         self.internal("BEGIN")
         try:
             self.internal(f"CREATE TABLE {table} (a)")
-            self.internal(f"INSERT INTO {table} (rowid) VALUES (?)", (rowid,))
+            self.internal(f"INSERT INTO {table} (rowid) VALUES (?)", (OwnNumber(rowid),))
             rows = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT ? FROM n LIMIT ?"
-            self.internal(f"REPLACE INTO {table} (rowid) {rows}", (rowid, changes))
+            self.internal(f"REPLACE INTO {table} (rowid) {rows}", (OwnNumber(rowid), OwnNumber(changes)))
         finally:
             self.internal("ROLLBACK")
 

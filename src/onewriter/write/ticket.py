@@ -8,6 +8,7 @@ import contextlib
 import itertools
 import math
 import types
+import weakref
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from time import monotonic
 from typing import Any, Generic, NoReturn, TypeVar, cast
@@ -17,6 +18,7 @@ from onewriter.base.call_site import one_of, place_of
 from onewriter.base.log import call_all_safely, call_safely, warn_of_blocking
 from onewriter.base.state import State
 from onewriter.base.tally import Times, Timings
+from onewriter.base.task_waits import within
 from onewriter.base.waiting import Signal, thread_signal, wait_in_slices, wake
 from onewriter.errors import forked_error
 from onewriter.sqlite.guard import Mode
@@ -258,23 +260,25 @@ class Ticket(Generic[T]):
             del self
 
     @contextlib.contextmanager
-    def arrival(self) -> Iterator[asyncio.Future[None]]:
-        """A future of the running loop that is done when there is an outcome."""
+    def arrival(self, timeout: float | None = None) -> Iterator[asyncio.Future[None]]:
+        """A future of the running loop that is done when there is an outcome, or ``timeout`` seconds have gone by."""
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        first = [future]
+        signal = weakref.ref(future)
+        first = [signal]
         with self._state.lock:
             if self._stage >= CANCELLED:
                 future.set_result(None)
             elif self._waiters:
-                self._waiters.append(future)
+                self._waiters.append(signal)
             else:
                 self._waiters = first
         try:
-            yield future
+            with within(future, timeout):
+                yield future
         finally:
             with self._state.lock:  # who waits no more does not hear of a failure
-                if self._waiters and future in self._waiters:
-                    self._waiters.remove(future)
+                if self._waiters and signal in self._waiters:
+                    self._waiters.remove(signal)
 
     def wait(self, timeout: float | None) -> bool:
         """Wait for the outcome; False if ``timeout`` seconds went by without one."""

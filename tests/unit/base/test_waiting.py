@@ -168,7 +168,7 @@ def test_what_a_signal_handler_raises_as_a_task_is_woken_comes_out_and_the_task_
     with contextlib.closing(Loop()) as loop:
         future = loop.create_future()
         with pytest.raises(LookupError):
-            wake([future])
+            wake([weakref.ref(future)])
         loop.run_until_complete(future)
 
 
@@ -188,7 +188,7 @@ def test_of_the_other_tasks_of_a_loop_as_one_is_woken() -> None:
         told: list[dict[str, Any]] = []
         loop.set_exception_handler(lambda _, context: told.append(context))
         futures = [loop.create_future(), Interrupted(loop=loop), loop.create_future()]
-        wake(futures)
+        wake(map(weakref.ref, futures))
         async with asyncio.timeout(DEADLINE):
             for future in futures:
                 await future
@@ -199,14 +199,17 @@ def test_of_the_other_tasks_of_a_loop_as_one_is_woken() -> None:
 
 def test_a_loop_that_is_closed_or_gone_is_over_and_nobody_waits_there() -> None:
     loop = asyncio.new_event_loop()
-    known, waiter = weakref.ref(loop), _PyFuture(loop=loop)
+    known, future = weakref.ref(loop), _PyFuture(loop=loop)
+    waiter = weakref.ref(future)
     assert not is_over(None)
     assert not is_over(known)
     assert is_there(waiter)
     loop.close()
     assert is_over(known)
     assert not is_there(waiter)
-    del loop, waiter
+    del loop, future
     gc.collect()
     assert known() is None
     assert is_over(known)
+    assert not is_there(waiter)
+    wake([waiter])

@@ -131,6 +131,9 @@ def test_a_relative_path_where_the_current_folder_is_gone_is_named(
     gone.rmdir()
     with pytest.raises(sqlite3.OperationalError, match=r"cannot open app\.db: the current folder: No such file"):
         DbWriter("app.db")
+    text = r"cannot open copy\.db: the current folder: No such file"
+    with DbWriter(tmp_path / "app.db") as db, pytest.raises(sqlite3.OperationalError, match=text):
+        db.backup("copy.db")
 
 
 def test_a_link_that_has_taken_the_place_of_a_database_is_refused_while_the_log_of_that_is_there(path: Path) -> None:

@@ -69,7 +69,7 @@ def test_a_timeout_in_the_moment_a_block_starts_frees_the_writer(path: Path, hes
                     pytest.fail("entered")
 
             entering = asyncio.create_task(enter())
-            await until(lambda: bool(blocks) and blocks[0].granted.done())  # its time has run out
+            await until(lambda: bool(blocks) and blocks[0].granted().done())  # its time has run out
             await asyncio.sleep(0)
             await asyncio.sleep(0)  # and it has heard of that
             go_on.set()
@@ -1166,7 +1166,7 @@ def test_a_savepoint_that_a_task_of_another_loop_opens_in_the_same_moment_comes_
     async def too_late(self: taskblock.TaskBlock, outer: taskblock.TaskSavepoint | None) -> None:
         await until_innermost(self, outer)
         if not others:
-            self.innermost = other = taskblock.TaskSavepoint(self, None)
+            self.innermost = other = taskblock.TaskSavepoint(self)
             other._task = None  # not this one's
             others.append(other)
             asyncio.get_running_loop().call_later(0.01, self.leave, other)

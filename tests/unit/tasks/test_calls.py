@@ -1,4 +1,4 @@
-"""How tasks wait: each loop has time limits of its own."""
+"""How tasks wait for each other, and for what a thread does for them."""
 
 from __future__ import annotations
 
@@ -6,68 +6,33 @@ import asyncio
 import gc
 import logging
 import threading
-import weakref
+from collections import deque
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from aio_helpers import beats, opened, run, until
-from helpers import DEADLINE, eventually, handling, parked, raising
+from helpers import DEADLINE, handling, parked, raising
 from onewriter import AsyncDbWriter, AsyncReader, DbWriter, WriteTimeoutError
-from onewriter.base import threads
+from onewriter.base import task_waits, threads
 from onewriter.tasks import calls
 
 
-def test_each_loop_has_its_own_timeouts(path: Path) -> None:
-    with DbWriter(path) as inner:
-        shared = AsyncDbWriter.wrap(inner)
+def test_a_task_that_is_interrupted_as_it_lines_up_gets_no_turn() -> None:
+    class Line(deque[Any]):
+        def append(self, asker: object) -> None:
+            super().append(asker)
+            raise LookupError
 
-        async def leave() -> None:
-            await shared.run("SELECT 1")  # the loop ends before the look at its timeouts
-
-        async def wait() -> None:
-            with parked(inner), pytest.raises(WriteTimeoutError):
-                await shared.run("SELECT 1", timeout=1.0)
-
-        run(leave)
-        run(wait)
-
-
-@pytest.mark.parametrize("timeout", [0.5, 30.0])
-def test_what_waits_in_a_loop_that_was_closed_is_collected(path: Path, timeout: float) -> None:
-    with DbWriter(path) as inner:
-        shared = AsyncDbWriter.wrap(inner)
-        with parked(inner):
-            loops = [asyncio.new_event_loop() for _ in range(3)]
-            for loop in loops:
-                task = loop.create_task(shared.run("SELECT 1", timeout=timeout))
-                loop.call_soon(loop.stop)
-                loop.run_forever()
-                loop.close()
-                del task
-            alive = [weakref.ref(loop) for loop in loops]
-            del loops, loop
-        inner.run("SELECT 1")
-        eventually(lambda: gc.collect() >= 0 and [one() for one in alive] == [None] * 3)
-
-
-def test_a_task_that_is_collected_while_its_loop_looks_who_is_late_keeps_no_other_waiting() -> None:
     async def main() -> None:
-        loop = asyncio.get_running_loop()
-        deadlines = calls.Deadlines()
-        first, second = loop.create_future(), loop.create_future()
-
-        class Collecting(float):
-            def __le__(self, now: float) -> bool:
-                deadlines.remove(second, None)
-                return super().__le__(now)
-
-        for future in (first, second):
-            deadlines.add(future, 1.0)
-            deadlines._waiting[weakref.ref(future)] = Collecting(0.0)
-        await first
-        assert not deadlines._waiting
+        turn = calls.Turn()
+        mine = turn.take()
+        turn._line = Line()
+        with pytest.raises(LookupError):
+            await asyncio.create_task(turn.acquire())
+        turn.release(mine)
+        assert turn.take() is not None
 
     run(main)
 
@@ -108,7 +73,7 @@ def test_flush_waits_until_what_the_writer_reports_is_logged(path: Path) -> None
 def test_a_short_timeout_does_not_wait_for_the_tick_of_the_long_ones(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calls, "TICK", 10 * DEADLINE)
+    monkeypatch.setattr(task_waits, "TICK", 10 * DEADLINE)
 
     async def main() -> None:
         with DbWriter(path) as inner, parked(inner):
@@ -292,24 +257,5 @@ def test_what_a_thread_makes_for_a_task_that_was_interrupted_is_undone(
             await calls.in_thread(lambda: gate.wait(DEADLINE), lambda made: undone.set())
         gate.set()
         assert await asyncio.to_thread(undone.wait, DEADLINE)
-
-    run(main)
-
-
-def test_a_look_at_the_deadlines_that_is_interrupted_is_not_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted() -> float:
-        monkeypatch.undo()
-        raise LookupError
-
-    async def main() -> None:
-        loop, deadlines = asyncio.get_running_loop(), calls.Deadlines()
-        told: list[dict[str, Any]] = []
-        loop.set_exception_handler(lambda _, context: told.append(context))
-        future = loop.create_future()
-        deadlines.add(future, 1.0)
-        monkeypatch.setattr(calls, "monotonic", interrupted)
-        async with asyncio.timeout(DEADLINE):
-            await future
-        assert isinstance(told[0]["exception"], LookupError)
 
     run(main)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import sqlite3
 import threading
 import warnings
 import weakref
@@ -14,7 +15,7 @@ from typing import Any, TypeAlias
 import pytest
 
 from aio_helpers import run, until
-from helpers import DEADLINE, eventually, parked, pool_of, queue_of
+from helpers import DEADLINE, eventually, parked, pool_of, queue_of, rows_in
 from onewriter import AsyncDbWriter, DbWriter
 from onewriter.tasks.block import TaskBlock
 
@@ -118,12 +119,97 @@ def test_it_is_collected_with_its_tasks_and_what_they_have_is_given_back(db: DbW
     assert pool_of(db).in_use == 0
 
 
+async def waits_for_a_run(db: AsyncDbWriter) -> None:
+    await db.run("SELECT 1")
+
+
+async def waits_for_a_ticket(db: AsyncDbWriter) -> None:
+    await db.enqueue("SELECT 1")
+
+
+async def waits_for_room(db: AsyncDbWriter) -> None:
+    while True:
+        await db.enqueue_wait("SELECT 1", timeout=None)
+
+
+async def waits_for_flush(db: AsyncDbWriter) -> None:
+    await db.flush()
+
+
+async def waits_for_a_block(db: AsyncDbWriter) -> None:
+    async with db.transaction():
+        pytest.fail("entered")
+
+
+async def waits_for_a_write_to_read(db: AsyncDbWriter) -> None:
+    await db.read("SELECT 1", after=db.enqueue("SELECT 1"))
+
+
+async def waits_for_a_migration(db: AsyncDbWriter) -> None:
+    await db.migrate(["SELECT 1"])
+
+
+async def waits_for_a_connection(db: AsyncDbWriter) -> None:
+    async with db.reader():
+        await db.read("SELECT 1")
+
+
+async def waits_for_news(db: AsyncDbWriter) -> None:
+    async with db.watch("SELECT n FROM t") as live:
+        async for _ in live:
+            pass
+
+
+@pytest.mark.parametrize(
+    "waits",
+    [
+        waits_for_a_run,
+        waits_for_a_ticket,
+        waits_for_room,
+        waits_for_flush,
+        waits_for_a_block,
+        waits_for_a_write_to_read,
+        waits_for_a_migration,
+        waits_for_a_connection,
+        waits_for_news,
+    ],
+)
 @pytest.mark.filterwarnings("ignore:unclosed event loop:ResourceWarning")
-def test_one_whose_block_had_to_wait_is_collected_once_it_is_its_turn(db: DbWriter) -> None:
+def test_one_in_which_one_task_has_a_block_and_another_waits_for_the_gateway_is_collected(
+    path: Path, waits: Callable[[AsyncDbWriter], Coroutine[Any, Any, None]]
+) -> None:
+    """Who waits is known by what it waits for, and knows the other by a TaskGroup."""
+
+    async def has_a_block(aio: AsyncDbWriter, has_begun: asyncio.Event) -> None:
+        async with aio.transaction() as tx:
+            await tx.execute(INSERT, (1,))
+            has_begun.set()
+            await asyncio.sleep(DEADLINE)
+
+    async def both(db: DbWriter, aio: AsyncDbWriter, is_there: asyncio.Event) -> None:
+        has_begun = asyncio.Event()
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(has_a_block(aio, has_begun))]
+            await has_begun.wait()
+            tasks.append(group.create_task(waits(aio)))
+            for task in tasks:
+                task._log_destroy_pending = False  # type: ignore[attr-defined]
+            await asyncio.sleep(0.01)
+            is_there.set()
+
+    with DbWriter(path, readers=1, maxsize=1) as db, db.reader():
+        db.run("CREATE TABLE t (n)")
+        known = dropped(db, both, asyncio.Event.is_set)
+        eventually(lambda: gc.collect() >= 0 and known() is None)
+        db.run(INSERT, (2,), timeout=DEADLINE)
+    assert rows_in(path) == [2]
+
+
+@pytest.mark.filterwarnings("ignore:unclosed event loop:ResourceWarning")
+def test_one_whose_block_had_to_wait_is_collected_before_it_is_its_turn(db: DbWriter) -> None:
     with parked(db):
         known = dropped(db, block, lambda _: queue_of(db).depth > 0)
-        assert known() is not None
-    eventually(lambda: queue_of(db).depth == 0 and gc.collect() >= 0 and known() is None)
+        assert known() is None
     db.run(INSERT, (2,), timeout=DEADLINE)
     assert db.read("SELECT n FROM t", timeout=DEADLINE) == [(2,)]
 

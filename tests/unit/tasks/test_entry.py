@@ -30,7 +30,6 @@ from onewriter.read.reader import Snapshot
 from onewriter.tasks import collected, entry
 from onewriter.tasks import savepoint as tasks_savepoint
 from onewriter.tasks.block import TaskBlock
-from onewriter.tasks.calls import LoopDeadlines
 from onewriter.tasks.reader import TaskReads
 from onewriter.write.loan import WriteLoan
 
@@ -493,7 +492,7 @@ def test_a_block_whose_entry_is_interrupted_does_not_keep_the_writer(
     async def main() -> None:
         gateway = AsyncDbWriter.wrap(db)
         if where == "as it is queued":
-            monkeypatch.setattr(LoopDeadlines, "within", raising(KeyboardInterrupt))
+            monkeypatch.setattr(entry, "within", raising(KeyboardInterrupt))
         elif where == "as it is granted":
             monkeypatch.setattr(TaskBlock, "entered", raising(KeyboardInterrupt))
         else:

@@ -1076,3 +1076,31 @@ def test_a_reader_whose_cancelled_beginning_is_interrupted_is_given_back(
         await until(lambda: pool_of(one).in_use == 0)
 
     run(main)
+
+
+def test_a_cancellation_that_comes_as_a_generator_gives_its_reader_back_is_not_lost(path: Path) -> None:
+    async def values(db: AsyncDbWriter) -> AsyncGenerator[int, None]:
+        async with db.reader():
+            yield 1
+
+    async def main() -> None:
+        async with opened(path, readers=1) as db:
+            gate, has_begun = threading.Event(), asyncio.Event()
+
+            async def first() -> None:
+                async with contextlib.aclosing(values(db)) as generator:
+                    await anext(generator)
+                    keep_busy(db, gate)
+                    asyncio.get_running_loop().call_soon(has_begun.set)
+                pytest.fail("went on")
+
+            task = asyncio.create_task(first())
+            await has_begun.wait()
+            await beats(1, task)
+            task.cancel()
+            await asyncio.sleep(0)
+            gate.set()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+    run(main)

@@ -331,6 +331,17 @@ def test_without_a_python_to_run_it_is_opened_like_any_file(path: Path, monkeypa
     assert check.check(str(path)).verdict == "ok"
 
 
+def test_a_link_that_has_taken_the_place_of_a_database_with_a_log_is_told(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = path.with_name("moved.db")
+    plain(target).close()
+    path.symlink_to(target)
+    path.with_name(f"{path.name}-wal").write_bytes(b"log")
+    code, report = asked(path, capsys)
+    assert (code, report["problems"][0][:17]) == (1, "it is a link, and")
+
+
 def test_a_second_name_is_told(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plain(path).close()
     os.link(path, path.with_name("other.db"))

@@ -446,3 +446,31 @@ def test_converters_are_not_called_for_what_the_gateway_itself_asks(
         with db.transaction() as tx, contextlib.closing(tx.connection.execute("SELECT x FROM t")) as cursor:
             assert len(cursor.fetchall()) == 4
         db.checkpoint()
+
+
+def test_adapters_are_not_called_for_what_the_gateway_itself_binds(path: Path) -> None:
+    """sqlite3 calls an adapter for int and str, too, as soon as one of the types that it knows itself has one."""
+    undoes = "INSERT OR ROLLBACK INTO t (n) VALUES (1)"
+    says = "INSERT INTO said SELECT last_insert_rowid(), changes()"
+    with DbWriter(path) as db:
+        db.run_script("CREATE TABLE t (n UNIQUE); INSERT INTO t VALUES (1); CREATE TABLE said (a, b)")
+        db.run_script("CREATE TABLE w (n PRIMARY KEY) WITHOUT ROWID")
+        with parked(db) as release, pytest.MonkeyPatch.context() as patch:
+            for kind in (int, str, bytearray):
+                patch.setitem(sqlite3.adapters, (kind, sqlite3.PrepareProtocol), raising(LookupError))
+            sqlite3.register_adapter(bytearray, bytes)  # from now on it looks for adapters of all types
+            tickets = [
+                db.enqueue("INSERT INTO t VALUES (2), (3)"),
+                db.enqueue(lambda tx: tx.execute(undoes)),
+                db.enqueue(says),
+                db.enqueue("INSERT INTO w VALUES (1)"),
+            ]
+            release.set()
+            assert [type(ticket.exception(DEADLINE)) for ticket in tickets] == [
+                type(None),
+                sqlite3.IntegrityError,
+                type(None),
+                type(None),
+            ]
+            assert tickets[3].result().lastrowid is None
+        assert db.read("SELECT a, b FROM said") == [(3, 0)]  # the statement that failed has changed none

@@ -188,7 +188,8 @@ def test_a_loop_that_cannot_be_woken_keeps_no_other_waiter_asleep() -> None:
 
     loop, lock = Loop(), threading.Lock()
     lock.acquire()
-    wake([loop.create_future(), lock])
+    future: asyncio.Future[None] = loop.create_future()
+    wake([weakref.ref(future), lock])
     assert not lock.locked()
     loop.close()
 
