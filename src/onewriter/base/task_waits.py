@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import contextvars
 import math
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from time import monotonic
@@ -64,21 +65,19 @@ class TaskWaits:
             self._waiting.pop(future, None)
 
 
-_of: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, weakref.ref[TaskWaits]] = weakref.WeakKeyDictionary()
-_last: Callable[[], TaskWaits | None] = type(None)
+class _Here(threading.local):
+    last: Callable[[], TaskWaits | None] = type(None)
+
+
+_here = _Here()
 
 
 def waits_of(loop: asyncio.AbstractEventLoop) -> TaskWaits:
-    """Those of a loop, in its thread."""
-    global _last
-    waits = _last()
+    """Those of the loop that runs in this thread."""
+    waits = _here.last()
     if waits is None or waits.loop is not loop:
-        kept = _of.get(loop)
-        waits = None if kept is None else kept()
-        if waits is None:
-            waits = TaskWaits(loop)
-            _of[loop] = weakref.ref(waits)
-        _last = weakref.ref(waits)
+        waits = TaskWaits(loop)
+        _here.last = weakref.ref(waits)
     return waits
 
 

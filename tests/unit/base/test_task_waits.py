@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import contextvars
 import gc
 import weakref
 from pathlib import Path
@@ -11,10 +13,10 @@ from typing import Any
 import pytest
 
 from aio_helpers import run
-from helpers import DEADLINE, eventually, parked
+from helpers import DEADLINE, eventually, in_threads, parked
 from onewriter import AsyncDbWriter, DbWriter, WriteTimeoutError
 from onewriter.base import task_waits
-from onewriter.base.task_waits import TaskWaits
+from onewriter.base.task_waits import TICK, TaskWaits, waits_of, within
 
 
 def test_each_loop_has_its_own_timeouts(path: Path) -> None:
@@ -85,5 +87,110 @@ def test_a_look_at_the_deadlines_that_is_interrupted_is_not_the_last(monkeypatch
         async with asyncio.timeout(DEADLINE):
             await future
         assert isinstance(told[0]["exception"], LookupError)
+
+    run(main)
+
+
+class Timers:
+    """What is noted of a loop's timers."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.made: list[asyncio.TimerHandle] = []
+        self._later = asyncio.get_running_loop().call_later
+        monkeypatch.setattr(asyncio.get_running_loop(), "call_later", self._note)
+
+    def _note(self, delay: float, callback: Any, *args: Any, **options: Any) -> asyncio.TimerHandle:
+        timer = self._later(delay, callback, *args, **options)
+        if getattr(callback, "__module__", "").startswith("onewriter."):  # and not asyncio's own
+            self.made.append(timer)
+        return timer
+
+
+def test_many_waits_have_one_look_and_it_ends_with_the_last_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        timers = Timers(monkeypatch)
+        futures = [loop.create_future() for _ in range(10)]
+        with contextlib.ExitStack() as stack:
+            for timeout, future in zip([None, DEADLINE] * 5, futures, strict=True):
+                stack.enter_context(within(future, timeout))
+            assert len(timers.made) == 1
+            await asyncio.sleep(2.5 * TICK)
+        made = len(timers.made)
+        assert made > 1
+        await asyncio.sleep(2.5 * TICK)
+        assert len(timers.made) == made
+        with within(futures[0], None):  # and begins again
+            assert len(timers.made) == made + 1
+
+    run(main)
+
+
+def test_a_short_wait_takes_its_timer_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        timers = Timers(monkeypatch)
+        with within(asyncio.get_running_loop().create_future(), 0.9):
+            pass
+        (timer,) = timers.made
+        assert timer.cancelled()
+
+    run(main)
+
+
+def test_a_wait_without_a_limit_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        future = asyncio.get_running_loop().create_future()
+        with within(future, None):
+            monkeypatch.setattr(task_waits, "monotonic", lambda: 1e300)
+            await asyncio.sleep(2.5 * TICK)
+            assert not future.done()
+
+    run(main)
+
+
+def test_the_look_keeps_nothing_of_the_task_that_waited_first() -> None:
+    """Its context, say, while others wait."""
+
+    class Request:
+        pass
+
+    request: contextvars.ContextVar[Request] = contextvars.ContextVar("request")
+
+    async def main() -> None:
+        loop, request_is_over = asyncio.get_running_loop(), asyncio.Event()
+        other = loop.create_future()
+        known: list[weakref.ref[Request]] = []
+
+        async def first() -> None:
+            request.set(Request())
+            known.append(weakref.ref(request.get()))
+            with within(loop.create_future(), None):
+                await request_is_over.wait()
+
+        task = asyncio.create_task(first())
+        await asyncio.sleep(0)
+        with within(other, None):
+            request_is_over.set()
+            await task
+            del task
+            await asyncio.sleep(0)  # asyncio's own step is over
+            gc.collect()
+            assert known[0]() is None
+
+    run(main)
+
+
+def test_each_thread_has_the_waits_of_its_own_loop() -> None:
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        with within(loop.create_future(), None):
+            mine = waits_of(loop)
+            assert mine.loop is loop
+            in_threads(lambda: run(other))
+            assert waits_of(loop) is mine
+
+    async def other() -> None:
+        loop = asyncio.get_running_loop()
+        assert waits_of(loop).loop is loop
 
     run(main)
