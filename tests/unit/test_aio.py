@@ -1089,3 +1089,27 @@ def test_an_opening_that_is_interrupted_as_it_begins_keeps_no_other_from_opening
         await db.close()
 
     run(main)
+
+
+def test_a_task_that_waits_for_the_opening_by_another_opens_nothing_once_it_is_closed(path: Path) -> None:
+    async def main() -> None:
+        opened_by: list[str] = []
+        go_on = threading.Event()
+
+        def connect(connection: sqlite3.Connection, readonly: bool) -> None:
+            opened_by.append(threading.current_thread().name)
+            go_on.wait(DEADLINE)
+
+        db = AsyncDbWriter(path, on_connect=connect)
+        opening = [asyncio.create_task(db.open()) for _ in range(2)]
+        await until(lambda: bool(opened_by))
+        closing = asyncio.create_task(db.close())
+        await asyncio.sleep(0)
+        go_on.set()
+        await closing
+        for task in opening:
+            with pytest.raises(WriterClosedError):
+                await task
+        assert len(set(opened_by)) == 1
+
+    run(main)

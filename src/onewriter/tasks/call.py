@@ -73,8 +73,7 @@ class Call(Generic[T]):
     def withdraw(self) -> bool:
         """Whether it will never begin."""
         with contextlib.suppress(IndexError):  # another thread has it
-            if self._asked:
-                self._withdrawn.extend(map(list.pop, (self._asked,)))  # one step: a handler may raise behind each
+            self._withdrawn.extend(map(list.pop, (self._asked,)))  # in one step: a handler may raise behind each
         return bool(self._withdrawn)
 
     def expire(self, error: BaseException) -> None:

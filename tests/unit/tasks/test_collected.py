@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import contextvars
 import gc
 import sqlite3
 import threading
@@ -128,7 +130,7 @@ async def waits_for_a_ticket(db: AsyncDbWriter) -> None:
 
 
 async def waits_for_room(db: AsyncDbWriter) -> None:
-    while True:
+    for _ in range(3):
         await db.enqueue_wait("SELECT 1", timeout=None)
 
 
@@ -138,7 +140,7 @@ async def waits_for_flush(db: AsyncDbWriter) -> None:
 
 async def waits_for_a_block(db: AsyncDbWriter) -> None:
     async with db.transaction():
-        pytest.fail("entered")
+        pass
 
 
 async def waits_for_a_write_to_read(db: AsyncDbWriter) -> None:
@@ -156,24 +158,51 @@ async def waits_for_a_connection(db: AsyncDbWriter) -> None:
 
 async def waits_for_news(db: AsyncDbWriter) -> None:
     async with db.watch("SELECT n FROM t") as live:
-        async for _ in live:
-            pass
+        await live.next()
+        await live.next()
 
 
-@pytest.mark.parametrize(
-    "waits",
-    [
-        waits_for_a_run,
-        waits_for_a_ticket,
-        waits_for_room,
-        waits_for_flush,
-        waits_for_a_block,
-        waits_for_a_write_to_read,
-        waits_for_a_migration,
-        waits_for_a_connection,
-        waits_for_news,
-    ],
-)
+WAITS = [
+    waits_for_a_run,
+    waits_for_a_ticket,
+    waits_for_room,
+    waits_for_flush,
+    waits_for_a_block,
+    waits_for_a_write_to_read,
+    waits_for_a_migration,
+    waits_for_a_connection,
+    waits_for_news,
+]
+
+
+@pytest.mark.parametrize("waits", WAITS)
+def test_a_task_that_nobody_else_refers_to_is_kept_by_its_loop_as_it_waits(
+    path: Path, waits: Callable[[AsyncDbWriter], Coroutine[Any, Any, None]]
+) -> None:
+    async def main() -> None:
+        done = asyncio.Event()
+
+        async def lonely(gateway: AsyncDbWriter) -> None:
+            await waits(gateway)
+            done.set()
+
+        async with AsyncDbWriter(path, readers=1, maxsize=1) as gateway:
+            await gateway.run("CREATE TABLE t (n)")
+            reader = gateway.reader() if waits is waits_for_a_connection else contextlib.nullcontext()
+            async with reader, gateway.transaction() as tx:
+                await tx.execute(INSERT, (1,))
+                loop = asyncio.get_running_loop()
+                loop.call_soon(lambda: loop.create_task(lonely(gateway)), context=contextvars.Context())
+                for _ in range(5):
+                    await asyncio.sleep(0.01)
+                    gc.collect()
+                assert not done.is_set()
+            await done.wait()
+
+    run(main)
+
+
+@pytest.mark.parametrize("waits", WAITS)
 @pytest.mark.filterwarnings("ignore:unclosed event loop:ResourceWarning")
 def test_one_in_which_one_task_has_a_block_and_another_waits_for_the_gateway_is_collected(
     path: Path, waits: Callable[[AsyncDbWriter], Coroutine[Any, Any, None]]
