@@ -40,6 +40,7 @@ from onewriter import (
     WriterClosedError,
     WriteTimeoutError,
 )
+from onewriter.base.task_waits import waits_of
 from onewriter.tasks.calls import Turn
 
 INSERT = "INSERT INTO t VALUES (?)"
@@ -1093,11 +1094,11 @@ def test_an_opening_that_is_interrupted_as_it_begins_keeps_no_other_from_opening
 
 def test_a_task_that_waits_for_the_opening_by_another_opens_nothing_once_it_is_closed(path: Path) -> None:
     async def main() -> None:
-        opened_by: list[str] = []
+        opened_by: list[threading.Thread] = []
         go_on = threading.Event()
 
         def connect(connection: sqlite3.Connection, readonly: bool) -> None:
-            opened_by.append(threading.current_thread().name)
+            opened_by.append(threading.current_thread())
             go_on.wait(DEADLINE)
 
         db = AsyncDbWriter(path, on_connect=connect)
@@ -1111,5 +1112,16 @@ def test_a_task_that_waits_for_the_opening_by_another_opens_nothing_once_it_is_c
             with pytest.raises(WriterClosedError):
                 await task
         assert len(set(opened_by)) == 1
+
+    run(main)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_call_that_is_over_is_waited_for_no_more(path: Path, fails: bool) -> None:
+    async def main() -> None:
+        async with opened(path) as db:
+            with contextlib.suppress(sqlite3.OperationalError):
+                await db.run("INSERT INTO missing VALUES (1)" if fails else "INSERT INTO t VALUES (1)")
+            assert not waits_of(asyncio.get_running_loop())._waiting
 
     run(main)
