@@ -24,7 +24,7 @@ from onewriter.sqlite.pragma_values import database_names
 from onewriter.sqlite.result import refuse_live
 from onewriter.sqlite.retry import FAILURES, LockPolicy, is_busy, is_corrupt, is_interrupted, needs_writer
 from onewriter.sqlite.settings import Settings
-from onewriter.sqlite.statement import Parameters
+from onewriter.sqlite.statement import Parameters, describe_sql
 from onewriter.sqlite.time_limit import TimeLimit
 from onewriter.write.ticket import Ticket
 
@@ -80,6 +80,8 @@ class Reader:
         except sqlite3.DatabaseError as error:
             if not again:
                 raise
+            if not describe_sql(sql).verb and not isinstance(error, sqlite3.ProgrammingError):
+                return fetch(self.connection.cursor())  # since Python 3.12 it is that of the statement before
             repeat = functools.partial(self.select, sql, parameters, fetch, again=False)
             return self._recover(error, label or self.claim.label, repeat)
 

@@ -742,3 +742,15 @@ def test_who_leaves_a_reader_waits_for_the_call_that_another_thread_is_in(path: 
         release.set()
         leaving.result(DEADLINE)
         assert calling.exception(DEADLINE) is None
+
+
+@pytest.mark.parametrize("empty", ["", "-- nothing", ";"])
+def test_a_text_without_a_statement_does_not_raise_what_the_read_before_it_did(path: Path, empty: str) -> None:
+    with DbWriter(path, readers=1) as db:
+        for _ in range(2):
+            with pytest.raises(sqlite3.OperationalError, match="no such table"):
+                db.read("SELECT * FROM missing")
+            assert db.read(empty) == []
+            assert db.read_one(empty) is None
+            with pytest.raises(sqlite3.ProgrammingError):
+                db.read(empty, (1,))
