@@ -93,7 +93,7 @@ def open_whole(
         connection = _connect(settings, "rw", any_thread=False)
         with _closing_on_error(connection):
             configure(connection, settings, ["main"])
-            _call_hook(connection, settings, guard, readonly=False)
+            _call_writers_hook(connection, settings, guard)
             configure(connection, settings, database_names(connection))
             _disable_implicit_transactions(connection)
             pragma(connection, "busy_timeout", int(min(1000 * settings.lock_timeout, LONGEST_TIMEOUT)))
@@ -183,8 +183,7 @@ def _writer(settings: Settings, guard: Guard, make: Callable[[sqlite3.Connection
                 pragma(connection, name, value)
         _set_journal_mode(connection, settings, again)
         configure(connection, settings, ["main"])
-        _call_hook(connection, settings, guard, readonly=False)
-        pragma(connection, "locking_mode", "NORMAL")
+        _call_writers_hook(connection, settings, guard)
         configure(connection, settings, database_names(connection))
         _disable_implicit_transactions(connection)
         guard.install(connection)
@@ -342,6 +341,18 @@ def _apply_pragmas(connection: sqlite3.Connection, settings: Settings) -> None:
             errors.append(error)
     if errors:
         raise errors[0]
+
+
+def _call_writers_hook(connection: sqlite3.Connection, settings: Settings, guard: Guard) -> None:
+    mode = pragma(connection, "journal_mode")
+    _call_hook(connection, settings, guard, readonly=False)
+    pragma(connection, "locking_mode", "NORMAL")
+    found = pragma(connection, "journal_mode")
+    if found != mode:  # with MEMORY or OFF, a process that is killed leaves a damaged file
+        pragma(connection, "journal_mode", mode)
+        raise ValueError(
+            f"on_connect has set journal_mode={found}, and {mode} is wanted: it is an argument of DbWriter"
+        )
 
 
 def _call_hook(connection: sqlite3.Connection, settings: Settings, guard: Guard | ReadGuard, *, readonly: bool) -> None:

@@ -593,3 +593,24 @@ def test_another_error_where_the_index_is_used_first_is_told_as_it_is(
     with pytest.raises(sqlite3.DatabaseError) as caught:
         DbWriter(path)
     assert "index" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "mode"), [("WAL", "MEMORY"), ("WAL", "DELETE"), ("DELETE", "OFF"), ("DELETE", "WAL")]
+)
+def test_a_journal_mode_that_on_connect_sets_is_refused(path: Path, wanted: str, mode: str) -> None:
+    def connect(connection: sqlite3.Connection, readonly: bool) -> None:
+        connection.execute(f"PRAGMA journal_mode = {mode}")
+
+    with pytest.raises(
+        ValueError, match=f"on_connect has set journal_mode={mode.lower()}, and {wanted.lower()} is want"
+    ):
+        DbWriter(path, journal_mode=wanted, on_connect=connect)
+    with contextlib.closing(sqlite3.connect(path)) as plain:
+        assert plain.execute("PRAGMA journal_mode").fetchone() == (wanted.lower(),)
+
+
+def test_the_journal_mode_that_is_in_force_may_be_set_again(path: Path) -> None:
+    with DbWriter(path, on_connect=lambda connection, readonly: connection.execute("PRAGMA journal_mode = WAL")) as db:
+        db.run("CREATE TABLE t (n)")
+        assert db.run_without_transaction(lambda connection: connection.execute("SELECT n FROM t").fetchall()) == []
