@@ -598,7 +598,7 @@ def test_another_error_where_the_index_is_used_first_is_told_as_it_is(
 @pytest.mark.parametrize(
     ("wanted", "mode"), [("WAL", "MEMORY"), ("WAL", "DELETE"), ("DELETE", "OFF"), ("DELETE", "WAL")]
 )
-def test_a_journal_mode_that_on_connect_sets_is_refused(path: Path, wanted: str, mode: str) -> None:
+def test_a_journal_mode_that_on_connect_sets_is_refused(path: Path, wanted: Any, mode: str) -> None:
     def connect(connection: sqlite3.Connection, readonly: bool) -> None:
         connection.execute(f"PRAGMA journal_mode = {mode}")
 
