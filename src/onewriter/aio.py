@@ -327,9 +327,9 @@ class AsyncDbWriter(Strict):
         future: asyncio.Future[None] = loop.create_future()
         job.expect_outcome(weakref.ref(future))
         core.submit(job, None)
-        waits = waits_of(loop)
-        timer = waits.add(future, timeout)
+        waits, timer = waits_of(loop), None
         try:
+            timer = waits.add(future, timeout)
             await future
         except asyncio.CancelledError:
             if not job.cancel():

@@ -38,8 +38,8 @@ class TaskWaits:
             return self.loop.call_later(timeout, resolve, [future])
         self._waiting[future] = math.inf if timeout is None else monotonic() + timeout
         if not self._ticks:
-            self._ticks = True
             self.loop.call_later(TICK, self._tick, context=self._context)
+            self._ticks = True  # not before: Ctrl-C may come, and two are no harm
         return None
 
     def remove(self, future: asyncio.Future[None], timer: asyncio.TimerHandle | None) -> None:
@@ -52,9 +52,10 @@ class TaskWaits:
         try:
             self._resolve_late()
         finally:  # whatever a signal handler has raised: asyncio logs it, and goes on
-            self._ticks = bool(self._waiting)
-            if self._ticks:
+            self._ticks = False
+            if self._waiting:
                 self.loop.call_later(TICK, self._tick, context=self._context)
+                self._ticks = True
 
     def _resolve_late(self) -> None:
         now = monotonic()
@@ -84,9 +85,9 @@ def waits_of(loop: asyncio.AbstractEventLoop) -> TaskWaits:
 @contextlib.contextmanager
 def within(future: asyncio.Future[None], timeout: float | None) -> Iterator[None]:
     """For a task that waits for ``future``: resolve it after ``timeout`` seconds, if it is not resolved earlier."""
-    waits = waits_of(future.get_loop())
-    timer = waits.add(future, timeout)
+    waits, timer = waits_of(future.get_loop()), None
     try:
+        timer = waits.add(future, timeout)
         yield
     finally:
         waits.remove(future, timer)

@@ -49,7 +49,8 @@ READING = frozenset(("SELECT", "VALUES", "EXPLAIN", "PRAGMA"))
 ASKING = ("SELECT", "VALUES")
 ISOLATED = ("ROLLBACK", "PRAGMA", "DEFERRED")
 LONG = 10_000  # characters; such a text has its values in it, and seldom comes twice
-WITHOUT_ROWID = "SELECT count(*) FROM pragma_table_list(?) WHERE wr"  # with the argument it reads one table only
+# With the argument it reads one table only. Not by count(), which on_connect may have replaced.
+WITHOUT_ROWID = "SELECT EXISTS (SELECT 1 FROM pragma_table_list(?) WHERE wr)"
 
 
 class OwnText(str):

@@ -474,3 +474,12 @@ def test_adapters_are_not_called_for_what_the_gateway_itself_binds(path: Path) -
             ]
             assert tickets[3].result().lastrowid is None
         assert db.read("SELECT a, b FROM said") == [(3, 0)]  # the statement that failed has changed none
+
+
+def test_a_function_of_on_connect_that_has_the_name_of_one_of_sqlite_is_not_called_for_the_gateway(path: Path) -> None:
+    def connect(connection: sqlite3.Connection, readonly: bool) -> None:
+        connection.create_function("count", -1, raising(LookupError))
+
+    with DbWriter(path, on_connect=connect) as db:
+        db.run("CREATE TABLE t (n INTEGER PRIMARY KEY)")
+        assert db.run("INSERT INTO t VALUES (7)").lastrowid == 7
