@@ -13,13 +13,13 @@ from time import monotonic
 
 from onewriter.base.waiting import Signal, resolve
 
-TICK = 0.1  # seconds between two looks at the deadlines of a loop, or at what a task waits for
+TICK = 0.1  # seconds between two looks at what the tasks of a loop wait for
 
 
 class TaskWaits:
     """What the tasks of one loop wait for, and until when.
 
-    A few times a second it wakes who is late, since one timer each costs too much. By that timer the loop keeps this,
+    A few times a second it looks who is late, since one timer each costs too much. By that timer the loop keeps this,
     and so the futures, and so their tasks. What else knows a future of ours does so weakly: a loop that nobody refers
     to any more is collected with all its tasks, whatever they wait for, and what they have is given back.
 
@@ -29,6 +29,7 @@ class TaskWaits:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
         self._waiting: dict[asyncio.Future[None], float] = {}
+        self._looks: dict[asyncio.Future[None], Callable[[], bool]] = {}  # of some of them: whether it is over
         self._ticks = False
         self._context = contextvars.Context()  # not the caller's: a look is nobody's, and would keep what it has
 
@@ -48,9 +49,22 @@ class TaskWaits:
         else:
             timer.cancel()
 
+    async def wait(self, signal: asyncio.Future[None], is_over: Callable[[], bool]) -> None:
+        """Wait for ``signal``, or until a look finds that ``is_over``: a signal handler may have raised where it was to
+        be resolved."""
+        try:
+            self.add(signal, None)
+            self._looks[signal] = is_over
+            if not is_over():
+                await signal
+        finally:
+            self._looks.pop(signal, None)
+            self.remove(signal, None)
+
     def _tick(self) -> None:
         try:
             self._resolve_late()
+            resolve([signal for signal, is_over in list(self._looks.items()) if is_over()])
         finally:  # whatever a signal handler has raised: asyncio logs it, and goes on
             self._ticks = False
             if self._waiting:
@@ -98,12 +112,3 @@ def new_signal(kept: list[asyncio.Future[None]]) -> Signal:
     future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     kept.append(future)
     return weakref.ref(future)
-
-
-async def wait_with_looks(signal: asyncio.Future[None], is_over: Callable[[], bool]) -> None:
-    """Wait for ``signal``, or until ``is_over``: a signal handler may have raised where ``signal`` was to be resolved.
-
-    asyncio's timer keeps it meanwhile.
-    """
-    while not (signal.done() or is_over()):
-        await asyncio.wait([signal], timeout=TICK)

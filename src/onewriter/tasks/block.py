@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from onewriter.base.arguments import check_callback
 from onewriter.base.scopes import running_task
 from onewriter.base.state import State
-from onewriter.base.task_waits import wait_with_looks
+from onewriter.base.task_waits import waits_of
 from onewriter.base.waiting import Signal, is_over, seconds_until, wake
 from onewriter.errors import ReadTimeoutError, TransactionClosedError
 from onewriter.tasks.call import Call
@@ -184,12 +184,13 @@ class TaskBlock(Block):
         One of this task would be waited for without end, and is kept with ``savepoint``, as those of threads are.
         """
         while True:
-            change: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            loop = asyncio.get_running_loop()
+            change: asyncio.Future[None] = loop.create_future()
             with self._lock:
                 if self._is_turn_of(savepoint):
                     return
                 self._changes.append(weakref.ref(change))
-            await wait_with_looks(change, lambda: self._is_turn_of(savepoint))
+            await waits_of(loop).wait(change, lambda: self._is_turn_of(savepoint))
 
     def _is_turn_of(self, savepoint: TaskSavepoint | None) -> bool:
         with self._lock:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from onewriter.base.scopes import running_task
 from onewriter.base.state import State
-from onewriter.base.task_waits import wait_with_looks
+from onewriter.base.task_waits import waits_of
 from onewriter.base.threads import start
 from onewriter.base.waiting import Signal, is_over, seconds_until, this_loop, wake
 
@@ -56,7 +56,7 @@ class Turn:
                 if self._take_as(mine):
                     return mine
                 self._line.append(mine)
-            await wait_with_looks(signal, lambda: self._has_come_to(mine))
+            await waits_of(signal.get_loop()).wait(signal, lambda: self._has_come_to(mine))
         except BaseException:
             with self._lock:
                 if mine in self._line:
