@@ -55,8 +55,7 @@ class TaskWaits:
         try:
             self.add(signal, None)
             self._looks[signal] = is_over
-            if not is_over():
-                await signal
+            await signal
         finally:
             self._looks.pop(signal, None)
             self.remove(signal, None)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from aio_helpers import run
+from aio_helpers import beats, run
 from helpers import DEADLINE, eventually, in_threads, parked
 from onewriter import AsyncDbWriter, DbWriter, WriteTimeoutError
 from onewriter.base import task_waits
@@ -192,5 +192,26 @@ def test_each_thread_has_the_waits_of_its_own_loop() -> None:
     async def other() -> None:
         loop = asyncio.get_running_loop()
         assert waits_of(loop).loop is loop
+
+    run(main)
+
+
+@pytest.mark.parametrize("how", ["told", "found", "cancelled"])
+def test_what_is_over_is_looked_at_no_more(how: str) -> None:
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        signal, is_over, waits = loop.create_future(), asyncio.Event(), waits_of(loop)
+        task = asyncio.create_task(waits.wait(signal, is_over.is_set))
+        await beats(3, task)
+        assert waits_of(loop) is waits
+        if how == "told":
+            signal.set_result(None)
+        elif how == "found":
+            is_over.set()
+        else:
+            task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        assert not (waits._looks or waits._waiting)
 
     run(main)
