@@ -212,6 +212,6 @@ def test_what_is_over_is_looked_at_no_more(how: str) -> None:
             task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await task
-        assert not (waits._looks or waits._waiting)
+        assert (waits._looks, waits._waiting) == ({}, {})
 
     run(main)
