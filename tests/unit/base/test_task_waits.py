@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from aio_helpers import beats, run
+from aio_helpers import beats, run, until
 from helpers import DEADLINE, eventually, in_threads, parked
 from onewriter import AsyncDbWriter, DbWriter, WriteTimeoutError
 from onewriter.base import task_waits
@@ -115,10 +115,9 @@ def test_many_waits_have_one_look_and_it_ends_with_the_last_of_them(monkeypatch:
             for timeout, future in zip([None, DEADLINE] * 5, futures, strict=True):
                 stack.enter_context(within(future, timeout))
             assert len(timers.made) == 1
-            await asyncio.sleep(2.5 * TICK)
+            await until(lambda: len(timers.made) > 2)
         made = len(timers.made)
-        assert made > 1
-        await asyncio.sleep(2.5 * TICK)
+        await until(lambda: loop.time() > timers.made[-1].when() + TICK)
         assert len(timers.made) == made
         with within(futures[0], None):  # and begins again
             assert len(timers.made) == made + 1
@@ -139,10 +138,10 @@ def test_a_short_wait_takes_its_timer_back(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_wait_without_a_limit_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
-        future = asyncio.get_running_loop().create_future()
+        timers, future = Timers(monkeypatch), asyncio.get_running_loop().create_future()
         with within(future, None):
             monkeypatch.setattr(task_waits, "monotonic", lambda: 1e300)
-            await asyncio.sleep(2.5 * TICK)
+            await until(lambda: len(timers.made) > 2)
             assert not future.done()
 
     run(main)

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 
 import pytest
 
-from aio_helpers import run, until
+from aio_helpers import beats, run, until
 from helpers import DEADLINE, eventually, parked, pool_of, queue_of, rows_in
 from onewriter import AsyncDbWriter, DbWriter
 from onewriter.tasks.block import TaskBlock
@@ -223,7 +223,7 @@ def test_one_in_which_one_task_has_a_block_and_another_waits_for_the_gateway_is_
             tasks.append(group.create_task(waits(aio)))
             for task in tasks:
                 task._log_destroy_pending = False  # type: ignore[attr-defined]
-            await asyncio.sleep(0.01)
+            await beats(5, tasks[-1])
             is_there.set()
 
     with DbWriter(path, readers=1, maxsize=1) as db, db.reader():
