@@ -52,7 +52,16 @@ async def block(db: AsyncDbWriter, path: Path) -> None:
 
 
 async def savepoint(db: AsyncDbWriter, path: Path) -> None:
-    """One that was interrupted keeps no other task from its own."""
+    await one_after_the_other(db, fails=False)
+
+
+async def failing_savepoint(db: AsyncDbWriter, path: Path) -> None:
+    with contextlib.suppress(LookupError):
+        await one_after_the_other(db, fails=True)
+
+
+async def one_after_the_other(db: AsyncDbWriter, *, fails: bool) -> None:
+    """A savepoint that was interrupted keeps no other task from its own."""
     async with db.transaction() as tx:
 
         async def other() -> None:
@@ -62,6 +71,8 @@ async def savepoint(db: AsyncDbWriter, path: Path) -> None:
         try:
             async with tx.savepoint():
                 await tx.execute(INSERT, (1,))
+                if fails:
+                    raise LookupError
         finally:
             await asyncio.create_task(other())
 
@@ -116,7 +127,19 @@ async def interrupted(interrupter: Interrupter, work: Coroutine[Any, Any, None])
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize(
-    "work", [read, reader, run_statement, block, savepoint, cancelled_reader, cancelled_read, watch, opening]
+    "work",
+    [
+        read,
+        reader,
+        run_statement,
+        block,
+        savepoint,
+        failing_savepoint,
+        cancelled_reader,
+        cancelled_read,
+        watch,
+        opening,
+    ],
 )
 def test_an_interrupt_at_any_step_leaves_nothing_behind(
     path: Path, monkeypatch: pytest.MonkeyPatch, work: Callable[[AsyncDbWriter, Path], Coroutine[Any, Any, None]]
