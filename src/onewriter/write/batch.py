@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import enum
 import math
-import sqlite3
 from collections.abc import Callable, Sequence
 from itertools import filterfalse, takewhile
 from time import monotonic
@@ -16,7 +15,7 @@ from onewriter.errors import forked_error
 from onewriter.sqlite.file import FileMovedError
 from onewriter.sqlite.guard import Mode
 from onewriter.sqlite.pragma_values import set_pragma
-from onewriter.sqlite.retry import FAILURES, error_code, is_busy, is_corrupt
+from onewriter.sqlite.retry import FAILURES, is_busy
 from onewriter.write.alone import call_alone
 from onewriter.write.block import Block
 from onewriter.write.connection import WriteConnection
@@ -24,17 +23,11 @@ from onewriter.write.function_loan import FunctionLoan
 from onewriter.write.jobs import BareStatementJob, ConnectionJob, StatementJob
 from onewriter.write.loan import WriteLoan
 from onewriter.write.lock import WriteLock
-from onewriter.write.outcomes import copy_of
+from onewriter.write.outcomes import commit_outcome_unknown, copy_of, may_have_committed
 from onewriter.write.session import WriteSession
 from onewriter.write.ticket import RUNNING, Job
 
-UNWRITTEN = {  # I/O errors that come before anything is written
-    getattr(sqlite3, f"SQLITE_IOERR_{name}")
-    for name in (
-        *("READ", "SHORT_READ", "LOCK", "RDLOCK", "CHECKRESERVEDLOCK", "NOMEM", "GETTEMPPATH", "CONVPATH", "ACCESS"),
-        *("FSTAT", "SEEK", "SHMOPEN", "SHMSIZE", "SHMLOCK", "SHMMAP", "MMAP"),
-    )
-}
+MOST_MARKS = 8  # savepoints in each other; SQLite looks at all of them for each page that is changed
 
 
 class Again(enum.Enum):
@@ -88,6 +81,7 @@ class Batch:
         "_first",
         "_jobs",
         "_lock",
+        "_marks",
         "_max_hold",
         "_now",
         "_session",
@@ -103,6 +97,7 @@ class Batch:
         self.loans: list[WriteLoan] = []  # of functions that have kept callbacks; and of a block, here
         self.times = Times()
         self._shares = False
+        self._marks = 0  # since the savepoint around those of several jobs
         self._session: WriteSession
         self._now: float  # the last look at the clock
         self._first: Job[Any]
@@ -158,7 +153,7 @@ class Batch:
     def end_block(self, error: BaseException | None) -> Verdict:
         """End it; ``error``: what has failed it."""
         try:
-            self._now = self._leave(self.loans[0], None, error, savepoint=False)  # its mark ends with the transaction
+            self._leave(self.loans[0], None, error, is_marked=False)  # its mark ends with the transaction
             return self._commit() if self._connection.in_transaction else self._lost()
         finally:
             self._lock.released()
@@ -181,7 +176,7 @@ class Batch:
                 self._state.scopes.end_jobs()
         except BaseException as error:
             # It commits by itself, if it came so far.
-            if commit_outcome_unknown(error, in_transaction=True) and error_code(error) not in UNWRITTEN:
+            if may_have_committed(error):
                 unknown = error
             else:
                 self._fail(job, error, not is_busy(error))
@@ -203,7 +198,7 @@ class Batch:
         except BaseException as error:
             if self._state.forked:
                 raise
-            if commit_outcome_unknown(error, in_transaction=True) and error_code(error) not in UNWRITTEN:
+            if may_have_committed(error):
                 unknown = error
             else:
                 self._fail(job, error)
@@ -268,14 +263,13 @@ class Batch:
 
     def _run_each(self, todo: list[Job[Any]], again: dict[Job[Any], Again], until: float) -> Verdict | None:
         """Run the next jobs, whatever they are, each with a savepoint if they share the transaction."""
-        session, state, shares, first = self._session, self._state, self._shares, self._first
-        guard, lock, jobs, limited = session.guard, state.lock, self._jobs, self._max_hold != math.inf
-        now, taken, enter_job = self._now, 0, state.scopes.begin_jobs()
+        session, state, shares, limited = self._session, self._state, self._shares, self._max_hold != math.inf
+        guard, lock, jobs, taken, enter_job = session.guard, state.lock, self._jobs, 0, state.scopes.begin_jobs()
         # Hot path: runs once for each queued function; avoid calls.
         try:
             for job in todo:
-                if job is not first and (
-                    not shares or now >= until or guard.schema_changed or guard.settings_touched or job.exclusive
+                if job is not self._first and (
+                    not shares or self._now >= until or guard.schema_changed or guard.settings_touched or job.exclusive
                 ):
                     break
                 taken += 1
@@ -284,14 +278,17 @@ class Batch:
                 with lock:
                     if job._stage > RUNNING:
                         continue
-                    job.started_at, job._stage = now, RUNNING
+                    job.started_at, job._stage = self._now, RUNNING
                 jobs.append(job)
                 loan = WriteLoan(session, job) if job.lent else FunctionLoan(session, job)
-                savepoint, result, failure = shares or job.needs_savepoint, None, None
+                is_marked, result, failure = False, None, None
                 try:
                     state.job, state.transaction = job, loan
-                    if savepoint:
+                    if shares or job.needs_savepoint:
+                        if shares and not self._marks:
+                            session.hold_marks()
                         session.set_mark()
+                        is_marked, self._marks = True, self._marks + 1  # only now: else the job before would be undone
                     if not job.lent:
                         enter_job(loan)
                         if limited:
@@ -300,12 +297,11 @@ class Batch:
                     result = job.perform(loan)
                 except BaseException as error:
                     failure = error
-                now = self._leave(loan, result, failure, savepoint)
+                self._leave(loan, result, failure, is_marked)
                 if job._error is not None and self._is_gone():
                     return self._lost()
         finally:
             state.scopes.end_jobs()
-            self._now = now
             del todo[:taken]
         return None
 
@@ -318,13 +314,13 @@ class Batch:
         """Whether the transaction was undone as a whole, by SQLite or with its connection."""
         return self._connection.session is not self._session or not self._session.connection.in_transaction
 
-    def _leave(self, loan: WriteLoan, result: Any, error: BaseException | None, savepoint: bool) -> float:
-        """End a job; if it has failed, undo it alone where it shares the transaction. Returns the time."""
+    def _leave(self, loan: WriteLoan, result: Any, error: BaseException | None, is_marked: bool) -> None:
+        """End a job; if it has failed, undo it alone where it shares the transaction."""
         job, session, state = loan.job, self._session, self._state
         if state.forked:
             raise forked_error() if error is None else error  # the job has forked, and this is the child
         session.guard.mode = Mode.GATEWAY
-        job.ended_at = now = state.leave()
+        job.ended_at = self._now = state.leave()
         if loan.parts is not None and not job.lent:
             self.loans.append(loan)
         try:
@@ -338,16 +334,17 @@ class Batch:
                     loan.parts.undo_failed()
                 if job.foreign_keys is False:
                     session.check_keys()
-                if savepoint:
-                    session.release_mark()
+                # Its mark ends with those of several jobs, or with all: a RELEASE for each is a third of a small job.
+                if self._marks >= MOST_MARKS:
+                    session.release_marks()
+                    self._marks = 0
                 job._result = result
         except Exception as failure:
             error = failure
         if error is not None:
             self._fail(job, error, True)
-            if savepoint and self._connection.in_transaction:
+            if is_marked and self._connection.in_transaction:
                 self._connection.undo_job()
-        return now
 
     def _commit(self) -> Verdict:
         jobs, file = self._jobs, self._connection.file
@@ -408,20 +405,3 @@ def has_failed(job: Job[Any]) -> bool:
 def failed_early(jobs: list[Job[Any]]) -> list[Job[Any]]:
     """The first ones, as far as they failed before another had written: they met what is committed, so that stands."""
     return list(takewhile(has_failed, jobs))
-
-
-def commit_outcome_unknown(error: BaseException, in_transaction: bool) -> bool:
-    """Whether a COMMIT that raised ``error`` may yet be found in the file.
-
-    A failed sync may: what was written before it can reach the disk (https://www.sqlite.org/wal.html). A full disk and
-    a failed write may not: the end mark of the transaction was never written. Damage and locks are met before that;
-    SQLITE_ERROR: SQLite had rolled back by then.
-    """
-    code = error_code(error)
-    if (
-        code in (sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_FULL, sqlite3.SQLITE_ERROR)
-        or (is_corrupt(error) and code & 0xFF != sqlite3.SQLITE_IOERR)
-        or code & 0xFF == sqlite3.SQLITE_BUSY
-    ):
-        return False
-    return not in_transaction or code & 0xFF == sqlite3.SQLITE_IOERR

@@ -98,6 +98,11 @@ class WriteLoan:
         return self._root._until
 
     @property
+    def has_lent(self) -> bool:
+        """Whether a connection was lent, here or in a nested part."""
+        return self._lending is not NONE
+
+    @property
     def is_of_function(self) -> bool:
         """Whether it is for the thread that made it only."""
         return self._root.thread != 0

@@ -25,6 +25,13 @@ from onewriter.write.ticket import DONE, RUNNING, Job, Ticket
 
 work_of = attrgetter("work")
 three_moments = attrgetter("created_at", "started_at", "ended_at")
+UNWRITTEN = {  # I/O errors that come before anything is written
+    getattr(sqlite3, f"SQLITE_IOERR_{name}")
+    for name in (
+        *("READ", "SHORT_READ", "LOCK", "RDLOCK", "CHECKRESERVEDLOCK", "NOMEM", "GETTEMPPATH", "CONVPATH", "ACCESS"),
+        *("FSTAT", "SEEK", "SHMOPEN", "SHMSIZE", "SHMLOCK", "SHMMAP", "MMAP"),
+    )
+}
 
 
 class Outcomes:
@@ -202,6 +209,28 @@ def unknown_outcome(job: Job[Any], error: BaseException) -> CommitUnknownError:
     unknown = CommitUnknownError(text)
     unknown.__cause__ = copy_of(error)
     return unknown
+
+
+def commit_outcome_unknown(error: BaseException, in_transaction: bool) -> bool:
+    """Whether a COMMIT that raised ``error`` may yet be found in the file.
+
+    A failed sync may: what was written before it can reach the disk (https://www.sqlite.org/wal.html). A full disk and
+    a failed write may not: the end mark of the transaction was never written. Damage and locks are met before that;
+    SQLITE_ERROR: SQLite had rolled back by then.
+    """
+    code = error_code(error)
+    if (
+        code in (sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_FULL, sqlite3.SQLITE_ERROR)
+        or (is_corrupt(error) and code & 0xFF != sqlite3.SQLITE_IOERR)
+        or code & 0xFF == sqlite3.SQLITE_BUSY
+    ):
+        return False
+    return not in_transaction or code & 0xFF == sqlite3.SQLITE_IOERR
+
+
+def may_have_committed(error: BaseException) -> bool:
+    """Whether what commits by itself may be found in the file, though it raised ``error``."""
+    return commit_outcome_unknown(error, in_transaction=True) and error_code(error) not in UNWRITTEN
 
 
 def copy_of(error: BaseException) -> BaseException:

@@ -28,8 +28,7 @@ from helpers import (
 )
 from onewriter import DbWriter, Ticket, Transaction, WriterBrokenError
 from onewriter.events import BatchEnded
-from onewriter.write.batch import commit_outcome_unknown
-from onewriter.write.outcomes import copy_of
+from onewriter.write.outcomes import commit_outcome_unknown, copy_of
 
 KEYS = "CREATE TABLE p (id INTEGER PRIMARY KEY); CREATE TABLE c (pid REFERENCES p (id))"
 INSERT = "INSERT INTO t VALUES (?)"
@@ -615,3 +614,24 @@ def test_a_statement_with_parameters_that_fails_as_it_runs_fails_alone(new_db: D
     with pytest.raises(sqlite3.OperationalError, match="integer overflow"):
         failing.result(DEADLINE)
     assert rows(db) == [1, 2]
+
+
+def test_the_savepoints_of_several_functions_end_together(db: DbWriter) -> None:
+    def fail(tx: Transaction) -> None:
+        tx.execute(INSERT, (-1,))
+        raise LookupError
+
+    db.run(TABLE)
+    seen, mark = list[str](), session_of(db).guard.mark
+    session_of(db).connection.set_trace_callback(seen.append)
+    with parked(db):
+        tickets = [db.enqueue(fail if n == 3 else inserting(n)) for n in range(10)]
+    assert [ticket.exception(DEADLINE) is None for ticket in tickets] == [n != 3 for n in range(10)]
+    session_of(db).connection.set_trace_callback(None)
+    set_one, seen = "SAVEPOINT x_0", [text.partition(" /*")[0].replace(mark, "x") for text in seen if mark in text]
+    assert seen == [
+        set_one,  # of what parks the writer, alone
+        *["SAVEPOINT x_all", *[set_one] * 4, "ROLLBACK TO x_0", "RELEASE x_0", *[set_one] * 4, "RELEASE x_all"],
+        *["SAVEPOINT x_all", *[set_one] * 2],
+    ]
+    assert rows(db) == [0, 1, 2, 4, 5, 6, 7, 8, 9]
