@@ -456,9 +456,9 @@ def test_adapters_are_not_called_for_what_the_gateway_itself_binds(path: Path) -
         db.run_script("CREATE TABLE t (n UNIQUE); INSERT INTO t VALUES (1); CREATE TABLE said (a, b)")
         db.run_script("CREATE TABLE w (n PRIMARY KEY) WITHOUT ROWID")
         with parked(db) as release, pytest.MonkeyPatch.context() as patch:
-            kinds: tuple[type[object], ...] = (int, str, bytearray)
-            for kind in kinds:
-                patch.setitem(sqlite3.adapters, (kind, sqlite3.PrepareProtocol), raising(LookupError))
+            adapters: dict[Any, Any] = sqlite3.adapters
+            for kind in (int, str, bytearray):
+                patch.setitem(adapters, (kind, sqlite3.PrepareProtocol), raising(LookupError))
             sqlite3.register_adapter(bytearray, bytes)  # from now on it looks for adapters of all types
             tickets = [
                 db.enqueue("INSERT INTO t VALUES (2), (3)"),
