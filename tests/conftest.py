@@ -57,6 +57,12 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def other(tmp_path: Path) -> Path:
+    """Where another one is to be, to be attached."""
+    return tmp_path / "other.db"
+
+
+@pytest.fixture
 def open_folder() -> Iterator[Path]:
     """A folder that another user can reach, which tmp_path need not be."""
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:

@@ -220,6 +220,11 @@ def inserting(n: int) -> Callable[[Transaction], object]:
     return lambda tx: tx.execute("INSERT INTO t VALUES (?)", (n,))
 
 
+def attaching(other: Path) -> Callable[[sqlite3.Connection, bool], object]:
+    """A hook, ``on_connect``, that attaches a file as ``other``."""
+    return lambda connection, readonly: connection.execute("ATTACH ? AS other", (str(other),))
+
+
 def is_clean(db: DbWriter) -> bool:
     """Whether the only connection to read pins no old state: it sees a new row, and a checkpoint gets through."""
     before = db.run("SELECT count(*) FROM t").rows[0][0]

@@ -34,7 +34,6 @@ from onewriter.base.state import State, Work
 from onewriter.base.tally import CheckpointResult, CloseReport, Running, Stats
 from onewriter.ends import exit as at_exit
 from onewriter.ends.backup import copy
-from onewriter.ends.fork import refuse_inherited
 from onewriter.errors import OneWriterError, ReadTimeoutError, ReentrantWriteError, WriteTimeoutError, closed_error
 from onewriter.events import BackupEnded, Hook, Submit, announce
 from onewriter.live.hub import LiveQueries
@@ -132,18 +131,17 @@ class Core:
         """Open the database. Apart: the face has it by now, and if Ctrl-C comes behind this, is collected with it."""
         with self._removed_on_error():
             try:
-                refuse_inherited(self.path)
-                at_exit.refuse_lost(self.path)
-                twins = at_exit.others_on(self.path)
+                shared = at_exit.check_files([self.path], self.writer)
                 at_exit.drain_at_exit(self.writer, self.driver)  # from now on it may be inherited
                 self.driver.start()
+                shared += at_exit.check_files(self.file.attached, self.writer)
             except BaseException:
                 self.queue.refuse(closed_error())
                 self.driver.give_up()
                 raise
-        if twins:
+        for path in shared:
             text = "%s: %s is open in another DbWriter of this process: they wait for each other as two processes do"
-            report(self.state, logging.WARNING, text, self.label, self.path)
+            report(self.state, logging.WARNING, text, self.label, path)
 
     # Jobs, made of checked arguments ----------------------------------------------------------------------------------
 

@@ -566,6 +566,7 @@ class DbWriter(Strict):
 
         Raises:
             ValueError, TypeError: an invalid target: the database itself, or one that is in use.
+            ForkedError: the target is the file of a gateway that this process has inherited.
             sqlite3.Error, OSError: what SQLite or the file system raised. The target is unchanged.
             ReentrantWriteError: called inside a job.
             What ``progress`` raised. The target is unchanged; after the last step a connection has the whole copy.

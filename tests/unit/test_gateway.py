@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, eventually, in_threads, raises, state_of
+from helpers import DEADLINE, attaching, eventually, in_threads, raises, state_of
 from onewriter import AsyncDbWriter, DbWriter, Transaction, WriterClosedError
 from onewriter.options import Options
 
@@ -130,6 +130,17 @@ def test_a_second_gateway_through_a_link_warns_too(tmp_path: Path, caplog: pytes
     with DbWriter(tmp_path / "app.db"), DbWriter(tmp_path / "link.db"):
         pass
     assert len([record for record in caplog.records if "another DbWriter" in record.getMessage()]) == 1
+
+
+@pytest.mark.parametrize("is_first", [False, True])
+def test_a_second_gateway_on_an_attached_file_warns_too(
+    path: Path, other: Path, caplog: pytest.LogCaptureFixture, is_first: bool
+) -> None:
+    with contextlib.ExitStack() as stack:
+        for attaches in (is_first, not is_first):
+            target, hook = (path, attaching(other)) if attaches else (other, None)
+            stack.enter_context(DbWriter(target, on_connect=hook))
+    assert [record.args[1] for record in caplog.records if "another DbWriter" in record.getMessage()] == [str(other)]  # type: ignore[index]
 
 
 def test_the_defaults_are_the_same_for_threads_and_tasks() -> None:

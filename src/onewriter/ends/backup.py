@@ -13,6 +13,7 @@ from typing import Any
 
 from onewriter.base.arguments import check_callback
 from onewriter.ends import exit as at_exit
+from onewriter.ends.fork import refuse_inherited
 from onewriter.errors import forked_error
 from onewriter.sqlite.connection import open_new
 from onewriter.sqlite.lent import LentConnection
@@ -45,6 +46,7 @@ def check_backup(target: Any, progress: Any, pages: Any) -> None:
         check_path(path)
     else:
         raise TypeError(f"the target is a path or a sqlite3.Connection, not {type(target).__name__}")
+    refuse_inherited(path)
     if path and at_exit.others_on(path):
         raise ValueError(f"the target {path} is the file of a gateway that is open in this process")
     for suffix in ("-wal", "-shm", "-journal"):

@@ -11,9 +11,10 @@ import sys
 from time import monotonic
 
 from onewriter.base.log import report
-from onewriter.ends.fork import forget_inherited
+from onewriter.ends.fork import forget_inherited, refuse_inherited
 from onewriter.errors import ReentrantWriteError, closed_error
 from onewriter.sqlite.file import FileMovedError, refuse_left_open
+from onewriter.sqlite.path_checks import check_names
 from onewriter.write.driver import Driver
 from onewriter.write.writer import Writer
 
@@ -51,12 +52,21 @@ def forget(writer: Writer) -> None:
     _open.pop(writer, None)
 
 
-def others_on(path: str) -> bool:
-    """Whether another open gateway of this process has the same file."""
-    return bool(_all_on(path))
+def others_on(path: str, mine: Writer | None = None) -> bool:
+    """Whether another open gateway of this process has the same file, as its own or attached."""
+    return any(writer is not mine for writer in _all_on(path))
 
 
-def refuse_lost(path: str) -> None:
+def check_files(files: list[str], mine: Writer) -> list[str]:
+    """Raise if one of them must not be opened in this process; returns those that other gateways have open too."""
+    for path in files:
+        check_names(path)
+        refuse_inherited(path)
+        _refuse_lost(path)
+    return [path for path in files if others_on(path, mine)]
+
+
+def _refuse_lost(path: str) -> None:
     """Raise FileMovedError if this process still has the file open with a log that is lost, which SQLite would go on
     using: it has one index of the log in memory for all connections of a process to a file.
     """

@@ -25,8 +25,7 @@ def forget_inherited(writers: Iterable[Writer]) -> None:
         if writer.file.identity is None:  # it is about to be opened
             with contextlib.suppress(OSError):
                 writer.file.remember(writer.file.files, ())
-        if writer.file.identity is not None:
-            _inherited.append(writer.file.identity)
+        _inherited.extend(writer.file.identities)
 
 
 def refuse_inherited(path: str) -> None:

@@ -19,7 +19,7 @@ from onewriter.sqlite.guard import HISTORY, Guard, ReadGuard
 from onewriter.sqlite.inherited import keep_open
 from onewriter.sqlite.lock_holders import describe_lock
 from onewriter.sqlite.path_checks import cannot_open
-from onewriter.sqlite.pragma_values import database_names, pragma, rows_of, set_pragma
+from onewriter.sqlite.pragma_values import database_files, database_names, pragma, rows_of, set_pragma
 from onewriter.sqlite.retry import LockPolicy, error_code, is_busy, needs_writer, note_descriptors
 from onewriter.sqlite.settings import Settings
 
@@ -353,6 +353,9 @@ def _call_writers_hook(connection: sqlite3.Connection, settings: Settings, guard
         raise ValueError(
             f"on_connect has set journal_mode={found}, and {mode} is wanted: it is an argument of DbWriter"
         )
+    for name, path in database_files(connection).items():
+        if path and (found := pragma(connection, f'"{name}".journal_mode')) in ("memory", "off"):
+            raise ValueError(f"on_connect has set journal_mode={found} for {path}, which a killed process would damage")
 
 
 def _call_hook(connection: sqlite3.Connection, settings: Settings, guard: Guard | ReadGuard, *, readonly: bool) -> None:

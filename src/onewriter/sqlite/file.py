@@ -64,6 +64,11 @@ class DatabaseFile:
     def attached(self) -> list[str]:
         return list(self._attached)
 
+    @property
+    def identities(self) -> list[Identity]:
+        """Of the main and attached databases, once they are open."""
+        return [*filter(None, [self.identity]), *self._attached.values()]
+
     def remember(self, files: Iterable[str], logged: Iterable[str]) -> None:
         """Record what the writer has opened: the main and attached databases, and the logs of ``logged``."""
         if self.identity is None:

@@ -74,14 +74,19 @@ def check_link(path: str) -> None:
         )
 
 
-def check_company(path: str) -> None:
-    """Raise if the file has a second name, or if its -wal, -shm or -journal file cannot be used."""
+def check_names(path: str) -> None:
+    """Raise if the file has a second name."""
     if os.path.exists(path) and os.stat(path).st_nlink > 1:
         raise cannot_open(
             path,
             "the file has a second name (a hard link), and SQLite keeps a log for each name: what is written "
             "under one would be lost under the other. Remove all names but one; use a symbolic link instead",
         )
+
+
+def check_company(path: str) -> None:
+    """Raise if the file has a second name, or if its -wal, -shm or -journal file cannot be used."""
+    check_names(path)
     for suffix in (LOG, INDEX, JOURNAL):
         owner = path.removesuffix(suffix)
         if owner != path and os.path.basename(owner) and os.path.exists(owner):

@@ -129,8 +129,8 @@ class Writer:
         return f"degraded: {text}" if text else "ok"
 
     def is_on(self, file: os.stat_result) -> bool:
-        """Whether ``file`` is this writer's database."""
-        return self.file.identity == (file.st_dev, file.st_ino)
+        """Whether ``file`` is this writer's database, or attached to it."""
+        return (file.st_dev, file.st_ino) in self.file.identities
 
     # From here on, only the thread that is the writer calls ----------------------------------------------------------
 

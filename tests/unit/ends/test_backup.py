@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, in_threads, parked, pool_of
+from helpers import DEADLINE, attaching, in_threads, parked, pool_of
 from onewriter import AsyncDbWriter, DbWriter, ReentrantWriteError, Transaction, WriterBrokenError, WriterClosedError
 
 INSERT = "INSERT INTO t VALUES (?, ?)"
@@ -384,3 +384,13 @@ def test_a_write_as_a_backup_goes_on_is_refused_where_its_commit_would_wait_for_
             db.backup(path.with_name("copy.db"), progress=lambda *_: db.run("INSERT INTO t VALUES (2)"))
             assert db.read("SELECT n FROM t") == [(1,), (2,)]
         db.run("INSERT INTO t VALUES (3)")
+
+
+def test_the_target_may_not_be_a_file_that_a_gateway_has_attached(path: Path, other: Path) -> None:
+    with DbWriter(path, on_connect=attaching(other)) as db, DbWriter(path.parent / "third.db") as third:
+        db.run("CREATE TABLE other.t (n)")
+        for gateway in (db, third):
+            with pytest.raises(ValueError, match="open in this process"):
+                gateway.backup(other)
+    with contextlib.closing(sqlite3.connect(other)) as plain:
+        assert plain.execute("SELECT n FROM t").fetchall() == []

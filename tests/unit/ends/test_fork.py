@@ -439,6 +439,43 @@ def test_a_connection_that_outlasts_close_keeps_its_file_guarded_in_a_child_unti
         assert connection.execute("SELECT n FROM t").fetchall() == [(1,)]
 
 
+ATTACHED = """
+def attaching(file):
+    return lambda connection, readonly: connection.execute("ATTACH ? AS other", (file,))
+
+sqlite3.connect(OTHER).execute("PRAGMA journal_mode = WAL").connection.close()
+db = DbWriter(path, on_connect=attaching(OTHER))
+db.run("CREATE TABLE other.t (n)")
+tries = [
+    lambda: DbWriter(OTHER),
+    lambda: DbWriter(path + "-2", on_connect=attaching(OTHER)),
+    lambda: DbWriter(path + "-2", on_connect=attaching(path)),
+    lambda: own.backup(OTHER),
+    lambda: own.backup(path),
+]
+if os.fork() == 0:
+    own, refused = DbWriter(path + "-3"), 0
+    for attempt in tries:
+        try:
+            attempt()
+        except ForkedError:
+            refused += 1
+    own.close()
+    os._exit(refused)
+print(os.waitstatus_to_exitcode(os.wait()[1]))
+db.run("INSERT INTO other.t VALUES (1)")
+db.close()
+"""
+
+
+def test_a_child_can_neither_open_nor_attach_nor_replace_any_file_of_an_inherited_gateway(path: Path) -> None:
+    imports = "import os, sqlite3, warnings\nwarnings.simplefilter('ignore')\nfrom onewriter import ForkedError\n"
+    child = run_child(child_code(path, imports + ATTACHED.replace("OTHER", "path + '-other'")))
+    assert (child.stdout, child.returncode) == ("5\n", 0), child.stderr
+    with contextlib.closing(sqlite3.connect(f"{path}-other")) as connection:
+        assert connection.execute("SELECT n FROM t").fetchall() == [(1,)]
+
+
 CANCELS = """
 import os, sys, threading, warnings
 warnings.simplefilter("ignore")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 import sqlite3
@@ -608,6 +609,22 @@ def test_a_journal_mode_that_on_connect_sets_is_refused(path: Path, wanted: Any,
         DbWriter(path, journal_mode=wanted, on_connect=connect)
     with contextlib.closing(sqlite3.connect(path)) as plain:
         assert plain.execute("PRAGMA journal_mode").fetchone() == (wanted.lower(),)
+
+
+@pytest.mark.parametrize("mode", ["MEMORY", "OFF"])
+def test_a_journal_mode_that_on_connect_sets_for_an_attached_file_is_refused_if_a_killed_process_damages_it(
+    path: Path, other: Path, mode: str
+) -> None:
+    def connect(wanted: str, connection: sqlite3.Connection, readonly: bool) -> None:
+        connection.execute("ATTACH ? AS other", (str(other),))
+        connection.execute(f"PRAGMA other.journal_mode = {wanted}")
+        connection.execute("ATTACH ':memory:' AS scratch")  # whose mode is MEMORY
+
+    with pytest.raises(ValueError, match=rf"has set journal_mode={mode.lower()} for .*other\.db"):
+        DbWriter(path, on_connect=functools.partial(connect, mode))
+    for wanted in ("DELETE", "WAL"):
+        with DbWriter(path, on_connect=functools.partial(connect, wanted)) as db:
+            db.run("CREATE TABLE IF NOT EXISTS other.t (n)")
 
 
 def test_the_journal_mode_that_is_in_force_may_be_set_again(path: Path) -> None:

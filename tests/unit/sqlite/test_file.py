@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from helpers import drop_session, eventually, file_of, names_in, raising, run_child
+from helpers import attaching, drop_session, eventually, file_of, names_in, raising, run_child
 from onewriter import DbWriter, WriterBrokenError
 from onewriter.sqlite import file
 
@@ -450,6 +450,23 @@ def test_the_log_of_an_attached_file_is_looked_at_too(path: Path, tmp_path: Path
         db.run("INSERT INTO other.t VALUES (3)")
     db.close()
     assert seen_by_others(other) == "[(1,), (100,)]"
+
+
+def test_an_attached_file_whose_log_is_lost_cannot_be_opened_again_beside_who_attached_it(
+    path: Path, other: Path
+) -> None:
+    """SQLite would use the index of the lost log, which this process has in memory."""
+    with DbWriter(other) as db:
+        db.run("CREATE TABLE t (n)")
+        with DbWriter(path, on_connect=attaching(other)):
+            db.run("INSERT INTO t VALUES (1)")
+            db.close()
+            lose_log(other)
+            with pytest.raises(WriterBrokenError, match="-wal") as caught:
+                DbWriter(other)
+            with pytest.raises(WriterBrokenError, match="-wal"):
+                DbWriter(path.parent / "third.db", on_connect=attaching(other))
+    assert any("another DbWriter of this process, app.db" in note for note in caught.value.__notes__)
 
 
 def grow(db: DbWriter) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from helpers import make, run_child
+from helpers import attaching, eventually, make, run_child
 from onewriter import DbWriter
 from onewriter.tools import check
 
@@ -246,6 +246,19 @@ def test_when_descriptors_are_used_up_the_error_says_so(path: Path, tmp_path: Pa
     lines = child.stdout.splitlines()
     assert len(lines) == 3
     assert all(line.startswith("SQLITE_CANTOPEN") and "EMFILE" in line for line in lines)
+
+
+def test_an_attached_file_with_a_second_name_is_refused(path: Path, other: Path) -> None:
+    """Its log would be beside one of its names, and who opens the other would not have what is in there."""
+    make(other)
+    os.link(other, path.parent / "second.db")
+    threads = set(threading.enumerate())
+    with pytest.raises(sqlite3.OperationalError, match=r"other\.db: the file has a second name"):
+        DbWriter(path, on_connect=attaching(other))
+    eventually(lambda: set(threading.enumerate()) <= threads)
+    os.unlink(path.parent / "second.db")
+    with DbWriter(path, on_connect=attaching(other)) as db:
+        db.run("INSERT INTO other.t VALUES (1)")
 
 
 def test_impossible_paths_are_refused_and_nothing_is_created(tmp_path: Path) -> None:
