@@ -648,6 +648,7 @@ def test_a_script_that_is_interrupted_twice_leaves_nothing_open_behind_its_block
         return second
 
     monkeypatch.setitem(sqlite3.converters, "FAILS", raising(LookupError))
+    before = sys.gettrace()
     with DbWriter(path, detect_types=sqlite3.PARSE_COLNAMES, lock_timeout=0.1) as db:
         db.run("CREATE TABLE t (n)")
         with pytest.raises(BaseException) as caught, db.transaction() as tx:  # noqa: PT011 - whatever became of it
@@ -656,7 +657,7 @@ def test_a_script_that_is_interrupted_twice_leaves_nothing_open_behind_its_block
                 tx.connection.executescript('INSERT INTO t VALUES (1) RETURNING n AS "n [fails]"')
             finally:
                 was_interrupted = sys.gettrace() is None
-                sys.settrace(None)
+                sys.settrace(before)
         assert was_interrupted
         assert caught.value is not None  # its frames are kept
         db.run("INSERT INTO t VALUES (3)")
