@@ -41,6 +41,8 @@ EQUAL = ROOT / "tests" / "equal_mutants.txt"
 LEFT_OUT = ("tools/", "__main__.py", "testing.py", "sqlalchemy.py")  # or tested by what is not FAST
 HANG = 20  # seconds that one test may take
 TIMEOUT = 600.0  # seconds for all tests that come by
+BEHIND = 3  # lines behind a mutant
+FEW = 100  # tests
 INVERSE: dict[type[ast.cmpop], str] = {
     ast.Lt: ">=", ast.LtE: ">", ast.Gt: "<=", ast.GtE: "<", ast.Eq: "!=", ast.NotEq: "==",
     ast.Is: "is not", ast.IsNot: "is", ast.In: "not in", ast.NotIn: "in",
@@ -189,24 +191,30 @@ class Tests:
             part.unlink()
         return {file: {line: sorted(found) for line, found in lines.items()} for file, lines in passing.items()}
 
-    def _lines_before(self, mutant: Mutant) -> Iterator[int]:
-        """Where the lines of ``mutant`` were when the tests were watched."""
-        if not (self._former / mutant.file).exists():
+    def _come_by(self, file: str, lines: range) -> Iterator[list[int]]:
+        """Who comes by each of these ``lines``, which were elsewhere when the tests were watched."""
+        if not (self._former / file).exists():
             return
-        former = (self._former / mutant.file).read_text(encoding="utf-8").splitlines()
-        current = (SOURCE / mutant.file).read_text(encoding="utf-8").splitlines()
+        former = (self._former / file).read_text(encoding="utf-8").splitlines()
+        current = (SOURCE / file).read_text(encoding="utf-8").splitlines()
+        passing = self._passing.get(file, {})
         for start, new, size in difflib.SequenceMatcher(None, former, current, autojunk=False).get_matching_blocks():
-            for line in range(mutant.line, mutant.last + 1):
+            for line in lines:
                 if new < line <= new + size:
-                    yield line - new + start
+                    yield passing.get(str(line - new + start), [])
 
     def of(self, mutant: Mutant) -> list[str]:
-        """The ones of the same name first, then the quickest of each file; none that could be taken for hanging."""
-        passing = self._passing.get(mutant.file, {})
-        found = {place for line in self._lines_before(mutant) for place in passing.get(str(line), ())}
+        """The few that come by just behind it first, as where a condition is true; then the ones of the same name, then
+        the quickest of each file; none that could be taken for hanging.
+        """
+        end = mutant.last + 1
+        found = {place for places in self._come_by(mutant.file, range(mutant.line, end)) for place in places}
+        behind = [found.intersection(places) for places in self._come_by(mutant.file, range(end, end + BEHIND))]
         if not found:  # the line is new, or nobody comes by
-            found = {place for tests in passing.values() for place in tests} or set(range(len(self._names)))
+            of_file = self._passing.get(mutant.file, {}).values()
+            found = {place for places in of_file for place in places} or set(range(len(self._names)))
         names = {self._names[place] for place in found}
+        near = {self._names[place] for places in behind if len(places) < FEW for place in places}
         first = (Path("tests/unit") / mutant.file).with_name(f"test_{Path(mutant.file).name}").as_posix()
         names = {name for name in names if not name.startswith(READERS)}
         names |= {name for name in self.seconds if name.startswith(READERS) and f"[{mutant.file}" in name}
@@ -216,7 +224,9 @@ class Tests:
             file = name.partition("::")[0]
             ranks[name] = seen[file]
             seen[file] += 1
-        ordered = sorted(names, key=lambda name: (not name.startswith(first), ranks[name], self.seconds[name]))
+        ordered = sorted(
+            names, key=lambda name: (name not in near, not name.startswith(first), ranks[name], self.seconds[name])
+        )
         ordered = [name for name in ordered if self.seconds[name] < HANG / 2]
         sums = list(itertools.accumulate(self.seconds[name] for name in ordered))
         return [*self._also, *(name for name, total in zip(ordered, sums, strict=True) if total <= self._most)]
@@ -242,11 +252,10 @@ class Tree:
         original = target.read_text(encoding="utf-8")
         process = self._collected = self._collected or self._collect()
         _write(target, mutant.text)
-        few = 100  # most are noticed by the first
         try:
             passed = _ask(process, [str(target), original, mutant.text, tests])
             if passed is None:
-                parts = tests[:few], tests[few:]
+                parts = tests[:FEW], tests[FEW:]  # most are noticed by the first
                 passed = all(not some or _run([*PYTEST, *some], self.folder, {}, TIMEOUT) for some in parts)
             return passed
         finally:
@@ -339,6 +348,7 @@ def main() -> int:
     parser.add_argument("--sample", type=int, help="so many of each file, at most; the seed says which")
     parser.add_argument("--workers", type=int, default=2 * (os.cpu_count() or 1), help="many mutants hang")
     parser.add_argument("--only", default="", help="mutants whose name has this in it")
+    parser.add_argument("--again", help="file with what a run has printed: those that it calls ALIVE")
     parser.add_argument("--map", default="", help="folder that keeps which tests come by; default: found out anew")
     parser.add_argument("--seconds", type=float, default=math.inf, help="of tests for each, as long as the map's took")
     parser.add_argument("--also", default="", help="comma-separated tests that are run each time, first")
@@ -353,6 +363,9 @@ def main() -> int:
     equal = {line.split(" # ")[0] for line in EQUAL.read_text().splitlines()} if EQUAL.exists() else set()
     mutants = [mutant for mutant in {m.text: m for m in mutants}.values() if mutant.name not in equal]
     mutants = [mutant for mutant in mutants if arguments.only in mutant.name]
+    if arguments.again is not None:
+        alive = {text.rpartition(" # ")[0] for text in re.findall("ALIVE (.*)", Path(arguments.again).read_text())}
+        mutants = [mutant for mutant in mutants if mutant.name in alive]
     random.Random(arguments.seed).shuffle(mutants)
     if arguments.sample is not None:
         seen: Counter[str] = Counter()

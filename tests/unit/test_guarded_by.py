@@ -155,7 +155,7 @@ GUARDS = [
     Guard("tasks/block.py", "_lock", {"_accepts"}, also_read=True, free=frozenset(("__init__", "needs"))),
     Guard("tasks/calls.py", "_lock", {"_line", "_owner"}, held=frozenset(("_next",)), free=frozenset(("__init__",))),
     Guard("tasks/block.py", "_lock", {"_changes"}, also_read=True, free=frozenset(("__init__",))),
-    Guard("tasks/block.py", "_lock", {"_is_kept", "innermost"}, free=frozenset(("__init__",))),
+    Guard("tasks/block.py", "_lock", {"_is_kept", "failed", "innermost"}, free=frozenset(("__init__",))),
 ]
 
 
