@@ -686,3 +686,47 @@ def test_a_flag_is_set_and_waited_for_whatever_is_raised_as_it_is_set() -> None:
                 break
         else:
             pytest.fail("there are more steps than that")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of a lent cursor's __del__
+@pytest.mark.parametrize("way", ["savepoint", "nested", "library"])
+def test_what_is_raised_at_any_step_of_a_functions_savepoint_undoes_nothing_of_the_jobs_before_it(
+    path: Path, way: str
+) -> None:
+    """Their savepoints end together; those inside them have the same names in each job."""
+
+    def leaves_one_open(tx: Transaction) -> None:
+        tx.connection.execute(INSERT, (1,))  # begins a transaction of the library's
+
+    def is_interrupted(at: int, tx: Transaction) -> None:
+        tx.execute(INSERT, (3,))
+        with Interrupter(at) as interrupter:
+            where.append(interrupter)
+            if way == "savepoint":
+                with tx.savepoint():
+                    tx.execute(INSERT, (4,))
+            elif way == "nested":
+                db.run(INSERT, (4,))
+            else:
+                tx.connection.execute(INSERT, (4,))
+                tx.connection.commit()
+
+    with DbWriter(path, synchronous="OFF") as db:
+        db.run("CREATE TABLE t (n)")
+        for at in range(1, 500):
+            where = list[Interrupter]()
+            with parked(db):
+                tickets = [
+                    db.enqueue(leaves_one_open),
+                    db.enqueue(INSERT, (2,)),
+                    db.enqueue(functools.partial(is_interrupted, at)),
+                    db.enqueue(INSERT, (5,)),
+                ]
+            failed = isinstance(tickets[2].exception(DEADLINE), SignalError)
+            assert [ticket.exception(DEADLINE) for ticket in (*tickets[:2], tickets[3])] == [None] * 3, where[0].where
+            assert rows(db) == ([1, 2, 5] if failed else [1, 2, 3, 4, 5]), where[0].where
+            db.run("DELETE FROM t")
+            if not where[0].where:
+                break
+        else:
+            pytest.fail("there are more steps than that")

@@ -334,8 +334,11 @@ class Batch:
                     loan.parts.undo_failed()
                 if job.foreign_keys is False:
                     session.check_keys()
-                # Its mark ends with those of several jobs, or with all: a RELEASE for each is a third of a small job.
-                if self._marks >= MOST_MARKS:
+                # Else it ends with those of several jobs, or with all: a RELEASE each is a third of a small job. With
+                # it end its own savepoints: those of the next job have the same names.
+                if is_marked and loan.parts is not None:
+                    session.release_mark()
+                elif self._marks >= MOST_MARKS:
                     session.release_marks()
                     self._marks = 0
                 job._result = result
