@@ -131,11 +131,13 @@ class Core:
         """Open the database. Apart: the face has it by now, and if Ctrl-C comes behind this, is collected with it."""
         with self._removed_on_error():
             try:
-                shared = at_exit.check_files([self.path], self.writer)
-                at_exit.drain_at_exit(self.writer, self.driver)  # from now on it may be inherited
+                file, writer = self.file, self.writer
+                shared = at_exit.check_files([self.path], writer)
+                file.check_attached = lambda: shared.extend(at_exit.check_files(file.attached, writer, file.read_only))
+                at_exit.drain_at_exit(writer, self.driver)  # from now on it may be inherited
                 self.driver.start()
-                shared += at_exit.check_files(self.file.attached, self.writer)
             except BaseException:
+                self.file.check_attached = None
                 self.queue.refuse(closed_error())
                 self.driver.give_up()
                 raise

@@ -8,6 +8,7 @@ import contextlib
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from time import monotonic
 
 from onewriter.base.log import report
@@ -57,13 +58,15 @@ def others_on(path: str, mine: Writer | None = None) -> bool:
     return any(writer is not mine for writer in _all_on(path))
 
 
-def check_files(files: list[str], mine: Writer) -> list[str]:
+def check_files(files: list[str], mine: Writer, read_only: Sequence[str] = ()) -> list[str]:
     """Raise if one of them must not be opened in this process; returns those that other gateways have open too."""
     for path in files:
-        check_names(path)
         refuse_inherited(path)
+    written = [path for path in files if path not in read_only]
+    for path in written:
+        check_names(path)
         _refuse_lost(path)
-    return [path for path in files if others_on(path, mine)]
+    return [path for path in written if others_on(path, mine)]
 
 
 def _refuse_lost(path: str) -> None:

@@ -19,7 +19,7 @@ from onewriter.sqlite.guard import HISTORY, Guard, ReadGuard
 from onewriter.sqlite.inherited import keep_open
 from onewriter.sqlite.lock_holders import describe_lock
 from onewriter.sqlite.path_checks import cannot_open
-from onewriter.sqlite.pragma_values import database_files, database_names, pragma, rows_of, set_pragma
+from onewriter.sqlite.pragma_values import database_files, database_names, pragma, read_only_files, rows_of, set_pragma
 from onewriter.sqlite.retry import LockPolicy, error_code, is_busy, needs_writer, note_descriptors
 from onewriter.sqlite.settings import Settings
 
@@ -353,8 +353,10 @@ def _call_writers_hook(connection: sqlite3.Connection, settings: Settings, guard
         raise ValueError(
             f"on_connect has set journal_mode={found}, and {mode} is wanted: it is an argument of DbWriter"
         )
+    read_only = read_only_files(connection)
     for name, path in database_files(connection).items():
-        if path and (found := pragma(connection, f'"{name}".journal_mode')) in ("memory", "off"):
+        found = pragma(connection, f'"{name}".journal_mode')
+        if path and path not in read_only and found in ("memory", "off"):
             raise ValueError(f"on_connect has set journal_mode={found} for {path}, which a killed process would damage")
 
 

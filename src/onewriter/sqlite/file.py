@@ -12,7 +12,7 @@ import os
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from onewriter.errors import WriterBrokenError
 from onewriter.sqlite.mounts import is_mounted_alone
@@ -50,6 +50,8 @@ class DatabaseFile:
         self._logs: dict[str, Identity] = {}  # logs and their indexes, by name
         self._main = self.files[0]
         self._attached: dict[str, Identity] = {}
+        self.read_only: list[str] = []  # of these
+        self.check_attached: Callable[[], object] | None = None  # called once, when these are known first
         self.look_again_at = 0.0  # when the next ``check`` is due, by the writer
         self.size = 0  # bytes; the file cannot be smaller unless another connection shrank it
         self.is_smaller = False  # than ``size``, at the last check
@@ -69,7 +71,7 @@ class DatabaseFile:
         """Of the main and attached databases, once they are open."""
         return [*filter(None, [self.identity]), *self._attached.values()]
 
-    def remember(self, files: Iterable[str], logged: Iterable[str]) -> None:
+    def remember(self, files: Iterable[str], logged: Iterable[str], read_only: Iterable[str] = ()) -> None:
         """Record what the writer has opened: the main and attached databases, and the logs of ``logged``."""
         if self.identity is None:
             self.identity = _identity(os.stat(self.path))
@@ -87,7 +89,10 @@ class DatabaseFile:
             with contextlib.suppress(OSError):
                 attached[path] = _identity(os.lstat(path))
         attached.pop(self._main, None)
-        self._attached = attached
+        self._attached, self.read_only = attached, list(map(os.path.realpath, read_only))
+        check, self.check_attached = self.check_attached, None
+        if check is not None:
+            check()
 
     def remember_size(self, needed: int) -> None:
         """From now on the file does not become smaller than it is, or than the database, ``needed`` bytes: the rest
@@ -172,8 +177,8 @@ class DatabaseFile:
                 return
         # Leaked: it stays open until the process ends, and so does what SQLite has in memory about the file.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
-        if self.identity is not None:
-            _left_open.append(self.identity)
+        known = {self._main: self.identity, **self._attached}
+        _left_open.extend(filter(None, map(known.get, endangered)))
 
     def _endangered(self) -> list[str]:
         """The databases that closing the connection would checkpoint from a log that was replaced or deleted, or that

@@ -49,6 +49,13 @@ def database_files(connection: sqlite3.Connection) -> dict[str, str]:
     return {name.replace('"', '""'): file or "" for _, name, file in rows if name != "temp"}
 
 
+def read_only_files(connection: sqlite3.Connection) -> list[str]:
+    """Those that were attached to be read only: BEGIN IMMEDIATE begins no write there."""
+    steps = rows_of(connection, "EXPLAIN BEGIN IMMEDIATE")
+    reads = {place for _, step, place, is_write, *_ in steps if step == "Transaction" and not is_write}
+    return [file for place, _, file in rows_of(connection, "PRAGMA database_list") if file and place in reads]
+
+
 def decode(text: bytes) -> str:
     """Decode any text: a path, or what an application has stored, need not be UTF-8."""
     return text.decode("utf-8", "surrogateescape")

@@ -10,7 +10,7 @@ from onewriter.base.state import State
 from onewriter.sqlite.connection import close_whole, configure, is_closed, open_whole, open_writer
 from onewriter.sqlite.file import DatabaseFile, exposure
 from onewriter.sqlite.guard import Guard
-from onewriter.sqlite.pragma_values import set_pragma
+from onewriter.sqlite.pragma_values import read_only_files, set_pragma
 from onewriter.sqlite.retry import FAILURES, LockPolicy
 from onewriter.sqlite.settings import Settings
 from onewriter.write.checkpoint import Checkpointer
@@ -53,7 +53,7 @@ class WriteConnection:
         session = open_writer(self._settings, self.guard, self._policy, tell, make, again=again)
         self.session = session
         try:
-            self.file.remember(session.files.values(), session.logs.values())
+            self.file.remember(session.files.values(), session.logs.values(), read_only_files(session.connection))
         except BaseException:
             self.drop()
             raise

@@ -309,6 +309,22 @@ def test_a_connection_that_cannot_be_closed_without_harm_stays_open_and_the_file
     assert seen_by_others(path) == "[(100,)]"
 
 
+def test_of_a_connection_that_stays_open_that_file_is_refused_whose_log_was_lost(
+    path: Path, other: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    DbWriter(other).close()
+    db = DbWriter(path, on_connect=attaching(other))
+    db.run("CREATE TABLE other.t (n)")
+    lose_log(other)
+    monkeypatch.setattr(sys, "executable", "/nothing/there")
+    db.close()
+    monkeypatch.undo()
+    with pytest.raises(WriterBrokenError, match="in another process"):
+        DbWriter(other)
+    with DbWriter(path) as again:
+        again.run("CREATE TABLE t (n)")
+
+
 def test_a_log_is_looked_at_although_the_opening_before_was_interrupted(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

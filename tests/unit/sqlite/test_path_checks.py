@@ -255,10 +255,28 @@ def test_an_attached_file_with_a_second_name_is_refused(path: Path, other: Path)
     threads = set(threading.enumerate())
     with pytest.raises(sqlite3.OperationalError, match=r"other\.db: the file has a second name"):
         DbWriter(path, on_connect=attaching(other))
+    assert not Path(f"{path}-wal").exists()  # it is closed by now
     eventually(lambda: set(threading.enumerate()) <= threads)
     os.unlink(path.parent / "second.db")
     with DbWriter(path, on_connect=attaching(other)) as db:
         db.run("INSERT INTO other.t VALUES (1)")
+
+
+@pytest.mark.parametrize("how", ["mode=ro", "mode=ro&immutable=1"])
+def test_what_is_attached_to_be_read_only_may_have_names_and_gateways_and_a_mode(
+    path: Path, other: Path, caplog: pytest.LogCaptureFixture, how: str
+) -> None:
+    """As of a package, whose files an installer has linked; nobody's writes are lost."""
+
+    def connect(connection: sqlite3.Connection, readonly: bool) -> None:
+        connection.execute("ATTACH ? AS other", (f"file:{other}?{how}",))
+        connection.execute("PRAGMA other.journal_mode = MEMORY")
+
+    make(other, "DELETE")
+    os.link(other, path.parent / "second.db")
+    with DbWriter(path, on_connect=connect) as db, DbWriter(path.parent / "third.db", on_connect=connect):
+        assert db.read("SELECT count(*) FROM other.t") == [(0,)]
+    assert caplog.records == []
 
 
 def test_impossible_paths_are_refused_and_nothing_is_created(tmp_path: Path) -> None:
