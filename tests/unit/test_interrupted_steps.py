@@ -693,7 +693,7 @@ def test_a_flag_is_set_and_waited_for_whatever_is_raised_as_it_is_set() -> None:
 def test_what_is_raised_at_any_step_of_a_functions_savepoint_undoes_nothing_of_the_jobs_before_it(
     path: Path, way: str
 ) -> None:
-    """Their savepoints end together; those inside them have the same names in each job."""
+    """The savepoints have the same names in each job."""
 
     def leaves_one_open(tx: Transaction) -> None:
         tx.connection.execute(INSERT, (1,))  # begins a transaction of the library's

@@ -14,7 +14,7 @@ from onewriter.errors import ADVICE, ForkedError
 from onewriter.sqlite.inherited import keep_open
 from onewriter.write.writer import Writer
 
-_inherited: list[tuple[int, int]] = []  # device and inode of the files that an inherited gateway has open
+_inherited: list[tuple[int, int]] = []  # device and inode of the files that an inherited gateway writes
 
 
 def forget_inherited(writers: Iterable[Writer]) -> None:
@@ -25,7 +25,7 @@ def forget_inherited(writers: Iterable[Writer]) -> None:
         if writer.file.identity is None:  # it is about to be opened
             with contextlib.suppress(OSError):
                 writer.file.remember(writer.file.files, ())
-        _inherited.extend(writer.file.identities)
+        _inherited.extend(writer.file.written)
 
 
 def refuse_inherited(path: str) -> None:

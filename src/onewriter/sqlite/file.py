@@ -71,6 +71,12 @@ class DatabaseFile:
         """Of the main and attached databases, once they are open."""
         return [*filter(None, [self.identity]), *self._attached.values()]
 
+    @property
+    def written(self) -> list[Identity]:
+        """Those of them that are not attached to be read only."""
+        read_only = [self._attached.get(path) for path in self.read_only]
+        return [identity for identity in self.identities if identity not in read_only]
+
     def remember(self, files: Iterable[str], logged: Iterable[str], read_only: Iterable[str] = ()) -> None:
         """Record what the writer has opened: the main and attached databases, and the logs of ``logged``."""
         if self.identity is None:

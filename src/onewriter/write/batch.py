@@ -27,8 +27,6 @@ from onewriter.write.outcomes import commit_outcome_unknown, copy_of, may_have_c
 from onewriter.write.session import WriteSession
 from onewriter.write.ticket import RUNNING, Job
 
-MOST_MARKS = 8  # savepoints in each other; SQLite looks at all of them for each page that is changed
-
 
 class Again(enum.Enum):
     """What happens next to a job whose transaction was rolled back."""
@@ -81,7 +79,6 @@ class Batch:
         "_first",
         "_jobs",
         "_lock",
-        "_marks",
         "_max_hold",
         "_now",
         "_session",
@@ -97,7 +94,6 @@ class Batch:
         self.loans: list[WriteLoan] = []  # of functions that have kept callbacks; and of a block, here
         self.times = Times()
         self._shares = False
-        self._marks = 0  # since the savepoint around those of several jobs
         self._session: WriteSession
         self._now: float  # the last look at the clock
         self._first: Job[Any]
@@ -153,7 +149,7 @@ class Batch:
     def end_block(self, error: BaseException | None) -> Verdict:
         """End it; ``error``: what has failed it."""
         try:
-            self._leave(self.loans[0], None, error, is_marked=False)  # its mark ends with the transaction
+            self._leave(self.loans[0], None, error, savepoint=False)  # its mark ends with the transaction
             return self._commit() if self._connection.in_transaction else self._lost()
         finally:
             self._lock.released()
@@ -281,14 +277,11 @@ class Batch:
                     job.started_at, job._stage = self._now, RUNNING
                 jobs.append(job)
                 loan = WriteLoan(session, job) if job.lent else FunctionLoan(session, job)
-                is_marked, result, failure = False, None, None
+                savepoint, result, failure = shares or job.needs_savepoint, None, None
                 try:
                     state.job, state.transaction = job, loan
-                    if shares or job.needs_savepoint:
-                        if shares and not self._marks:
-                            session.hold_marks()
+                    if savepoint:
                         session.set_mark()
-                        is_marked, self._marks = True, self._marks + 1  # only now: else the job before would be undone
                     if not job.lent:
                         enter_job(loan)
                         if limited:
@@ -297,7 +290,7 @@ class Batch:
                     result = job.perform(loan)
                 except BaseException as error:
                     failure = error
-                self._leave(loan, result, failure, is_marked)
+                self._leave(loan, result, failure, savepoint)
                 if job._error is not None and self._is_gone():
                     return self._lost()
         finally:
@@ -314,7 +307,7 @@ class Batch:
         """Whether the transaction was undone as a whole, by SQLite or with its connection."""
         return self._connection.session is not self._session or not self._session.connection.in_transaction
 
-    def _leave(self, loan: WriteLoan, result: Any, error: BaseException | None, is_marked: bool) -> None:
+    def _leave(self, loan: WriteLoan, result: Any, error: BaseException | None, savepoint: bool) -> None:
         """End a job; if it has failed, undo it alone where it shares the transaction."""
         job, session, state = loan.job, self._session, self._state
         if state.forked:
@@ -334,19 +327,14 @@ class Batch:
                     loan.parts.undo_failed()
                 if job.foreign_keys is False:
                     session.check_keys()
-                # Else it ends with those of several jobs, or with all: a RELEASE each is a third of a small job. With
-                # it end its own savepoints: those of the next job have the same names.
-                if is_marked and loan.parts is not None:
+                if savepoint and self._shares:  # else it ends with the transaction
                     session.release_mark()
-                elif self._marks >= MOST_MARKS:
-                    session.release_marks()
-                    self._marks = 0
                 job._result = result
         except Exception as failure:
             error = failure
         if error is not None:
             self._fail(job, error, True)
-            if is_marked and self._connection.in_transaction:
+            if savepoint and self._connection.in_transaction:
                 self._connection.undo_job()
 
     def _commit(self) -> Verdict:

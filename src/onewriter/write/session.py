@@ -70,9 +70,6 @@ class WriteSession:
         self.set_mark, self.release_mark, self.undo_to_mark = (  # the savepoint around a job
             calls[f"{verb} {guard.mark}_0"] for verb in ("SAVEPOINT", "RELEASE", "ROLLBACK TO")
         )
-        self.hold_marks, self.release_marks = (  # the one around those of several jobs, which end with it
-            calls[f"{verb} {guard.mark}_all"] for verb in ("SAVEPOINT", "RELEASE")
-        )
         self.files = files = database_files(connection)
         self.databases = list(files)
         self.logs = self.find_logs()
@@ -90,7 +87,7 @@ class WriteSession:
         kept = [self.connection, self._cursor, self.executor]
         self.connection = self._cursor = self.executor = Inherited()  # type: ignore[assignment]
         self.control = _Calls(self._cursor, self._texts)
-        self.set_mark = self.release_mark = self.undo_to_mark = self.hold_marks = self.release_marks = _refuse
+        self.set_mark = self.release_mark = self.undo_to_mark = _refuse
         return kept
 
     def close_cursors(self) -> None:

@@ -476,6 +476,26 @@ def test_a_child_can_neither_open_nor_attach_nor_replace_any_file_of_an_inherite
         assert connection.execute("SELECT n FROM t").fetchall() == [(1,)]
 
 
+READ_ONLY = """
+def attaching(connection, readonly):
+    connection.execute("ATTACH ? AS other", (f"file:{path}-other?mode=ro&immutable=1",))
+
+sqlite3.connect(path + "-other").execute("CREATE TABLE t (n)").connection.close()
+db = DbWriter(path, on_connect=attaching)
+if os.fork() == 0:
+    with DbWriter(path + "-2", on_connect=attaching) as own:
+        os._exit(own.read_value("SELECT count(*) FROM other.t"))
+print(os.waitstatus_to_exitcode(os.wait()[1]))
+db.close()
+"""
+
+
+def test_a_child_may_read_what_an_inherited_gateway_only_reads(path: Path) -> None:
+    imports = "import os, sqlite3, warnings\nwarnings.simplefilter('ignore')\n"
+    child = run_child(child_code(path, imports + READ_ONLY))
+    assert (child.stdout, child.returncode) == ("0\n", 0), child.stderr
+
+
 CANCELS = """
 import os, sys, threading, warnings
 warnings.simplefilter("ignore")

@@ -37,9 +37,6 @@ class Cursor:
         session.set_mark, session.release_mark, session.undo_to_mark = (
             calls[f"{verb} {session.guard.mark}_0"] for verb in ("SAVEPOINT", "RELEASE", "ROLLBACK TO")
         )
-        session.hold_marks, session.release_marks = (
-            calls[f"{verb} {session.guard.mark}_all"] for verb in ("SAVEPOINT", "RELEASE")
-        )
 
     def begin(self) -> None:
         self.is_on = True
@@ -107,8 +104,6 @@ def batch(db: DbWriter, begin: Begin) -> list[int]:
 
 
 def functions(db: DbWriter, begin: Begin) -> list[int]:
-    """Whose savepoints end with that of several."""
-
     def write(n: int, tx: Transaction) -> None:
         tx.execute(INSERT, (n,))
         if n % 5 == 2:
