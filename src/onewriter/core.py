@@ -137,7 +137,6 @@ class Core:
                 at_exit.drain_at_exit(writer, self.driver)  # from now on it may be inherited
                 self.driver.start()
             except BaseException:
-                self.file.check_attached = None
                 self.queue.refuse(closed_error())
                 self.driver.give_up()
                 raise

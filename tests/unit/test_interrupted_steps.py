@@ -716,7 +716,7 @@ def test_what_is_raised_at_any_step_of_a_functions_savepoint_undoes_nothing_of_t
         for at in range(1, 500):
             where = list[Interrupter]()
             with parked(db):
-                tickets = [
+                tickets: list[Ticket[Any]] = [
                     db.enqueue(leaves_one_open),
                     db.enqueue(INSERT, (2,)),
                     db.enqueue(functools.partial(is_interrupted, at)),
