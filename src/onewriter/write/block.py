@@ -224,6 +224,7 @@ class ThreadBlock(Block):
         if self._requests is None:  # no thread waits: its own has begun it
             self.transaction = tx
             return
+        tx.limit(self.max_hold)  # a use that comes too late is refused, whenever this thread comes to take it back
         with self._state.lock:
             self.transaction, self._waiters = tx, None
         self.granted.release()

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from onewriter import (
     TransactionClosedError,
 )
 from onewriter.write import loan
+from onewriter.write.block import ThreadBlock
 from onewriter.write.parts import Parts
 
 INSERT = "INSERT INTO t VALUES (?)"
@@ -618,6 +620,17 @@ def test_a_read_in_a_block_that_is_taken_back_leaves_the_writer_writable(db: DbW
             db.read(lambda connection: threading.Event().wait(0.1))
             db.read("SELECT 1")
         db.run("INSERT INTO t VALUES (?)", (n,))
+
+
+def test_a_use_after_max_hold_is_refused_although_the_writer_has_not_come_to_take_the_block_back(
+    db: DbWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As under load, where its thread may have to wait for long."""
+    monkeypatch.setattr(ThreadBlock, "_patience", lambda block, until: DEADLINE)
+    with pytest.raises(TransactionClosedError, match="max_hold"), db.transaction(max_hold=0.001) as tx:
+        eventually(lambda: tx._loan.held_until < monotonic())
+        tx.execute("INSERT INTO t VALUES (1)")
+    assert rows(db) == []
 
 
 def test_a_read_whose_end_an_interrupt_meets_leaves_the_writer_writable(
