@@ -98,11 +98,6 @@ class WriteLoan:
         return self._root._until
 
     @property
-    def has_lent(self) -> bool:
-        """Whether a connection was lent, here or in a nested part."""
-        return self._lending is not NONE
-
-    @property
     def is_of_function(self) -> bool:
         """Whether it is for the thread that made it only."""
         return self._root.thread != 0
@@ -254,13 +249,14 @@ class WriteLoan:
             self._root.set_time_limit()
 
     def set_time_limit(self) -> None:
-        """Have statements end when the transaction is closed, too."""
+        """Have statements end when the transaction is taken back, too."""
         if self._time_limit is None:
             self._time_limit = TimeLimit(self._is_late)
             self._time_limit.set_on(self.session.connection, STEPS)
 
     def _is_late(self) -> bool:
-        return self._closed is not None or monotonic() > min(self._until, self._read_until or math.inf)
+        # One that is left well waits for the call that is under way.
+        return self._closed not in (None, ENDED) or monotonic() > min(self._until, self._read_until or math.inf)
 
     def close(self, why: str) -> None:
         """Refuse every further call. From any thread; one that is under way ends by its time limit or ``revoke``."""

@@ -622,6 +622,25 @@ def test_a_read_in_a_block_that_is_taken_back_leaves_the_writer_writable(db: DbW
         db.run("INSERT INTO t VALUES (?)", (n,))
 
 
+def test_a_block_with_a_limit_that_is_left_well_waits_for_the_statement_of_another_thread(any_db: DbWriter) -> None:
+    entered = threading.Event()
+
+    def hold() -> int:
+        entered.set()
+        eventually(lambda: tx._loan.is_closed)
+        return 0
+
+    any_db.run("CREATE TABLE t (n)")
+    session_of(any_db).connection.create_function("hold", 0, hold)
+    steps = "WITH RECURSIVE n (i) AS (SELECT hold() UNION ALL SELECT i + 1 FROM n LIMIT 10000)"
+    with ThreadPoolExecutor(1) as threads:
+        with any_db.transaction(max_hold=DEADLINE) as tx:
+            statement = threads.submit(tx.execute, f"INSERT INTO t {steps} SELECT max(i) FROM n")
+            assert entered.wait(DEADLINE)
+        assert statement.result(DEADLINE).rowcount == 1
+    assert rows(any_db) == [9999]
+
+
 def test_a_use_after_max_hold_is_refused_although_the_writer_has_not_come_to_take_the_block_back(
     db: DbWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
