@@ -22,6 +22,11 @@ from onewriter import AsyncDbWriter, DbWriter
 from onewriter.tasks.block import TaskBlock
 
 INSERT = "INSERT INTO t VALUES (?)"
+# It warns, and fails to close what was collected before it.
+LOOP_IS_DROPPED = pytest.mark.filterwarnings(
+    "ignore:unclosed event loop:ResourceWarning",
+    "ignore:Exception ignored in. <function BaseEventLoop.__del__:pytest.PytestUnraisableExceptionWarning",
+)
 Work: TypeAlias = Callable[[DbWriter, AsyncDbWriter, asyncio.Event], Coroutine[Any, Any, None]]
 
 
@@ -112,7 +117,7 @@ def dropped(db: DbWriter, work: Work, is_there: Callable[[asyncio.Event], bool])
 @pytest.mark.parametrize(
     "work", [block, savepoint, block_of_a_thread, reader, reader_of_two, stream, reader_of_a_thread]
 )
-@pytest.mark.filterwarnings("ignore:unclosed event loop:ResourceWarning")
+@LOOP_IS_DROPPED
 def test_it_is_collected_with_its_tasks_and_what_they_have_is_given_back(db: DbWriter, work: Work) -> None:
     known = dropped(db, work, asyncio.Event.is_set)
     eventually(lambda: gc.collect() >= 0 and known() is None)
@@ -203,7 +208,7 @@ def test_a_task_that_nobody_else_refers_to_is_kept_by_its_loop_as_it_waits(
 
 
 @pytest.mark.parametrize("waits", WAITS)
-@pytest.mark.filterwarnings("ignore:unclosed event loop:ResourceWarning")
+@LOOP_IS_DROPPED
 def test_one_in_which_one_task_has_a_block_and_another_waits_for_the_gateway_is_collected(
     path: Path, waits: Callable[[AsyncDbWriter], Coroutine[Any, Any, None]]
 ) -> None:
@@ -234,7 +239,7 @@ def test_one_in_which_one_task_has_a_block_and_another_waits_for_the_gateway_is_
     assert rows_in(path) == [2]
 
 
-@pytest.mark.filterwarnings("ignore:unclosed event loop:ResourceWarning")
+@LOOP_IS_DROPPED
 def test_one_whose_block_had_to_wait_is_collected_before_it_is_its_turn(db: DbWriter) -> None:
     with parked(db):
         known = dropped(db, block, lambda _: queue_of(db).depth > 0)
@@ -243,7 +248,7 @@ def test_one_whose_block_had_to_wait_is_collected_before_it_is_its_turn(db: DbWr
     assert db.read("SELECT n FROM t", timeout=DEADLINE) == [(2,)]
 
 
-@pytest.mark.filterwarnings("ignore:unclosed event loop:ResourceWarning")
+@LOOP_IS_DROPPED
 def test_one_in_which_a_task_waits_for_the_savepoint_of_another_is_collected(db: DbWriter) -> None:
     blocks: list[TaskBlock] = []
 
@@ -267,7 +272,7 @@ def test_one_in_which_a_task_waits_for_the_savepoint_of_another_is_collected(db:
     db.run(INSERT, (2,), timeout=DEADLINE)
 
 
-@pytest.mark.filterwarnings("ignore:unclosed event loop:ResourceWarning")
+@LOOP_IS_DROPPED
 def test_one_in_which_a_gateway_was_being_opened_keeps_no_other_from_opening_it(db: DbWriter, path: Path) -> None:
     entered, go_on = threading.Event(), threading.Event()
 
