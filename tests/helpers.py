@@ -269,7 +269,7 @@ def handling(emit: Callable[[logging.LogRecord], object]) -> Iterator[logging.Ha
 
 
 def raising(error: type[BaseException]) -> Callable[..., NoReturn]:
-    def fail(*_: object) -> NoReturn:
+    def fail(*_: object, **__: object) -> NoReturn:
         raise error("of an exception's own making")
 
     return fail

@@ -502,11 +502,12 @@ def test_cancelled_after_it_started_a_write_finishes_and_its_ticket_has_the_outc
             failing = asyncio.ensure_future(db.run(fail, label="left alone"))
             await asyncio.to_thread(entered.wait, DEADLINE)
             failing.cancel()
-            with pytest.raises(asyncio.CancelledError):
+            with pytest.raises(asyncio.CancelledError) as cancelled:
                 await failing
             release.set()
             await db.flush()
             assert await rows(db) == [1]
+            assert cancelled.tb is not None  # with the frames that waited: whoever keeps them waits no more
 
     with caplog.at_level(logging.ERROR):
         run(main)

@@ -69,14 +69,8 @@ class TaskEntry:
     async def _wait_for(self, granted: asyncio.Future[None]) -> WriteLoan:
         block, state = self._block, self._block._state
         self._submit(block, None)
-        try:
-            with within(granted, self._timeout):
-                await granted
-        except asyncio.CancelledError:
-            if not block.cancel():
-                block.give_back(failed=True)
-                await block.ended()
-            raise
+        with within(granted, self._timeout):
+            await granted
         if block.transaction is None and not block.done():
             if block.cancel():
                 raise not_entered(block, self._timeout, state)

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, eventually, in_threads
+from helpers import DEADLINE, eventually, in_threads, parked
 from onewriter import (
     AsyncDbWriter,
     DbWriter,
@@ -757,3 +757,30 @@ def test_a_scope_that_was_left_elsewhere_is_gone_when_the_one_inside_it_is_left(
         assert scopes.enclosing() is None
 
     contextvars.Context().run(main)
+
+
+@pytest.mark.parametrize("mode", ["DELETE", "WAL"])
+def test_a_refused_wait_names_the_job_or_block_that_it_is_in_rather_than_the_journal_mode(
+    path: Path, mode: Any
+) -> None:
+    refused = pytest.raises(ReentrantWriteError, match="inside a job, block or callback waits for the writer")
+    with DbWriter(path, journal_mode=mode) as db:
+        db.run("CREATE TABLE t (n)")
+
+        heard = []
+
+        def wait(*_: object) -> None:
+            with refused:
+                db.flush()
+            heard.append(mode)
+
+        db.run(lambda tx: tx.on_commit(wait))
+        with parked(db):
+            db.enqueue("SELECT 1").add_done_callback(wait)
+        db.flush(DEADLINE)
+        with db.transaction():
+            wait()
+        if mode == "WAL":
+            with db.transaction(), db.reader():
+                wait()
+        assert len(heard) == (4 if mode == "WAL" else 3)

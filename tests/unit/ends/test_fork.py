@@ -24,7 +24,7 @@ db = DbWriter(PATH, journal_mode=MODE, inline=INLINE, slow_after=60.0)
 db.run("CREATE TABLE t (n)")
 db.run_many(ROW, [(n,) for n in range(100)])
 db.read("SELECT count(*) FROM t")
-pending = lent = None
+pending = lent = held = None
 live = []
 
 def refused(call):
@@ -57,6 +57,10 @@ def use(tx):
             pool_of(db).end(claim)
         assert lent._loan.reader.connection.in_transaction
         assert len(sqlite3.Cursor.fetchmany(live[0]._LentCursor__raw, 2)) == 2  # nothing was closed
+    if held is not None:
+        refused(lambda: held.execute("SELECT 1"))
+        tx._loan.end()  # as leaving the block would
+        assert len(sqlite3.Cursor.fetchmany(live[0]._LentCursor__raw, 2)) == 2
     if pending is not None and not pending.done():
         refused(pending.result)
     assert db.closed and not db.in_writer() and db.stats().failed == 0 and db.health.startswith("broken: ")
@@ -98,6 +102,8 @@ if PLACE == "idle":
 elif PLACE == "in a block":
     with db.transaction() as tx:
         tx.execute(ROW, (100,))
+        held = tx.connection
+        live.append(held.execute("SELECT n FROM t"))
         fork(tx)
         tx.execute(ROW, (101,))
 elif PLACE == "from inside a job":

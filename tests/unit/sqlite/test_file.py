@@ -724,3 +724,14 @@ def test_an_error_of_a_look_at_the_log_means_nothing(path: Path, monkeypatch: py
     monkeypatch.undo()
     assert failed
     assert names_in(path.parent) == ["app.db"]
+
+
+def test_close_leaves_the_log_of_a_file_that_was_moved_as_it_is(path: Path) -> None:
+    db = DbWriter(path)
+    db.run("CREATE TABLE t (n)")
+    log = path.with_name(f"{path.name}-wal")
+    kept = log.read_bytes()
+    path.rename(path.with_name("moved.db"))
+    db.close()
+    assert kept
+    assert log.read_bytes() == kept

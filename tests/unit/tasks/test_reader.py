@@ -8,6 +8,7 @@ import gc
 import itertools
 import sqlite3
 import threading
+import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +20,7 @@ import pytest
 from aio_helpers import Gate, beats, keep_busy, left_in_a_closed_loop, opened, rows, run, until
 from helpers import DEADLINE, eventually, in_threads, pool_of, raises, raising, threads_of
 from onewriter import AsyncDbWriter, DbWriter, ReadTimeoutError, ReentrantWriteError, WriterClosedError
+from onewriter.base.scopes import Scopes
 from onewriter.read import clock
 from onewriter.read.claim import new_claim
 from onewriter.read.reader import Reader, Snapshot
@@ -1007,20 +1009,40 @@ def test_a_reader_whose_beginning_was_interrupted_is_given_back(one: DbWriter, m
         monkeypatch.setattr(*where)
         await AsyncDbWriter.wrap(one).read("SELECT 1")
 
+    def finalize(owner: object, *args: Any) -> Any:
+        return weakref.finalize(owner, *args) if isinstance(owner, AsyncReader) else raising(KeyboardInterrupt)()
+
     wheres: list[Any] = [
         (Call, "__await__", raising(KeyboardInterrupt)),
         (Call, "__await__", interrupted),
         (Call, "__init__", raising(KeyboardInterrupt)),  # behind the admission
-        (AsyncReader, "__init__", raising(KeyboardInterrupt)),
     ]
-    for main, where in itertools.product((enter, read), wheres):
-        if main is read and where[0] is AsyncReader:
-            continue
+    of_blocks: list[Any] = [
+        (AsyncReader, "__init__", raising(KeyboardInterrupt)),
+        (tasks_reader, "weakref", SimpleNamespace(finalize=finalize, ref=weakref.ref)),
+        (Scopes, "enter", raising(KeyboardInterrupt)),
+    ]
+    for main, where in [*itertools.product((enter, read), wheres), *((enter, where) for where in of_blocks)]:
         with pytest.raises(KeyboardInterrupt):
             asyncio.run(main(where))
         monkeypatch.undo()
         eventually(lambda: pool_of(one).in_use == 0)
         assert one.read("SELECT 1", timeout=DEADLINE) == [(1,)]
+
+
+def test_a_reader_inside_a_reader_whose_beginning_was_interrupted_ends_nothing(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        async with opened(path) as db, db.reader() as reader:
+            with monkeypatch.context() as patch, pytest.raises(LookupError):
+                patch.setattr(Scopes, "enter", raising(LookupError))
+                async with db.reader():
+                    pytest.fail("entered")
+            gc.collect()
+            assert (await reader.execute("SELECT 1")).rows == [(1,)]
+
+    run(main)
 
 
 @pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
