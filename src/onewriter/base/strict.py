@@ -13,7 +13,8 @@ def misplaced(thing: object, name: str) -> AttributeError:
     place = f"it is {ON_A_CONNECTION}" if name in CONNECTIONS_OWN else UNKNOWN
     if name == "row_factory":
         place = f"it is an argument of DbWriter, and {ON_A_CONNECTION}"
-    return AttributeError(f"{type(thing).__name__} has no attribute {name!r}: {place}", name=name, obj=thing)
+    kind = thing if isinstance(thing, type) else type(thing)
+    return AttributeError(f"{kind.__name__} has no attribute {name!r}: {place}", name=name, obj=thing)
 
 
 class Elsewhere:
@@ -23,7 +24,7 @@ class Elsewhere:
         self._name = name
 
     def __get__(self, instance: object, owner: type | None = None) -> NoReturn:
-        raise misplaced(instance, self._name)
+        raise misplaced(owner if instance is None else instance, self._name)
 
     def __set__(self, instance: object, value: object) -> NoReturn:
         raise misplaced(instance, self._name)

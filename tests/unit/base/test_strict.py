@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from onewriter import AsyncDbWriter, DbWriter
+from onewriter import AsyncDbWriter, DbWriter, Transaction
 
 
 @pytest.fixture
@@ -52,3 +52,8 @@ def test_subclasses_have_attributes_of_their_own(path: Path) -> None:
         assert db.name == "mine"
         with pytest.raises(AttributeError, match="argument of DbWriter"):
             db.row_factory = sqlite3.Row
+
+
+def test_a_class_names_itself_as_what_lacks_the_attribute() -> None:
+    with pytest.raises(AttributeError, match="Transaction has no attribute 'autocommit'"):
+        Transaction.autocommit  # noqa: B018
