@@ -11,14 +11,13 @@ import contextlib
 import functools
 import os
 import sqlite3
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, Literal, Self, TypeVar, overload
 
 from onewriter.base.arguments import check_timeout
-from onewriter.base.call_site import called_from
+from onewriter.base.call_site import called_from, caller
 from onewriter.base.scopes import enclosing
 from onewriter.base.strict import Strict
 from onewriter.base.tally import CloseReport, Stats
@@ -182,19 +181,19 @@ class AsyncDbWriter(Strict):
         foreign_keys: bool | None = None,
     ) -> Coroutine[Any, Any, Any]:
         """As ``DbWriter.run``. If cancelled before the job starts, it never runs; after that, it finishes."""
-        return self._execute(self._core().job(what, params, label, foreign_keys, sys._getframe(1)), timeout)
+        return self._execute(self._core().job(what, params, label, foreign_keys, caller()), timeout)
 
     def run_many(
         self, sql: str, seq_of_params: Iterable[Params], /, *, label: Label = None, timeout: Seconds = 30.0
     ) -> Coroutine[Any, Any, Result]:
         """As ``DbWriter.run_many``."""
-        return self._execute(self._core().many(sql, seq_of_params, label, sys._getframe(1)), timeout)
+        return self._execute(self._core().many(sql, seq_of_params, label, caller()), timeout)
 
     def run_script(
         self, sql: str, /, *, label: Label = None, timeout: Seconds = 30.0, foreign_keys: bool | None = None
     ) -> Coroutine[Any, Any, None]:
         """As ``DbWriter.run_script``."""
-        return self._execute(self._core().script(sql, label, foreign_keys, sys._getframe(1)), timeout)
+        return self._execute(self._core().script(sql, label, foreign_keys, caller()), timeout)
 
     @overload
     def run_without_transaction(
@@ -214,7 +213,7 @@ class AsyncDbWriter(Strict):
         timeout: Seconds = 30.0,
     ) -> Coroutine[Any, Any, Any]:
         """As ``DbWriter.run_without_transaction``; a function is called on the writer thread."""
-        job = self._core().bare(what, params, label, sys._getframe(1))
+        job = self._core().bare(what, params, label, caller())
         return self._execute(job, timeout, alone="run_without_transaction")
 
     def migrate(
@@ -227,7 +226,7 @@ class AsyncDbWriter(Strict):
         check_timeout(timeout)
         core = self._core()
         core.state.refuse_endless_wait("migrate", awaits=True)
-        return self._migrate(core.migration(steps, label, sys._getframe(1)), label, timeout, dry_run)
+        return self._migrate(core.migration(steps, label, caller()), label, timeout, dry_run)
 
     async def _migrate(self, migration: Migration, label: Label, timeout: Seconds, dry_run: bool) -> int:
         until = deadline_of(timeout)
@@ -243,7 +242,7 @@ class AsyncDbWriter(Strict):
     def enqueue(self, what: str | Function[T], params: Params = (), /, *, label: Label = None) -> Ticket[Any]:
         """As ``DbWriter.enqueue``, but never blocks: raises QueueFullError if there is no room. Not a coroutine."""
         core = self._core()
-        job = core.job(what, params, label, None, sys._getframe(1), bounded=not core.state.would_deadlock_task())
+        job = core.job(what, params, label, None, caller(), bounded=not core.state.would_deadlock_task())
         core.accept(job, 0.0)
         return job
 
@@ -251,7 +250,7 @@ class AsyncDbWriter(Strict):
         """As ``DbWriter.enqueue_many``, but never blocks: raises QueueFullError without room. Not a coroutine."""
         core = self._core()
         bounded = not core.state.would_deadlock_task()
-        job = core.many(sql, seq_of_params, label, sys._getframe(1), bounded)
+        job = core.many(sql, seq_of_params, label, caller(), bounded)
         core.accept(job, 0.0)
         return job
 
@@ -268,7 +267,7 @@ class AsyncDbWriter(Strict):
     ) -> Coroutine[Any, Any, Ticket[Any]]:
         """As ``enqueue``, but waits for room, at most ``timeout`` seconds."""
         check_timeout(timeout)
-        return self._enqueue(self._core().job(what, params, label, None, sys._getframe(1), bounded=True), timeout)
+        return self._enqueue(self._core().job(what, params, label, None, caller(), bounded=True), timeout)
 
     async def _enqueue(self, job: Job[T], timeout: Seconds) -> Ticket[T]:
         core = self._core()
@@ -299,14 +298,14 @@ class AsyncDbWriter(Strict):
         core = self._core()
         core.state.refuse_endless_wait("flush", awaits=True)
         check_timeout(timeout)
-        job = core.flush(sys._getframe(1))
+        job = core.flush(caller())
         return and_the_log(lambda: self._wait_for(core, job, timeout), core.state, timeout)
 
     def checkpoint(
         self, mode: Literal["PASSIVE", "FULL", "RESTART", "TRUNCATE"] = "TRUNCATE", *, timeout: Seconds = 30.0
     ) -> Coroutine[Any, Any, Checkpoint]:
         """As ``DbWriter.checkpoint``."""
-        return self._execute(self._core().checkpoint(mode, sys._getframe(1)), timeout, alone="checkpoint")
+        return self._execute(self._core().checkpoint(mode, caller()), timeout, alone="checkpoint")
 
     def _execute(self, job: Job[T], timeout: Seconds, alone: str = "") -> Coroutine[Any, Any, T]:
         if timeout != 30.0:
@@ -353,7 +352,7 @@ class AsyncDbWriter(Strict):
         that; a cancellation that came meanwhile is raised after it, with a note that gives the outcome.
         """
         core = self._core()
-        block = TaskBlock(core.state, label, core.check_block(label, timeout, max_hold), sys._getframe(1))
+        block = TaskBlock(core.state, label, core.check_block(label, timeout, max_hold), caller())
         return TaskEntry(block, timeout, core.submit)
 
     # Reads ------------------------------------------------------------------------------------------------------------
@@ -401,7 +400,7 @@ class AsyncDbWriter(Strict):
         self, *, label: Label = None, timeout: Seconds = 30.0, after: After = None
     ) -> contextlib.AbstractAsyncContextManager[AsyncReader]:
         """As ``DbWriter.reader``, for ``async with``."""
-        place = reader_label(label, sys._getframe(1))
+        place = reader_label(label, caller())
         return ReaderEntry(self._task_reads(), place, functools.partial(self._after, after, timeout))
 
     @overload
@@ -469,7 +468,7 @@ class AsyncDbWriter(Strict):
         """As ``DbWriter.backup``, in a thread, where ``progress`` is called too. Cancelled, it goes on to its end."""
         core = self._core()
         core.state.refuse_endless_wait("backup", awaits=True, commits=False)
-        place = called_from(sys._getframe(1))
+        place = called_from(caller())
         is_open = isinstance(target, sqlite3.Connection)
         if is_open:  # sqlite3 lets the thread that made it ask it, and any thread write the copy into it
             check_backup(target, progress, pages)

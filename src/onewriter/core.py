@@ -32,6 +32,7 @@ from onewriter.base.arguments import (
 from onewriter.base.log import call_safely, report
 from onewriter.base.state import State, Work
 from onewriter.base.tally import CheckpointResult, CloseReport, Running, Stats
+from onewriter.base.threads import refuse_replaced_threads
 from onewriter.ends import exit as at_exit
 from onewriter.ends.backup import copy
 from onewriter.errors import OneWriterError, ReadTimeoutError, ReentrantWriteError, WriteTimeoutError, closed_error
@@ -87,6 +88,7 @@ class Core:
     def __init__(self, path: object, options: Options) -> None:
         refuse_old_sqlite()
         refuse_unsafe_sqlite()
+        refuse_replaced_threads()
         self.options = options
         self.path, self._folder = _resolve(path)
         with self._removed_on_error():

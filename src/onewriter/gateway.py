@@ -6,7 +6,6 @@ import contextlib
 import math
 import os
 import sqlite3
-import sys
 import types
 from asyncio import _get_running_loop
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,7 +14,7 @@ from time import monotonic
 from typing import Any, Literal, Self, TypeVar, overload
 
 from onewriter.base.arguments import NOT_PLAIN, check_function, check_timeout
-from onewriter.base.call_site import called_from
+from onewriter.base.call_site import called_from, caller
 from onewriter.base.log import warn_of_blocking
 from onewriter.base.scopes import enclosing
 from onewriter.base.strict import Strict
@@ -184,9 +183,9 @@ class DbWriter(Strict):
             What SQLite or the function raised: Rolled back.
         """
         if type(what) is str and label is None and foreign_keys is None:
-            frame = sys._getframe(1)
+            frame = caller()
             return self._execute(StatementJob(self._state, what, capture(what, params), None, frame, False), timeout)
-        return self._execute(self._core.job(what, params, label, foreign_keys, sys._getframe(1)), timeout)
+        return self._execute(self._core.job(what, params, label, foreign_keys, caller()), timeout)
 
     def run_many(
         self, sql: str, seq_of_params: Iterable[Params], /, *, label: Label = None, timeout: Seconds = 30.0
@@ -196,7 +195,7 @@ class DbWriter(Strict):
         A generator is consumed now, once. ``rowcount`` is that of all rows. Raises as ``run`` does, and
         sqlite3.ProgrammingError for RETURNING (Not committed).
         """
-        return self._execute(self._core.many(sql, seq_of_params, label, sys._getframe(1)), timeout)
+        return self._execute(self._core.many(sql, seq_of_params, label, caller()), timeout)
 
     def run_script(
         self, sql: str, /, *, label: Label = None, timeout: Seconds = 30.0, foreign_keys: bool | None = None
@@ -206,7 +205,7 @@ class DbWriter(Strict):
         BEGIN at the beginning and COMMIT at the end, as in the output of ``.dump`` and ``iterdump()``, are those of the
         job. ``PRAGMA foreign_keys=OFF`` before them is as ``foreign_keys=False``: checked before COMMIT.
         """
-        self._execute(self._core.script(sql, label, foreign_keys, sys._getframe(1)), timeout)
+        self._execute(self._core.script(sql, label, foreign_keys, caller()), timeout)
 
     @overload
     def run_without_transaction(
@@ -239,7 +238,7 @@ class DbWriter(Strict):
             The others as ``run`` does.
         """
         self._state.refuse_endless_wait("run_without_transaction")
-        return self._execute(self._core.bare(what, params, label, sys._getframe(1)), timeout)
+        return self._execute(self._core.bare(what, params, label, caller()), timeout)
 
     def migrate(self, steps: Steps, *, label: Label = None, timeout: Seconds = 30.0, dry_run: bool = False) -> int:
         """Bring the schema to the newest version; returns that, after the COMMIT of the last step.
@@ -262,7 +261,7 @@ class DbWriter(Strict):
             The others as ``run`` does, for one step.
         """
         check_timeout(timeout)
-        migration, until = self._core.migration(steps, label, sys._getframe(1)), deadline_of(timeout)
+        migration, until = self._core.migration(steps, label, caller()), deadline_of(timeout)
         self._state.refuse_endless_wait("migrate")
         version: int = self.read_value(VERSION, label=label, timeout=timeout)
         while not (migration.is_at_end(version) or dry_run):
@@ -292,7 +291,7 @@ class DbWriter(Strict):
             What COMMIT raised: Rolled back.
         """
         core = self._core
-        block = ThreadBlock(self._state, label, core.check_block(label, timeout, max_hold), sys._getframe(1))
+        block = ThreadBlock(self._state, label, core.check_block(label, timeout, max_hold), caller())
         return Entry(block, timeout, core.driver, core.options.on_event, core.label)
 
     @overload
@@ -322,13 +321,13 @@ class DbWriter(Strict):
         )
         job: Job[Any]
         if type(what) is str and label is None:
-            job = StatementJob(state, what, capture(what, params), None, sys._getframe(1), bounded)
+            job = StatementJob(state, what, capture(what, params), None, caller(), bounded)
         elif type(what) is types.FunctionType and type(params) is tuple and not params and label is None:
             if what.__code__.co_flags & NOT_PLAIN:
                 check_function(what)
-            job = FunctionJob(state, what, what.__qualname__, sys._getframe(1), bounded)
+            job = FunctionJob(state, what, what.__qualname__, caller(), bounded)
         else:
-            job = self._core.job(what, params, label, None, sys._getframe(1), bounded)
+            job = self._core.job(what, params, label, None, caller(), bounded)
         if state.reporting:
             self._core.accept(job, timeout)
         else:
@@ -345,7 +344,7 @@ class DbWriter(Strict):
         """
         check_timeout(timeout)
         bounded = not self._state.would_deadlock()
-        job = self._core.many(sql, seq_of_params, label, sys._getframe(1), bounded)
+        job = self._core.many(sql, seq_of_params, label, caller(), bounded)
         self._core.accept(job, timeout)
         return job
 
@@ -359,7 +358,7 @@ class DbWriter(Strict):
         self._state.refuse_endless_wait("flush")
         check_timeout(timeout)
         until = math.inf if timeout is None else monotonic() + timeout
-        self._execute(self._core.flush(sys._getframe(1)), timeout)
+        self._execute(self._core.flush(caller()), timeout)
         if self._state.reporter is not None:
             self._state.reporter.wait(until)
 
@@ -450,7 +449,7 @@ class DbWriter(Strict):
             ReadTimeoutError: no connection in time.
         """
         check_timeout(timeout)
-        return self._reader(reader_label(label, sys._getframe(1)), timeout, after)
+        return self._reader(reader_label(label, caller()), timeout, after)
 
     @contextlib.contextmanager
     def _reader(self, label: str, timeout: Seconds, after: After) -> Iterator[sqlite3.Connection]:
@@ -543,7 +542,7 @@ class DbWriter(Strict):
             WriteTimeoutError: it was not done in time; ``started`` says whether it goes on.
             ReentrantWriteError: called inside a job.
         """
-        job = self._core.checkpoint(mode, sys._getframe(1))
+        job = self._core.checkpoint(mode, caller())
         self._state.refuse_endless_wait("checkpoint")
         return self._execute(job, timeout)
 
@@ -574,7 +573,7 @@ class DbWriter(Strict):
         self._state.refuse_endless_wait("backup", commits=False)
         check_backup(target, progress, pages)
         warn_of_blocking()
-        self._core.back_up(target, progress, pages, called_from(sys._getframe(1)))
+        self._core.back_up(target, progress, pages, called_from(caller()))
 
     def stats(self) -> Stats:
         """What the gateway has done and is doing, at one moment. Cheap; never touches the database."""

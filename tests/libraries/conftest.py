@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 # Not skipped but not collected: whoever runs the default command has not asked for them.
 NEEDED = (
-    *("fastapi", "gunicorn", "httpx", "opentelemetry", "pandas"),
+    *("fastapi", "gevent", "gunicorn", "httpx", "opentelemetry", "pandas"),
     *("pytest_asyncio", "sqlalchemy", "sqlite_utils", "uvicorn"),
 )
 collect_ignore_glob = [] if all(map(find_spec, NEEDED)) else ["test_*.py"]

@@ -19,6 +19,14 @@ OURS_AND_CONTEXTLIB = (*OURS, "contextlib.")
 POOL_LOOPS = (("_worker", "concurrent.futures.thread"), ("worker", "multiprocessing.pool"))
 
 
+def caller() -> types.FrameType:
+    """The frame of who called the function that calls this."""
+    try:
+        return sys._getframe(2)
+    except ValueError:  # nobody in Python: atexit, a greenlet, or a thread that begins with it
+        return sys._getframe(1)
+
+
 def called_from(frame: types.FrameType, packages: tuple[str, ...] = OURS) -> str:
     """The line of the user's code, outside ``packages``: ``"file.py:123 in name"``."""
     frame = user_frame(frame, packages)

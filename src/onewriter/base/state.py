@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+import operator
 import threading
 import weakref
-from _thread import RLock
 from asyncio import AbstractEventLoop, _get_running_loop
 from collections.abc import Callable, Iterator
 from time import monotonic
@@ -21,7 +21,7 @@ IN_STATEMENT = "a function that SQLite calls while it runs a statement cannot us
 HAS_ITS_OWN = "a function of run_without_transaction reads and writes on its connection: the writer waits for its end"
 ELSEWHERE = "in another context a call is not inside its job, and waits for its end: give it a copy of the context"
 INHERITED = "belongs to the parent of this process"
-is_owned = RLock._is_owned  # type: ignore[attr-defined]
+is_owned = operator.methodcaller("_is_owned")  # in C; of whatever class locks have: gevent has its own
 FRESH = 0.05  # seconds for which a look at who holds SQLite's lock is good
 
 

@@ -1,11 +1,20 @@
-"""How a thread is started where a signal handler may raise."""
+"""How a thread is started where a signal handler may raise, and whose threads they are."""
 
 from __future__ import annotations
 
 import threading
 from _thread import start_new_thread
+from threading import get_ident
 
 from onewriter.base.waiting import Flag
+
+
+def refuse_replaced_threads() -> None:
+    """Some threads here would be the system's, and others gevent's: they would not wake one another."""
+    if threading.get_ident is not get_ident:
+        raise RuntimeError(
+            "threads were replaced after onewriter was imported: call gevent.monkey.patch_all() before any other import"
+        )
 
 
 def start(thread: threading.Thread) -> None:

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 from onewriter.base.state import State
 from onewriter.errors import forked_error
 
-RELEASED_BEFORE = ("release unlocked lock",)
+RELEASED_BEFORE = [("release unlocked lock",), ("Semaphore released too many times",)]  # the latter of gevent's
 SLICE = 0.25  # seconds; a signal that comes just before the thread sleeps is seen at its next wake-up
 
 
@@ -98,7 +98,7 @@ def wake(waiters: Iterable[Signal]) -> None:
             try:
                 waiter.release()
             except RuntimeError as error:
-                if error.args != RELEASED_BEFORE:  # but a signal handler's
+                if error.args not in RELEASED_BEFORE:  # but a signal handler's
                     raise
             continue
         future = waiter()

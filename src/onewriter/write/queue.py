@@ -351,7 +351,7 @@ class JobQueue(queue.Queue[Job[Any]]):
         try:
             self._token.release()
         except RuntimeError as error:  # the token of a sleep that never came about is still there; one is enough
-            if error.args != RELEASED_BEFORE:
+            if error.args not in RELEASED_BEFORE:
                 raise
         self._asleep = False
 

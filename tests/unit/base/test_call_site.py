@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import _thread
 import gc
+import inspect
+import itertools
+import re
 import sys
 import tracemalloc
 import types
@@ -14,7 +18,7 @@ from typing import Any
 import pytest
 
 from helpers import DEADLINE, eventually, in_threads, parked
-from onewriter import DbWriter
+from onewriter import AsyncDbWriter, DbWriter
 from onewriter.base.call_site import call_of_pool
 
 WORKER = """
@@ -94,3 +98,54 @@ def test_to_look_for_the_work_of_a_pool_keeps_nothing_of_it_alive() -> None:
             eventually(lambda: kept() is None)
         finally:
             gc.enable()
+
+
+INSERT = "INSERT INTO t VALUES (?)"
+CALLS: dict[str, tuple[Any, ...]] = {
+    "run": ("SELECT 1",),
+    "run_many": (INSERT, [(1,)]),
+    "run_script": ("SELECT 1;",),
+    "run_without_transaction": ("SELECT 1",),
+    "transaction": (),
+    "enqueue": ("SELECT 1",),
+    "enqueue_many": (INSERT, [(1,)]),
+    "flush": (),
+    "migrate": ((),),
+    "read": ("SELECT 1",),
+    "reader": (),
+    "watch": ("SELECT 1",),
+    "checkpoint": (),
+    "backup": ("backup.db",),
+    "stats": (),
+    "close": (),
+}
+
+
+def called_by_nobody(method: Any, arguments: tuple[Any, ...]) -> Any:
+    """As atexit, a thread of ``_thread`` and a greenlet of gevent call it: with no Python code around the call."""
+    found: list[Any] = []
+    _thread.start_new_thread(found.extend, (itertools.starmap(method, [arguments]),))
+    eventually(lambda: bool(found))
+    return found.pop()
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_call_that_no_python_code_makes_is_one_like_any_other(db: DbWriter, path: Path, name: str) -> None:
+    db.run("CREATE TABLE t (n)")
+    arguments = (path.with_name("backup.db"),) if name == "backup" else CALLS[name]
+    called_by_nobody(getattr(db, name), arguments)
+
+
+@pytest.mark.parametrize("name", ["enqueue_wait", *CALLS])
+def test_a_tasks_call_that_no_python_code_makes_is_one_like_any_other(path: Path, name: str) -> None:
+    with DbWriter(path) as db:
+        db.run("CREATE TABLE t (n)")
+        found = called_by_nobody(getattr(AsyncDbWriter.wrap(db), name), CALLS.get(name, ("SELECT 1",)))
+        if inspect.iscoroutine(found):
+            found.close()
+
+
+def test_a_job_that_no_python_code_calls_names_the_method(db: DbWriter) -> None:
+    with parked(db):
+        ticket = called_by_nobody(db.enqueue, ("SELECT 1",))
+        assert re.fullmatch(r"gateway\.py:\d+ in enqueue", ticket.called_from)

@@ -1,12 +1,14 @@
-"""Threads are started where no signal handler can raise."""
+"""Threads are started where no signal handler can raise, and are of one kind."""
 
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 
 import pytest
 
 from helpers import DEADLINE, raising
+from onewriter import DbWriter
 from onewriter.base import threads
 from onewriter.base.threads import start
 from onewriter.base.waiting import Flag
@@ -68,3 +70,11 @@ def test_one_whose_starting_is_interrupted_before_it_has_begun_is_not_waited_for
     with pytest.raises(KeyboardInterrupt):
         start(thread)
     assert thread.ident is None
+
+
+def test_threads_that_were_replaced_behind_the_import_are_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(threading, "get_ident", lambda: 1)
+        with pytest.raises(RuntimeError, match="before any other import"):
+            DbWriter(path)
+    DbWriter(path).close()
