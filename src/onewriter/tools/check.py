@@ -76,8 +76,8 @@ def _no_right(name: str) -> str:
 
 
 def _is_open(path: str) -> bool:
-    """In WAL mode, or left behind with what must be read: an empty log alone says nothing, its index is there too."""
-    return DatabaseFile(path).wal_bytes() > 0 or os.path.exists(f"{path}-shm")
+    """In WAL mode, or left behind with what must be read: an empty log or an index alone says nothing."""
+    return DatabaseFile(path).wal_bytes() > 0 or all(os.path.exists(f"{path}{end}") for end in ("-wal", "-shm"))
 
 
 def _is_wal_by_header(path: str) -> bool:
@@ -91,7 +91,7 @@ def _is_wal_by_header(path: str) -> bool:
         header = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False).stdout
     except OSError:  # this user may not run it, or there is no such program
         return False
-    return header[18:20] == bytes([WAL_VERSION, WAL_VERSION])
+    return header[19:20] == bytes([WAL_VERSION])  # of the two versions, that for readers decides
 
 
 def _look(report: Report, *, immutable: bool) -> None:

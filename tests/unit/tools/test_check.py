@@ -9,14 +9,14 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import onewriter
-from helpers import DEADLINE, HEARS_INTERRUPTS, eventually, holding_lock
+from helpers import DEADLINE, HEARS_INTERRUPTS, eventually, holding_lock, names_in
 from onewriter import DbWriter
 from onewriter.__main__ import main
 from onewriter.sqlite import lock_holders
@@ -582,3 +582,24 @@ def test_a_name_that_the_output_cannot_have_is_escaped(path: Path) -> None:
     found = subprocess.run(command, env=ascii_only, capture_output=True, text=True, timeout=60)
     assert (found.returncode, found.stderr) == (1, "")
     assert "    \\u2603\\x1b[31m, rowid 1, has no parent in t\n" in found.stdout
+
+
+def spoil_the_version_for_writers(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[18] = 9
+    path.write_bytes(content)
+
+
+def leave_an_index(path: Path) -> None:
+    path.with_name(f"{path.name}-shm").write_bytes(b"x" * 100)
+
+
+@pytest.mark.parametrize("change", [spoil_the_version_for_writers, leave_an_index])
+def test_beside_a_closed_file_with_a_log_no_file_appears(path: Path, change: Callable[[Path], None]) -> None:
+    with DbWriter(path) as db:
+        db.run("CREATE TABLE t (n)")
+    change(path)
+    before, content = names_in(path.parent), path.read_bytes()
+    main(["check", str(path)])
+    assert names_in(path.parent) == before
+    assert path.read_bytes() == content
