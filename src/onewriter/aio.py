@@ -129,7 +129,7 @@ class AsyncDbWriter(Strict):
 
     def __del__(self) -> None:
         core: Core | None = getattr(self, "_opened", None)
-        if core is not None and self._wrapped is None:
+        if core is not None and self._wrapped is None and not core.is_closed:
             core.drop(self)
 
     def __repr__(self) -> str:

@@ -138,7 +138,7 @@ class DbWriter(Strict):
 
     def __del__(self) -> None:
         core: Core | None = getattr(self, "_core", None)
-        if core is not None:
+        if core is not None and not core.is_closed:  # what a signal handler raises in here Python discards
             core.drop(self)
 
     def __reduce__(self) -> Any:

@@ -22,6 +22,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 db = DbWriter(path, slow_after=60)
 db.run_script('''{load.SCHEMA}''')
 
+closed = []
+
 def both(tx, n):
     tx.execute("INSERT INTO a VALUES (0, ?, '')", (n,))
     if n % 3:
@@ -56,6 +58,7 @@ def work():
         else:
             db.run(lambda tx: both(tx, n))
             db.close()
+            closed.append(db)  # what a handler raises in a finalizer Python discards
             db = DbWriter(path, slow_after=60)
         acknowledge(n)
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import gc
 import json
 import os
 import sqlite3
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +28,8 @@ from helpers import (
     rows_in,
     run_child,
 )
-from onewriter import DbWriter, Transaction, TransactionClosedError
+from onewriter import AsyncDbWriter, DbWriter, Transaction, TransactionClosedError
+from onewriter.core import Core
 
 
 def test_a_gateway_that_is_dropped_without_close_warns_writes_what_it_accepted_and_ends_its_threads(
@@ -163,3 +167,19 @@ def test_close_waits_for_no_part_of_a_block_that_a_generator_keeps_behind_its_en
     assert db.close().committed == 2  # without a timeout: it would be refused, if it waited for this thread
     with pytest.raises(TransactionClosedError):
         next(generator)
+
+
+def test_no_interrupt_is_lost_as_a_closed_gateway_is_collected(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python discards what is raised in ``__del__``: nothing is called there that could be interrupted."""
+    lost: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", lost.append)
+    monkeypatch.setattr(Core, "drop", raising(KeyboardInterrupt))
+
+    async def main() -> None:
+        async with AsyncDbWriter(path):
+            pass
+
+    DbWriter(path).close()
+    asyncio.run(main())
+    gc.collect()
+    assert lost == []
