@@ -124,6 +124,18 @@ def parked(db: DbWriter) -> Iterator[threading.Event]:
 
 
 @contextlib.contextmanager
+def full_disk(size: int) -> Iterator[Callable[[], None]]:
+    """For the ``with`` block, from the call of what it yields on, no file can be written behind ``size`` bytes."""
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@contextlib.contextmanager
 def holding_lock(path: Path) -> Iterator[sqlite3.Connection]:
     """Hold SQLite's write lock through another connection for the ``with`` block, or until the caller commits."""
     with contextlib.closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as connection:

@@ -35,13 +35,14 @@ from onewriter.base.tally import CheckpointResult, CloseReport, Running, Stats
 from onewriter.base.threads import refuse_replaced_threads
 from onewriter.ends import exit as at_exit
 from onewriter.ends.backup import copy
-from onewriter.errors import OneWriterError, ReadTimeoutError, ReentrantWriteError, WriteTimeoutError, closed_error
+from onewriter.errors import ReadTimeoutError, ReentrantWriteError, WriteTimeoutError, closed_error
 from onewriter.events import BackupEnded, Hook, Submit, announce
 from onewriter.live.hub import LiveQueries
 from onewriter.options import Options
 from onewriter.read.pool import ReaderPool
 from onewriter.read.read import FunctionRead, Read, read_of
 from onewriter.read.reader import Snapshot
+from onewriter.read.recovery import Recovery
 from onewriter.sqlite.file import DatabaseFile
 from onewriter.sqlite.parameters import capture, capture_many
 from onewriter.sqlite.path_checks import absolute, cannot_open, check
@@ -111,7 +112,6 @@ class Core:
         self.queue = JobQueue(options.maxsize, state)
         self.file = DatabaseFile(self.path)
         self.pool = ReaderPool(settings, options.readers, state, self.file)
-        self.pool.clock.ask_writer = self._recover
         self.writer = writer = Writer(
             settings,
             label,
@@ -127,6 +127,7 @@ class Core:
         self.driver: Driver = InlineDriver(writer, self.pool.clock) if options.inline else ThreadDriver(writer)
         self.live = LiveQueries(state, self.pool, self.queue.check_open, self._settle_nothing, options.inline)
         submit, hook = self.driver.submit, options.on_event
+        self.pool.clock.ask_writer = Recovery(state, submit).ask
         self.submit: Submit = submit if hook is None else functools.partial(_announce_and_submit, submit, state, hook)
 
     def open(self) -> None:
@@ -219,14 +220,6 @@ class Core:
         if isinstance(read, FunctionRead) or self.options.row_factory is not None:
             return read, object()  # what these give is not to be shared
         return read, (read.sql, repr(read.parameters), read.label)
-
-    def _recover(self) -> None:
-        """For a reader, which cannot write: SQLite rolls back what a killed process has left, to begin a transaction.
-        Does not wait for it.
-        """
-        job = StatementJob(self.state, "SELECT 1", (), "recovery", sys._getframe(), False)
-        with contextlib.suppress(OneWriterError):  # the gateway is closed, or out of service
-            self.driver.submit(job, 0.0)
 
     def _settle_nothing(self) -> None:
         """Have the writer look for what is watched."""

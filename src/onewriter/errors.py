@@ -3,7 +3,7 @@
 OneWriterError
 ├── WriterClosedError          closed or closing: the work was not accepted
 ├── WriterBrokenError          the gateway is out of service; ``__cause__`` is the reason
-├── CommitUnknownError         COMMIT met an I/O error that leaves the outcome open
+├── CommitUnknownError         COMMIT met an error that leaves the outcome open
 ├── QueueFullError             no room in the queue within the timeout
 ├── WriteTimeoutError          (also a TimeoutError) the wait for a write ended first
 ├── ReadTimeoutError           (also a TimeoutError) the wait for a read ended first
@@ -56,7 +56,7 @@ class WriterBrokenError(OneWriterError):
 
 
 class CommitUnknownError(OneWriterError):
-    """COMMIT failed with an I/O error (``__cause__``), and the write may or may not be in the file. Unknown."""
+    """COMMIT failed (``__cause__``), and the write may or may not be in the file; or, of several, in some. Unknown."""
 
 
 class QueueFullError(OneWriterError):

@@ -145,14 +145,20 @@ def _appearing_at(path: str) -> Iterator[str]:
         os.replace(unfinished, path)
     except BaseException:
         if os.getpid() == process:
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):  # the first error is the one that says why
                 os.unlink(unfinished)
         raise
     _sync_folder(os.path.dirname(path))
 
 
 def _sync_folder(folder: str) -> None:
-    """Make a new name survive a power loss."""
+    """Make a new name survive a power loss; where one may only write in the folder, that is left to the system, as
+    SQLite does.
+    """
     if os.name == "posix":
-        with _opened(folder, os.O_RDONLY) as descriptor:
-            os.fsync(descriptor)
+        with contextlib.suppress(PermissionError), _opened(folder, os.O_RDONLY) as descriptor:
+            try:
+                os.fsync(descriptor)
+            except OSError as error:
+                error.add_note(f"onewriter: the copy is in place; a power loss may undo that (fsync of {folder})")
+                raise

@@ -14,6 +14,7 @@ from onewriter.base.state import State
 from onewriter.base.threads import start
 from onewriter.base.waiting import wake
 from onewriter.read.claim import Claim
+from onewriter.sqlite.retry import AskWriter
 
 GRACE = 0.05  # seconds: a statement whose time goes into SQLite's own steps has ended by itself by then
 INTERRUPT_AGAIN = 0.1  # seconds between two interrupts of one read, whose next statement would not know of the first
@@ -54,7 +55,7 @@ class ReadClock:
         self._bell.acquire()
         self._thread: threading.Thread | None = None
         self._is_stopped = False
-        self.ask_writer: Callable[[], object] = str  # to roll back what a killed process has left
+        self.ask_writer: AskWriter = str  # to roll back what a killed process has left
 
     def turn_off(self) -> None:
         self.rings_at = -math.inf

@@ -22,7 +22,7 @@ from onewriter.sqlite.lent import lend, retire
 from onewriter.sqlite.lent_transaction import NoSavepoints, Savepoints
 from onewriter.sqlite.pragma_values import database_names
 from onewriter.sqlite.result import refuse_live
-from onewriter.sqlite.retry import FAILURES, LockPolicy, is_busy, is_corrupt, is_interrupted, needs_writer
+from onewriter.sqlite.retry import FAILURES, LockPolicy, is_busy, is_corrupt, is_interrupted, with_help
 from onewriter.sqlite.settings import Settings
 from onewriter.sqlite.statement import Parameters, describe_sql
 from onewriter.sqlite.time_limit import TimeLimit
@@ -107,11 +107,9 @@ class Reader:
             self.guard.explain(error)
             self.note(error)
             if again is not None and is_busy(error):
-                if needs_writer(error):
-                    self.clock.ask_writer()
                 try:
                     left = max(0.0, self.claim.deadline - monotonic())
-                    return self._policy.call(again, say_nothing, left)
+                    return self._policy.call(with_help(again, self.clock.ask_writer), say_nothing, left)
                 except sqlite3.OperationalError as busy:
                     late = busy
             if self._is_late() and (is_busy(late) or is_interrupted(late)):

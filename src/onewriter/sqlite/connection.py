@@ -20,7 +20,7 @@ from onewriter.sqlite.inherited import keep_open
 from onewriter.sqlite.lock_holders import describe_lock
 from onewriter.sqlite.path_checks import cannot_open
 from onewriter.sqlite.pragma_values import database_files, database_names, pragma, read_only_files, rows_of, set_pragma
-from onewriter.sqlite.retry import LockPolicy, error_code, is_busy, needs_writer, note_descriptors
+from onewriter.sqlite.retry import AskWriter, LockPolicy, error_code, is_busy, note_descriptors, with_help
 from onewriter.sqlite.settings import Settings
 
 T = TypeVar("T")
@@ -50,20 +50,9 @@ def open_writer(
     return _open(settings, policy, log, lambda: _writer(settings, guard, make, again))
 
 
-def open_reader(
-    settings: Settings, guard: ReadGuard, policy: LockPolicy, ask_writer: Callable[[], object]
-) -> sqlite3.Connection:
+def open_reader(settings: Settings, guard: ReadGuard, policy: LockPolicy, ask_writer: AskWriter) -> sqlite3.Connection:
     """Open and configure a read-only connection. ``ask_writer``: to roll back what a killed process has left."""
-    asked: list[object] = []
-
-    def attempt() -> sqlite3.Connection:
-        try:
-            return _reader(settings, guard)
-        except sqlite3.Error as error:
-            if needs_writer(error) and not asked:
-                asked.append(ask_writer())
-            raise
-
+    attempt = with_help(lambda: _reader(settings, guard), ask_writer)
     return _open(settings, policy, lambda acquired, text: None, attempt)
 
 

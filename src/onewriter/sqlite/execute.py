@@ -20,6 +20,7 @@ from onewriter.sqlite.statement import (
     words_of,
 )
 
+NO_ROWID = object()  # not that of any row, so that each INSERT of a row has another
 # Constraint errors after which SQLite has undone the whole statement, unless its conflict clause is FAIL.
 UNDONE = frozenset(
     (
@@ -40,7 +41,7 @@ class Executor:
         self._connection = connection
         self._guard = guard
         self._cursor = sqlite3.Connection.cursor(connection)  # a new one for each statement would double its cost
-        self._last_rowid: int | None = None
+        self._last_rowid: object = None  # None: it is not known
         self._known: object = object()  # the text of the last plain INSERT
         self._table = OwnText()  # of that INSERT
 
@@ -48,6 +49,18 @@ class Executor:
         """Run one statement to completion."""
         result = self.insert(sql, parameters)
         return Result([], 1, result, None) if type(result) is int else cast(Result, result)
+
+    def execute_bare(self, sql: str, parameters: Parameters) -> Result:
+        """The same outside any transaction. It commits by itself, so nothing is asked behind it: a lock that refuses
+        the question would be taken for one that has refused the statement.
+        """
+        text = describe_sql(check_sql(sql))
+        has_rowid = not (text.inserts and self._ask(WITHOUT_ROWID, (text.table,)))
+        self._last_rowid = NO_ROWID
+        result = self.execute(sql, parameters)
+        if not has_rowid:
+            result.lastrowid = None
+        return result
 
     def _execute(self, sql: str, parameters: Parameters) -> Result:
         cursor, text, guard = self._cursor, describe_sql(sql), self._guard

@@ -15,6 +15,8 @@ from onewriter.base.stack import need_stack
 SCHEMA_CHANGES = frozenset((*range(1, 9), *range(10, 18), 26, 29, 30))  # CREATE, DROP, ALTER
 USES = frozenset((sqlite3.SQLITE_READ, sqlite3.SQLITE_SELECT, sqlite3.SQLITE_UPDATE, sqlite3.SQLITE_DELETE))
 WRITES = frozenset((sqlite3.SQLITE_INSERT, sqlite3.SQLITE_UPDATE, sqlite3.SQLITE_DELETE))
+# What tells which database is written; DDL and ANALYZE write tables of the schema. Some PRAGMAs do, as user_version.
+CHANGES = WRITES | {sqlite3.SQLITE_REINDEX, sqlite3.SQLITE_PRAGMA}
 # What is read or written: a column of a table; without one, the table's rows as such, as count(*) reads them and INSERT
 # writes them. A changed row may be in another place, so reading a table reads the columns that order it, too.
 Place = tuple[str, str]
@@ -60,11 +62,13 @@ class _Refusals:
     pragma: tuple[str, str | None, str | None] = ("", None, None)
     places: set[Place] | None = None  # that statements read, or, on the write connection, write; None: not recorded
     text = ""  # the SQL of a statement that is a read or a job of its own
+    written: set[str]  # the databases that a cached statement may write, by their names
     within: str | None = None  # the view or trigger that has what is asked about in its text
 
     def __init__(self) -> None:
         self.authorizer = functools.lru_cache(maxsize=0)(self._ask)  # caches nothing, counts the calls
         self._answers = 0  # calls that have returned
+        self.written = set()
         self.is_deciding = False  # SQLite is in the midst of a call: a signal handler must not use the connection
         self._caught: tuple[BaseException, int] | None = None  # what has ended a call, and in which thread
 
@@ -223,9 +227,16 @@ class Guard(_Refusals):
     def install(self, connection: sqlite3.Connection) -> None:
         """Authorize from now on, also what is in the statement cache: setting it expires all prepared statements."""
         self.settings_touched = False
+        self.forget_written(connection)
+
+    def forget_written(self, connection: sqlite3.Connection) -> None:
+        """Have the next transaction's statements tell which databases they write, cached ones too."""
         connection.set_authorizer(self.authorizer)
+        self.written = set()  # behind it: interrupted in between, it names too many
 
     def decide(self, action: int, first: str | None, second: str | None, third: str | None) -> int:
+        if action in CHANGES and self.mode is not Mode.GATEWAY:
+            self.written.add(third or "main")
         if action in WRITES:
             # ROWID, whatever the column is called that is one with it.
             is_whole = action != sqlite3.SQLITE_UPDATE or second in (None, "ROWID")

@@ -68,6 +68,7 @@ class Asked(Protocol):
 
     refusal: str | None
     pragma: tuple[str, str | None, str | None]
+    written: set[str]
 
 
 class _Savepoint(NamedTuple):

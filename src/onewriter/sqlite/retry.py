@@ -16,6 +16,7 @@ import tenacity
 from onewriter.base.waiting import Flag
 
 T = TypeVar("T")
+AskWriter: TypeAlias = Callable[[Any], object]  # gets what it has returned before, and raises what has failed that
 # What sqlite3 raises where a statement of the gateway's own fails: without memory, it is not one of its own errors.
 Failure: TypeAlias = sqlite3.Error | MemoryError
 FAILURES = (sqlite3.Error, MemoryError)
@@ -57,6 +58,24 @@ def needs_writer(error: BaseException) -> bool:
     (https://www.sqlite.org/rescode.html#readonly_rollback).
     """
     return error_code(error) == sqlite3.SQLITE_READONLY_ROLLBACK
+
+
+def with_help(attempt: Callable[[], T], ask_writer: AskWriter) -> Callable[[], T]:
+    """``attempt``, for a connection that only reads: when it needs the writer, that is asked. Perhaps not the first
+    time: who has held the lock may have been killed meanwhile.
+    """
+    asked: Any = None
+
+    def call() -> T:
+        nonlocal asked
+        try:
+            return attempt()
+        except sqlite3.Error as error:
+            if needs_writer(error):
+                asked = ask_writer(asked)
+            raise
+
+    return call
 
 
 def note_descriptors(error: BaseException) -> None:

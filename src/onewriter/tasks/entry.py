@@ -61,6 +61,8 @@ class TaskEntry:
         except BaseException as error:
             if not isinstance(error, OneWriterError):  # Ctrl-C, say: nobody leaves it
                 block.abandon()
+            if isinstance(error, asyncio.CancelledError):
+                await block.ended()  # the writer is free again
             if self._scope is not None:
                 state.scopes.leave(self._scope)
             state.forget_block(block)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
+import sqlite3
 from collections.abc import Callable, Sequence
 from itertools import filterfalse, takewhile
 from time import monotonic
@@ -15,7 +16,7 @@ from onewriter.errors import forked_error
 from onewriter.sqlite.file import FileMovedError
 from onewriter.sqlite.guard import Mode
 from onewriter.sqlite.pragma_values import set_pragma
-from onewriter.sqlite.retry import FAILURES, is_busy
+from onewriter.sqlite.retry import FAILURES, error_code, is_busy
 from onewriter.write.alone import call_alone
 from onewriter.write.block import Block
 from onewriter.write.connection import WriteConnection
@@ -23,7 +24,14 @@ from onewriter.write.function_loan import FunctionLoan
 from onewriter.write.jobs import BareStatementJob, ConnectionJob, StatementJob
 from onewriter.write.loan import WriteLoan
 from onewriter.write.lock import WriteLock
-from onewriter.write.outcomes import commit_outcome_unknown, copy_of, may_have_committed
+from onewriter.write.outcomes import (
+    IN_PART,
+    commit_outcome_unknown,
+    copy_of,
+    may_be_in_part,
+    may_have_committed,
+    unknown_outcome,
+)
 from onewriter.write.session import WriteSession
 from onewriter.write.ticket import RUNNING, Job
 
@@ -356,9 +364,15 @@ class Batch:
 
     def commit_failed(self, error: BaseException) -> Verdict:
         """COMMIT raised it."""
-        if commit_outcome_unknown(error, self._session.connection.in_transaction):
+        is_open = self._session.connection.in_transaction
+        if commit_outcome_unknown(error, is_open):
             return Verdict(self._jobs, unknown=error)
         self._connection.roll_back()
+        if may_be_in_part(error, is_open, self._session):  # so nothing may run again
+            self._state.lacks_room |= error_code(error) & 0xFF == sqlite3.SQLITE_FULL
+            for job in filterfalse(has_failed, self._jobs):
+                self._fail(job, unknown_outcome(job, error, IN_PART))
+            return Verdict(self._jobs)
         early = len(failed_early(self._jobs))
         if len(self._jobs) - early > 1 and not is_busy(error):
             return self._undo(self._jobs, Again.ALONE)

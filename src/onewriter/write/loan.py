@@ -347,7 +347,7 @@ class WriteLoan:
 
     def bare_statement(self, sql: str, parameters: Parameters) -> Result:
         mode = Mode.VACUUM if describe_sql(sql).verb == "VACUUM" else Mode.BARE
-        return self.call(self.session.executor.execute, sql, parameters, mode=mode)
+        return self.call(self.session.executor.execute_bare, sql, parameters, mode=mode)
 
     def statement_many(self, sql: str, rows: list[Parameters]) -> Result:
         return self.call(self.session.executor.execute_many, sql, rows)

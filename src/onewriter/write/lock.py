@@ -70,6 +70,8 @@ class WriteLock:
         policy.attempts, policy.waited, self._is_committing = 1, 0.0, False
         self.was_committing = False
         self.attempts += 1
+        if len(session.guard.written) > 1:
+            session.guard.forget_written(session.connection)
         try:
             # IMMEDIATE takes the write lock here, so BUSY comes before any job has had an effect.
             session.control["BEGIN IMMEDIATE"]()

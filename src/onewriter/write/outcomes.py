@@ -21,10 +21,13 @@ from onewriter.sqlite.retry import error_code, is_busy, is_corrupt, note_descrip
 from onewriter.write.connection import WriteConnection
 from onewriter.write.loan import WriteLoan
 from onewriter.write.lock import WriteLock
+from onewriter.write.session import WriteSession
 from onewriter.write.ticket import DONE, RUNNING, Job, Ticket
 
 work_of = attrgetter("work")
 three_moments = attrgetter("created_at", "started_at", "ended_at")
+UNKNOWN = "it may or may not be committed"
+IN_PART = "some of the databases that were written may have it, and others not: in WAL mode they commit one by one"
 UNWRITTEN = {  # I/O errors that come before anything is written
     getattr(sqlite3, f"SQLITE_IOERR_{name}")
     for name in (
@@ -203,9 +206,9 @@ def moments_of(jobs: list[Job[Any]]) -> list[tuple[float, float, float]]:
         return [three_moments(job) for job in ended if job.in_stats]
 
 
-def unknown_outcome(job: Job[Any], error: BaseException) -> CommitUnknownError:
+def unknown_outcome(job: Job[Any], error: BaseException, fate: str = UNKNOWN) -> CommitUnknownError:
     """That of a job whose COMMIT was begun as ``error`` came."""
-    text = f"COMMIT of job {job.describe()} failed with {text_of(error)}: it may or may not be committed"
+    text = f"COMMIT of job {job.describe()} failed with {text_of(error)}: {fate}"
     unknown = CommitUnknownError(text)
     unknown.__cause__ = copy_of(error)
     return unknown
@@ -226,6 +229,17 @@ def commit_outcome_unknown(error: BaseException, in_transaction: bool) -> bool:
     ):
         return False
     return not in_transaction or code & 0xFF == sqlite3.SQLITE_IOERR
+
+
+def may_be_in_part(error: BaseException, in_transaction: bool, session: WriteSession) -> bool:
+    """Whether a COMMIT that raised ``error`` may be found in one database, and not in another.
+
+    In WAL mode each commits for itself, one after the other (https://www.sqlite.org/lang_attach.html), TEMP behind the
+    main one. Where the transaction is still open, the error came before the first: constraints, and all locks.
+    """
+    written = session.guard.written
+    in_parts = len(written) > 1 and not written.isdisjoint(session.logs)
+    return in_parts and not in_transaction and error_code(error) != sqlite3.SQLITE_ERROR
 
 
 def may_have_committed(error: BaseException) -> bool:

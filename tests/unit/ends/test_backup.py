@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import sqlite3
 import stat
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from helpers import DEADLINE, attaching, in_threads, parked, pool_of
+from helpers import DEADLINE, attaching, full_disk, in_threads, notes_of, parked, pool_of, raising
 from onewriter import AsyncDbWriter, DbWriter, ReentrantWriteError, Transaction, WriterBrokenError, WriterClosedError
 
 INSERT = "INSERT INTO t VALUES (?, ?)"
@@ -181,17 +182,16 @@ def test_a_target_that_cannot_be_meant_is_refused_and_nothing_is_created(db: DbW
     assert db.read_value("SELECT count(*) FROM t") == 200
 
 
-def test_a_full_disk_leaves_no_half_copy(db: DbWriter, path: Path) -> None:
-    import resource
-
+def test_a_full_disk_leaves_no_half_copy(db: DbWriter, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(db)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
-    try:
+    with full_disk(50_000) as fill_up:
+        fill_up()
         with pytest.raises(sqlite3.Error):
             db.backup(path.parent / "copy.db")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        with monkeypatch.context() as refusing, pytest.raises(sqlite3.Error):
+            refusing.setattr(os, "unlink", raising(PermissionError))
+            db.backup(path.parent / "copy.db")
+    os.unlink(path.parent / others(path)[0])
     assert others(path) == []
 
 
@@ -263,6 +263,33 @@ def test_the_name_of_a_backup_survives_power_loss(db: DbWriter, path: Path, monk
     monkeypatch.setattr(os, "fsync", record)
     db.backup(path.parent / "copy.db")
     assert synced[-2:] == [False, True]
+
+
+def test_a_copy_is_in_place_if_only_its_folder_cannot_be_synced(
+    db: DbWriter, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(db)
+    fsync, opened = os.fsync, os.open
+
+    def fail(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EIO, "Input/output error")
+        fsync(descriptor)
+
+    def refuse(name: str, flags: int, mode: int = 0o777) -> int:  # as in a folder in which one may only write
+        if os.path.isdir(name):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return opened(name, flags, mode)
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="Input/output") as failed:
+        db.backup(path.parent / "failed.db")
+    assert "the copy is in place" in notes_of(failed.value)
+    monkeypatch.setattr(os, "open", refuse)
+    db.backup(path.parent / "refused.db")
+    for name in ("failed.db", "refused.db"):
+        with contextlib.closing(sqlite3.connect(path.parent / name)) as copy:
+            assert copy.execute("SELECT count(*) FROM t").fetchone() == (200,)
 
 
 def test_a_target_may_have_a_row_factory_of_its_own(db: DbWriter, tmp_path: Path) -> None:

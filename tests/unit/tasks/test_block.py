@@ -33,6 +33,7 @@ from onewriter import (
 )
 from onewriter.tasks import block as taskblock
 from onewriter.tasks.savepoint import SentPart
+from onewriter.write.connection import WriteConnection
 from onewriter.write.loan import WriteLoan
 from onewriter.write.parts import Parts
 
@@ -708,9 +709,15 @@ def test_a_cancellation_in_the_moment_of_the_grant_leaves_nothing_behind(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(taskblock, "LOOK", 3600.0)  # the writer does not notice by itself
+    may_end, roll_back = threading.Event(), WriteConnection.roll_back
+
+    def late(connection: WriteConnection) -> None:
+        may_end.wait(DEADLINE)
+        roll_back(connection)
 
     async def main() -> None:
         async with opened(path) as db:
+            monkeypatch.setattr(WriteConnection, "roll_back", late)
 
             async def block() -> None:
                 async with db.transaction():
@@ -723,8 +730,10 @@ def test_a_cancellation_in_the_moment_of_the_grant_leaves_nothing_behind(
                 while getattr(state_of(db).job, "transaction", None) is None:  # granted: the loop does not know
                     pass
                 task.cancel()
+                asyncio.get_running_loop().call_later(0.05, may_end.set)
                 with pytest.raises(asyncio.CancelledError):
                     await task
+                assert may_end.is_set()  # it has waited until the writer is free
             await db.run(INSERT, (1,))
             assert await rows(db) == [1]
 

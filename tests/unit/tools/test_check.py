@@ -603,3 +603,13 @@ def test_beside_a_closed_file_with_a_log_no_file_appears(path: Path, change: Cal
     main(["check", str(path)])
     assert names_in(path.parent) == before
     assert path.read_bytes() == content
+
+
+def test_a_log_that_was_deleted_under_a_process_is_told(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("CREATE TABLE t (n)")
+        os.unlink(f"{path}-wal")
+        code, report = asked(path, capsys)
+        assert (code, report["verdict"]) == (1, "needs attention")
+        assert report["problems"][0].startswith(f"{path}-wal was deleted under this process")

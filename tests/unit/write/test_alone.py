@@ -457,3 +457,33 @@ def test_a_function_may_switch_the_file_back_to_the_gateways_journal_mode(path: 
         assert db.run_without_transaction(switch) == "delete"
         with contextlib.closing(sqlite3.connect(path)) as other:
             assert other.execute("PRAGMA journal_mode").fetchone() == ("delete",)
+
+
+def test_nothing_is_asked_behind_a_statement_that_commits_by_itself(path: Path) -> None:
+    """A lock that refused the question would have the statement run again."""
+    seen: list[str] = []
+
+    def follow(connection: sqlite3.Connection, readonly: bool) -> None:
+        if not readonly:
+            connection.set_trace_callback(seen.append)
+
+    with DbWriter(path, on_connect=follow) as db:
+        db.run_script("CREATE TABLE t (n); CREATE TABLE k (n PRIMARY KEY) WITHOUT ROWID")
+        for table in ("t", "k"):
+            seen.clear()
+            db.run_without_transaction(f"INSERT INTO {table} VALUES (1)")
+            done = [text.startswith("INSERT") for text in seen if "pragma_table_list" in text or table in text]
+            assert (done.count(True), done[-1], len(done) > 1) == (1, True, True)
+
+
+def test_the_rowid_of_a_statement_that_commits_by_itself(db: DbWriter) -> None:
+    alone = db.run_without_transaction
+    db.run_script("CREATE TABLE t (n INTEGER PRIMARY KEY); CREATE TABLE k (n PRIMARY KEY) WITHOUT ROWID")
+    assert [alone("INSERT INTO t VALUES (?)", (n,)).lastrowid for n in (7, -1, 8)] == [7, -1, 8]
+    assert alone("REPLACE INTO t VALUES (8)").lastrowid == 8
+    assert alone("INSERT OR IGNORE INTO t VALUES (8)").lastrowid is None
+    assert alone("INSERT INTO k VALUES (1)").lastrowid is None
+    assert alone("INSERT INTO t SELECT 9 RETURNING n").lastrowid == 9
+    assert alone("UPDATE t SET n = 10 WHERE n = 9").lastrowid is None
+    assert db.run("INSERT INTO t VALUES (11)").lastrowid == 11
+    assert db.run("INSERT INTO k VALUES (2)").lastrowid is None

@@ -7,7 +7,7 @@ import dataclasses
 import sqlite3
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +15,23 @@ import pytest
 
 from helpers import (
     DEADLINE,
+    attaching,
     core_of,
     drop_session,
     eventually,
     file_of,
+    full_disk,
     inserting,
     parked,
     rows,
+    rows_in,
     session_of,
     until_waiting,
     waiting_for_lock,
 )
-from onewriter import DbWriter, Ticket, Transaction, WriterBrokenError
+from onewriter import CommitUnknownError, DbWriter, Ticket, Transaction, WriterBrokenError
 from onewriter.events import BatchEnded
-from onewriter.write.outcomes import commit_outcome_unknown, copy_of
+from onewriter.write.outcomes import commit_outcome_unknown, copy_of, may_be_in_part
 
 KEYS = "CREATE TABLE p (id INTEGER PRIMARY KEY); CREATE TABLE c (pid REFERENCES p (id))"
 INSERT = "INSERT INTO t VALUES (?)"
@@ -638,3 +641,193 @@ def test_each_function_of_a_batch_has_a_savepoint_of_its_own_which_one_that_is_a
         *[begun, ended, begun, "ROLLBACK TO x_0", ended, begun, ended],
     ]
     assert rows(db) == [1, 2]
+
+
+# Several databases in one transaction: in WAL mode each commits for itself --------------------------------------------
+
+LARGE = b"x" * 500_000
+WRITES_BOTH = "INSERT INTO other.t VALUES (?)"
+
+
+@pytest.fixture
+def two_files(path: Path) -> Iterator[tuple[DbWriter, Path]]:
+    """A gateway with an attached file, both in WAL mode."""
+    other = path.with_name("other.db")
+    for file in (path, other):
+        with DbWriter(file) as db:
+            db.run(TABLE)
+    with DbWriter(path, on_connect=attaching(other)) as db:
+        yield db, other
+
+
+def write_both(tx: Transaction, content: object = LARGE) -> None:
+    tx.execute(INSERT, (2,))
+    tx.execute(WRITES_BOTH, (content,))
+
+
+def by_function(db: DbWriter, fill_up: Callable[[], None]) -> None:
+    def job(tx: Transaction) -> None:
+        write_both(tx)
+        fill_up()
+
+    db.run(job)
+
+
+def by_block(db: DbWriter, fill_up: Callable[[], None], max_hold: float | None = None) -> None:
+    with db.transaction(max_hold=max_hold) as tx:
+        write_both(tx)
+        fill_up()
+
+
+def by_block_of_the_writer(db: DbWriter, fill_up: Callable[[], None]) -> None:
+    by_block(db, fill_up, max_hold=DEADLINE)
+
+
+def by_blob(db: DbWriter, fill_up: Callable[[], None]) -> None:
+    """SQLite asks nobody whether a blob may be written."""
+
+    def job(tx: Transaction) -> None:
+        tx.execute(INSERT, (2,))
+        with tx.connection.blobopen("t", "n", 1, name="other") as blob:
+            blob.write(b"y" * len(LARGE))
+        fill_up()
+
+    db.run("INSERT INTO other.t VALUES (?)", (LARGE,))
+    db.checkpoint()
+    by_main_alone(db)
+    db.run(job)
+
+
+def by_schema(db: DbWriter, fill_up: Callable[[], None]) -> None:
+    def job(tx: Transaction) -> None:
+        tx.execute(INSERT, (2,))
+        tx.execute("REINDEX other.i")
+        fill_up()
+
+    db.run_script("CREATE INDEX other.i ON t (n)")
+    db.run("INSERT INTO other.t VALUES (?)", (LARGE,))
+    db.checkpoint()
+    by_main_alone(db)
+    db.run(job)
+
+
+def by_pragma(db: DbWriter, fill_up: Callable[[], None]) -> None:
+    def job(tx: Transaction) -> None:
+        tx.execute(INSERT, (2,))
+        tx.execute("PRAGMA other.user_version = 1")
+        fill_up()
+
+    db.run("INSERT INTO other.t VALUES (?)", (LARGE,))  # so its log has no room
+    by_main_alone(db)
+    db.run(job)
+
+
+def by_main_alone(db: DbWriter) -> None:
+    for _ in range(2):  # the first has SQLite ask anew about all that follows
+        db.run("UPDATE t SET n = n")
+
+
+def by_temp(db: DbWriter, fill_up: Callable[[], None]) -> None:
+    """SQLite commits TEMP behind the main database."""
+
+    def job(tx: Transaction) -> None:
+        tx.execute(INSERT, (2,))
+        tx.execute("PRAGMA temp.cache_size = 10")
+        tx.execute("CREATE TEMP TABLE large (n)")
+        tx.executemany("INSERT INTO large VALUES (?)", [(LARGE[:2000],) for _ in range(1000)])
+        fill_up()
+
+    db.run(job)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [by_function, by_block, by_block_of_the_writer, by_blob, by_schema, by_pragma, by_temp],
+    ids=lambda way: way.__name__,
+)
+def test_a_commit_that_has_failed_in_the_second_database_is_not_undone_in_the_first(
+    two_files: tuple[DbWriter, Path], write: Callable[[DbWriter, Callable[[], None]], None]
+) -> None:
+    db, other = two_files
+    with full_disk(100_000) as fill_up, pytest.raises(CommitUnknownError, match="some of the databases") as failed:
+        write(db, fill_up)
+    assert isinstance(failed.value.__cause__, sqlite3.OperationalError)
+    assert (rows(db), db.health) == ([2], "ok")
+    db.run(INSERT, (3,))
+    assert rows_in(other) in ([], [LARGE])
+    assert rows(db) == [2, 3]
+
+
+def test_nothing_runs_again_that_may_be_in_one_of_the_databases(two_files: tuple[DbWriter, Path]) -> None:
+    db, _ = two_files
+    for first in (1, 11):  # the second time all texts are known
+        with full_disk(100_000) as fill_up:
+            with parked(db):
+                tickets: list[Ticket[Any]] = [
+                    db.enqueue(INSERT, (first,)),
+                    db.enqueue("INSERT INTO nothing VALUES (1)"),
+                ]
+                tickets.append(db.enqueue(WRITES_BOTH, (LARGE,)))
+                tickets.append(db.enqueue(lambda tx: fill_up()))
+                tickets.append(db.enqueue(INSERT, (first + 1,)))
+            errors = [type(ticket.exception(DEADLINE)) for ticket in tickets]
+        unknown = CommitUnknownError
+        assert errors == [unknown, sqlite3.OperationalError, unknown, unknown, unknown]
+        assert db.run("SELECT count(*) FROM t WHERE n = ?", (first,)).rows == [(1,)]
+        by_main_alone(db)
+    assert rows(db) == [1, 2, 11, 12]
+    assert db.stats().run_twice == 0
+
+
+def read_blob(tx: Transaction) -> None:
+    tx.connection.blobopen("n", "n", 1, readonly=True, name="other").close()
+
+
+def test_where_one_database_was_written_a_failed_commit_is_undone(two_files: tuple[DbWriter, Path]) -> None:
+    db, other = two_files
+    db.run(lambda tx: write_both(tx, 0))
+    db.run_script("CREATE TABLE other.n (n); INSERT INTO other.n VALUES ('text')")
+    db.run(INSERT, (LARGE,))
+    db.checkpoint()
+    with full_disk(100_000) as fill_up:
+        with parked(db):
+            small, failed = db.enqueue(INSERT, (3,)), db.enqueue(INSERT, (LARGE,))
+            db.enqueue(read_blob)
+            fill_up()
+        assert isinstance(failed.exception(DEADLINE), sqlite3.OperationalError)
+        assert small.exception(DEADLINE) is None
+    assert rows(db) == [2, LARGE, 3]
+    assert rows_in(other) == [0]
+
+
+def test_a_commit_of_several_databases_that_comes_before_the_first_is_undone(two_files: tuple[DbWriter, Path]) -> None:
+    db, other = two_files
+    db.run_script(KEYS.replace("pid REFERENCES p (id)", "pid REFERENCES p (id) DEFERRABLE INITIALLY DEFERRED"))
+
+    def job(tx: Transaction) -> None:
+        write_both(tx)
+        tx.execute("INSERT INTO c VALUES (1)")
+
+    with pytest.raises(sqlite3.IntegrityError):
+        db.run(job)
+    assert (rows(db), rows_in(other)) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("code", "written", "in_transaction", "expected"),
+    [
+        (sqlite3.SQLITE_FULL, {"main", "other"}, False, True),
+        (sqlite3.SQLITE_FULL, {"main", "temp"}, False, True),
+        (sqlite3.SQLITE_FULL, {"main"}, False, False),
+        (sqlite3.SQLITE_FULL, {"temp", "unlogged"}, False, False),  # SQLite's super-journal
+        (sqlite3.SQLITE_FULL, {"main", "other"}, True, False),
+        (sqlite3.SQLITE_BUSY, {"main", "unlogged"}, True, False),
+        (sqlite3.SQLITE_ERROR, {"main", "other"}, False, False),  # it was rolled back before
+    ],
+)
+def test_which_commits_may_be_in_part(
+    two_files: tuple[DbWriter, Path], code: int, written: set[str], in_transaction: bool, expected: bool
+) -> None:
+    session = session_of(two_files[0])
+    session.guard.written = written
+    assert may_be_in_part(error_with(code), in_transaction, session) is expected

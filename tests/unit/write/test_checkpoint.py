@@ -28,7 +28,7 @@ from helpers import (
     until_waiting,
     writer_of,
 )
-from onewriter import DbWriter, ReentrantWriteError, Transaction, WriteTimeoutError
+from onewriter import CommitUnknownError, DbWriter, ReentrantWriteError, Transaction, WriteTimeoutError
 from onewriter.events import CheckpointEnded
 from onewriter.read.claim import new_claim
 from onewriter.write import checkpoint
@@ -550,7 +550,27 @@ def meet_it_at_commit(db: DbWriter) -> None:
     db.flush(DEADLINE)
 
 
-@pytest.mark.parametrize("meet", [meet_a_full_disk, meet_it_in_a_block, meet_it_wrapped, meet_it_at_commit])
+def meet_it_in_part(db: DbWriter) -> None:
+    """At COMMIT, which may have committed one of two databases."""
+    session = session_of(db)
+    control: Any = session.control
+
+    def full() -> None:
+        session.internal("ROLLBACK")
+        error = sqlite3.OperationalError("database or disk is full")
+        error.sqlite_errorcode = sqlite3.SQLITE_FULL
+        raise error
+
+    control["COMMIT"] = full
+    with pytest.raises(CommitUnknownError, match="full"):
+        db.run_script("INSERT INTO t VALUES (NULL, ''); CREATE TEMP TABLE other (n)")
+    del control["COMMIT"]
+    db.flush(DEADLINE)
+
+
+@pytest.mark.parametrize(
+    "meet", [meet_a_full_disk, meet_it_in_a_block, meet_it_wrapped, meet_it_at_commit, meet_it_in_part]
+)
 def test_a_full_disk_has_the_log_emptied_which_may_have_filled_it(
     full: DbWriter, path: Path, meet: Callable[[DbWriter], None]
 ) -> None:
