@@ -70,8 +70,11 @@ class Outcomes:
         except BaseException as failure:  # as from a frozen dataclass, which refuses notes; or Ctrl-C in this moment
             if self._state.reporter is None and issubclass(type(failure), INTERRUPTS):
                 self._state.interrupt = failure
-        if error_code(error) & 0xFF == sqlite3.SQLITE_FULL:
+        code = error_code(error) & 0xFF
+        if code == sqlite3.SQLITE_FULL:
             self._state.lacks_room = True
+        elif code == sqlite3.SQLITE_READONLY and self._connection.session is not None:
+            self._connection.session.doubt()
         job.set_outcome(None, error)
 
     def _annotate(self, job: Job[Any], error: BaseException, is_known: bool) -> None:

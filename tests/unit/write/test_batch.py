@@ -643,6 +643,48 @@ def test_each_function_of_a_batch_has_a_savepoint_of_its_own_which_one_that_is_a
     assert rows(db) == [1, 2]
 
 
+def write_by_statement(db: DbWriter, n: int) -> None:
+    db.run(INSERT, (n,))
+
+
+def write_by_function(db: DbWriter, n: int) -> None:
+    db.run(inserting(n))
+
+
+def write_by_swallowing(db: DbWriter, n: int) -> None:
+    def job(tx: Transaction) -> None:
+        try:
+            inserting(n)(tx)
+        except sqlite3.OperationalError as error:
+            raise LookupError(str(error)) from None
+
+    db.run(job)
+
+
+def write_by_block(db: DbWriter, n: int) -> None:
+    with db.transaction() as tx:
+        inserting(n)(tx)
+
+
+@pytest.mark.parametrize("write", [write_by_statement, write_by_function, write_by_swallowing, write_by_block])
+def test_a_connection_that_cannot_write_is_opened_anew(db: DbWriter, write: Callable[[DbWriter, int], None]) -> None:
+    """SQLite opens a file read-only if it cannot be written in that moment, and says nothing."""
+    db.run(TABLE)
+    session = session_of(db)
+    control: Any = session.control
+    begin = control["BEGIN IMMEDIATE"]
+
+    def begin_to_read() -> None:
+        begin()
+        session.internal("PRAGMA query_only = 1")
+
+    control["BEGIN IMMEDIATE"] = begin_to_read
+    with pytest.raises((sqlite3.OperationalError, LookupError), match="readonly"):
+        write(db, 1)
+    write(db, 2)
+    assert rows(db) == [2]
+
+
 # Several databases in one transaction: in WAL mode each commits for itself --------------------------------------------
 
 LARGE = b"x" * 500_000
