@@ -32,7 +32,7 @@ UNWRITTEN = {  # I/O errors that come before anything is written
     getattr(sqlite3, f"SQLITE_IOERR_{name}")
     for name in (
         *("READ", "SHORT_READ", "LOCK", "RDLOCK", "CHECKRESERVEDLOCK", "NOMEM", "GETTEMPPATH", "CONVPATH", "ACCESS"),
-        *("FSTAT", "SEEK", "SHMOPEN", "SHMSIZE", "SHMLOCK", "SHMMAP", "MMAP"),
+        *("FSTAT", "SEEK", "SHMOPEN", "SHMLOCK", "MMAP"),  # not SHMSIZE, SHMMAP: the index grows behind the end mark
     )
 }
 

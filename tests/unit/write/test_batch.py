@@ -31,7 +31,7 @@ from helpers import (
 )
 from onewriter import CommitUnknownError, DbWriter, Ticket, Transaction, WriterBrokenError
 from onewriter.events import BatchEnded
-from onewriter.write.outcomes import commit_outcome_unknown, copy_of, may_be_in_part
+from onewriter.write.outcomes import commit_outcome_unknown, copy_of, may_be_in_part, may_have_committed
 
 KEYS = "CREATE TABLE p (id INTEGER PRIMARY KEY); CREATE TABLE c (pid REFERENCES p (id))"
 INSERT = "INSERT INTO t VALUES (?)"
@@ -68,6 +68,20 @@ def test_only_a_commit_that_can_have_reached_the_file_is_unknown(
     code: int | None, in_transaction: bool, expected: bool
 ) -> None:
     assert commit_outcome_unknown(error_with(code), in_transaction) is expected
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        (sqlite3.SQLITE_IOERR_READ, False),
+        (sqlite3.SQLITE_IOERR_WRITE, False),
+        (sqlite3.SQLITE_IOERR_FSYNC, True),
+        (sqlite3.SQLITE_IOERR_SHMSIZE, True),  # the transaction is in the log, and the index cannot grow
+        (sqlite3.SQLITE_IOERR_SHMMAP, True),
+    ],
+)
+def test_what_commits_by_itself_may_have(code: int, expected: bool) -> None:
+    assert may_have_committed(error_with(code)) is expected
 
 
 def test_each_job_gets_an_error_object_of_its_own_that_says_the_same() -> None:
