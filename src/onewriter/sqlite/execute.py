@@ -57,7 +57,10 @@ class Executor:
         text = describe_sql(check_sql(sql))
         has_rowid = not (text.inserts and self._ask(WITHOUT_ROWID, (text.table,)))
         self._last_rowid = NO_ROWID
-        result = self.execute(sql, parameters)
+        try:
+            result = self.execute(sql, parameters)
+        finally:
+            self._last_rowid = None
         if not has_rowid:
             result.lastrowid = None
         return result

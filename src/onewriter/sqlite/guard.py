@@ -15,8 +15,8 @@ from onewriter.base.stack import need_stack
 SCHEMA_CHANGES = frozenset((*range(1, 9), *range(10, 18), 26, 29, 30))  # CREATE, DROP, ALTER
 USES = frozenset((sqlite3.SQLITE_READ, sqlite3.SQLITE_SELECT, sqlite3.SQLITE_UPDATE, sqlite3.SQLITE_DELETE))
 WRITES = frozenset((sqlite3.SQLITE_INSERT, sqlite3.SQLITE_UPDATE, sqlite3.SQLITE_DELETE))
-# What tells which database is written; DDL and ANALYZE write tables of the schema. Some PRAGMAs do, as user_version.
-CHANGES = WRITES | {sqlite3.SQLITE_REINDEX, sqlite3.SQLITE_PRAGMA}
+# What tells which database is written; DDL writes tables of the schema, and some PRAGMAs do, as user_version.
+CHANGES = WRITES | {sqlite3.SQLITE_ANALYZE, sqlite3.SQLITE_REINDEX, sqlite3.SQLITE_PRAGMA}
 # What is read or written: a column of a table; without one, the table's rows as such, as count(*) reads them and INSERT
 # writes them. A changed row may be in another place, so reading a table reads the columns that order it, too.
 Place = tuple[str, str]

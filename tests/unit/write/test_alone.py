@@ -487,3 +487,6 @@ def test_the_rowid_of_a_statement_that_commits_by_itself(db: DbWriter) -> None:
     assert alone("UPDATE t SET n = 10 WHERE n = 9").lastrowid is None
     assert db.run("INSERT INTO t VALUES (11)").lastrowid == 11
     assert db.run("INSERT INTO k VALUES (2)").lastrowid is None
+    for text in ("PRAGMA user_version", "SELECT 1", "VALUES (1)"):
+        alone(text)
+        assert db.run(f"INSERT INTO k VALUES ('{text}')").lastrowid is None

@@ -303,7 +303,7 @@ def test_a_lone_statement_whose_connection_could_not_be_opened_is_no_unknown_com
         assert db.run("SELECT 1").rows == [(1,)]
 
 
-@pytest.mark.parametrize("name", ["READ", "GETTEMPPATH", "LOCK", "SHMMAP"])
+@pytest.mark.parametrize("name", ["READ", "GETTEMPPATH", "LOCK"])
 def test_a_lone_statement_that_failed_before_it_wrote_is_no_unknown_commit(db: DbWriter, name: str) -> None:
     session = session_of(db)
 
@@ -778,6 +778,20 @@ def by_pragma(db: DbWriter, fill_up: Callable[[], None]) -> None:
     db.run(job)
 
 
+def by_analyze(db: DbWriter, fill_up: Callable[[], None]) -> None:
+    """Of the statistics that are there already SQLite asks nobody."""
+
+    def job(tx: Transaction) -> None:
+        tx.execute(INSERT, (2,))
+        tx.execute("ANALYZE other")
+        fill_up()
+
+    db.run_script("CREATE INDEX other.i ON t (n); ANALYZE other")
+    db.run("INSERT INTO other.t VALUES (?)", (LARGE,))  # so its log has no room
+    by_main_alone(db)
+    db.run(job)
+
+
 def by_main_alone(db: DbWriter) -> None:
     for _ in range(2):  # the first has SQLite ask anew about all that follows
         db.run("UPDATE t SET n = n")
@@ -798,7 +812,7 @@ def by_temp(db: DbWriter, fill_up: Callable[[], None]) -> None:
 
 @pytest.mark.parametrize(
     "write",
-    [by_function, by_block, by_block_of_the_writer, by_blob, by_schema, by_pragma, by_temp],
+    [by_function, by_block, by_block_of_the_writer, by_blob, by_schema, by_pragma, by_analyze, by_temp],
     ids=lambda way: way.__name__,
 )
 def test_a_commit_that_has_failed_in_the_second_database_is_not_undone_in_the_first(
