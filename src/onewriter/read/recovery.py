@@ -33,7 +33,7 @@ class Recovery:
         before: raises what that has failed with, if it was no lock.
         """
         failure = asked.failed_with if asked is not None and asked.done() else None
-        if failure is not None and not is_busy(failure):
+        if failure is not None and not (is_busy(failure) or asked.cancelled()):
             raise copy_of(failure)
         last = self._last
         if last is not None and not last.done():

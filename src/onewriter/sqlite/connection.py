@@ -174,6 +174,7 @@ def _writer(settings: Settings, guard: Guard, make: Callable[[sqlite3.Connection
         configure(connection, settings, ["main"])
         _call_writers_hook(connection, settings, guard)
         configure(connection, settings, database_names(connection))
+        _see_that_all_can_be_written(connection, settings)
         _disable_implicit_transactions(connection)
         guard.install(connection)
         try:
@@ -181,6 +182,18 @@ def _writer(settings: Settings, guard: Guard, make: Callable[[sqlite3.Connection
         except sqlite3.Error as error:
             guard.explain(error)  # which raises what a signal handler did, while SQLite asked
             raise
+
+
+def _see_that_all_can_be_written(connection: sqlite3.Connection, settings: Settings) -> None:
+    """A file that may not be written in the moment of opening SQLite opens read-only, and says nothing. An empty one,
+    as ATTACH creates it, gets its first page now: or else the first transaction writes it, whatever that is about.
+    """
+    files, read_only = database_files(connection), read_only_files(connection)
+    if files["main"] in read_only:
+        raise cannot_open(settings.path, "SQLite could open it for reading only")
+    for name, file in files.items():
+        if name != "main" and file and file not in read_only and pragma(connection, f'"{name}".page_count') == 0:
+            pragma(connection, f'"{name}".user_version', 0)
 
 
 def _set_journal_mode(connection: sqlite3.Connection, settings: Settings, again: bool) -> None:

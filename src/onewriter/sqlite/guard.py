@@ -15,8 +15,8 @@ from onewriter.base.stack import need_stack
 SCHEMA_CHANGES = frozenset((*range(1, 9), *range(10, 18), 26, 29, 30))  # CREATE, DROP, ALTER
 USES = frozenset((sqlite3.SQLITE_READ, sqlite3.SQLITE_SELECT, sqlite3.SQLITE_UPDATE, sqlite3.SQLITE_DELETE))
 WRITES = frozenset((sqlite3.SQLITE_INSERT, sqlite3.SQLITE_UPDATE, sqlite3.SQLITE_DELETE))
-# What tells which database is written; DDL writes tables of the schema, and some PRAGMAs do, as user_version.
-CHANGES = WRITES | {sqlite3.SQLITE_ANALYZE, sqlite3.SQLITE_REINDEX, sqlite3.SQLITE_PRAGMA}
+# What tells which database is written; DDL writes tables of the schema.
+CHANGES = WRITES | {sqlite3.SQLITE_ANALYZE, sqlite3.SQLITE_REINDEX}
 # What is read or written: a column of a table; without one, the table's rows as such, as count(*) reads them and INSERT
 # writes them. A changed row may be in another place, so reading a table reads the columns that order it, too.
 Place = tuple[str, str]
@@ -265,12 +265,14 @@ class Guard(_Refusals):
                 return self.deny("ATTACH and DETACH belong in on_connect, where every connection gets them")
         elif action == sqlite3.SQLITE_PRAGMA:
             self.pragma = (first or "").lower(), second, third
-            return self._pragma(self.pragma[0], second)
+            return self._pragma(self.pragma[0], second, third)
         return sqlite3.SQLITE_OK
 
-    def _pragma(self, name: str, value: str | None) -> int:
+    def _pragma(self, name: str, value: str | None, database: str | None) -> int:
         if name == "wal_checkpoint" and self.mode in IN_TRANSACTION:
             return self.deny("a checkpoint cannot run inside a transaction: use checkpoint()")
+        if name == "incremental_vacuum" or not (value is None or name.endswith(ASKING)):
+            self.written.add(database or "main")  # perhaps, as by user_version
         if value is None or name.endswith(ASKING):
             return sqlite3.SQLITE_OK
         if self.mode in IN_TRANSACTION and name in NOT_IN_A_TRANSACTION:

@@ -55,11 +55,14 @@ def check(path: str) -> Report:
         unchanged = (after.st_mtime_ns, after.st_size) == (before.st_mtime_ns, before.st_size)
         if not is_closed_wal or (unchanged and not _is_open(path)):  # otherwise another process has opened it meanwhile
             break
-    if is_closed_wal and report.opened_by:
-        company.append(
-            f"{path}{LOG} was deleted under {names(report.opened_by)}: what is committed there since nobody else sees, "
-            "and it is lost with that process. Stop it, or copy the rows through it first"
-        )
+    if report.journal_mode == "WAL" and report.opened_by:
+        # Whoever begins or ends in this moment has none either; so they are asked for again.
+        still = [process for process in report.opened_by if process.pid in (openers(path) or ())]
+        if still and not os.path.exists(f"{path}{LOG}"):
+            company.append(
+                f"{path}{LOG} was deleted under {names(still)}: what is committed there since nobody else sees, and it "
+                "is lost with that process. Copy the rows through it before you end it"
+            )
     report.problems[:0] = company
     judge(report)
     return report

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import enum
 import math
-import sqlite3
 from collections.abc import Callable, Sequence
 from itertools import filterfalse, takewhile
 from time import monotonic
@@ -16,7 +15,7 @@ from onewriter.errors import forked_error
 from onewriter.sqlite.file import FileMovedError
 from onewriter.sqlite.guard import Mode
 from onewriter.sqlite.pragma_values import set_pragma
-from onewriter.sqlite.retry import FAILURES, error_code, is_busy
+from onewriter.sqlite.retry import FAILURES, is_busy
 from onewriter.write.alone import call_alone
 from onewriter.write.block import Block
 from onewriter.write.connection import WriteConnection
@@ -369,7 +368,6 @@ class Batch:
             return Verdict(self._jobs, unknown=error)
         self._connection.roll_back()
         if may_be_in_part(error, is_open, self._session):  # so nothing may run again
-            self._state.lacks_room |= error_code(error) & 0xFF == sqlite3.SQLITE_FULL
             for job in filterfalse(has_failed, self._jobs):
                 self._fail(job, unknown_outcome(job, error, IN_PART))
             return Verdict(self._jobs)

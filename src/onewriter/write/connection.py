@@ -120,8 +120,6 @@ class WriteConnection:
         self._tell_what_was_in_vain()
         self.file.forget_size()  # VACUUM makes it smaller
         has_temp, self.guard.temp_touched = self.guard.temp_touched, False
-        if self.session is not None and self.session.is_in_doubt:
-            self.drop()
         session = self.session
         if session is not None:
             try:

@@ -220,11 +220,8 @@ class WriteLoan:
         # No database, in VACUUM, is the file that it would write INTO.
         if is_corrupt(error) and not (guard.mode is Mode.VACUUM and error_code(error) == sqlite3.SQLITE_NOTADB):
             self.job._state.note_corruption(error)
-        code = error_code(error) & 0xFF
-        if code == sqlite3.SQLITE_FULL:
+        if error_code(error) & 0xFF == sqlite3.SQLITE_FULL:
             self.job._state.lacks_room = True
-        elif code == sqlite3.SQLITE_READONLY and self.can_write:
-            self.session.doubt()
         root = self._root
         if not is_interrupted(error):
             return

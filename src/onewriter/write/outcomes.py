@@ -63,18 +63,16 @@ class Outcomes:
             self._connection.guard.explain(error)
         except BaseException as raised:  # while SQLite asked whether it may
             error = raised
+        met = error.__cause__ or error if type(error) is CommitUnknownError else error
         try:
-            if not is_known and is_corrupt(error):
-                self._state.note_corruption(error)
+            if not is_known and is_corrupt(met):
+                self._state.note_corruption(met)
             self._annotate(job, error, is_known)
         except BaseException as failure:  # as from a frozen dataclass, which refuses notes; or Ctrl-C in this moment
             if self._state.reporter is None and issubclass(type(failure), INTERRUPTS):
                 self._state.interrupt = failure
-        code = error_code(error) & 0xFF
-        if code == sqlite3.SQLITE_FULL:
+        if error_code(met) & 0xFF == sqlite3.SQLITE_FULL:
             self._state.lacks_room = True
-        elif code == sqlite3.SQLITE_READONLY and self._connection.session is not None:
-            self._connection.session.doubt()
         job.set_outcome(None, error)
 
     def _annotate(self, job: Job[Any], error: BaseException, is_known: bool) -> None:

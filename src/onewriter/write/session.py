@@ -81,13 +81,6 @@ class WriteSession:
         self.schema_fails = True  # FAIL in it may leave half a statement's work behind
         self._schema_undoes_all = True
         self._schema_versions: list[Any] = []
-        self.is_in_doubt = False
-
-    def doubt(self) -> None:
-        """It could not write. Where the file could not be written in the moment in which it was opened, SQLite opened
-        it read-only, and said nothing: the next job has a new one.
-        """
-        self.is_in_doubt = self.guard.settings_touched = True
 
     def after_fork_in_child(self) -> list[object]:
         """In a forked child: nothing reaches SQLite any more; returns what must never be closed there."""

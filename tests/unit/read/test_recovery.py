@@ -140,8 +140,9 @@ def test_the_writer_is_asked_for_one_at_a_time(db: DbWriter, monkeypatch: pytest
     monkeypatch.setattr(recovery, "PAUSE", 0.0)
     locked = sqlite3.OperationalError("database is locked")
     locked.sqlite_errorcode = sqlite3.SQLITE_BUSY
-    second = help_.ask(SimpleNamespace(done=lambda: True, failed_with=locked))
+    second = help_.ask(SimpleNamespace(done=lambda: True, cancelled=lambda: False, failed_with=locked))
     assert asked == [first, second]
+    assert help_.ask(SimpleNamespace(done=lambda: True, cancelled=lambda: True, failed_with=LookupError())) is second
 
 
 def test_that_a_gateway_is_closed_is_not_raised_in_a_read_that_goes_on(db: DbWriter) -> None:

@@ -631,3 +631,49 @@ def test_the_journal_mode_that_is_in_force_may_be_set_again(path: Path) -> None:
     with DbWriter(path, on_connect=lambda connection, readonly: connection.execute("PRAGMA journal_mode = WAL")) as db:
         db.run("CREATE TABLE t (n)")
         assert db.run_without_transaction(lambda connection: connection.execute("SELECT n FROM t").fetchall()) == []
+
+
+@pytest.mark.parametrize("mode", ["WAL", "DELETE"])
+def test_a_file_that_cannot_be_written_in_that_moment_is_not_opened(
+    path: Path, monkeypatch: pytest.MonkeyPatch, mode: Any
+) -> None:
+    """SQLite opens it read-only, and says nothing: every write would fail."""
+    opened = connection_module._connect
+    with DbWriter(path, journal_mode=mode) as db:
+        db.run("CREATE TABLE t (n)")
+    with monkeypatch.context() as refusing:
+        refusing.setattr(connection_module, "_connect", lambda settings, mode, **how: opened(settings, "ro", **how))
+        with pytest.raises(sqlite3.OperationalError, match="for reading only"):
+            DbWriter(path, journal_mode=mode)
+    with DbWriter(path, journal_mode=mode) as db:
+        drop_session(db)
+        with monkeypatch.context() as refusing:
+            refusing.setattr(connection_module, "_connect", lambda settings, mode, **how: opened(settings, "ro", **how))
+            with pytest.raises(sqlite3.OperationalError, match="for reading only"):
+                db.run("INSERT INTO t VALUES (1)")
+        assert db.run("INSERT INTO t VALUES (2)").rowcount == 1
+
+
+def test_an_attached_file_that_is_empty_gets_its_first_page_at_opening(path: Path) -> None:
+    """Or else the first transaction writes it, whatever that is about."""
+    other = path.with_name("other.db")
+
+    def attach(connection: sqlite3.Connection, readonly: bool) -> None:
+        attaching(other)(connection, readonly)
+        connection.execute("ATTACH ':memory:' AS scratch")
+
+    with DbWriter(path, on_connect=attach) as db:
+        assert other.stat().st_size > 0
+        assert db.run("SELECT 1").rows == [(1,)]
+
+
+def test_an_attached_file_that_is_empty_and_read_only_stays_so(path: Path) -> None:
+    other = path.with_name("other.db")
+    other.touch()
+
+    def attach(connection: sqlite3.Connection, readonly: bool) -> None:
+        connection.execute("ATTACH ? AS other", (f"{other.as_uri()}?mode=ro",))
+
+    with DbWriter(path, on_connect=attach) as db:
+        assert db.run("SELECT 1").rows == [(1,)]
+    assert other.stat().st_size == 0

@@ -613,3 +613,12 @@ def test_a_log_that_was_deleted_under_a_process_is_told(path: Path, capsys: pyte
         code, report = asked(path, capsys)
         assert (code, report["verdict"]) == (1, "needs attention")
         assert report["problems"][0].startswith(f"{path}-wal was deleted under this process")
+
+
+def test_a_process_that_has_no_log_yet_has_lost_none(
+    path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with DbWriter(path) as db:
+        db.run("CREATE TABLE t (n)")
+    monkeypatch.setattr(check, "openers", lambda path, answers=[[1], []]: answers.pop(0))
+    assert asked(path, capsys)[0] == 0

@@ -657,48 +657,6 @@ def test_each_function_of_a_batch_has_a_savepoint_of_its_own_which_one_that_is_a
     assert rows(db) == [1, 2]
 
 
-def write_by_statement(db: DbWriter, n: int) -> None:
-    db.run(INSERT, (n,))
-
-
-def write_by_function(db: DbWriter, n: int) -> None:
-    db.run(inserting(n))
-
-
-def write_by_swallowing(db: DbWriter, n: int) -> None:
-    def job(tx: Transaction) -> None:
-        try:
-            inserting(n)(tx)
-        except sqlite3.OperationalError as error:
-            raise LookupError(str(error)) from None
-
-    db.run(job)
-
-
-def write_by_block(db: DbWriter, n: int) -> None:
-    with db.transaction() as tx:
-        inserting(n)(tx)
-
-
-@pytest.mark.parametrize("write", [write_by_statement, write_by_function, write_by_swallowing, write_by_block])
-def test_a_connection_that_cannot_write_is_opened_anew(db: DbWriter, write: Callable[[DbWriter, int], None]) -> None:
-    """SQLite opens a file read-only if it cannot be written in that moment, and says nothing."""
-    db.run(TABLE)
-    session = session_of(db)
-    control: Any = session.control
-    begin = control["BEGIN IMMEDIATE"]
-
-    def begin_to_read() -> None:
-        begin()
-        session.internal("PRAGMA query_only = 1")
-
-    control["BEGIN IMMEDIATE"] = begin_to_read
-    with pytest.raises((sqlite3.OperationalError, LookupError), match="readonly"):
-        write(db, 1)
-    write(db, 2)
-    assert rows(db) == [2]
-
-
 # Several databases in one transaction: in WAL mode each commits for itself --------------------------------------------
 
 LARGE = b"x" * 500_000
@@ -849,20 +807,24 @@ def test_nothing_runs_again_that_may_be_in_one_of_the_databases(two_files: tuple
     assert db.stats().run_twice == 0
 
 
-def read_blob(tx: Transaction) -> None:
+def ask(tx: Transaction) -> None:
     tx.connection.blobopen("n", "n", 1, readonly=True, name="other").close()
+    tx.connection.blobopen("n", "n", 1, name="MAIN").close()
+    tx.execute("PRAGMA temp.table_info(t)")
+    tx.execute("PRAGMA other.user_version")
 
 
 def test_where_one_database_was_written_a_failed_commit_is_undone(two_files: tuple[DbWriter, Path]) -> None:
     db, other = two_files
     db.run(lambda tx: write_both(tx, 0))
-    db.run_script("CREATE TABLE other.n (n); INSERT INTO other.n VALUES ('text')")
+    for name in ("main", "other"):
+        db.run_script(f"CREATE TABLE {name}.n (n); INSERT INTO {name}.n VALUES ('text')")
     db.run(INSERT, (LARGE,))
     db.checkpoint()
     with full_disk(100_000) as fill_up:
         with parked(db):
             small, failed = db.enqueue(INSERT, (3,)), db.enqueue(INSERT, (LARGE,))
-            db.enqueue(read_blob)
+            db.enqueue(ask)
             fill_up()
         assert isinstance(failed.exception(DEADLINE), sqlite3.OperationalError)
         assert small.exception(DEADLINE) is None
@@ -901,3 +863,43 @@ def test_which_commits_may_be_in_part(
     session = session_of(two_files[0])
     session.guard.written = written
     assert may_be_in_part(error_with(code), in_transaction, session) is expected
+
+
+def test_damage_that_a_commit_of_several_databases_meets_is_noted(two_files: tuple[DbWriter, Path]) -> None:
+    db, _ = two_files
+    session = session_of(db)
+
+    def damaged() -> None:
+        session.internal("ROLLBACK")
+        error = sqlite3.DatabaseError("database disk image is malformed")
+        error.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
+        raise error
+
+    control: Any = session.control
+    control["COMMIT"] = damaged
+    with pytest.raises(CommitUnknownError, match="malformed"):
+        db.run(lambda tx: write_both(tx, 0))
+    assert db.health.startswith("degraded: database disk image is malformed")
+
+
+@pytest.mark.parametrize(
+    ("sql", "written"),
+    [
+        ("PRAGMA other.incremental_vacuum", {"other"}),
+        ("PRAGMA incremental_vacuum(3)", {"main"}),
+        ("PRAGMA other.user_version", set()),
+        ("PRAGMA other.user_version = 2", {"other"}),
+        ("PRAGMA other.table_info(t)", set()),
+        ("DROP TABLE other.t", {"other"}),
+        ("CREATE TEMP TABLE x (n)", {"temp"}),
+        ("SELECT * FROM t, other.t", set()),
+    ],
+)
+def test_which_databases_a_statement_writes(two_files: tuple[DbWriter, Path], sql: str, written: set[str]) -> None:
+    db, _ = two_files
+
+    def job(tx: Transaction) -> set[str]:
+        tx.execute(sql)
+        return session_of(db).guard.written
+
+    assert db.run(job) == written
