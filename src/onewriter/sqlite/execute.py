@@ -55,13 +55,15 @@ class Executor:
         the question would be taken for one that has refused the statement.
         """
         text = describe_sql(check_sql(sql))
-        has_rowid = not (text.inserts and self._ask(WITHOUT_ROWID, (text.table,)))
+        before: object = NO_ROWID
+        if text.inserts and self._ask(WITHOUT_ROWID, (text.table,)):  # or one of that name in another file
+            before = self._ask("SELECT last_insert_rowid()")
         self._last_rowid = NO_ROWID
         try:
             result = self.execute(sql, parameters)
         finally:
             self._last_rowid = None
-        if not has_rowid:
+        if result.lastrowid == before:
             result.lastrowid = None
         return result
 

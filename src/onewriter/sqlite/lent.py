@@ -189,7 +189,7 @@ class LentConnection(LentShell):
         lending.sweep()
         raw = sqlite3.Connection.blobopen(lending.loan.connection, *args, **options)
         if not options.get("readonly"):
-            lending.loan.guard.written.add(options.get("name", "main").lower())  # SQLite asks nobody
+            lending.loan.guard.written.add(options.get("name", "main"))  # SQLite asks nobody
         lending.live[raw] = None
         blob = LentBlob.__new__(LentBlob)
         blob._lent, blob._raw = self, raw

@@ -17,7 +17,7 @@ from onewriter.base.tally import Times
 from onewriter.base.waiting import is_there, wake
 from onewriter.errors import CommitUnknownError, forked_error
 from onewriter.events import BatchEnded, Hook, publish
-from onewriter.sqlite.retry import error_code, is_busy, is_corrupt, note_descriptors
+from onewriter.sqlite.retry import FAILURES, error_code, is_busy, is_corrupt, note_descriptors
 from onewriter.write.connection import WriteConnection
 from onewriter.write.loan import WriteLoan
 from onewriter.write.lock import WriteLock
@@ -238,9 +238,14 @@ def may_be_in_part(error: BaseException, in_transaction: bool, session: WriteSes
     In WAL mode each commits for itself, one after the other (https://www.sqlite.org/lang_attach.html), TEMP behind the
     main one. Where the transaction is still open, the error came before the first: constraints, and all locks.
     """
-    written = session.guard.written
-    in_parts = len(written) > 1 and not written.isdisjoint(session.logs)
-    return in_parts and not in_transaction and error_code(error) != sqlite3.SQLITE_ERROR
+    if in_transaction or error_code(error) == sqlite3.SQLITE_ERROR:
+        return False
+    files = {"temp", *(name.lower() for name, file in session.files.items() if file)}
+    written = files.intersection(map(str.lower, session.guard.written))
+    try:
+        return len(written) > 1 and any(name.lower() in written for name in session.find_logs())
+    except FAILURES:
+        return True
 
 
 def may_have_committed(error: BaseException) -> bool:

@@ -18,6 +18,7 @@ import pytest
 
 from helpers import (
     DEADLINE,
+    attaching,
     checkpointer_of,
     eventually,
     file_of,
@@ -487,6 +488,18 @@ def test_the_rowid_of_a_statement_that_commits_by_itself(db: DbWriter) -> None:
     assert alone("UPDATE t SET n = 10 WHERE n = 9").lastrowid is None
     assert db.run("INSERT INTO t VALUES (11)").lastrowid == 11
     assert db.run("INSERT INTO k VALUES (2)").lastrowid is None
+    db.run("INSERT INTO t VALUES (12)")
+    assert alone("INSERT INTO k VALUES (3)").lastrowid is None
     for text in ("PRAGMA user_version", "SELECT 1", "VALUES (1)"):
         alone(text)
         assert db.run(f"INSERT INTO k VALUES ('{text}')").lastrowid is None
+
+
+def test_the_rowid_where_a_table_of_that_name_in_another_file_has_none(path: Path) -> None:
+    other = path.with_name("other.db")
+    with DbWriter(other) as db:
+        db.run("CREATE TABLE t (n PRIMARY KEY) WITHOUT ROWID")
+    with DbWriter(path, on_connect=attaching(other)) as db:
+        db.run("CREATE TABLE t (n)")
+        assert [db.run_without_transaction("INSERT INTO t VALUES (1)").lastrowid for _ in range(2)] == [1, 2]
+        assert db.run_without_transaction("INSERT INTO other.t VALUES (1)").lastrowid is None

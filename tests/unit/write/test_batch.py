@@ -23,6 +23,7 @@ from helpers import (
     full_disk,
     inserting,
     parked,
+    raising,
     rows,
     rows_in,
     session_of,
@@ -855,12 +856,22 @@ def test_a_commit_of_several_databases_that_comes_before_the_first_is_undone(two
         (sqlite3.SQLITE_FULL, {"main", "other"}, True, False),
         (sqlite3.SQLITE_BUSY, {"main", "unlogged"}, True, False),
         (sqlite3.SQLITE_ERROR, {"main", "other"}, False, False),  # it was rolled back before
+        (sqlite3.SQLITE_FULL, {"main", "scratch"}, False, False),  # in memory
+        (sqlite3.SQLITE_FULL, {"MAIN", "main"}, False, False),  # one, as blobopen was called
+        (sqlite3.SQLITE_FULL, {"MAIN", "Other"}, False, True),
     ],
 )
 def test_which_commits_may_be_in_part(
-    two_files: tuple[DbWriter, Path], code: int, written: set[str], in_transaction: bool, expected: bool
+    two_files: tuple[DbWriter, Path],
+    code: int,
+    written: set[str],
+    in_transaction: bool,
+    expected: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     session = session_of(two_files[0])
+    session.files |= {"unlogged": "file", "scratch": ""}
+    monkeypatch.setattr(session, "find_logs", lambda: {"main": "file", "other": "file"})
     session.guard.written = written
     assert may_be_in_part(error_with(code), in_transaction, session) is expected
 
@@ -903,3 +914,27 @@ def test_which_databases_a_statement_writes(two_files: tuple[DbWriter, Path], sq
         return session_of(db).guard.written
 
     assert db.run(job) == written
+
+
+def test_a_file_that_was_switched_to_wal_meanwhile_commits_for_itself(path: Path) -> None:
+    other = path.with_name("other.db")
+    for file in (path, other):
+        with DbWriter(file, journal_mode="DELETE") as db:
+            db.run(TABLE)
+    with DbWriter(path, journal_mode="DELETE", on_connect=attaching(other)) as db:
+        for file in (path, other):
+            with contextlib.closing(sqlite3.connect(file)) as connection:
+                assert connection.execute("PRAGMA journal_mode = WAL").fetchone() == ("wal",)
+                connection.execute("SELECT * FROM t").fetchall()
+        with full_disk(100_000) as fill_up, pytest.raises(CommitUnknownError, match="some of the databases"):
+            by_function(db, fill_up)
+        assert rows(db) == [2]
+
+
+def test_where_nothing_can_be_asked_any_more_it_may_be_in_part(
+    two_files: tuple[DbWriter, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = session_of(two_files[0])
+    session.guard.written = {"main", "other"}
+    monkeypatch.setattr(session, "find_logs", raising(sqlite3.OperationalError))
+    assert may_be_in_part(error_with(sqlite3.SQLITE_FULL), False, session)
